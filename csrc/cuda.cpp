@@ -1,0 +1,107 @@
+// The operators on CUDA tensors: check, choose a plan, launch on the current stream.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "conv2d.h"
+#include "kernels/launch.h"
+#include "plan.h"
+
+// Weak, so that a CPU build of torch, which lacks it, can load this library and serve CPU tensors.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace dwconv {
+namespace {
+
+cudaStream_t current_stream(int32_t device) {
+  void* stream = nullptr;
+  if (aoti_torch_get_current_cuda_stream == nullptr || aoti_torch_get_current_cuda_stream(device, &stream) != 0)
+    throw std::runtime_error("dwconv: torch has no current CUDA stream");
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Launches what the problem asks for; `plan` forces one by name unless it is empty.
+void run(Problem& problem, const Tensor& like, const std::string& plan) {
+  const Plan& chosen = plan.empty() ? choose(problem) : choose(problem, plan);
+  const int32_t device = like.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const cudaStream_t stream = current_stream(device);
+  switch (chosen.id) {
+    case PlanId::kWindowNchw: return launch_window_nchw(problem, stream);
+    case PlanId::kGeneric: break;
+  }
+  Tensor workspace;
+  if (const int64_t bytes = generic_workspace_bytes(problem)) {
+    workspace = torch::stable::new_empty(like, Ints{bytes}, torch::headeronly::ScalarType::Byte);
+    problem.workspace = workspace.data_ptr();
+  }
+  launch_generic(problem, stream);
+}
+
+Tensor forward_plan(
+    const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
+    const Ints& padding, const Ints& dilation, const std::string& plan) {
+  Problem problem = check_forward(input, weight, bias, {stride, padding, dilation});
+  Tensor output = empty({problem.batch, problem.filters(), problem.out_height, problem.out_width},
+                        output_is_channels_last(input, weight), input);
+  problem.output = view_of(output);
+  if (output.numel() > 0) run(problem, input, plan);
+  return output;
+}
+
+Tensor grad_input_plan(
+    const Tensor& grad_output, const Tensor& weight, const Ints& input_size, const Ints& stride, const Ints& padding,
+    const Ints& dilation, bool channels_last, const std::string& plan) {
+  Problem problem = check_grad_input(grad_output, weight, input_size, {stride, padding, dilation});
+  Tensor grad_input = empty(input_size, channels_last, grad_output);
+  problem.input = view_of(grad_input);
+  if (grad_input.numel() > 0) run(problem, grad_output, plan);
+  return grad_input;
+}
+
+std::tuple<Tensor, Tensor> grad_weight_plan(
+    const Tensor& grad_output, const Tensor& input, const Ints& kernel_size, const Ints& stride, const Ints& padding,
+    const Ints& dilation, bool bias, const std::string& plan) {
+  Problem problem = check_grad_weight(grad_output, input, kernel_size, {stride, padding, dilation});
+  Tensor grad_weight = empty({problem.filters(), 1, problem.kernel_h, problem.kernel_w}, false, input);
+  Tensor grad_bias = torch::stable::new_empty(input, Ints{bias ? problem.filters() : 0});
+  problem.weight = view_of(grad_weight);
+  if (bias) problem.bias = grad_bias.data_ptr();
+  run(problem, input, plan);
+  return {grad_weight, grad_bias};
+}
+
+Tensor forward(
+    const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
+    const Ints& padding, const Ints& dilation) {
+  return forward_plan(input, weight, bias, stride, padding, dilation, {});
+}
+
+Tensor grad_input(
+    const Tensor& grad_output, const Tensor& weight, const Ints& input_size, const Ints& stride, const Ints& padding,
+    const Ints& dilation, bool channels_last) {
+  return grad_input_plan(grad_output, weight, input_size, stride, padding, dilation, channels_last, {});
+}
+
+std::tuple<Tensor, Tensor> grad_weight(
+    const Tensor& grad_output, const Tensor& input, const Ints& kernel_size, const Ints& stride, const Ints& padding,
+    const Ints& dilation, bool bias) {
+  return grad_weight_plan(grad_output, input, kernel_size, stride, padding, dilation, bias, {});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(dwconv, CUDA, m) {
+  m.impl("forward", TORCH_BOX(&forward));
+  m.impl("grad_input", TORCH_BOX(&grad_input));
+  m.impl("grad_weight", TORCH_BOX(&grad_weight));
+  m.impl("forward.plan", TORCH_BOX(&forward_plan));
+  m.impl("grad_input.plan", TORCH_BOX(&grad_input_plan));
+  m.impl("grad_weight.plan", TORCH_BOX(&grad_weight_plan));
+}
+
+}  // namespace dwconv

@@ -1,0 +1,362 @@
+// Any depthwise convolution: every dtype, stride, padding, dilation, multiplier, kernel size and memory layout, and
+// arrays beyond 2^31 elements. Always right; specialised kernels are faster where they apply.
+//
+// Neighbouring threads own neighbouring elements of what is written (columns in NCHW, channels in channels_last), so
+// reads and writes coalesce as far as the layout allows. Only taps that meet the image are multiplied: a weight that is
+// Inf or NaN does not meet the padding.
+#include <algorithm>
+#include <limits>
+
+#include "common.cuh"
+#include "launch.h"
+
+namespace dwconv {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kRows = 4;  // rows that a thread owns, so that a weight is read once for four products
+constexpr int kTaps = 9;  // taps that a thread of grad_weight accumulates in registers
+
+// Problem with the integer type of the index arithmetic: 64 bits cost two to three times the instructions.
+template <typename Index>
+struct Sizes {
+  Index batch, channels, multiplier, filters, height, width, out_height, out_width, kernel_h, kernel_w;
+  Index stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  Index input[4], weight[4], output[4], bias;  // strides, in elements
+
+  explicit Sizes(const Problem& p)
+      : batch(p.batch), channels(p.channels), multiplier(p.multiplier), filters(p.filters()), height(p.height),
+        width(p.width), out_height(p.out_height), out_width(p.out_width), kernel_h(p.kernel_h), kernel_w(p.kernel_w),
+        stride_h(p.stride_h), stride_w(p.stride_w), padding_h(p.padding_h), padding_w(p.padding_w),
+        dilation_h(p.dilation_h), dilation_w(p.dilation_w), bias(p.bias_stride) {
+    for (int i = 0; i < 4; ++i)
+      input[i] = p.input.stride[i], weight[i] = p.weight.stride[i], output[i] = p.output.stride[i];
+  }
+};
+
+bool is_channels_last(const View& view, int64_t channels) {
+  return channels > 1 && view.stride[1] == 1;
+}
+
+// Returns value % size and leaves value / size in `value`.
+template <typename Index>
+__device__ Index split(Index& value, Index size) {
+  const Index quotient = value / size;
+  const Index remainder = value - quotient * size;
+  value = quotient;
+  return remainder;
+}
+
+// The position of a thread in an array whose rows go in strips of kRows; fastest index first as memory has it.
+template <typename Index>
+struct Position {
+  Index image, channel, strip, column;
+
+  __device__ Position(Index thread, Index channels, Index strips, Index columns, bool channels_last) {
+    if (channels_last) {
+      channel = split(thread, channels);
+      column = split(thread, columns);
+      strip = split(thread, strips);
+    } else {
+      column = split(thread, columns);
+      strip = split(thread, strips);
+      channel = split(thread, channels);
+    }
+    image = thread;
+  }
+};
+
+template <typename T, typename Index>
+__global__ void __launch_bounds__(kThreads) generic_forward(
+    const T* __restrict__ input, const T* __restrict__ weight, const T* __restrict__ bias, T* __restrict__ output,
+    const Sizes<Index> s, bool channels_last, Index strips, Index threads) {
+  using Acc = Accumulator<T>;
+  const Index thread = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
+  if (thread >= threads) return;
+  const Position<Index> at(thread, s.filters, strips, s.out_width, channels_last);
+  const Index row = at.strip * kRows;
+
+  Acc sum[kRows];
+  for (int r = 0; r < kRows; ++r) sum[r] = bias ? widen(bias[at.channel * s.bias]) : Acc(0);
+
+  input += at.image * s.input[0] + at.channel / s.multiplier * s.input[1];
+  weight += at.channel * s.weight[0];
+  for (Index i = 0; i < s.kernel_h; ++i) {
+    const Index y = row * s.stride_h - s.padding_h + i * s.dilation_h;
+    for (Index j = 0; j < s.kernel_w; ++j) {
+      const Index x = at.column * s.stride_w - s.padding_w + j * s.dilation_w;
+      if (x < 0 || x >= s.width) continue;
+      const Acc tap = widen(weight[i * s.weight[2] + j * s.weight[3]]);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const Index y_r = y + r * s.stride_h;
+        if (y_r >= 0 && y_r < s.height) sum[r] += tap * widen(input[y_r * s.input[2] + x * s.input[3]]);
+      }
+    }
+  }
+
+  output += at.image * s.output[0] + at.channel * s.output[1] + at.column * s.output[3];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r)
+    if (row + r < s.out_height) output[(row + r) * s.output[2]] = narrow<T>(sum[r]);
+}
+
+// The taps k along one side that reach a given input index lie `step` apart; between two of them the output index
+// moves by `move`: t = index + padding - k * dilation has to be a multiple of the stride.
+struct Reach {
+  int64_t step, move;
+
+  Reach(int64_t stride, int64_t dilation) {
+    int64_t divisor = stride, rest = dilation;
+    while (rest) std::swap(divisor %= rest, rest);
+    step = stride / divisor, move = dilation / divisor;
+  }
+};
+
+// The first tap that reaches an index, or `limit` where none below it does.
+template <typename Index>
+__device__ Index first_tap(Index padded_index, Index stride, Index dilation, Index limit) {
+  Index tap = 0;
+  while (tap < limit && (padded_index - tap * dilation) % stride != 0) ++tap;
+  return tap;
+}
+
+// A thread owns kRows input rows that lie a stride apart: the same taps reach all of them.
+template <typename T, typename Index>
+__global__ void __launch_bounds__(kThreads) generic_grad_input(
+    const T* __restrict__ grad_output, const T* __restrict__ weight, T* __restrict__ grad_input, const Sizes<Index> s,
+    Index step_h, Index move_h, Index step_w, Index move_w, bool channels_last, Index phases, Index strips,
+    Index threads) {
+  using Acc = Accumulator<T>;
+  const Index thread = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
+  if (thread >= threads) return;
+  const Position<Index> at(thread, s.channels, strips, s.width, channels_last);
+  const Index row = at.strip / phases * (kRows * s.stride_h) + at.strip % phases;
+
+  Acc sum[kRows] = {};
+  const Index i0 = first_tap(row + s.padding_h, s.stride_h, s.dilation_h, min(step_h, s.kernel_h));
+  const Index j0 = first_tap(at.column + s.padding_w, s.stride_w, s.dilation_w, min(step_w, s.kernel_w));
+  if (i0 < step_h && j0 < step_w) {
+    const Index y0 = (row + s.padding_h - i0 * s.dilation_h) / s.stride_h;
+    const Index x0 = (at.column + s.padding_w - j0 * s.dilation_w) / s.stride_w;
+    for (Index q = 0; q < s.multiplier; ++q) {
+      const Index filter = at.channel * s.multiplier + q;
+      const T* grad = grad_output + at.image * s.output[0] + filter * s.output[1];
+      const T* taps = weight + filter * s.weight[0];
+      for (Index i = i0, y = y0; i < s.kernel_h && y + kRows > 0; i += step_h, y -= move_h)
+        for (Index j = j0, x = x0; j < s.kernel_w && x >= 0; j += step_w, x -= move_w) {
+          if (x >= s.out_width) continue;
+          const Acc tap = widen(taps[i * s.weight[2] + j * s.weight[3]]);
+#pragma unroll
+          for (int r = 0; r < kRows; ++r)
+            if (y + r >= 0 && y + r < s.out_height)
+              sum[r] += tap * widen(grad[(y + r) * s.output[2] + x * s.output[3]]);
+        }
+    }
+  }
+
+  grad_input += at.image * s.input[0] + at.channel * s.input[1] + at.column * s.input[3];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const Index y = row + r * s.stride_h;
+    if (y < s.height) grad_input[y * s.input[2]] = narrow<T>(sum[r]);
+  }
+}
+
+// grad_weight in two stages. The first cuts the N * H_out output rows into `splits` runs; a block sums kTaps taps (and
+// the bias) over one run, for one filter (NCHW: lanes are columns) or `lanes` filters (channels_last: lanes are
+// filters). The second adds up the runs. Every sum has a fixed order: the result is the same bit for bit, always.
+struct WeightGradientShape {
+  bool channels_last;
+  int lanes;  // threads side by side, a power of two; kThreads / lanes rows are in work at a time
+  int64_t filter_groups, tap_groups, splits;
+
+  explicit WeightGradientShape(const Problem& p) {
+    channels_last = is_channels_last(p.output, p.filters()) || is_channels_last(p.input, p.channels);
+    const int64_t side_by_side = channels_last ? p.filters() : p.out_width;
+    for (lanes = 1; lanes < 32 && lanes < side_by_side;) lanes *= 2;
+    filter_groups = channels_last ? ceil_div(p.filters(), lanes) : p.filters();
+    tap_groups = ceil_div(p.taps(), kTaps);
+    constexpr int64_t kBlocks = 2048;  // fills any GPU a few times over; the same on all, so that results are too
+    const int64_t rows = p.batch * p.out_height;
+    const int64_t useful = ceil_div(rows, kThreads / lanes);
+    splits = std::max<int64_t>(1, std::min(useful, ceil_div(kBlocks, filter_groups * tap_groups)));
+  }
+};
+
+// Partial sums lie as [split][tap, or bias behind the last tap][filter].
+template <typename T, typename Index>
+__global__ void __launch_bounds__(kThreads) generic_grad_weight_runs(
+    const T* __restrict__ grad_output, const T* __restrict__ input, Accumulator<T>* __restrict__ partial,
+    const Sizes<Index> s, bool with_bias, bool channels_last, int lanes, Index filter_groups, Index tap_groups,
+    Index splits) {
+  using Acc = Accumulator<T>;
+  __shared__ Acc shared[kThreads];
+  const int lane = threadIdx.x % lanes;
+  const int rows_at_once = kThreads / lanes;
+  const Index taps = s.kernel_h * s.kernel_w;
+  const Index rows = s.batch * s.out_height;
+
+  Index group = blockIdx.x;
+  const Index first_tap = split(group, tap_groups) * kTaps;
+  const Index filter_group = split(group, filter_groups);
+  const Index run = group;
+  const Index begin = static_cast<Index>(static_cast<int64_t>(rows) * run / splits);
+  const Index end = static_cast<Index>(static_cast<int64_t>(rows) * (run + 1) / splits);
+
+  const Index filter = channels_last ? filter_group * lanes + lane : filter_group;
+  const Index first_column = channels_last ? 0 : lane;
+  const Index column_step = channels_last ? 1 : lanes;
+
+  Acc sum[kTaps] = {}, bias_sum = 0;
+  Index dy[kTaps], dx[kTaps];
+#pragma unroll
+  for (int t = 0; t < kTaps; ++t) {
+    const Index tap = min(first_tap + t, taps - 1);
+    dy[t] = tap / s.kernel_w * s.dilation_h - s.padding_h;
+    dx[t] = tap % s.kernel_w * s.dilation_w - s.padding_w;
+  }
+  if (filter < s.filters) {
+    const T* channel = input + filter / s.multiplier * s.input[1];
+    const T* grad = grad_output + filter * s.output[1];
+    for (Index r = begin + threadIdx.x / lanes; r < end; r += rows_at_once) {
+      Index image = r;
+      const Index out_row = split(image, s.out_height);
+      const T* image_input = channel + image * s.input[0];
+      const T* row_grad = grad + image * s.output[0] + out_row * s.output[2];
+      for (Index column = first_column; column < s.out_width; column += column_step) {
+        const Acc g = widen(row_grad[column * s.output[3]]);
+        bias_sum += g;
+#pragma unroll
+        for (int t = 0; t < kTaps; ++t) {
+          const Index y = out_row * s.stride_h + dy[t], x = column * s.stride_w + dx[t];
+          if (y >= 0 && y < s.height && x >= 0 && x < s.width)
+            sum[t] += g * widen(image_input[y * s.input[2] + x * s.input[3]]);
+        }
+      }
+    }
+  }
+
+  // A tree over the threads: down to one thread, or to one row of lanes where each lane has a filter of its own.
+  const int width = channels_last ? lanes : 1;
+  const auto reduce = [&](Acc value, Index slot) {
+    shared[threadIdx.x] = value;
+    __syncthreads();
+    for (int offset = kThreads / 2; offset >= width; offset /= 2) {
+      if (static_cast<int>(threadIdx.x) < offset) shared[threadIdx.x] += shared[threadIdx.x + offset];
+      __syncthreads();
+    }
+    if (static_cast<int>(threadIdx.x) < width && filter < s.filters)
+      partial[(run * (taps + with_bias) + slot) * s.filters + filter] = shared[threadIdx.x];
+    __syncthreads();
+  };
+#pragma unroll
+  for (int t = 0; t < kTaps; ++t)
+    if (first_tap + t < taps) reduce(sum[t], first_tap + t);
+  if (with_bias && first_tap == 0) reduce(bias_sum, taps);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) generic_grad_weight_total(
+    const Accumulator<T>* __restrict__ partial, T* __restrict__ grad_weight, T* __restrict__ grad_bias,
+    int64_t filters, int64_t taps, int64_t splits) {
+  const int64_t sums = (taps + (grad_bias != nullptr)) * filters;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (index >= sums) return;
+  Accumulator<T> total = 0;
+  for (int64_t run = 0; run < splits; ++run) total += partial[run * sums + index];
+  const int64_t slot = index / filters, filter = index % filters;
+  if (slot < taps)
+    grad_weight[filter * taps + slot] = narrow<T>(total);
+  else
+    grad_bias[filter] = narrow<T>(total);
+}
+
+unsigned blocks_for(int64_t threads) {
+  const int64_t blocks = ceil_div(threads, kThreads);
+  if (blocks > std::numeric_limits<int32_t>::max())
+    throw std::runtime_error("dwconv: the tensors are too large for one kernel launch");
+  return static_cast<unsigned>(blocks);
+}
+
+template <typename T, typename Index>
+void launch_forward(const Problem& p, cudaStream_t stream) {
+  const int64_t strips = ceil_div(p.out_height, kRows);
+  const int64_t threads = p.batch * p.filters() * strips * p.out_width;
+  generic_forward<T, Index><<<blocks_for(threads), kThreads, 0, stream>>>(
+      static_cast<const T*>(p.input.data), static_cast<const T*>(p.weight.data), static_cast<const T*>(p.bias),
+      static_cast<T*>(p.output.data), Sizes<Index>(p), is_channels_last(p.output, p.filters()), strips, threads);
+}
+
+template <typename T, typename Index>
+void launch_grad_input(const Problem& p, cudaStream_t stream) {
+  const int64_t phases = std::min(p.stride_h, p.height);
+  const int64_t strips = ceil_div(p.height, kRows * p.stride_h) * phases;
+  const int64_t threads = p.batch * p.channels * strips * p.width;
+  const Reach rows(p.stride_h, p.dilation_h), columns(p.stride_w, p.dilation_w);
+  generic_grad_input<T, Index><<<blocks_for(threads), kThreads, 0, stream>>>(
+      static_cast<const T*>(p.output.data), static_cast<const T*>(p.weight.data), static_cast<T*>(p.input.data),
+      Sizes<Index>(p), rows.step, rows.move, columns.step, columns.move, is_channels_last(p.input, p.channels), phases,
+      strips, threads);
+}
+
+template <typename T, typename Index>
+void launch_grad_weight(const Problem& p, cudaStream_t stream) {
+  const WeightGradientShape shape(p);
+  auto* partial = static_cast<Accumulator<T>*>(p.workspace);
+  const int64_t blocks = shape.filter_groups * shape.tap_groups * shape.splits;
+  generic_grad_weight_runs<T, Index><<<blocks_for(blocks * kThreads), kThreads, 0, stream>>>(
+      static_cast<const T*>(p.output.data), static_cast<const T*>(p.input.data), partial, Sizes<Index>(p),
+      p.bias != nullptr, shape.channels_last, shape.lanes, shape.filter_groups, shape.tap_groups, shape.splits);
+  check_launch("generic_grad_weight_runs");
+  const int64_t sums = (p.taps() + (p.bias != nullptr)) * p.filters();
+  generic_grad_weight_total<T><<<blocks_for(sums), kThreads, 0, stream>>>(
+      partial, static_cast<T*>(p.weight.data), static_cast<T*>(p.bias), p.filters(), p.taps(), shape.splits);
+}
+
+// Whether every offset and every row or column number, also those before and behind the image, fits 31 bits.
+bool fits_32_bits(const Problem& p) {
+  const auto extent = [](const View& view, int64_t n, int64_t c, int64_t h, int64_t w) {
+    return std::max<int64_t>(n - 1, 0) * view.stride[0] + (c - 1) * view.stride[1] + (h - 1) * view.stride[2] +
+           (w - 1) * view.stride[3];
+  };
+  const int64_t reach_h = p.height + 2 * p.padding_h + (kRows + 1) * (p.stride_h + p.dilation_h) * kRows;
+  const int64_t reach_w = p.width + 2 * p.padding_w + 2 * (p.stride_w + p.dilation_w);
+  const int64_t positions = p.batch * std::max(p.filters() * (p.out_height + kRows) * p.out_width,
+                                               p.channels * (p.height + kRows * p.stride_h) * p.width);
+  const int64_t sums = (p.taps() + 1) * p.filters() * 2048;  // at most kBlocks splits
+  constexpr int64_t kLimit = std::numeric_limits<int32_t>::max() / 2;
+  return std::max({extent(p.input, p.batch, p.channels, p.height, p.width),
+                   extent(p.output, p.batch, p.filters(), p.out_height, p.out_width),
+                   extent(p.weight, p.filters(), 1, p.kernel_h, p.kernel_w), p.filters() * p.bias_stride, reach_h,
+                   reach_w, positions, sums}) < kLimit;
+}
+
+}  // namespace
+
+int64_t generic_workspace_bytes(const Problem& p) {
+  if (p.pass != Pass::kGradWeight) return 0;
+  const int64_t sums = (p.taps() + (p.bias != nullptr)) * p.filters();
+  return WeightGradientShape(p).splits * sums * std::max<int64_t>(size_of(p.dtype), sizeof(float));
+}
+
+void launch_generic(const Problem& p, cudaStream_t stream) {
+  const auto launch = [&](auto zero, auto index) {
+    using T = decltype(zero);
+    using Index = decltype(index);
+    switch (p.pass) {
+      case Pass::kForward: return launch_forward<T, Index>(p, stream);
+      case Pass::kGradInput: return launch_grad_input<T, Index>(p, stream);
+      case Pass::kGradWeight: return launch_grad_weight<T, Index>(p, stream);
+    }
+  };
+  visit_dtype(p.dtype, [&](auto zero) {
+    if (fits_32_bits(p))
+      launch(zero, int32_t{});
+    else
+      launch(zero, int64_t{});
+  });
+  check_launch("generic");
+}
+
+}  // namespace dwconv

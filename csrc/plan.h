@@ -1,0 +1,29 @@
+// Which kernel serves a problem. Host code only: the table is tested on machines without a GPU.
+#pragma once
+
+#include <string_view>
+#include <vector>
+
+#include "problem.h"
+
+namespace dwconv {
+
+enum class PlanId : int { kGeneric, kWindowNchw };
+
+struct Plan {
+  PlanId id;
+  const char* name;
+  const char* reason;              // why it is taken, for people
+  bool (*claims)(const Problem&);  // whether it is right for the problem, and fast
+};
+
+// Every plan, in order of preference; the last one claims every problem.
+const std::vector<Plan>& plans();
+
+// The first plan that claims the problem.
+const Plan& choose(const Problem& problem);
+
+// The plan of that name. Throws std::runtime_error where there is none or it does not claim the problem.
+const Plan& choose(const Problem& problem, std::string_view name);
+
+}  // namespace dwconv

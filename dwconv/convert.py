@@ -1,0 +1,57 @@
+"""``convert``: DepthwiseConv2d in place of every depthwise nn.Conv2d of a model."""
+
+from __future__ import annotations
+
+import logging
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from .modules import DepthwiseConv2d
+
+__all__ = ["convert"]
+
+logger = logging.getLogger("dwconv")
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _is_served(module: nn.Module) -> bool:
+    # A subclass has a forward, or an __init__, of its own, which a change of class would drop.
+    return (
+        type(module) is nn.Conv2d
+        and module.groups == module.in_channels > 1
+        and module.weight.dtype in _DTYPES
+        and "forward" not in module.__dict__
+        and "_conv_forward" not in module.__dict__
+    )
+
+
+def convert(model: Model) -> Model:
+    """Lets dwconv compute every depthwise nn.Conv2d of ``model``, in place, and returns ``model``.
+
+    The layers stay the same objects with another class, :class:`dwconv.DepthwiseConv2d`: their parameters, buffers,
+    names, hooks, mode, dtype and device are untouched, so that optimizers, checkpoints and references to them stay
+    valid. Served are layers of exactly the class nn.Conv2d with ``groups == in_channels > 1`` and a real floating-point
+    weight. All others are left alone: subclasses, since they may compute something else, and layers whose ``forward``
+    was replaced. How many were taken is logged to the logger ``dwconv`` at level INFO.
+
+    Args:
+        model: any nn.Module; it may be a convolution itself.
+
+    Raises:
+        TypeError: if ``model`` is not an nn.Module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert(): argument 'model' must be nn.Module, not {type(model).__name__}")
+    served = [module for module in model.modules() if _is_served(module)]
+    for module in served:
+        module.__class__ = DepthwiseConv2d
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    logger.info(
+        "%s: %d of %d convolutions are now computed by dwconv", type(model).__name__, len(served), convolutions
+    )
+    return model

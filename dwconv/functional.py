@@ -1,0 +1,137 @@
+"""``conv2d``: the depthwise convolution as a function of tensors."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import autograd
+
+__all__ = ["conv2d"]
+
+IntPair = int | Sequence[int]
+Padding = IntPair | Literal["same", "valid"]
+
+
+def pair(value: IntPair, name: str) -> tuple[int, ...]:
+    """One int for both sides, or one for each: (height, width). The operators check the values."""
+    if type(value) is int:
+        return value, value
+    if isinstance(value, (tuple, list, torch.Size)):
+        if len(value) == 1:
+            value = (*value, *value)
+        if len(value) != 2:
+            raise RuntimeError(
+                f"expected {name} to be a single integer value or a list of 2 values, but got {name}={list(value)}"
+            )
+        if all(type(side) is int for side in value):
+            return tuple(value)
+        sides: Sequence[int] = value
+    else:
+        sides = (value, value)
+    try:
+        if any(isinstance(side, (bool, Tensor)) for side in sides):
+            raise TypeError
+        return tuple(side if isinstance(side, torch.SymInt) else operator.index(side) for side in sides)
+    except TypeError:
+        raise TypeError(f"conv2d(): argument '{name}' must be an int or two ints, but got {value!r}") from None
+
+
+def same_padding(kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What 'same' adds at (top, left) and at (bottom, right); the odd one goes to the end, as in F.conv2d."""
+    total = [d * (k - 1) for d, k in zip(dilation, kernel_size)]
+    begin = (total[0] // 2, total[1] // 2)
+    return begin, (total[0] - begin[0], total[1] - begin[1])
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def _check_tensor(value: object, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"conv2d(): argument '{name}' must be Tensor, not {type(value).__name__}")
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: Padding = 0,
+    dilation: IntPair = 1,
+) -> Tensor:
+    r"""Depthwise 2-D convolution: ``F.conv2d(input, weight, bias, stride, padding, dilation, groups=C)``.
+
+    Filter ``c * m + q`` is applied to channel ``c`` of the input, for ``q`` in ``range(m)``:
+
+    .. math::
+        y[n, cm + q, i, j] = b[cm + q] + \sum_{u, v} w[cm + q, 0, u, v] \,
+        x[n, c, i s_h + u d_h - p_h, j s_w + v d_w - p_w]
+
+    Args:
+        input: (N, C, H, W), or (C, H, W) for a single image. Any strides; float32, float64, float16 or bfloat16 (the
+            last two are summed in float32).
+        weight: (C * m, 1, kH, kW) with a channel multiplier m >= 1; dtype and device of ``input``.
+        bias: (C * m,), or None; dtype and device of ``input``.
+        stride: in input pixels; an int or (height, width), at least 1.
+        padding: zeros on every side, in input pixels; an int or (height, width), at least 0, or ``'valid'`` (none), or
+            ``'same'`` (as many as keep the size; stride 1 only).
+        dilation: distance of neighbouring taps in input pixels; an int or (height, width), at least 1.
+
+    Returns:
+        (N, C * m, H_out, W_out), or without N if ``input`` has none, with
+        ``H_out = (H + 2 * padding - dilation * (kH - 1) - 1) // stride + 1`` and W_out alike; in channels_last where
+        ``input`` or ``weight`` is, contiguous else. Differentiable any number of times; every result is deterministic.
+
+    Raises:
+        TypeError: where an argument is of the wrong type.
+        RuntimeError: where sizes, dtypes, devices or values do not fit; the message names the argument.
+
+    Under autocast the tensors are cast as F.conv2d casts them.
+    """
+    _check_tensor(input, "input")
+    _check_tensor(weight, "weight")
+    if bias is not None:
+        _check_tensor(bias, "bias")
+
+    autocast = _autocast_dtype(input.device.type)
+    if autocast is not None:
+        input, weight, bias = (
+            tensor.to(autocast)
+            if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+            else tensor
+            for tensor in (input, weight, bias)
+        )
+
+    strides = pair(stride, "stride")
+    dilations = pair(dilation, "dilation")
+    batched = input.dim() != 3
+    if not batched:
+        input = input.unsqueeze(0)
+
+    if isinstance(padding, str):
+        if padding == "valid":
+            paddings: tuple[int, ...] = (0, 0)
+        elif padding == "same":
+            if any(side != 1 for side in strides):
+                raise RuntimeError(
+                    f"padding='same' is not supported for strided convolutions, but got stride={list(strides)}"
+                )
+            paddings, end = same_padding(weight.shape[2:], dilations)
+            if paddings != end:  # one more at the end: pad that much, as F.conv2d does
+                input = F.pad(input, (0, end[1] - paddings[1], 0, end[0] - paddings[0]))
+        else:
+            raise RuntimeError(f"Invalid padding string: {padding!r}; expected 'same' or 'valid'")
+    else:
+        paddings = pair(padding, "padding")
+
+    output = autograd.forward(input, weight, bias, strides, paddings, dilations)
+    return output if batched else output.squeeze(0)
