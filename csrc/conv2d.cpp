@@ -44,18 +44,23 @@ DType dtype_of(const Tensor& tensor, const char* name) {
   return DType::kFloat32;
 }
 
+std::string device_name(const Tensor& tensor) {
+  const auto device = tensor.device();
+  if (device.is_cpu()) return "cpu";
+  if (device.is_cuda()) return "cuda:" + std::to_string(device.index());
+  return "device type " + std::to_string(static_cast<int>(device.type()));
+}
+
 void check_same(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) {
-  check(a.scalar_type() == b.scalar_type(), a_name, " (", torch::headeronly::toString(a.scalar_type()), ") and ", b_name,
-        " (", torch::headeronly::toString(b.scalar_type()), ") should be of the same dtype");
-  const auto device_a = a.device(), device_b = b.device();
-  check(device_a.type() == device_b.type() && device_a.index() == device_b.index(), a_name, " and ", b_name,
-        " should be on the same device, but got device type ", static_cast<int>(device_a.type()), " index ",
-        device_a.index(), " and device type ", static_cast<int>(device_b.type()), " index ", device_b.index());
+  check(a.scalar_type() == b.scalar_type(), a_name, " (", torch::headeronly::toString(a.scalar_type()), ") and ",
+        b_name, " (", torch::headeronly::toString(b.scalar_type()), ") should be of the same dtype");
+  check(a.device() == b.device(), a_name, " and ", b_name, " should be on the same device, but got ", device_name(a),
+        " and ", device_name(b));
 }
 
 void check_rank(const Tensor& tensor, const char* name) {
-  check(tensor.dim() == 4, "expected ", name, " to have 4 dimensions, but got ", name, " of size: ",
-        listed(tensor.sizes()));
+  check(tensor.dim() == 4, "expected ", name, " to have 4 dimensions, but got ", name,
+        " of size: ", listed(tensor.sizes()));
 }
 
 // Sizes beyond this would overflow the arithmetic on padded sizes; none has a use.
@@ -72,18 +77,19 @@ void check_pair(const Ints& pair, const char* name, int64_t smallest, const char
 // Fills in what the sizes and the geometry say; `input` (N, C, H, W) and `weight` (C * m, 1, kH, kW) are sizes.
 template <typename Sizes, typename WeightSizes>
 Problem problem_of(const Sizes& input, const WeightSizes& weight, const Geometry& geometry) {
-  check_pair(geometry.stride, "stride", 1, "non-positive stride");
-  check_pair(geometry.padding, "padding", 0, "negative padding");
-  check_pair(geometry.dilation, "dilation", 1, "non-positive dilation");
-  check(weight[1] == 1, "expected weight of a depthwise convolution to be of size [C * multiplier, 1, kH, kW], but got ",
+  check(weight[1] == 1,
+        "expected weight of a depthwise convolution to be of size [C * multiplier, 1, kH, kW], but got ",
         "weight of size ", listed(weight));
   check(weight[2] > 0 && weight[3] > 0, "expected weight to have a kernel of at least 1 x 1, but got weight of size ",
         listed(weight));
   check(weight[2] <= kLargest && weight[3] <= kLargest, "weight is too large: got weight of size ", listed(weight));
+  check_pair(geometry.stride, "stride", 1, "non-positive stride");
+  check_pair(geometry.dilation, "dilation", 1, "non-positive dilation");
+  check_pair(geometry.padding, "padding", 0, "negative padding");  // last: 'same' makes it of the others
   check(input[1] > 0, "expected input to have at least one channel, but got input of size ", listed(input));
-  check(weight[0] > 0 && weight[0] % input[1] == 0, "Given weight of size ", listed(weight), ", expected the ", weight[0],
-        " filters to be a positive multiple of the channels of input, but got input of size ", listed(input), " with ",
-        input[1], " channels");
+  check(weight[0] > 0 && weight[0] % input[1] == 0, "Given weight of size ", listed(weight), ", expected the ",
+        weight[0], " filters to be a positive multiple of the channels of input, but got input of size ", listed(input),
+        " with ", input[1], " channels");
   check(input[2] > 0 && input[3] > 0, "expected input to have a non-empty height and width, but got input of size ",
         listed(input));
 
@@ -96,10 +102,9 @@ Problem problem_of(const Sizes& input, const WeightSizes& weight, const Geometry
   p.dilation_h = geometry.dilation[0], p.dilation_w = geometry.dilation[1];
   p.out_height = output_size(p.height, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h);
   p.out_width = output_size(p.width, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
-  check(p.out_height > 0 && p.out_width > 0, "Calculated padded input size per channel: (",
-        p.height + 2 * p.padding_h, " x ", p.width + 2 * p.padding_w, "). Kernel size: (",
-        p.dilation_h * (p.kernel_h - 1) + 1, " x ", p.dilation_w * (p.kernel_w - 1) + 1,
-        "). Kernel size can't be greater than actual input size");
+  check(p.out_height > 0 && p.out_width > 0, "Calculated padded input size per channel: (", p.height + 2 * p.padding_h,
+        " x ", p.width + 2 * p.padding_w, "). Kernel size: (", p.dilation_h * (p.kernel_h - 1) + 1, " x ",
+        p.dilation_w * (p.kernel_w - 1) + 1, "). Kernel size can't be greater than actual input size");
   return p;
 }
 
@@ -127,10 +132,10 @@ bool is_channels_last(const Tensor& tensor) {
 
 }  // namespace
 
-Problem check_forward(
-    const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Geometry& geometry) {
-  check(input.dim() == 4, "Expected 3D (unbatched) or 4D (batched) input to conv2d, but got input of size: ",
-        listed(input.sizes()));
+Problem check_forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                      const Geometry& geometry) {
+  check(input.dim() == 4,
+        "Expected 3D (unbatched) or 4D (batched) input to conv2d, but got input of size: ", listed(input.sizes()));
   check_rank(weight, "weight");
   check_same(input, "Input", weight, "weight");
   Problem p = problem_of(input.sizes(), weight.sizes(), geometry);
@@ -149,13 +154,13 @@ Problem check_forward(
   return p;
 }
 
-Problem check_grad_input(
-    const Tensor& grad_output, const Tensor& weight, const Ints& input_size, const Geometry& geometry) {
+Problem check_grad_input(const Tensor& grad_output, const Tensor& weight, const Ints& input_size,
+                         const Geometry& geometry) {
   check_rank(grad_output, "grad_output");
   check_rank(weight, "weight");
   check_same(grad_output, "grad_output", weight, "weight");
-  check(input_size.size() == 4 && input_size[0] >= 0, "expected input_size to be [N, C, H, W], but got input_size=",
-        listed(input_size));
+  check(input_size.size() == 4 && input_size[0] >= 0,
+        "expected input_size to be [N, C, H, W], but got input_size=", listed(input_size));
   Problem p = problem_of(input_size, weight.sizes(), geometry);
   check_is_output(grad_output, p);
   p.pass = Pass::kGradInput;
@@ -165,8 +170,8 @@ Problem check_grad_input(
   return p;
 }
 
-Problem check_grad_weight(
-    const Tensor& grad_output, const Tensor& input, const Ints& kernel_size, const Geometry& geometry) {
+Problem check_grad_weight(const Tensor& grad_output, const Tensor& input, const Ints& kernel_size,
+                          const Geometry& geometry) {
   check_rank(grad_output, "grad_output");
   check_rank(input, "input");
   check_same(grad_output, "grad_output", input, "input");

@@ -18,57 +18,55 @@ void call(const char* name, StableIValue* stack) {
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION));
 }
 
-// A tensor of that size over a single zero: stands for an argument of which only the sizes count.
-Tensor sized(const Tensor& like, const Ints& size) {
-  const Tensor zero = torch::stable::new_zeros(like, Ints{1});
-  std::array<StableIValue, 3> stack{from(zero), from(size), from(false)};
-  call("aten::expand", stack.data());
-  return to<Tensor>(stack[0]);
-}
-
 Tensor contiguous(const Tensor& tensor, bool channels_last) {
   using torch::headeronly::MemoryFormat;
   return torch::stable::contiguous(tensor, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-Tensor forward(
-    const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
-    const Ints& padding, const Ints& dilation) {
+Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
+               const Ints& padding, const Ints& dilation) {
   const Problem problem = check_forward(input, weight, bias, {stride, padding, dilation});
-  std::array<StableIValue, 9> stack{
-      from(input), from(weight), from(bias), from(stride), from(padding), from(dilation), from(false),
-      from(Ints{0, 0}), from(problem.channels)};
+  std::array<StableIValue, 9> stack{from(input),  from(weight),     from(bias),
+                                    from(stride), from(padding),    from(dilation),
+                                    from(false),  from(Ints{0, 0}), from(problem.channels)};
   call("aten::convolution", stack.data());
   return contiguous(to<Tensor>(stack[0]), output_is_channels_last(input, weight));
 }
 
 // input, weight and bias gradients, as far as `wanted`; the others are not to be touched.
-std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& grad_output, const Tensor& input, const Tensor& weight, const Problem& problem, const Geometry& g,
-    const std::array<bool, 3>& wanted) {
-  std::array<StableIValue, 11> stack{
-      from(grad_output), from(input), from(weight), from(std::optional<Ints>(Ints{problem.filters()})), from(g.stride),
-      from(g.padding), from(g.dilation), from(false), from(Ints{0, 0}), from(problem.channels), from(Bools(wanted.data(), wanted.size()))};
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                            const Problem& problem, const Geometry& g,
+                                            const std::array<bool, 3>& wanted) {
+  std::array<StableIValue, 11> stack{from(grad_output),
+                                     from(input),
+                                     from(weight),
+                                     from(std::optional<Ints>(Ints{problem.filters()})),
+                                     from(g.stride),
+                                     from(g.padding),
+                                     from(g.dilation),
+                                     from(false),
+                                     from(Ints{0, 0}),
+                                     from(problem.channels),
+                                     from(Bools(wanted.data(), wanted.size()))};
   call("aten::convolution_backward", stack.data());
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2])};
 }
 
-Tensor grad_input(
-    const Tensor& grad_output, const Tensor& weight, const Ints& input_size, const Ints& stride, const Ints& padding,
-    const Ints& dilation, bool channels_last) {
+Tensor grad_input(const Tensor& grad_output, const Tensor& weight, const Ints& input_size, const Ints& stride,
+                  const Ints& padding, const Ints& dilation, bool channels_last) {
   const Geometry geometry{stride, padding, dilation};
   const Problem problem = check_grad_input(grad_output, weight, input_size, geometry);
-  const auto gradients = backward(grad_output, sized(grad_output, input_size), weight, problem, geometry,
-                                  {true, false, false});
+  // Of the input only sizes and memory format count: its memory is neither read nor written.
+  const Tensor input = empty(input_size, channels_last, grad_output);
+  const auto gradients = backward(grad_output, input, weight, problem, geometry, {true, false, false});
   return contiguous(std::get<0>(gradients), channels_last);
 }
 
-std::tuple<Tensor, Tensor> grad_weight(
-    const Tensor& grad_output, const Tensor& input, const Ints& kernel_size, const Ints& stride, const Ints& padding,
-    const Ints& dilation, bool bias) {
+std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad_output, const Tensor& input, const Ints& kernel_size,
+                                       const Ints& stride, const Ints& padding, const Ints& dilation, bool bias) {
   const Geometry geometry{stride, padding, dilation};
   const Problem problem = check_grad_weight(grad_output, input, kernel_size, geometry);
-  const Tensor weight = sized(input, {problem.filters(), 1, problem.kernel_h, problem.kernel_w});
+  const Tensor weight = empty({problem.filters(), 1, problem.kernel_h, problem.kernel_w}, false, input);
   const auto gradients = backward(grad_output, input, weight, problem, geometry, {false, true, bias});
   const Tensor grad_bias = bias ? std::get<2>(gradients) : torch::stable::new_empty(input, Ints{0});
   return {contiguous(std::get<1>(gradients), false), grad_bias};

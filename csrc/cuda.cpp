@@ -42,9 +42,8 @@ void run(Problem& problem, const Tensor& like, const std::string& plan) {
   launch_generic(problem, stream);
 }
 
-Tensor forward_plan(
-    const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
-    const Ints& padding, const Ints& dilation, const std::string& plan) {
+Tensor forward_plan(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
+                    const Ints& padding, const Ints& dilation, const std::string& plan) {
   Problem problem = check_forward(input, weight, bias, {stride, padding, dilation});
   Tensor output = empty({problem.batch, problem.filters(), problem.out_height, problem.out_width},
                         output_is_channels_last(input, weight), input);
@@ -53,9 +52,8 @@ Tensor forward_plan(
   return output;
 }
 
-Tensor grad_input_plan(
-    const Tensor& grad_output, const Tensor& weight, const Ints& input_size, const Ints& stride, const Ints& padding,
-    const Ints& dilation, bool channels_last, const std::string& plan) {
+Tensor grad_input_plan(const Tensor& grad_output, const Tensor& weight, const Ints& input_size, const Ints& stride,
+                       const Ints& padding, const Ints& dilation, bool channels_last, const std::string& plan) {
   Problem problem = check_grad_input(grad_output, weight, input_size, {stride, padding, dilation});
   Tensor grad_input = empty(input_size, channels_last, grad_output);
   problem.input = view_of(grad_input);
@@ -63,9 +61,9 @@ Tensor grad_input_plan(
   return grad_input;
 }
 
-std::tuple<Tensor, Tensor> grad_weight_plan(
-    const Tensor& grad_output, const Tensor& input, const Ints& kernel_size, const Ints& stride, const Ints& padding,
-    const Ints& dilation, bool bias, const std::string& plan) {
+std::tuple<Tensor, Tensor> grad_weight_plan(const Tensor& grad_output, const Tensor& input, const Ints& kernel_size,
+                                            const Ints& stride, const Ints& padding, const Ints& dilation, bool bias,
+                                            const std::string& plan) {
   Problem problem = check_grad_weight(grad_output, input, kernel_size, {stride, padding, dilation});
   Tensor grad_weight = empty({problem.filters(), 1, problem.kernel_h, problem.kernel_w}, false, input);
   Tensor grad_bias = torch::stable::new_empty(input, Ints{bias ? problem.filters() : 0});
@@ -75,21 +73,18 @@ std::tuple<Tensor, Tensor> grad_weight_plan(
   return {grad_weight, grad_bias};
 }
 
-Tensor forward(
-    const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
-    const Ints& padding, const Ints& dilation) {
+Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
+               const Ints& padding, const Ints& dilation) {
   return forward_plan(input, weight, bias, stride, padding, dilation, {});
 }
 
-Tensor grad_input(
-    const Tensor& grad_output, const Tensor& weight, const Ints& input_size, const Ints& stride, const Ints& padding,
-    const Ints& dilation, bool channels_last) {
+Tensor grad_input(const Tensor& grad_output, const Tensor& weight, const Ints& input_size, const Ints& stride,
+                  const Ints& padding, const Ints& dilation, bool channels_last) {
   return grad_input_plan(grad_output, weight, input_size, stride, padding, dilation, channels_last, {});
 }
 
-std::tuple<Tensor, Tensor> grad_weight(
-    const Tensor& grad_output, const Tensor& input, const Ints& kernel_size, const Ints& stride, const Ints& padding,
-    const Ints& dilation, bool bias) {
+std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad_output, const Tensor& input, const Ints& kernel_size,
+                                       const Ints& stride, const Ints& padding, const Ints& dilation, bool bias) {
   return grad_weight_plan(grad_output, input, kernel_size, stride, padding, dilation, bias, {});
 }
 

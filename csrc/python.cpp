@@ -48,10 +48,9 @@ DType dtype_named(const std::string& name) {
   throw std::invalid_argument("there is no plan for dtype '" + name + "'");
 }
 
-Problem make_problem(
-    const std::string& pass, const std::string& dtype, const Quad& input_size, const Quad& input_stride,
-    const Quad& weight_size, const Quad& output_stride, const Pair& stride, const Pair& padding,
-    const Pair& dilation) {
+Problem make_problem(const std::string& pass, const std::string& dtype, const Quad& input_size,
+                     const Quad& input_stride, const Quad& weight_size, const Quad& output_stride, const Pair& stride,
+                     const Pair& padding, const Pair& dilation) {
   Problem p;
   p.pass = pass_named(pass);
   p.dtype = dtype_named(dtype);
@@ -80,8 +79,8 @@ PYBIND11_MODULE(_C, m) {
       [](const std::string& pass, const std::string& dtype, const Quad& input_size, const Quad& input_stride,
          const Quad& weight_size, const Quad& output_stride, const Pair& stride, const Pair& padding,
          const Pair& dilation) {
-        const Problem problem = make_problem(pass, dtype, input_size, input_stride, weight_size, output_stride, stride,
-                                             padding, dilation);
+        const Problem problem =
+            make_problem(pass, dtype, input_size, input_stride, weight_size, output_stride, stride, padding, dilation);
         std::vector<std::pair<std::string, std::string>> found;
         for (const auto& plan : dwconv::plans())
           if (plan.claims(problem)) found.emplace_back(plan.name, plan.reason);

@@ -6,7 +6,9 @@
 >>> print(dwconv.explain(x, weight))                   # which kernel serves a call
 """
 
+import os as _os
 import re as _re
+import warnings as _warnings
 
 import torch as _torch
 
@@ -22,12 +24,22 @@ if _found and (int(_found[1]), int(_found[2])) < _OLDEST_TORCH:
     )
 
 try:
-    from . import _C  # noqa: F401
+    from ._C import build_info as _build_info
 except ImportError as _error:
+    _folder = _os.path.dirname(_os.path.dirname(__file__))
     raise ImportError(
-        f"dwconv {__version__} cannot load its compiled part under torch {_torch.__version__}: {_error}. "
-        "Reinstall it for this Python: pip install --force-reinstall --no-deps dwconv"
+        f"dwconv {__version__} cannot load its compiled part under torch {_torch.__version__}: {_error}. Reinstall it "
+        "for this Python: pip install --force-reinstall --no-deps dwconv; or, if this is its source tree, build it "
+        f"there: pip install --no-build-isolation --editable {_folder}"
     ) from _error
+
+if _build_info()["cuda"] is not None and _torch.version.cuda is None and _torch.version.hip is None:
+    _warnings.warn(
+        f"dwconv was built with CUDA {_build_info()['cuda']}, but torch {_torch.__version__} is a CPU build: CPU "
+        "tensors work, CUDA tensors need a CUDA build of torch (https://pytorch.org/get-started/locally)",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 from .convert import convert  # noqa: E402
 from .explain import explain  # noqa: E402

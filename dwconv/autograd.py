@@ -28,6 +28,7 @@ from torch.autograd import Function
 from . import _ops
 
 Pair = Sequence[int]
+Geometry = tuple[Pair, Pair, Pair]  # stride, padding, dilation
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
@@ -55,12 +56,13 @@ class DepthwiseConv2dFunction(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
+        geometry: Geometry = ctx.geometry
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         d_input = d_weight = d_bias = None
         if needs_input:
-            d_input = grad_input(grad_output, weight, ctx.input_size, *ctx.geometry, ctx.channels_last)
+            d_input = grad_input(grad_output, weight, ctx.input_size, *geometry, ctx.channels_last)
         if needs_weight:
-            d_weight, d_bias = grad_weight(grad_output, input, ctx.kernel_size, *ctx.geometry, needs_bias)
+            d_weight, d_bias = grad_weight(grad_output, input, ctx.kernel_size, *geometry, needs_bias)
         elif needs_bias:
             d_bias = grad_output.sum((0, 2, 3))
         return d_input, d_weight, d_bias if needs_bias else None, None, None, None
@@ -90,11 +92,12 @@ class DepthwiseConv2dGradInput(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_output, weight = ctx.saved_tensors
+        geometry: Geometry = ctx.geometry
         d_grad_output = d_weight = None
         if ctx.needs_input_grad[0]:
-            d_grad_output = forward(grad, weight, None, *ctx.geometry)
+            d_grad_output = forward(grad, weight, None, *geometry)
         if ctx.needs_input_grad[1]:
-            d_weight, _ = grad_weight(grad_output, grad, ctx.kernel_size, *ctx.geometry, False)
+            d_weight, _ = grad_weight(grad_output, grad, ctx.kernel_size, *geometry, False)
         return d_grad_output, d_weight, None, None, None, None, None
 
 
@@ -125,11 +128,12 @@ class DepthwiseConv2dGradWeight(Function):
     @staticmethod
     def backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor) -> tuple[Tensor | None, ...]:
         grad_output, input = ctx.saved_tensors
+        geometry: Geometry = ctx.geometry
         d_grad_output = d_input = None
         if ctx.needs_input_grad[0]:
-            d_grad_output = forward(input, grad_weight, grad_bias if ctx.bias else None, *ctx.geometry)
+            d_grad_output = forward(input, grad_weight, grad_bias if ctx.bias else None, *geometry)
         if ctx.needs_input_grad[1]:
-            d_input = grad_input(grad_output, grad_weight, ctx.input_size, *ctx.geometry, ctx.channels_last)
+            d_input = grad_input(grad_output, grad_weight, ctx.input_size, *geometry, ctx.channels_last)
         return d_grad_output, d_input, None, None, None, None, None
 
 

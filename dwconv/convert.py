@@ -20,14 +20,14 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def _is_served(module: nn.Module) -> bool:
-    # A subclass has a forward, or an __init__, of its own, which a change of class would drop.
-    return (
-        type(module) is nn.Conv2d
-        and module.groups == module.in_channels > 1
-        and module.weight.dtype in _DTYPES
-        and "forward" not in module.__dict__
-        and "_conv_forward" not in module.__dict__
-    )
+    # A subclass of nn.Conv2d has a forward of its own, which a change of class would drop; so has an instance whose
+    # forward was replaced. A subclass of Tensor (quantised, sharded) may know nn.Conv2d's operator alone.
+    if type(module) is not nn.Conv2d or "forward" in module.__dict__ or "_conv_forward" in module.__dict__:
+        return False
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or type(weight) not in (torch.Tensor, nn.Parameter):
+        return False
+    return weight.dtype in _DTYPES and module.groups == module.in_channels > 1
 
 
 def convert(model: Model) -> Model:
@@ -35,9 +35,11 @@ def convert(model: Model) -> Model:
 
     The layers stay the same objects with another class, :class:`dwconv.DepthwiseConv2d`: their parameters, buffers,
     names, hooks, mode, dtype and device are untouched, so that optimizers, checkpoints and references to them stay
-    valid. Served are layers of exactly the class nn.Conv2d with ``groups == in_channels > 1`` and a real floating-point
-    weight. All others are left alone: subclasses, since they may compute something else, and layers whose ``forward``
-    was replaced. How many were taken is logged to the logger ``dwconv`` at level INFO.
+    valid. Served are layers of exactly the class nn.Conv2d with ``groups == in_channels > 1`` and a plain weight of
+    dtype float32, float64, float16 or bfloat16. All others are left alone: subclasses and layers whose ``forward`` was
+    replaced, since they may compute something else (a parametrised layer is one), and quantised or sharded weights; so
+    convert first, then parametrise, quantise or shard. How many were taken is logged to the logger ``dwconv`` at level
+    INFO.
 
     Args:
         model: any nn.Module; it may be a convolution itself.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _C, _ops
-from .functional import IntPair, Padding, pair, same_padding
+from .functional import IntPair, Padding, conv2d
 
 __all__ = ["Explanation", "PlanChoice", "explain"]
 
@@ -32,8 +34,22 @@ class Explanation:
     grad_weight: PlanChoice
 
     def __str__(self) -> str:
-        rows = [(name, *getattr(self, name)) for name in PASSES]
-        return "\n".join(f"{name:<12} {plan:<16} {reason}" for name, plan, reason in rows)
+        choices = {name: getattr(self, name) for name in PASSES}
+        width = max(len(choice.plan) for choice in choices.values())
+        return "\n".join(f"{name:<11}  {plan:<{width}}  {reason}" for name, (plan, reason) in choices.items())
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Keeps the arguments that reach the operator and what it returns."""
+
+    arguments: tuple[Any, ...]
+    output: Tensor
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is _ops.forward:
+            self.arguments, self.output = args, output
+        return output
 
 
 def explain(
@@ -54,41 +70,30 @@ def explain(
 
     Example:
         >>> x, w = torch.empty(16, 64, 512, 512, device="meta"), torch.empty(64, 1, 3, 3, device="meta")
-        >>> print(explain(x, w))
+        >>> explain(x, w).forward.plan
+        'window_nchw'
     """
-    if input.dim() == 3:
-        input = input.unsqueeze(0)
-    strides, dilations = pair(stride, "stride"), pair(dilation, "dilation")
-    if padding == "same":
-        paddings: tuple[int, ...] = same_padding(weight.shape[2:], dilations)[0]
-    elif isinstance(padding, str):
-        paddings = (0, 0)
-    else:
-        paddings = pair(padding, "padding")
+    # conv2d itself, on tensors without numbers: what it makes of padding, autocast or a single image is what counts.
+    mode = FakeTensorMode()
 
-    # On meta tensors, for the checks and for the output's strides.
-    shapes = (tensor if tensor is None else tensor.to("meta") for tensor in (input, weight, bias))
-    output = _ops.forward(*shapes, strides, paddings, dilations)
+    def fake(tensor: Tensor | None) -> Tensor | None:
+        if not isinstance(tensor, Tensor):
+            return tensor  # conv2d says what is wrong
+        meta = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+        return FakeTensor(mode, meta, torch.device("cuda") if tensor.is_meta else tensor.device)
 
-    if input.device.type == "cpu":
+    with torch.no_grad():
+        fakes = fake(input), fake(weight), fake(bias)
+        with mode, _Recorder() as recorder:  # type: ignore[no-untyped-call]
+            conv2d(*fakes, stride, padding, dilation)  # type: ignore[arg-type]
+    x, w, _, *geometry = recorder.arguments
+
+    if x.device.type == "cpu":
         choice = PlanChoice("aten", "CPU tensors go to ATen's own convolution (oneDNN)")
         return Explanation(choice, choice, choice)
-    if _ops.BUILD["cuda"] is None and input.device.type != "meta":
+    if _ops.BUILD["cuda"] is None and not input.is_meta:
         choice = PlanChoice("none", "this dwconv was built without CUDA")
         return Explanation(choice, choice, choice)
-    dtype = str(input.dtype).removeprefix("torch.")
-    choices = (
-        _C.plans(
-            name,
-            dtype,
-            tuple(input.shape),
-            input.stride(),
-            tuple(weight.shape),
-            output.stride(),
-            strides,
-            paddings,
-            dilations,
-        )[0]
-        for name in PASSES
-    )
-    return Explanation(*(PlanChoice(*choice) for choice in choices))
+    dtype = str(x.dtype).removeprefix("torch.")
+    sizes = tuple(x.shape), x.stride(), tuple(w.shape), recorder.output.stride()
+    return Explanation(*(PlanChoice(*_C.plans(name, dtype, *sizes, *geometry)[0]) for name in PASSES))

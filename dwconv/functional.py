@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,26 +20,33 @@ Padding = IntPair | Literal["same", "valid"]
 
 def pair(value: IntPair, name: str) -> tuple[int, ...]:
     """One int for both sides, or one for each: (height, width). The operators check the values."""
-    if type(value) is int:
+    if type(value) is int and -(2**63) <= value < 2**63:
         return value, value
-    if isinstance(value, (tuple, list, torch.Size)):
-        if len(value) == 1:
-            value = (*value, *value)
-        if len(value) != 2:
-            raise RuntimeError(
-                f"expected {name} to be a single integer value or a list of 2 values, but got {name}={list(value)}"
-            )
-        if all(type(side) is int for side in value):
-            return tuple(value)
-        sides: Sequence[int] = value
-    else:
-        sides = (value, value)
-    try:
-        if any(isinstance(side, (bool, Tensor)) for side in sides):
-            raise TypeError
-        return tuple(side if isinstance(side, torch.SymInt) else operator.index(side) for side in sides)
-    except TypeError:
-        raise TypeError(f"conv2d(): argument '{name}' must be an int or two ints, but got {value!r}") from None
+    sides: tuple[Any, ...] = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
+    if len(sides) == 1:
+        sides = sides + sides
+    if len(sides) != 2:
+        raise RuntimeError(
+            f"expected {name} to be a single integer value or a list of 2 values, but got {name}={list(sides)}"
+        )
+    if type(sides[0]) is not int or type(sides[1]) is not int:
+        try:
+            sides = _index(sides[0]), _index(sides[1])
+        except TypeError:
+            raise TypeError(f"conv2d(): argument '{name}' must be an int or two ints, but got {value!r}") from None
+    if not (-(2**63) <= sides[0] < 2**63 and -(2**63) <= sides[1] < 2**63):
+        error = ValueError if isinstance(value, int) else TypeError  # as F.conv2d
+        raise error(f"conv2d(): argument '{name}' must fit in 64 bits, but got {value!r}")
+    return sides
+
+
+def _index(side: Any) -> Any:
+    """What counts as an int: a NumPy integer, say, or a SymInt."""
+    if isinstance(side, torch.SymInt):
+        return side
+    if isinstance(side, (bool, Tensor)) or not hasattr(side, "__index__"):  # asked first, for torch.compile
+        raise TypeError
+    return operator.index(side)
 
 
 def same_padding(kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -49,10 +56,16 @@ def same_padding(kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[t
     return begin, (total[0] - begin[0], total[1] - begin[1])
 
 
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
+def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    if torch._C._is_any_autocast_enabled() and not tensor.is_meta:  # asked of meta, torch raises
+        device_type = tensor.device.type
+        if torch.is_autocast_enabled(device_type):
+            return torch.get_autocast_dtype(device_type)
     return None
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
 def _check_tensor(value: object, name: str) -> None:
@@ -93,6 +106,7 @@ def conv2d(
 
     Raises:
         TypeError: where an argument is of the wrong type.
+        ValueError: where an int exceeds 64 bits.
         RuntimeError: where sizes, dtypes, devices or values do not fit; the message names the argument.
 
     Under autocast the tensors are cast as F.conv2d casts them.
@@ -102,14 +116,10 @@ def conv2d(
     if bias is not None:
         _check_tensor(bias, "bias")
 
-    autocast = _autocast_dtype(input.device.type)
+    autocast = _autocast_dtype(input)
     if autocast is not None:
-        input, weight, bias = (
-            tensor.to(autocast)
-            if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
-            else tensor
-            for tensor in (input, weight, bias)
-        )
+        input, weight = _cast(input, autocast), _cast(weight, autocast)
+        bias = bias if bias is None else _cast(bias, autocast)
 
     strides = pair(stride, "stride")
     dilations = pair(dilation, "dilation")
@@ -117,21 +127,20 @@ def conv2d(
     if not batched:
         input = input.unsqueeze(0)
 
-    if isinstance(padding, str):
-        if padding == "valid":
-            paddings: tuple[int, ...] = (0, 0)
-        elif padding == "same":
-            if any(side != 1 for side in strides):
-                raise RuntimeError(
-                    f"padding='same' is not supported for strided convolutions, but got stride={list(strides)}"
-                )
+    paddings: tuple[int, ...] = (0, 0)
+    if not isinstance(padding, str):
+        paddings = pair(padding, "padding")
+    elif padding == "same":
+        if strides != (1, 1):
+            raise RuntimeError(
+                f"padding='same' is not supported for strided convolutions, but got stride={list(strides)}"
+            )
+        if input.dim() == weight.dim() == 4:  # or else the operator complains of them as they are
             paddings, end = same_padding(weight.shape[2:], dilations)
             if paddings != end:  # one more at the end: pad that much, as F.conv2d does
                 input = F.pad(input, (0, end[1] - paddings[1], 0, end[0] - paddings[0]))
-        else:
-            raise RuntimeError(f"Invalid padding string: {padding!r}; expected 'same' or 'valid'")
-    else:
-        paddings = pair(padding, "padding")
+    elif padding != "valid":
+        raise RuntimeError(f"Invalid padding string: {padding!r}; expected 'same' or 'valid'")
 
     output = autograd.forward(input, weight, bias, strides, paddings, dilations)
     return output if batched else output.squeeze(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ class DepthwiseConv2d(nn.Conv2d):
     """``nn.Conv2d(C, C * m, kernel_size, stride, padding, dilation, groups=C, bias)``, faster.
 
     It is an nn.Conv2d: the same attributes, parameters, state_dict and, from the same seed, the same initial weights;
-    what looks for an nn.Conv2d (pruning, fusing, quantising, counting) finds one.
+    what looks for an nn.Conv2d (pruning, fusing, counting) finds one. Its ``repr`` is the call that makes its like.
 
     Args:
         in_channels: C.
@@ -48,7 +50,7 @@ class DepthwiseConv2d(nn.Conv2d):
         *,
         dilation: IntPair = 1,
         channel_multiplier: int = 1,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -79,17 +81,12 @@ class DepthwiseConv2d(nn.Conv2d):
         return conv2d(input, weight, bias, self.stride, self.padding, self.dilation)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
-        parts = [f"{self.in_channels}", f"kernel_size={self.kernel_size}", f"stride={self.stride}"]
-        if self.padding != (0, 0):
-            parts.append(f"padding={self.padding!r}")
-        if self.bias is None:
-            parts.append("bias=False")
-        else:
-            parts.append("bias=True")
+        text = f"{self.in_channels}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding!r}"
+        text += f", bias={self.bias is not None}"
         if self.dilation != (1, 1):
-            parts.append(f"dilation={self.dilation}")
+            text += f", dilation={self.dilation}"
         if self.channel_multiplier != 1:
-            parts.append(f"channel_multiplier={self.channel_multiplier}")
+            text += f", channel_multiplier={self.channel_multiplier}"
         if self.padding_mode != "zeros":
-            parts.append(f"padding_mode={self.padding_mode!r}")
-        return ", ".join(parts)
+            text += f", padding_mode={self.padding_mode!r}"
+        return text

@@ -25,17 +25,31 @@ struct AccumulatorOf<double> {
 template <typename T>
 using Accumulator = typename AccumulatorOf<T>::type;
 
-__device__ inline float widen(float value) { return value; }
-__device__ inline double widen(double value) { return value; }
-__device__ inline float widen(__half value) { return __half2float(value); }
-__device__ inline float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ inline float widen(float value) {
+  return value;
+}
+__device__ inline double widen(double value) {
+  return value;
+}
+__device__ inline float widen(__half value) {
+  return __half2float(value);
+}
+__device__ inline float widen(__nv_bfloat16 value) {
+  return __bfloat162float(value);
+}
 
 template <typename T>
-__device__ inline T narrow(Accumulator<T> value) { return value; }
+__device__ inline T narrow(Accumulator<T> value) {
+  return value;
+}
 template <>
-__device__ inline __half narrow<__half>(float value) { return __float2half_rn(value); }
+__device__ inline __half narrow<__half>(float value) {
+  return __float2half_rn(value);
+}
 template <>
-__device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float value) { return __float2bfloat16_rn(value); }
+__device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -62,7 +76,8 @@ struct Divider {
 inline void check_launch(const char* kernel) {
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess)
-    throw std::runtime_error(std::string("dwconv: kernel ") + kernel + " failed to launch: " + cudaGetErrorString(error));
+    throw std::runtime_error(std::string("dwconv: kernel ") + kernel +
+                             " failed to launch: " + cudaGetErrorString(error));
 }
 
 // Calls visit(T{}) with the element type.

@@ -14,8 +14,9 @@ namespace dwconv {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRows = 4;  // rows that a thread owns, so that a weight is read once for four products
-constexpr int kTaps = 9;  // taps that a thread of grad_weight accumulates in registers
+constexpr int kRows = 4;   // rows that a thread owns, so that a weight is read once for four products
+constexpr int kTaps = 9;   // taps that a thread of grad_weight accumulates in registers
+constexpr int kPart = 32;  // columns that it adds up before it adds them to its sum
 
 // Problem with the integer type of the index arithmetic: 64 bits cost two to three times the instructions.
 template <typename Index>
@@ -25,10 +26,23 @@ struct Sizes {
   Index input[4], weight[4], output[4], bias;  // strides, in elements
 
   explicit Sizes(const Problem& p)
-      : batch(p.batch), channels(p.channels), multiplier(p.multiplier), filters(p.filters()), height(p.height),
-        width(p.width), out_height(p.out_height), out_width(p.out_width), kernel_h(p.kernel_h), kernel_w(p.kernel_w),
-        stride_h(p.stride_h), stride_w(p.stride_w), padding_h(p.padding_h), padding_w(p.padding_w),
-        dilation_h(p.dilation_h), dilation_w(p.dilation_w), bias(p.bias_stride) {
+      : batch(p.batch),
+        channels(p.channels),
+        multiplier(p.multiplier),
+        filters(p.filters()),
+        height(p.height),
+        width(p.width),
+        out_height(p.out_height),
+        out_width(p.out_width),
+        kernel_h(p.kernel_h),
+        kernel_w(p.kernel_w),
+        stride_h(p.stride_h),
+        stride_w(p.stride_w),
+        padding_h(p.padding_h),
+        padding_w(p.padding_w),
+        dilation_h(p.dilation_h),
+        dilation_w(p.dilation_w),
+        bias(p.bias_stride) {
     for (int i = 0; i < 4; ++i)
       input[i] = p.input.stride[i], weight[i] = p.weight.stride[i], output[i] = p.output.stride[i];
   }
@@ -66,10 +80,53 @@ struct Position {
   }
 };
 
+// How the taps along one side meet an array: tap number t reads index origin + t * move, for t in [begin, end).
+template <typename Index>
+struct Walk {
+  Index origin, move, begin, end;
+
+  // Drops the taps that read outside [0, size).
+  __device__ void clip(Index size) {
+    const auto outside = [&](Index tap) { return origin + tap * move < 0 || origin + tap * move >= size; };
+    while (begin < end && outside(begin)) ++begin;
+    while (begin < end && outside(end - 1)) --end;
+  }
+};
+
+// Adds to the sums of kRows rows, `row_step` source rows apart, what the taps find in the source. `columns` is clipped;
+// `rows` speaks of the first of the rows.
 template <typename T, typename Index>
-__global__ void __launch_bounds__(kThreads) generic_forward(
-    const T* __restrict__ input, const T* __restrict__ weight, const T* __restrict__ bias, T* __restrict__ output,
-    const Sizes<Index> s, bool channels_last, Index strips, Index threads) {
+__device__ void add_taps(Accumulator<T> (&sum)[kRows], const T* source, Index height, Index row_stride,
+                         Index column_stride, const Walk<Index>& rows, Index row_step, const Walk<Index>& columns,
+                         const T* taps, Index tap_row_stride, Index tap_column_stride) {
+  for (Index i = rows.begin; i < rows.end; ++i) {
+    bool inside[kRows], any = false;
+    Index offset[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const Index y = rows.origin + i * rows.move + r * row_step;
+      inside[r] = y >= 0 && y < height;
+      offset[r] = inside[r] ? y * row_stride : 0;
+      any |= inside[r];
+    }
+    if (!any) continue;
+    const T* tap = taps + i * tap_row_stride + columns.begin * tap_column_stride;
+    const T* column = source + (columns.origin + columns.begin * columns.move) * column_stride;
+    for (Index j = columns.begin; j < columns.end; ++j) {
+      const Accumulator<T> weight = widen(*tap);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+        if (inside[r]) sum[r] += weight * widen(column[offset[r]]);
+      tap += tap_column_stride;
+      column += columns.move * column_stride;
+    }
+  }
+}
+
+template <typename T, typename Index>
+__global__ void __launch_bounds__(kThreads)
+    generic_forward(const T* __restrict__ input, const T* __restrict__ weight, const T* __restrict__ bias,
+                    T* __restrict__ output, const Sizes<Index> s, bool channels_last, Index strips, Index threads) {
   using Acc = Accumulator<T>;
   const Index thread = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
   if (thread >= threads) return;
@@ -77,23 +134,14 @@ __global__ void __launch_bounds__(kThreads) generic_forward(
   const Index row = at.strip * kRows;
 
   Acc sum[kRows];
+#pragma unroll
   for (int r = 0; r < kRows; ++r) sum[r] = bias ? widen(bias[at.channel * s.bias]) : Acc(0);
 
-  input += at.image * s.input[0] + at.channel / s.multiplier * s.input[1];
-  weight += at.channel * s.weight[0];
-  for (Index i = 0; i < s.kernel_h; ++i) {
-    const Index y = row * s.stride_h - s.padding_h + i * s.dilation_h;
-    for (Index j = 0; j < s.kernel_w; ++j) {
-      const Index x = at.column * s.stride_w - s.padding_w + j * s.dilation_w;
-      if (x < 0 || x >= s.width) continue;
-      const Acc tap = widen(weight[i * s.weight[2] + j * s.weight[3]]);
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const Index y_r = y + r * s.stride_h;
-        if (y_r >= 0 && y_r < s.height) sum[r] += tap * widen(input[y_r * s.input[2] + x * s.input[3]]);
-      }
-    }
-  }
+  const Walk<Index> rows{row * s.stride_h - s.padding_h, s.dilation_h, 0, s.kernel_h};
+  Walk<Index> columns{at.column * s.stride_w - s.padding_w, s.dilation_w, 0, s.kernel_w};
+  columns.clip(s.width);
+  add_taps(sum, input + at.image * s.input[0] + at.channel / s.multiplier * s.input[1], s.height, s.input[2],
+           s.input[3], rows, s.stride_h, columns, weight + at.channel * s.weight[0], s.weight[2], s.weight[3]);
 
   output += at.image * s.output[0] + at.channel * s.output[1] + at.column * s.output[3];
 #pragma unroll
@@ -101,32 +149,35 @@ __global__ void __launch_bounds__(kThreads) generic_forward(
     if (row + r < s.out_height) output[(row + r) * s.output[2]] = narrow<T>(sum[r]);
 }
 
-// The taps k along one side that reach a given input index lie `step` apart; between two of them the output index
-// moves by `move`: t = index + padding - k * dilation has to be a multiple of the stride.
+// Input index i is read by tap k for output (i + padding - k * dilation) / stride where that division leaves no rest.
+// Such taps lie `tap_step` apart, and from one to the next the output index falls by `fall`.
 struct Reach {
-  int64_t step, move;
+  int64_t tap_step, fall;
 
   Reach(int64_t stride, int64_t dilation) {
     int64_t divisor = stride, rest = dilation;
     while (rest) std::swap(divisor %= rest, rest);
-    step = stride / divisor, move = dilation / divisor;
+    tap_step = stride / divisor, fall = dilation / divisor;
   }
 };
 
-// The first tap that reaches an index, or `limit` where none below it does.
+// The taps of one side that reach a padded index, and the output indices they reach it for; none where `end` is 0.
 template <typename Index>
-__device__ Index first_tap(Index padded_index, Index stride, Index dilation, Index limit) {
-  Index tap = 0;
-  while (tap < limit && (padded_index - tap * dilation) % stride != 0) ++tap;
-  return tap;
+__device__ Walk<Index> taps_reaching(Index padded_index, Index stride, Index dilation, Index kernel, Index tap_step,
+                                     Index fall, Index& first_tap) {
+  first_tap = 0;
+  const Index limit = min(tap_step, kernel);
+  while (first_tap < limit && (padded_index - first_tap * dilation) % stride != 0) ++first_tap;
+  if (first_tap == limit) return {0, 0, 0, 0};
+  return {(padded_index - first_tap * dilation) / stride, -fall, 0, (kernel - first_tap + tap_step - 1) / tap_step};
 }
 
 // A thread owns kRows input rows that lie a stride apart: the same taps reach all of them.
 template <typename T, typename Index>
-__global__ void __launch_bounds__(kThreads) generic_grad_input(
-    const T* __restrict__ grad_output, const T* __restrict__ weight, T* __restrict__ grad_input, const Sizes<Index> s,
-    Index step_h, Index move_h, Index step_w, Index move_w, bool channels_last, Index phases, Index strips,
-    Index threads) {
+__global__ void __launch_bounds__(kThreads)
+    generic_grad_input(const T* __restrict__ grad_output, const T* __restrict__ weight, T* __restrict__ grad_input,
+                       const Sizes<Index> s, Index step_h, Index fall_h, Index step_w, Index fall_w, bool channels_last,
+                       Index phases, Index strips, Index threads) {
   using Acc = Accumulator<T>;
   const Index thread = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
   if (thread >= threads) return;
@@ -134,25 +185,15 @@ __global__ void __launch_bounds__(kThreads) generic_grad_input(
   const Index row = at.strip / phases * (kRows * s.stride_h) + at.strip % phases;
 
   Acc sum[kRows] = {};
-  const Index i0 = first_tap(row + s.padding_h, s.stride_h, s.dilation_h, min(step_h, s.kernel_h));
-  const Index j0 = first_tap(at.column + s.padding_w, s.stride_w, s.dilation_w, min(step_w, s.kernel_w));
-  if (i0 < step_h && j0 < step_w) {
-    const Index y0 = (row + s.padding_h - i0 * s.dilation_h) / s.stride_h;
-    const Index x0 = (at.column + s.padding_w - j0 * s.dilation_w) / s.stride_w;
-    for (Index q = 0; q < s.multiplier; ++q) {
-      const Index filter = at.channel * s.multiplier + q;
-      const T* grad = grad_output + at.image * s.output[0] + filter * s.output[1];
-      const T* taps = weight + filter * s.weight[0];
-      for (Index i = i0, y = y0; i < s.kernel_h && y + kRows > 0; i += step_h, y -= move_h)
-        for (Index j = j0, x = x0; j < s.kernel_w && x >= 0; j += step_w, x -= move_w) {
-          if (x >= s.out_width) continue;
-          const Acc tap = widen(taps[i * s.weight[2] + j * s.weight[3]]);
-#pragma unroll
-          for (int r = 0; r < kRows; ++r)
-            if (y + r >= 0 && y + r < s.out_height)
-              sum[r] += tap * widen(grad[(y + r) * s.output[2] + x * s.output[3]]);
-        }
-    }
+  Index i0, j0;
+  const auto rows = taps_reaching(row + s.padding_h, s.stride_h, s.dilation_h, s.kernel_h, step_h, fall_h, i0);
+  auto columns = taps_reaching(at.column + s.padding_w, s.stride_w, s.dilation_w, s.kernel_w, step_w, fall_w, j0);
+  columns.clip(s.out_width);
+  for (Index q = 0; q < s.multiplier; ++q) {
+    const Index filter = at.channel * s.multiplier + q;
+    add_taps(sum, grad_output + at.image * s.output[0] + filter * s.output[1], s.out_height, s.output[2], s.output[3],
+             rows, Index(1), columns, weight + filter * s.weight[0] + i0 * s.weight[2] + j0 * s.weight[3],
+             step_h * s.weight[2], step_w * s.weight[3]);
   }
 
   grad_input += at.image * s.input[0] + at.channel * s.input[1] + at.column * s.input[3];
@@ -186,10 +227,10 @@ struct WeightGradientShape {
 
 // Partial sums lie as [split][tap, or bias behind the last tap][filter].
 template <typename T, typename Index>
-__global__ void __launch_bounds__(kThreads) generic_grad_weight_runs(
-    const T* __restrict__ grad_output, const T* __restrict__ input, Accumulator<T>* __restrict__ partial,
-    const Sizes<Index> s, bool with_bias, bool channels_last, int lanes, Index filter_groups, Index tap_groups,
-    Index splits) {
+__global__ void __launch_bounds__(kThreads)
+    generic_grad_weight_runs(const T* __restrict__ grad_output, const T* __restrict__ input,
+                             Accumulator<T>* __restrict__ partial, const Sizes<Index> s, bool with_bias,
+                             bool channels_last, int lanes, Index filter_groups, Index tap_groups, Index splits) {
   using Acc = Accumulator<T>;
   __shared__ Acc shared[kThreads];
   const int lane = threadIdx.x % lanes;
@@ -224,15 +265,27 @@ __global__ void __launch_bounds__(kThreads) generic_grad_weight_runs(
       const Index out_row = split(image, s.out_height);
       const T* image_input = channel + image * s.input[0];
       const T* row_grad = grad + image * s.output[0] + out_row * s.output[2];
-      for (Index column = first_column; column < s.out_width; column += column_step) {
-        const Acc g = widen(row_grad[column * s.output[3]]);
-        bias_sum += g;
+      Index offset[kTaps], width[kTaps];  // a width of 0 keeps a tap above or below the image out
 #pragma unroll
-        for (int t = 0; t < kTaps; ++t) {
-          const Index y = out_row * s.stride_h + dy[t], x = column * s.stride_w + dx[t];
-          if (y >= 0 && y < s.height && x >= 0 && x < s.width)
-            sum[t] += g * widen(image_input[y * s.input[2] + x * s.input[3]]);
+      for (int t = 0; t < kTaps; ++t) {
+        const Index y = out_row * s.stride_h + dy[t];
+        width[t] = y >= 0 && y < s.height ? s.width : 0;
+        offset[t] = width[t] ? y * s.input[2] : 0;
+      }
+      for (Index column = first_column; column < s.out_width;) {
+        Acc part[kTaps] = {}, bias_part = 0;  // short sums of short sums: the rounding error grows slowly
+        for (int n = 0; n < kPart && column < s.out_width; ++n, column += column_step) {
+          const Acc g = widen(row_grad[column * s.output[3]]);
+          bias_part += g;
+#pragma unroll
+          for (int t = 0; t < kTaps; ++t) {
+            const Index x = column * s.stride_w + dx[t];
+            if (x >= 0 && x < width[t]) part[t] += g * widen(image_input[offset[t] + x * s.input[3]]);
+          }
         }
+#pragma unroll
+        for (int t = 0; t < kTaps; ++t) sum[t] += part[t];
+        bias_sum += bias_part;
       }
     }
   }
@@ -257,19 +310,19 @@ __global__ void __launch_bounds__(kThreads) generic_grad_weight_runs(
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) generic_grad_weight_total(
-    const Accumulator<T>* __restrict__ partial, T* __restrict__ grad_weight, T* __restrict__ grad_bias,
-    int64_t filters, int64_t taps, int64_t splits) {
+__global__ void __launch_bounds__(kThreads)
+    generic_grad_weight_total(const Accumulator<T>* __restrict__ partial, T* __restrict__ grad_weight,
+                              T* __restrict__ grad_bias, int64_t filters, int64_t taps, int64_t splits) {
   const int64_t sums = (taps + (grad_bias != nullptr)) * filters;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= sums) return;
-  Accumulator<T> total = 0;
+  double total = 0;  // a long sum, of which there are few
   for (int64_t run = 0; run < splits; ++run) total += partial[run * sums + index];
   const int64_t slot = index / filters, filter = index % filters;
   if (slot < taps)
-    grad_weight[filter * taps + slot] = narrow<T>(total);
+    grad_weight[filter * taps + slot] = narrow<T>(static_cast<Accumulator<T>>(total));
   else
-    grad_bias[filter] = narrow<T>(total);
+    grad_bias[filter] = narrow<T>(static_cast<Accumulator<T>>(total));
 }
 
 unsigned blocks_for(int64_t threads) {
@@ -296,8 +349,8 @@ void launch_grad_input(const Problem& p, cudaStream_t stream) {
   const Reach rows(p.stride_h, p.dilation_h), columns(p.stride_w, p.dilation_w);
   generic_grad_input<T, Index><<<blocks_for(threads), kThreads, 0, stream>>>(
       static_cast<const T*>(p.output.data), static_cast<const T*>(p.weight.data), static_cast<T*>(p.input.data),
-      Sizes<Index>(p), rows.step, rows.move, columns.step, columns.move, is_channels_last(p.input, p.channels), phases,
-      strips, threads);
+      Sizes<Index>(p), rows.tap_step, rows.fall, columns.tap_step, columns.fall, is_channels_last(p.input, p.channels),
+      phases, strips, threads);
 }
 
 template <typename T, typename Index>

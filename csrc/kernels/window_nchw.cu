@@ -13,6 +13,7 @@ namespace {
 constexpr int kSide = 3;
 constexpr int kRows = 8;
 constexpr int kThreads = 256;
+constexpr int kBlocksPerSm = 5;  // at most 48 registers a thread: more threads in flight hide more latency
 
 struct Arguments {
   const void* source;
@@ -42,9 +43,8 @@ __device__ inline bool is_finite(float value) {
 
 // The outputs of one thread, tap by tap and none outside the image. Only for weights that are not finite.
 template <typename T, int V>
-__device__ void window_by_taps(
-    const Arguments& a, const T* source, T* target, const float (&weight)[kSide][kSide], float bias, int row,
-    int column) {
+__device__ void window_by_taps(const Arguments& a, const T* source, T* target, const float (&weight)[kSide][kSide],
+                               float bias, int row, int column) {
   for (int r = row; r < min(row + kRows, a.out_height); ++r)
     for (int c = column; c < column + V; ++c) {
       float sum = bias;
@@ -62,7 +62,7 @@ __device__ void window_by_taps(
 
 // kShift columns are read before the window, so that vectors start at even columns.
 template <typename T, int V, int kShift>
-__global__ void __launch_bounds__(kThreads) window_nchw(const Arguments a) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) window_nchw(const Arguments a) {
   uint32_t unit = blockIdx.x * kThreads + threadIdx.x;
   if (unit >= a.units) return;
   const int column = a.column_groups.split(unit) * V;
@@ -165,8 +165,8 @@ void launch_window_nchw(const Problem& p, cudaStream_t stream) {
     a.height = static_cast<int>(p.height), a.out_height = static_cast<int>(p.out_height);
     a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
   } else {  // flipped: from the last tap backwards
-    a.weight = static_cast<const char*>(p.weight.data) +
-               size_of(p.dtype) * (kSide - 1) * (a.weight_row + a.weight_column);
+    a.weight =
+        static_cast<const char*>(p.weight.data) + size_of(p.dtype) * (kSide - 1) * (a.weight_row + a.weight_column);
     a.weight_row = -a.weight_row, a.weight_column = -a.weight_column;
     a.height = static_cast<int>(p.out_height), a.out_height = static_cast<int>(p.height);
     a.padding_h = static_cast<int>(kSide - 1 - p.padding_h), a.padding_w = static_cast<int>(kSide - 1 - p.padding_w);
@@ -178,8 +178,8 @@ void launch_window_nchw(const Problem& p, cudaStream_t stream) {
   a.target_batch = target.stride[0], a.target_channel = target.stride[1];
   a.source_row = static_cast<int>(source.stride[2]), a.target_row = static_cast<int>(target.stride[2]);
 
-  const bool pairs = comes_in_pairs(source, width, size_of(p.dtype)) &&
-                     comes_in_pairs(target, out_width, size_of(p.dtype));
+  const bool pairs =
+      comes_in_pairs(source, width, size_of(p.dtype)) && comes_in_pairs(target, out_width, size_of(p.dtype));
   const int columns_per_thread = pairs ? 2 : 1;
   const int64_t column_groups = out_width / columns_per_thread;
   const int64_t row_tiles = ceil_div(a.out_height, kRows);
