@@ -89,3 +89,77 @@ def run_float64(tensors: tuple, grad_output: Tensor, **geometry) -> Results:
 
 def run_dwconv(tensors: tuple, grad_output: Tensor | Callable, **geometry) -> Results:
     return run(dwconv.conv2d, tensors, grad_output, **geometry)
+
+
+def magnitudes(tensors: tuple, grad_output: Tensor, **geometry) -> Results:
+    """What rounding errors are measured by: the results with every product and summand taken as positive."""
+    return run_float64(tuple(None if t is None else t.detach().abs() for t in tensors), grad_output.abs(), **geometry)
+
+
+def assert_accurate(results: Results, exact: Results, magnitude: Results, slack: float = 1) -> None:
+    """Asserts that each result is a sum in float32, or float64, that was rounded to its dtype once.
+
+    With a `slack` above 1, `exact` may be what F.conv2d computes in the same dtype: it may keep sums in 16 bits.
+    """
+    for name, result, reference, size in zip(Results._fields, results, exact, magnitude):
+        if reference is None:
+            assert result is None, name
+            continue
+        assert result.shape == reference.shape, name
+        dtype = torch.finfo(result.dtype)
+        sum_error = 16 * min(dtype.eps, torch.finfo(torch.float32).eps)
+        if dtype.bits == 16 and (slack > 1 or result.device.type == "cpu"):  # CPU tensors go to ATen's convolution
+            sum_error = 2 * dtype.eps
+        reference = reference.double()
+        bound = slack * (sum_error * size + dtype.eps * (reference.abs() + dtype.smallest_normal))
+        error = (result.double() - reference).abs()
+        wrong = ~(error <= bound)  # NaN is wrong too
+        assert not wrong.any(), f"{name}: {wrong.sum()} of {wrong.numel()} numbers are off, by up to {error.max():.3g}"
+
+
+class Sample(NamedTuple):
+    """A sample of PyTorch's own tests of F.conv2d, to be made depthwise."""
+
+    size: tuple[int, ...]
+    kernel: tuple[int, int]
+    bias: bool
+    arguments: dict[str, int | tuple[int, int] | str]
+
+    def tensors(
+        self, multiplier: int, dtype: torch.dtype, device: str, memory_format=torch.contiguous_format
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        filters = self.size[-3] * multiplier
+        input = torch.randn(self.size).to(device, dtype)
+        if input.dim() == 4:
+            input = input.contiguous(memory_format=memory_format)
+        weight = torch.randn(filters, 1, *self.kernel).to(device, dtype)
+        return input, weight, torch.randn(filters).to(device, dtype) if self.bias else None
+
+    def __str__(self) -> str:
+        arguments = "_".join(f"{key}{value}" for key, value in self.arguments.items())
+        return "x".join(map(str, self.size)) + f"_k{self.kernel}_{arguments}".replace(" ", "") + "_b" * self.bias
+
+
+# Written down, since importing PyTorch's own takes seconds and changes global flags; test_conv2d.py compares the two.
+# Each stands there batched and unbatched.
+SAMPLES = [
+    Sample(size[unbatched:], kernel, bias, arguments)
+    for size, kernel, bias, arguments in [
+        ((1, 3, 4, 4), (3, 3), True, {"stride": (2, 2), "padding": 2}),
+        ((2, 4, 8, 8), (3, 3), True, {"stride": (3, 2), "padding": (2, 1), "dilation": (4, 4)}),
+        ((1, 4, 5, 5), (2, 3), True, {"stride": 2, "padding": 1, "dilation": (2, 3)}),
+        ((1, 4, 5, 5), (2, 3), True, {"stride": 2, "padding": 1, "dilation": (2, 3)}),
+        ((1, 2, 4, 3), (3, 4), False, {"stride": 2, "padding": 1}),
+        ((1, 4, 5, 5), (2, 3), True, {"stride": 2, "padding": "valid"}),
+        ((1, 4, 5, 5), (2, 3), True, {"stride": 1, "padding": "same", "dilation": 3}),
+        ((2, 4, 6, 6), (3, 3), True, {}),
+        ((2, 4, 6, 6), (3, 3), True, {}),
+        ((2, 4, 6, 6), (3, 3), False, {}),
+        ((2, 4, 6, 6), (3, 3), True, {"stride": (3, 2)}),
+        ((2, 4, 6, 6), (3, 3), True, {"padding": (1, 1)}),
+        ((2, 4, 5, 5), (2, 2), True, {"dilation": (2, 2)}),
+        ((2, 4, 6, 5), (3, 2), True, {}),
+        ((1, 4, 5, 5), (3, 3), False, {}),
+    ]
+    for unbatched in (0, 1)
+]
