@@ -14,14 +14,13 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
 import peers
 import report
+import torch
 from cells import DTYPES, LAYERS, LAYOUTS, PASSES, Cell, Tensors, plan_of, read_layers, with_dwconv, with_torch
 from timing import DEVICE, Time, measure, number_of_sets
+from torch import Tensor
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -20,17 +20,17 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import report
 import timm
 import torch
 import torch.nn.functional as F
+from cells import LAYOUTS
+from layers import copy_time, machine, release_memory
+from timing import DEVICE, measure, number_of_sets
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import dwconv
-import report
-from cells import LAYOUTS
-from layers import copy_time, machine, release_memory
-from timing import DEVICE, measure, number_of_sets
 
 REPLKNET = "replknet_31b_like"
 MODELS = (
@@ -225,8 +225,16 @@ def layers_of(model: nn.Module, step: Callable[[], object]) -> Counter[Layer]:
         (x,) = inputs
         found[
             Layer(
-                tuple(x.shape), x.stride(), tuple(output.shape), output.stride(), module.kernel_size,
-                module.bias is not None, module.stride, padding, module.dilation, output.dtype,
+                tuple(x.shape),
+                x.stride(),
+                tuple(output.shape),
+                output.stride(),
+                module.kernel_size,
+                module.bias is not None,
+                module.stride,
+                padding,
+                module.dilation,
+                output.dtype,
             )  # fmt: skip
         ] += 1
 

@@ -14,15 +14,15 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import report
 import torch
 import torch.nn.functional as F
+from layers import machine
+from timing import DEVICE
 from torch import Tensor
 from tqdm import tqdm
 
 import dwconv
-import report
-from layers import machine
-from timing import DEVICE
 
 MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "inference_mode": torch.inference_mode,
@@ -111,4 +111,3 @@ def main(args: argparse.Namespace) -> None:
     if args.output:
         report.write_json(args.output, {"meta": meta, "rows": rows})
         print(f"\nwritten: {args.output}")
-

@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from types import ModuleType
 
-from torch import Tensor
-
 from cells import Cell, Tensors
+from torch import Tensor
 
 
 @cache

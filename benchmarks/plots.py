@@ -17,15 +17,14 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.lines import Line2D  # noqa: E402
-from matplotlib.patches import Patch  # noqa: E402
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: E402
-
-import report  # noqa: E402
-from report import Cell  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+import report
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from report import Cell
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
 PASSES = {"forward": "#0072B2", "grad_input": "#E69F00", "grad_weight": "#009E73"}

@@ -1,13 +1,13 @@
 """Benchmarks of dwconv on this machine's GPU.
 
-    python benchmarks/run.py layers --quick                   every layer of layers.csv, against PyTorch and a copy
-    python benchmarks/run.py layers --layers seed cnx-56 --dtype bfloat16 --pass forward
-    python benchmarks/run.py layers --output results.json     JSON, and Markdown beside it
-    python benchmarks/run.py models --output models.json      whole models before and after dwconv.convert
-    python benchmarks/run.py overhead                         the host's part of a call
-    python benchmarks/run.py compare before.json after.json   what got slower
-    python benchmarks/run.py plot results.json --models models.json
-    python benchmarks/run.py readme results.json              the table in README.md
+python benchmarks/run.py layers --quick                   every layer of layers.csv, against PyTorch and a copy
+python benchmarks/run.py layers --layers seed cnx-56 --dtype bfloat16 --pass forward
+python benchmarks/run.py layers --output results.json     JSON, and Markdown beside it
+python benchmarks/run.py models --output models.json      whole models before and after dwconv.convert
+python benchmarks/run.py overhead                         the host's part of a call
+python benchmarks/run.py compare before.json after.json   what got slower
+python benchmarks/run.py plot results.json --models models.json
+python benchmarks/run.py readme results.json              the table in README.md
 """
 
 from __future__ import annotations

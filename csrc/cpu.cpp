@@ -15,7 +15,7 @@ using torch::stable::detail::to;
 using Bools = torch::headeronly::HeaderOnlyArrayRef<bool>;
 
 void call(const char* name, StableIValue* stack) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack, TORCH_ABI_VERSION));
 }
 
 Tensor contiguous(const Tensor& tensor, bool channels_last) {

@@ -41,9 +41,9 @@ if _build_info()["cuda"] is not None and _torch.version.cuda is None and _torch.
         stacklevel=2,
     )
 
-from .convert import convert  # noqa: E402
-from .explain import explain  # noqa: E402
-from .functional import conv2d  # noqa: E402
-from .modules import DepthwiseConv2d  # noqa: E402
+from .convert import convert
+from .explain import explain
+from .functional import conv2d
+from .modules import DepthwiseConv2d
 
 __all__ = ["DepthwiseConv2d", "__version__", "conv2d", "convert", "explain"]

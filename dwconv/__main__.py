@@ -388,7 +388,8 @@ SPEED_HEADER = (
     f"\nDevice time in us, batch {TIMED_BATCH}, beside F.conv2d in the same layout with PyTorch's default settings\n"
     f"{'':<73}{'forward':^26} {'forward and backward':^26}\n"
     f"{'layer':<23} {'input':<16} {'kernel':<7} {'dtype, layout':<22}"
-    + f" {'dwconv':>8} {'F.conv2d':>8} {'speedup':>8}" * 2
+    + f" {'dwconv':>8} {'F.conv2d':>8} {'speedup':>8}"
+    * 2
 )
 
 

@@ -207,7 +207,7 @@ def _without_kernel(op: torch._ops.OpOverload[..., Any], *arguments: Any) -> NoR
         for argument, value in zip(op._schema.arguments, arguments)
         if isinstance(value, Tensor)
     ]
-    raise RuntimeError(f"dwconv serves dense (torch.strided) tensors on cpu and cuda, but got {'; '.join(got)}")
+    raise NotImplementedError(f"dwconv serves dense (torch.strided) tensors on cpu and cuda, but got {'; '.join(got)}")
 
 
 def _without_cuda(*_: Any) -> NoReturn:

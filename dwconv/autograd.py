@@ -137,9 +137,7 @@ class DepthwiseConv2dGradWeight(Function):
         return d_grad_output, d_input, None, None, None, None, None
 
 
-def forward(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
-) -> Tensor:
+def forward(input: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     """(N, C, H, W) * (C·m, 1, kH, kW) -> (N, C·m, H_out, W_out)."""
     if torch.compiler.is_compiling():
         return _ops.forward(input, weight, bias, stride, padding, dilation)
@@ -161,9 +159,7 @@ def grad_input(
 ) -> Tensor:
     """(N, C·m, H_out, W_out) * (C·m, 1, kH, kW) -> (N, C, H, W), in channels_last or contiguous."""
     if torch.is_grad_enabled() and (grad_output.requires_grad or weight.requires_grad):
-        return DepthwiseConv2dGradInput.apply(
-            grad_output, weight, input_size, stride, padding, dilation, channels_last
-        )
+        return DepthwiseConv2dGradInput.apply(grad_output, weight, input_size, stride, padding, dilation, channels_last)
     with _below_autograd():
         return _ops.grad_input(grad_output, weight, input_size, stride, padding, dilation, channels_last)
 

@@ -53,7 +53,5 @@ def convert(model: Model) -> Model:
     for module in served:
         module.__class__ = DepthwiseConv2d
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
-    logger.info(
-        "%s: %d of %d convolutions are now computed by dwconv", type(model).__name__, len(served), convolutions
-    )
+    logger.info("%s: %d of %d convolutions are now computed by dwconv", type(model).__name__, len(served), convolutions)
     return model

@@ -90,8 +90,8 @@ def conv2d(
         x[n, c, i s_h + u d_h - p_h, j s_w + v d_w - p_w]
 
     Args:
-        input: (N, C, H, W), or (C, H, W) for a single image. Any strides; float32, float64, float16 or bfloat16 (the
-            last two are summed in float32).
+        input: (N, C, H, W), or (C, H, W) for a single image. Any strides; float32, float64, float16 or bfloat16 (on
+            CUDA the last two are summed in float32).
         weight: (C * m, 1, kH, kW) with a channel multiplier m >= 1; dtype and device of ``input``.
         bias: (C * m,), or None; dtype and device of ``input``.
         stride: in input pixels; an int or (height, width), at least 1.

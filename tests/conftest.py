@@ -21,7 +21,9 @@ REPORT = ROOT / "tests" / "gpu_report.json"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--gpu-report", action="store_true", help=f"write {REPORT.relative_to(ROOT)} at the end of the run")
+    parser.addoption(
+        "--gpu-report", action="store_true", help=f"write {REPORT.relative_to(ROOT)} at the end of the run"
+    )
 
 
 def csrc_sha256() -> str:

@@ -1,0 +1,313 @@
+"""Which kernel serves what: the table of plans, `explain`, and each plan forced by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from common import FORMATS, Case, integers, make_inputs, run_float64
+from exact import arguments_of, claims, lay, output_size, results_of_plans, wrong_numbers
+from torch import Tensor
+
+import dwconv
+
+PASSES = ["forward", "grad_input", "grad_weight"]
+FAST = [torch.float32, torch.float16, torch.bfloat16]  # what specialised plans serve
+
+FIRST = Case(16, 64, (512, 512), (3, 3), padding=(1, 1))
+
+
+def meta(size: tuple, dtype: torch.dtype, memory_format=torch.contiguous_format) -> Tensor:
+    return torch.empty(size, dtype=dtype, device="meta", memory_format=memory_format)
+
+
+def plan_of(name: str, case: Case, dtype: torch.dtype = torch.float32, memory_format=torch.contiguous_format) -> str:
+    input = meta((case.batch, case.channels, *case.size), dtype, memory_format)
+    return claims(name, case, input, meta(output_size(case), dtype, memory_format))[0]
+
+
+# ---------------------------------------------------------------------------- the table
+
+
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("padding", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", PASSES[:2])
+def test_3x3_in_nchw(name: str, padding: int, dtype: torch.dtype) -> None:
+    assert plan_of(name, FIRST._replace(padding=(padding, padding)), dtype) == "window_nchw"
+    assert plan_of(name, Case(1, 3, (7, 5), (3, 3), padding=(padding, 1)), dtype) == "window_nchw"
+
+
+def test_forward_with_a_multiplier() -> None:
+    case = FIRST._replace(multiplier=3)
+    assert [plan_of(name, case) for name in PASSES] == ["window_nchw", "generic", "generic"]
+
+
+@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize(
+    ("change", "dtype", "memory_format"),
+    [
+        ({}, torch.float32, torch.channels_last),
+        ({}, torch.float16, torch.channels_last),
+        ({}, torch.float64, torch.contiguous_format),
+        ({"kernel": (5, 5)}, torch.float32, torch.contiguous_format),
+        ({"kernel": (3, 5)}, torch.float32, torch.contiguous_format),
+        ({"kernel": (2, 3)}, torch.bfloat16, torch.contiguous_format),
+        ({"stride": (2, 2)}, torch.float32, torch.contiguous_format),
+        ({"stride": (1, 2)}, torch.float16, torch.contiguous_format),
+        ({"dilation": (2, 2)}, torch.float32, torch.contiguous_format),
+        ({"dilation": (2, 1)}, torch.float32, torch.contiguous_format),
+    ],
+    ids=str,
+)
+def test_generic(name: str, change: dict, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    assert plan_of(name, FIRST._replace(**change), dtype, memory_format) == "generic"
+
+
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+def test_grad_weight(dtype: torch.dtype) -> None:
+    assert plan_of("grad_weight", FIRST, dtype) == "generic"
+
+
+@pytest.mark.parametrize("name", PASSES[:2])
+def test_strides_decide(name: str) -> None:
+    """Rows have to be contiguous, in what is read and in what is written; planes and images may lie anywhere."""
+    case = Case(2, 4, (6, 8), (3, 3), padding=(1, 1))
+    plain = meta((2, 4, 6, 8), torch.float32)
+    for odd, expected in (
+        (lay(plain, (1, 0, 2, 3)), "window_nchw"),
+        (lay(plain, steps=(1, 1, 2, 1)), "window_nchw"),
+        (lay(plain, expanded=(0, 1)), "window_nchw"),
+        (lay(plain, expanded=(2,)), "window_nchw"),
+        (lay(plain, expanded=(3,)), "generic"),
+        (lay(plain, steps=(1, 1, 1, 2)), "generic"),
+        (lay(plain, (0, 1, 3, 2)), "generic"),
+        (lay(plain, (0, 2, 3, 1)), "generic"),
+    ):
+        assert claims(name, case, odd, plain)[0] == expected, odd.stride()
+        assert claims(name, case, plain, odd)[0] == expected, odd.stride()
+
+
+@pytest.mark.parametrize("name", PASSES[:2])
+def test_32_bits_bound_a_plane(name: str) -> None:
+    """The window's kernel counts the elements of a plane, and its threads for one image, in 32 bits."""
+    assert plan_of(name, Case(1, 2, (32776, 32776), (3, 3), padding=(1, 1))) == "window_nchw"
+    assert plan_of(name, Case(10**6, 300, (100, 100), (3, 3), padding=(1, 1))) == "window_nchw"
+    assert plan_of(name, Case(1, 1, (46344, 46352), (3, 3), padding=(1, 1))) == "generic"
+    assert plan_of(name, Case(1, 2**27, (8, 64), (3, 3), padding=(1, 1))) == "generic"
+    assert plan_of(name, Case(1, 1, (2**31, 3), (3, 3), padding=(1, 1))) == "generic"
+    assert plan_of(name, Case(1, 1, (3, 2**31), (3, 3), padding=(1, 1))) == "generic"
+    assert plan_of(name, Case(1, 1, (8, 8), (3, 3), padding=(2**24, 1))) == "generic"
+
+
+def test_reasons() -> None:
+    size, strides = (16, 64, 512, 512), (64 * 512 * 512, 512 * 512, 512, 1)
+    found = dwconv._C.plans("forward", "float32", size, strides, (64, 1, 3, 3), strides, (1, 1), (1, 1), (1, 1))
+    assert [plan for plan, _ in found] == ["window_nchw", "generic"]
+    assert all(isinstance(reason, str) and reason for _, reason in found)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"pass_name": "backward"}, ValueError, "backward"),
+        ({"dtype": "int32"}, ValueError, "int32"),
+        ({"dtype": "torch.float32"}, ValueError, "torch.float32"),
+        ({"stride": (0, 1)}, ValueError, "stride"),
+        ({"weight_size": (5, 1, 3, 3)}, ValueError, "multiple"),
+        ({"weight_size": (2, 1, 3, 3)}, ValueError, "multiple"),
+        ({"weight_size": (4, 1, 9, 3)}, ValueError, "empty"),
+        ({"input_size": (4, 8, 8)}, TypeError, "incompatible"),
+        ({"padding": 1}, TypeError, "incompatible"),
+        ({"padding": (1, 1, 1)}, TypeError, "incompatible"),
+        ({"dilation": (1.5, 1)}, TypeError, "incompatible"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(change: dict, error: type[Exception], message: str) -> None:
+    good = {
+        "pass_name": "forward",
+        "dtype": "float32",
+        "input_size": (2, 4, 8, 8),
+        "input_stride": (256, 64, 8, 1),
+        "weight_size": (4, 1, 3, 3),
+        "output_stride": (144, 36, 6, 1),
+        "stride": (1, 1),
+        "padding": (0, 0),
+        "dilation": (1, 1),
+    }
+    assert dwconv._C.plans(*good.values())
+    with pytest.raises(error, match=message):
+        dwconv._C.plans(*(good | change).values())
+
+
+# ---------------------------------------------------------------------------- explain
+
+
+def test_explain_says_what_each_pass_takes() -> None:
+    explanation = dwconv.explain(meta((16, 64, 512, 512), torch.float32), meta((64, 1, 3, 3), torch.float32), padding=1)
+    assert [getattr(explanation, name).plan for name in PASSES] == ["window_nchw", "window_nchw", "generic"]
+    lines = str(explanation).splitlines()
+    assert len(lines) == len(PASSES)
+    for name, line in zip(PASSES, lines):
+        choice = getattr(explanation, name)
+        assert line.startswith(name) and choice.plan in line and choice.reason in line
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{}, {"padding": "same"}, {"stride": 2, "padding": (1, 0)}, {"dilation": 2}], ids=str
+)
+def test_explain_agrees_with_the_table(arguments: dict, memory_format: torch.memory_format) -> None:
+    def pair(name: str, default: int) -> tuple[int, int]:
+        value = arguments.get(name, default)
+        return (1, 1) if value == "same" else value if isinstance(value, tuple) else (value, value)
+
+    case = Case(2, 4, (12, 10), (3, 3), pair("stride", 1), pair("padding", 0), pair("dilation", 1))
+    input, weight = meta((2, 4, 12, 10), torch.float16, memory_format), meta((4, 1, 3, 3), torch.float16)
+    explanation = dwconv.explain(input, weight, **arguments)
+    for name in PASSES:
+        assert getattr(explanation, name).plan == plan_of(name, case, torch.float16, memory_format)
+
+
+def test_explain_of_one_image() -> None:
+    weight = meta((4, 1, 3, 3), torch.float32)
+    assert dwconv.explain(meta((4, 9, 9), torch.float32), weight).forward.plan == "window_nchw"
+
+
+def test_explain_on_cpu_says_aten() -> None:
+    explanation = dwconv.explain(torch.empty(2, 4, 8, 8), torch.empty(4, 1, 3, 3))
+    assert {getattr(explanation, name).plan for name in PASSES} == {"aten"}
+    assert len(str(explanation).splitlines()) == len(PASSES)
+
+
+@pytest.mark.gpu
+def test_explain_on_cuda_is_that_of_meta() -> None:
+    size, kernel = (2, 4, 8, 8), (4, 1, 3, 3)
+    for memory_format in FORMATS:
+        input = torch.empty(size, device="cuda").to(memory_format=memory_format)
+        expected = dwconv.explain(meta(size, torch.float32, memory_format), meta(kernel, torch.float32))
+        assert dwconv.explain(input, torch.empty(kernel, device="cuda")) == expected
+
+
+def test_explain_computes_and_changes_nothing() -> None:
+    input, weight = torch.randn(2, 4, 8, 8), torch.randn(4, 1, 3, 3, requires_grad=True)
+    before = input.clone(), weight.detach().clone()
+    dwconv.explain(input, weight)
+    assert torch.equal(input, before[0]) and torch.equal(weight, before[1]) and weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "arguments", "error"),
+    [
+        ((8, 8), (4, 1, 3, 3), {}, RuntimeError),
+        ((2, 4, 8, 8), (5, 1, 3, 3), {}, RuntimeError),
+        ((2, 4, 8, 8), (4, 2, 3, 3), {}, RuntimeError),
+        ((2, 4, 2, 8), (4, 1, 3, 3), {}, RuntimeError),
+        ((2, 4, 0, 8), (4, 1, 3, 3), {"padding": 2}, RuntimeError),
+        ((2, 4, 8, 0), (4, 1, 3, 3), {"padding": 2}, RuntimeError),
+        ((2, 4, 8, 8), (4, 1, 3, 3), {"stride": 0}, RuntimeError),
+        ((2, 4, 8, 8), (4, 1, 3, 3), {"padding": -1}, RuntimeError),
+        ((2, 4, 8, 8), (4, 1, 3, 3), {"padding": "full"}, RuntimeError),
+        ((2, 4, 8, 8), (4, 1, 3, 3), {"padding": "same", "stride": 2}, RuntimeError),
+        ((2, 4, 8, 8), (4, 1, 3, 3), {"dilation": (1, 2, 3)}, RuntimeError),
+        ((2, 4, 8, 8), (4, 1, 3, 3), {"stride": 1.5}, TypeError),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+def test_explain_refuses_what_conv2d_refuses(
+    where: str, size: tuple, kernel: tuple, arguments: dict, error: type[Exception]
+) -> None:
+    input, weight = torch.empty(size, device=where), torch.empty(kernel, device=where)
+    with pytest.raises(error):
+        dwconv.explain(input, weight, **arguments)
+    with pytest.raises(error):
+        dwconv.conv2d(input, weight, **arguments)
+
+
+# ---------------------------------------------------------------------------- plans forced by name
+
+
+def calls(case: Case, dtype: torch.dtype, memory_format=torch.contiguous_format) -> dict[str, Callable[[str], object]]:
+    """For each pass, a call that takes a plan by name."""
+    input, weight, bias = make_inputs(case, dtype, "cuda", memory_format, make=integers)
+    grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=memory_format)
+    ops, arguments, last = torch.ops.dwconv, arguments_of(case), memory_format == torch.channels_last
+    return {
+        "forward": lambda plan: ops.forward.plan(input, weight, bias, *arguments, plan),
+        "grad_input": lambda plan: ops.grad_input.plan(grad_output, weight, input.shape, *arguments, last, plan),
+        "grad_weight": lambda plan: ops.grad_weight.plan(grad_output, input, case.kernel, *arguments, True, plan),
+    }
+
+
+@pytest.mark.gpu
+def test_unknown_plan() -> None:
+    for call in calls(Case(2, 4, (6, 8), (3, 3)), torch.float32).values():
+        with pytest.raises(RuntimeError, match="no plan 'window'"):
+            call("window")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [*FAST, torch.float64], ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, 4, (9, 8), (3, 3), padding=(1, 1)),
+        Case(2, 4, (9, 8), (3, 3), multiplier=2),
+        Case(2, 4, (9, 8), (5, 5)),
+        Case(2, 4, (9, 8), (3, 3), (2, 2)),
+        Case(2, 4, (9, 8), (3, 3), dilation=(2, 2)),
+    ],
+    ids=str,
+)
+def test_forcing_a_plan(case: Case, memory_format: torch.memory_format, dtype: torch.dtype) -> None:
+    """It works where the table says that the plan claims, and is refused, by name, everywhere else."""
+    input = meta((case.batch, case.channels, *case.size), dtype, memory_format)
+    output = meta(output_size(case), dtype, memory_format)
+    for name, call in calls(case, dtype, memory_format).items():
+        for plan in ("window_nchw", "generic"):
+            if plan in claims(name, case, input, output):
+                call(plan)
+            else:
+                with pytest.raises(RuntimeError, match=f"plan '{plan}' does not serve this problem"):
+                    call(plan)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", range(1, 41))
+def test_window_on_every_size(width: int) -> None:
+    """Every height and width up to 40, with rows that pairs of columns fit and others."""
+    for height in range(1, 41):
+        turn = height + width
+        dtype = FAST[(height + 2 * width) % 3]
+        padding = (turn % 5, (3 * height + width) % 5)
+        case = Case(2, 2, (height, width), (3, 3), padding=padding, multiplier=1 + turn % 3, bias=turn % 2 == 0)
+        if min(height + 2 * padding[0], width + 2 * padding[1]) < 3:
+            continue
+        input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+        grad_output = integers(*output_size(case)).to(input)
+
+        def strided(tensor: Tensor, cut: int) -> Tensor:
+            """Rows of a wider tensor."""
+            wide = torch.nn.functional.pad(tensor, (0, cut), value=torch.nan)
+            return wide[..., : tensor.shape[-1]]
+
+        layouts: list[Callable[[Tensor], Tensor]] = [
+            lambda t: t,
+            lambda t: lay(t, offset=1),
+            lambda t: lay(t, offset=2),
+            lambda t: strided(t, 1),
+            lambda t: strided(t, 2),
+            lambda t: lay(t, (1, 0, 2, 3), (1, 1, 3, 1), 3),
+        ]
+        layout = layouts[height % len(layouts)]
+        tensors, grad_output = (layout(input), lay(weight, (2, 3, 0, 1)), bias), layout(grad_output)
+        exact = run_float64(tensors, grad_output, **case.geometry)._asdict()
+        forced = set()
+        for name, plan, result in results_of_plans(case, tensors, grad_output):
+            assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, str(case), tensors[0].stride())
+            forced.add((name, plan))
+        assert ("output", "window_nchw") in forced
+        assert (("grad_input", "window_nchw") in forced) == (case.multiplier == 1)
