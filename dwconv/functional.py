@@ -41,10 +41,12 @@ def pair(value: IntPair, name: str) -> tuple[int, ...]:
 
 
 def _index(side: Any) -> Any:
-    """What counts as an int: a NumPy integer, say, or a SymInt."""
+    """What counts as an int: a NumPy integer, say, or a SymInt; no bool, be it Python's or NumPy's."""
     if isinstance(side, torch.SymInt):
         return side
-    if isinstance(side, (bool, Tensor)) or not hasattr(side, "__index__"):  # asked first, for torch.compile
+    if isinstance(side, (bool, Tensor)) or getattr(getattr(side, "dtype", None), "kind", None) == "b":
+        raise TypeError
+    if not hasattr(side, "__index__"):  # asked first, for torch.compile
         raise TypeError
     return operator.index(side)
 
