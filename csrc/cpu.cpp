@@ -23,12 +23,32 @@ Tensor contiguous(const Tensor& tensor, bool channels_last) {
   return torch::stable::contiguous(tensor, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
+// Whether oneDNN (3.12, on CPUs with AVX-512) fails in channels_last: wide kernels in bfloat16 never return, and the
+// gradient of dilated weights reads outside the image.
+bool fails_in_channels_last(const Problem& p) {
+  return p.dtype == DType::kBFloat16 && (p.kernel_w > 13 || p.dilation_h > 1 || p.dilation_w > 1);
+}
+
+// A copy whose strides say NCHW whatever the sizes; contiguous() leaves those of ambiguous sizes as they are.
+Tensor in_nchw(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  Tensor copy = empty(Ints(sizes.begin(), sizes.end()), false, tensor);
+  return torch::stable::copy_(copy, tensor);
+}
+
 Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
                const Ints& padding, const Ints& dilation) {
   const Problem problem = check_forward(input, weight, bias, {stride, padding, dilation});
-  std::array<StableIValue, 9> stack{from(input),  from(weight),     from(bias),
-                                    from(stride), from(padding),    from(dilation),
-                                    from(false),  from(Ints{0, 0}), from(problem.channels)};
+  const bool in_place = !fails_in_channels_last(problem) || !output_is_channels_last(input, weight);
+  std::array<StableIValue, 9> stack{from(in_place ? input : in_nchw(input)),
+                                    from(in_place ? weight : in_nchw(weight)),
+                                    from(bias),
+                                    from(stride),
+                                    from(padding),
+                                    from(dilation),
+                                    from(false),
+                                    from(Ints{0, 0}),
+                                    from(problem.channels)};
   call("aten::convolution", stack.data());
   return contiguous(to<Tensor>(stack[0]), output_is_channels_last(input, weight));
 }
@@ -57,8 +77,10 @@ Tensor grad_input(const Tensor& grad_output, const Tensor& weight, const Ints& i
   const Geometry geometry{stride, padding, dilation};
   const Problem problem = check_grad_input(grad_output, weight, input_size, geometry);
   // Of the input only sizes and memory format count: its memory is neither read nor written.
-  const Tensor input = empty(input_size, channels_last, grad_output);
-  const auto gradients = backward(grad_output, input, weight, problem, geometry, {true, false, false});
+  const bool fails = fails_in_channels_last(problem);
+  const Tensor input = empty(input_size, channels_last && !fails, grad_output);
+  const auto gradients =
+      backward(grad_output, input, fails ? in_nchw(weight) : weight, problem, geometry, {true, false, false});
   return contiguous(std::get<0>(gradients), channels_last);
 }
 
@@ -67,7 +89,8 @@ std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad_output, const Tensor& 
   const Geometry geometry{stride, padding, dilation};
   const Problem problem = check_grad_weight(grad_output, input, kernel_size, geometry);
   const Tensor weight = empty({problem.filters(), 1, problem.kernel_h, problem.kernel_w}, false, input);
-  const auto gradients = backward(grad_output, input, weight, problem, geometry, {false, true, bias});
+  const auto gradients = backward(grad_output, fails_in_channels_last(problem) ? in_nchw(input) : input, weight,
+                                  problem, geometry, {false, true, bias});
   const Tensor grad_bias = bias ? std::get<2>(gradients) : torch::stable::new_empty(input, Ints{0});
   return {contiguous(std::get<1>(gradients), false), grad_bias};
 }

@@ -27,6 +27,7 @@ cudaStream_t current_stream(int32_t device) {
 // Launches what the problem asks for; `plan` forces one by name unless it is empty.
 void run(Problem& problem, const Tensor& like, const std::string& plan) {
   const Plan& chosen = plan.empty() ? choose(problem) : choose(problem, plan);
+  if (problem.pass != Pass::kGradWeight && problem.batch == 0) return;  // nothing to write
   const int32_t device = like.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
@@ -48,7 +49,7 @@ Tensor forward_plan(const Tensor& input, const Tensor& weight, const std::option
   Tensor output = empty({problem.batch, problem.filters(), problem.out_height, problem.out_width},
                         output_is_channels_last(input, weight), input);
   problem.output = view_of(output);
-  if (output.numel() > 0) run(problem, input, plan);
+  run(problem, input, plan);
   return output;
 }
 
@@ -57,7 +58,7 @@ Tensor grad_input_plan(const Tensor& grad_output, const Tensor& weight, const In
   Problem problem = check_grad_input(grad_output, weight, input_size, {stride, padding, dilation});
   Tensor grad_input = empty(input_size, channels_last, grad_output);
   problem.input = view_of(grad_input);
-  if (grad_input.numel() > 0) run(problem, grad_output, plan);
+  run(problem, grad_output, plan);
   return grad_input;
 }
 

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <stdexcept>
 #include <string>
@@ -62,7 +63,10 @@ Problem make_problem(const std::string& pass, const std::string& dtype, const Qu
   p.stride_h = stride[0], p.stride_w = stride[1];
   p.padding_h = padding[0], p.padding_w = padding[1];
   p.dilation_h = dilation[0], p.dilation_w = dilation[1];
-  if (p.stride_h < 1 || p.stride_w < 1) throw std::invalid_argument("the stride must be positive");
+  if (std::min({p.batch, p.padding_h, p.padding_w}) < 0)
+    throw std::invalid_argument("the batch and the padding must not be negative");
+  const auto sizes = {p.height, p.width, p.kernel_h, p.kernel_w, p.stride_h, p.stride_w, p.dilation_h, p.dilation_w};
+  if (std::min(sizes) < 1) throw std::invalid_argument("sizes, stride and dilation must be positive");
   p.out_height = dwconv::output_size(p.height, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h);
   p.out_width = dwconv::output_size(p.width, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
   if (p.out_height < 1 || p.out_width < 1) throw std::invalid_argument("the output is empty");

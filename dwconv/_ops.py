@@ -22,6 +22,13 @@ grad_input = torch.ops.dwconv.grad_input.default
 grad_weight = torch.ops.dwconv.grad_weight.default
 
 
+DTYPES = torch.float32, torch.float64, torch.float16, torch.bfloat16
+
+
+def dtype_complaint(tensor: Tensor, name: str) -> str:
+    return f"expected {name} to be of dtype float32, float64, float16 or bfloat16, but got {tensor.dtype}"
+
+
 def output_is_channels_last(input: Tensor, weight: Tensor) -> bool:
     """F.conv2d's rule for the memory format of its output."""
     formats = (torch._prims_common.suggest_memory_format(input), torch._prims_common.suggest_memory_format(weight))
@@ -46,10 +53,7 @@ _LARGEST = 2**31 - 1
 
 def _check_tensor(tensor: Tensor, name: str) -> None:
     _check(tensor.dim() == 4, lambda: f"expected {name} to have 4 dimensions, but got {name} of size: {_size(tensor)}")
-    _check(
-        tensor.dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16),
-        lambda: f"expected {name} to be of dtype float32, float64, float16 or bfloat16, but got {tensor.dtype}",
-    )
+    _check(tensor.dtype in DTYPES, lambda: dtype_complaint(tensor, name))
 
 
 def _check_same(a: Tensor, a_name: str, b: Tensor, b_name: str) -> None:

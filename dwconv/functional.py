@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import autograd
+from ._ops import DTYPES, dtype_complaint
 
 __all__ = ["conv2d"]
 
@@ -109,6 +110,7 @@ def conv2d(
     Raises:
         TypeError: where an argument is of the wrong type.
         ValueError: where an int exceeds 64 bits.
+        NotImplementedError: where the dtype of ``input`` is none of these.
         RuntimeError: where sizes, dtypes, devices or values do not fit; the message names the argument.
 
     Under autocast the tensors are cast as F.conv2d casts them.
@@ -122,6 +124,9 @@ def conv2d(
     if autocast is not None:
         input, weight = _cast(input, autocast), _cast(weight, autocast)
         bias = bias if bias is None else _cast(bias, autocast)
+
+    if input.dtype not in DTYPES:  # the operators say so too, but can only raise RuntimeError
+        raise NotImplementedError(dtype_complaint(input, "input"))
 
     strides = pair(stride, "stride")
     dilations = pair(dilation, "dilation")

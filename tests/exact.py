@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-import pytest
 import torch
 from common import Case, Results, run, run_dwconv, run_float64, torch_conv2d
 from torch import Tensor
@@ -71,16 +70,6 @@ def lay(
     spaced = spaced.permute([list(order).index(d) for d in range(tensor.dim())])
     view = spaced[tuple(slice(None, None, step) for step in steps)].copy_(kept)
     return view.expand(tensor.shape)
-
-
-def skip_where_torch_fails(device: str, dtype: torch.dtype, memory_format: torch.memory_format, case: Case) -> None:
-    """Skips what F.conv2d gets wrong on CPUs with AVX-512, in bfloat16 and channels_last: oneDNN's kernel for wide
-    kernels never returns, and its gradient of dilated weights reads outside the input of wide images.
-    """
-    if device != "cpu" or dtype != torch.bfloat16 or memory_format != torch.channels_last:
-        return
-    if case.kernel[1] > 13 or (max(case.dilation) > 1 and output_size(case)[3] > 28):
-        pytest.skip("F.conv2d itself hangs or crashes")
 
 
 def arguments_of(case: Case) -> tuple[tuple[int, int], ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from common import DTYPES, FORMATS, Case, integers, make_inputs, torch_conv2d
-from exact import check_exact, skip_where_torch_fails
+from exact import check_exact
 
 # The depthwise shapes of oneDNN's benchdnn: MobileNet and regressions.
 ONEDNN = [
@@ -107,6 +107,12 @@ OTHERS = [
     Case(2, 5, (300, 1), (3, 3), padding=(1, 1)),
     Case(9, 3, (17, 19), (5, 3), (1, 2), (2, 1), (2, 1), multiplier=2),
     Case(2, 3, (23, 29), (3, 3), (7, 11), (1, 1)),
+    # In bfloat16 and channels_last, oneDNN 3.12 never returns from the first two, nor reads inside the others.
+    Case(1, 16, (32, 32), (1, 15), padding=(0, 7), bias=False),
+    Case(2, 5, (20, 40), (5, 31), padding=(2, 15)),
+    Case(1, 16, (30, 36), (3, 3), dilation=(2, 2)),
+    Case(1, 3, (30, 100), (3, 3), padding=(1, 1), dilation=(4, 4)),
+    Case(1, 3, (70, 300), (2, 2), dilation=(4, 1), multiplier=2),
 ]
 
 CASES = ONEDNN + TENSORFLOW + OTHERS
@@ -116,7 +122,6 @@ CASES = ONEDNN + TENSORFLOW + OTHERS
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_exact(device: str, case: Case, memory_format: torch.memory_format, dtype: torch.dtype) -> None:
-    skip_where_torch_fails(device, dtype, memory_format, case)
     tensors = make_inputs(case, dtype, device, memory_format, make=integers)
     output = torch_conv2d(*(None if t is None else t.to("meta") for t in tensors), **case.geometry)
     terms = output.numel() // case.filters

@@ -17,7 +17,7 @@ import dwconv
 EXAMPLES = {"cpu": 1500, "cuda": 625}  # of one shard
 SHARDS = [("cpu", 0)] + [pytest.param("cuda", shard, marks=pytest.mark.gpu) for shard in range(1, 9)]
 ORDERS = [(0, 1, 2, 3), (0, 2, 3, 1)]  # contiguous, channels_last
-WIDEST = {"cpu": 16, "cuda": 40}  # oneDNN has bugs beyond: see skip_where_torch_fails
+WIDEST = 40  # kernel, in pixels
 
 
 class Drawn(NamedTuple):
@@ -100,7 +100,7 @@ def reproducible(examples: int, shard: int):
 @pytest.mark.parametrize(("device", "shard"), SHARDS)
 def test_every_number_is_exact(device: str, shard: int) -> None:
     @reproducible(EXAMPLES[device], shard)
-    @given(problems(WIDEST[device]))
+    @given(problems(WIDEST))
     def check(drawn: Drawn) -> None:
         tensors, grad_output = drawn.tensors(device)
         results = run_dwconv(tensors, grad_output, **drawn.case.geometry)
@@ -115,7 +115,7 @@ def test_every_plan_that_claims_is_exact(shard: int) -> None:
     taken = set()
 
     @reproducible(250, shard)
-    @given(problems(WIDEST["cuda"]), st.booleans())
+    @given(problems(WIDEST), st.booleans())
     def check(drawn: Drawn, channels_last: bool) -> None:
         case = drawn.case
         tensors, grad_output = drawn.tensors("cuda")

@@ -377,7 +377,7 @@ bool fits_32_bits(const Problem& p) {
   const int64_t reach_w = p.width + 2 * p.padding_w + 2 * (p.stride_w + p.dilation_w);
   const int64_t positions = p.batch * std::max(p.filters() * (p.out_height + kRows) * p.out_width,
                                                p.channels * (p.height + kRows * p.stride_h) * p.width);
-  const int64_t sums = (p.taps() + 1) * p.filters() * 2048;  // at most kBlocks splits
+  const int64_t sums = p.pass == Pass::kGradWeight ? (p.taps() + 1) * p.filters() * WeightGradientShape(p).splits : 0;
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max() / 2;
   return std::max({extent(p.input, p.batch, p.channels, p.height, p.width),
                    extent(p.output, p.batch, p.filters(), p.out_height, p.out_width),
