@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <array>
+#include <atomic>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -24,23 +26,39 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+int64_t shared_memory_of(int32_t device) {
+  static std::array<std::atomic<int>, 64> known{};  // asked once, since it does not change
+  std::atomic<int>& bytes = known[device % known.size()];
+  int found = bytes.load(std::memory_order_relaxed);
+  if (found == 0) {
+    if (cudaDeviceGetAttribute(&found, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
+      throw std::runtime_error("dwconv: CUDA does not say how much shared memory the device has");
+    bytes.store(found, std::memory_order_relaxed);
+  }
+  return found;
+}
+
 // Launches what the problem asks for; `plan` forces one by name unless it is empty.
 void run(Problem& problem, const Tensor& like, const std::string& plan) {
+  const int32_t device = like.get_device_index();
+  problem.shared_memory = shared_memory_of(device);
   const Plan& chosen = plan.empty() ? choose(problem) : choose(problem, plan);
   if (problem.pass != Pass::kGradWeight && problem.batch == 0) return;  // nothing to write
-  const int32_t device = like.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
-  switch (chosen.id) {
-    case PlanId::kWindowNchw: return launch_window_nchw(problem, stream);
-    case PlanId::kGeneric: break;
-  }
   Tensor workspace;
-  if (const int64_t bytes = generic_workspace_bytes(problem)) {
+  const auto allocate = [&](int64_t bytes) {
     workspace = torch::stable::new_empty(like, Ints{bytes}, torch::headeronly::ScalarType::Byte);
-    problem.workspace = workspace.data_ptr();
+    return workspace.data_ptr();
+  };
+  switch (chosen.id) {
+    case PlanId::kStreamNchw: return launch_stream_nchw(problem, true, stream);
+    case PlanId::kStreamNchwPortable: return launch_stream_nchw(problem, false, stream);
+    case PlanId::kStreamGradWeightNchw: return launch_stream_grad_weight_nchw(problem, true, allocate, stream);
+    case PlanId::kStreamGradWeightNchwPortable: return launch_stream_grad_weight_nchw(problem, false, allocate, stream);
+    case PlanId::kWindowNchw: return launch_window_nchw(problem, stream);
+    case PlanId::kGeneric: return launch_generic(problem, allocate, stream);
   }
-  launch_generic(problem, stream);
 }
 
 Tensor forward_plan(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,

@@ -1,15 +1,105 @@
 #include "plan.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <limits>
 #include <stdexcept>
 #include <string>
+
+#include "kernels/stream.h"
 
 namespace dwconv {
 namespace {
 
 bool claims_everything(const Problem&) {
   return true;
+}
+
+// Whether rows and planes of an array (N, planes, height, width) follow each other without a gap, so that they can
+// stream: images may lie apart, if all of them lie alike within the 16 bytes that are copied at once.
+bool is_stream(const View& view, int64_t batch, int64_t planes, int64_t height, int64_t width, int64_t element) {
+  const int64_t image = planes * height * width;
+  if (!(view.stride[3] == 1 || width == 1) || !(view.stride[2] == width || height == 1) ||
+      !(view.stride[1] == height * width || planes == 1))
+    return false;
+  // Rows are counted, and a row's bytes added up, in 32 bits.
+  if (width > (1 << 20) || height > (1 << 30) || planes > (1 << 30) / height || batch > (1 << 30) / (planes * height))
+    return false;
+  return batch == 1 || view.stride[0] == image ||
+         (view.stride[0] * element % kUnit == 0 && image * element % kUnit == 0 && view.stride[0] > image);
+}
+
+bool is_joined(const View& view, int64_t batch, int64_t image) {
+  return batch == 1 || view.stride[0] == image;
+}
+
+// The kernels that kernels/stream_*.cu are compiled for. A dilation of a side with one tap means nothing.
+bool has_tile(const Problem& p, bool spread) {
+  const auto is = [&](int64_t h, int64_t w, int64_t stride, int64_t dilation) {
+    return p.kernel_h == h && p.kernel_w == w && p.stride_h == stride && p.stride_w == stride &&
+           p.dilation_h == dilation && p.dilation_w == dilation;
+  };
+  for (const int64_t side : {3, 5, 7})
+    if (is(side, side, 2, 1)) return !spread || p.padding_h % 2 == p.padding_w % 2;
+  if (spread) return false;
+  return is(1, 1, 1, 1) || is(3, 3, 1, 1) || is(5, 5, 1, 1) || is(7, 7, 1, 1) || is(3, 3, 1, 2) || is(1, 11, 1, 1) ||
+         is(11, 1, 1, 1);
+}
+
+// What kernels/stream_nchw.cu and kernels/stream_grad_weight_nchw.cu have in common.
+bool is_streamed(const Problem& p) {
+  constexpr int64_t kLeastWidth = 7;  // columns of a tile
+  const bool spread = p.pass == Pass::kGradInput && p.stride_h > 1;
+  const int64_t element = size_of(p.dtype);
+  return p.dtype != DType::kFloat64 && p.batch > 0 && has_tile(p, spread) &&
+         p.padding_h <= (p.kernel_h - 1) * p.dilation_h && p.padding_w <= (p.kernel_w - 1) * p.dilation_w &&
+         (p.pass == Pass::kGradInput ? p.width : p.out_width) >= kLeastWidth &&
+         is_stream(p.input, p.batch, p.channels, p.height, p.width, element) &&
+         is_stream(p.output, p.batch, p.filters(), p.out_height, p.out_width, element);
+}
+
+bool claims_stream_nchw(const Problem& p) {
+  if (p.pass == Pass::kGradWeight || !is_streamed(p)) return false;
+  const bool forward = p.pass == Pass::kForward;
+  const int64_t element = size_of(p.dtype), extent = (p.kernel_h - 1) * p.dilation_h + 1;
+  // If one of the arrays is not joined, both go image by image.
+  const int64_t in_image = p.channels * p.height * p.width, out_image = p.filters() * p.out_height * p.out_width;
+  if ((is_joined(p.input, p.batch, in_image) != is_joined(p.output, p.batch, out_image)) &&
+      (in_image * element % kUnit != 0 || out_image * element % kUnit != 0))
+    return false;
+  const auto fits_int = [](int64_t stride) {
+    return stride < std::numeric_limits<int32_t>::max() / 16 && stride > std::numeric_limits<int32_t>::min() / 16;
+  };
+  if (!fits_int(p.weight.stride[2]) || !fits_int(p.weight.stride[3])) return false;
+
+  const int64_t source_bytes = (forward ? p.width : p.out_width) * element;
+  const int64_t target_bytes = (forward ? p.out_width : p.width) * element;
+  const int64_t source_height = forward ? p.height : p.out_height, target_height = forward ? p.out_height : p.height;
+  constexpr int64_t kDepth = 2;
+  if (!forward && p.multiplier > 1) {  // a sum over filters: whole planes only, and no tile but of some kernels
+    if (p.stride_h == 1 && (p.kernel_h != p.kernel_w || p.kernel_h == 1 || p.dilation_h > 1)) return false;
+    const int64_t rows = rows_for_planes(kDepth, p.multiplier * source_height, source_bytes);
+    return kHead + ring_bytes(rows, source_bytes) + round_up(target_height * target_bytes + kUnit, 128) <=
+           p.shared_memory;
+  }
+  const int64_t rows = std::min<int64_t>(kLeastRows, target_height);
+  const int64_t step = forward ? rows * p.stride_h : (rows + p.stride_h - 1) / p.stride_h;
+  const int64_t ring = rows_for_bands(kDepth, (target_height + rows - 1) / rows, step, extent, source_bytes);
+  return kHead + ring_bytes(ring, source_bytes) + round_up(rows * target_bytes + kUnit, 128) <= p.shared_memory;
+}
+
+bool claims_stream_grad_weight_nchw(const Problem& p) {
+  if (p.pass != Pass::kGradWeight || !is_streamed(p)) return false;
+  if (p.filters() > (1 << 30) / (p.taps() + 1)) return false;  // sums are counted in 32 bits
+  const int64_t source_bytes = p.width * size_of(p.dtype), grad_bytes = p.out_width * size_of(p.dtype);
+  const int64_t extent = (p.kernel_h - 1) * p.dilation_h + 1, rows = std::min<int64_t>(kLeastRows, p.out_height);
+  constexpr int64_t kDepth = 2, kThreads = 256;
+  const int64_t source =
+      rows_for_bands(kDepth, (p.out_height + rows - 1) / rows, rows * p.stride_h, extent, source_bytes);
+  const int64_t grad = rows_for_planes(kDepth, rows, grad_bytes);
+  return kHead +
+             std::max(ring_bytes(source, source_bytes) + ring_bytes(grad, grad_bytes), 4 * (p.taps() + 1) * kThreads) <=
+         p.shared_memory;
 }
 
 // kernels/window_nchw.cu addresses a plane with 32-bit offsets and keeps three rows of the window in registers.
@@ -36,8 +126,17 @@ bool claims_window_nchw(const Problem& p) {
 
 const std::vector<Plan>& plans() {
   static const std::vector<Plan> table = {
+      {PlanId::kStreamNchw, "stream_nchw", "a small kernel on contiguous planes: rows stream through shared memory",
+       claims_stream_nchw},
+      {PlanId::kStreamGradWeightNchw, "stream_grad_weight_nchw",
+       "a small kernel on contiguous planes: input and gradient stream through shared memory",
+       claims_stream_grad_weight_nchw},
       {PlanId::kWindowNchw, "window_nchw", "3x3, stride 1, rows contiguous in memory: a window of rows in registers",
        claims_window_nchw},
+      {PlanId::kStreamNchwPortable, "stream_nchw_portable", "stream_nchw as GPUs before sm_90 run it",
+       claims_stream_nchw},
+      {PlanId::kStreamGradWeightNchwPortable, "stream_grad_weight_nchw_portable",
+       "stream_grad_weight_nchw as GPUs before sm_90 run it", claims_stream_grad_weight_nchw},
       {PlanId::kGeneric, "generic", "no specialised plan claims this problem", claims_everything},
   };
   return table;

@@ -8,7 +8,14 @@
 
 namespace dwconv {
 
-enum class PlanId : int { kGeneric, kWindowNchw };
+enum class PlanId : int {
+  kStreamNchw,
+  kStreamNchwPortable,
+  kStreamGradWeightNchw,
+  kStreamGradWeightNchwPortable,
+  kWindowNchw,
+  kGeneric,
+};
 
 struct Plan {
   PlanId id;

@@ -44,7 +44,8 @@ struct Problem {
   View output;           // (N, C * multiplier, H_out, W_out), or its gradient
   void* bias = nullptr;  // (C * multiplier,), or its gradient; null for none
   int64_t bias_stride = 1;
-  void* workspace = nullptr;
+
+  int64_t shared_memory = 227 << 10;  // bytes that a block may have on the device
 
   int64_t filters() const { return channels * multiplier; }
   int64_t taps() const { return kernel_h * kernel_w; }

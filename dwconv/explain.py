@@ -71,7 +71,7 @@ def explain(
     Example:
         >>> x, w = torch.empty(16, 64, 512, 512, device="meta"), torch.empty(64, 1, 3, 3, device="meta")
         >>> explain(x, w).forward.plan
-        'window_nchw'
+        'stream_nchw'
     """
     # conv2d itself, on tensors without numbers: what it makes of padding, autocast or a single image is what counts.
     mode = FakeTensorMode()

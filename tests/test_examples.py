@@ -241,7 +241,7 @@ def test_readme_snippets(capsys: pytest.CaptureFixture) -> None:
     for snippet in snippets:
         line = README[: README.index(snippet)].count("\n")
         exec(compile("\n" * line + snippet, str(ROOT / "README.md"), "exec"), namespace)
-    assert "window_nchw" in capsys.readouterr().out
+    assert "stream_nchw" in capsys.readouterr().out
 
 
 def test_readme_names_files_that_exist() -> None:

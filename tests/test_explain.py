@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,5 +49,5 @@ def test_leaves_no_mode_behind() -> None:
 def test_printed_as_a_table() -> None:
     lines = str(explain(torch.empty(1, 4, 9, 9, device="meta"), torch.empty(8, 1, 3, 3, device="meta"))).splitlines()
     assert [line.split()[0] for line in lines] == ["forward", "grad_input", "grad_weight"]
-    starts = [line.index(line.split()[2]) for line in lines]  # the reasons stand in one column
-    assert starts[0] == starts[1] == starts[2]
+    starts = {re.match(r"\S+ +\S+ +", line).end() for line in lines}  # the reasons stand in one column
+    assert len(starts) == 1

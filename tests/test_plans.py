@@ -30,17 +30,53 @@ def plan_of(name: str, case: Case, dtype: torch.dtype = torch.float32, memory_fo
 # ---------------------------------------------------------------------------- the table
 
 
+STREAM = {"forward": "stream_nchw", "grad_input": "stream_nchw", "grad_weight": "stream_grad_weight_nchw"}
+
+# Kernel, stride and dilation of what streams.
+TILES = [
+    ((1, 1), 1, 1),
+    ((3, 3), 1, 1),
+    ((5, 5), 1, 1),
+    ((7, 7), 1, 1),
+    ((3, 3), 2, 1),
+    ((5, 5), 2, 1),
+    ((7, 7), 2, 1),
+    ((3, 3), 1, 2),
+    ((1, 11), 1, 1),
+    ((11, 1), 1, 1),
+]
+
+
+def tile_case(tile: tuple, batch: int, channels: int, size: tuple[int, int], **more) -> Case:
+    """With the padding that keeps the size at stride 1, unless there is another in `more`."""
+    kernel, stride, dilation = tile
+    padding = tuple(dilation * (side - 1) // 2 for side in kernel)
+    case = Case(batch, channels, size, kernel, (stride, stride), padding, (dilation, dilation))
+    return case._replace(**more)
+
+
 @pytest.mark.parametrize("dtype", FAST, ids=str)
-@pytest.mark.parametrize("padding", [0, 1, 2, 3])
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("name", PASSES)
+def test_small_kernels_in_nchw(name: str, tile: tuple, dtype: torch.dtype) -> None:
+    for size in ((512, 512), (7, 13), (113, 95), (20, 900)):
+        assert plan_of(name, tile_case(tile, 16, 64, size), dtype) == STREAM[name], size
+
+
+@pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("name", PASSES[:2])
-def test_3x3_in_nchw(name: str, padding: int, dtype: torch.dtype) -> None:
-    assert plan_of(name, FIRST._replace(padding=(padding, padding)), dtype) == "window_nchw"
-    assert plan_of(name, Case(1, 3, (7, 5), (3, 3), padding=(padding, 1)), dtype) == "window_nchw"
+def test_window(name: str, dtype: torch.dtype) -> None:
+    """3x3 where nothing can stream: too few columns, too much padding."""
+    assert plan_of(name, Case(1, 3, (7, 5), (3, 3), padding=(1, 1)), dtype) == "window_nchw"
+    assert plan_of(name, FIRST._replace(padding=(3, 1)), dtype) == "window_nchw"
 
 
-def test_forward_with_a_multiplier() -> None:
-    case = FIRST._replace(multiplier=3)
-    assert [plan_of(name, case) for name in PASSES] == ["window_nchw", "generic", "generic"]
+def test_multipliers() -> None:
+    case = Case(16, 64, (56, 56), (3, 3), padding=(1, 1), multiplier=3)
+    assert [plan_of(name, case) for name in PASSES] == [*STREAM.values()]
+    # A gradient that is summed over filters takes whole planes at a time: here they are too large.
+    large = FIRST._replace(multiplier=3)
+    assert [plan_of(name, large) for name in PASSES] == ["stream_nchw", "generic", "stream_grad_weight_nchw"]
 
 
 @pytest.mark.parametrize("name", PASSES)
@@ -50,13 +86,12 @@ def test_forward_with_a_multiplier() -> None:
         ({}, torch.float32, torch.channels_last),
         ({}, torch.float16, torch.channels_last),
         ({}, torch.float64, torch.contiguous_format),
-        ({"kernel": (5, 5)}, torch.float32, torch.contiguous_format),
         ({"kernel": (3, 5)}, torch.float32, torch.contiguous_format),
         ({"kernel": (2, 3)}, torch.bfloat16, torch.contiguous_format),
-        ({"stride": (2, 2)}, torch.float32, torch.contiguous_format),
         ({"stride": (1, 2)}, torch.float16, torch.contiguous_format),
-        ({"dilation": (2, 2)}, torch.float32, torch.contiguous_format),
+        ({"stride": (3, 3)}, torch.float32, torch.contiguous_format),
         ({"dilation": (2, 1)}, torch.float32, torch.contiguous_format),
+        ({"kernel": (5, 5), "size": (400, 40000)}, torch.float32, torch.contiguous_format),  # too long rows
     ],
     ids=str,
 )
@@ -64,16 +99,36 @@ def test_generic(name: str, change: dict, dtype: torch.dtype, memory_format: tor
     assert plan_of(name, FIRST._replace(**change), dtype, memory_format) == "generic"
 
 
-@pytest.mark.parametrize("dtype", FAST, ids=str)
-def test_grad_weight(dtype: torch.dtype) -> None:
-    assert plan_of("grad_weight", FIRST, dtype) == "generic"
+@pytest.mark.parametrize("name", PASSES)
+def test_what_can_stream(name: str) -> None:
+    """Planes have to follow each other; images may lie apart by a multiple of 16 bytes."""
+    case = Case(4, 8, (6, 8), (3, 3), padding=(1, 1))
+    plain = meta((4, 8, 6, 8), torch.float32)
+    for odd, streams in (
+        (lay(plain, offset=3), True),
+        (lay(plain, steps=(2, 1, 1, 1)), True),
+        (meta((4, 20, 6, 8), torch.float32)[:, 5:13], True),
+        (meta((4, 8, 12, 8), torch.float32)[:, :, :6], False),
+        (meta((4, 8, 6, 9), torch.float32)[..., :8], False),
+        (lay(plain, (1, 0, 2, 3)), False),
+        (lay(plain, expanded=(0,)), False),
+        (lay(plain, (0, 2, 3, 1)), False),
+    ):
+        assert (claims(name, case, odd, plain)[0] == STREAM[name]) == streams, odd.stride()
+        assert (claims(name, case, plain, odd)[0] == STREAM[name]) == streams, odd.stride()
+    # Images of 7 x 7 floats, 8 channels: a multiple of 16 bytes; 9 channels: not.
+    for channels, streams in ((8, True), (9, False)):
+        case = Case(4, channels, (7, 7), (3, 3), padding=(1, 1))
+        apart = meta((4, channels + 4, 7, 7), torch.float32)[:, :channels]
+        plain = meta((4, channels, 7, 7), torch.float32)
+        assert (claims(name, case, apart, plain)[0] == STREAM[name]) == streams
 
 
 @pytest.mark.parametrize("name", PASSES[:2])
 def test_strides_decide(name: str) -> None:
     """Rows have to be contiguous, in what is read and in what is written; planes and images may lie anywhere."""
-    case = Case(2, 4, (6, 8), (3, 3), padding=(1, 1))
-    plain = meta((2, 4, 6, 8), torch.float32)
+    case = Case(2, 4, (6, 6), (3, 3), padding=(1, 1))
+    plain = meta((2, 4, 6, 6), torch.float32)
     for odd, expected in (
         (lay(plain, (1, 0, 2, 3)), "window_nchw"),
         (lay(plain, steps=(1, 1, 2, 1)), "window_nchw"),
@@ -93,8 +148,9 @@ def test_32_bits_bound_a_plane(name: str) -> None:
     """The window's kernel counts the elements of a plane, and its threads for one image, in 32 bits."""
     assert plan_of(name, Case(1, 2, (32776, 32776), (3, 3), padding=(1, 1))) == "window_nchw"
     assert plan_of(name, Case(10**6, 300, (100, 100), (3, 3), padding=(1, 1))) == "window_nchw"
+    assert plan_of(name, Case(10**4, 300, (100, 100), (3, 3), padding=(1, 1))) == "stream_nchw"
     assert plan_of(name, Case(1, 1, (46344, 46352), (3, 3), padding=(1, 1))) == "generic"
-    assert plan_of(name, Case(1, 2**27, (8, 64), (3, 3), padding=(1, 1))) == "generic"
+    assert plan_of(name, Case(1, 2**27 + 1, (8, 64), (3, 3), padding=(1, 1))) == "generic"
     assert plan_of(name, Case(1, 1, (2**31, 3), (3, 3), padding=(1, 1))) == "generic"
     assert plan_of(name, Case(1, 1, (3, 2**31), (3, 3), padding=(1, 1))) == "generic"
     assert plan_of(name, Case(1, 1, (8, 8), (3, 3), padding=(2**24, 1))) == "generic"
@@ -103,7 +159,7 @@ def test_32_bits_bound_a_plane(name: str) -> None:
 def test_reasons() -> None:
     size, strides = (16, 64, 512, 512), (64 * 512 * 512, 512 * 512, 512, 1)
     found = dwconv._C.plans("forward", "float32", size, strides, (64, 1, 3, 3), strides, (1, 1), (1, 1), (1, 1))
-    assert [plan for plan, _ in found] == ["window_nchw", "generic"]
+    assert [plan for plan, _ in found] == ["stream_nchw", "window_nchw", "stream_nchw_portable", "generic"]
     assert all(isinstance(reason, str) and reason for _, reason in found)
 
 
@@ -151,7 +207,7 @@ def test_bad_arguments(change: dict, error: type[Exception], message: str) -> No
 
 def test_explain_says_what_each_pass_takes() -> None:
     explanation = dwconv.explain(meta((16, 64, 512, 512), torch.float32), meta((64, 1, 3, 3), torch.float32), padding=1)
-    assert [getattr(explanation, name).plan for name in PASSES] == ["window_nchw", "window_nchw", "generic"]
+    assert [getattr(explanation, name).plan for name in PASSES] == [*STREAM.values()]
     lines = str(explanation).splitlines()
     assert len(lines) == len(PASSES)
     for name, line in zip(PASSES, lines):
@@ -177,7 +233,7 @@ def test_explain_agrees_with_the_table(arguments: dict, memory_format: torch.mem
 
 def test_explain_of_one_image() -> None:
     weight = meta((4, 1, 3, 3), torch.float32)
-    assert dwconv.explain(meta((4, 9, 9), torch.float32), weight).forward.plan == "window_nchw"
+    assert dwconv.explain(meta((4, 9, 9), torch.float32), weight).forward.plan == "stream_nchw"
 
 
 def test_explain_on_cpu_says_aten() -> None:
@@ -272,7 +328,7 @@ def test_forcing_a_plan(case: Case, memory_format: torch.memory_format, dtype: t
     input = meta((case.batch, case.channels, *case.size), dtype, memory_format)
     output = meta(output_size(case), dtype, memory_format)
     for name, call in calls(case, dtype, memory_format).items():
-        for plan in ("window_nchw", "generic"):
+        for plan in ("stream_nchw", "stream_nchw_portable", "stream_grad_weight_nchw", "window_nchw", "generic"):
             if plan in claims(name, case, input, output):
                 call(plan)
             else:
@@ -316,3 +372,59 @@ def test_window_on_every_size(width: int) -> None:
             forced.add((name, plan))
         assert ("output", "window_nchw") in forced
         assert (("grad_input", "window_nchw") in forced) == (case.multiplier == 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_streams_are_exact(tile: tuple, dtype: torch.dtype) -> None:
+    """Planes of every sort: tiny and large, even and odd, whole in shared memory and in bands, at any address."""
+    kernel, stride, dilation = tile
+    sizes = [(7, 7), (1, 8), (14, 14), (13, 29), (28, 28), (31, 57), (56, 56), (113, 95), (64, 301), (200, 300)]
+    for number, size in enumerate(sizes):
+        for turn in range(4):
+            batch, channels = (3, 7) if size[0] * size[1] > 2000 else (5, 40)
+            reach = [dilation * (side - 1) for side in kernel]
+            padding = [(r // 2, r // 2), (0, 0), (r, r)][(number + turn) % 3] if (r := min(reach)) else reach
+            padding = padding if turn else [r // 2 for r in reach]
+            case = tile_case(tile, batch, channels, size, padding=tuple(padding))
+            case = case._replace(multiplier=1 + (number + turn) % 2, bias=turn % 2 == 0)
+            if any(side + 2 * p < r + 1 for side, p, r in zip(size, padding, reach)):
+                continue
+            input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+            grad_output = integers(*output_size(case)).to(input)
+            if turn == 1:
+                input, grad_output = lay(input, offset=1), lay(grad_output, offset=3)
+            elif turn == 2:  # images apart
+                apart = 8 * 16
+                input = torch.nn.functional.pad(input, (0, 0, 0, 0, 0, apart), value=torch.nan)[:, :channels]
+                weight = lay(weight, (2, 3, 0, 1))
+            exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+            forced = set()
+            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
+                assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, str(case), input.stride())
+                forced.add((name, plan))
+            if output_size(case)[3] >= 7 and turn != 2:
+                assert {("output", "stream_nchw"), ("output", "stream_nchw_portable")} <= forced, str(case)
+                assert ("grad_weight", "stream_grad_weight_nchw") in forced, str(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("plan", ["", "_portable"])
+def test_streams_repeat_bit_for_bit(plan: str, dtype: torch.dtype) -> None:
+    case = Case(16, 24, (56, 60), (3, 3), padding=(1, 1))
+    input, weight, bias = make_inputs(case, dtype, "cuda")
+    grad_output = torch.randn(output_size(case), device="cuda", dtype=dtype)
+    ops, arguments = torch.ops.dwconv, arguments_of(case)
+
+    def results() -> list[Tensor]:
+        return [
+            ops.forward.plan(input, weight, bias, *arguments, "stream_nchw" + plan),
+            ops.grad_input.plan(grad_output, weight, input.shape, *arguments, False, "stream_nchw" + plan),
+            *ops.grad_weight.plan(grad_output, input, case.kernel, *arguments, True, "stream_grad_weight_nchw" + plan),
+        ]
+
+    first = results()
+    for _ in range(300):
+        assert all(torch.equal(a, b) for a, b in zip(first, results()))

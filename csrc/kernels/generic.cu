@@ -354,15 +354,15 @@ void launch_grad_input(const Problem& p, cudaStream_t stream) {
 }
 
 template <typename T, typename Index>
-void launch_grad_weight(const Problem& p, cudaStream_t stream) {
+void launch_grad_weight(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
   const WeightGradientShape shape(p);
-  auto* partial = static_cast<Accumulator<T>*>(p.workspace);
+  const int64_t sums = (p.taps() + (p.bias != nullptr)) * p.filters();
+  auto* partial = static_cast<Accumulator<T>*>(allocate(shape.splits * sums * sizeof(Accumulator<T>)));
   const int64_t blocks = shape.filter_groups * shape.tap_groups * shape.splits;
   generic_grad_weight_runs<T, Index><<<blocks_for(blocks * kThreads), kThreads, 0, stream>>>(
       static_cast<const T*>(p.output.data), static_cast<const T*>(p.input.data), partial, Sizes<Index>(p),
       p.bias != nullptr, shape.channels_last, shape.lanes, shape.filter_groups, shape.tap_groups, shape.splits);
   check_launch("generic_grad_weight_runs");
-  const int64_t sums = (p.taps() + (p.bias != nullptr)) * p.filters();
   generic_grad_weight_total<T><<<blocks_for(sums), kThreads, 0, stream>>>(
       partial, static_cast<T*>(p.weight.data), static_cast<T*>(p.bias), p.filters(), p.taps(), shape.splits);
 }
@@ -387,20 +387,14 @@ bool fits_32_bits(const Problem& p) {
 
 }  // namespace
 
-int64_t generic_workspace_bytes(const Problem& p) {
-  if (p.pass != Pass::kGradWeight) return 0;
-  const int64_t sums = (p.taps() + (p.bias != nullptr)) * p.filters();
-  return WeightGradientShape(p).splits * sums * std::max<int64_t>(size_of(p.dtype), sizeof(float));
-}
-
-void launch_generic(const Problem& p, cudaStream_t stream) {
+void launch_generic(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
   const auto launch = [&](auto zero, auto index) {
     using T = decltype(zero);
     using Index = decltype(index);
     switch (p.pass) {
       case Pass::kForward: return launch_forward<T, Index>(p, stream);
       case Pass::kGradInput: return launch_grad_input<T, Index>(p, stream);
-      case Pass::kGradWeight: return launch_grad_weight<T, Index>(p, stream);
+      case Pass::kGradWeight: return launch_grad_weight<T, Index>(p, allocate, stream);
     }
   };
   visit_dtype(p.dtype, [&](auto zero) {

@@ -4,14 +4,21 @@
 
 #include <cuda_runtime_api.h>
 
+#include <functional>
+
 #include "../problem.h"
 
 namespace dwconv {
 
-// Bytes of scratch memory that launch_generic needs in problem.workspace.
-int64_t generic_workspace_bytes(const Problem& problem);
-void launch_generic(const Problem& problem, cudaStream_t stream);
+// Scratch memory on the device, at least until the work launched is done.
+using Allocate = std::function<void*(int64_t bytes)>;
+
+void launch_generic(const Problem& problem, const Allocate& allocate, cudaStream_t stream);
 
 void launch_window_nchw(const Problem& problem, cudaStream_t stream);
+
+// `bulk`: by bulk copies, where the GPU has them.
+void launch_stream_nchw(const Problem& problem, bool bulk, cudaStream_t stream);
+void launch_stream_grad_weight_nchw(const Problem& problem, bool bulk, const Allocate& allocate, cudaStream_t stream);
 
 }  // namespace dwconv

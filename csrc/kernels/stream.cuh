@@ -1,0 +1,299 @@
+// Rows of contiguous planes, one after the other, flowing through a ring in shared memory.
+//
+// A block works through a run of chunks: some whole planes each, or a band of rows of one plane. Loads of the chunks to
+// come are under way while it computes, without a register being spent on them, and a row that two neighbouring bands
+// need is loaded once. Copies go in units of 16 bytes whatever the address of a row: bulk copies on sm_90 and later,
+// cp.async on sm_80 and later, plain loads before. Nothing outside the array is touched: its first and last bytes, as
+// far as they share 16 bytes with what lies around, are copied element by element.
+#pragma once
+
+#include <algorithm>
+#include <array>
+
+#include "common.cuh"
+#include "stream.h"
+
+namespace dwconv {
+
+// All of a block's shared memory: barriers, zeros, ring, buffers. Places in it are offsets in bytes.
+extern __shared__ __align__(128) char shared_memory[];
+
+template <typename T>
+__device__ T& shared(int offset) {
+  return *reinterpret_cast<T*>(shared_memory + offset);
+}
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// The ways to copy between global and shared memory. Bulk copies are one thread's work, the others are everybody's.
+struct Copier {
+#if __CUDA_ARCH__ >= 900
+  const bool bulk;
+  __device__ explicit Copier(bool bulk) : bulk(bulk) {}
+#else
+  static constexpr bool bulk = false;
+  __device__ explicit Copier(bool) {}
+#endif
+
+  __device__ void init(uint64_t* barriers) const {
+#if __CUDA_ARCH__ >= 900
+    if (bulk && threadIdx.x == 0) {
+      for (int i = 0; i < kMaxDepth; ++i)
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barriers + i)));
+      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    }
+#endif
+  }
+
+  // Begins a copy; both addresses and `bytes` are multiples of 16.
+  __device__ void load(void* to, const void* from, int bytes, uint64_t* barrier) const {
+#if __CUDA_ARCH__ >= 900
+    if (bulk) {
+      if (threadIdx.x == 0 && bytes > 0)
+        asm volatile(
+            "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%3], %2;\n"
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                shared_address(to)),
+            "l"(from), "r"(bytes), "r"(shared_address(barrier))
+            : "memory");
+      return;
+    }
+#endif
+    for (int i = threadIdx.x * kUnit; i < bytes; i += blockDim.x * kUnit) {
+      char* target = static_cast<char*>(to) + i;
+      const char* source = static_cast<const char*>(from) + i;
+#if __CUDA_ARCH__ >= 800
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target)), "l"(source) : "memory");
+#else
+      *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(source);
+#endif
+    }
+  }
+
+  // Ends the loads of one chunk.
+  __device__ void commit(uint64_t* barrier) const {
+#if __CUDA_ARCH__ >= 900
+    if (bulk) {
+      if (threadIdx.x == 0)
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+      return;
+    }
+#endif
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+  }
+
+  // Waits for the oldest of `depth` chunks under way. What others loaded is there after the next __syncthreads().
+  __device__ void wait(uint64_t* barrier, uint32_t parity, int depth) const {
+#if __CUDA_ARCH__ >= 900
+    if (bulk) {
+      asm volatile(
+          "{\n"
+          ".reg .pred done;\n"
+          "retry:\n"
+          "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+          "@!done bra retry;\n"
+          "}" ::"r"(shared_address(barrier)),
+          "r"(parity)
+          : "memory");
+      return;
+    }
+#endif
+#if __CUDA_ARCH__ >= 800
+    switch (depth) {
+      case 1: asm volatile("cp.async.wait_group 0;" ::: "memory"); break;
+      case 2: asm volatile("cp.async.wait_group 1;" ::: "memory"); break;
+      case 3: asm volatile("cp.async.wait_group 2;" ::: "memory"); break;
+      default: asm volatile("cp.async.wait_group 3;" ::: "memory"); break;
+    }
+#endif
+  }
+
+  // Between writing a buffer and storing it, before a __syncthreads().
+  __device__ void before_store() const {
+#if __CUDA_ARCH__ >= 900
+    if (bulk) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+  }
+
+  // Stores a buffer. `from` and `to` lie at the same place within 16 bytes.
+  template <typename T>
+  __device__ void store(T* to, const T* from, int count) const {
+    constexpr int kPerUnit = kUnit / sizeof(T);
+    const int misfit = static_cast<int>(reinterpret_cast<uintptr_t>(to) / sizeof(T)) % kPerUnit;
+    const int head = min((kPerUnit - misfit) % kPerUnit, count);
+    const int body = (count - head) / kPerUnit * kPerUnit;
+#if __CUDA_ARCH__ >= 900
+    if (bulk) {
+      if (threadIdx.x == 0) {
+        if (body > 0)
+          asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to + head),
+                       "r"(shared_address(from + head)), "r"(body * static_cast<int>(sizeof(T)))
+                       : "memory");
+        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+      }
+    } else
+#endif
+      for (int i = head + threadIdx.x * kPerUnit; i < head + body; i += blockDim.x * kPerUnit)
+        *reinterpret_cast<uint4*>(to + i) = *reinterpret_cast<const uint4*>(from + i);
+    const int i = static_cast<int>(blockDim.x - 1 - threadIdx.x);  // the last threads: the first one issues copies
+    if (i < count - body) {
+      const int at = i < head ? i : i + body;
+      to[at] = from[at];
+    }
+  }
+
+  // Waits until a buffer may be written again: all stores but the newest `pending` (0 or 1) have read theirs.
+  __device__ void stored(int pending) const {
+#if __CUDA_ARCH__ >= 900
+    if (bulk && threadIdx.x == 0) {
+      if (pending == 0)
+        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+      else
+        asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+    }
+#endif
+  }
+};
+
+__device__ inline void widen_pair(uint32_t pair, float& low, float& high, __nv_bfloat16) {
+  low = __uint_as_float(pair << 16), high = __uint_as_float(pair & 0xffff0000u);
+}
+__device__ inline void widen_pair(uint32_t pair, float& low, float& high, __half) {
+  const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&pair));
+  low = both.x, high = both.y;
+}
+
+// Neighbouring elements in shared memory, wherever they begin.
+template <typename T, int kCount>
+__device__ void read_row(int offset, float (&x)[kCount]) {
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) x[j] = shared<float>(offset + 4 * j);
+  } else {  // two at a time, and shifted where they begin at an odd one
+    const int first = offset & ~3;
+    const uint32_t shift = (offset & 2) * 8;
+    uint32_t word = shared<uint32_t>(first);
+#pragma unroll
+    for (int j = 0; j < kCount; j += 2) {
+      const uint32_t next = shared<uint32_t>(first + 2 * j + 4);
+      float beyond;
+      widen_pair(__funnelshift_r(word, next, shift), x[j], j + 1 < kCount ? x[j + 1] : beyond, T{});
+      word = next;
+    }
+  }
+}
+
+// An array of images of contiguous planes. `base` lies at the same place within 16 bytes for every image.
+struct Planes {
+  char* base;
+  int64_t image_bytes;  // from one image to the next
+  int rows;             // of an image: its planes times their height
+  int row_bytes;
+};
+
+// Rows in a ring. A row lies at the same place within 16 bytes in the ring and in the array: `capacity` rows are a
+// multiple of 16 bytes, and so are `period`, of which capacity is a multiple.
+struct RowRing {
+  int memory;  // slot 0 begins at memory + phase
+  int phase;   // of the array, within 16 bytes
+  int row_bytes, capacity, period;
+
+  __device__ int at(int slot) const { return memory + phase + slot * row_bytes; }
+  __device__ int wrap(int slot) const { return slot >= capacity ? slot - capacity : slot < 0 ? slot + capacity : slot; }
+};
+
+// Where in the ring the rows are, counted through all images; who loads and who reads each keep one.
+struct Cursor {
+  int end = 0;   // the row behind the last one placed
+  int slot = 0;  // the slot behind the last one placed
+
+  __device__ int slot_of(const RowRing& ring, int row) const { return ring.wrap(slot - (end - row)); }
+
+  // Gives slots to the rows of [begin, end) that have none.
+  __device__ void place(const RowRing& ring, int begin, int end) {
+    if (begin > this->end) {  // rows are skipped: the same place within 16 bytes, 16 bytes from what is there
+      const int skip = (begin - this->end) % ring.period;
+      slot = ring.wrap(slot + (skip ? skip : ring.period));
+      this->end = begin;
+    }
+    if (end > this->end) {
+      slot = ring.wrap(slot + (end - this->end));
+      this->end = end;
+    }
+  }
+};
+
+// Loads rows [row, row + rows) of an image to `slot` and on, where no wrap is. `joined`: the row before, and with it
+// all 16 bytes that it ends in, was loaded next to them.
+template <typename T>
+__device__ void load_rows(const Copier& copier, const RowRing& ring, const Planes& planes, int image, int row, int rows,
+                          int slot, bool joined, uint64_t* barrier) {
+  const auto down = [](int64_t offset) { return offset / kUnit * kUnit; };
+  const auto up = [&](int64_t offset) { return down(offset + kUnit - 1); };
+  // Offsets are from the 16 bytes in which the image begins; the outermost 16 bytes may not be the image's alone.
+  const int64_t begin = ring.phase + static_cast<int64_t>(row) * planes.row_bytes;
+  const int64_t end = begin + static_cast<int64_t>(rows) * planes.row_bytes;
+  const int64_t inner_begin = up(ring.phase);
+  const int64_t inner_end = down(ring.phase + static_cast<int64_t>(planes.rows) * planes.row_bytes);
+  const int64_t from = max(joined ? up(begin) : down(begin), inner_begin), to = min(up(end), inner_end);
+  const char* source = planes.base + image * planes.image_bytes - ring.phase;
+  char* target = shared_memory + ring.at(slot) - begin;
+  copier.load(target + from, source + from, static_cast<int>(to - from), barrier);
+  if (threadIdx.x == 0) {
+    const auto copy = [&](int64_t i) { *reinterpret_cast<T*>(target + i) = *reinterpret_cast<const T*>(source + i); };
+    for (int64_t i = begin; i < min(inner_begin, end); i += sizeof(T)) copy(i);
+    for (int64_t i = max(max(inner_begin, inner_end), begin); i < end; i += sizeof(T)) copy(i);
+  }
+}
+
+// Loads the rows of [begin, end) of an image that are not yet in the ring.
+template <typename T>
+__device__ void load_rows(const Copier& copier, const RowRing& ring, const Planes& planes, Cursor& cursor, int image,
+                          int begin, int end, uint64_t* barrier) {
+  const int before = image * planes.rows;  // rows of the images before
+  const int from = max(before + begin, cursor.end);
+  const bool joined = before + begin <= cursor.end && from > before;
+  cursor.place(ring, before + begin, before + end);
+  const int rows = before + end - from;
+  if (rows <= 0) return;
+  const int slot = cursor.slot_of(ring, from);
+  const int first = min(rows, ring.capacity - slot);
+  load_rows<T>(copier, ring, planes, image, from - before, first, slot, joined && slot > 0, barrier);
+  if (first < rows) load_rows<T>(copier, ring, planes, image, from - before + first, rows - first, 0, false, barrier);
+}
+
+// As many threads as leave few of them idle in the last round.
+inline int threads_for(int64_t units, int most) {
+  const int64_t rounds = ceil_div(units, most);
+  return static_cast<int>(std::max<int64_t>(round_up(ceil_div(units, rounds), 32), 64));
+}
+
+// What a launcher has to know of the current device.
+struct Device {
+  int multiprocessors, shared_per_block, shared_per_multiprocessor, capability;
+};
+
+inline Device current_device() {
+  static std::array<Device, 64> known{};
+  int id = 0;
+  cudaGetDevice(&id);
+  Device& d = known[id % 64];
+  if (d.multiprocessors == 0) {
+    Device now{};
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&now.multiprocessors, cudaDevAttrMultiProcessorCount, id);
+    cudaDeviceGetAttribute(&now.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
+    cudaDeviceGetAttribute(&now.shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id);
+    now.capability = major * 10 + minor;
+    d = now;
+  }
+  return d;
+}
+
+}  // namespace dwconv

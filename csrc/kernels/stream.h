@@ -1,0 +1,44 @@
+// How much shared memory rows take that stream through it: what plan.cpp asks before, and the kernels' launchers after.
+#pragma once
+
+#include <cstdint>
+
+namespace dwconv {
+
+constexpr int kUnit = 16;      // bytes that are copied at once
+constexpr int kZeros = 64;     // offset of 128 bytes of zeros: what a row outside the image is read from
+constexpr int kHead = 256;     // offset of the first ring: room for a read before a row's beginning
+constexpr int kTail = 128;     // bytes behind a ring: room for its last 16 bytes and a read behind a row's end
+constexpr int kMaxDepth = 4;   // chunks under way
+constexpr int kLeastRows = 4;  // of a chunk that is a band
+
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// The fewest rows that are a multiple of 16 bytes.
+inline int64_t period_of(int64_t row_bytes) {
+  int64_t period = 1;
+  while (period * row_bytes % kUnit != 0) period *= 2;
+  return period;
+}
+
+// Rows of a ring for `depth` chunks of some planes each, of `rows` rows together.
+inline int64_t rows_for_planes(int64_t depth, int64_t rows, int64_t row_bytes) {
+  const int64_t period = period_of(row_bytes);
+  return round_up(depth * (rows + period) + 1, period);
+}
+
+// The same where a chunk is a band of a plane, `step` rows below the one before: all rows from the first one of a chunk
+// to the last one of the chunk `depth` further on.
+inline int64_t rows_for_bands(int64_t depth, int64_t bands, int64_t step, int64_t extent, int64_t row_bytes) {
+  const int64_t period = period_of(row_bytes), planes = 1 + (depth + bands - 1) / bands;
+  return round_up(depth * step + planes * (extent + period) + 1, period);
+}
+
+// What a ring takes up: a multiple of 128 bytes.
+inline int64_t ring_bytes(int64_t rows, int64_t row_bytes) {
+  return round_up(rows * row_bytes + kUnit + kTail, 128);
+}
+
+}  // namespace dwconv
