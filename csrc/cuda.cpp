@@ -26,22 +26,30 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-int64_t shared_memory_of(int32_t device) {
-  static std::array<std::atomic<int>, 64> known{};  // asked once, since it does not change
-  std::atomic<int>& bytes = known[device % known.size()];
-  int found = bytes.load(std::memory_order_relaxed);
-  if (found == 0) {
-    if (cudaDeviceGetAttribute(&found, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
-      throw std::runtime_error("dwconv: CUDA does not say how much shared memory the device has");
-    bytes.store(found, std::memory_order_relaxed);
-  }
-  return found;
+// What the device can do, asked once for each, since it does not change.
+void describe(int32_t device, Problem& problem) {
+  static std::array<std::atomic<int>, 64> known_memory{}, known_capability{};
+  const auto ask = [&](auto& known, const auto& question) {
+    int found = known[device % known.size()].load(std::memory_order_relaxed);
+    if (found == 0) known[device % known.size()].store(found = question(), std::memory_order_relaxed);
+    return found;
+  };
+  const auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    if (cudaDeviceGetAttribute(&value, which, device) != cudaSuccess)
+      throw std::runtime_error("dwconv: CUDA does not say what the device can do");
+    return value;
+  };
+  problem.shared_memory = ask(known_memory, [&] { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); });
+  problem.capability = ask(known_capability, [&] {
+    return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+  });
 }
 
 // Launches what the problem asks for; `plan` forces one by name unless it is empty.
 void run(Problem& problem, const Tensor& like, const std::string& plan) {
   const int32_t device = like.get_device_index();
-  problem.shared_memory = shared_memory_of(device);
+  describe(device, problem);
   const Plan& chosen = plan.empty() ? choose(problem) : choose(problem, plan);
   if (problem.pass != Pass::kGradWeight && problem.batch == 0) return;  // nothing to write
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -52,6 +60,8 @@ void run(Problem& problem, const Tensor& like, const std::string& plan) {
     return workspace.data_ptr();
   };
   switch (chosen.id) {
+    case PlanId::kToeplitzNchw: return launch_toeplitz_nchw(problem, true, stream);
+    case PlanId::kToeplitzNchwPortable: return launch_toeplitz_nchw(problem, false, stream);
     case PlanId::kStreamNchw: return launch_stream_nchw(problem, true, stream);
     case PlanId::kStreamNchwPortable: return launch_stream_nchw(problem, false, stream);
     case PlanId::kStreamGradWeightNchw: return launch_stream_grad_weight_nchw(problem, true, allocate, stream);

@@ -33,7 +33,7 @@ bool is_joined(const View& view, int64_t batch, int64_t image) {
   return batch == 1 || view.stride[0] == image;
 }
 
-// The kernels that kernels/stream_*.cu are compiled for. A dilation of a side with one tap means nothing.
+// The kernels that kernels/stream_nchw.cu and kernels/stream_grad_weight_nchw.cu are compiled for.
 bool has_tile(const Problem& p, bool spread) {
   const auto is = [&](int64_t h, int64_t w, int64_t stride, int64_t dilation) {
     return p.kernel_h == h && p.kernel_w == w && p.stride_h == stride && p.stride_w == stride &&
@@ -46,20 +46,17 @@ bool has_tile(const Problem& p, bool spread) {
          is(11, 1, 1, 1);
 }
 
-// What kernels/stream_nchw.cu and kernels/stream_grad_weight_nchw.cu have in common.
-bool is_streamed(const Problem& p) {
-  constexpr int64_t kLeastWidth = 7;  // columns of a tile
-  const bool spread = p.pass == Pass::kGradInput && p.stride_h > 1;
+// What all kernels that stream have in common.
+bool can_stream(const Problem& p) {
   const int64_t element = size_of(p.dtype);
-  return p.dtype != DType::kFloat64 && p.batch > 0 && has_tile(p, spread) &&
-         p.padding_h <= (p.kernel_h - 1) * p.dilation_h && p.padding_w <= (p.kernel_w - 1) * p.dilation_w &&
-         (p.pass == Pass::kGradInput ? p.width : p.out_width) >= kLeastWidth &&
+  return p.dtype != DType::kFloat64 && p.batch > 0 && p.padding_h <= (p.kernel_h - 1) * p.dilation_h &&
+         p.padding_w <= (p.kernel_w - 1) * p.dilation_w &&
          is_stream(p.input, p.batch, p.channels, p.height, p.width, element) &&
          is_stream(p.output, p.batch, p.filters(), p.out_height, p.out_width, element);
 }
 
-bool claims_stream_nchw(const Problem& p) {
-  if (p.pass == Pass::kGradWeight || !is_streamed(p)) return false;
+// What kernels/stream_nchw.cuh asks for.
+bool fits_stream_nchw(const Problem& p) {
   const bool forward = p.pass == Pass::kForward;
   const int64_t element = size_of(p.dtype), extent = (p.kernel_h - 1) * p.dilation_h + 1;
   // If one of the arrays is not joined, both go image by image.
@@ -76,8 +73,7 @@ bool claims_stream_nchw(const Problem& p) {
   const int64_t target_bytes = (forward ? p.out_width : p.width) * element;
   const int64_t source_height = forward ? p.height : p.out_height, target_height = forward ? p.out_height : p.height;
   constexpr int64_t kDepth = 2;
-  if (!forward && p.multiplier > 1) {  // a sum over filters: whole planes only, and no tile but of some kernels
-    if (p.stride_h == 1 && (p.kernel_h != p.kernel_w || p.kernel_h == 1 || p.dilation_h > 1)) return false;
+  if (!forward && p.multiplier > 1) {  // a sum over filters: whole planes only
     const int64_t rows = rows_for_planes(kDepth, p.multiplier * source_height, source_bytes);
     return kHead + ring_bytes(rows, source_bytes) + round_up(target_height * target_bytes + kUnit, 128) <=
            p.shared_memory;
@@ -88,17 +84,46 @@ bool claims_stream_nchw(const Problem& p) {
   return kHead + ring_bytes(ring, source_bytes) + round_up(rows * target_bytes + kUnit, 128) <= p.shared_memory;
 }
 
+int64_t target_width(const Problem& p) {
+  return p.pass == Pass::kGradInput ? p.width : p.out_width;
+}
+
+constexpr int64_t kTileColumns = 7;  // of kernels/stream_nchw.cu and kernels/stream_grad_weight_nchw.cu
+
+bool claims_stream_nchw(const Problem& p) {
+  const bool spread = p.pass == Pass::kGradInput && p.stride_h > 1;
+  if (p.pass == Pass::kGradWeight || !has_tile(p, spread) || target_width(p) < kTileColumns) return false;
+  if (p.pass == Pass::kGradInput && p.multiplier > 1 && !spread)  // sums over filters are compiled for some tiles only
+    if (p.kernel_h != p.kernel_w || p.kernel_h == 1 || p.dilation_h > 1) return false;
+  return can_stream(p) && fits_stream_nchw(p);
+}
+
+bool claims_toeplitz_nchw(const Problem& p) {
+  if (size_of(p.dtype) != 2 || p.capability < 80 || p.pass == Pass::kGradWeight) return false;
+  if (p.stride_h != p.stride_w || p.stride_h > 2 || (p.stride_h == 2 && p.pass == Pass::kGradInput)) return false;
+  if (p.dilation_h != 1 || p.dilation_w != 1) return false;
+  // The columns of a band matrix, and the rows that it is compiled for.
+  const bool rows =
+      p.stride_h == 1 ? p.kernel_h <= 7 || p.kernel_h == 11 : p.kernel_h == 3 || p.kernel_h == 5 || p.kernel_h == 7;
+  if (p.kernel_w > 9 || !rows) return false;
+  // A warp sets up the band matrices for 8 tiles of 16 columns: small planes are not worth it, nor are small kernels
+  // that CUDA cores have tiles for.
+  const int64_t pixels = target_width(p) * (p.pass == Pass::kForward ? p.out_height : p.height);
+  if (pixels < 512 || (p.taps() < 36 && claims_stream_nchw(p))) return false;
+  return can_stream(p) && fits_stream_nchw(p);
+}
+
 bool claims_stream_grad_weight_nchw(const Problem& p) {
-  if (p.pass != Pass::kGradWeight || !is_streamed(p)) return false;
+  if (p.pass != Pass::kGradWeight || !has_tile(p, false) || p.out_width < kTileColumns || !can_stream(p)) return false;
   if (p.filters() > (1 << 30) / (p.taps() + 1)) return false;  // sums are counted in 32 bits
   const int64_t source_bytes = p.width * size_of(p.dtype), grad_bytes = p.out_width * size_of(p.dtype);
   const int64_t extent = (p.kernel_h - 1) * p.dilation_h + 1, rows = std::min<int64_t>(kLeastRows, p.out_height);
-  constexpr int64_t kDepth = 2, kThreads = 256;
+  constexpr int64_t kDepth = 2, kThreads = 256 + 32;
   const int64_t source =
       rows_for_bands(kDepth, (p.out_height + rows - 1) / rows, rows * p.stride_h, extent, source_bytes);
   const int64_t grad = rows_for_planes(kDepth, rows, grad_bytes);
-  return kHead +
-             std::max(ring_bytes(source, source_bytes) + ring_bytes(grad, grad_bytes), 4 * (p.taps() + 1) * kThreads) <=
+  return kHead + std::max(ring_bytes(source, source_bytes) + ring_bytes(grad, grad_bytes) + 256,
+                          4 * (p.taps() + 1) * kThreads) <=
          p.shared_memory;
 }
 
@@ -126,6 +151,9 @@ bool claims_window_nchw(const Problem& p) {
 
 const std::vector<Plan>& plans() {
   static const std::vector<Plan> table = {
+      {PlanId::kToeplitzNchw, "toeplitz_nchw",
+       "a small kernel in 16 bits on contiguous planes: rows stream through shared memory to tensor cores",
+       claims_toeplitz_nchw},
       {PlanId::kStreamNchw, "stream_nchw", "a small kernel on contiguous planes: rows stream through shared memory",
        claims_stream_nchw},
       {PlanId::kStreamGradWeightNchw, "stream_grad_weight_nchw",
@@ -133,6 +161,8 @@ const std::vector<Plan>& plans() {
        claims_stream_grad_weight_nchw},
       {PlanId::kWindowNchw, "window_nchw", "3x3, stride 1, rows contiguous in memory: a window of rows in registers",
        claims_window_nchw},
+      {PlanId::kToeplitzNchwPortable, "toeplitz_nchw_portable", "toeplitz_nchw as GPUs before sm_90 run it",
+       claims_toeplitz_nchw},
       {PlanId::kStreamNchwPortable, "stream_nchw_portable", "stream_nchw as GPUs before sm_90 run it",
        claims_stream_nchw},
       {PlanId::kStreamGradWeightNchwPortable, "stream_grad_weight_nchw_portable",

@@ -9,6 +9,8 @@
 namespace dwconv {
 
 enum class PlanId : int {
+  kToeplitzNchw,
+  kToeplitzNchwPortable,
   kStreamNchw,
   kStreamNchwPortable,
   kStreamGradWeightNchw,

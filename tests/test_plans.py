@@ -59,8 +59,27 @@ def tile_case(tile: tuple, batch: int, channels: int, size: tuple[int, int], **m
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("name", PASSES)
 def test_small_kernels_in_nchw(name: str, tile: tuple, dtype: torch.dtype) -> None:
+    kernel, stride, _ = tile
     for size in ((512, 512), (7, 13), (113, 95), (20, 900)):
-        assert plan_of(name, tile_case(tile, 16, 64, size), dtype) == STREAM[name], size
+        expected = STREAM[name]
+        tensor_cores = name == "forward" or (name == "grad_input" and stride == 1)
+        if kernel == (7, 7) and dtype != torch.float32 and tensor_cores and size != (7, 13):
+            expected = "toeplitz_nchw"
+        assert plan_of(name, tile_case(tile, 16, 64, size), dtype) == expected, size
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PASSES[:2])
+def test_tensor_cores(name: str, dtype: torch.dtype) -> None:
+    """What nothing else is compiled for, unless images are small or there is no band matrix for the kernel."""
+    for kernel in ((2, 3), (4, 4), (6, 9), (11, 5), (1, 2)):
+        assert plan_of(name, Case(2, 4, (32, 32), kernel), dtype) == "toeplitz_nchw", kernel
+        assert plan_of(name, Case(2, 4, (12, 14), kernel), dtype) == "generic", kernel
+        assert plan_of(name, Case(2, 4, (32, 32), kernel, dilation=(2, 2)), dtype) == "generic", kernel
+    for kernel in ((8, 3), (12, 12), (3, 10)):
+        assert plan_of(name, Case(2, 4, (32, 32), kernel), dtype) == "generic", kernel
+    strided = Case(2, 4, (64, 64), (5, 3), (2, 2))
+    assert plan_of(name, strided, dtype) == ("toeplitz_nchw" if name == "forward" else "generic")
 
 
 @pytest.mark.parametrize("dtype", FAST, ids=str)
@@ -87,7 +106,7 @@ def test_multipliers() -> None:
         ({}, torch.float16, torch.channels_last),
         ({}, torch.float64, torch.contiguous_format),
         ({"kernel": (3, 5)}, torch.float32, torch.contiguous_format),
-        ({"kernel": (2, 3)}, torch.bfloat16, torch.contiguous_format),
+        ({"kernel": (2, 3)}, torch.float32, torch.contiguous_format),
         ({"stride": (1, 2)}, torch.float16, torch.contiguous_format),
         ({"stride": (3, 3)}, torch.float32, torch.contiguous_format),
         ({"dilation": (2, 1)}, torch.float32, torch.contiguous_format),
@@ -328,7 +347,7 @@ def test_forcing_a_plan(case: Case, memory_format: torch.memory_format, dtype: t
     input = meta((case.batch, case.channels, *case.size), dtype, memory_format)
     output = meta(output_size(case), dtype, memory_format)
     for name, call in calls(case, dtype, memory_format).items():
-        for plan in ("stream_nchw", "stream_nchw_portable", "stream_grad_weight_nchw", "window_nchw", "generic"):
+        for plan in ("toeplitz_nchw", "stream_nchw", "stream_grad_weight_nchw_portable", "window_nchw", "generic"):
             if plan in claims(name, case, input, output):
                 call(plan)
             else:
@@ -407,6 +426,29 @@ def test_streams_are_exact(tile: tuple, dtype: torch.dtype) -> None:
             if output_size(case)[3] >= 7 and turn != 2:
                 assert {("output", "stream_nchw"), ("output", "stream_nchw_portable")} <= forced, str(case)
                 assert ("grad_weight", "stream_grad_weight_nchw") in forced, str(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [(7, 7), (2, 3), (4, 6), (1, 9), (6, 1), (11, 5), (3, 4), (5, 9)], ids=str)
+def test_tensor_cores_are_exact(kernel: tuple, stride: int, dtype: torch.dtype) -> None:
+    for number, size in enumerate([(32, 32), (56, 56), (23, 45), (113, 95), (40, 301), (301, 40), (65, 17), (90, 520)]):
+        for turn in range(3):
+            case = Case(3, 5, size, kernel, (stride, stride), multiplier=1 + (number + turn) % 2, bias=turn != 1)
+            case = case._replace(padding=[(0, 0), tuple(k // 2 for k in kernel), tuple(k - 1 for k in kernel)][turn])
+            input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+            grad_output = integers(*output_size(case)).to(input)
+            if turn == 1:
+                input, grad_output, weight = lay(input, offset=3), lay(grad_output, offset=5), lay(weight, (2, 3, 0, 1))
+            exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+            forced = set()
+            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
+                assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, str(case), input.stride())
+                forced.add((name, plan))
+            *_, height, width = output_size(case)
+            if height * width >= 512 and (stride == 1 or kernel[0] in (3, 5, 7)):
+                assert {("output", "toeplitz_nchw"), ("output", "toeplitz_nchw_portable")} <= forced, str(case)
 
 
 @pytest.mark.gpu

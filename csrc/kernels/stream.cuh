@@ -27,31 +27,71 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// The ways to copy between global and shared memory. Bulk copies are one thread's work, the others are everybody's.
-struct Copier {
+// What bulk copies are waited for with. All lie at the beginning of shared memory.
+struct Barriers {
+  static __device__ int full(int stage) { return 8 * stage; }                // a chunk has arrived
+  static __device__ int done(int stage) { return 8 * (kMaxDepth + stage); }  // all warps are done with it
+};
+
+__device__ inline uint32_t shared_address(int offset) {
+  return shared_address(shared_memory + offset);
+}
+
 #if __CUDA_ARCH__ >= 900
-  const bool bulk;
-  __device__ explicit Copier(bool bulk) : bulk(bulk) {}
+__device__ inline void arrive(int barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ inline void wait(int barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "retry:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra retry;\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
 #else
-  static constexpr bool bulk = false;
-  __device__ explicit Copier(bool) {}
+__device__ inline void arrive(int) {}
+__device__ inline void wait(int, uint32_t) {}
 #endif
 
-  __device__ void init(uint64_t* barriers) const {
+// The ways to copy between global and shared memory. Bulk copies are begun by one thread, the others are everybody's.
+// That thread's warp may be a dedicated one, the last, which does nothing else: then the others never wait for it.
+struct Copier {
+#if __CUDA_ARCH__ >= 900
+  const bool bulk, dedicated;
+  __device__ Copier(bool bulk, bool dedicated) : bulk(bulk), dedicated(bulk && dedicated) {}
+#else
+  static constexpr bool bulk = false, dedicated = false;
+  __device__ Copier(bool, bool) {}
+#endif
+
+  __device__ int workers() const { return blockDim.x - (dedicated ? 32 : 0); }  // threads that compute
+  __device__ bool is_worker() const { return static_cast<int>(threadIdx.x) < workers(); }
+  // Among the threads that copy.
+  __device__ int rank() const { return dedicated ? threadIdx.x - workers() : threadIdx.x; }
+  __device__ bool loads() const { return bulk ? rank() == 0 : true; }  // whether the thread has to do with loads
+
+  __device__ void init() const {
 #if __CUDA_ARCH__ >= 900
     if (bulk && threadIdx.x == 0) {
-      for (int i = 0; i < kMaxDepth; ++i)
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barriers + i)));
+      const auto make = [](int barrier, int count) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count));
+      };
+      for (int i = 0; i < kMaxDepth; ++i) make(Barriers::full(i), 1), make(Barriers::done(i), workers() / 32);
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
 #endif
   }
 
   // Begins a copy; both addresses and `bytes` are multiples of 16.
-  __device__ void load(void* to, const void* from, int bytes, uint64_t* barrier) const {
+  __device__ void load(void* to, const void* from, int bytes, int barrier) const {
 #if __CUDA_ARCH__ >= 900
     if (bulk) {
-      if (threadIdx.x == 0 && bytes > 0)
+      if (rank() == 0 && bytes > 0)
         asm volatile(
             "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%3], %2;\n"
             "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
@@ -73,35 +113,19 @@ struct Copier {
   }
 
   // Ends the loads of one chunk.
-  __device__ void commit(uint64_t* barrier) const {
-#if __CUDA_ARCH__ >= 900
+  __device__ void commit(int stage) const {
     if (bulk) {
-      if (threadIdx.x == 0)
-        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+      if (rank() == 0) arrive(Barriers::full(stage));
       return;
     }
-#endif
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
   }
 
   // Waits for the oldest of `depth` chunks under way. What others loaded is there after the next __syncthreads().
-  __device__ void wait(uint64_t* barrier, uint32_t parity, int depth) const {
-#if __CUDA_ARCH__ >= 900
-    if (bulk) {
-      asm volatile(
-          "{\n"
-          ".reg .pred done;\n"
-          "retry:\n"
-          "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-          "@!done bra retry;\n"
-          "}" ::"r"(shared_address(barrier)),
-          "r"(parity)
-          : "memory");
-      return;
-    }
-#endif
+  __device__ void wait_full(int stage, uint32_t parity, int depth) const {
+    if (bulk) return wait(Barriers::full(stage), parity);
 #if __CUDA_ARCH__ >= 800
     switch (depth) {
       case 1: asm volatile("cp.async.wait_group 0;" ::: "memory"); break;
@@ -110,6 +134,12 @@ struct Copier {
       default: asm volatile("cp.async.wait_group 3;" ::: "memory"); break;
     }
 #endif
+  }
+
+  // After reading a chunk, where there is a dedicated warp: it may load another one in its place.
+  __device__ void finish(int stage) const {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive(Barriers::done(stage));
   }
 
   // Between writing a buffer and storing it, before a __syncthreads().
@@ -128,7 +158,7 @@ struct Copier {
     const int body = (count - head) / kPerUnit * kPerUnit;
 #if __CUDA_ARCH__ >= 900
     if (bulk) {
-      if (threadIdx.x == 0) {
+      if (rank() == 0) {
         if (body > 0)
           asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to + head),
                        "r"(shared_address(from + head)), "r"(body * static_cast<int>(sizeof(T)))
@@ -139,17 +169,17 @@ struct Copier {
 #endif
       for (int i = head + threadIdx.x * kPerUnit; i < head + body; i += blockDim.x * kPerUnit)
         *reinterpret_cast<uint4*>(to + i) = *reinterpret_cast<const uint4*>(from + i);
-    const int i = static_cast<int>(blockDim.x - 1 - threadIdx.x);  // the last threads: the first one issues copies
+    const int i = static_cast<int>(blockDim.x - 1 - threadIdx.x);  // the last threads: the first one begins copies
     if (i < count - body) {
       const int at = i < head ? i : i + body;
       to[at] = from[at];
     }
   }
 
-  // Waits until a buffer may be written again: all stores but the newest `pending` (0 or 1) have read theirs.
+  // Waits until all stores but the newest `pending` (0 or 1) have read their buffers.
   __device__ void stored(int pending) const {
 #if __CUDA_ARCH__ >= 900
-    if (bulk && threadIdx.x == 0) {
+    if (bulk && rank() == 0) {
       if (pending == 0)
         asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
       else
@@ -231,7 +261,7 @@ struct Cursor {
 // all 16 bytes that it ends in, was loaded next to them.
 template <typename T>
 __device__ void load_rows(const Copier& copier, const RowRing& ring, const Planes& planes, int image, int row, int rows,
-                          int slot, bool joined, uint64_t* barrier) {
+                          int slot, bool joined, int barrier) {
   const auto down = [](int64_t offset) { return offset / kUnit * kUnit; };
   const auto up = [&](int64_t offset) { return down(offset + kUnit - 1); };
   // Offsets are from the 16 bytes in which the image begins; the outermost 16 bytes may not be the image's alone.
@@ -243,7 +273,7 @@ __device__ void load_rows(const Copier& copier, const RowRing& ring, const Plane
   const char* source = planes.base + image * planes.image_bytes - ring.phase;
   char* target = shared_memory + ring.at(slot) - begin;
   copier.load(target + from, source + from, static_cast<int>(to - from), barrier);
-  if (threadIdx.x == 0) {
+  if (copier.rank() == 0) {
     const auto copy = [&](int64_t i) { *reinterpret_cast<T*>(target + i) = *reinterpret_cast<const T*>(source + i); };
     for (int64_t i = begin; i < min(inner_begin, end); i += sizeof(T)) copy(i);
     for (int64_t i = max(max(inner_begin, inner_end), begin); i < end; i += sizeof(T)) copy(i);
@@ -253,7 +283,7 @@ __device__ void load_rows(const Copier& copier, const RowRing& ring, const Plane
 // Loads the rows of [begin, end) of an image that are not yet in the ring.
 template <typename T>
 __device__ void load_rows(const Copier& copier, const RowRing& ring, const Planes& planes, Cursor& cursor, int image,
-                          int begin, int end, uint64_t* barrier) {
+                          int begin, int end, int barrier) {
   const int before = image * planes.rows;  // rows of the images before
   const int from = max(before + begin, cursor.end);
   const bool joined = before + begin <= cursor.end && from > before;

@@ -28,6 +28,7 @@ struct Stream {
   int strips, segments;
   bool with_bias, bulk;
   RowRing source_ring, grad_ring;
+  int chunks_at;  // what the block knows of the chunks under way, in shared memory
 };
 
 // A step of a block: some rows of an image, of the block's planes.
@@ -36,6 +37,7 @@ struct Chunk {
   int source_image, source_begin, source_end;  // rows of the image
   int source_plane;                            // the row of the image in which the block's first plane begins
   int grad_image, grad_begin, grad_end;
+  int source_slot, grad_slot;  // of the first of the rows in the rings
 };
 
 __device__ Chunk chunk_of(const Stream& a, int group, int step) {
@@ -71,11 +73,11 @@ template <int kKernelH, int kKernelW, int kStride, int kDilation>
 struct Window {
   static constexpr int kRows = 7, kColumns = 7;
   static constexpr int kTapsH = kKernelH, kTapsW = kKernelW;
-  static constexpr int kMaxThreads = kKernelH * kKernelW < 25 ? 256 : 128, kBlocks = kKernelH * kKernelW < 25 ? 2 : 3;
+  static constexpr int kMaxThreads = kKernelH * kKernelW < 25 ? 224 : 128, kBlocks = 2;
 
   template <typename T>
-  static __device__ void add(const Stream& a, const Chunk& c, int source_slot, int grad_slot, int filter, int segment,
-                             int strip, float (&sum)[kKernelH][kKernelW], double& bias) {
+  static __device__ void add(const Stream& a, const Chunk& c, int filter, int segment, int strip,
+                             float (&sum)[kKernelH][kKernelW], double& bias) {
     constexpr int kSize = sizeof(T);
     constexpr int kExtentH = (kKernelH - 1) * kDilation + 1, kExtentW = (kKernelW - 1) * kDilation + 1;
     constexpr int kSourceRows = (kRows - 1) * kStride + kExtentH, kSourceColumns = (kColumns - 1) * kStride + kExtentW;
@@ -87,8 +89,8 @@ struct Window {
     const int begin = max(c.source_begin, c.source_plane + filter / a.multiplier * a.height);
     const int end = min(c.source_end, c.source_plane + (filter / a.multiplier + 1) * a.height);
     const RowRing &xs = a.source_ring, &gs = a.grad_ring;
-    int source = xs.at(xs.wrap(source_slot + y0 - c.source_begin));
-    int grad = gs.at(gs.wrap(grad_slot + (a.single ? 0 : filter * a.out_height) + row)) + column * kSize;
+    int source = xs.at(xs.wrap(c.source_slot + y0 - c.source_begin));
+    int grad = gs.at(gs.wrap(c.grad_slot + (a.single ? 0 : filter * a.out_height) + row)) + column * kSize;
     const int source_end = xs.at(xs.capacity), grad_end = gs.at(gs.capacity);
     const int source_bytes = xs.capacity * xs.row_bytes, grad_bytes = gs.capacity * gs.row_bytes;
 
@@ -166,30 +168,34 @@ __device__ inline bool is_finite(float value) {
 }
 
 template <typename T, class Tile>
-__global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
+__global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
     stream_grad_weight_nchw(const __grid_constant__ Stream a) {
   constexpr int kTaps = Tile::kTapsH * Tile::kTapsW;
-  auto* barriers = &shared<uint64_t>(0);
   if (threadIdx.x < 32) shared<uint32_t>(kZeros + 4 * threadIdx.x) = 0;
-  const Copier copier(a.bulk);
-  copier.init(barriers);
+  const Copier copier(a.bulk, true);
+  copier.init();
   __syncthreads();
 
   const int group = blockIdx.x / a.splits, split = blockIdx.x % a.splits;
   const int filters = min(a.block_filters, a.filters - group * a.block_filters);
   const int64_t steps = static_cast<int64_t>(a.images) * a.bands;
   const int first = static_cast<int>(steps * split / a.splits), last = static_cast<int>(steps * (split + 1) / a.splits);
-  Cursor source_loaded, grad_loaded, source_read, grad_read;
+  Cursor source_cursor, grad_cursor;
   const auto load = [&](int step, int stage) {
-    if (step < last) {
-      const Chunk c = chunk_of(a, group, step);
-      load_rows<T>(copier, a.source_ring, a.source, source_loaded, c.source_image, c.source_begin, c.source_end,
-                   barriers + stage);
-      load_rows<T>(copier, a.grad_ring, a.grad, grad_loaded, c.grad_image, c.grad_begin, c.grad_end, barriers + stage);
+    if (step < last && copier.loads()) {
+      Chunk c = chunk_of(a, group, step);
+      const int barrier = Barriers::full(stage);
+      load_rows<T>(copier, a.source_ring, a.source, source_cursor, c.source_image, c.source_begin, c.source_end,
+                   barrier);
+      load_rows<T>(copier, a.grad_ring, a.grad, grad_cursor, c.grad_image, c.grad_begin, c.grad_end, barrier);
+      c.source_slot = source_cursor.slot_of(a.source_ring, c.source_image * a.source.rows + c.source_begin);
+      c.grad_slot = grad_cursor.slot_of(a.grad_ring, c.grad_image * a.grad.rows + c.grad_begin);
+      if (copier.rank() == 0) shared<Chunk>(a.chunks_at + stage * static_cast<int>(sizeof(Chunk))) = c;
     }
-    copier.commit(barriers + stage);
+    copier.commit(stage);
   };
-  for (int d = 0; d < a.depth; ++d) load(first + d, d);
+  if (!copier.dedicated || !copier.is_worker())
+    for (int d = 0; d < a.depth; ++d) load(first + d, d);
 
   float sum[Tile::kTapsH][Tile::kTapsW] = {};
   double bias = 0;
@@ -197,24 +203,28 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
   int stage = 0;
   uint32_t parity = 0;
   for (int step = first; step < last; ++step) {
-    const Chunk c = chunk_of(a, group, step);
-    const int source_before = c.source_image * a.source.rows, grad_before = c.grad_image * a.grad.rows;
-    source_read.place(a.source_ring, source_before + c.source_begin, source_before + c.source_end);
-    grad_read.place(a.grad_ring, grad_before + c.grad_begin, grad_before + c.grad_end);
-    const int source_slot = source_read.slot_of(a.source_ring, source_before + c.source_begin);
-    const int grad_slot = grad_read.slot_of(a.grad_ring, grad_before + c.grad_begin);
-    copier.wait(barriers + stage, parity, a.depth);
-    if (!copier.bulk) __syncthreads();
-    for (int unit = threadIdx.x; unit < units; unit += blockDim.x) {
-      const int filter = a.single ? 0 : unit / tiles, tile = a.single ? unit : unit % tiles;
-      const int segment = tile / a.strips;
-      if (segment * Tile::kRows < c.rows)
-        Tile::template add<T>(a, c, source_slot, grad_slot, filter, segment, tile % a.strips, sum, bias);
+    if (copier.is_worker()) {
+      copier.wait_full(stage, parity, a.depth);
+      if (!copier.dedicated) __syncthreads();
+      const Chunk c = shared<Chunk>(a.chunks_at + stage * static_cast<int>(sizeof(Chunk)));
+      for (int unit = threadIdx.x; unit < units; unit += copier.workers()) {
+        const int filter = a.single ? 0 : unit / tiles, tile = a.single ? unit : unit % tiles;
+        const int segment = tile / a.strips;
+        if (segment * Tile::kRows < c.rows) Tile::template add<T>(a, c, filter, segment, tile % a.strips, sum, bias);
+      }
+      if (copier.dedicated) {
+        copier.finish(stage);
+      } else {
+        __syncthreads();
+        load(step + a.depth, stage);
+      }
+    } else {
+      wait(Barriers::done(stage), parity);
+      load(step + a.depth, stage);
     }
-    __syncthreads();
-    load(step + a.depth, stage);
     if (++stage == a.depth) stage = 0, parity ^= 1;
   }
+  __syncthreads();
 
   // The rings have served: their memory takes the sums, tap by tap, of all threads.
   const int threads = blockDim.x;
@@ -223,7 +233,8 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
     shared<float>(kHead + 4 * (i * threads + threadIdx.x)) = sum[i / Tile::kTapsW][i % Tile::kTapsW];
   shared<float>(kHead + 4 * (kTaps * threads + threadIdx.x)) = static_cast<float>(bias);
   __syncthreads();
-  const int slots = kTaps + a.with_bias, per_filter = a.single ? threads : tiles, lanes = per_filter < 32 ? 1 : 32;
+  const int slots = kTaps + a.with_bias, per_filter = a.single ? copier.workers() : tiles,
+            lanes = per_filter < 32 ? 1 : 32;
   float* partial = a.partial + static_cast<int64_t>(split) * slots * a.filters + group * a.block_filters;
   bool again = false;
   for (int begin = 0; begin < slots * filters; begin += threads / lanes) {
@@ -288,8 +299,9 @@ void apply(Stream& a, Cut& cut, int tile_rows, int tile_columns, int taps) {
   source.capacity = static_cast<int>(source_rows), grad.capacity = static_cast<int>(grad_rows);
   source.memory = kHead;
   grad.memory = static_cast<int>(kHead + ring_bytes(source_rows, source.row_bytes));
-  const int64_t end = grad.memory + ring_bytes(grad_rows, grad.row_bytes);
-  cut.shared_bytes = std::max<int64_t>(end, kHead + int64_t{taps + 1} * cut.threads * 4);
+  a.chunks_at = static_cast<int>(grad.memory + ring_bytes(grad_rows, grad.row_bytes));
+  const int64_t end = a.chunks_at + a.depth * sizeof(Chunk);
+  cut.shared_bytes = std::max<int64_t>(end, kHead + int64_t{taps + 1} * (cut.threads + 32) * 4);
 }
 
 template <typename T, class Tile>
@@ -308,7 +320,7 @@ void launch(const Problem& p, Stream a, const Allocate& allocate, cudaStream_t s
     if (!single && units > cut.threads) return false;
     apply(a, cut, Tile::kRows, Tile::kColumns, kTaps);
     const int64_t resident = std::min<int64_t>({device.shared_per_multiprocessor / (cut.shared_bytes + 1024),
-                                                Tile::kMaxThreads * Tile::kBlocks / cut.threads, 16});
+                                                (Tile::kMaxThreads + 32) * Tile::kBlocks / (cut.threads + 32), 16});
     if (cut.shared_bytes > device.shared_per_block || resident == 0) return false;
     const int64_t slots = resident * device.multiprocessors, groups = ceil_div(a.filters, a.block_filters);
     const int64_t steps = int64_t{a.images} * a.bands;
@@ -335,13 +347,7 @@ void launch(const Problem& p, Stream a, const Allocate& allocate, cudaStream_t s
   const int64_t groups = ceil_div(a.filters, a.block_filters);
   const int64_t sums = int64_t{kTaps + a.with_bias} * a.filters;
   a.partial = static_cast<float*>(allocate(a.splits * sums * static_cast<int64_t>(sizeof(float))));
-#ifdef BENCH
-  static bool once = getenv("SHOW") != nullptr;
-  if (once)
-    printf(" [P%d R%d single%d T%d smem%d groups%d splits%d] ", a.block_channels, a.chunk_rows, a.single, best.threads,
-           (int)best.shared_bytes, (int)groups, a.splits);
-#endif
-  kernel<<<static_cast<unsigned>(groups * a.splits), best.threads, best.shared_bytes, stream>>>(a);
+  kernel<<<static_cast<unsigned>(groups * a.splits), best.threads + (a.bulk ? 32 : 0), best.shared_bytes, stream>>>(a);
   check_launch("stream_grad_weight_nchw");
   add_splits<T><<<static_cast<unsigned>(ceil_div(sums, 128)), 128, 0, stream>>>(
       a.partial, static_cast<T*>(p.weight.data), static_cast<T*>(p.bias), a.filters, kTaps, a.splits);

@@ -1,0 +1,323 @@
+// Forward and grad_input on contiguous planes, as far as it does not depend on how a tile of outputs is computed: rows
+// stream through shared memory, tiles are computed from there into a second buffer, and that is stored as the
+// contiguous piece of memory it is. Every input row is read from memory once, every output row written once, both in
+// large pieces, however short and unaligned the rows.
+//
+// A tile is a class with
+//   kRows, kColumns          its size
+//   kTiles, kLanes           how many of them are computed together, and by how many threads: 1 by 1, or 8 by a warp
+//   kMaxThreads, kBlocks     of a block, and blocks of that size on a multiprocessor, as its registers allow
+//   compute<T>(stream, ring, chunk, out, plane, tile)
+// The tiles of a plane are numbered along its rows.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "launch.h"
+#include "stream.cuh"
+
+namespace dwconv {
+
+// One pass as a map from source planes to target planes. A group is one source plane and the `fan_out` target planes
+// that are computed from it, or one target plane and the `fan_in` source planes it is summed over; the other is 1.
+struct Stream {
+  Planes source, target;
+  const void* weight;
+  const void* bias;
+  int64_t weight_filter, bias_stride;        // in elements
+  int weight_row, weight_column;             // negative where grad_input flips
+  int height, width, out_height, out_width;  // of a source plane and of a target plane
+  int kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  int groups, fan_out, fan_in;  // groups of an image
+  int chunk_groups, chunk_rows, bands;
+  int chunks, depth, buffers, buffers_at, buffer_bytes;
+  int strips, tiles;  // of a plane's part in a chunk: tiles side by side, and all of them
+  int units;          // all of them, as they are computed together
+  bool spread;        // grad_input at stride 2: the stride is that of the target
+  bool bulk;
+  int phase, capacity, period;
+  Divider by_sub, by_bands, by_chunks_per_image, by_strips, by_units, by_fan_out, by_filters;
+};
+
+// What a chunk reads and writes. Whole planes, or (bands > 1) rows of one target plane.
+struct Chunk {
+  int image, group, groups;      // the first group, and their number
+  int target, targets;           // the same as target planes of the image
+  int row, rows;                 // of each target plane
+  int source_begin, source_end;  // rows of the image's source
+  int source_slot;               // of the first of them in the ring
+  uint64_t target_row;           // address of the first row to be written
+};
+__device__ inline Chunk chunk_of(const Stream& a, uint32_t number) {
+  Chunk c;
+  const int sub = a.by_sub.split(number);
+  const int band = a.by_bands.split(number);
+  c.group = a.by_chunks_per_image.split(number) * a.chunk_groups;
+  c.image = number;
+  c.groups = min(a.chunk_groups, a.groups - c.group);
+  c.target = c.group * a.fan_out + sub;
+  c.targets = a.bands > 1 ? 1 : c.groups * a.fan_out;
+  c.row = band * a.chunk_rows;
+  c.rows = min(a.chunk_rows, a.out_height - c.row);
+  const int plane = c.group * a.fan_in * a.height;
+  if (a.bands > 1) {
+    int first = c.row, last = c.row + c.rows - 1;
+    if (a.spread) {
+      first = (max(first + a.padding_h - a.kernel_h + 1, 0) + 1) / 2;
+      last = (last + a.padding_h) / 2;
+    } else {
+      first = first * a.stride_h - a.padding_h;
+      last = last * a.stride_h - a.padding_h + (a.kernel_h - 1) * a.dilation_h;
+    }
+    c.source_begin = plane + min(max(first, 0), a.height);
+    c.source_end = plane + min(max(last + 1, 0), a.height);
+  } else {
+    c.source_begin = plane;
+    c.source_end = plane + c.groups * a.fan_in * a.height;
+  }
+  c.target_row =
+      reinterpret_cast<uint64_t>(a.target.base + c.image * a.target.image_bytes +
+                                 (static_cast<int64_t>(c.target) * a.out_height + c.row) * a.target.row_bytes);
+  return c;
+}
+
+// The group in its chunk that a target plane of the chunk belongs to.
+__device__ inline int group_of(const Stream& a, uint32_t plane) {
+  if (a.bands > 1) return 0;
+  a.by_fan_out.split(plane);
+  return plane;
+}
+
+// What a tap reads for a target index along one side; outside the source where it reads nothing.
+__device__ inline int source_index(int target, int tap, int stride, int padding, int dilation, bool spread) {
+  if (!spread) return target * stride - padding + tap * dilation;
+  const int padded = target + padding - tap * dilation;
+  return padded % stride == 0 ? padded / stride : -1;
+}
+
+// The outputs of a tile one by one, by the taps that meet the image. For kernels with a tap that is Inf or NaN, which
+// must not meet the padding, and for kernels that no tile is compiled for.
+template <typename T>
+__device__ __noinline__ void tile_by_taps(const Stream& a, const RowRing& ring, const Chunk& c, int out, int plane,
+                                          int row, int rows, int column, int columns) {
+  const T* weight = static_cast<const T*>(a.weight);
+  uint32_t filter = c.target + plane;
+  filter = a.by_filters.split(filter) * a.fan_in;
+  const int group = group_of(a, plane);
+  for (int r = row; r < row + rows; ++r)
+    for (int v = column; v < column + columns; ++v) {
+      float sum = a.bias ? widen(static_cast<const T*>(a.bias)[filter * a.bias_stride]) : 0.f;
+      for (int q = 0; q < a.fan_in; ++q) {
+        const T* taps = weight + (filter + q) * a.weight_filter;
+        const int top = (c.group + group) * a.fan_in * a.height + q * a.height - c.source_begin;
+        for (int i = 0; i < a.kernel_h; ++i) {
+          const int y = source_index(c.row + r, i, a.stride_h, a.padding_h, a.dilation_h, a.spread);
+          if (y < 0 || y >= a.height) continue;
+          const int source = ring.at(ring.wrap(c.source_slot + top + y));
+          for (int j = 0; j < a.kernel_w; ++j) {
+            const int x = source_index(v, j, a.stride_w, a.padding_w, a.dilation_w, a.spread);
+            if (x >= 0 && x < a.width)
+              sum = fmaf(widen(shared<T>(source + x * static_cast<int>(sizeof(T)))),
+                         widen(taps[i * a.weight_row + j * a.weight_column]), sum);
+          }
+        }
+      }
+      shared<T>(out + ((plane * c.rows + r) * a.out_width + v) * static_cast<int>(sizeof(T))) = narrow<T>(sum);
+    }
+}
+
+template <typename T, class Tile>
+__global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks) stream_nchw(const __grid_constant__ Stream a) {
+  const RowRing ring{kHead, a.phase, a.source.row_bytes, a.capacity, a.period};
+  if (threadIdx.x < 32) shared<uint32_t>(kZeros + 4 * threadIdx.x) = 0;
+  const Copier copier(a.bulk, false);
+  copier.init();
+  __syncthreads();
+
+  const int first = static_cast<int>(static_cast<int64_t>(a.chunks) * blockIdx.x / gridDim.x);
+  const int last = static_cast<int>(static_cast<int64_t>(a.chunks) * (blockIdx.x + 1) / gridDim.x);
+  Cursor loaded, read;
+  const auto load = [&](int number, int stage) {
+    if (number < last && copier.loads()) {
+      const Chunk c = chunk_of(a, number);
+      load_rows<T>(copier, ring, a.source, loaded, c.image, c.source_begin, c.source_end, Barriers::full(stage));
+    }
+    copier.commit(stage);
+  };
+  for (int d = 0; d < a.depth; ++d) load(first + d, d);
+
+  int stage = 0, buffer = 0;
+  uint32_t parity = 0;
+  for (int number = first; number < last; ++number) {
+    Chunk c = chunk_of(a, number);
+    const int before = c.image * a.source.rows;
+    read.place(ring, before + c.source_begin, before + c.source_end);
+    c.source_slot = read.slot_of(ring, before + c.source_begin);
+    const int out = a.buffers_at + buffer * a.buffer_bytes + static_cast<int>(c.target_row % kUnit);
+
+    copier.wait_full(stage, parity, a.depth);
+    copier.stored(a.buffers - 1);
+    __syncthreads();
+    const uint32_t units = c.targets * a.units;
+    for (uint32_t unit = threadIdx.x / Tile::kLanes; unit < units; unit += blockDim.x / Tile::kLanes) {
+      uint32_t plane = unit;
+      const int tile = a.by_units.split(plane) * Tile::kTiles;
+      Tile::template compute<T>(a, ring, c, out, plane, tile);
+    }
+    copier.before_store();
+    __syncthreads();
+    copier.store(reinterpret_cast<T*>(c.target_row), &shared<T>(out), c.targets * c.rows * a.out_width);
+    load(number + a.depth, stage);
+    if (++stage == a.depth) stage = 0, parity ^= 1;
+    if (++buffer == a.buffers) buffer = 0;
+  }
+  copier.stored(0);
+}
+
+// How a pass is cut into chunks; the rest of the arguments follows from it.
+struct Cut {
+  int chunk_groups, chunk_rows, bands, depth, buffers, threads;
+};
+
+// What there is to know of a class of tiles.
+struct TileSize {
+  int rows, columns, together, lanes;
+  int threads_per_block, threads_per_multiprocessor;  // as the registers allow
+};
+
+// Fills in what follows from a cut.
+inline void apply(Stream& a, const Cut& cut, const TileSize& tile, int64_t images) {
+  a.chunk_groups = cut.chunk_groups, a.chunk_rows = cut.chunk_rows, a.bands = cut.bands;
+  a.depth = cut.depth, a.buffers = cut.buffers;
+  const int sub = cut.bands > 1 ? a.fan_out : 1;
+  const int64_t chunks_per_image = ceil_div(a.groups, cut.chunk_groups);
+  a.chunks = static_cast<int>(images * chunks_per_image * cut.bands * sub);
+  a.strips = static_cast<int>(ceil_div(a.out_width, tile.columns));
+  a.tiles = static_cast<int>(ceil_div(cut.chunk_rows, tile.rows)) * a.strips;
+  a.units = static_cast<int>(ceil_div(a.tiles, tile.together));
+  a.by_sub = Divider(sub), a.by_bands = Divider(cut.bands), a.by_chunks_per_image = Divider(chunks_per_image);
+  a.by_strips = Divider(a.strips), a.by_units = Divider(a.units), a.by_fan_out = Divider(a.fan_out);
+
+  a.period = static_cast<int>(period_of(a.source.row_bytes));
+  const int extent = (a.kernel_h - 1) * a.dilation_h + 1;
+  const int step = a.spread ? ceil_div(cut.chunk_rows, 2) : cut.chunk_rows * a.stride_h;
+  a.capacity = static_cast<int>(
+      cut.bands == 1 ? rows_for_planes(cut.depth, int64_t{cut.chunk_groups} * a.fan_in * a.height, a.source.row_bytes)
+                     : rows_for_bands(cut.depth, cut.bands, step, extent, a.source.row_bytes));
+  const int64_t targets = cut.bands > 1 ? 1 : cut.chunk_groups * a.fan_out;
+  a.buffer_bytes = static_cast<int>(round_up(targets * cut.chunk_rows * a.target.row_bytes + kUnit, 128));
+  a.buffers_at = static_cast<int>(kHead + ring_bytes(a.capacity, a.source.row_bytes));
+}
+
+inline int64_t shared_bytes(const Stream& a) {
+  return a.buffers_at + int64_t{a.buffers} * a.buffer_bytes;
+}
+
+// Cuts the planes so that as many threads as possible have work on a multiprocessor at a time, since it takes many to
+// hide the latency of shared memory and of the barriers, and so that every block has about as much to do.
+inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device& d) {
+  constexpr int depth = 2, buffers = 1;
+  Cut best{};
+  double best_score = -1;
+  const auto consider = [&](int64_t chunk_groups, int64_t chunk_rows) {
+    Cut cut{};
+    cut.chunk_groups = static_cast<int>(chunk_groups), cut.chunk_rows = static_cast<int>(chunk_rows);
+    cut.bands = static_cast<int>(ceil_div(a.out_height, chunk_rows));
+    cut.depth = depth, cut.buffers = buffers;
+    apply(a, cut, tile, images);
+    const int64_t bytes = shared_bytes(a);
+    const int64_t work = (cut.bands > 1 ? 1 : chunk_groups * a.fan_out) * a.units * tile.lanes;
+    cut.threads = threads_for(work, tile.threads_per_block);
+    const int64_t blocks = std::min<int64_t>(
+        {d.shared_per_multiprocessor / (bytes + 1024), tile.threads_per_multiprocessor / cut.threads, 16});
+    if (bytes > d.shared_per_block || blocks == 0) return false;
+    const double busy = std::min<double>(static_cast<double>(blocks * work) / ceil_div(work, cut.threads), 768.);
+    const double turns = static_cast<double>(a.chunks) / (blocks * d.multiprocessors);
+    const double chunk_bytes = static_cast<double>(bytes - kHead) / (depth + buffers);  // a chunk costs some barriers
+    const double score = busy * turns / std::ceil(turns) * chunk_bytes / (chunk_bytes + 3000);
+    if (score > best_score * 1.02) best_score = score, best = cut;
+    return true;
+  };
+  const int64_t tiles = ceil_div(a.out_height, tile.rows) * ceil_div(a.out_width, tile.columns);
+  const int64_t work = ceil_div(tiles, tile.together) * tile.lanes * a.fan_out;
+  const int64_t many = std::min<int64_t>(ceil_div(tile.threads_per_block, work), a.groups);
+  for (int64_t groups = 1; groups <= many; ++groups)
+    if (!consider(groups, a.out_height)) break;
+  if (a.fan_in == 1)
+    for (int64_t rows = tile.rows; rows < a.out_height; rows += tile.rows)
+      if (!consider(1, rows)) break;
+  if (best_score < 0 && a.fan_in == 1) consider(1, kLeastRows);
+  if (best_score < 0) throw std::runtime_error("dwconv: rows of this size do not fit the GPU's shared memory");
+  return best;
+}
+
+template <typename T, class Tile>
+void launch(Stream a, int64_t images, cudaStream_t stream) {
+  const Device device = current_device();
+  const TileSize tile{Tile::kRows,  Tile::kColumns,    Tile::kTiles,
+                      Tile::kLanes, Tile::kMaxThreads, Tile::kMaxThreads * Tile::kBlocks};
+  const Cut cut = cut_for(a, tile, images, device);
+  a.bulk = a.bulk && device.capability >= 90;
+  apply(a, cut, tile, images);
+  const auto bytes = static_cast<int>(shared_bytes(a));
+  const auto kernel = stream_nchw<T, Tile>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  int resident = 0;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, cut.threads, bytes);
+  const int blocks = std::min(a.chunks, std::max(resident, 1) * device.multiprocessors);
+  kernel<<<blocks, cut.threads, bytes, stream>>>(a);
+  check_launch("stream_nchw");
+}
+
+// The arguments that follow from a problem, and the number of images.
+inline std::pair<Stream, int64_t> stream_of(const Problem& p, bool bulk) {
+  const bool forward = p.pass == Pass::kForward;
+  const View& source = forward ? p.input : p.output;
+  const View& target = forward ? p.output : p.input;
+  const int64_t size = size_of(p.dtype);
+  Stream a{};
+  a.height = static_cast<int>(forward ? p.height : p.out_height);
+  a.width = static_cast<int>(forward ? p.width : p.out_width);
+  a.out_height = static_cast<int>(forward ? p.out_height : p.height);
+  a.out_width = static_cast<int>(forward ? p.out_width : p.width);
+  a.fan_out = static_cast<int>(forward ? p.multiplier : 1), a.fan_in = static_cast<int>(forward ? 1 : p.multiplier);
+  a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
+  a.stride_h = static_cast<int>(p.stride_h), a.stride_w = static_cast<int>(p.stride_w);
+  a.dilation_h = static_cast<int>(p.dilation_h), a.dilation_w = static_cast<int>(p.dilation_w);
+  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+  a.weight = p.weight.data;
+  a.weight_filter = p.weight.stride[0], a.weight_row = static_cast<int>(p.weight.stride[2]),
+  a.weight_column = static_cast<int>(p.weight.stride[3]);
+  a.bias = forward ? p.bias : nullptr, a.bias_stride = p.bias_stride;
+  a.bulk = bulk;
+  a.spread = !forward && (p.stride_h > 1 || p.stride_w > 1);
+  if (!forward && !a.spread) {  // a forward pass with the kernel flipped
+    a.weight = static_cast<const char*>(a.weight) +
+               size * ((p.kernel_h - 1) * a.weight_row + (p.kernel_w - 1) * a.weight_column);
+    a.weight_row = -a.weight_row, a.weight_column = -a.weight_column;
+    a.padding_h = (a.kernel_h - 1) * a.dilation_h - a.padding_h;
+    a.padding_w = (a.kernel_w - 1) * a.dilation_w - a.padding_w;
+  }
+  // Images that follow each other without a gap are one image of many planes.
+  const int64_t source_planes = forward ? p.channels : p.filters(), target_planes = forward ? p.filters() : p.channels;
+  const auto dense = [&](const View& view, int64_t planes, int64_t h, int64_t w) {
+    return p.batch == 1 || view.stride[0] == planes * h * w;
+  };
+  int64_t images = p.batch;
+  a.groups = static_cast<int>(p.channels);
+  if (dense(source, source_planes, a.height, a.width) && dense(target, target_planes, a.out_height, a.out_width))
+    a.groups *= static_cast<int>(images), images = 1;
+  const auto planes_of = [&](const View& view, int fan, int h, int w) {
+    return Planes{static_cast<char*>(view.data), view.stride[0] * size, a.groups * fan * h, static_cast<int>(w * size)};
+  };
+  a.source = planes_of(source, a.fan_in, a.height, a.width);
+  a.target = planes_of(target, a.fan_out, a.out_height, a.out_width);
+  a.by_filters = Divider(target_planes);
+  a.phase = static_cast<int>(reinterpret_cast<uintptr_t>(a.source.base) % kUnit);
+
+  return {a, images};
+}
+
+}  // namespace dwconv
