@@ -26,8 +26,8 @@ CASES = [
     Case(2, 8, (11, 12), (5, 4), (2, 3), (2, 1), bias=False),
     Case(2, 8, (12, 10), (3, 3), padding=(2, 2), dilation=(2, 3)),
     Case(1, 16, (8, 9), (7, 7), padding=(3, 3)),
-    Case(1, 8, (24, 26), (7, 7), padding=(3, 3)),
-    Case(1, 8, (33, 25), (4, 5), padding=(3, 1), multiplier=2),
+    Case(1, 16, (24, 26), (7, 7), padding=(3, 3)),
+    Case(1, 16, (33, 25), (4, 5), padding=(3, 1), multiplier=2),
     Case(1, 16, (20, 21), (13, 11), padding=(6, 5)),
 ]
 

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <optional>
 
 #include "common.cuh"
 #include "stream.h"
@@ -304,16 +305,16 @@ inline int threads_for(int64_t units, int most) {
 
 // What a launcher has to know of the current device.
 struct Device {
-  int multiprocessors, shared_per_block, shared_per_multiprocessor, capability;
+  int id, multiprocessors, shared_per_block, shared_per_multiprocessor, capability;
 };
 
 inline Device current_device() {
-  static std::array<Device, 64> known{};
+  static thread_local std::array<Device, 64> known{};
   int id = 0;
   cudaGetDevice(&id);
   Device& d = known[id % 64];
   if (d.multiprocessors == 0) {
-    Device now{};
+    Device now{id};
     int major = 0, minor = 0;
     cudaDeviceGetAttribute(&now.multiprocessors, cudaDevAttrMultiProcessorCount, id);
     cudaDeviceGetAttribute(&now.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
@@ -325,5 +326,28 @@ inline Device current_device() {
   }
   return d;
 }
+
+// What was decided for the last few problems, which tend to come back: networks have layers, and training has steps.
+template <size_t kInts, typename Decision>
+class Decisions {
+ public:
+  using Key = std::array<int64_t, kInts>;
+
+  template <typename Decide>
+  const Decision& operator()(const Key& key, Decide&& decide) {
+    uint64_t hash = 0;
+    for (const int64_t value : key) hash = (hash ^ static_cast<uint64_t>(value)) * 0x9e3779b97f4a7c15u;
+    Entry& entry = entries_[hash >> 59];
+    if (!entry.decision || entry.key != key) entry = {key, decide()};
+    return *entry.decision;
+  }
+
+ private:
+  struct Entry {
+    Key key;
+    std::optional<Decision> decision;
+  };
+  std::array<Entry, 32> entries_;
+};
 
 }  // namespace dwconv

@@ -276,51 +276,55 @@ __global__ void add_splits(const float* __restrict__ partial, T* __restrict__ gr
 
 // How the work is cut; the rest follows from it.
 struct Cut {
-  int block_channels, chunk_rows, threads;
   bool single;
-  int64_t blocks, shared_bytes;
+  int block_channels, chunk_rows, threads, splits;
+  int64_t shared_bytes;
 };
 
-void apply(Stream& a, Cut& cut, int tile_rows, int tile_columns, int taps) {
-  a.single = cut.single, a.block_channels = cut.block_channels, a.chunk_rows = cut.chunk_rows;
+// What there is to know of a class of tiles.
+struct TileSize {
+  int rows, columns, taps;
+  int threads_per_block, blocks_per_multiprocessor;  // as the registers allow, besides a warp that copies
+};
+
+// Fills in what follows from a cut.
+void apply(Stream& a, Cut& cut, const TileSize& tile) {
+  a.single = cut.single, a.block_channels = cut.block_channels, a.chunk_rows = cut.chunk_rows, a.splits = cut.splits;
   a.block_filters = cut.single ? 1 : cut.block_channels * a.multiplier;
   a.bands = static_cast<int>(ceil_div(a.out_height, cut.chunk_rows));
-  a.strips = static_cast<int>(ceil_div(a.out_width, tile_columns));
-  a.segments = static_cast<int>(ceil_div(cut.chunk_rows, tile_rows));
+  a.strips = static_cast<int>(ceil_div(a.out_width, tile.columns));
+  a.segments = static_cast<int>(ceil_div(cut.chunk_rows, tile.rows));
   const int extent = (a.kernel_h - 1) * a.dilation + 1;
   RowRing &source = a.source_ring, &grad = a.grad_ring;
-  source.period = static_cast<int>(period_of(source.row_bytes)),
-  grad.period = static_cast<int>(period_of(grad.row_bytes));
   const int64_t source_rows =
       cut.single ? rows_for_bands(a.depth, a.bands, cut.chunk_rows * a.stride, extent, source.row_bytes)
                  : rows_for_planes(a.depth, int64_t{cut.block_channels} * a.height, source.row_bytes);
   const int64_t grad_rows =
       rows_for_planes(a.depth, cut.single ? cut.chunk_rows : int64_t{a.block_filters} * a.out_height, grad.row_bytes);
+  source.period = static_cast<int>(period_of(source.row_bytes));
+  grad.period = static_cast<int>(period_of(grad.row_bytes));
   source.capacity = static_cast<int>(source_rows), grad.capacity = static_cast<int>(grad_rows);
   source.memory = kHead;
   grad.memory = static_cast<int>(kHead + ring_bytes(source_rows, source.row_bytes));
   a.chunks_at = static_cast<int>(grad.memory + ring_bytes(grad_rows, grad.row_bytes));
-  const int64_t end = a.chunks_at + a.depth * sizeof(Chunk);
-  cut.shared_bytes = std::max<int64_t>(end, kHead + int64_t{taps + 1} * (cut.threads + 32) * 4);
+  cut.shared_bytes = std::max<int64_t>(a.chunks_at + a.depth * sizeof(Chunk),
+                                       kHead + int64_t{tile.taps + 1} * (cut.threads + 32) * sizeof(float));
 }
 
-template <typename T, class Tile>
-void launch(const Problem& p, Stream a, const Allocate& allocate, cudaStream_t stream) {
-  const Device device = current_device();
-  a.bulk = a.bulk && device.capability >= 90;
-  a.depth = 2;
-  constexpr int kTaps = Tile::kTapsH * Tile::kTapsW;
+// Cuts the work so that as many threads as possible have some on a multiprocessor at a time, and every block about as
+// much as the others.
+Cut cut_for(Stream a, const TileSize& tile, const Device& device) {
   Cut best{};
   double best_score = -1;
   const auto consider = [&](bool single, int channels, int rows) {
-    Cut cut{channels, rows, 64, single, 0, 0};
-    const int64_t tiles = ceil_div(a.out_width, Tile::kColumns) * ceil_div(rows, Tile::kRows);
+    const int64_t tiles = ceil_div(a.out_width, tile.columns) * ceil_div(rows, tile.rows);
     const int64_t units = tiles * (single ? 1 : channels * a.multiplier);
-    cut.threads = threads_for(units, Tile::kMaxThreads);
-    if (!single && units > cut.threads) return false;
-    apply(a, cut, Tile::kRows, Tile::kColumns, kTaps);
-    const int64_t resident = std::min<int64_t>({device.shared_per_multiprocessor / (cut.shared_bytes + 1024),
-                                                (Tile::kMaxThreads + 32) * Tile::kBlocks / (cut.threads + 32), 16});
+    Cut cut{single, channels, rows, threads_for(units, tile.threads_per_block), 1, 0};
+    if (!single && units > cut.threads) return false;  // a thread works for one filter only
+    apply(a, cut, tile);
+    const int64_t resident =
+        std::min<int64_t>({device.shared_per_multiprocessor / (cut.shared_bytes + 1024),
+                           (tile.threads_per_block + 32) * tile.blocks_per_multiprocessor / (cut.threads + 32), 16});
     if (cut.shared_bytes > device.shared_per_block || resident == 0) return false;
     const int64_t slots = resident * device.multiprocessors, groups = ceil_div(a.filters, a.block_filters);
     const int64_t steps = int64_t{a.images} * a.bands;
@@ -328,26 +332,40 @@ void launch(const Problem& p, Stream a, const Allocate& allocate, cudaStream_t s
     const double turns = static_cast<double>(groups * splits) / slots;
     const double even = turns / std::ceil(turns) * (static_cast<double>(steps) / splits) / ceil_div(steps, splits);
     const double busy = static_cast<double>(resident * units) / ceil_div(units, cut.threads);
-    const double chunk_bytes = static_cast<double>(cut.shared_bytes - kHead) / a.depth;
+    const double chunk_bytes = static_cast<double>(cut.shared_bytes - kHead) / a.depth;  // a chunk costs some barriers
     const double score = busy * even * chunk_bytes / (chunk_bytes + 3000);
-    if (score > best_score * 1.02) best_score = score, cut.blocks = splits, best = cut;
+    if (score > best_score * 1.02) best_score = score, cut.splits = static_cast<int>(splits), best = cut;
     return true;
   };
   for (int channels = 1; channels <= a.channels; ++channels)
     if (!consider(false, channels, a.out_height)) break;
   consider(true, 1, a.out_height);
-  for (int rows = Tile::kRows; rows < a.out_height; rows += Tile::kRows)
+  for (int rows = tile.rows; rows < a.out_height; rows += tile.rows)
     if (!consider(true, 1, rows)) break;
   if (best_score < 0) consider(true, 1, kLeastRows);
   if (best_score < 0) throw std::runtime_error("dwconv: rows of this size do not fit the GPU's shared memory");
-  apply(a, best, Tile::kRows, Tile::kColumns, kTaps);
-  a.splits = static_cast<int>(best.blocks);
+  return best;
+}
+
+template <typename T, class Tile>
+void launch(const Problem& p, Stream a, const Allocate& allocate, cudaStream_t stream) {
+  constexpr int kTaps = Tile::kTapsH * Tile::kTapsW;
+  constexpr TileSize kTile{Tile::kRows, Tile::kColumns, kTaps, Tile::kMaxThreads, Tile::kBlocks};
+  const Device device = current_device();
   const auto kernel = stream_grad_weight_nchw<T, Tile>;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(best.shared_bytes));
-  const int64_t groups = ceil_div(a.filters, a.block_filters);
+  a.bulk = a.bulk && device.capability >= 90;
+  a.depth = 2;
+  static thread_local Decisions<8, Cut> decisions;
+  Cut cut =
+      decisions({device.id, a.images, a.channels, a.multiplier, a.height, a.width, a.out_height, a.out_width}, [&] {
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+        return cut_for(a, kTile, device);
+      });
+  apply(a, cut, kTile);
+  const int64_t blocks = ceil_div(a.filters, a.block_filters) * a.splits;
   const int64_t sums = int64_t{kTaps + a.with_bias} * a.filters;
   a.partial = static_cast<float*>(allocate(a.splits * sums * static_cast<int64_t>(sizeof(float))));
-  kernel<<<static_cast<unsigned>(groups * a.splits), best.threads + (a.bulk ? 32 : 0), best.shared_bytes, stream>>>(a);
+  kernel<<<static_cast<unsigned>(blocks), cut.threads + (a.bulk ? 32 : 0), cut.shared_bytes, stream>>>(a);
   check_launch("stream_grad_weight_nchw");
   add_splits<T><<<static_cast<unsigned>(ceil_div(sums, 128)), 128, 0, stream>>>(
       a.partial, static_cast<T*>(p.weight.data), static_cast<T*>(p.bias), a.filters, kTaps, a.splits);

@@ -182,7 +182,9 @@ struct Spread {
 }  // namespace
 
 void launch_stream_nchw(const Problem& p, bool bulk, cudaStream_t stream) {
-  auto [a, images] = stream_of(p, bulk);
+  Stream a;
+  int64_t images;
+  std::tie(a, images) = stream_of(p, bulk);
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) <= 4) {

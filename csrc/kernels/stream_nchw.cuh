@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 #include <utility>
 
 #include "launch.h"
@@ -236,7 +237,7 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
     const double busy = std::min<double>(static_cast<double>(blocks * work) / ceil_div(work, cut.threads), 768.);
     const double turns = static_cast<double>(a.chunks) / (blocks * d.multiprocessors);
     const double chunk_bytes = static_cast<double>(bytes - kHead) / (depth + buffers);  // a chunk costs some barriers
-    const double score = busy * turns / std::ceil(turns) * chunk_bytes / (chunk_bytes + 3000);
+    const double score = busy * turns / std::ceil(turns) * chunk_bytes / (chunk_bytes + 6000);
     if (score > best_score * 1.02) best_score = score, best = cut;
     return true;
   };
@@ -255,19 +256,28 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
 
 template <typename T, class Tile>
 void launch(Stream a, int64_t images, cudaStream_t stream) {
+  constexpr TileSize kTile{Tile::kRows,  Tile::kColumns,    Tile::kTiles,
+                           Tile::kLanes, Tile::kMaxThreads, Tile::kMaxThreads * Tile::kBlocks};
   const Device device = current_device();
-  const TileSize tile{Tile::kRows,  Tile::kColumns,    Tile::kTiles,
-                      Tile::kLanes, Tile::kMaxThreads, Tile::kMaxThreads * Tile::kBlocks};
-  const Cut cut = cut_for(a, tile, images, device);
-  a.bulk = a.bulk && device.capability >= 90;
-  apply(a, cut, tile, images);
-  const auto bytes = static_cast<int>(shared_bytes(a));
   const auto kernel = stream_nchw<T, Tile>;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  int resident = 0;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, cut.threads, bytes);
-  const int blocks = std::min(a.chunks, std::max(resident, 1) * device.multiprocessors);
-  kernel<<<blocks, cut.threads, bytes, stream>>>(a);
+  a.bulk = a.bulk && device.capability >= 90;
+  struct Decision {
+    Cut cut;
+    int resident;  // blocks on a multiprocessor
+  };
+  static thread_local Decisions<9, Decision> decisions;
+  const Decision& decision =
+      decisions({device.id, images, a.groups, a.fan_in, a.fan_out, a.height, a.width, a.out_height, a.out_width}, [&] {
+        Decision made{cut_for(a, kTile, images, device), 0};
+        apply(a, made.cut, kTile, images);
+        const int bytes = static_cast<int>(shared_bytes(a));
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&made.resident, kernel, made.cut.threads, bytes);
+        return made;
+      });
+  apply(a, decision.cut, kTile, images);
+  const int blocks = std::min(a.chunks, std::max(decision.resident, 1) * device.multiprocessors);
+  kernel<<<blocks, decision.cut.threads, shared_bytes(a), stream>>>(a);
   check_launch("stream_nchw");
 }
 

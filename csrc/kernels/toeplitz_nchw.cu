@@ -176,7 +176,9 @@ void choose_rows(const Stream& a, Go&& go) {
 }  // namespace
 
 void launch_toeplitz_nchw(const Problem& p, bool bulk, cudaStream_t stream) {
-  auto [a, images] = stream_of(p, bulk);
+  Stream a;
+  int64_t images;
+  std::tie(a, images) = stream_of(p, bulk);
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
