@@ -195,6 +195,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--table", type=Path, default=LAYERS, metavar="CSV", help="layers to time; default: layers.csv")
     parser.add_argument("--output", type=Path, help="write JSON here, and Markdown beside it; cells it holds are kept")
+    parser.add_argument(
+        "--keep-older", action="store_true", help="also keep cells measured with other sources, marked so"
+    )
     parser.add_argument("--missing", action="store_true", help="only cells that --output does not hold yet")
 
 
@@ -216,7 +219,7 @@ def selected(args: argparse.Namespace) -> list[Cell]:
 def main(args: argparse.Namespace) -> None:
     cells = selected(args)
     meta = machine()
-    results = {report.identity(cell): cell for cell in report.earlier(args.output, meta, "cells")}
+    results = {report.identity(cell): cell for cell in report.earlier(args.output, meta, "cells", args.keep_older)}
     if args.missing:
         cells = [c for c in cells if (c.layer, c.dtype, c.layout, c.pass_name) not in results]
 

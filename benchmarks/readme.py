@@ -65,7 +65,7 @@ def parts(result: dict[str, Any]) -> Iterator[str]:
         f"Measured on {meta['gpu']} with torch {meta['torch']}, {meta['date']}; a copy runs at {meta['copy_GBps']:.0f} "
         "GB/s. Geometric means over layers of real models, forward and both gradients: how many times faster than "
         "F.conv2d at its best in the same layout, and how many times slower than `y.copy_(x)` of the same bytes. Large "
-        "kernels are those above 7x7, single rows and columns aside."
+        "kernels are those above 7x7, single rows and columns aside." + report.older_sources(cells)
     )
     yield classes_table(cells)
     if any(cell["layer"] == FIRST_CASE for cell in cells):

@@ -41,15 +41,29 @@ def load(path: Path, key: str) -> dict[str, Any]:
     return result
 
 
-def earlier(path: Path | None, meta: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    """What `path` holds already, if it was measured with the same GPU, torch and sources."""
+def earlier(path: Path | None, meta: dict[str, Any], key: str, older: bool = False) -> list[dict[str, Any]]:
+    """What `path` holds already, if it was measured with the same GPU, torch and, unless `older`, sources.
+
+    Where the sources differ, each result says which ones it speaks for.
+    """
     if path is None or not path.exists():
         return []
     before = load(path, key)
-    other = [name for name in ("gpu", "torch", "csrc_sha256") if before["meta"][name] != meta[name]]
+    same = ("gpu", "torch") if older else ("gpu", "torch", "csrc_sha256")
+    other = [name for name in same if before["meta"][name] != meta[name]]
     if other:
         raise SystemExit(f"{path} was measured with another {', '.join(other)}: choose another --output")
+    source = before["meta"]["csrc_sha256"]
+    if source != meta["csrc_sha256"]:
+        for result in before[key]:
+            result.setdefault("csrc_sha256", source)
     return before[key]
+
+
+def older_sources(cells: Iterable[Cell]) -> str:
+    """A sentence on the cells that were measured before the sources changed; nothing where there are none."""
+    count = sum("csrc_sha256" in cell for cell in cells)
+    return f" {count} cells were measured with earlier sources." if count else ""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -228,7 +242,7 @@ def summary(cells: Sequence[Cell], most: int | None = 20) -> str:
 def write_layers(result: dict[str, Any], path: Path) -> None:
     """JSON to `path`, and the summary with every cell as Markdown beside it."""
     write_json(path, result)
-    text = f"# {headline(result['meta'])}{summary(result['cells'], None)}\n"
+    text = f"# {headline(result['meta'])}{older_sources(result['cells'])}{summary(result['cells'], None)}\n"
     write_text(path.with_suffix(".md"), f"{text}\n## Every cell\n\n{cells_table(result['cells'])}\n")
 
 

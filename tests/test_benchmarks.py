@@ -109,6 +109,10 @@ def test_layers_of_a_file_are_kept_and_not_mixed(module, table: Path, layers_jso
 
     with pytest.raises(SystemExit, match="measured with another csrc_sha256"):
         module("report").earlier(path, result["meta"] | {"csrc_sha256": "another"}, "cells")
+    kept = module("report").earlier(path, result["meta"] | {"csrc_sha256": "another"}, "cells", older=True)
+    assert {cell["csrc_sha256"] for cell in kept} == {result["meta"]["csrc_sha256"]}
+    assert module("report").older_sources(kept).startswith(f" {len(kept)} cells were measured with earlier sources")
+    assert module("report").older_sources(result["cells"]) == ""
 
 
 def test_wrong_contestants_are_shown_and_not_timed(module, table: Path, monkeypatch: pytest.MonkeyPatch):
