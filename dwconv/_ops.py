@@ -29,10 +29,14 @@ def dtype_complaint(tensor: Tensor, name: str) -> str:
     return f"expected {name} to be of dtype float32, float64, float16 or bfloat16, but got {tensor.dtype}"
 
 
+def is_channels_last(tensor: Tensor) -> bool:
+    """As ATen sees it, which settles the ties of sizes 1 by the strides."""
+    return bool(torch._prims_common.suggest_memory_format(tensor) == torch.channels_last)
+
+
 def output_is_channels_last(input: Tensor, weight: Tensor) -> bool:
     """F.conv2d's rule for the memory format of its output."""
-    formats = (torch._prims_common.suggest_memory_format(input), torch._prims_common.suggest_memory_format(weight))
-    return torch.channels_last in formats
+    return is_channels_last(input) or is_channels_last(weight)
 
 
 def _memory_format(channels_last: bool) -> torch.memory_format:

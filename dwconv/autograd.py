@@ -33,10 +33,6 @@ Geometry = tuple[Pair, Pair, Pair]  # stride, padding, dilation
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
-def _is_channels_last(tensor: Tensor) -> bool:
-    return _ops.output_is_channels_last(tensor, tensor)
-
-
 class DepthwiseConv2dFunction(Function):
     """y = conv2d(input, weight, bias)."""
 
@@ -50,7 +46,7 @@ class DepthwiseConv2dFunction(Function):
         ctx.input_size, ctx.kernel_size = input.shape, weight.shape[2:]
         with _below_autograd():
             output = _ops.forward(input, weight, bias, stride, padding, dilation)
-        ctx.channels_last = _is_channels_last(output)
+        ctx.channels_last = _ops.is_channels_last(output)
         return output
 
     @staticmethod
@@ -118,7 +114,7 @@ class DepthwiseConv2dGradWeight(Function):
         needs_grad_output, needs_input = ctx.needs_input_grad[:2]
         ctx.save_for_backward(grad_output if needs_input else None, input if needs_grad_output else None)
         ctx.geometry = stride, padding, dilation
-        ctx.input_size, ctx.channels_last, ctx.bias = input.shape, _is_channels_last(input), bias
+        ctx.input_size, ctx.channels_last, ctx.bias = input.shape, _ops.is_channels_last(input), bias
         with _below_autograd():
             d_weight, d_bias = _ops.grad_weight(grad_output, input, kernel_size, stride, padding, dilation, bias)
         if not bias:
