@@ -63,7 +63,9 @@ def explain(
     """Says which plan serves :func:`dwconv.conv2d` with these arguments in each pass, and why. Computes nothing.
 
     Args: those of :func:`dwconv.conv2d`. Tensors on the device ``meta`` are explained as CUDA tensors, so that a layer
-    can be looked up without a GPU. The gradient of the output is taken to lie in memory as the output does.
+    can be looked up without a GPU. The gradient of the output is taken to lie in memory as the output does, and the GPU
+    to be one of compute capability 9.0: an earlier one, with less shared memory or other tensor cores, may take another
+    plan.
 
     Raises:
         RuntimeError, TypeError: as :func:`dwconv.conv2d`.

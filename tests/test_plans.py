@@ -403,12 +403,13 @@ def test_streams_are_exact(tile: tuple, dtype: torch.dtype) -> None:
     for number, size in enumerate(sizes):
         for turn in range(4):
             batch, channels = (3, 7) if size[0] * size[1] > 2000 else (5, 40)
-            reach = [dilation * (side - 1) for side in kernel]
-            padding = [(r // 2, r // 2), (0, 0), (r, r)][(number + turn) % 3] if (r := min(reach)) else reach
-            padding = padding if turn else [r // 2 for r in reach]
-            case = tile_case(tile, batch, channels, size, padding=tuple(padding))
-            case = case._replace(multiplier=1 + (number + turn) % 2, bias=turn % 2 == 0)
-            if any(side + 2 * p < r + 1 for side, p, r in zip(size, padding, reach)):
+            reach = tuple(dilation * (side - 1) for side in kernel)  # the most padding that streams
+            case = tile_case(tile, batch, channels, size, multiplier=1 + (number + turn) % 2, bias=turn % 2 == 0)
+            if turn > 0 and min(reach) > 0:
+                case = case._replace(padding=[case.padding, (0, 0), reach][(number + turn) % 3])
+            elif turn > 0:  # a row or a column
+                case = case._replace(padding=reach)
+            if any(side + 2 * p < r + 1 for side, p, r in zip(size, case.padding, reach)):
                 continue
             input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
             grad_output = integers(*output_size(case)).to(input)
