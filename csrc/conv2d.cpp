@@ -187,7 +187,7 @@ Problem check_grad_weight(const Tensor& grad_output, const Tensor& input, const 
 }
 
 bool output_is_channels_last(const Tensor& input, const Tensor& weight) {
-  return is_channels_last(input) || is_channels_last(weight);
+  return input.size(0) > 0 && (is_channels_last(input) || is_channels_last(weight));
 }
 
 Tensor empty(const Ints& size, bool channels_last, const Tensor& like) {

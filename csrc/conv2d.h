@@ -25,7 +25,8 @@ Problem check_forward(const Tensor& input, const Tensor& weight, const std::opti
 Problem check_grad_input(const Tensor& grad_output, const Tensor& weight, const Ints& input_size, const Geometry&);
 Problem check_grad_weight(const Tensor& grad_output, const Tensor& input, const Ints& kernel_size, const Geometry&);
 
-// F.conv2d's rule for the memory format of its output: channels_last where the input or the weight is.
+// F.conv2d's rule for the memory format of its output: channels_last where the input or the weight is, unless the
+// batch is empty.
 bool output_is_channels_last(const Tensor& input, const Tensor& weight);
 
 // Uninitialised, of the dtype and device of `like`.

@@ -3,13 +3,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <array>
-#include <atomic>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 
 #include "conv2d.h"
+#include "kernels/device.h"
 #include "kernels/launch.h"
 #include "plan.h"
 
@@ -26,30 +25,11 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// What the device can do, asked once for each, since it does not change.
-void describe(int32_t device, Problem& problem) {
-  static std::array<std::atomic<int>, 64> known_memory{}, known_capability{};
-  const auto ask = [&](auto& known, const auto& question) {
-    int found = known[device % known.size()].load(std::memory_order_relaxed);
-    if (found == 0) known[device % known.size()].store(found = question(), std::memory_order_relaxed);
-    return found;
-  };
-  const auto attribute = [&](cudaDeviceAttr which) {
-    int value = 0;
-    if (cudaDeviceGetAttribute(&value, which, device) != cudaSuccess)
-      throw std::runtime_error("dwconv: CUDA does not say what the device can do");
-    return value;
-  };
-  problem.shared_memory = ask(known_memory, [&] { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); });
-  problem.capability = ask(known_capability, [&] {
-    return 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
-  });
-}
-
 // Launches what the problem asks for; `plan` forces one by name unless it is empty.
 void run(Problem& problem, const Tensor& like, const std::string& plan) {
   const int32_t device = like.get_device_index();
-  describe(device, problem);
+  problem.capability = device_of(device).capability;
+  problem.shared_memory = device_of(device).shared_per_block;
   const Plan& chosen = plan.empty() ? choose(problem) : choose(problem, plan);
   if (problem.pass != Pass::kGradWeight && problem.batch == 0) return;  // nothing to write
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -60,13 +40,14 @@ void run(Problem& problem, const Tensor& like, const std::string& plan) {
     return workspace.data_ptr();
   };
   switch (chosen.id) {
+    case PlanId::kDirect: return launch_direct(problem, stream);
+    case PlanId::kDirectGradWeight: return launch_direct_grad_weight(problem, stream);
     case PlanId::kToeplitzNchw: return launch_toeplitz_nchw(problem, true, stream);
     case PlanId::kToeplitzNchwPortable: return launch_toeplitz_nchw(problem, false, stream);
     case PlanId::kStreamNchw: return launch_stream_nchw(problem, true, stream);
     case PlanId::kStreamNchwPortable: return launch_stream_nchw(problem, false, stream);
     case PlanId::kStreamGradWeightNchw: return launch_stream_grad_weight_nchw(problem, true, allocate, stream);
     case PlanId::kStreamGradWeightNchwPortable: return launch_stream_grad_weight_nchw(problem, false, allocate, stream);
-    case PlanId::kWindowNchw: return launch_window_nchw(problem, stream);
     case PlanId::kGeneric: return launch_generic(problem, allocate, stream);
   }
 }

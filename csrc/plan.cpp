@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels/small_kernels.h"
 #include "kernels/stream.h"
 
 namespace dwconv {
@@ -31,19 +32,6 @@ bool is_stream(const View& view, int64_t batch, int64_t planes, int64_t height, 
 
 bool is_joined(const View& view, int64_t batch, int64_t image) {
   return batch == 1 || view.stride[0] == image;
-}
-
-// The kernels that kernels/stream_nchw.cu and kernels/stream_grad_weight_nchw.cu are compiled for.
-bool has_tile(const Problem& p, bool spread) {
-  const auto is = [&](int64_t h, int64_t w, int64_t stride, int64_t dilation) {
-    return p.kernel_h == h && p.kernel_w == w && p.stride_h == stride && p.stride_w == stride &&
-           p.dilation_h == dilation && p.dilation_w == dilation;
-  };
-  for (const int64_t side : {3, 5, 7})
-    if (is(side, side, 2, 1)) return !spread || p.padding_h % 2 == p.padding_w % 2;
-  if (spread) return false;
-  return is(1, 1, 1, 1) || is(3, 3, 1, 1) || is(5, 5, 1, 1) || is(7, 7, 1, 1) || is(3, 3, 1, 2) || is(1, 11, 1, 1) ||
-         is(11, 1, 1, 1);
 }
 
 // What all kernels that stream have in common.
@@ -72,15 +60,14 @@ bool fits_stream_nchw(const Problem& p) {
   const int64_t source_bytes = (forward ? p.width : p.out_width) * element;
   const int64_t target_bytes = (forward ? p.out_width : p.width) * element;
   const int64_t source_height = forward ? p.height : p.out_height, target_height = forward ? p.out_height : p.height;
-  constexpr int64_t kDepth = 2;
   if (!forward && p.multiplier > 1) {  // a sum over filters: whole planes only
-    const int64_t rows = rows_for_planes(kDepth, p.multiplier * source_height, source_bytes);
+    const int64_t rows = rows_for_planes(p.multiplier * source_height, source_bytes);
     return kHead + ring_bytes(rows, source_bytes) + round_up(target_height * target_bytes + kUnit, 128) <=
            p.shared_memory;
   }
   const int64_t rows = std::min<int64_t>(kLeastRows, target_height);
   const int64_t step = forward ? rows * p.stride_h : (rows + p.stride_h - 1) / p.stride_h;
-  const int64_t ring = rows_for_bands(kDepth, (target_height + rows - 1) / rows, step, extent, source_bytes);
+  const int64_t ring = rows_for_bands((target_height + rows - 1) / rows, step, extent, source_bytes);
   return kHead + ring_bytes(ring, source_bytes) + round_up(rows * target_bytes + kUnit, 128) <= p.shared_memory;
 }
 
@@ -91,9 +78,9 @@ int64_t target_width(const Problem& p) {
 constexpr int64_t kTileColumns = 7;  // of kernels/stream_nchw.cu and kernels/stream_grad_weight_nchw.cu
 
 bool claims_stream_nchw(const Problem& p) {
-  const bool spread = p.pass == Pass::kGradInput && p.stride_h > 1;
-  if (p.pass == Pass::kGradWeight || !has_tile(p, spread) || target_width(p) < kTileColumns) return false;
-  if (p.pass == Pass::kGradInput && p.multiplier > 1 && !spread)  // sums over filters are compiled for some tiles only
+  if (p.pass == Pass::kGradWeight || !is_small_kernel(p) || target_width(p) < kTileColumns) return false;
+  if (p.pass == Pass::kGradInput && p.stride_h > 1 && p.padding_h % 2 != p.padding_w % 2) return false;
+  if (p.pass == Pass::kGradInput && p.multiplier > 1)  // sums over filters are compiled for squares only
     if (p.kernel_h != p.kernel_w || p.kernel_h == 1 || p.dilation_h > 1) return false;
   return can_stream(p) && fits_stream_nchw(p);
 }
@@ -114,43 +101,57 @@ bool claims_toeplitz_nchw(const Problem& p) {
 }
 
 bool claims_stream_grad_weight_nchw(const Problem& p) {
-  if (p.pass != Pass::kGradWeight || !has_tile(p, false) || p.out_width < kTileColumns || !can_stream(p)) return false;
+  if (p.pass != Pass::kGradWeight || !is_small_kernel(p) || p.out_width < kTileColumns || !can_stream(p)) return false;
   if (p.filters() > (1 << 30) / (p.taps() + 1)) return false;  // sums are counted in 32 bits
   const int64_t source_bytes = p.width * size_of(p.dtype), grad_bytes = p.out_width * size_of(p.dtype);
   const int64_t extent = (p.kernel_h - 1) * p.dilation_h + 1, rows = std::min<int64_t>(kLeastRows, p.out_height);
-  constexpr int64_t kDepth = 2, kThreads = 256 + 32;
-  const int64_t source =
-      rows_for_bands(kDepth, (p.out_height + rows - 1) / rows, rows * p.stride_h, extent, source_bytes);
-  const int64_t grad = rows_for_planes(kDepth, rows, grad_bytes);
+  constexpr int64_t kThreads = 256 + 32;
+  const int64_t source = rows_for_bands((p.out_height + rows - 1) / rows, rows * p.stride_h, extent, source_bytes);
+  const int64_t grad = rows_for_planes(rows, grad_bytes);
   return kHead + std::max(ring_bytes(source, source_bytes) + ring_bytes(grad, grad_bytes) + 256,
                           4 * (p.taps() + 1) * kThreads) <=
          p.shared_memory;
 }
 
-// kernels/window_nchw.cu addresses a plane with 32-bit offsets and keeps three rows of the window in registers.
-bool claims_window_nchw(const Problem& p) {
-  if (p.pass == Pass::kGradWeight || p.dtype == DType::kFloat64) return false;
-  if (p.kernel_h != 3 || p.kernel_w != 3) return false;
-  if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
-  // grad_input is a forward pass over the output's gradient; with a multiplier it would have to sum over filters.
-  if (p.pass == Pass::kGradInput && p.multiplier != 1) return false;
-  const auto is_row_major = [](const View& view, int64_t height, int64_t width) {
-    const int64_t row = view.stride[2];
-    return (view.stride[3] == 1 || width == 1) && row >= 0 &&
-           (height + 2) * row + width < std::numeric_limits<int32_t>::max();
+// What kernels/direct.cu and kernels/direct_grad_weight.cu ask for: offsets of 32 bits, also beside the image.
+bool can_go_direct(const Problem& p) {
+  if (p.dtype == DType::kFloat64 || !is_small_kernel(p)) return false;
+  constexpr int64_t kLimit = 1 << 30;
+  const auto fits = [&](const View& view, int64_t planes, int64_t height, int64_t width) {
+    return (height + 2 * p.padding_h) * view.stride[2] + (width + 2 * p.padding_w) * view.stride[3] < kLimit &&
+           p.batch * view.stride[0] < kLimit && planes * view.stride[1] < kLimit && p.batch * planes < kLimit;
   };
-  const bool forward = p.pass == Pass::kForward;
-  const int64_t rows = forward ? p.out_height : p.height, columns = forward ? p.out_width : p.width;
-  constexpr int64_t kMaxPadding = 1 << 20;  // keeps row and column numbers far inside 32 bits
-  return is_row_major(p.input, p.height, p.width) && is_row_major(p.output, p.out_height, p.out_width) &&
-         p.padding_h < kMaxPadding && p.padding_w < kMaxPadding &&
-         p.filters() < (int64_t{1} << 30) / (rows / 8 + 1) / columns;  // threads of one image
+  return p.padding_h < (1 << 20) && p.padding_w < (1 << 20) && fits(p.input, p.channels, p.height, p.width) &&
+         fits(p.output, p.filters(), p.out_height, p.out_width) && p.filters() * p.weight.stride[0] < kLimit &&
+         p.filters() * p.bias_stride < kLimit &&
+         p.batch * std::max(p.channels * p.height * p.width, p.filters() * p.out_height * p.out_width) < kLimit;
+}
+
+bool claims_direct(const Problem& p) {
+  if (p.pass == Pass::kGradWeight || !can_go_direct(p)) return false;
+  // So little to do that the time until the first bytes arrive is most of it.
+  constexpr int64_t kFewOutputs = 512 << 10, kFewProducts = 4 << 20;
+  const int64_t outputs = p.pass == Pass::kForward ? p.batch * p.filters() * p.out_height * p.out_width
+                                                   : p.batch * p.channels * p.height * p.width * p.multiplier;
+  return (outputs <= kFewOutputs && outputs * p.taps() <= kFewProducts) ||
+         !(claims_stream_nchw(p) || claims_toeplitz_nchw(p));
+}
+
+bool claims_direct_grad_weight(const Problem& p) {
+  const int64_t gradients = p.batch * p.out_height * p.out_width;  // of a filter, which a block sums
+  constexpr int64_t kFewProductsOfFilter = 10 << 10, kFewProducts = 8 << 20;
+  return p.pass == Pass::kGradWeight && can_go_direct(p) && gradients > 0 &&
+         gradients * p.taps() <= kFewProductsOfFilter && p.filters() * gradients * p.taps() <= kFewProducts;
 }
 
 }  // namespace
 
 const std::vector<Plan>& plans() {
   static const std::vector<Plan> table = {
+      {PlanId::kDirect, "direct",
+       "a small kernel with little to do, or on views that do not stream: straight from memory", claims_direct},
+      {PlanId::kDirectGradWeight, "direct_grad_weight", "a small kernel with few gradients: straight from memory",
+       claims_direct_grad_weight},
       {PlanId::kToeplitzNchw, "toeplitz_nchw",
        "a small kernel in 16 bits on contiguous planes: rows stream through shared memory to tensor cores",
        claims_toeplitz_nchw},
@@ -159,8 +160,6 @@ const std::vector<Plan>& plans() {
       {PlanId::kStreamGradWeightNchw, "stream_grad_weight_nchw",
        "a small kernel on contiguous planes: input and gradient stream through shared memory",
        claims_stream_grad_weight_nchw},
-      {PlanId::kWindowNchw, "window_nchw", "3x3, stride 1, rows contiguous in memory: a window of rows in registers",
-       claims_window_nchw},
       {PlanId::kToeplitzNchwPortable, "toeplitz_nchw_portable", "toeplitz_nchw as GPUs before sm_90 run it",
        claims_toeplitz_nchw},
       {PlanId::kStreamNchwPortable, "stream_nchw_portable", "stream_nchw as GPUs before sm_90 run it",

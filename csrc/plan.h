@@ -9,13 +9,14 @@
 namespace dwconv {
 
 enum class PlanId : int {
+  kDirect,
+  kDirectGradWeight,
   kToeplitzNchw,
   kToeplitzNchwPortable,
   kStreamNchw,
   kStreamNchwPortable,
   kStreamGradWeightNchw,
   kStreamGradWeightNchwPortable,
-  kWindowNchw,
   kGeneric,
 };
 

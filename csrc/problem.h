@@ -45,8 +45,8 @@ struct Problem {
   void* bias = nullptr;  // (C * multiplier,), or its gradient; null for none
   int64_t bias_stride = 1;
 
-  int64_t shared_memory = 227 << 10;  // bytes that a block may have on the device
   int64_t capability = 90;            // of the device: 10 * major + minor
+  int64_t shared_memory = 227 << 10;  // bytes that a block may have on the device
 
   int64_t filters() const { return channels * multiplier; }
   int64_t taps() const { return kernel_h * kernel_w; }

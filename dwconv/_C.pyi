@@ -14,5 +14,8 @@ def plans(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    capability: int = ...,
+    shared_memory: int = ...,
 ) -> list[tuple[str, str]]:
-    """Name and reason of every plan that can serve a problem on CUDA; the first one does."""
+    """Name and reason of every plan that can serve a problem on a GPU of that compute capability (90 is 9.0, the
+    default) with that much shared memory a block (bytes); the first one does."""

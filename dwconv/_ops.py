@@ -35,8 +35,8 @@ def is_channels_last(tensor: Tensor) -> bool:
 
 
 def output_is_channels_last(input: Tensor, weight: Tensor) -> bool:
-    """F.conv2d's rule for the memory format of its output."""
-    return is_channels_last(input) or is_channels_last(weight)
+    """F.conv2d's rule for the memory format of its output: that of an empty batch is contiguous."""
+    return input.shape[0] != 0 and (is_channels_last(input) or is_channels_last(weight))
 
 
 def _memory_format(channels_last: bool) -> torch.memory_format:

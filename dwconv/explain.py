@@ -63,9 +63,8 @@ def explain(
     """Says which plan serves :func:`dwconv.conv2d` with these arguments in each pass, and why. Computes nothing.
 
     Args: those of :func:`dwconv.conv2d`. Tensors on the device ``meta`` are explained as CUDA tensors, so that a layer
-    can be looked up without a GPU. The gradient of the output is taken to lie in memory as the output does, and the GPU
-    to be one of compute capability 9.0: an earlier one, with less shared memory or other tensor cores, may take another
-    plan.
+    can be looked up without a GPU: as one of compute capability 9.0 serves it. The gradient of the output is taken to lie
+    in memory as the output does.
 
     Raises:
         RuntimeError, TypeError: as :func:`dwconv.conv2d`.
@@ -98,4 +97,11 @@ def explain(
         return Explanation(choice, choice, choice)
     dtype = str(x.dtype).removeprefix("torch.")
     sizes = tuple(x.shape), x.stride(), tuple(w.shape), recorder.output.stride()
-    return Explanation(*(PlanChoice(*_C.plans(name, dtype, *sizes, *geometry)[0]) for name in PASSES))
+    device = () if input.is_meta else _device(input.device)
+    return Explanation(*(PlanChoice(*_C.plans(name, dtype, *sizes, *geometry, *device)[0]) for name in PASSES))
+
+
+def _device(device: torch.device) -> tuple[int, int]:
+    """Compute capability (90 is 9.0) and shared memory that a block may have, in bytes."""
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor, properties.shared_memory_per_block_optin

@@ -51,6 +51,10 @@ __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float value) {
   return __float2bfloat16_rn(value);
 }
 
+__device__ inline bool is_finite(float value) {
+  return fabsf(value) <= 3.402823466e38f;
+}
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }

@@ -12,6 +12,7 @@
 #include <optional>
 
 #include "common.cuh"
+#include "device.h"
 #include "stream.h"
 
 namespace dwconv {
@@ -30,8 +31,8 @@ __device__ inline uint32_t shared_address(const void* pointer) {
 
 // What bulk copies are waited for with. All lie at the beginning of shared memory.
 struct Barriers {
-  static __device__ int full(int stage) { return 8 * stage; }                // a chunk has arrived
-  static __device__ int done(int stage) { return 8 * (kMaxDepth + stage); }  // all warps are done with it
+  static __device__ int full(int stage) { return 8 * stage; }             // a chunk has arrived
+  static __device__ int done(int stage) { return 8 * (kDepth + stage); }  // all warps are done with it
 };
 
 __device__ inline uint32_t shared_address(int offset) {
@@ -82,7 +83,7 @@ struct Copier {
       const auto make = [](int barrier, int count) {
         asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count));
       };
-      for (int i = 0; i < kMaxDepth; ++i) make(Barriers::full(i), 1), make(Barriers::done(i), workers() / 32);
+      for (int i = 0; i < kDepth; ++i) make(Barriers::full(i), 1), make(Barriers::done(i), workers() / 32);
       asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
 #endif
@@ -124,16 +125,12 @@ struct Copier {
 #endif
   }
 
-  // Waits for the oldest of `depth` chunks under way. What others loaded is there after the next __syncthreads().
-  __device__ void wait_full(int stage, uint32_t parity, int depth) const {
+  // Waits for the older of the chunks under way. What others loaded is there after the next __syncthreads().
+  __device__ void wait_full(int stage, uint32_t parity) const {
     if (bulk) return wait(Barriers::full(stage), parity);
 #if __CUDA_ARCH__ >= 800
-    switch (depth) {
-      case 1: asm volatile("cp.async.wait_group 0;" ::: "memory"); break;
-      case 2: asm volatile("cp.async.wait_group 1;" ::: "memory"); break;
-      case 3: asm volatile("cp.async.wait_group 2;" ::: "memory"); break;
-      default: asm volatile("cp.async.wait_group 3;" ::: "memory"); break;
-    }
+    static_assert(kDepth == 2);
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
 #endif
   }
 
@@ -177,15 +174,10 @@ struct Copier {
     }
   }
 
-  // Waits until all stores but the newest `pending` (0 or 1) have read their buffers.
-  __device__ void stored(int pending) const {
+  // Waits until all stores have read their buffers.
+  __device__ void stored() const {
 #if __CUDA_ARCH__ >= 900
-    if (bulk && rank() == 0) {
-      if (pending == 0)
-        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-      else
-        asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
-    }
+    if (bulk && rank() == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 #endif
   }
 };
@@ -236,6 +228,40 @@ struct RowRing {
   __device__ int at(int slot) const { return memory + phase + slot * row_bytes; }
   __device__ int wrap(int slot) const { return slot >= capacity ? slot - capacity : slot < 0 ? slot + capacity : slot; }
 };
+
+// A walk down the rows of a ring.
+class RowWalk {
+ public:
+  // From `slot` on, which may lie outside the ring by less than its size.
+  __device__ RowWalk(const RowRing& ring, int slot)
+      : next_(ring.at(ring.wrap(slot))),
+        row_bytes_(ring.row_bytes),
+        end_(ring.at(ring.capacity)),
+        ring_bytes_(ring.capacity * ring.row_bytes) {}
+
+  // Where the next row begins.
+  __device__ int next() {
+    const int here = next_;
+    next_ += row_bytes_;
+    if (next_ >= end_) next_ -= ring_bytes_;
+    return here;
+  }
+
+ private:
+  int next_;
+  const int row_bytes_, end_, ring_bytes_;
+};
+
+// Reads columns from x0 on of the walk's next row, zeros outside the image; columns x0 + [kSure, kSureEnd) are sure to
+// lie inside.
+template <typename T, int kSure, int kSureEnd, int kCount>
+__device__ void read_next(RowWalk& walk, bool inside, int x0, int width, float (&x)[kCount]) {
+  const int row = walk.next();
+  read_row<T>(inside ? row + x0 * static_cast<int>(sizeof(T)) : kZeros, x);
+#pragma unroll
+  for (int j = 0; j < kCount; ++j)
+    if (j < kSure || j >= kSureEnd) x[j] = static_cast<uint32_t>(x0 + j) < static_cast<uint32_t>(width) ? x[j] : 0.f;
+}
 
 // Where in the ring the rows are, counted through all images; who loads and who reads each keep one.
 struct Cursor {
@@ -301,30 +327,6 @@ __device__ void load_rows(const Copier& copier, const RowRing& ring, const Plane
 inline int threads_for(int64_t units, int most) {
   const int64_t rounds = ceil_div(units, most);
   return static_cast<int>(std::max<int64_t>(round_up(ceil_div(units, rounds), 32), 64));
-}
-
-// What a launcher has to know of the current device.
-struct Device {
-  int id, multiprocessors, shared_per_block, shared_per_multiprocessor, capability;
-};
-
-inline Device current_device() {
-  static thread_local std::array<Device, 64> known{};
-  int id = 0;
-  cudaGetDevice(&id);
-  Device& d = known[id % 64];
-  if (d.multiprocessors == 0) {
-    Device now{id};
-    int major = 0, minor = 0;
-    cudaDeviceGetAttribute(&now.multiprocessors, cudaDevAttrMultiProcessorCount, id);
-    cudaDeviceGetAttribute(&now.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
-    cudaDeviceGetAttribute(&now.shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id);
-    now.capability = major * 10 + minor;
-    d = now;
-  }
-  return d;
 }
 
 // What was decided for the last few problems, which tend to come back: networks have layers, and training has steps.

@@ -9,7 +9,7 @@ constexpr int kUnit = 16;      // bytes that are copied at once
 constexpr int kZeros = 64;     // offset of 128 bytes of zeros: what a row outside the image is read from
 constexpr int kHead = 256;     // offset of the first ring: room for a read before a row's beginning
 constexpr int kTail = 128;     // bytes behind a ring: room for its last 16 bytes and a read behind a row's end
-constexpr int kMaxDepth = 4;   // chunks under way
+constexpr int kDepth = 2;      // chunks under way: one is read while the next one arrives
 constexpr int kLeastRows = 4;  // of a chunk that is a band
 
 inline int64_t round_up(int64_t value, int64_t multiple) {
@@ -23,17 +23,17 @@ inline int64_t period_of(int64_t row_bytes) {
   return period;
 }
 
-// Rows of a ring for `depth` chunks of some planes each, of `rows` rows together.
-inline int64_t rows_for_planes(int64_t depth, int64_t rows, int64_t row_bytes) {
+// Rows of a ring for chunks of some planes each, of `rows` rows together.
+inline int64_t rows_for_planes(int64_t rows, int64_t row_bytes) {
   const int64_t period = period_of(row_bytes);
-  return round_up(depth * (rows + period) + 1, period);
+  return round_up(kDepth * (rows + period) + 1, period);
 }
 
 // The same where a chunk is a band of a plane, `step` rows below the one before: all rows from the first one of a chunk
-// to the last one of the chunk `depth` further on.
-inline int64_t rows_for_bands(int64_t depth, int64_t bands, int64_t step, int64_t extent, int64_t row_bytes) {
-  const int64_t period = period_of(row_bytes), planes = 1 + (depth + bands - 1) / bands;
-  return round_up(depth * step + planes * (extent + period) + 1, period);
+// to the last one of the chunk kDepth further on.
+inline int64_t rows_for_bands(int64_t bands, int64_t step, int64_t extent, int64_t row_bytes) {
+  const int64_t period = period_of(row_bytes), planes = 1 + (kDepth + bands - 1) / bands;
+  return round_up(kDepth * step + planes * (extent + period) + 1, period);
 }
 
 // What a ring takes up: a multiple of 128 bytes.

@@ -10,6 +10,7 @@
 #include <cmath>
 
 #include "launch.h"
+#include "small_kernels.h"
 #include "stream.cuh"
 
 namespace dwconv {
@@ -24,7 +25,7 @@ struct Stream {
   bool source_joined, grad_joined;  // whether the images follow each other without a gap
   bool single;                      // a block works for one filter, on bands of rows; else for whole planes
   int block_channels, block_filters, chunk_rows, bands;
-  int splits, depth;
+  int splits;
   int strips, segments;
   bool with_bias, bulk;
   RowRing source_ring, grad_ring;
@@ -69,10 +70,11 @@ __device__ Chunk chunk_of(const Stream& a, int group, int step) {
 
 // A tile of 7 x 7 gradients: walks down the source rows, reads each once, and multiplies it with the gradients whose
 // window it lies in. Needs a padding below the kernel's extent and 7 output columns.
-template <int kKernelH, int kKernelW, int kStride, int kDilation>
+template <class Kernel>
 struct Window {
+  static constexpr int kKernelH = Kernel::kKernelH, kKernelW = Kernel::kKernelW;
+  static constexpr int kStride = Kernel::kStride, kDilation = Kernel::kDilation;
   static constexpr int kRows = 7, kColumns = 7;
-  static constexpr int kTapsH = kKernelH, kTapsW = kKernelW;
   static constexpr int kMaxThreads = kKernelH * kKernelW < 25 ? 224 : 128, kBlocks = 2;
 
   template <typename T>
@@ -88,21 +90,16 @@ struct Window {
     const int y0 = c.source_plane + filter / a.multiplier * a.height + (c.row + row) * kStride - a.padding_h;
     const int begin = max(c.source_begin, c.source_plane + filter / a.multiplier * a.height);
     const int end = min(c.source_end, c.source_plane + (filter / a.multiplier + 1) * a.height);
-    const RowRing &xs = a.source_ring, &gs = a.grad_ring;
-    int source = xs.at(xs.wrap(c.source_slot + y0 - c.source_begin));
-    int grad = gs.at(gs.wrap(c.grad_slot + (a.single ? 0 : filter * a.out_height) + row)) + column * kSize;
-    const int source_end = xs.at(xs.capacity), grad_end = gs.at(gs.capacity);
-    const int source_bytes = xs.capacity * xs.row_bytes, grad_bytes = gs.capacity * gs.row_bytes;
+    RowWalk source(a.source_ring, c.source_slot + y0 - c.source_begin);
+    RowWalk grad(a.grad_ring, c.grad_slot + (a.single ? 0 : filter * a.out_height) + row);
 
     float g[kRows][kColumns], bias_part = 0;
 #pragma unroll
     for (int r = 0; r < kSourceRows; ++r) {
       if (r % kStride == 0 && r / kStride < kRows) {
-        constexpr int kNone = 0;
         float (&row_g)[kColumns] = g[r / kStride];
-        read_row<T>(r / kStride < rows ? grad : kZeros + kNone, row_g);
-        grad += gs.row_bytes;
-        if (grad >= grad_end) grad -= grad_bytes;
+        const int from = grad.next();
+        read_row<T>(r / kStride < rows ? from + column * kSize : kZeros, row_g);
         if (overlap > 0)
 #pragma unroll
           for (int v = 0; v < kColumns - 1; ++v)
@@ -111,13 +108,8 @@ struct Window {
         for (int v = 0; v < kColumns; ++v) bias_part += row_g[v];
       }
       float x[kSourceColumns];
-      read_row<T>(y0 + r >= begin && y0 + r < end ? source + x0 * kSize : kZeros, x);
-      source += xs.row_bytes;
-      if (source >= source_end) source -= source_bytes;
-#pragma unroll
-      for (int j = 0; j < kSourceColumns; ++j)
-        if (j < kExtentW - 1 || j > (kColumns - 1) * kStride)  // the others are never padding
-          x[j] = static_cast<uint32_t>(x0 + j) < static_cast<uint32_t>(a.width) ? x[j] : 0.f;
+      const bool inside = y0 + r >= begin && y0 + r < end;
+      read_next<T, kExtentW - 1, (kColumns - 1) * kStride + 1>(source, inside, x0, a.width, x);
 #pragma unroll
       for (int i = 0; i < kKernelH; ++i) {
         const int reach = r - i * kDilation, o = reach / kStride;
@@ -163,14 +155,10 @@ __device__ float sum_of(int values, int count, int lanes) {
   return sum;
 }
 
-__device__ inline bool is_finite(float value) {
-  return fabsf(value) <= 3.402823466e38f;
-}
-
 template <typename T, class Tile>
 __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
     stream_grad_weight_nchw(const __grid_constant__ Stream a) {
-  constexpr int kTaps = Tile::kTapsH * Tile::kTapsW;
+  constexpr int kTaps = Tile::kKernelH * Tile::kKernelW;
   if (threadIdx.x < 32) shared<uint32_t>(kZeros + 4 * threadIdx.x) = 0;
   const Copier copier(a.bulk, true);
   copier.init();
@@ -195,16 +183,16 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
     copier.commit(stage);
   };
   if (!copier.dedicated || !copier.is_worker())
-    for (int d = 0; d < a.depth; ++d) load(first + d, d);
+    for (int d = 0; d < kDepth; ++d) load(first + d, d);
 
-  float sum[Tile::kTapsH][Tile::kTapsW] = {};
+  float sum[Tile::kKernelH][Tile::kKernelW] = {};
   double bias = 0;
   const int tiles = a.strips * a.segments, units = a.single ? tiles : filters * tiles;
   int stage = 0;
   uint32_t parity = 0;
   for (int step = first; step < last; ++step) {
     if (copier.is_worker()) {
-      copier.wait_full(stage, parity, a.depth);
+      copier.wait_full(stage, parity);
       if (!copier.dedicated) __syncthreads();
       const Chunk c = shared<Chunk>(a.chunks_at + stage * static_cast<int>(sizeof(Chunk)));
       for (int unit = threadIdx.x; unit < units; unit += copier.workers()) {
@@ -216,13 +204,13 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
         copier.finish(stage);
       } else {
         __syncthreads();
-        load(step + a.depth, stage);
+        load(step + kDepth, stage);
       }
     } else {
       wait(Barriers::done(stage), parity);
-      load(step + a.depth, stage);
+      load(step + kDepth, stage);
     }
-    if (++stage == a.depth) stage = 0, parity ^= 1;
+    if (++stage == kDepth) stage = 0, parity ^= 1;
   }
   __syncthreads();
 
@@ -230,7 +218,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
   const int threads = blockDim.x;
 #pragma unroll
   for (int i = 0; i < kTaps; ++i)
-    shared<float>(kHead + 4 * (i * threads + threadIdx.x)) = sum[i / Tile::kTapsW][i % Tile::kTapsW];
+    shared<float>(kHead + 4 * (i * threads + threadIdx.x)) = sum[i / Tile::kKernelW][i % Tile::kKernelW];
   shared<float>(kHead + 4 * (kTaps * threads + threadIdx.x)) = static_cast<float>(bias);
   __syncthreads();
   const int slots = kTaps + a.with_bias, per_filter = a.single ? copier.workers() : tiles,
@@ -296,18 +284,17 @@ void apply(Stream& a, Cut& cut, const TileSize& tile) {
   a.segments = static_cast<int>(ceil_div(cut.chunk_rows, tile.rows));
   const int extent = (a.kernel_h - 1) * a.dilation + 1;
   RowRing &source = a.source_ring, &grad = a.grad_ring;
-  const int64_t source_rows =
-      cut.single ? rows_for_bands(a.depth, a.bands, cut.chunk_rows * a.stride, extent, source.row_bytes)
-                 : rows_for_planes(a.depth, int64_t{cut.block_channels} * a.height, source.row_bytes);
+  const int64_t source_rows = cut.single ? rows_for_bands(a.bands, cut.chunk_rows * a.stride, extent, source.row_bytes)
+                                         : rows_for_planes(int64_t{cut.block_channels} * a.height, source.row_bytes);
   const int64_t grad_rows =
-      rows_for_planes(a.depth, cut.single ? cut.chunk_rows : int64_t{a.block_filters} * a.out_height, grad.row_bytes);
+      rows_for_planes(cut.single ? cut.chunk_rows : int64_t{a.block_filters} * a.out_height, grad.row_bytes);
   source.period = static_cast<int>(period_of(source.row_bytes));
   grad.period = static_cast<int>(period_of(grad.row_bytes));
   source.capacity = static_cast<int>(source_rows), grad.capacity = static_cast<int>(grad_rows);
   source.memory = kHead;
   grad.memory = static_cast<int>(kHead + ring_bytes(source_rows, source.row_bytes));
   a.chunks_at = static_cast<int>(grad.memory + ring_bytes(grad_rows, grad.row_bytes));
-  cut.shared_bytes = std::max<int64_t>(a.chunks_at + a.depth * sizeof(Chunk),
+  cut.shared_bytes = std::max<int64_t>(a.chunks_at + kDepth * sizeof(Chunk),
                                        kHead + int64_t{tile.taps + 1} * (cut.threads + 32) * sizeof(float));
 }
 
@@ -332,7 +319,7 @@ Cut cut_for(Stream a, const TileSize& tile, const Device& device) {
     const double turns = static_cast<double>(groups * splits) / slots;
     const double even = turns / std::ceil(turns) * (static_cast<double>(steps) / splits) / ceil_div(steps, splits);
     const double busy = static_cast<double>(resident * units) / ceil_div(units, cut.threads);
-    const double chunk_bytes = static_cast<double>(cut.shared_bytes - kHead) / a.depth;  // a chunk costs some barriers
+    const double chunk_bytes = static_cast<double>(cut.shared_bytes - kHead) / kDepth;  // a chunk costs some barriers
     const double score = busy * even * chunk_bytes / (chunk_bytes + 3000);
     if (score > best_score * 1.02) best_score = score, cut.splits = static_cast<int>(splits), best = cut;
     return true;
@@ -349,12 +336,11 @@ Cut cut_for(Stream a, const TileSize& tile, const Device& device) {
 
 template <typename T, class Tile>
 void launch(const Problem& p, Stream a, const Allocate& allocate, cudaStream_t stream) {
-  constexpr int kTaps = Tile::kTapsH * Tile::kTapsW;
+  constexpr int kTaps = Tile::kKernelH * Tile::kKernelW;
   constexpr TileSize kTile{Tile::kRows, Tile::kColumns, kTaps, Tile::kMaxThreads, Tile::kBlocks};
-  const Device device = current_device();
+  const Device& device = current_device();
   const auto kernel = stream_grad_weight_nchw<T, Tile>;
   a.bulk = a.bulk && device.capability >= 90;
-  a.depth = 2;
   static thread_local Decisions<8, Cut> decisions;
   Cut cut =
       decisions({device.id, a.images, a.channels, a.multiplier, a.height, a.width, a.out_height, a.out_width}, [&] {
@@ -397,20 +383,7 @@ void launch_stream_grad_weight_nchw(const Problem& p, bool bulk, const Allocate&
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) <= 4) {
-      const auto go = [&](auto tile) { launch<T, decltype(tile)>(p, a, allocate, stream); };
-      const auto is = [&](int h, int w, int s, int d) {
-        return a.kernel_h == h && a.kernel_w == w && a.stride == s && a.dilation == d;
-      };
-      if (is(1, 1, 1, 1)) return go(Window<1, 1, 1, 1>{});
-      if (is(3, 3, 1, 1)) return go(Window<3, 3, 1, 1>{});
-      if (is(3, 3, 2, 1)) return go(Window<3, 3, 2, 1>{});
-      if (is(3, 3, 1, 2)) return go(Window<3, 3, 1, 2>{});
-      if (is(5, 5, 1, 1)) return go(Window<5, 5, 1, 1>{});
-      if (is(5, 5, 2, 1)) return go(Window<5, 5, 2, 1>{});
-      if (is(7, 7, 1, 1)) return go(Window<7, 7, 1, 1>{});
-      if (is(7, 7, 2, 1)) return go(Window<7, 7, 2, 1>{});
-      if (is(1, 11, 1, 1)) return go(Window<1, 11, 1, 1>{});
-      if (is(11, 1, 1, 1)) return go(Window<11, 1, 1, 1>{});
+      visit_small_kernel(p, [&](auto kernel) { launch<T, Window<decltype(kernel)>>(p, a, allocate, stream); });
     }
   });
 }

@@ -4,6 +4,7 @@
 #include "stream_nchw.cuh"
 
 #include "launch.h"
+#include "small_kernels.h"
 
 namespace dwconv {
 namespace {
@@ -27,8 +28,10 @@ __device__ bool read_weight(const Stream& a, int filter, float (&weight)[kKernel
 
 // A tile of 7 x 7 outputs. It walks down the source rows, reads each once and adds it to the outputs whose
 // window it lies in. Needs a padding below the kernel's extent, 7 output columns, and kSum where fan_in is not 1.
-template <int kKernelH, int kKernelW, int kStride, int kDilation, bool kSum>
+template <class Kernel, bool kSum>
 struct Window {
+  static constexpr int kKernelH = Kernel::kKernelH, kKernelW = Kernel::kKernelW;
+  static constexpr int kStride = Kernel::kStride, kDilation = Kernel::kDilation;
   static constexpr int kRows = 7, kColumns = 7;
   static constexpr int kTiles = 1, kLanes = 1;
   static constexpr int kMaxThreads = kKernelH * kKernelW < 25 ? 256 : 128;
@@ -48,8 +51,6 @@ struct Window {
     const int y0 = (c.row + row) * kStride - a.padding_h, x0 = column * kStride - a.padding_w;
     const float bias = a.bias ? widen(static_cast<const T*>(a.bias)[filter * a.bias_stride]) : 0.f;
     constexpr int kSize = sizeof(T);
-    const int ring_end = ring.at(ring.capacity);
-    const int ring_bytes = ring.capacity * ring.row_bytes;
     const auto store = [&](int r, const float (&values)[kColumns]) {
       if (r >= rows) return;
       const int to = out + ((plane * c.rows + row + r) * a.out_width + column) * kSize;
@@ -73,18 +74,12 @@ struct Window {
       if (!read_weight<kKernelH, kKernelW, T>(a, filter + q, weight))
         return tile_by_taps<T>(a, ring, c, out, plane, row, rows, column + overlap, kColumns - overlap);
       const int top = ((c.group + group_of(a, plane)) * a.fan_in + q) * a.height - c.source_begin;
-      int source = ring.at(ring.wrap(c.source_slot + top + y0));
+      RowWalk walk(ring, c.source_slot + top + y0);
 #pragma unroll
       for (int r = 0; r < kSourceRows; ++r) {
         const bool inside = static_cast<uint32_t>(y0 + r) < static_cast<uint32_t>(a.height);
         float x[kSourceColumns];
-        read_row<T>(inside ? source + x0 * kSize : kZeros, x);
-        source += ring.row_bytes;
-        if (source >= ring_end) source -= ring_bytes;
-#pragma unroll
-        for (int j = 0; j < kSourceColumns; ++j)
-          if (j < kExtentW - 1 || j > (kColumns - 1) * kStride)  // the others are never padding
-            x[j] = static_cast<uint32_t>(x0 + j) < static_cast<uint32_t>(a.width) ? x[j] : 0.f;
+        read_next<T, kExtentW - 1, (kColumns - 1) * kStride + 1>(walk, inside, x0, a.width, x);
 #pragma unroll
         for (int i = 0; i < kKernelH; ++i) {
           const int reach = r - i * kDilation, o = reach / kStride;
@@ -123,14 +118,11 @@ struct Spread {
     constexpr int kSourceRows = kPairs + kSpan, kSourceColumns = kColumns / 2 + kSpan;
     uint32_t filter = c.target + plane;
     filter = a.by_filters.split(filter) * a.fan_in;
-    const int group = group_of(a, plane);
     const int column = a.by_strips.split(tile) * kColumns, row = tile * kRows;
     if (row >= c.rows) return;  // the last band is shorter
     const int rows = min(kRows, c.rows - row), columns = min(kColumns, a.out_width - column);
     const int y0 = (c.row + row) / 2 + a.padding_h / 2 + kLow, x0 = column / 2 + a.padding_w / 2 + kLow;
     constexpr int kSize = sizeof(T);
-    const int ring_end = ring.at(ring.capacity);
-    const int ring_bytes = ring.capacity * ring.row_bytes;
     float sum[kRows][kColumns] = {};
 
     for (int q = 0; q < a.fan_in; ++q) {
@@ -138,17 +130,12 @@ struct Spread {
       if (!read_weight<kKernel, kKernel, T>(a, filter + q, weight))
         return tile_by_taps<T>(a, ring, c, out, plane, row, rows, column, columns);
       const int top = ((c.group + group_of(a, plane)) * a.fan_in + q) * a.height - c.source_begin;
-      int source = ring.at(ring.wrap(c.source_slot + top + y0));
+      RowWalk walk(ring, c.source_slot + top + y0);
 #pragma unroll
       for (int r = 0; r < kSourceRows; ++r) {
         const bool inside = static_cast<uint32_t>(y0 + r) < static_cast<uint32_t>(a.height);
         float x[kSourceColumns];
-        read_row<T>(inside ? source + x0 * kSize : kZeros, x);
-        source += ring.row_bytes;
-        if (source >= ring_end) source -= ring_bytes;
-#pragma unroll
-        for (int j = 0; j < kSourceColumns; ++j)
-          x[j] = static_cast<uint32_t>(x0 + j) < static_cast<uint32_t>(a.width) ? x[j] : 0.f;
+        read_next<T, 0, 0>(walk, inside, x0, a.width, x);
 #pragma unroll
         for (int o = 0; o < kRows; ++o) {
           const int i = o % 2 + kOdd - 2 * (r + kLow - o / 2);
@@ -188,35 +175,19 @@ void launch_stream_nchw(const Problem& p, bool bulk, cudaStream_t stream) {
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) <= 4) {
-      const auto go = [&](auto tile) { launch<T, decltype(tile)>(a, images, stream); };
-      const auto is = [&](int h, int w, int s, int d) {
-        return a.kernel_h == h && a.kernel_w == w && a.stride_h == s && a.stride_w == s && a.dilation_h == d &&
-               a.dilation_w == d;
-      };
-      if (a.spread) {
-        const int odd = a.padding_h % 2;
-        if (a.padding_w % 2 == odd && a.dilation_h == 1 && a.dilation_w == 1) {
-          if (is(3, 3, 2, 1)) return odd ? go(Spread<3, 1>{}) : go(Spread<3, 0>{});
-          if (is(5, 5, 2, 1)) return odd ? go(Spread<5, 1>{}) : go(Spread<5, 0>{});
-          if (is(7, 7, 2, 1)) return odd ? go(Spread<7, 1>{}) : go(Spread<7, 0>{});
+      const bool compiled = visit_small_kernel(p, [&](auto kernel) {
+        using Kernel = decltype(kernel);
+        if (!a.spread && a.fan_in == 1) return launch<T, Window<Kernel, false>>(a, images, stream);
+        if constexpr (Kernel::kSquare && Kernel::kKernelH > 1 && Kernel::kDilation == 1) {
+          if constexpr (Kernel::kStride == 1)
+            launch<T, Window<Kernel, true>>(a, images, stream);
+          else if (a.padding_h % 2 == 0)
+            launch<T, Spread<Kernel::kKernelH, 0>>(a, images, stream);
+          else
+            launch<T, Spread<Kernel::kKernelH, 1>>(a, images, stream);
         }
-      } else if (a.fan_in == 1) {
-        if (is(1, 1, 1, 1)) return go(Window<1, 1, 1, 1, false>{});
-        if (is(3, 3, 1, 1)) return go(Window<3, 3, 1, 1, false>{});
-        if (is(3, 3, 2, 1)) return go(Window<3, 3, 2, 1, false>{});
-        if (is(3, 3, 1, 2)) return go(Window<3, 3, 1, 2, false>{});
-        if (is(5, 5, 1, 1)) return go(Window<5, 5, 1, 1, false>{});
-        if (is(5, 5, 2, 1)) return go(Window<5, 5, 2, 1, false>{});
-        if (is(7, 7, 1, 1)) return go(Window<7, 7, 1, 1, false>{});
-        if (is(7, 7, 2, 1)) return go(Window<7, 7, 2, 1, false>{});
-        if (is(1, 11, 1, 1)) return go(Window<1, 11, 1, 1, false>{});
-        if (is(11, 1, 1, 1)) return go(Window<11, 1, 1, 1, false>{});
-      } else {
-        if (is(3, 3, 1, 1)) return go(Window<3, 3, 1, 1, true>{});
-        if (is(5, 5, 1, 1)) return go(Window<5, 5, 1, 1, true>{});
-        if (is(7, 7, 1, 1)) return go(Window<7, 7, 1, 1, true>{});
-      }
-      throw std::runtime_error("dwconv: no tile of stream_nchw is compiled for this kernel");
+      });
+      if (!compiled) throw std::runtime_error("dwconv: no tile of stream_nchw is compiled for this kernel");
     }
   });
 }

@@ -33,7 +33,7 @@ struct Stream {
   int kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   int groups, fan_out, fan_in;  // groups of an image
   int chunk_groups, chunk_rows, bands;
-  int chunks, depth, buffers, buffers_at, buffer_bytes;
+  int chunks, buffer_at;
   int strips, tiles;  // of a plane's part in a chunk: tiles side by side, and all of them
   int units;          // all of them, as they are computed together
   bool spread;        // grad_input at stride 2: the stride is that of the target
@@ -44,22 +44,23 @@ struct Stream {
 
 // What a chunk reads and writes. Whole planes, or (bands > 1) rows of one target plane.
 struct Chunk {
-  int image, group, groups;      // the first group, and their number
+  int image, group;              // the first group
   int target, targets;           // the same as target planes of the image
   int row, rows;                 // of each target plane
   int source_begin, source_end;  // rows of the image's source
   int source_slot;               // of the first of them in the ring
   uint64_t target_row;           // address of the first row to be written
 };
+
 __device__ inline Chunk chunk_of(const Stream& a, uint32_t number) {
   Chunk c;
   const int sub = a.by_sub.split(number);
   const int band = a.by_bands.split(number);
   c.group = a.by_chunks_per_image.split(number) * a.chunk_groups;
   c.image = number;
-  c.groups = min(a.chunk_groups, a.groups - c.group);
+  const int groups = min(a.chunk_groups, a.groups - c.group);
   c.target = c.group * a.fan_out + sub;
-  c.targets = a.bands > 1 ? 1 : c.groups * a.fan_out;
+  c.targets = a.bands > 1 ? 1 : groups * a.fan_out;
   c.row = band * a.chunk_rows;
   c.rows = min(a.chunk_rows, a.out_height - c.row);
   const int plane = c.group * a.fan_in * a.height;
@@ -76,7 +77,7 @@ __device__ inline Chunk chunk_of(const Stream& a, uint32_t number) {
     c.source_end = plane + min(max(last + 1, 0), a.height);
   } else {
     c.source_begin = plane;
-    c.source_end = plane + c.groups * a.fan_in * a.height;
+    c.source_end = plane + groups * a.fan_in * a.height;
   }
   c.target_row =
       reinterpret_cast<uint64_t>(a.target.base + c.image * a.target.image_bytes +
@@ -98,8 +99,7 @@ __device__ inline int source_index(int target, int tap, int stride, int padding,
   return padded % stride == 0 ? padded / stride : -1;
 }
 
-// The outputs of a tile one by one, by the taps that meet the image. For kernels with a tap that is Inf or NaN, which
-// must not meet the padding, and for kernels that no tile is compiled for.
+// The outputs of a tile one by one, by the taps that meet the image: for Inf and NaN, which must not meet the padding.
 template <typename T>
 __device__ __noinline__ void tile_by_taps(const Stream& a, const RowRing& ring, const Chunk& c, int out, int plane,
                                           int row, int rows, int column, int columns) {
@@ -147,19 +147,19 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks) stream_nchw(
     }
     copier.commit(stage);
   };
-  for (int d = 0; d < a.depth; ++d) load(first + d, d);
+  for (int d = 0; d < kDepth; ++d) load(first + d, d);
 
-  int stage = 0, buffer = 0;
+  int stage = 0;
   uint32_t parity = 0;
   for (int number = first; number < last; ++number) {
     Chunk c = chunk_of(a, number);
     const int before = c.image * a.source.rows;
     read.place(ring, before + c.source_begin, before + c.source_end);
     c.source_slot = read.slot_of(ring, before + c.source_begin);
-    const int out = a.buffers_at + buffer * a.buffer_bytes + static_cast<int>(c.target_row % kUnit);
+    const int out = a.buffer_at + static_cast<int>(c.target_row % kUnit);
 
-    copier.wait_full(stage, parity, a.depth);
-    copier.stored(a.buffers - 1);
+    copier.wait_full(stage, parity);
+    copier.stored();
     __syncthreads();
     const uint32_t units = c.targets * a.units;
     for (uint32_t unit = threadIdx.x / Tile::kLanes; unit < units; unit += blockDim.x / Tile::kLanes) {
@@ -170,16 +170,15 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks) stream_nchw(
     copier.before_store();
     __syncthreads();
     copier.store(reinterpret_cast<T*>(c.target_row), &shared<T>(out), c.targets * c.rows * a.out_width);
-    load(number + a.depth, stage);
-    if (++stage == a.depth) stage = 0, parity ^= 1;
-    if (++buffer == a.buffers) buffer = 0;
+    load(number + kDepth, stage);
+    if (++stage == kDepth) stage = 0, parity ^= 1;
   }
-  copier.stored(0);
+  copier.stored();
 }
 
 // How a pass is cut into chunks; the rest of the arguments follows from it.
 struct Cut {
-  int chunk_groups, chunk_rows, bands, depth, buffers, threads;
+  int chunk_groups, chunk_rows, bands, threads;
 };
 
 // What there is to know of a class of tiles.
@@ -191,7 +190,6 @@ struct TileSize {
 // Fills in what follows from a cut.
 inline void apply(Stream& a, const Cut& cut, const TileSize& tile, int64_t images) {
   a.chunk_groups = cut.chunk_groups, a.chunk_rows = cut.chunk_rows, a.bands = cut.bands;
-  a.depth = cut.depth, a.buffers = cut.buffers;
   const int sub = cut.bands > 1 ? a.fan_out : 1;
   const int64_t chunks_per_image = ceil_div(a.groups, cut.chunk_groups);
   a.chunks = static_cast<int>(images * chunks_per_image * cut.bands * sub);
@@ -205,28 +203,25 @@ inline void apply(Stream& a, const Cut& cut, const TileSize& tile, int64_t image
   const int extent = (a.kernel_h - 1) * a.dilation_h + 1;
   const int step = a.spread ? ceil_div(cut.chunk_rows, 2) : cut.chunk_rows * a.stride_h;
   a.capacity = static_cast<int>(
-      cut.bands == 1 ? rows_for_planes(cut.depth, int64_t{cut.chunk_groups} * a.fan_in * a.height, a.source.row_bytes)
-                     : rows_for_bands(cut.depth, cut.bands, step, extent, a.source.row_bytes));
-  const int64_t targets = cut.bands > 1 ? 1 : cut.chunk_groups * a.fan_out;
-  a.buffer_bytes = static_cast<int>(round_up(targets * cut.chunk_rows * a.target.row_bytes + kUnit, 128));
-  a.buffers_at = static_cast<int>(kHead + ring_bytes(a.capacity, a.source.row_bytes));
+      cut.bands == 1 ? rows_for_planes(int64_t{cut.chunk_groups} * a.fan_in * a.height, a.source.row_bytes)
+                     : rows_for_bands(cut.bands, step, extent, a.source.row_bytes));
+  a.buffer_at = static_cast<int>(kHead + ring_bytes(a.capacity, a.source.row_bytes));
 }
 
 inline int64_t shared_bytes(const Stream& a) {
-  return a.buffers_at + int64_t{a.buffers} * a.buffer_bytes;
+  const int64_t targets = a.bands > 1 ? 1 : a.chunk_groups * a.fan_out;
+  return a.buffer_at + round_up(targets * a.chunk_rows * a.target.row_bytes + kUnit, 128);
 }
 
 // Cuts the planes so that as many threads as possible have work on a multiprocessor at a time, since it takes many to
 // hide the latency of shared memory and of the barriers, and so that every block has about as much to do.
 inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device& d) {
-  constexpr int depth = 2, buffers = 1;
   Cut best{};
   double best_score = -1;
   const auto consider = [&](int64_t chunk_groups, int64_t chunk_rows) {
     Cut cut{};
     cut.chunk_groups = static_cast<int>(chunk_groups), cut.chunk_rows = static_cast<int>(chunk_rows);
     cut.bands = static_cast<int>(ceil_div(a.out_height, chunk_rows));
-    cut.depth = depth, cut.buffers = buffers;
     apply(a, cut, tile, images);
     const int64_t bytes = shared_bytes(a);
     const int64_t work = (cut.bands > 1 ? 1 : chunk_groups * a.fan_out) * a.units * tile.lanes;
@@ -236,7 +231,7 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
     if (bytes > d.shared_per_block || blocks == 0) return false;
     const double busy = std::min<double>(static_cast<double>(blocks * work) / ceil_div(work, cut.threads), 768.);
     const double turns = static_cast<double>(a.chunks) / (blocks * d.multiprocessors);
-    const double chunk_bytes = static_cast<double>(bytes - kHead) / (depth + buffers);  // a chunk costs some barriers
+    const double chunk_bytes = static_cast<double>(bytes - kHead) / (kDepth + 1);  // a chunk costs some barriers
     const double score = busy * turns / std::ceil(turns) * chunk_bytes / (chunk_bytes + 6000);
     if (score > best_score * 1.02) best_score = score, best = cut;
     return true;
@@ -258,7 +253,7 @@ template <typename T, class Tile>
 void launch(Stream a, int64_t images, cudaStream_t stream) {
   constexpr TileSize kTile{Tile::kRows,  Tile::kColumns,    Tile::kTiles,
                            Tile::kLanes, Tile::kMaxThreads, Tile::kMaxThreads * Tile::kBlocks};
-  const Device device = current_device();
+  const Device& device = current_device();
   const auto kernel = stream_nchw<T, Tile>;
   a.bulk = a.bulk && device.capability >= 90;
   struct Decision {
