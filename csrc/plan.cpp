@@ -119,7 +119,8 @@ bool can_go_direct(const Problem& p) {
   constexpr int64_t kLimit = 1 << 30;
   const auto fits = [&](const View& view, int64_t planes, int64_t height, int64_t width) {
     return (height + 2 * p.padding_h) * view.stride[2] + (width + 2 * p.padding_w) * view.stride[3] < kLimit &&
-           p.batch * view.stride[0] < kLimit && planes * view.stride[1] < kLimit && p.batch * planes < kLimit;
+           (p.batch - 1) * view.stride[0] < kLimit && (planes - 1) * view.stride[1] < kLimit &&
+           p.batch * planes < kLimit;
   };
   return p.padding_h < (1 << 20) && p.padding_w < (1 << 20) && fits(p.input, p.channels, p.height, p.width) &&
          fits(p.output, p.filters(), p.out_height, p.out_width) && p.filters() * p.weight.stride[0] < kLimit &&

@@ -63,8 +63,8 @@ def explain(
     """Says which plan serves :func:`dwconv.conv2d` with these arguments in each pass, and why. Computes nothing.
 
     Args: those of :func:`dwconv.conv2d`. Tensors on the device ``meta`` are explained as CUDA tensors, so that a layer
-    can be looked up without a GPU: as one of compute capability 9.0 serves it. The gradient of the output is taken to lie
-    in memory as the output does.
+    can be looked up without a GPU, as one of compute capability 9.0 serves it. The gradient of the output is taken to
+    lie in memory as the output does.
 
     Raises:
         RuntimeError, TypeError: as :func:`dwconv.conv2d`.
@@ -104,4 +104,4 @@ def explain(
 def _device(device: torch.device) -> tuple[int, int]:
     """Compute capability (90 is 9.0) and shared memory that a block may have, in bytes."""
     properties = torch.cuda.get_device_properties(device)
-    return 10 * properties.major + properties.minor, properties.shared_memory_per_block_optin
+    return 10 * properties.major + properties.minor, properties.shared_memory_per_block_optin  # type: ignore[attr-defined]

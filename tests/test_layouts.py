@@ -165,7 +165,9 @@ def formats_of(tensor: Tensor) -> Iterator[Tensor]:
 
 
 @pytest.mark.parametrize(
-    "size", [(2, 4, 5, 6), (1, 4, 5, 6), (2, 1, 5, 6), (2, 4, 1, 1), (2, 4, 1, 6), (1, 1, 1, 1)], ids=str
+    "size",
+    [(2, 4, 5, 6), (1, 4, 5, 6), (2, 1, 5, 6), (2, 4, 1, 1), (2, 4, 1, 6), (1, 1, 1, 1), (0, 4, 5, 6)],
+    ids=str,
 )
 @pytest.mark.parametrize("kernel", [(3, 3), (1, 1), (3, 1)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -187,6 +189,18 @@ def test_strides_are_those_of_torch(device: str, dtype: torch.dtype, kernel: tup
             assert strides_that_count(gradients[0]) == strides_that_count(gradients[1]), (x.stride(), w.stride())
             if device == "cpu":
                 assert outputs[0].stride() == outputs[1].stride(), (x.stride(), w.stride())
+
+
+@pytest.mark.parametrize("weight_format", FORMATS, ids=str)
+@pytest.mark.parametrize("input_format", FORMATS, ids=str)
+def test_an_empty_batch_is_contiguous(
+    device: str, input_format: torch.memory_format, weight_format: torch.memory_format
+):
+    for where in (device, "meta"):
+        input = torch.empty(0, 4, 5, 6, device=where).to(memory_format=input_format)
+        weight = torch.empty(8, 1, 3, 3, device=where).to(memory_format=weight_format)
+        output = dwconv.conv2d(input, weight)
+        assert output.stride() == torch_conv2d(input, weight).stride() == (96, 12, 4, 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
