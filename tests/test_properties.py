@@ -134,7 +134,7 @@ def test_every_plan_that_claims_is_exact(shard: int) -> None:
         assert fields == {name for name in Results._fields if exact[name] is not None}
 
     check()
-    assert {"generic", "window_nchw", "stream_nchw", "stream_grad_weight_nchw"} <= taken
+    assert {"generic", "direct", "direct_grad_weight", "stream_nchw", "stream_grad_weight_nchw"} <= taken
 
 
 SIDES = st.one_of(st.integers(1, 40), st.integers(1, 2**31), st.sampled_from([2**16, 2**31 - 1, 2**31, 2**32]))
