@@ -6,6 +6,7 @@
 #include "common.cuh"
 #include "device.h"
 #include "launch.h"
+#include "mapping.h"
 #include "small_kernels.h"
 
 namespace dwconv {
@@ -30,7 +31,7 @@ struct Arguments {
   int fan_in;  // source planes that a target plane is summed over
   bool channels_last;
   uint32_t units;
-  Divider by_planes, by_strips, by_columns, by_multiplier;
+  Divider by_planes, by_strips, by_columns, by_fan_out;
 };
 
 // Where along one side step `k` from `first` on leads to in the source; negative where it leads nowhere. Spread: the
@@ -57,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) direct(const __grid_constant__ Argum
 
   // Forward reads plane / multiplier, where fan_in is 1; grad_input reads the filters of the channel.
   uint32_t source_plane = plane * a.fan_in;
-  a.by_multiplier.split(source_plane);
+  a.by_fan_out.split(source_plane);
   const int y0 = kSpread ? row + a.padding_h : row * Kernel::kStride - a.padding_h;
   const int x0 = kSpread ? column + a.padding_w : column * Kernel::kStride - a.padding_w;
   const T* source = static_cast<const T*>(a.source) + image * a.source_stride[0] + source_plane * a.source_stride[1];
@@ -115,33 +116,21 @@ void launch(Arguments a, int64_t images, int64_t planes, cudaStream_t stream) {
 }  // namespace
 
 void launch_direct(const Problem& p, cudaStream_t stream) {
-  const bool forward = p.pass == Pass::kForward, spread = !forward && p.stride_h > 1;
-  const View& source = forward ? p.input : p.output;
-  const View& target = forward ? p.output : p.input;
+  const Mapping map(p);
   Arguments a{};
-  a.source = source.data, a.weight = p.weight.data, a.target = target.data;
-  for (int d = 0; d < 4; ++d)
-    a.source_stride[d] = static_cast<int>(source.stride[d]), a.target_stride[d] = static_cast<int>(target.stride[d]);
-  a.weight_filter = static_cast<int>(p.weight.stride[0]);
-  a.weight_row = static_cast<int>(p.weight.stride[2]), a.weight_column = static_cast<int>(p.weight.stride[3]);
-  a.bias = forward ? p.bias : nullptr, a.bias_stride = static_cast<int>(p.bias_stride);
-  a.height = static_cast<int>(forward ? p.height : p.out_height);
-  a.width = static_cast<int>(forward ? p.width : p.out_width);
-  a.out_height = static_cast<int>(forward ? p.out_height : p.height);
-  a.out_width = static_cast<int>(forward ? p.out_width : p.width);
-  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
-  a.fan_in = static_cast<int>(forward ? 1 : p.multiplier);
-  a.by_multiplier = Divider(forward ? p.multiplier : 1);
-  const int64_t planes = forward ? p.filters() : p.channels;
-  a.channels_last = planes > 1 && target.stride[1] == 1;
-  if (!forward && !spread) {  // a forward pass with the kernel flipped
-    a.weight = static_cast<const char*>(a.weight) +
-               size_of(p.dtype) * ((p.kernel_h - 1) * a.weight_row + (p.kernel_w - 1) * a.weight_column);
-    a.weight_row = -a.weight_row, a.weight_column = -a.weight_column;
-    a.padding_h = static_cast<int>((p.kernel_h - 1) * p.dilation_h - p.padding_h);
-    a.padding_w = static_cast<int>((p.kernel_w - 1) * p.dilation_w - p.padding_w);
+  a.source = map.source.data, a.weight = map.weight.data, a.target = map.target.data;
+  for (int d = 0; d < 4; ++d) {
+    a.source_stride[d] = static_cast<int>(map.source.stride[d]);
+    a.target_stride[d] = static_cast<int>(map.target.stride[d]);
   }
-  const int64_t outputs = p.batch * planes * a.out_height * a.out_width;
+  a.weight_filter = static_cast<int>(map.weight.stride[0]);
+  a.weight_row = static_cast<int>(map.weight.stride[2]), a.weight_column = static_cast<int>(map.weight.stride[3]);
+  a.bias = map.bias, a.bias_stride = static_cast<int>(map.bias_stride);
+  a.height = map.height, a.width = map.width, a.out_height = map.out_height, a.out_width = map.out_width;
+  a.padding_h = map.padding_h, a.padding_w = map.padding_w, a.fan_in = map.fan_in;
+  a.by_fan_out = Divider(map.fan_out);
+  a.channels_last = map.targets > 1 && map.target.stride[1] == 1;
+  const int64_t outputs = p.batch * map.targets * a.out_height * a.out_width;
   const int64_t threads = int64_t{512} * current_device().multiprocessors;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -149,11 +138,11 @@ void launch_direct(const Problem& p, cudaStream_t stream) {
       visit_small_kernel(p, [&](auto kernel) {
         using Kernel = decltype(kernel);
         if constexpr (Kernel::kStride > 1)
-          if (spread) return launch<T, Kernel, true, 1>(a, p.batch, planes, stream);
+          if (map.spread) return launch<T, Kernel, true, 1>(a, p.batch, map.targets, stream);
         if (outputs > threads * kManyRows<Kernel>)
-          launch<T, Kernel, false, kManyRows<Kernel>>(a, p.batch, planes, stream);
+          launch<T, Kernel, false, kManyRows<Kernel>>(a, p.batch, map.targets, stream);
         else
-          launch<T, Kernel, false, 1>(a, p.batch, planes, stream);
+          launch<T, Kernel, false, 1>(a, p.batch, map.targets, stream);
       });
   });
 }

@@ -17,6 +17,7 @@
 #include <utility>
 
 #include "launch.h"
+#include "mapping.h"
 #include "stream.cuh"
 
 namespace dwconv {
@@ -278,50 +279,34 @@ void launch(Stream a, int64_t images, cudaStream_t stream) {
 
 // The arguments that follow from a problem, and the number of images.
 inline std::pair<Stream, int64_t> stream_of(const Problem& p, bool bulk) {
-  const bool forward = p.pass == Pass::kForward;
-  const View& source = forward ? p.input : p.output;
-  const View& target = forward ? p.output : p.input;
+  const Mapping map(p);
   const int64_t size = size_of(p.dtype);
   Stream a{};
-  a.height = static_cast<int>(forward ? p.height : p.out_height);
-  a.width = static_cast<int>(forward ? p.width : p.out_width);
-  a.out_height = static_cast<int>(forward ? p.out_height : p.height);
-  a.out_width = static_cast<int>(forward ? p.out_width : p.width);
-  a.fan_out = static_cast<int>(forward ? p.multiplier : 1), a.fan_in = static_cast<int>(forward ? 1 : p.multiplier);
+  a.height = map.height, a.width = map.width, a.out_height = map.out_height, a.out_width = map.out_width;
+  a.fan_out = map.fan_out, a.fan_in = map.fan_in;
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
   a.stride_h = static_cast<int>(p.stride_h), a.stride_w = static_cast<int>(p.stride_w);
   a.dilation_h = static_cast<int>(p.dilation_h), a.dilation_w = static_cast<int>(p.dilation_w);
-  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
-  a.weight = p.weight.data;
-  a.weight_filter = p.weight.stride[0], a.weight_row = static_cast<int>(p.weight.stride[2]),
-  a.weight_column = static_cast<int>(p.weight.stride[3]);
-  a.bias = forward ? p.bias : nullptr, a.bias_stride = p.bias_stride;
-  a.bulk = bulk;
-  a.spread = !forward && (p.stride_h > 1 || p.stride_w > 1);
-  if (!forward && !a.spread) {  // a forward pass with the kernel flipped
-    a.weight = static_cast<const char*>(a.weight) +
-               size * ((p.kernel_h - 1) * a.weight_row + (p.kernel_w - 1) * a.weight_column);
-    a.weight_row = -a.weight_row, a.weight_column = -a.weight_column;
-    a.padding_h = (a.kernel_h - 1) * a.dilation_h - a.padding_h;
-    a.padding_w = (a.kernel_w - 1) * a.dilation_w - a.padding_w;
-  }
+  a.padding_h = map.padding_h, a.padding_w = map.padding_w;
+  a.weight = map.weight.data, a.weight_filter = map.weight.stride[0];
+  a.weight_row = static_cast<int>(map.weight.stride[2]), a.weight_column = static_cast<int>(map.weight.stride[3]);
+  a.bias = map.bias, a.bias_stride = map.bias_stride;
+  a.bulk = bulk, a.spread = map.spread;
   // Images that follow each other without a gap are one image of many planes.
-  const int64_t source_planes = forward ? p.channels : p.filters(), target_planes = forward ? p.filters() : p.channels;
   const auto dense = [&](const View& view, int64_t planes, int64_t h, int64_t w) {
     return p.batch == 1 || view.stride[0] == planes * h * w;
   };
   int64_t images = p.batch;
   a.groups = static_cast<int>(p.channels);
-  if (dense(source, source_planes, a.height, a.width) && dense(target, target_planes, a.out_height, a.out_width))
+  if (dense(map.source, map.sources, a.height, a.width) && dense(map.target, map.targets, a.out_height, a.out_width))
     a.groups *= static_cast<int>(images), images = 1;
   const auto planes_of = [&](const View& view, int fan, int h, int w) {
     return Planes{static_cast<char*>(view.data), view.stride[0] * size, a.groups * fan * h, static_cast<int>(w * size)};
   };
-  a.source = planes_of(source, a.fan_in, a.height, a.width);
-  a.target = planes_of(target, a.fan_out, a.out_height, a.out_width);
-  a.by_filters = Divider(target_planes);
+  a.source = planes_of(map.source, a.fan_in, a.height, a.width);
+  a.target = planes_of(map.target, a.fan_out, a.out_height, a.out_width);
+  a.by_filters = Divider(map.targets);
   a.phase = static_cast<int>(reinterpret_cast<uintptr_t>(a.source.base) % kUnit);
-
   return {a, images};
 }
 
