@@ -117,15 +117,15 @@ bool claims_stream_grad_weight_nchw(const Problem& p) {
 bool can_go_direct(const Problem& p) {
   if (p.dtype == DType::kFloat64 || !is_small_kernel(p)) return false;
   constexpr int64_t kLimit = 1 << 30;
+  if (p.padding_h >= (1 << 20) || p.padding_w >= (1 << 20)) return false;
   const auto fits = [&](const View& view, int64_t planes, int64_t height, int64_t width) {
-    return (height + 2 * p.padding_h) * view.stride[2] + (width + 2 * p.padding_w) * view.stride[3] < kLimit &&
-           (p.batch - 1) * view.stride[0] < kLimit && (planes - 1) * view.stride[1] < kLimit &&
-           p.batch * planes < kLimit;
+    return p.batch * planes * height * width < kLimit && (p.batch - 1) * view.stride[0] < kLimit &&
+           (planes - 1) * view.stride[1] < kLimit &&
+           (height + 2 * p.padding_h) * view.stride[2] + (width + 2 * p.padding_w) * view.stride[3] < kLimit;
   };
-  return p.padding_h < (1 << 20) && p.padding_w < (1 << 20) && fits(p.input, p.channels, p.height, p.width) &&
-         fits(p.output, p.filters(), p.out_height, p.out_width) && p.filters() * p.weight.stride[0] < kLimit &&
-         p.filters() * p.bias_stride < kLimit &&
-         p.batch * std::max(p.channels * p.height * p.width, p.filters() * p.out_height * p.out_width) < kLimit;
+  const auto& weight = p.weight.stride;
+  return fits(p.input, p.channels, p.height, p.width) && fits(p.output, p.filters(), p.out_height, p.out_width) &&
+         (p.filters() - 1) * std::max(weight[0], p.bias_stride) < kLimit && weight[2] < kLimit && weight[3] < kLimit;
 }
 
 bool claims_direct(const Problem& p) {
