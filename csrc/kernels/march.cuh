@@ -37,20 +37,21 @@ struct Rows {
 template <int kBytes>
 __device__ void copy_unit(int to, const char* from, int bytes) {
 #if __CUDA_ARCH__ >= 800
-  if constexpr (kBytes == 16) {
+  constexpr bool kAsync = kBytes >= 4;
+#else
+  constexpr bool kAsync = false;
+#endif
+  if constexpr (kAsync && kBytes == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
                  : "memory");
-    return;
-  } else if constexpr (kBytes >= 4) {
+  else if constexpr (kAsync)
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes),
                  "r"(bytes)
                  : "memory");
-    return;
-  }
-#endif
+  else
 #pragma unroll
-  for (int i = 0; i < kBytes; i += 2)
-    shared<uint16_t>(to + i) = i < bytes ? *reinterpret_cast<const uint16_t*>(from + i) : uint16_t{0};
+    for (int i = 0; i < kBytes; i += 2)
+      shared<uint16_t>(to + i) = i < bytes ? *reinterpret_cast<const uint16_t*>(from + i) : uint16_t{0};
 }
 
 // The thread's part in copying rows. `slab`: offset of the block's channels in a pixel.
@@ -144,7 +145,7 @@ inline bool is_joined(const View& view, int64_t element, int64_t channels, int64
 }
 
 // Settles how `threads` threads copy `columns` columns of `slab_bytes` of each pixel.
-inline void cut(Rows& rows, int alignment, bool joined, int64_t columns, int64_t slab_bytes, int threads) {
+inline void cut_rows(Rows& rows, int alignment, bool joined, int64_t columns, int64_t slab_bytes, int threads) {
   rows.slab_bytes = rows.pitch = static_cast<int>(slab_bytes);
   rows.joined = alignment < kUnit && joined && slab_bytes == rows.channel_bytes;
   rows.unit = alignment;
