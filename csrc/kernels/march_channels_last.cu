@@ -12,8 +12,8 @@ namespace {
 // Targets are counted in units: output rows and columns, or, where grad_input spreads the gradient (stride 2), pairs of
 // them, the second of which takes the odd taps. A unit reads the source from unit * step - lead on.
 struct March {
-  Rows source;
-  int height;  // of the source
+  Pixels source;
+  int height, width;  // of the source
   char* target;
   int64_t target_image_bytes, target_row_bytes;
   int target_pixel_bytes;
@@ -25,100 +25,105 @@ struct March {
   int fan_out, fan_in;  // filters per source channel, source channels per filter
   int padding_h, padding_w;
   int lead_h, lead_w, skew_h, skew_w;  // skew: how far the first pair begins before the image
-  int units;                           // rows of units
+  int units, all_units;                // rows of units, of an image and of all
 
   int lanes, strips;  // threads side by side: for the channels of a slab, and for the strips of columns
-  int band, group;    // rows of units that a block does at a time, source rows that are loaded together
-  int items;          // parts of images: spans of columns of bands of rows
-  int workers;        // blocks that share the items of a slab
-  int ring_bytes;
-  Divider by_lanes, by_slabs, by_spans, by_bands, by_fan_out;
+  int group;          // source rows that are loaded together
+  int slot_bytes, ring_bytes;
+  int workers;  // blocks that share the rows of a slab and a span
+  Divider by_lanes, by_slabs, by_spans, by_units, by_fan_out;
 };
 
-// What a block does at a time.
-struct Item {
-  int image, column;  // the first column of units
-  int begin, end;     // rows of units
-  int row, row_end;   // of the source, inside the image
+constexpr int kGroups = 4;  // of rows in the ring: one to work on, the others on their way
+
+// Rows of units of one image.
+struct Run {
+  int image, begin, end;
+  int row, row_end;  // what they read of the source, inside the image
 };
 
+// The first of the runs that make up rows [begin, end) of all images.
 template <class Tile>
-__device__ Item item_of(const March& a, uint32_t number) {
-  Item t;
-  t.column = a.by_spans.split(number) * a.strips * Tile::kStrip;
-  t.begin = a.by_bands.split(number) * a.band;
-  t.image = number;
-  t.end = min(t.begin + a.band, a.units);
-  t.row = max(t.begin * Tile::kStep - a.lead_h, 0);
-  t.row_end = min((t.end - 1) * Tile::kStep - a.lead_h + Tile::kExtentH, a.height);
-  return t;
+__device__ Run run_of(const March& a, int begin, int end) {
+  Run r;
+  uint32_t image = begin;
+  r.begin = a.by_units.split(image);
+  r.image = image;
+  r.end = min(a.units, r.begin + end - begin);
+  r.row = max(r.begin * Tile::kStep - a.lead_h, 0);
+  r.row_end = min((r.end - 1) * Tile::kStep - a.lead_h + Tile::kExtentH, a.height);
+  return r;
 }
 
-// The rows of a worker's items, one after the other, on their way to the ring.
+// Source rows of a block on their way to the ring.
 template <class Tile>
 class Feed {
  public:
-  __device__ Feed(const March& a, int slab, int worker) : loader_(a.source, slab), number_(worker) {}
+  __device__ Feed(const March& a, int slab, int column, int begin, int end)
+      : loader_(a.source, slab, column, a.width), begin_(begin), end_(end) {
+    loader_.clear(a.source, 0, a.ring_bytes);
+  }
 
   // Begins to load a group.
   __device__ void load(const March& a) {
     for (int i = 0; i < a.group; ++i) {
-      while (row_ >= row_end_ && number_ < a.items) {
-        const Item t = item_of<Tile>(a, number_);
-        number_ += a.workers;
-        row_ = t.row, row_end_ = t.row_end;
-        column_ = t.column * Tile::kStep - a.lead_w;
-        from_ = a.source.base + t.image * a.source.image_bytes + t.row * a.source.row_bytes;
+      while (left_ <= 0 && begin_ < end_) {
+        const Run r = run_of<Tile>(a, begin_, end_);
+        begin_ += r.end - r.begin;
+        left_ = r.row_end - r.row;
+        loader_.seek(a.source, r.image, r.row);
       }
-      if (row_ >= row_end_) break;
-      loader_.load(a.source, slot_, from_, column_);
-      ++row_, from_ += a.source.row_bytes;
-      slot_ += a.source.slot_bytes;
+      if (left_ <= 0) break;
+      loader_.load(a.source, slot_);
+      loader_.next(a.source);
+      --left_;
+      slot_ += a.slot_bytes;
       if (slot_ == a.ring_bytes) slot_ = 0;
     }
-    commit_rows();
+    commit_copies();
   }
 
  private:
   RowLoader loader_;
-  int number_;  // of the next item
-  int row_ = 0, row_end_ = 0, column_ = 0, slot_ = 0;
-  const char* from_ = nullptr;
+  int begin_, end_;          // rows of units that no source row was loaded for
+  int left_ = 0, slot_ = 0;  // source rows of the run, and the next one's place in the ring
 };
 
-// The outputs of a filter in a strip, from row y of units on, by the taps that meet the image. For kernels with a tap
+// The outputs of a filter in a strip of rows [begin, end) by the taps that meet the image. For kernels with a tap
 // that is Inf or NaN, which must not meet padding.
 template <typename T, class Tile>
-__device__ __noinline__ void strip_by_taps(const March& a, uint32_t item, int filter, int column) {
-  const Item t = item_of<Tile>(a, item);
+__device__ __noinline__ void strip_by_taps(const March& a, int begin, int end, int filter, int column) {
   const T* weight = static_cast<const T*>(a.weight) + filter * a.fan_in * a.weight_filter;
+  const int x_end = min((column + Tile::kStrip) * Tile::kPair - a.skew_w, a.target_width);
   uint32_t channel = filter;
   a.by_fan_out.split(channel);
-  const int y_end = min(t.end * Tile::kPair - a.skew_h, a.target_height);
-  const int x_end = min((column + Tile::kStrip) * Tile::kPair - a.skew_w, a.target_width);
-  for (int y = max(t.begin * Tile::kPair - a.skew_h, 0); y < y_end; ++y)
-    for (int x = max(column * Tile::kPair - a.skew_w, 0); x < x_end; ++x) {
-      float sum = a.bias ? widen(static_cast<const T*>(a.bias)[filter * a.bias_stride]) : 0.f;
-      for (int q = 0; q < a.fan_in; ++q)
-        for (int i = 0; i < Tile::kKernelH; ++i)
-          for (int j = 0; j < Tile::kKernelW; ++j) {
-            int row = y * Tile::kStride - a.padding_h + i * Tile::kDilation;
-            int source = x * Tile::kStride - a.padding_w + j * Tile::kDilation;
-            if (Tile::kSpread) {
-              row = y + a.padding_h - i, source = x + a.padding_w - j;
-              if (row % 2 != 0 || source % 2 != 0) continue;
-              row /= 2, source /= 2;
+  for (; begin < end; ++begin) {
+    uint32_t image = begin;
+    const int y_begin = static_cast<int>(a.by_units.split(image)) * Tile::kPair - a.skew_h;
+    for (int y = max(y_begin, 0); y < min(y_begin + Tile::kPair, a.target_height); ++y)
+      for (int x = max(column * Tile::kPair - a.skew_w, 0); x < x_end; ++x) {
+        float sum = a.bias ? widen(static_cast<const T*>(a.bias)[filter * a.bias_stride]) : 0.f;
+        for (int q = 0; q < a.fan_in; ++q)
+          for (int i = 0; i < Tile::kKernelH; ++i)
+            for (int j = 0; j < Tile::kKernelW; ++j) {
+              int row = y * Tile::kStride - a.padding_h + i * Tile::kDilation;
+              int source = x * Tile::kStride - a.padding_w + j * Tile::kDilation;
+              if (Tile::kSpread) {
+                row = y + a.padding_h - i, source = x + a.padding_w - j;
+                if (row % 2 != 0 || source % 2 != 0) continue;
+                row /= 2, source /= 2;
+              }
+              if (row < 0 || row >= a.height || source < 0 || source >= a.width) continue;
+              const char* from = a.source.base + image * a.source.image_bytes + row * a.source.row_bytes +
+                                 static_cast<int64_t>(source) * a.source.pixel_bytes;
+              sum = fmaf(widen(reinterpret_cast<const T*>(from)[channel * a.fan_in + q]),
+                         widen(weight[q * a.weight_filter + i * a.weight_row + j * a.weight_column]), sum);
             }
-            if (row < 0 || row >= a.height || source < 0 || source >= a.source.width) continue;
-            const char* from = a.source.base + t.image * a.source.image_bytes + row * a.source.row_bytes +
-                               static_cast<int64_t>(source) * a.source.pixel_bytes;
-            sum = fmaf(widen(reinterpret_cast<const T*>(from)[channel * a.fan_in + q]),
-                       widen(weight[q * a.weight_filter + i * a.weight_row + j * a.weight_column]), sum);
-          }
-      char* to = a.target + t.image * a.target_image_bytes + y * a.target_row_bytes +
-                 static_cast<int64_t>(x) * a.target_pixel_bytes;
-      reinterpret_cast<T*>(to)[filter] = narrow<T>(sum);
-    }
+        char* to = a.target + image * a.target_image_bytes + y * a.target_row_bytes +
+                   static_cast<int64_t>(x) * a.target_pixel_bytes;
+        reinterpret_cast<T*>(to)[filter] = narrow<T>(sum);
+      }
+  }
 }
 
 // What a kernel is compiled for. kSpread: grad_input at stride 2. kFan: source channels that a filter sums over, if
@@ -129,19 +134,19 @@ struct Tile {
   static constexpr bool kSpread = kSpread_;
   static constexpr int kChannels = kChannels_, kFan = kFan_;
 
-  static constexpr int kPair = kSpread ? 2 : 1;               // outputs of a unit, along a side
-  static constexpr int kStep = kSpread ? 1 : kStride;         // source rows from unit to unit
-  static constexpr int kStrip = kSpread ? 4 : 7;              // units of a thread
-  static constexpr int kLive = (kKernelH - 1) / kStride + 1;  // rows of units under way
+  static constexpr int kPair = kSpread ? 2 : 1;                                // outputs of a unit, along a side
+  static constexpr int kStep = kSpread ? 1 : kStride;                          // source rows from unit to unit
+  static constexpr int kStrip = kSpread || kKernelH * kKernelW == 49 ? 4 : 7;  // units of a thread
+  static constexpr int kLive = (kKernelH - 1) / kStride + 1;                   // rows of units under way
   static constexpr int kExtentH = kSpread ? kLive : (kKernelH - 1) * kDilation + 1;
   static constexpr int kExtentW = kSpread ? (kKernelW - 1) / 2 + 1 : (kKernelW - 1) * kDilation + 1;
   static constexpr int kColumns = (kStrip - 1) * kStep + kExtentW;  // of the source, for a strip
   static constexpr int kRowsPerStep = kStep * kDilation;
 
+  // As many threads as registers allow.
   static constexpr int kRegisters = kDilation * (kSpread ? kKernelH : kLive) * kPair * kStrip * kChannels +
-                                    kKernelH * kKernelW * kChannels * kFan + kColumns * kChannels + 52;
-  static constexpr int kThreads =
-      (65536 / kRegisters < 1024 ? 65536 / kRegisters : 1024) / 64 * 64;  // as registers allow
+                                    kKernelH * kKernelW * kChannels * kFan + kColumns * kChannels + 16 + 16 * kFan;
+  static constexpr int kThreads = std::min(65536 / kRegisters, 1024) / 128 * 128;
   static constexpr int kBlocks = kThreads > 512 ? 2 : 1;
   static constexpr int kMaxThreads = kThreads / kBlocks;
 };
@@ -187,6 +192,9 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
 
   uint32_t worker = blockIdx.x, strip = threadIdx.x;
   const int slab = a.by_slabs.split(worker) * a.lanes;
+  const int first_column = a.by_spans.split(worker) * a.strips * kStrip;
+  const int begin = static_cast<int>(static_cast<int64_t>(a.all_units) * worker / a.workers);
+  const int end = static_cast<int>(static_cast<int64_t>(a.all_units) * (worker + 1) / a.workers);
   const int lane = a.by_lanes.split(strip);
   const int filter = (slab + lane) * kChannels;
   const bool live = filter < a.filters;
@@ -196,8 +204,9 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
     return static_cast<int>(channel) * kFan;
   };
   const int slab_channel = source_of(slab * kChannels);
+  const int source_column = first_column * kStep - a.lead_w;
 
-  Feed<Tile> feed(a, slab_channel * kSize, worker);
+  Feed<Tile> feed(a, slab_channel * kSize, source_column, begin, end);
   for (int i = 0; i < kGroups - 1; ++i) feed.load(a);
 
   float weight[kFan * kChannels][Tile::kKernelH][Tile::kKernelW] = {};
@@ -233,48 +242,60 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
 #pragma unroll
       for (int v = 0; v < kWidth; ++v)
 #pragma unroll
-        for (int c = 0; c < kChannels; ++c) sum[set][o][v][c] = o + 1 < kLive ? sum[set][o + 1][v][c] : begins(c);
+        for (int c = 0; c < kChannels; ++c) {
+          sum[set][o][v][c] = o + 1 < kLive ? sum[set][o + 1][v][c] : begins(c);
+          asm volatile("" : "+f"(sum[set][o][v][c]));  // or else other rows would wait for moves, too
+        }
   };
 
   const int pitch = a.source.pitch;
   const int place = static_cast<int>(strip) * kStrip * kStep * pitch + (source_of(filter) - slab_channel) * kSize;
+  const int column = first_column + static_cast<int>(strip) * kStrip;
+  const int x0 = column * kStep - a.lead_w;        // where the strip begins in the source
+  const int target_x = column * kPair - a.skew_w;  // and in the target
+  const bool whole = live && target_x >= 0 && target_x + kWidth <= a.target_width;
   int slot = 0, fresh = 0;  // the next row in the ring; how many rows of its group are left
-  for (int number = worker; number < a.items; number += a.workers) {
-    const Item t = item_of<Tile>(a, number);
-    const int column = t.column + static_cast<int>(strip) * kStrip;
-    const char* image = a.source.base + t.image * a.source.image_bytes;
-    const int x0 = column * kStep - a.lead_w;
-    char* const target = a.target + t.image * a.target_image_bytes + static_cast<int64_t>(filter) * kSize;
+  for (int at = begin; at < end;) {
+    const Run t = run_of<Tile>(a, at, end);
+    const int count = t.end - t.begin;
+    char* to = a.target + (t.image * a.target_image_bytes + (t.begin * kPair - a.skew_h) * a.target_row_bytes +
+                           static_cast<int64_t>(target_x) * a.target_pixel_bytes + filter * kSize);
 
-    const auto store = [&](int y, int x, const float (&values)[kWidth][kChannels]) {
-      if (static_cast<uint32_t>(y) >= static_cast<uint32_t>(a.target_height) || !live) return;
-      char* to = target + y * a.target_row_bytes + static_cast<int64_t>(x) * a.target_pixel_bytes;
-      if (x >= 0 && x + kWidth <= a.target_width) {
+    const auto store = [&](int y, const float (&values)[kWidth][kChannels]) {
+      char* pixel = to;
+      to += a.target_row_bytes;
+      if (Tile::kSpread && static_cast<uint32_t>(y) >= static_cast<uint32_t>(a.target_height)) return;
+      if (whole) {
 #pragma unroll
-        for (int v = 0; v < kWidth; ++v, to += a.target_pixel_bytes) write_pixel<T>(to, values[v]);
-      } else {
+        for (int v = 0; v < kWidth; ++v, pixel += a.target_pixel_bytes) write_pixel<T>(pixel, values[v]);
+      } else if (live) {
 #pragma unroll
-        for (int v = 0; v < kWidth; ++v, to += a.target_pixel_bytes)
-          if (static_cast<uint32_t>(x + v) < static_cast<uint32_t>(a.target_width)) write_pixel<T>(to, values[v]);
+        for (int v = 0; v < kWidth; ++v, pixel += a.target_pixel_bytes)
+          if (static_cast<uint32_t>(target_x + v) < static_cast<uint32_t>(a.target_width))
+            write_pixel<T>(pixel, values[v]);
       }
     };
 
     int row = t.begin * kStep - a.lead_h;
-    const int count = t.end - t.begin;
     for (int done = -(kLive - 1) * kDilation; done < count; done += kDilation) {
 #pragma unroll
       for (int u = 0; u < Tile::kRowsPerStep; ++u, ++row) {
         const int set = kStep == 1 ? u : 0;  // not spread
         if (row >= t.row && row < t.row_end) {
           if (fresh == 0) {
-            wait_rows();
+            wait_copies<kGroups - 2>();
             __syncthreads();
             feed.load(a);
             fresh = a.group;
           }
           --fresh;
-          const int from = slot + place + a.source.phase(image + row * a.source.row_bytes, t.column * kStep - a.lead_w);
-          slot += a.source.slot_bytes;
+          int from = slot + place;
+          if (a.source.joined)
+            from += phase_of(a.source, static_cast<uint32_t>(reinterpret_cast<uintptr_t>(a.source.base)) +
+                                           t.image * static_cast<uint32_t>(a.source.image_bytes) +
+                                           row * static_cast<uint32_t>(a.source.row_bytes) +
+                                           source_column * a.source.pixel_bytes);
+          slot += a.slot_bytes;
           if (slot == a.ring_bytes) slot = 0;
 #pragma unroll
           for (int q = 0; q < kFan; ++q) {
@@ -321,24 +342,20 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
           if (Tile::kSpread) roll(1);
         }
         if (kStep > 1 && u > 0) continue;
-        const int unit = done + u;
-        if (unit < 0 || unit >= count) continue;
-        if constexpr (Tile::kSpread) {
+        if (done + u < 0 || done + u >= count) continue;
 #pragma unroll
-          for (int e = 0; e < 2; ++e) store(2 * (t.begin + unit) + e - a.skew_h, 2 * column - a.skew_w, sum[e][0]);
-        } else {
-          store(t.begin + unit, column, sum[set][0]);
-        }
+        for (int e = 0; e < kPair; ++e) store((t.begin + done) * kPair + e - a.skew_h, sum[kPair > 1 ? e : set][0]);
       }
     }
-    if (!finite)
-      for (int c = 0; c < kChannels; ++c) strip_by_taps<T, Tile>(a, number, filter + c, column);
+    at += count;
   }
+  if (live && !finite)
+    for (int c = 0; c < kChannels; ++c) strip_by_taps<T, Tile>(a, begin, end, filter + c, column);
 }
 
 // How a pass is cut: see March.
 struct Cut {
-  int lanes, strips, band, group;
+  int lanes, strips, group;
 };
 
 // What there is to know of a class of tiles.
@@ -347,95 +364,90 @@ struct TileSize {
   int threads_per_block, threads_per_multiprocessor;  // as the registers allow
 };
 
-// A pass before it is cut.
-struct Job {
-  March march;
-  int64_t images, element;
-  int alignment;  // of the source
-  bool joined;
-};
-
-// Fills in what follows from a cut, but for the number of workers.
-March cut(const Job& job, const Cut& cut, const TileSize& tile) {
-  March a = job.march;
-  a.lanes = cut.lanes, a.strips = cut.strips, a.band = cut.band, a.group = cut.group;
-  const int64_t slabs = ceil_div(a.filters, cut.lanes * tile.channels);
+// Fills in what follows from a cut.
+void apply(March& a, const Cut& cut, const TileSize& tile, int64_t element) {
+  a.lanes = cut.lanes, a.strips = cut.strips, a.group = cut.group;
   const int64_t units_w = ceil_div(a.target_width + a.skew_w, tile.pair);
-  const int64_t spans = ceil_div(units_w, cut.strips * tile.strip), bands = ceil_div(a.units, cut.band);
-  a.items = static_cast<int>(job.images * spans * bands);
-  a.by_lanes = Divider(cut.lanes), a.by_slabs = Divider(slabs), a.by_spans = Divider(spans);
-  a.by_bands = Divider(bands), a.by_fan_out = Divider(a.fan_out);
+  a.by_lanes = Divider(cut.lanes), a.by_slabs = Divider(ceil_div(a.filters, cut.lanes * tile.channels));
+  a.by_spans = Divider(ceil_div(units_w, cut.strips * tile.strip));
+  a.by_units = Divider(a.units), a.by_fan_out = Divider(a.fan_out);
   const int64_t slab = std::min<int64_t>(cut.lanes * tile.channels, a.filters) * a.fan_in / a.fan_out;
-  cut_rows(a.source, job.alignment, job.joined, (cut.strips * tile.strip - 1) * tile.step + tile.extent_w,
-           slab * job.element, cut.lanes * cut.strips);
-  a.ring_bytes = kGroups * cut.group * a.source.slot_bytes;
-  return a;
+  cut_pixels(a.source, slab * element, (cut.strips * tile.strip - 1) * tile.step + tile.extent_w, a.width,
+             cut.lanes * cut.strips);
+  a.slot_bytes = a.source.ring_row_bytes(), a.ring_bytes = kGroups * cut.group * a.slot_bytes;
+}
+
+// The blocks that share the rows of a slab and a span, where `resident` blocks fit a multiprocessor.
+int workers_for(const March& a, int64_t resident, const Device& d) {
+  const int64_t parts = int64_t{a.by_slabs.divisor} * a.by_spans.divisor;
+  return static_cast<int>(std::min<int64_t>(std::max<int64_t>(resident * d.multiprocessors / parts, 1), a.all_units));
 }
 
 // Estimates, in nanoseconds, what limits a cut most: memory, instructions or latency, and takes the best one.
-Cut cut_for(const Job& job, const TileSize& tile, const Device& d) {
+Cut cut_for(const March& whole, const TileSize& tile, int64_t element, const Device& d) {
   constexpr double kBytes = 32, kInstructions = 160;  // of a multiprocessor, in a nanosecond
   constexpr int kEnough = 60 << 10;                   // bytes on their way to a multiprocessor that keep memory busy
-  const March& whole = job.march;
   const int64_t all = ceil_div(whole.filters, tile.channels);
   const int64_t units_w = ceil_div(whole.target_width + whole.skew_w, tile.pair);
   const double products = static_cast<double>(tile.kernel_h * tile.kernel_w * tile.strip) * tile.channels * tile.fan;
   Cut best{};
   double best_time = 0;
-  const auto consider = [&](int64_t lanes, int64_t strips, int64_t bands) {
-    Cut cut{static_cast<int>(lanes), static_cast<int>(strips), static_cast<int>(ceil_div(whole.units, bands)), 0};
+  const auto consider = [&](int64_t lanes, int64_t strips) {
+    Cut cut{static_cast<int>(lanes), static_cast<int>(strips), 0};
     const int threads = static_cast<int>(lanes * strips);
     March a{};
     int64_t blocks = 0;
     for (int group = 1; group <= 4; ++group) {
       cut.group = group;
-      const March now = dwconv::cut(job, cut, tile);
+      March now = whole;
+      apply(now, cut, tile, element);
+      if (!now.source.joined && now.source.units > threads) return;
       const int64_t fit = std::min<int64_t>({d.shared_per_multiprocessor / (now.ring_bytes + 1024),
                                              tile.threads_per_multiprocessor / round_up(threads, 32), 32});
       if (now.ring_bytes > d.shared_per_block || fit < blocks) break;
       a = now, blocks = fit;
-      if (blocks * (kGroups - 1) * group * a.source.slot_bytes >= kEnough) break;
+      if (blocks * (kGroups - 1) * group * a.slot_bytes >= kEnough) break;
     }
     if (blocks == 0) return;
-    const int64_t slabs = a.by_slabs.divisor, places = blocks * d.multiprocessors;
-    const int64_t workers = std::min<int64_t>(std::max<int64_t>(places / slabs, 1), a.items);
-    const double rounds = ceil_div(a.items, workers) * ceil_div(slabs * workers, places);
-    const int64_t active = std::min(blocks, ceil_div(slabs * workers, d.multiprocessors));
-    const double rows = std::min<double>(a.band * tile.step + tile.extent_h - tile.step, a.height);
-    const double width = std::min<double>(a.source.width, strips * tile.strip * tile.step);
+    cut.group = a.group;
+    const int64_t parts = int64_t{a.by_slabs.divisor} * a.by_spans.divisor;
+    const int64_t workers = workers_for(a, blocks, d), grid = parts * workers;
+    const int64_t waves = ceil_div(grid, blocks * d.multiprocessors);
+    const int64_t active = std::min(blocks, ceil_div(grid, d.multiprocessors));
+    const double units = static_cast<double>(ceil_div(a.all_units, workers));
+    const double images = units / a.units + 1;
+    const double rows = std::min<double>(units * tile.step + images * (tile.extent_h - tile.step), images * a.height);
+    const double width = std::min<double>(a.width, strips * tile.strip * tile.step);
     const double halo = tile.extent_w - tile.step;
-    double bytes = rows * (width + 0.5 * halo) * a.source.slab_bytes;
-    bytes += static_cast<double>(a.band) * tile.pair *
-             std::min<double>(strips * tile.strip * tile.pair, a.target_width) * lanes * tile.channels * job.element;
-    if (slabs > 1 && a.source.slab_bytes < 128) bytes *= 1.1 + 0.1 * (128 - a.source.slab_bytes) / 64;
-    const double copies = 7. * ceil_div(a.source.units, threads);
+    double bytes = rows * (width + 0.5 * halo) * a.source.slab_bytes +
+                   units * tile.pair * std::min<double>(strips * tile.strip * tile.pair, a.target_width) * lanes *
+                       tile.channels * element;
+    if (a.by_slabs.divisor > 1 && a.source.slab_bytes < 128) bytes *= 1.1 + 0.1 * (128 - a.source.slab_bytes) / 64;
+    const double copies = 9. * ceil_div(a.source.columns * a.source.pitch, threads * a.source.unit);
     const double row =
-        products + tile.step * (50 + copies + 2 * tile.strip * tile.channels) + tile.pair * tile.pair * tile.strip * 3;
-    const double steps = a.band + 0.3 * (tile.live - 1);
-    const double time = std::max({active * bytes / kBytes, active * threads * steps * row / kInstructions,
-                                  (a.band + tile.live - 1) * (row + 150)});
-    const double total = rounds * time + 1000;
+        products + tile.step * (30 + copies + 2 * tile.strip * tile.channels) + tile.pair * tile.pair * tile.strip * 4;
+    const double steps = units + 0.3 * images * (tile.live - 1);
+    const double time = std::max({active * bytes / kBytes, active * round_up(threads, 32) * steps * row / kInstructions,
+                                  (units + images * (tile.live - 1)) * (row + 150)});
+    const double total = waves * time + 1000;
     if (best_time == 0 || total < best_time * 0.99) best_time = total, best = cut;
   };
-  const int granule = std::lcm(
-      std::max<int64_t>(kUnit * whole.fan_out / (job.element * tile.channels * whole.fan_in), 1), whole.fan_out);
+  const int granule =
+      std::lcm(std::max<int>(kUnit * whole.fan_out / (element * tile.channels * whole.fan_in), 1), whole.fan_out);
   for (int64_t slabs = 1; slabs <= all; ++slabs) {
     const int64_t lanes = slabs == 1 ? all : round_up(ceil_div(all, slabs), granule);
     if (lanes > tile.threads_per_block || (slabs > 1 && ceil_div(all, lanes) != slabs)) continue;
     if (slabs > 1 && lanes < 16 && best_time > 0) break;
-    const int64_t most = std::min<int64_t>(tile.threads_per_block / lanes, ceil_div(units_w, tile.strip));
-    for (int64_t strips = 1; strips <= most; ++strips) {
-      if (strips < most && ceil_div(units_w, strips * tile.strip) == ceil_div(units_w, (strips - 1) * tile.strip + 1)) {
-      }
-      for (int64_t bands = 1; bands <= whole.units; bands += 1 + bands / 4) consider(lanes, strips, bands);
-    }
+    const int64_t most =
+        std::min<int64_t>(tile.threads_per_block / lanes, std::max<int64_t>(ceil_div(units_w, tile.strip), 2));
+    for (int64_t strips = 1; strips <= most; ++strips) consider(lanes, strips);
   }
   if (best_time == 0) throw std::runtime_error("dwconv: rows of this size do not fit the GPU's shared memory");
   return best;
 }
 
 template <typename T, class Tile>
-void launch(const Job& job, cudaStream_t stream, const Cut* forced = nullptr) {
+void launch(March a, cudaStream_t stream, const Cut* forced = nullptr) {
   constexpr TileSize kTile{Tile::kKernelH, Tile::kKernelW, Tile::kChannels,   Tile::kFan,
                            Tile::kPair,    Tile::kStep,    Tile::kStrip,      Tile::kLive,
                            Tile::kExtentH, Tile::kExtentW, Tile::kMaxThreads, Tile::kMaxThreads * Tile::kBlocks};
@@ -445,44 +457,40 @@ void launch(const Job& job, cudaStream_t stream, const Cut* forced = nullptr) {
     Cut cut;
     int resident;  // blocks on a multiprocessor
   };
-  const March& m = job.march;
   static thread_local Decisions<11, Decision> decisions;
   const auto decide = [&] {
-    Decision made{forced ? *forced : cut_for(job, kTile, device), 0};
-    const March a = cut(job, made.cut, kTile);
+    Decision made{forced ? *forced : cut_for(a, kTile, sizeof(T), device), 0};
+    March now = a;
+    apply(now, made.cut, kTile, sizeof(T));
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&made.resident, kernel, made.cut.lanes * made.cut.strips,
-                                                  a.ring_bytes);
+                                                  now.ring_bytes);
     return made;
   };
   const Decision decision = forced ? decide()
-                                   : decisions({device.id, job.images, m.filters, m.fan_out, m.height, m.source.width,
-                                                m.target_height, m.target_width, m.lead_w, job.alignment, job.joined},
+                                   : decisions({device.id, a.all_units, a.units, a.filters, a.fan_out, a.height,
+                                                a.width, a.target_width, a.lead_w, a.source.unit, a.source.joined},
                                                decide);
-  March a = cut(job, decision.cut, kTile);
-  const int64_t slabs = a.by_slabs.divisor;
-  const int64_t places = int64_t{std::max(decision.resident, 1)} * device.multiprocessors;
-  a.workers = static_cast<int>(std::min<int64_t>(std::max<int64_t>(places / slabs, 1), a.items));
-  kernel<<<static_cast<int>(slabs * a.workers), a.lanes * a.strips, a.ring_bytes, stream>>>(a);
+  apply(a, decision.cut, kTile, sizeof(T));
+  a.workers = workers_for(a, std::max(decision.resident, 1), device);
+  const int blocks = static_cast<int>(a.by_slabs.divisor * a.by_spans.divisor) * a.workers;
+  kernel<<<blocks, a.lanes * a.strips, a.ring_bytes, stream>>>(a);
   check_launch("march_channels_last");
 }
 
-Job job_of(const Problem& p) {
+March march_of(const Problem& p) {
   const bool forward = p.pass == Pass::kForward;
   const View& source = forward ? p.input : p.output;
   const View& target = forward ? p.output : p.input;
   const bool spread = !forward && p.stride_h > 1;
-  Job job{};
-  job.images = p.batch, job.element = size_of(p.dtype);
-  March& a = job.march;
-  const int64_t width = forward ? p.width : p.out_width, channels = forward ? p.channels : p.filters();
+  const int64_t element = size_of(p.dtype);
+  March a{};
   a.height = static_cast<int>(forward ? p.height : p.out_height);
-  a.source = rows_of(source, job.element, channels, width);
-  job.alignment = alignment_of(source, job.element, channels, a.height, width, p.batch);
-  job.joined = is_joined(source, job.element, channels, a.height, width, p.batch);
+  a.width = static_cast<int>(forward ? p.width : p.out_width);
+  a.source = pixels_of(source, element, forward ? p.channels : p.filters(), a.height, a.width, p.batch);
   a.target = static_cast<char*>(target.data);
-  a.target_image_bytes = target.stride[0] * job.element, a.target_row_bytes = target.stride[2] * job.element;
-  a.target_pixel_bytes = static_cast<int>(target.stride[3] * job.element);
+  a.target_image_bytes = target.stride[0] * element, a.target_row_bytes = target.stride[2] * element;
+  a.target_pixel_bytes = static_cast<int>(target.stride[3] * element);
   a.target_height = static_cast<int>(forward ? p.out_height : p.height);
   a.target_width = static_cast<int>(forward ? p.out_width : p.width);
   a.filters = static_cast<int>(forward ? p.filters() : p.channels);
@@ -500,27 +508,27 @@ Job job_of(const Problem& p) {
   } else {
     if (!forward) {  // a forward pass with the kernel flipped
       a.weight = static_cast<const char*>(a.weight) +
-                 job.element * ((p.kernel_h - 1) * a.weight_row + (p.kernel_w - 1) * a.weight_column);
+                 element * ((p.kernel_h - 1) * a.weight_row + (p.kernel_w - 1) * a.weight_column);
       a.weight_row = -a.weight_row, a.weight_column = -a.weight_column;
       a.padding_h = static_cast<int>((p.kernel_h - 1) * p.dilation_h) - a.padding_h;
       a.padding_w = static_cast<int>((p.kernel_w - 1) * p.dilation_w) - a.padding_w;
     }
     a.lead_h = a.padding_h, a.lead_w = a.padding_w;
   }
-  return job;
+  a.all_units = static_cast<int>(p.batch) * a.units;
+  return a;
 }
 
 }  // namespace
 
 void launch_march_channels_last(const Problem& p, cudaStream_t stream) {
-  const Job job = job_of(p);
+  const March a = march_of(p);
   const bool spread = p.pass == Pass::kGradInput && p.stride_h > 1;
-  const bool sums = job.march.fan_in > 1;  // over filters
   // Two channels a thread: they lie in one word of either array.
   const View& target = p.pass == Pass::kForward ? p.output : p.input;
-  const bool pairs =
-      p.multiplier == 1 && job.alignment >= 4 &&
-      alignment_of(target, job.element, p.channels, job.march.target_height, job.march.target_width, p.batch) >= 4;
+  const bool pairs = p.multiplier == 1 && a.source.unit >= 2 * size_of(p.dtype) &&
+                     alignment_of(target, size_of(p.dtype), p.channels, a.target_height, a.target_width, p.batch) >=
+                         2 * size_of(p.dtype);
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) <= 4) {
@@ -530,10 +538,10 @@ void launch_march_channels_last(const Problem& p, cudaStream_t stream) {
       const auto go = [&]<int kH, int kW, int kS, int kD, bool kSpread>(std::bool_constant<kSpread>,
                                                                         std::integer_sequence<int, kH, kW, kS, kD>) {
         if constexpr (kH == kW && kH > 1 && kD == 1 && (kSpread || kS == 1))
-          if (sums) return launch<T, Tile<kH, kW, kS, kD, kSpread, 1, 2>>(job, stream);
-        if constexpr (sizeof(T) == 2 && kH * kW < 49)
-          if (pairs) return launch<T, Tile<kH, kW, kS, kD, kSpread, 2, 1>>(job, stream);
-        launch<T, Tile<kH, kW, kS, kD, kSpread, 1, 1>>(job, stream);
+          if (a.fan_in > 1) return launch<T, Tile<kH, kW, kS, kD, kSpread, 1, 2>>(a, stream);
+        if constexpr (kH <= 3)
+          if (pairs) return launch<T, Tile<kH, kW, kS, kD, kSpread, 2, 1>>(a, stream);
+        launch<T, Tile<kH, kW, kS, kD, kSpread, 1, 1>>(a, stream);
       };
       if (spread) {
         if (is(3, 3, 2, 1)) return go(std::true_type{}, std::integer_sequence<int, 3, 3, 2, 1>{});
