@@ -147,6 +147,25 @@ bool claims_window_nchw(const Problem& p) {
          p.filters() < (int64_t{1} << 30) / (rows / 8 + 1) / columns;  // threads of one image
 }
 
+// The kernels that kernels/march_channels_last.cu is compiled for are those that stream. It takes arrays whose channels
+// lie side by side, with rows and pixels anywhere, and counts rows and what lies within one in 32 bits.
+bool claims_march_channels_last(const Problem& p) {
+  const bool forward = p.pass == Pass::kForward, spread = !forward && p.stride_h > 1;
+  if (p.pass == Pass::kGradWeight || p.dtype == DType::kFloat64 || !has_tile(p, false)) return false;
+  if (forward ? p.multiplier > 8 : p.multiplier > 2) return false;
+  if (!forward && p.multiplier == 2 && !spread && (p.kernel_h != p.kernel_w || p.kernel_h == 1 || p.dilation_h > 1))
+    return false;  // sums over two filters are compiled for some tiles only
+  if (p.padding_h > (p.kernel_h - 1) * p.dilation_h || p.padding_w > (p.kernel_w - 1) * p.dilation_w) return false;
+  const auto fits = [&](const View& view, int64_t channels, int64_t height, int64_t width) {
+    constexpr int64_t kMostPixel = 1 << 20, kMost = 1 << 30;
+    const int64_t pixel = (width == 1 ? channels : view.stride[3]) * size_of(p.dtype);
+    return (view.stride[1] == 1 || channels == 1) && channels <= kMostPixel / 8 && pixel >= 0 && pixel <= kMostPixel &&
+           pixel * width < kMost && p.batch < kMost / height;
+  };
+  return p.batch > 0 && fits(p.input, p.channels, p.height, p.width) &&
+         fits(p.output, p.filters(), p.out_height, p.out_width);
+}
+
 }  // namespace
 
 const std::vector<Plan>& plans() {
@@ -161,6 +180,9 @@ const std::vector<Plan>& plans() {
        claims_stream_grad_weight_nchw},
       {PlanId::kWindowNchw, "window_nchw", "3x3, stride 1, rows contiguous in memory: a window of rows in registers",
        claims_window_nchw},
+      {PlanId::kMarchChannelsLast, "march_channels_last",
+       "a small kernel in channels_last: rows stream through shared memory, sums stay in registers",
+       claims_march_channels_last},
       {PlanId::kToeplitzNchwPortable, "toeplitz_nchw_portable", "toeplitz_nchw as GPUs before sm_90 run it",
        claims_toeplitz_nchw},
       {PlanId::kStreamNchwPortable, "stream_nchw_portable", "stream_nchw as GPUs before sm_90 run it",
