@@ -48,6 +48,7 @@ void run(Problem& problem, const Tensor& like, const std::string& plan) {
     case PlanId::kStreamNchwPortable: return launch_stream_nchw(problem, false, stream);
     case PlanId::kStreamGradWeightNchw: return launch_stream_grad_weight_nchw(problem, true, allocate, stream);
     case PlanId::kStreamGradWeightNchwPortable: return launch_stream_grad_weight_nchw(problem, false, allocate, stream);
+    case PlanId::kMarchChannelsLast: return launch_march_channels_last(problem, stream);
     case PlanId::kGeneric: return launch_generic(problem, allocate, stream);
   }
 }

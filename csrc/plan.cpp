@@ -113,6 +113,24 @@ bool claims_stream_grad_weight_nchw(const Problem& p) {
          p.shared_memory;
 }
 
+// kernels/march_channels_last.cu takes arrays whose channels lie side by side, rows and pixels anywhere, and counts rows and what lies within one in 32 bits.
+bool claims_march_channels_last(const Problem& p) {
+  const bool forward = p.pass == Pass::kForward, spread = !forward && p.stride_h > 1;
+  if (p.pass == Pass::kGradWeight || p.dtype == DType::kFloat64 || !is_small_kernel(p)) return false;
+  if (forward ? p.multiplier > 8 : p.multiplier > 2) return false;
+  if (!forward && p.multiplier == 2 && !spread && (p.kernel_h != p.kernel_w || p.kernel_h == 1 || p.dilation_h > 1))
+    return false;  // sums over two filters are compiled for some tiles only
+  if (p.padding_h > (p.kernel_h - 1) * p.dilation_h || p.padding_w > (p.kernel_w - 1) * p.dilation_w) return false;
+  const auto fits = [&](const View& view, int64_t channels, int64_t height, int64_t width) {
+    constexpr int64_t kMostPixel = 1 << 20, kMost = 1 << 30;
+    const int64_t pixel = (width == 1 ? channels : view.stride[3]) * size_of(p.dtype);
+    return (view.stride[1] == 1 || channels == 1) && channels <= kMostPixel / 8 && pixel >= 0 && pixel <= kMostPixel &&
+           pixel * width < kMost && p.batch < kMost / height;
+  };
+  return p.batch > 0 && fits(p.input, p.channels, p.height, p.width) &&
+         fits(p.output, p.filters(), p.out_height, p.out_width);
+}
+
 // What kernels/direct.cu and kernels/direct_grad_weight.cu ask for: offsets of 32 bits, also beside the image.
 bool can_go_direct(const Problem& p) {
   if (p.dtype == DType::kFloat64 || !is_small_kernel(p)) return false;
@@ -135,7 +153,7 @@ bool claims_direct(const Problem& p) {
   const int64_t outputs = p.pass == Pass::kForward ? p.batch * p.filters() * p.out_height * p.out_width
                                                    : p.batch * p.channels * p.height * p.width * p.multiplier;
   return (outputs <= kFewOutputs && outputs * p.taps() <= kFewProducts) ||
-         !(claims_stream_nchw(p) || claims_toeplitz_nchw(p));
+         !(claims_stream_nchw(p) || claims_toeplitz_nchw(p) || claims_march_channels_last(p));
 }
 
 bool claims_direct_grad_weight(const Problem& p) {
@@ -161,6 +179,9 @@ const std::vector<Plan>& plans() {
       {PlanId::kStreamGradWeightNchw, "stream_grad_weight_nchw",
        "a small kernel on contiguous planes: input and gradient stream through shared memory",
        claims_stream_grad_weight_nchw},
+      {PlanId::kMarchChannelsLast, "march_channels_last",
+       "a small kernel in channels_last: rows stream through shared memory, sums stay in registers",
+       claims_march_channels_last},
       {PlanId::kToeplitzNchwPortable, "toeplitz_nchw_portable", "toeplitz_nchw as GPUs before sm_90 run it",
        claims_toeplitz_nchw},
       {PlanId::kStreamNchwPortable, "stream_nchw_portable", "stream_nchw as GPUs before sm_90 run it",

@@ -17,6 +17,7 @@ enum class PlanId : int {
   kStreamNchwPortable,
   kStreamGradWeightNchw,
   kStreamGradWeightNchwPortable,
+  kMarchChannelsLast,
   kGeneric,
 };
 

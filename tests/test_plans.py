@@ -30,6 +30,7 @@ def plan_of(name: str, case: Case, dtype: torch.dtype = torch.float32, memory_fo
 # ---------------------------------------------------------------------------- the table
 
 
+MARCH = ["march_channels_last"]
 STREAM = {"forward": "stream_nchw", "grad_input": "stream_nchw", "grad_weight": "stream_grad_weight_nchw"}
 
 # Kernel, stride and dilation of what streams.
@@ -108,6 +109,39 @@ def test_what_does_not_stream(name: str, dtype: torch.dtype) -> None:
         assert claims(name, FIRST, whole, gaps)[0] == "direct"
 
 
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("name", PASSES[:2])
+def test_small_kernels_in_channels_last(name: str, tile: tuple, dtype: torch.dtype) -> None:
+    for size in ((512, 512), (7, 13), (113, 95), (1, 900), (20, 90000)):
+        case = tile_case(tile, 512, 64, size)
+        assert plan_of(name, case, dtype, torch.channels_last) == "march_channels_last", size
+
+
+def test_what_can_march() -> None:
+    """Channels have to lie side by side in both arrays; rows, pixels and images may lie apart."""
+    case = Case(4, 8, (6, 8), (3, 3), padding=(1, 1))
+    plain = meta((4, 8, 6, 8), torch.float32, torch.channels_last)
+    for odd, marches in (
+        (lay(plain, (0, 2, 3, 1), offset=3), True),
+        (lay(plain, (0, 2, 3, 1), steps=(2, 1, 3, 2)), True),
+        (meta((4, 20, 6, 8), torch.float32, torch.channels_last)[:, 5:13], True),
+        (lay(plain, (2, 3, 0, 1)), True),
+        (lay(plain, (0, 2, 3, 1), steps=(1, 2, 1, 1)), False),
+        (plain.contiguous(), False),
+    ):
+        assert ("march_channels_last" in claims("forward", case, odd, plain)) == marches, odd.stride()
+        assert ("march_channels_last" in claims("forward", case, plain, odd)) == marches, odd.stride()
+    for name, most in (("forward", 8), ("grad_input", 2)):
+        for multiplier in (most, most + 1):
+            many = case._replace(multiplier=multiplier)
+            output = meta(output_size(many), torch.float32, torch.channels_last)
+            assert ("march_channels_last" in claims(name, many, plain, output)) == (multiplier == most)
+    wide = case._replace(padding=(3, 1))
+    output = meta(output_size(wide), torch.float32, torch.channels_last)
+    assert "march_channels_last" not in claims("forward", wide, plain, output)
+
+
 def test_multipliers() -> None:
     case = Case(16, 64, (56, 56), (3, 3), padding=(1, 1), multiplier=3)
     assert [plan_of(name, case) for name in PASSES] == [*STREAM.values()]
@@ -120,6 +154,9 @@ def test_multipliers() -> None:
 @pytest.mark.parametrize(
     ("change", "dtype", "memory_format"),
     [
+        ({}, torch.float64, torch.channels_last),
+        ({"kernel": (3, 5)}, torch.float32, torch.channels_last),
+        ({"stride": (2, 1)}, torch.float16, torch.channels_last),
         ({}, torch.float64, torch.contiguous_format),
         ({"kernel": (3, 5)}, torch.float32, torch.contiguous_format),
         ({"kernel": (2, 3)}, torch.float32, torch.contiguous_format),
@@ -166,11 +203,11 @@ def test_32_bits_bound_offsets(name: str) -> None:
     assert plan_of(name, Case(1, 2, (250000, 2080), (3, 3), padding=(3, 3))) == "direct"
     assert plan_of(name, Case(10**6, 300, (100, 100), (3, 3), padding=(1, 1))) == "generic"
     assert plan_of(name, Case(10**4, 300, (100, 100), (3, 3), padding=(1, 1))) == "stream_nchw"
-    assert plan_of(name, Case(1, 1, (46344, 46352), (3, 3), padding=(3, 1))) == "generic"
+    assert plan_of(name, Case(1, 2, (46344, 46352), (3, 3), padding=(3, 1))) == "generic"
     assert plan_of(name, Case(1, 2**27 + 1, (8, 64), (3, 3), padding=(1, 1))) == "generic"
-    assert plan_of(name, Case(1, 1, (2**31, 3), (3, 3), padding=(1, 1))) == "generic"
-    assert plan_of(name, Case(1, 1, (3, 2**31), (3, 3), padding=(1, 1))) == "generic"
-    assert plan_of(name, Case(1, 1, (8, 8), (3, 3), padding=(2**24, 1))) == "generic"
+    assert plan_of(name, Case(1, 2, (2**31, 3), (3, 3), padding=(1, 1))) == "generic"
+    assert plan_of(name, Case(1, 2, (3, 2**31), (3, 3), padding=(1, 1))) == "generic"
+    assert plan_of(name, Case(1, 2, (8, 8), (3, 3), padding=(2**24, 1))) == "generic"
     far = meta((2, 2**20, 8, 8), torch.float32)[:, :: 2**19]
     assert (
         claims(name, Case(2, 2, (8, 8), (3, 3), padding=(1, 1)), far, meta((2, 2, 8, 8), torch.float32))[0] == "direct"
@@ -352,7 +389,7 @@ def test_forcing_a_plan(case: Case, memory_format: torch.memory_format, dtype: t
     input = meta((case.batch, case.channels, *case.size), dtype, memory_format)
     output = meta(output_size(case), dtype, memory_format)
     for name, call in calls(case, dtype, memory_format).items():
-        for plan in ("toeplitz_nchw", "stream_nchw", "stream_grad_weight_nchw_portable", "direct", "generic"):
+        for plan in ("toeplitz_nchw", "stream_nchw", "stream_grad_weight_nchw_portable", "direct", *MARCH, "generic"):
             if plan in claims(name, case, input, output):
                 call(plan)
             else:
@@ -449,6 +486,61 @@ def test_streams_are_exact(tile: tuple, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_marches_are_exact(tile: tuple, dtype: torch.dtype) -> None:
+    """Any number of channels, images of every sort, pixels, rows and images apart, at any address."""
+    kernel, stride, dilation = tile
+    sizes = [(7, 7), (1, 8), (14, 14), (13, 29), (28, 28), (31, 57), (9, 1), (113, 95), (40, 301), (301, 40)]
+    for number, size in enumerate(sizes):
+        for turn in range(6):
+            channels = [3, 37, 64, 1, 130, 20][(number + turn) % 6]
+            reach = tuple(dilation * (side - 1) for side in kernel)  # the most padding that marches
+            case = tile_case(tile, 3, channels, size, multiplier=1 + (number + turn) % 2, bias=turn % 2 == 0)
+            case = case._replace(padding=[case.padding, (0, 0), reach][turn % 3])
+            if any(side + 2 * p < r + 1 for side, p, r in zip(size, case.padding, reach)):
+                continue
+            input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
+            grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=torch.channels_last)
+            order = 0, 2, 3, 1
+            if turn == 1:
+                input, grad_output = lay(input, order, offset=1), lay(grad_output, order, offset=8)
+            elif turn == 2:
+                input, weight = lay(input, order, (2, 1, 3, 2), 5), lay(weight, (2, 3, 0, 1))
+            elif turn == 3:  # channels of more
+                input, grad_output = (lay(t, order, (1, 1, 1, 3), 4) for t in (input, grad_output))
+            exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+            forced = set()
+            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output, True):
+                assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, str(case), input.stride())
+                forced.add((name, plan))
+            if channels > 1:
+                assert ("output", "march_channels_last") in forced, str(case)
+                sums = (
+                    case.multiplier > 1 and stride == 1 and (kernel[0] != kernel[1] or kernel[0] == 1 or dilation > 1)
+                )
+                assert (("grad_input", "march_channels_last") in forced) != sums, str(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_marches_beside_infinities(tile: tuple, dtype: torch.dtype) -> None:
+    """NaN where F.conv2d has it: of products, but not of what lies outside the image."""
+    for channels, multiplier in ((3, 1), (16, 1), (8, 2)):
+        case = tile_case(tile, 2, channels, (12, 17), multiplier=multiplier)
+        input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
+        grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=torch.channels_last)
+        for tensor in (input, grad_output):
+            tensor[0, 1, 3, 5], tensor[1, 0, -1, -1] = torch.inf, torch.nan
+        weight[0, 0, 0, 0], weight[-1, 0, -1, -1] = -torch.inf, torch.nan
+        exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+        for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output, True):
+            if plan == "march_channels_last":
+                assert torch.equal(result.nan_to_num(nan=12345.0), exact[name].to(result).nan_to_num(nan=12345.0)), name
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel", [(7, 7), (2, 3), (4, 6), (1, 9), (6, 1), (11, 5), (3, 4), (5, 9)], ids=str)
@@ -485,6 +577,27 @@ def test_streams_repeat_bit_for_bit(plan: str, dtype: torch.dtype) -> None:
             ops.forward.plan(input, weight, bias, *arguments, "stream_nchw" + plan),
             ops.grad_input.plan(grad_output, weight, input.shape, *arguments, False, "stream_nchw" + plan),
             *ops.grad_weight.plan(grad_output, input, case.kernel, *arguments, True, "stream_grad_weight_nchw" + plan),
+        ]
+
+    first = results()
+    for _ in range(300):
+        assert all(torch.equal(a, b) for a, b in zip(first, results()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+def test_marches_repeat_bit_for_bit(dtype: torch.dtype) -> None:
+    case = Case(16, 24, (56, 60), (3, 3), padding=(1, 1))
+    input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last)
+    grad_output = torch.randn(output_size(case), device="cuda", dtype=dtype).contiguous(
+        memory_format=torch.channels_last
+    )
+    ops, arguments = torch.ops.dwconv, arguments_of(case)
+
+    def results() -> list[Tensor]:
+        return [
+            ops.forward.plan(input, weight, bias, *arguments, *MARCH),
+            ops.grad_input.plan(grad_output, weight, input.shape, *arguments, True, *MARCH),
         ]
 
     first = results()

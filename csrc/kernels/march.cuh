@@ -1,0 +1,185 @@
+// Rows of channels_last arrays, marching through a ring in shared memory.
+//
+// A block owns a slab of neighbouring channels and a span of neighbouring columns. It goes down the rows of its part of
+// the images, and the rows to come are loaded while it computes: by cp.async on sm_80 and later, by plain loads before.
+#pragma once
+
+#include "stream.cuh"
+
+namespace dwconv {
+
+// An array (N, height, width, channels) whose channels lie side by side, and how a block has it in shared memory.
+struct Pixels {
+  const char* base;
+  int64_t image_bytes, row_bytes;
+  int pixel_bytes;     // from one pixel to the next
+  int bytes;           // of a pixel, all channels
+  int slab_bytes;      // of a pixel, the channels of a block
+  int unit;            // bytes that are copied at once: 16, 8, 4 or 2
+  int pitch, columns;  // in shared memory: from one pixel to the next, and pixels of a row
+  // Pixels without gaps that fit no units: a row is copied as one run of units of 16 bytes and has the same place
+  // within 16 bytes in shared memory. What lies left of the image is then not zero there, but may be the row before.
+  bool joined;
+  // Units of a slab's pixel; pixels that threads load together, and the steps to the next ones.
+  int units, together, from_step, to_step;
+  int row_end;  // bytes of a row's pixels
+  Divider by_units;
+
+  int ring_row_bytes() const {
+    return static_cast<int>(round_up(int64_t{pitch} * columns + (joined ? kUnit - 1 : 0), kUnit));
+  }
+};
+
+// How far behind the beginning of its place in shared memory a row begins, given where it lies in memory.
+__device__ inline int phase_of(const Pixels& p, uint32_t address) {
+  return p.joined ? address % kUnit : 0;
+}
+
+// Copies are under way until their group is waited for. `bytes`, where less than the unit, is what is copied: the
+// others become zero.
+template <int kBytes>
+__device__ void copy_unit(int to, const char* from, int bytes = kBytes) {
+#if __CUDA_ARCH__ >= 800
+  constexpr bool kAsync = kBytes >= 4;
+#else
+  constexpr bool kAsync = false;
+#endif
+  if constexpr (kAsync && kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+                 : "memory");
+  } else if constexpr (kAsync) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes)
+                 : "memory");
+  } else {
+#pragma unroll
+    for (int i = 0; i < kBytes; i += 2)
+      shared<uint16_t>(to + i) = i < bytes ? *reinterpret_cast<const uint16_t*>(from + i) : uint16_t{0};
+  }
+}
+
+__device__ inline void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for all groups but the newest `kPending`.
+template <int kPending>
+__device__ void wait_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// A thread's part in loading rows of a block's slab and span, one after the other. Columns outside the image are never
+// loaded: `clear` makes their places zero once, before anything is read.
+class RowLoader {
+ public:
+  // `slab`: offset of the block's channels in a pixel.
+  __device__ RowLoader(const Pixels& p, int slab, int first_column, int width) {
+    offset_ = static_cast<int64_t>(first_column) * p.pixel_bytes + slab;
+    if (p.joined) return;
+    uint32_t column = threadIdx.x;
+    const int part = p.by_units.split(column) * p.unit, pixel = static_cast<int>(column);
+    const int before = max(-first_column, 0), columns = min(p.columns, width - first_column) - before;
+    if (pixel < p.together && pixel < columns && part < p.bytes - slab) count_ = (columns - pixel - 1) / p.together + 1;
+    to_ = (before + pixel) * p.pitch + part;
+    offset_ += static_cast<int64_t>(before + pixel) * p.pixel_bytes + part;
+    dirty_ = columns < p.columns || p.bytes - slab < p.slab_bytes;
+  }
+
+  // Fills `bytes` from offset `to` on with zeros if some of them will not be loaded, on behalf of all threads.
+  __device__ void clear(const Pixels& p, int to, int bytes) const {
+    if (p.joined || !dirty_) return;
+    for (int i = threadIdx.x * kUnit; i < bytes; i += blockDim.x * kUnit) shared<uint4>(to + i) = {};
+    __syncthreads();
+  }
+
+  // Goes to a row of an image; rows may lie outside, but cannot be loaded there.
+  __device__ void seek(const Pixels& p, int image, int row) {
+    from_ = p.base + (image * p.image_bytes + row * p.row_bytes + offset_);
+  }
+  __device__ void next(const Pixels& p) { from_ += p.row_bytes; }
+
+  // Begins to load the row to offset `to` in shared memory.
+  __device__ void load(const Pixels& p, int to) const {
+    if (p.joined) return load_run(p, to);
+    switch (p.unit) {
+      case 16: return load_units<16>(p, to);
+      case 8: return load_units<8>(p, to);
+      case 4: return load_units<4>(p, to);
+      default: return load_units<2>(p, to);
+    }
+  }
+
+ private:
+  int count_ = 0;  // of the thread's pixels
+  int to_ = 0;
+  bool dirty_ = false;
+  int64_t offset_;
+  const char* from_;
+
+  template <int kBytes>
+  __device__ void load_units(const Pixels& p, int to) const {
+    const char* from = from_;
+    int left = count_;
+    to += to_;
+#pragma unroll 1
+    for (; left > 1; left -= 2) {
+      copy_unit<kBytes>(to, from);
+      copy_unit<kBytes>(to + p.to_step, from + p.from_step);
+      to += 2 * p.to_step, from += 2 * p.from_step;
+    }
+    if (left > 0) copy_unit<kBytes>(to, from);
+  }
+
+  __device__ void load_run(const Pixels& p, int to) const {
+    const int phase = phase_of(p, static_cast<uint32_t>(reinterpret_cast<uintptr_t>(from_)));
+    const int size = p.columns * p.pitch + phase;
+#pragma unroll 1
+    for (int i = threadIdx.x * kUnit; i < size; i += blockDim.x * kUnit) {
+      const int at = static_cast<int>(offset_) - phase + i;
+      copy_unit<kUnit>(to + i, from_ - phase + i, at > -kUnit ? max(min(p.row_end - at, kUnit), 0) : 0);
+    }
+  }
+};
+
+// Bytes, at most 16, that all channels, columns, rows and images are a multiple of.
+inline int alignment_of(const View& view, int64_t element, int64_t channels, int64_t height, int64_t width,
+                        int64_t batch) {
+  uint64_t all = reinterpret_cast<uintptr_t>(view.data) | (channels * element) | kUnit;
+  if (width > 1) all |= view.stride[3] * element;
+  if (height > 1) all |= view.stride[2] * element;
+  if (batch > 1) all |= view.stride[0] * element;
+  return static_cast<int>(all & -all);
+}
+
+// Fills in how an array lies in memory.
+inline Pixels pixels_of(const View& view, int64_t element, int64_t channels, int64_t height, int64_t width,
+                        int64_t batch) {
+  Pixels p{};
+  p.base = static_cast<const char*>(view.data);
+  p.image_bytes = view.stride[0] * element, p.row_bytes = view.stride[2] * element;
+  p.pixel_bytes = static_cast<int>((width == 1 ? channels : view.stride[3]) * element);
+  p.bytes = static_cast<int>(channels * element);
+  p.unit = alignment_of(view, element, channels, height, width, batch);
+  // Rows that follow each other without a gap, of images that do too or have 16 bytes of their own.
+  const int64_t row = width * channels;
+  p.joined = p.unit < kUnit && reinterpret_cast<uintptr_t>(view.data) % kUnit == 0 &&
+             (width == 1 || view.stride[3] == channels) && (height == 1 || view.stride[2] == row) &&
+             (batch == 1 || view.stride[0] == height * row || view.stride[0] * element % kUnit == 0);
+  return p;
+}
+
+// Fills in what a block of `threads` has of it, at least as many as there are units in a pixel.
+inline void cut_pixels(Pixels& p, int64_t slab_bytes, int64_t columns, int64_t width, int threads) {
+  p.slab_bytes = p.pitch = static_cast<int>(slab_bytes), p.columns = static_cast<int>(columns);
+  p.joined = p.joined && slab_bytes == p.bytes;
+  while (slab_bytes < p.bytes && slab_bytes % p.unit != 0) p.unit /= 2;
+  p.units = p.slab_bytes / p.unit, p.together = std::max(threads / p.units, 1);
+  p.from_step = p.together * p.pixel_bytes, p.to_step = p.together * p.pitch;
+  p.row_end = static_cast<int>(width * p.pixel_bytes);
+  p.by_units = Divider(p.units);
+}
+
+}  // namespace dwconv

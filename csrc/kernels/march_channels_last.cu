@@ -1,0 +1,567 @@
+// Forward and grad_input of small kernels in channels_last (march.cuh). A thread owns one channel, or two neighbouring
+// ones, of a strip of columns. It marches down the image: each source row, read once, is added to all the output rows
+// that it reaches, whose sums are in registers; the oldest of them is then complete.
+#include <numeric>
+
+#include "launch.h"
+#include "march.cuh"
+
+namespace dwconv {
+namespace {
+
+// Targets are counted in units: output rows and columns, or, where grad_input spreads the gradient (stride 2), pairs of
+// them, the second of which takes the odd taps. A unit reads the source from unit * step - lead on.
+struct March {
+  Pixels source;
+  int height, width;  // of the source
+  char* target;
+  int64_t target_image_bytes, target_row_bytes;
+  int target_pixel_bytes;
+  int target_height, target_width, filters;  // `filters`: channels of the target
+  const void* weight;
+  int64_t weight_filter, weight_row, weight_column;
+  const void* bias;
+  int64_t bias_stride;
+  int fan_out, fan_in;  // filters per source channel, source channels per filter
+  int padding_h, padding_w;
+  int lead_h, lead_w, skew_h, skew_w;  // skew: how far the first pair begins before the image
+  int units, all_units;                // rows of units, of an image and of all
+
+  int lanes, strips;  // threads side by side: for the channels of a slab, and for the strips of columns
+  int group;          // source rows that are loaded together
+  int slot_bytes, ring_bytes;
+  int workers;  // blocks that share the rows of a slab and a span
+  Divider by_lanes, by_slabs, by_spans, by_units, by_fan_out;
+};
+
+constexpr int kGroups = 4;  // of rows in the ring: one to work on, the others on their way
+
+// Rows of units of one image.
+struct Run {
+  int image, begin, end;
+  int row, row_end;  // what they read of the source, inside the image
+};
+
+// The first of the runs that make up rows [begin, end) of all images.
+template <class Tile>
+__device__ Run run_of(const March& a, int begin, int end) {
+  Run r;
+  uint32_t image = begin;
+  r.begin = a.by_units.split(image);
+  r.image = image;
+  r.end = min(a.units, r.begin + end - begin);
+  r.row = max(r.begin * Tile::kStep - a.lead_h, 0);
+  r.row_end = min((r.end - 1) * Tile::kStep - a.lead_h + Tile::kExtentH, a.height);
+  return r;
+}
+
+// Source rows of a block on their way to the ring.
+template <class Tile>
+class Feed {
+ public:
+  __device__ Feed(const March& a, int slab, int column, int begin, int end)
+      : loader_(a.source, slab, column, a.width), begin_(begin), end_(end) {
+    loader_.clear(a.source, 0, a.ring_bytes);
+  }
+
+  // Begins to load a group.
+  __device__ void load(const March& a) {
+    for (int i = 0; i < a.group; ++i) {
+      while (left_ <= 0 && begin_ < end_) {
+        const Run r = run_of<Tile>(a, begin_, end_);
+        begin_ += r.end - r.begin;
+        left_ = r.row_end - r.row;
+        loader_.seek(a.source, r.image, r.row);
+      }
+      if (left_ <= 0) break;
+      loader_.load(a.source, slot_);
+      loader_.next(a.source);
+      --left_;
+      slot_ += a.slot_bytes;
+      if (slot_ == a.ring_bytes) slot_ = 0;
+    }
+    commit_copies();
+  }
+
+ private:
+  RowLoader loader_;
+  int begin_, end_;          // rows of units that no source row was loaded for
+  int left_ = 0, slot_ = 0;  // source rows of the run, and the next one's place in the ring
+};
+
+// The outputs of a filter in a strip of rows [begin, end) by the taps that meet the image. For kernels with a tap
+// that is Inf or NaN, which must not meet padding.
+template <typename T, class Tile>
+__device__ __noinline__ void strip_by_taps(const March& a, int begin, int end, int filter, int column) {
+  const T* weight = static_cast<const T*>(a.weight) + filter * a.fan_in * a.weight_filter;
+  const int x_end = min((column + Tile::kStrip) * Tile::kPair - a.skew_w, a.target_width);
+  uint32_t channel = filter;
+  a.by_fan_out.split(channel);
+  for (; begin < end; ++begin) {
+    uint32_t image = begin;
+    const int y_begin = static_cast<int>(a.by_units.split(image)) * Tile::kPair - a.skew_h;
+    for (int y = max(y_begin, 0); y < min(y_begin + Tile::kPair, a.target_height); ++y)
+      for (int x = max(column * Tile::kPair - a.skew_w, 0); x < x_end; ++x) {
+        float sum = a.bias ? widen(static_cast<const T*>(a.bias)[filter * a.bias_stride]) : 0.f;
+        for (int q = 0; q < a.fan_in; ++q)
+          for (int i = 0; i < Tile::kKernelH; ++i)
+            for (int j = 0; j < Tile::kKernelW; ++j) {
+              int row = y * Tile::kStride - a.padding_h + i * Tile::kDilation;
+              int source = x * Tile::kStride - a.padding_w + j * Tile::kDilation;
+              if (Tile::kSpread) {
+                row = y + a.padding_h - i, source = x + a.padding_w - j;
+                if (row % 2 != 0 || source % 2 != 0) continue;
+                row /= 2, source /= 2;
+              }
+              if (row < 0 || row >= a.height || source < 0 || source >= a.width) continue;
+              const char* from = a.source.base + image * a.source.image_bytes + row * a.source.row_bytes +
+                                 static_cast<int64_t>(source) * a.source.pixel_bytes;
+              sum = fmaf(widen(reinterpret_cast<const T*>(from)[channel * a.fan_in + q]),
+                         widen(weight[q * a.weight_filter + i * a.weight_row + j * a.weight_column]), sum);
+            }
+        char* to = a.target + image * a.target_image_bytes + y * a.target_row_bytes +
+                   static_cast<int64_t>(x) * a.target_pixel_bytes;
+        reinterpret_cast<T*>(to)[filter] = narrow<T>(sum);
+      }
+  }
+}
+
+// What a kernel is compiled for. kSpread: grad_input at stride 2. kFan: source channels that a filter sums over, if
+// kChannels, those that a thread owns side by side, is 1.
+template <int kKernelH_, int kKernelW_, int kStride_, int kDilation_, bool kSpread_, int kChannels_, int kFan_>
+struct Tile {
+  static constexpr int kKernelH = kKernelH_, kKernelW = kKernelW_, kStride = kStride_, kDilation = kDilation_;
+  static constexpr bool kSpread = kSpread_;
+  static constexpr int kChannels = kChannels_, kFan = kFan_;
+
+  static constexpr int kPair = kSpread ? 2 : 1;                                // outputs of a unit, along a side
+  static constexpr int kStep = kSpread ? 1 : kStride;                          // source rows from unit to unit
+  static constexpr int kStrip = kSpread || kKernelH * kKernelW == 49 ? 4 : 7;  // units of a thread
+  static constexpr int kLive = (kKernelH - 1) / kStride + 1;                   // rows of units under way
+  static constexpr int kExtentH = kSpread ? kLive : (kKernelH - 1) * kDilation + 1;
+  static constexpr int kExtentW = kSpread ? (kKernelW - 1) / 2 + 1 : (kKernelW - 1) * kDilation + 1;
+  static constexpr int kColumns = (kStrip - 1) * kStep + kExtentW;  // of the source, for a strip
+  static constexpr int kRowsPerStep = kStep * kDilation;
+
+  // As many threads as registers allow.
+  static constexpr int kRegisters = kDilation * (kSpread ? kKernelH : kLive) * kPair * kStrip * kChannels +
+                                    kKernelH * kKernelW * kChannels * kFan + kColumns * kChannels + 16 + 16 * kFan;
+  static constexpr int kThreads = std::min(65536 / kRegisters, 1024) / 128 * 128;
+  static constexpr int kBlocks = kThreads > 512 ? 2 : 1;
+  static constexpr int kMaxThreads = kThreads / kBlocks;
+};
+
+// Neighbouring channels of a pixel in shared memory.
+template <typename T, int kChannels>
+__device__ void read_pixel(int offset, float (&x)[kChannels]) {
+  if constexpr (kChannels == 1) {
+    x[0] = widen(shared<T>(offset));
+  } else if constexpr (sizeof(T) == 4) {
+    const float2 both = shared<float2>(offset);
+    x[0] = both.x, x[1] = both.y;
+  } else {
+    widen_pair(shared<uint32_t>(offset), x[0], x[1], T{});
+  }
+}
+
+__device__ inline uint32_t narrow_pair(float low, float high, __nv_bfloat16) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+__device__ inline uint32_t narrow_pair(float low, float high, __half) {
+  const __half2 both = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+}
+
+template <typename T, int kChannels>
+__device__ void write_pixel(char* to, const float (&x)[kChannels]) {
+  if constexpr (kChannels == 1)
+    *reinterpret_cast<T*>(to) = narrow<T>(x[0]);
+  else if constexpr (sizeof(T) == 4)
+    *reinterpret_cast<float2*>(to) = make_float2(x[0], x[1]);
+  else
+    *reinterpret_cast<uint32_t*>(to) = narrow_pair(x[0], x[1], T{});
+}
+
+template <typename T, class Tile>
+__global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
+    march_channels_last(const __grid_constant__ March a) {
+  constexpr int kChannels = Tile::kChannels, kFan = Tile::kFan, kStrip = Tile::kStrip, kLive = Tile::kLive;
+  constexpr int kPair = Tile::kPair, kStep = Tile::kStep, kDilation = Tile::kDilation;
+  constexpr int kSize = sizeof(T), kWidth = kStrip * kPair;
+
+  uint32_t worker = blockIdx.x, strip = threadIdx.x;
+  const int slab = a.by_slabs.split(worker) * a.lanes;
+  const int first_column = a.by_spans.split(worker) * a.strips * kStrip;
+  const int begin = static_cast<int>(static_cast<int64_t>(a.all_units) * worker / a.workers);
+  const int end = static_cast<int>(static_cast<int64_t>(a.all_units) * (worker + 1) / a.workers);
+  const int lane = a.by_lanes.split(strip);
+  const int filter = (slab + lane) * kChannels;
+  const bool live = filter < a.filters;
+  const auto source_of = [&](int target) {  // the first source channel of a filter
+    uint32_t channel = target;
+    a.by_fan_out.split(channel);
+    return static_cast<int>(channel) * kFan;
+  };
+  const int slab_channel = source_of(slab * kChannels);
+  const int source_column = first_column * kStep - a.lead_w;
+
+  Feed<Tile> feed(a, slab_channel * kSize, source_column, begin, end);
+  for (int i = 0; i < kGroups - 1; ++i) feed.load(a);
+
+  float weight[kFan * kChannels][Tile::kKernelH][Tile::kKernelW] = {};
+  float bias[kChannels] = {};
+  bool finite = true;  // then a product with a zero is a zero
+  if (live) {
+    float zero = 0;
+#pragma unroll
+    for (int c = 0; c < kFan * kChannels; ++c) {
+      const T* taps = static_cast<const T*>(a.weight) + (filter * kFan + c) * a.weight_filter;
+#pragma unroll
+      for (int i = 0; i < Tile::kKernelH; ++i)
+#pragma unroll
+        for (int j = 0; j < Tile::kKernelW; ++j) {
+          weight[c][i][j] = widen(taps[i * a.weight_row + j * a.weight_column]);
+          zero = fmaf(weight[c][i][j], 0.f, zero);
+        }
+    }
+    finite = zero == 0.f;
+    if (a.bias)
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) bias[c] = widen(static_cast<const T*>(a.bias)[(filter + c) * a.bias_stride]);
+  }
+
+  // Sums of the rows of units under way, the oldest first. With dilation, rows of either parity have sums of their own;
+  // of a pair, so have both rows, and the second has fewer taps.
+  constexpr int kSets = Tile::kSpread ? 2 : kDilation;
+  float sum[kSets][kLive][kWidth][kChannels] = {};
+  const auto begins = [&](int c) { return Tile::kSpread ? 0.f : bias[c]; };
+  const auto roll = [&](int set) {
+#pragma unroll
+    for (int o = 0; o < kLive; ++o)
+#pragma unroll
+      for (int v = 0; v < kWidth; ++v)
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) {
+          sum[set][o][v][c] = o + 1 < kLive ? sum[set][o + 1][v][c] : begins(c);
+          asm volatile("" : "+f"(sum[set][o][v][c]));  // or else other rows would wait for moves, too
+        }
+  };
+
+  const int pitch = a.source.pitch;
+  const int place = static_cast<int>(strip) * kStrip * kStep * pitch + (source_of(filter) - slab_channel) * kSize;
+  const int column = first_column + static_cast<int>(strip) * kStrip;
+  const int x0 = column * kStep - a.lead_w;        // where the strip begins in the source
+  const int target_x = column * kPair - a.skew_w;  // and in the target
+  const bool whole = live && target_x >= 0 && target_x + kWidth <= a.target_width;
+  int slot = 0, fresh = 0;  // the next row in the ring; how many rows of its group are left
+  for (int at = begin; at < end;) {
+    const Run t = run_of<Tile>(a, at, end);
+    const int count = t.end - t.begin;
+    char* to = a.target + (t.image * a.target_image_bytes + (t.begin * kPair - a.skew_h) * a.target_row_bytes +
+                           static_cast<int64_t>(target_x) * a.target_pixel_bytes + filter * kSize);
+
+    const auto store = [&](int y, const float (&values)[kWidth][kChannels]) {
+      char* pixel = to;
+      to += a.target_row_bytes;
+      if (Tile::kSpread && static_cast<uint32_t>(y) >= static_cast<uint32_t>(a.target_height)) return;
+      if (whole) {
+#pragma unroll
+        for (int v = 0; v < kWidth; ++v, pixel += a.target_pixel_bytes) write_pixel<T>(pixel, values[v]);
+      } else if (live) {
+#pragma unroll
+        for (int v = 0; v < kWidth; ++v, pixel += a.target_pixel_bytes)
+          if (static_cast<uint32_t>(target_x + v) < static_cast<uint32_t>(a.target_width))
+            write_pixel<T>(pixel, values[v]);
+      }
+    };
+
+    int row = t.begin * kStep - a.lead_h;
+    for (int done = -(kLive - 1) * kDilation; done < count; done += kDilation) {
+#pragma unroll
+      for (int u = 0; u < Tile::kRowsPerStep; ++u, ++row) {
+        const int set = kStep == 1 ? u : 0;  // not spread
+        if (row >= t.row && row < t.row_end) {
+          if (fresh == 0) {
+            wait_copies<kGroups - 2>();
+            __syncthreads();
+            feed.load(a);
+            fresh = a.group;
+          }
+          --fresh;
+          int from = slot + place;
+          if (a.source.joined)
+            from += phase_of(a.source, static_cast<uint32_t>(reinterpret_cast<uintptr_t>(a.source.base)) +
+                                           t.image * static_cast<uint32_t>(a.source.image_bytes) +
+                                           row * static_cast<uint32_t>(a.source.row_bytes) +
+                                           source_column * a.source.pixel_bytes);
+          slot += a.slot_bytes;
+          if (slot == a.ring_bytes) slot = 0;
+#pragma unroll
+          for (int q = 0; q < kFan; ++q) {
+            float x[Tile::kColumns][kChannels];
+#pragma unroll
+            for (int j = 0; j < Tile::kColumns; ++j) read_pixel<T>(from + j * pitch + q * kSize, x[j]);
+            if (a.source.joined)
+#pragma unroll
+              for (int j = 0; j < Tile::kExtentW - 1; ++j)
+                if (x0 + j < 0)
+#pragma unroll
+                  for (int c = 0; c < kChannels; ++c) x[j][c] = 0;
+            const auto add = [&](int s, int o, int v, int i, int j, int at, bool first) {
+#pragma unroll
+              for (int c = 0; c < kChannels; ++c) {
+                const bool youngest = Tile::kSpread ? i + 2 >= Tile::kKernelH : o + 1 == kLive;
+                const float before = !first || q > 0 ? sum[s][o][v][c] : youngest ? begins(c) : sum[s][o + 1][v][c];
+                sum[s][o][v][c] = fmaf(x[at][c], weight[kFan > 1 ? q : c][i][j], before);
+              }
+            };
+            if constexpr (Tile::kSpread) {
+#pragma unroll
+              for (int j = 0; j < Tile::kKernelW; ++j)
+#pragma unroll
+                for (int i = 0; i < Tile::kKernelH; ++i)
+#pragma unroll
+                  for (int v = 0; v < kStrip; ++v)
+                    add(i % 2, i / 2, 2 * v + j % 2, i, j, v + (Tile::kExtentW - 1) - j / 2, j < 2);
+            } else {
+#pragma unroll
+              for (int j = 0; j < Tile::kKernelW; ++j)
+#pragma unroll
+                for (int o = 0; o < kLive; ++o) {
+                  const int i = (kLive - 1 - o) * kStep + (kStep == 1 ? 0 : u);
+                  if (i >= Tile::kKernelH) continue;
+#pragma unroll
+                  for (int v = 0; v < kStrip; ++v)
+                    add(set, o, v, i, j, v * kStep + j * kDilation, j == 0 && (kStep == 1 || u == 0));
+                }
+            }
+          }
+        } else if (kStep == 1 || u == 0) {
+          roll(set);
+          if (Tile::kSpread) roll(1);
+        }
+        if (kStep > 1 && u > 0) continue;
+        if (done + u < 0 || done + u >= count) continue;
+#pragma unroll
+        for (int e = 0; e < kPair; ++e) store((t.begin + done) * kPair + e - a.skew_h, sum[kPair > 1 ? e : set][0]);
+      }
+    }
+    at += count;
+  }
+  if (live && !finite)
+    for (int c = 0; c < kChannels; ++c) strip_by_taps<T, Tile>(a, begin, end, filter + c, column);
+}
+
+// How a pass is cut: see March.
+struct Cut {
+  int lanes, strips, group;
+};
+
+// What there is to know of a class of tiles.
+struct TileSize {
+  int kernel_h, kernel_w, channels, fan, pair, step, strip, live, extent_h, extent_w;
+  int threads_per_block, threads_per_multiprocessor;  // as the registers allow
+};
+
+// Fills in what follows from a cut.
+void apply(March& a, const Cut& cut, const TileSize& tile, int64_t element) {
+  a.lanes = cut.lanes, a.strips = cut.strips, a.group = cut.group;
+  const int64_t units_w = ceil_div(a.target_width + a.skew_w, tile.pair);
+  a.by_lanes = Divider(cut.lanes), a.by_slabs = Divider(ceil_div(a.filters, cut.lanes * tile.channels));
+  a.by_spans = Divider(ceil_div(units_w, cut.strips * tile.strip));
+  a.by_units = Divider(a.units), a.by_fan_out = Divider(a.fan_out);
+  const int64_t slab = std::min<int64_t>(cut.lanes * tile.channels, a.filters) * a.fan_in / a.fan_out;
+  cut_pixels(a.source, slab * element, (cut.strips * tile.strip - 1) * tile.step + tile.extent_w, a.width,
+             cut.lanes * cut.strips);
+  a.slot_bytes = a.source.ring_row_bytes(), a.ring_bytes = kGroups * cut.group * a.slot_bytes;
+}
+
+// The blocks that share the rows of a slab and a span, where `resident` blocks fit a multiprocessor.
+int workers_for(const March& a, int64_t resident, const Device& d) {
+  const int64_t parts = int64_t{a.by_slabs.divisor} * a.by_spans.divisor;
+  return static_cast<int>(std::min<int64_t>(std::max<int64_t>(resident * d.multiprocessors / parts, 1), a.all_units));
+}
+
+// Estimates, in nanoseconds, what limits a cut most: memory, instructions or latency, and takes the best one.
+Cut cut_for(const March& whole, const TileSize& tile, int64_t element, const Device& d) {
+  constexpr double kBytes = 32, kInstructions = 160;  // of a multiprocessor, in a nanosecond
+  constexpr int kEnough = 60 << 10;                   // bytes on their way to a multiprocessor that keep memory busy
+  const int64_t all = ceil_div(whole.filters, tile.channels);
+  const int64_t units_w = ceil_div(whole.target_width + whole.skew_w, tile.pair);
+  const double products = static_cast<double>(tile.kernel_h * tile.kernel_w * tile.strip) * tile.channels * tile.fan;
+  Cut best{};
+  double best_time = 0;
+  const auto consider = [&](int64_t lanes, int64_t strips) {
+    Cut cut{static_cast<int>(lanes), static_cast<int>(strips), 0};
+    const int threads = static_cast<int>(lanes * strips);
+    March a{};
+    int64_t blocks = 0;
+    for (int group = 1; group <= 4; ++group) {
+      cut.group = group;
+      March now = whole;
+      apply(now, cut, tile, element);
+      if (!now.source.joined && now.source.units > threads) return;
+      const int64_t fit = std::min<int64_t>({d.shared_per_multiprocessor / (now.ring_bytes + 1024),
+                                             tile.threads_per_multiprocessor / round_up(threads, 32), 32});
+      if (now.ring_bytes > d.shared_per_block || fit < blocks) break;
+      a = now, blocks = fit;
+      if (blocks * (kGroups - 1) * group * a.slot_bytes >= kEnough) break;
+    }
+    if (blocks == 0) return;
+    cut.group = a.group;
+    const int64_t parts = int64_t{a.by_slabs.divisor} * a.by_spans.divisor;
+    const int64_t workers = workers_for(a, blocks, d), grid = parts * workers;
+    const int64_t waves = ceil_div(grid, blocks * d.multiprocessors);
+    const int64_t active = std::min(blocks, ceil_div(grid, d.multiprocessors));
+    const double units = static_cast<double>(ceil_div(a.all_units, workers));
+    const double images = units / a.units + 1;
+    const double rows = std::min<double>(units * tile.step + images * (tile.extent_h - tile.step), images * a.height);
+    const double width = std::min<double>(a.width, strips * tile.strip * tile.step);
+    const double halo = tile.extent_w - tile.step;
+    double bytes = rows * (width + 0.5 * halo) * a.source.slab_bytes +
+                   units * tile.pair * std::min<double>(strips * tile.strip * tile.pair, a.target_width) * lanes *
+                       tile.channels * element;
+    if (a.by_slabs.divisor > 1 && a.source.slab_bytes < 128) bytes *= 1.1 + 0.1 * (128 - a.source.slab_bytes) / 64;
+    const double copies = 9. * ceil_div(a.source.columns * a.source.pitch, threads * a.source.unit);
+    const double row =
+        products + tile.step * (30 + copies + 2 * tile.strip * tile.channels) + tile.pair * tile.pair * tile.strip * 4;
+    const double steps = units + 0.3 * images * (tile.live - 1);
+    const double time = std::max({active * bytes / kBytes, active * round_up(threads, 32) * steps * row / kInstructions,
+                                  (units + images * (tile.live - 1)) * (row + 150)});
+    const double total = waves * time + 1000;
+    if (best_time == 0 || total < best_time * 0.99) best_time = total, best = cut;
+  };
+  const int granule =
+      std::lcm(std::max<int>(kUnit * whole.fan_out / (element * tile.channels * whole.fan_in), 1), whole.fan_out);
+  for (int64_t slabs = 1; slabs <= all; ++slabs) {
+    const int64_t lanes = slabs == 1 ? all : round_up(ceil_div(all, slabs), granule);
+    if (lanes > tile.threads_per_block || (slabs > 1 && ceil_div(all, lanes) != slabs)) continue;
+    if (slabs > 1 && lanes < 16 && best_time > 0) break;
+    const int64_t most =
+        std::min<int64_t>(tile.threads_per_block / lanes, std::max<int64_t>(ceil_div(units_w, tile.strip), 2));
+    for (int64_t strips = 1; strips <= most; ++strips) consider(lanes, strips);
+  }
+  if (best_time == 0) throw std::runtime_error("dwconv: rows of this size do not fit the GPU's shared memory");
+  return best;
+}
+
+template <typename T, class Tile>
+void launch(March a, cudaStream_t stream, const Cut* forced = nullptr) {
+  constexpr TileSize kTile{Tile::kKernelH, Tile::kKernelW, Tile::kChannels,   Tile::kFan,
+                           Tile::kPair,    Tile::kStep,    Tile::kStrip,      Tile::kLive,
+                           Tile::kExtentH, Tile::kExtentW, Tile::kMaxThreads, Tile::kMaxThreads * Tile::kBlocks};
+  const Device device = current_device();
+  const auto kernel = march_channels_last<T, Tile>;
+  struct Decision {
+    Cut cut;
+    int resident;  // blocks on a multiprocessor
+  };
+  static thread_local Decisions<11, Decision> decisions;
+  const auto decide = [&] {
+    Decision made{forced ? *forced : cut_for(a, kTile, sizeof(T), device), 0};
+    March now = a;
+    apply(now, made.cut, kTile, sizeof(T));
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&made.resident, kernel, made.cut.lanes * made.cut.strips,
+                                                  now.ring_bytes);
+    return made;
+  };
+  const Decision decision = forced ? decide()
+                                   : decisions({device.id, a.all_units, a.units, a.filters, a.fan_out, a.height,
+                                                a.width, a.target_width, a.lead_w, a.source.unit, a.source.joined},
+                                               decide);
+  apply(a, decision.cut, kTile, sizeof(T));
+  a.workers = workers_for(a, std::max(decision.resident, 1), device);
+  const int blocks = static_cast<int>(a.by_slabs.divisor * a.by_spans.divisor) * a.workers;
+  kernel<<<blocks, a.lanes * a.strips, a.ring_bytes, stream>>>(a);
+  check_launch("march_channels_last");
+}
+
+March march_of(const Problem& p) {
+  const bool forward = p.pass == Pass::kForward;
+  const View& source = forward ? p.input : p.output;
+  const View& target = forward ? p.output : p.input;
+  const bool spread = !forward && p.stride_h > 1;
+  const int64_t element = size_of(p.dtype);
+  March a{};
+  a.height = static_cast<int>(forward ? p.height : p.out_height);
+  a.width = static_cast<int>(forward ? p.width : p.out_width);
+  a.source = pixels_of(source, element, forward ? p.channels : p.filters(), a.height, a.width, p.batch);
+  a.target = static_cast<char*>(target.data);
+  a.target_image_bytes = target.stride[0] * element, a.target_row_bytes = target.stride[2] * element;
+  a.target_pixel_bytes = static_cast<int>(target.stride[3] * element);
+  a.target_height = static_cast<int>(forward ? p.out_height : p.height);
+  a.target_width = static_cast<int>(forward ? p.out_width : p.width);
+  a.filters = static_cast<int>(forward ? p.filters() : p.channels);
+  a.weight = p.weight.data;
+  a.weight_filter = p.weight.stride[0], a.weight_row = p.weight.stride[2], a.weight_column = p.weight.stride[3];
+  a.bias = forward ? p.bias : nullptr, a.bias_stride = p.bias_stride;
+  a.fan_out = static_cast<int>(forward ? p.multiplier : 1), a.fan_in = static_cast<int>(forward ? 1 : p.multiplier);
+  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+  a.units = a.target_height;
+  if (spread) {
+    a.skew_h = a.padding_h % 2, a.skew_w = a.padding_w % 2;
+    a.lead_h = static_cast<int>(p.kernel_h - 1) / 2 - a.padding_h / 2;
+    a.lead_w = static_cast<int>(p.kernel_w - 1) / 2 - a.padding_w / 2;
+    a.units = (a.target_height + a.skew_h + 1) / 2;
+  } else {
+    if (!forward) {  // a forward pass with the kernel flipped
+      a.weight = static_cast<const char*>(a.weight) +
+                 element * ((p.kernel_h - 1) * a.weight_row + (p.kernel_w - 1) * a.weight_column);
+      a.weight_row = -a.weight_row, a.weight_column = -a.weight_column;
+      a.padding_h = static_cast<int>((p.kernel_h - 1) * p.dilation_h) - a.padding_h;
+      a.padding_w = static_cast<int>((p.kernel_w - 1) * p.dilation_w) - a.padding_w;
+    }
+    a.lead_h = a.padding_h, a.lead_w = a.padding_w;
+  }
+  a.all_units = static_cast<int>(p.batch) * a.units;
+  return a;
+}
+
+}  // namespace
+
+void launch_march_channels_last(const Problem& p, cudaStream_t stream) {
+  const March a = march_of(p);
+  const bool spread = p.pass == Pass::kGradInput && p.stride_h > 1;
+  // Two channels a thread: they lie in one word of either array.
+  const View& target = p.pass == Pass::kForward ? p.output : p.input;
+  const bool pairs = p.multiplier == 1 && a.source.unit >= 2 * size_of(p.dtype) &&
+                     alignment_of(target, size_of(p.dtype), p.channels, a.target_height, a.target_width, p.batch) >=
+                         2 * size_of(p.dtype);
+  visit_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (sizeof(T) <= 4) {
+      const auto is = [&](int h, int w, int s, int d) {
+        return p.kernel_h == h && p.kernel_w == w && p.stride_h == s && p.dilation_h == d;
+      };
+      const auto go = [&]<int kH, int kW, int kS, int kD, bool kSpread>(std::bool_constant<kSpread>,
+                                                                        std::integer_sequence<int, kH, kW, kS, kD>) {
+        if constexpr (kH == kW && kH > 1 && kD == 1 && (kSpread || kS == 1))
+          if (a.fan_in > 1) return launch<T, Tile<kH, kW, kS, kD, kSpread, 1, 2>>(a, stream);
+        if constexpr (kH <= 3)
+          if (pairs) return launch<T, Tile<kH, kW, kS, kD, kSpread, 2, 1>>(a, stream);
+        launch<T, Tile<kH, kW, kS, kD, kSpread, 1, 1>>(a, stream);
+      };
+      if (spread) {
+        if (is(3, 3, 2, 1)) return go(std::true_type{}, std::integer_sequence<int, 3, 3, 2, 1>{});
+        if (is(5, 5, 2, 1)) return go(std::true_type{}, std::integer_sequence<int, 5, 5, 2, 1>{});
+        if (is(7, 7, 2, 1)) return go(std::true_type{}, std::integer_sequence<int, 7, 7, 2, 1>{});
+      } else {
+        if (is(1, 1, 1, 1)) return go(std::false_type{}, std::integer_sequence<int, 1, 1, 1, 1>{});
+        if (is(3, 3, 1, 1)) return go(std::false_type{}, std::integer_sequence<int, 3, 3, 1, 1>{});
+        if (is(3, 3, 2, 1)) return go(std::false_type{}, std::integer_sequence<int, 3, 3, 2, 1>{});
+        if (is(3, 3, 1, 2)) return go(std::false_type{}, std::integer_sequence<int, 3, 3, 1, 2>{});
+        if (is(5, 5, 1, 1)) return go(std::false_type{}, std::integer_sequence<int, 5, 5, 1, 1>{});
+        if (is(5, 5, 2, 1)) return go(std::false_type{}, std::integer_sequence<int, 5, 5, 2, 1>{});
+        if (is(7, 7, 1, 1)) return go(std::false_type{}, std::integer_sequence<int, 7, 7, 1, 1>{});
+        if (is(7, 7, 2, 1)) return go(std::false_type{}, std::integer_sequence<int, 7, 7, 2, 1>{});
+        if (is(1, 11, 1, 1)) return go(std::false_type{}, std::integer_sequence<int, 1, 11, 1, 1>{});
+        if (is(11, 1, 1, 1)) return go(std::false_type{}, std::integer_sequence<int, 11, 1, 1, 1>{});
+      }
+      throw std::runtime_error("dwconv: no tile of march_channels_last is compiled for this kernel");
+    }
+  });
+}
+
+}  // namespace dwconv
