@@ -50,6 +50,11 @@ __device__ void copy_unit(int to, const char* from, int bytes = kBytes) {
   } else if constexpr (kAsync) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes)
                  : "memory");
+  } else if (bytes == kBytes) {
+    using Word =
+        std::conditional_t<kBytes == 16, uint4,
+                           std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint16_t>>>;
+    shared<Word>(to) = *reinterpret_cast<const Word*>(from);
   } else {
 #pragma unroll
     for (int i = 0; i < kBytes; i += 2)
@@ -78,7 +83,8 @@ __device__ inline void clear_ring(const Pixels& p, int slab, int first_column, i
     for (int i = threadIdx.x * kUnit; i < bytes; i += blockDim.x * kUnit) shared<uint4>(to + i) = {};
 }
 
-// A thread's part in loading rows of a block's slab and span, one after the other.
+// A thread's part in loading rows of a block's slab and span, one after the other. Rows outside the image cannot be
+// loaded.
 class RowLoader {
  public:
   // `slab`: offset of the block's channels in a pixel.
@@ -93,7 +99,7 @@ class RowLoader {
     offset_ += static_cast<int64_t>(before + pixel) * p.pixel_bytes + part;
   }
 
-  // Goes to a row of an image; rows may lie outside, but cannot be loaded there.
+  // Goes to a row of an image.
   __device__ void seek(const Pixels& p, int image, int row) {
     from_ = p.base + (image * p.image_bytes + row * p.row_bytes + offset_);
   }
