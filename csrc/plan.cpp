@@ -122,9 +122,9 @@ bool claims_march_channels_last(const Problem& p) {
     return false;  // sums over two filters are compiled for some tiles only
   if (p.padding_h > (p.kernel_h - 1) * p.dilation_h || p.padding_w > (p.kernel_w - 1) * p.dilation_w) return false;
   const auto fits = [&](const View& view, int64_t channels, int64_t height, int64_t width) {
-    constexpr int64_t kMostPixel = 1 << 20, kMost = 1 << 30;
+    constexpr int64_t kMany = 1 << 20, kMost = 1 << 30;
     const int64_t pixel = (width == 1 ? channels : view.stride[3]) * size_of(p.dtype);
-    return (view.stride[1] == 1 || channels == 1) && channels <= kMostPixel / 8 && pixel >= 0 && pixel <= kMostPixel &&
+    return (view.stride[1] == 1 || channels == 1) && channels <= kMany / 8 && pixel <= kMany && width <= kMany &&
            pixel * width < kMost && p.batch < kMost / height;
   };
   return p.batch > 0 && fits(p.input, p.channels, p.height, p.width) &&

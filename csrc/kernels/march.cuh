@@ -50,6 +50,11 @@ __device__ void copy_unit(int to, const char* from, int bytes = kBytes) {
   } else if constexpr (kAsync) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes)
                  : "memory");
+  } else if (bytes == kBytes) {
+    using Word =
+        std::conditional_t<kBytes == 16, uint4,
+                           std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint16_t>>>;
+    shared<Word>(to) = *reinterpret_cast<const Word*>(from);
   } else {
 #pragma unroll
     for (int i = 0; i < kBytes; i += 2)
@@ -71,8 +76,15 @@ __device__ void wait_copies() {
 #endif
 }
 
-// A thread's part in loading rows of a block's slab and span, one after the other. Columns outside the image are never
-// loaded: `clear` makes their places zero once, before anything is read.
+// Fills a ring with zeros if there are columns or channels outside the image, which are never loaded.
+__device__ inline void clear_ring(const Pixels& p, int slab, int first_column, int width, int to, int bytes) {
+  const bool whole = first_column >= 0 && first_column + p.columns <= width && slab + p.slab_bytes <= p.bytes;
+  if (!whole && !p.joined)
+    for (int i = threadIdx.x * kUnit; i < bytes; i += blockDim.x * kUnit) shared<uint4>(to + i) = {};
+}
+
+// A thread's part in loading rows of a block's slab and span, one after the other. Rows outside the image cannot be
+// loaded.
 class RowLoader {
  public:
   // `slab`: offset of the block's channels in a pixel.
@@ -85,17 +97,9 @@ class RowLoader {
     if (pixel < p.together && pixel < columns && part < p.bytes - slab) count_ = (columns - pixel - 1) / p.together + 1;
     to_ = (before + pixel) * p.pitch + part;
     offset_ += static_cast<int64_t>(before + pixel) * p.pixel_bytes + part;
-    dirty_ = columns < p.columns || p.bytes - slab < p.slab_bytes;
   }
 
-  // Fills `bytes` from offset `to` on with zeros if some of them will not be loaded, on behalf of all threads.
-  __device__ void clear(const Pixels& p, int to, int bytes) const {
-    if (p.joined || !dirty_) return;
-    for (int i = threadIdx.x * kUnit; i < bytes; i += blockDim.x * kUnit) shared<uint4>(to + i) = {};
-    __syncthreads();
-  }
-
-  // Goes to a row of an image; rows may lie outside, but cannot be loaded there.
+  // Goes to a row of an image.
   __device__ void seek(const Pixels& p, int image, int row) {
     from_ = p.base + (image * p.image_bytes + row * p.row_bytes + offset_);
   }
@@ -115,7 +119,6 @@ class RowLoader {
  private:
   int count_ = 0;  // of the thread's pixels
   int to_ = 0;
-  bool dirty_ = false;
   int64_t offset_;
   const char* from_;
 
@@ -142,6 +145,44 @@ class RowLoader {
       copy_unit<kUnit>(to + i, from_ - phase + i, at > -kUnit ? max(min(p.row_end - at, kUnit), 0) : 0);
     }
   }
+};
+
+// The same by bulk copies, which a warp of its own begins: one for a pixel, or for a row of pixels without gaps.
+class BulkLoader {
+ public:
+  __device__ BulkLoader(const Pixels& p, int slab, int first_column, int width) {
+    const int before = max(-first_column, 0);
+    pixels_ = min(p.columns, width - first_column) - before;
+    bytes_ = min(p.slab_bytes, p.bytes - slab);
+    if (p.pixel_bytes == bytes_) bytes_ *= pixels_, pixels_ = 1;
+    to_ = before * p.pitch;
+    offset_ = static_cast<int64_t>(first_column + before) * p.pixel_bytes + slab;
+  }
+
+  __device__ void seek(const Pixels& p, int image, int row) {
+    from_ = p.base + (image * p.image_bytes + row * p.row_bytes + offset_);
+  }
+  __device__ void next(const Pixels& p) { from_ += p.row_bytes; }
+
+  __device__ void load(const Pixels& p, int to, int barrier) const {
+#if __CUDA_ARCH__ >= 900
+    const int lane = threadIdx.x % 32;
+    if (lane == 0)
+      asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
+                   "r"(pixels_ * bytes_)
+                   : "memory");
+    for (int i = lane; i < pixels_; i += 32)
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                       shared_address(to + to_ + i * p.pitch)),
+                   "l"(from_ + static_cast<int64_t>(i) * p.pixel_bytes), "r"(bytes_), "r"(shared_address(barrier))
+                   : "memory");
+#endif
+  }
+
+ private:
+  int pixels_, bytes_, to_;
+  int64_t offset_;
+  const char* from_;
 };
 
 // Bytes, at most 16, that all channels, columns, rows and images are a multiple of.

@@ -1,6 +1,8 @@
 // Forward and grad_input of small kernels in channels_last (march.cuh). A thread owns one channel, or two neighbouring
 // ones, of a strip of columns. It marches down the image: each source row, read once, is added to all the output rows
 // that it reaches, whose sums are in registers; the oldest of them is then complete.
+#include <cmath>
+#include <limits>
 #include <numeric>
 
 #include "launch.h"
@@ -31,10 +33,12 @@ struct March {
   int group;          // source rows that are loaded together
   int slot_bytes, ring_bytes;
   int workers;  // blocks that share the rows of a slab and a span
+  bool bulk;    // whether rows come by bulk copies
   Divider by_lanes, by_slabs, by_spans, by_units, by_fan_out;
 };
 
-constexpr int kGroups = 4;  // of rows in the ring: one to work on, the others on their way
+constexpr int kGroups = kMaxDepth;  // of rows in the ring: one to work on, the others on their way
+constexpr int kRing = 128;          // offset of the ring, behind the barriers
 
 // Rows of units of one image.
 struct Run {
@@ -56,35 +60,37 @@ __device__ Run run_of(const March& a, int begin, int end) {
 }
 
 // Source rows of a block on their way to the ring.
-template <class Tile>
+template <class Tile, class Loader>
 class Feed {
  public:
   __device__ Feed(const March& a, int slab, int column, int begin, int end)
-      : loader_(a.source, slab, column, a.width), begin_(begin), end_(end) {
-    loader_.clear(a.source, 0, a.ring_bytes);
+      : loader_(a.source, slab, column, a.width), begin_(begin), end_(end) {}
+
+  // Finds the next row. Returns whether there is one.
+  __device__ bool find(const March& a) {
+    while (left_ <= 0 && begin_ < end_) {
+      const Run r = run_of<Tile>(a, begin_, end_);
+      begin_ += r.end - r.begin;
+      left_ = r.row_end - r.row;
+      loader_.seek(a.source, r.image, r.row);
+    }
+    return left_ > 0;
   }
 
-  // Begins to load a group.
-  __device__ void load(const March& a) {
-    for (int i = 0; i < a.group; ++i) {
-      while (left_ <= 0 && begin_ < end_) {
-        const Run r = run_of<Tile>(a, begin_, end_);
-        begin_ += r.end - r.begin;
-        left_ = r.row_end - r.row;
-        loader_.seek(a.source, r.image, r.row);
-      }
-      if (left_ <= 0) break;
-      loader_.load(a.source, slot_);
+  // Begins to load a group of rows.
+  template <typename... Barrier>
+  __device__ void load(const March& a, Barrier... barrier) {
+    for (int i = 0; i < a.group && find(a); ++i) {
+      loader_.load(a.source, kRing + slot_, barrier...);
       loader_.next(a.source);
       --left_;
       slot_ += a.slot_bytes;
       if (slot_ == a.ring_bytes) slot_ = 0;
     }
-    commit_copies();
   }
 
  private:
-  RowLoader loader_;
+  Loader loader_;
   int begin_, end_;          // rows of units that no source row was loaded for
   int left_ = 0, slot_ = 0;  // source rows of the run, and the next one's place in the ring
 };
@@ -134,15 +140,16 @@ struct Tile {
   static constexpr bool kSpread = kSpread_;
   static constexpr int kChannels = kChannels_, kFan = kFan_;
 
-  static constexpr int kPair = kSpread ? 2 : 1;                                // outputs of a unit, along a side
-  static constexpr int kStep = kSpread ? 1 : kStride;                          // source rows from unit to unit
-  static constexpr int kStrip = kSpread || kKernelH * kKernelW == 49 ? 4 : 7;  // units of a thread
-  static constexpr int kLive = (kKernelH - 1) / kStride + 1;                   // rows of units under way
+  static constexpr int kPair = kSpread ? 2 : 1;               // outputs of a unit, along a side
+  static constexpr int kStep = kSpread ? 1 : kStride;         // source rows from unit to unit
+  static constexpr int kStrip = kSpread ? 4 : 7;              // units of a thread
+  static constexpr int kLive = (kKernelH - 1) / kStride + 1;  // rows of units under way
   static constexpr int kExtentH = kSpread ? kLive : (kKernelH - 1) * kDilation + 1;
   static constexpr int kExtentW = kSpread ? (kKernelW - 1) / 2 + 1 : (kKernelW - 1) * kDilation + 1;
   static constexpr int kColumns = (kStrip - 1) * kStep + kExtentW;  // of the source, for a strip
   static constexpr int kRowsPerStep = kStep * kDilation;
 
+  static constexpr bool kBulk = kChannels == 2 || kKernelH > 3;  // whether it is compiled for bulk copies
   // As many threads as registers allow.
   static constexpr int kRegisters = kDilation * (kSpread ? kKernelH : kLive) * kPair * kStrip * kChannels +
                                     kKernelH * kKernelW * kChannels * kFan + kColumns * kChannels + 16 + 16 * kFan;
@@ -183,9 +190,24 @@ __device__ void write_pixel(char* to, const float (&x)[kChannels]) {
     *reinterpret_cast<uint32_t*>(to) = narrow_pair(x[0], x[1], T{});
 }
 
-template <typename T, class Tile>
+__device__ inline void init_barriers(int warps) {
+#if __CUDA_ARCH__ >= 900
+  const auto make = [](int barrier, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count));
+  };
+  if (threadIdx.x == 0)
+    for (int i = 0; i < kGroups; ++i) make(Barriers::full(i), 1), make(Barriers::done(i), warps);
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // of all threads: they may have written zeros
+#endif
+}
+
+// kBulk: rows come by bulk copies, which the last warp begins; the others then never wait for each other.
+template <typename T, class Tile, bool kBulk>
 __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
     march_channels_last(const __grid_constant__ March a) {
+#if __CUDA_ARCH__ < 900
+  if constexpr (kBulk) return;
+#endif
   constexpr int kChannels = Tile::kChannels, kFan = Tile::kFan, kStrip = Tile::kStrip, kLive = Tile::kLive;
   constexpr int kPair = Tile::kPair, kStep = Tile::kStep, kDilation = Tile::kDilation;
   constexpr int kSize = sizeof(T), kWidth = kStrip * kPair;
@@ -206,8 +228,26 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
   const int slab_channel = source_of(slab * kChannels);
   const int source_column = first_column * kStep - a.lead_w;
 
-  Feed<Tile> feed(a, slab_channel * kSize, source_column, begin, end);
-  for (int i = 0; i < kGroups - 1; ++i) feed.load(a);
+  const int threads = a.lanes * a.strips, warps = (threads + 31) / 32;  // without the warp that loads
+  Feed<Tile, std::conditional_t<kBulk, BulkLoader, RowLoader>> feed(a, slab_channel * kSize, source_column, begin, end);
+  clear_ring(a.source, slab_channel * kSize, source_column, a.width, kRing, a.ring_bytes);
+  if constexpr (kBulk) {
+    init_barriers(warps);
+    __syncthreads();
+    if (threadIdx.x >= 32 * warps) {
+      for (int i = 0; feed.find(a); ++i) {
+        const int stage = i % kGroups;
+        if (i >= kGroups) wait(Barriers::done(stage), (i / kGroups - 1) % 2);
+        feed.load(a, Barriers::full(stage));
+        if (threadIdx.x % 32 == 0) arrive(Barriers::full(stage));
+      }
+      return;
+    }
+    if (threadIdx.x >= threads) return;
+  } else {
+    __syncthreads();
+    for (int i = 0; i < kGroups - 1; ++i) feed.load(a), commit_copies();
+  }
 
   float weight[kFan * kChannels][Tile::kKernelH][Tile::kKernelW] = {};
   float bias[kChannels] = {};
@@ -231,8 +271,8 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
       for (int c = 0; c < kChannels; ++c) bias[c] = widen(static_cast<const T*>(a.bias)[(filter + c) * a.bias_stride]);
   }
 
-  // Sums of the rows of units under way, the oldest first. With dilation, rows of either parity have sums of their own;
-  // of a pair, so have both rows, and the second has fewer taps.
+  // Sums of the rows of units under way, the oldest first. Rows of either parity have sums of their own where there is
+  // dilation, and so have both rows of a pair.
   constexpr int kSets = Tile::kSpread ? 2 : kDilation;
   float sum[kSets][kLive][kWidth][kChannels] = {};
   const auto begins = [&](int c) { return Tile::kSpread ? 0.f : bias[c]; };
@@ -255,6 +295,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
   const int target_x = column * kPair - a.skew_w;  // and in the target
   const bool whole = live && target_x >= 0 && target_x + kWidth <= a.target_width;
   int slot = 0, fresh = 0;  // the next row in the ring; how many rows of its group are left
+  int groups = 0;           // that have been waited for
   for (int at = begin; at < end;) {
     const Run t = run_of<Tile>(a, at, end);
     const int count = t.end - t.begin;
@@ -283,13 +324,21 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
         const int set = kStep == 1 ? u : 0;  // not spread
         if (row >= t.row && row < t.row_end) {
           if (fresh == 0) {
-            wait_copies<kGroups - 2>();
-            __syncthreads();
-            feed.load(a);
+            if constexpr (kBulk) {
+              __syncwarp();
+              if (groups > 0 && threadIdx.x % 32 == 0) arrive(Barriers::done((groups - 1) % kGroups));
+              wait(Barriers::full(groups % kGroups), groups / kGroups % 2);
+              ++groups;
+            } else {
+              wait_copies<kGroups - 2>();
+              __syncthreads();
+              feed.load(a);
+              commit_copies();
+            }
             fresh = a.group;
           }
           --fresh;
-          int from = slot + place;
+          int from = kRing + slot + place;
           if (a.source.joined)
             from += phase_of(a.source, static_cast<uint32_t>(reinterpret_cast<uintptr_t>(a.source.base)) +
                                            t.image * static_cast<uint32_t>(a.source.image_bytes) +
@@ -374,7 +423,19 @@ void apply(March& a, const Cut& cut, const TileSize& tile, int64_t element) {
   const int64_t slab = std::min<int64_t>(cut.lanes * tile.channels, a.filters) * a.fan_in / a.fan_out;
   cut_pixels(a.source, slab * element, (cut.strips * tile.strip - 1) * tile.step + tile.extent_w, a.width,
              cut.lanes * cut.strips);
+  // A bulk copy of less than some 500 bytes takes longer than its bytes do.
+  const bool gapless = a.source.pixel_bytes == a.source.slab_bytes;
+  a.bulk = a.bulk && a.source.unit == kUnit && (gapless || a.source.slab_bytes >= 512);
   a.slot_bytes = a.source.ring_row_bytes(), a.ring_bytes = kGroups * cut.group * a.slot_bytes;
+}
+
+// Threads of a block, and bytes of shared memory.
+int threads_of(const March& a) {
+  const int threads = a.lanes * a.strips;
+  return a.bulk ? static_cast<int>(round_up(threads, 32)) + 32 : threads;
+}
+int shared_bytes(const March& a) {
+  return kRing + a.ring_bytes;
 }
 
 // The blocks that share the rows of a slab and a span, where `resident` blocks fit a multiprocessor.
@@ -383,98 +444,115 @@ int workers_for(const March& a, int64_t resident, const Device& d) {
   return static_cast<int>(std::min<int64_t>(std::max<int64_t>(resident * d.multiprocessors / parts, 1), a.all_units));
 }
 
-// Estimates, in nanoseconds, what limits a cut most: memory, instructions or latency, and takes the best one.
+// Estimates how long a cut takes, in nanoseconds, from what memory, instructions and latency cost. The numbers are
+// fitted to measurements on an H200. Returns infinity for a cut that is not possible.
+double time_of(const March& whole, const Cut& cut, const TileSize& tile, int64_t element, const Device& d) {
+  constexpr double kNever = std::numeric_limits<double>::infinity();
+  constexpr double kBytes = 31, kCycles = 1.75;  // of a multiprocessor, in a nanosecond
+  March a = whole;
+  apply(a, cut, tile, element);
+  const double threads = cut.lanes * cut.strips, warps = std::ceil(threads / 32);
+  if (shared_bytes(a) > d.shared_per_block || (!a.bulk && !a.source.joined && a.source.units > threads)) return kNever;
+  const int64_t blocks = std::min<int64_t>({d.shared_per_multiprocessor / (shared_bytes(a) + 1024),
+                                            tile.threads_per_multiprocessor / round_up(threads_of(a), 32), 32});
+  if (blocks == 0) return kNever;
+  const int64_t slabs = a.by_slabs.divisor, workers = workers_for(a, blocks, d);
+  const int64_t grid = slabs * a.by_spans.divisor * workers;
+  const double waves = static_cast<double>(ceil_div(grid, blocks * d.multiprocessors));
+  const double active = static_cast<double>(std::min(blocks, ceil_div(grid, d.multiprocessors)));
+
+  const double units = static_cast<double>(ceil_div(a.all_units, workers));
+  const double images = std::max(units / a.units + (std::fmod(units, a.units) > 0), 1.);
+  const double rolls = images * (tile.live - 1);  // rows that do not count for all outputs
+
+  const double outputs = tile.strip * tile.pair * tile.pair * tile.channels, unpack = element == 2;
+  const double columns = (tile.strip - 1) * tile.step + tile.extent_w;
+  double load = 0;
+  if (!a.bulk)
+    load = 35 + (a.source.joined ? 16 : 12) * a.slot_bytes / (threads * (a.source.joined ? kUnit : a.source.unit));
+  const double row = tile.kernel_h * tile.kernel_w * tile.strip * tile.channels * tile.fan +
+                     tile.step * (28 + load + tile.fan * columns * (2 + unpack * tile.channels)) +
+                     outputs / tile.channels * (4 + unpack);
+  const double rate = std::min(0.6, 0.2 * active * warps / 4) * 4 * kCycles;
+  const double instructions = active * warps * (units * row + rolls * (tile.live * outputs + 15)) / rate;
+
+  const double rows = std::min<double>(units * tile.step + images * (tile.extent_h - tile.step), images * a.height);
+  const double width = std::min<double>(a.width, cut.strips * tile.strip * tile.step);
+  double bytes = rows * (width + 0.25 * (tile.extent_w - tile.step)) * a.source.slab_bytes +
+                 units * tile.pair * std::min<double>(cut.strips * tile.strip * tile.pair, a.target_width) *
+                     std::min<double>(cut.lanes * tile.channels, a.filters) * element;
+  if (slabs > 1 && a.source.slab_bytes < 128) bytes *= 1 + 0.6 * (128 - a.source.slab_bytes) / 128;
+  const double on_the_way = active * (kGroups - 1) * cut.group * a.slot_bytes;
+  const double memory =
+      active * bytes / kBytes * (1 + 0.125 * std::pow(34e3 / on_the_way, 2) + 0.0225 * on_the_way / 1e5);
+
+  const double latency = (units + rolls) * (3 * row + 150) / kCycles;
+  const double all = std::cbrt(std::pow(instructions, 3) + std::pow(memory, 3) + std::pow(latency, 3));
+  return waves * all + 800 + 200 * cut.group;
+}
+
 Cut cut_for(const March& whole, const TileSize& tile, int64_t element, const Device& d) {
-  constexpr double kBytes = 32, kInstructions = 160;  // of a multiprocessor, in a nanosecond
-  constexpr int kEnough = 60 << 10;                   // bytes on their way to a multiprocessor that keep memory busy
   const int64_t all = ceil_div(whole.filters, tile.channels);
-  const int64_t units_w = ceil_div(whole.target_width + whole.skew_w, tile.pair);
-  const double products = static_cast<double>(tile.kernel_h * tile.kernel_w * tile.strip) * tile.channels * tile.fan;
+  const int64_t strips_w = ceil_div(ceil_div(whole.target_width + whole.skew_w, tile.pair), tile.strip);
+  const int room = tile.threads_per_block - (whole.bulk ? 32 : 0);
+  // Slabs begin at a multiple of 16 bytes in both arrays, and with the first filter of a channel.
+  const int64_t granule =
+      std::lcm(std::max<int64_t>(kUnit * whole.fan_out / (element * tile.channels * whole.fan_in), 1), whole.fan_out);
   Cut best{};
-  double best_time = 0;
-  const auto consider = [&](int64_t lanes, int64_t strips) {
-    Cut cut{static_cast<int>(lanes), static_cast<int>(strips), 0};
-    const int threads = static_cast<int>(lanes * strips);
-    March a{};
-    int64_t blocks = 0;
-    for (int group = 1; group <= 4; ++group) {
-      cut.group = group;
-      March now = whole;
-      apply(now, cut, tile, element);
-      if (!now.source.joined && now.source.units > threads) return;
-      const int64_t fit = std::min<int64_t>({d.shared_per_multiprocessor / (now.ring_bytes + 1024),
-                                             tile.threads_per_multiprocessor / round_up(threads, 32), 32});
-      if (now.ring_bytes > d.shared_per_block || fit < blocks) break;
-      a = now, blocks = fit;
-      if (blocks * (kGroups - 1) * group * a.slot_bytes >= kEnough) break;
-    }
-    if (blocks == 0) return;
-    cut.group = a.group;
-    const int64_t parts = int64_t{a.by_slabs.divisor} * a.by_spans.divisor;
-    const int64_t workers = workers_for(a, blocks, d), grid = parts * workers;
-    const int64_t waves = ceil_div(grid, blocks * d.multiprocessors);
-    const int64_t active = std::min(blocks, ceil_div(grid, d.multiprocessors));
-    const double units = static_cast<double>(ceil_div(a.all_units, workers));
-    const double images = units / a.units + 1;
-    const double rows = std::min<double>(units * tile.step + images * (tile.extent_h - tile.step), images * a.height);
-    const double width = std::min<double>(a.width, strips * tile.strip * tile.step);
-    const double halo = tile.extent_w - tile.step;
-    double bytes = rows * (width + 0.5 * halo) * a.source.slab_bytes +
-                   units * tile.pair * std::min<double>(strips * tile.strip * tile.pair, a.target_width) * lanes *
-                       tile.channels * element;
-    if (a.by_slabs.divisor > 1 && a.source.slab_bytes < 128) bytes *= 1.1 + 0.1 * (128 - a.source.slab_bytes) / 64;
-    const double copies = 9. * ceil_div(a.source.columns * a.source.pitch, threads * a.source.unit);
-    const double row =
-        products + tile.step * (30 + copies + 2 * tile.strip * tile.channels) + tile.pair * tile.pair * tile.strip * 4;
-    const double steps = units + 0.3 * images * (tile.live - 1);
-    const double time = std::max({active * bytes / kBytes, active * round_up(threads, 32) * steps * row / kInstructions,
-                                  (units + images * (tile.live - 1)) * (row + 150)});
-    const double total = waves * time + 1000;
-    if (best_time == 0 || total < best_time * 0.99) best_time = total, best = cut;
-  };
-  const int granule =
-      std::lcm(std::max<int>(kUnit * whole.fan_out / (element * tile.channels * whole.fan_in), 1), whole.fan_out);
+  double best_time = std::numeric_limits<double>::infinity();
+  int64_t before = 0;
   for (int64_t slabs = 1; slabs <= all; ++slabs) {
     const int64_t lanes = slabs == 1 ? all : round_up(ceil_div(all, slabs), granule);
-    if (lanes > tile.threads_per_block || (slabs > 1 && ceil_div(all, lanes) != slabs)) continue;
-    if (slabs > 1 && lanes < 16 && best_time > 0) break;
-    const int64_t most =
-        std::min<int64_t>(tile.threads_per_block / lanes, std::max<int64_t>(ceil_div(units_w, tile.strip), 2));
-    for (int64_t strips = 1; strips <= most; ++strips) consider(lanes, strips);
+    if (lanes > room || lanes == before) continue;
+    if (lanes < 16 && slabs > 1 && best.lanes > 0) break;
+    before = lanes;
+    for (int64_t strips = 1; strips <= std::min(room / lanes, std::max<int64_t>(strips_w, 2)); ++strips)
+      for (const int group : {1, 2, 3, 4, 6}) {
+        const Cut cut{static_cast<int>(lanes), static_cast<int>(strips), group};
+        const double time = time_of(whole, cut, tile, element, d);
+        if (time < best_time * 0.995) best_time = time, best = cut;
+      }
   }
-  if (best_time == 0) throw std::runtime_error("dwconv: rows of this size do not fit the GPU's shared memory");
+  if (best.lanes == 0) throw std::runtime_error("dwconv: rows of this size do not fit the GPU's shared memory");
   return best;
 }
 
 template <typename T, class Tile>
-void launch(March a, cudaStream_t stream, const Cut* forced = nullptr) {
+void launch(March a, cudaStream_t stream) {
   constexpr TileSize kTile{Tile::kKernelH, Tile::kKernelW, Tile::kChannels,   Tile::kFan,
                            Tile::kPair,    Tile::kStep,    Tile::kStrip,      Tile::kLive,
                            Tile::kExtentH, Tile::kExtentW, Tile::kMaxThreads, Tile::kMaxThreads * Tile::kBlocks};
   const Device device = current_device();
-  const auto kernel = march_channels_last<T, Tile>;
+  const auto kernel_for = [](const March& a) {
+    return a.bulk ? march_channels_last<T, Tile, Tile::kBulk> : march_channels_last<T, Tile, false>;
+  };
   struct Decision {
     Cut cut;
+    bool bulk;
     int resident;  // blocks on a multiprocessor
   };
-  static thread_local Decisions<11, Decision> decisions;
-  const auto decide = [&] {
-    Decision made{forced ? *forced : cut_for(a, kTile, sizeof(T), device), 0};
-    March now = a;
-    apply(now, made.cut, kTile, sizeof(T));
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&made.resident, kernel, made.cut.lanes * made.cut.strips,
-                                                  now.ring_bytes);
-    return made;
-  };
-  const Decision decision = forced ? decide()
-                                   : decisions({device.id, a.all_units, a.units, a.filters, a.fan_out, a.height,
-                                                a.width, a.target_width, a.lead_w, a.source.unit, a.source.joined},
-                                               decide);
+  static thread_local Decisions<12, Decision> decisions;
+  const Decision& decision = decisions(
+      {device.id, a.all_units, a.units, a.filters, a.fan_out, a.height, a.width, a.target_width, a.lead_w,
+       a.source.unit, a.source.joined, a.source.pixel_bytes},
+      [&] {
+        March now = a;
+        // The code at hand may be of an architecture before the device's.
+        cudaFuncAttributes attributes{};
+        cudaFuncGetAttributes(&attributes, march_channels_last<T, Tile, Tile::kBulk>);
+        now.bulk = Tile::kBulk && device.capability >= 90 && attributes.ptxVersion >= 90;
+        Decision made{cut_for(now, kTile, sizeof(T), device), now.bulk, 0};
+        apply(now, made.cut, kTile, sizeof(T));
+        const auto kernel = kernel_for(now);
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&made.resident, kernel, threads_of(now), shared_bytes(now));
+        return made;
+      });
+  a.bulk = decision.bulk;
   apply(a, decision.cut, kTile, sizeof(T));
   a.workers = workers_for(a, std::max(decision.resident, 1), device);
   const int blocks = static_cast<int>(a.by_slabs.divisor * a.by_spans.divisor) * a.workers;
-  kernel<<<blocks, a.lanes * a.strips, a.ring_bytes, stream>>>(a);
+  kernel_for(a)<<<blocks, threads_of(a), shared_bytes(a), stream>>>(a);
   check_launch("march_channels_last");
 }
 
