@@ -127,6 +127,23 @@ bool claims_stream_grad_weight_nchw(const Problem& p) {
          p.shared_memory;
 }
 
+// Whether the channels of an array lie side by side, and its pixels, rows and images anywhere.
+bool is_channels_last(const View& view, int64_t batch, int64_t channels, int64_t height, int64_t width) {
+  if (!(view.stride[1] == 1 || channels == 1)) return false;
+  // The bytes of a row are counted in 32 bits, and so are the rows of all images.
+  constexpr int64_t kMost = 1 << 27;
+  return view.stride[3] >= 0 && channels < kMost && width < kMost && view.stride[3] < kMost / width &&
+         height < kMost / batch;
+}
+
+bool claims_march_grad_weight_channels_last(const Problem& p) {
+  if (p.pass != Pass::kGradWeight || p.dtype == DType::kFloat64 || !has_tile(p, false) || p.batch == 0) return false;
+  if (p.multiplier > 2 || p.filters() > (1 << 26) / (p.taps() + 1)) return false;
+  return p.padding_h <= (p.kernel_h - 1) * p.dilation_h && p.padding_w <= (p.kernel_w - 1) * p.dilation_w &&
+         is_channels_last(p.input, p.batch, p.channels, p.height, p.width) &&
+         is_channels_last(p.output, p.batch, p.filters(), p.out_height, p.out_width);
+}
+
 // kernels/window_nchw.cu addresses a plane with 32-bit offsets and keeps three rows of the window in registers.
 bool claims_window_nchw(const Problem& p) {
   if (p.pass == Pass::kGradWeight || p.dtype == DType::kFloat64) return false;
@@ -161,6 +178,9 @@ const std::vector<Plan>& plans() {
        claims_stream_grad_weight_nchw},
       {PlanId::kWindowNchw, "window_nchw", "3x3, stride 1, rows contiguous in memory: a window of rows in registers",
        claims_window_nchw},
+      {PlanId::kMarchGradWeightChannelsLast, "march_grad_weight_channels_last",
+       "a small kernel, channels side by side: blocks march down the rows of some channels and columns",
+       claims_march_grad_weight_channels_last},
       {PlanId::kToeplitzNchwPortable, "toeplitz_nchw_portable", "toeplitz_nchw as GPUs before sm_90 run it",
        claims_toeplitz_nchw},
       {PlanId::kStreamNchwPortable, "stream_nchw_portable", "stream_nchw as GPUs before sm_90 run it",

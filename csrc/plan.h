@@ -16,6 +16,7 @@ enum class PlanId : int {
   kStreamGradWeightNchw,
   kStreamGradWeightNchwPortable,
   kWindowNchw,
+  kMarchGradWeightChannelsLast,
   kGeneric,
 };
 
