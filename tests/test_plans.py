@@ -68,6 +68,51 @@ def test_small_kernels_in_nchw(name: str, tile: tuple, dtype: torch.dtype) -> No
         assert plan_of(name, tile_case(tile, 16, 64, size), dtype) == expected, size
 
 
+MARCH = "march_grad_weight_channels_last"
+
+
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_weight_gradients_of_small_kernels_in_channels_last(tile: tuple, dtype: torch.dtype) -> None:
+    for channels in (64, 37, 3, 1000):
+        for size in ((512, 512), (7, 13), (113, 95), (3, 1000)):
+            for multiplier in (1, 2):
+                case = tile_case(tile, 16, channels, size, multiplier=multiplier)
+                assert plan_of("grad_weight", case, dtype, torch.channels_last) == MARCH, str(case)
+
+
+def test_what_can_march() -> None:
+    """Channels have to lie side by side; pixels, rows and images may lie anywhere."""
+    case = Case(4, 8, (6, 8), (3, 3), padding=(1, 1))
+    order = (0, 2, 3, 1)
+    plain = meta((4, 8, 6, 8), torch.float32, torch.channels_last)
+    for odd, marches in (
+        (lay(plain, order, offset=3), True),
+        (lay(plain, order, steps=(2, 1, 3, 2)), True),
+        (lay(plain, (2, 3, 0, 1)), True),
+        (lay(plain, order, expanded=(0, 2)), True),
+        (meta((4, 20, 6, 8), torch.float32, torch.channels_last)[:, 5:13], True),
+        (lay(plain, order, steps=(1, 2, 1, 1)), False),
+        (lay(plain, order, expanded=(1,)), False),
+        (meta((4, 8, 6, 8), torch.float32), False),
+    ):
+        assert (MARCH in claims("grad_weight", case, odd, plain)) == marches, odd.stride()
+        assert (MARCH in claims("grad_weight", case, plain, odd)) == marches, odd.stride()
+    for change in (
+        {"multiplier": 3},
+        {"kernel": (3, 5)},
+        {"stride": (1, 2)},
+        {"stride": (3, 3)},
+        {"dilation": (2, 1)},
+        {"padding": (3, 1)},
+    ):
+        assert plan_of("grad_weight", case._replace(**change), torch.float32, torch.channels_last) == "generic", change
+    assert plan_of("grad_weight", case, torch.float64, torch.channels_last) == "generic"
+    # Rows of all images, and the bytes of one, are counted in 32 bits.
+    for far in (Case(2**20, 8, (200, 8), (3, 3)), Case(1, 8, (8, 2**25), (3, 3)), Case(1, 2**24, (8, 8), (3, 3))):
+        assert plan_of("grad_weight", far, torch.float32, torch.channels_last) == "generic", str(far)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", PASSES[:2])
 def test_tensor_cores(name: str, dtype: torch.dtype) -> None:
@@ -102,9 +147,8 @@ def test_multipliers() -> None:
 @pytest.mark.parametrize(
     ("change", "dtype", "memory_format"),
     [
-        ({}, torch.float32, torch.channels_last),
-        ({}, torch.float16, torch.channels_last),
         ({}, torch.float64, torch.contiguous_format),
+        ({}, torch.float64, torch.channels_last),
         ({"kernel": (3, 5)}, torch.float32, torch.contiguous_format),
         ({"kernel": (2, 3)}, torch.float32, torch.contiguous_format),
         ({"stride": (1, 2)}, torch.float16, torch.contiguous_format),
@@ -347,7 +391,7 @@ def test_forcing_a_plan(case: Case, memory_format: torch.memory_format, dtype: t
     input = meta((case.batch, case.channels, *case.size), dtype, memory_format)
     output = meta(output_size(case), dtype, memory_format)
     for name, call in calls(case, dtype, memory_format).items():
-        for plan in ("toeplitz_nchw", "stream_nchw", "stream_grad_weight_nchw_portable", "window_nchw", "generic"):
+        for plan in ("toeplitz_nchw", "stream_nchw", "stream_grad_weight_nchw_portable", "window_nchw", MARCH, "generic"):
             if plan in claims(name, case, input, output):
                 call(plan)
             else:
@@ -430,6 +474,38 @@ def test_streams_are_exact(tile: tuple, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_marches_are_exact(tile: tuple, dtype: torch.dtype) -> None:
+    """Few channels and many, odd and even, at any address; small planes, wide ones, whole images and parts."""
+    sizes = [(7, 7), (1, 8), (14, 14), (13, 29), (28, 28), (56, 56), (113, 95), (64, 301), (400, 9)]
+    for number, size in enumerate(sizes):
+        for turn in range(4):
+            channels = (3, 64, 37, 200, 1)[(number + turn) % 5]
+            batch = 2 if size[0] * size[1] > 2000 else 5
+            reach = tuple(dilation * (side - 1) for dilation, side in zip((tile[2],) * 2, tile[0]))
+            case = tile_case(tile, batch, channels, size, multiplier=1 + (number + turn) % 2, bias=turn % 2 == 0)
+            if turn > 0:
+                case = case._replace(padding=[case.padding, (0, 0), reach][(number + turn) % 3])
+            if any(side + 2 * p < r + 1 for side, p, r in zip(size, case.padding, reach)):
+                continue
+            input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last, make=integers)
+            grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=torch.channels_last)
+            order = (0, 2, 3, 1)
+            if turn == 1:
+                input, grad_output = lay(input, order, offset=1), lay(grad_output, order, offset=3)
+            elif turn == 2:  # pixels apart, rows apart, images apart
+                input = lay(input, order, steps=(2, 1, 1, 2))
+                grad_output = lay(grad_output, order, steps=(1, 1, 2, 1))
+            exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+            forced = set()
+            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output, True):
+                assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, str(case), input.stride())
+                forced.add((name, plan))
+            assert ("grad_weight", MARCH) in forced, str(case)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel", [(7, 7), (2, 3), (4, 6), (1, 9), (6, 1), (11, 5), (3, 4), (5, 9)], ids=str)
@@ -471,3 +547,17 @@ def test_streams_repeat_bit_for_bit(plan: str, dtype: torch.dtype) -> None:
     first = results()
     for _ in range(300):
         assert all(torch.equal(a, b) for a, b in zip(first, results()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+def test_marches_repeat_bit_for_bit(dtype: torch.dtype) -> None:
+    for case in (Case(16, 24, (56, 60), (3, 3), padding=(1, 1)), Case(5, 37, (40, 50), (5, 5), multiplier=2)):
+        input, _, _ = make_inputs(case, dtype, "cuda", torch.channels_last)
+        grad_output = torch.randn(output_size(case), device="cuda", dtype=dtype)
+        grad_output = grad_output.contiguous(memory_format=torch.channels_last)
+        call = torch.ops.dwconv.grad_weight.plan
+        arguments = grad_output, input, case.kernel, *arguments_of(case), True, MARCH
+        first = call(*arguments)
+        for _ in range(300):
+            assert all(torch.equal(a, b) for a, b in zip(first, call(*arguments)))

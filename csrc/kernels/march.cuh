@@ -39,16 +39,21 @@ inline Pixels pixels_of(const View& view, int64_t channels, int64_t element, boo
   return p;
 }
 
-// Fills in what a block has of it.
-inline void cut_pixels(Pixels& p, int64_t slab_bytes, int columns) {
+// Fills in what a block has of it. Strips begin `step` columns apart; unless rows are copied in one piece, a warp that
+// reads several of them at once finds them in different banks.
+inline void cut_pixels(Pixels& p, int64_t slab_bytes, int columns, int step, bool bulk) {
   p.slab_bytes = static_cast<int>(slab_bytes), p.pitch = static_cast<int>(round_up(slab_bytes, p.unit)) * p.copies;
+  const bool whole = bulk && p.pitch == p.pixel_bytes;
+  if (!whole && p.pitch < 128 && p.pitch * step % 128 == 0) p.pitch += kUnit;
   p.columns = columns;
 }
 
-#if __CUDA_ARCH__ >= 800
-constexpr bool kLoaderWarps = true;
+#if __CUDA_ARCH__ >= 900
+constexpr bool kLoaderWarps = true, kBulkCopies = true;
+#elif __CUDA_ARCH__ >= 800
+constexpr bool kLoaderWarps = true, kBulkCopies = false;
 #else
-constexpr bool kLoaderWarps = false;
+constexpr bool kLoaderWarps = false, kBulkCopies = false;
 #endif
 
 constexpr int kMaxStages = 8;  // of a ring
@@ -59,13 +64,13 @@ struct StageBarriers {
   static __device__ int full(int stage) { return 8 * stage; }                 // its rows have arrived
   static __device__ int done(int stage) { return 8 * (kMaxStages + stage); }  // all warps that compute are done with it
 
-  static __device__ void init(int loaders, int warps) {
+  static __device__ void init(int loaders, int warps, bool bulk) {
 #if __CUDA_ARCH__ >= 800
     if (threadIdx.x > 0) return;
     const auto make = [](int barrier, int count) {
       asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
     };
-    for (int i = 0; i < kMaxStages; ++i) make(full(i), 2 * loaders), make(done(i), warps);
+    for (int i = 0; i < kMaxStages; ++i) make(full(i), bulk ? loaders : 2 * loaders), make(done(i), warps);
 #endif
   }
   static __device__ void arrive(int barrier) {
@@ -74,10 +79,12 @@ struct StageBarriers {
                  : "memory");
 #endif
   }
-  // Each thread that loads arrives twice: now, for what it stored itself, and when its copies under way are there.
-  static __device__ void arrive_full(int stage) {
+  // Each thread that loads arrives twice: now, for what it stored itself, and when its copies under way are there. The
+  // barrier knows of bulk copies.
+  static __device__ void arrive_full(int stage, bool bulk) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(full(stage))) : "memory");
+    if (!bulk)
+      asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(full(stage))) : "memory");
     arrive(full(stage));
 #endif
   }
@@ -104,31 +111,53 @@ __device__ void copy_unit(int to, const char* from) {
 #if __CUDA_ARCH__ >= 800
   if constexpr (kBytes == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-  else if constexpr (kBytes > 2)
+  if constexpr (kBytes == 8 || kBytes == 4)
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes)
                  : "memory");
-  else
-    shared<uint16_t>(to) = *reinterpret_cast<const uint16_t*>(from);
 #else
   if constexpr (kBytes == 16) shared<uint4>(to) = *reinterpret_cast<const uint4*>(from);
   if constexpr (kBytes == 8) shared<uint2>(to) = *reinterpret_cast<const uint2*>(from);
   if constexpr (kBytes == 4) shared<uint32_t>(to) = *reinterpret_cast<const uint32_t*>(from);
-  if constexpr (kBytes == 2) shared<uint16_t>(to) = *reinterpret_cast<const uint16_t*>(from);
+#endif
+}
+
+// Copies any multiple of 16 bytes; `barrier` waits for it.
+__device__ inline void copy_bulk(int to, const char* from, int bytes, int barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%3], %2;\n"
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+#endif
+}
+
+// Makes what was written to shared memory precede the bulk copies to it, with a barrier behind.
+__device__ inline void before_bulk_copies() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 
 // A thread's part in loading rows of a block's slab and span, one after the other. It is thread `rank` of `threads`.
 class RowLoader {
  public:
-  __device__ RowLoader(const Pixels& p, int slab, int first_column, int width, int rank, int threads) {
+  // `bulk`: a row in one piece, if its pixels lie so, or each pixel's part in one.
+  __device__ RowLoader(const Pixels& p, int slab, int first_column, int width, int rank, int threads, bool bulk)
+      : bulk_(bulk) {
     const int begin = max(first_column, 0), end = min(first_column + p.columns, width);
-    units_ = min(p.slab_bytes, p.bytes - slab * p.slab_bytes) / p.unit;
+    const int bytes = min(p.slab_bytes, p.bytes - slab * p.slab_bytes);
+    const bool whole = bulk && p.pixel_bytes == p.pitch;
+    units_ = bulk ? 1 : bytes / p.unit;
     lanes_ = min(units_, threads), step_ = threads / lanes_;
     part_ = rank % lanes_;
     const int pixel = rank / lanes_;
     pixels_ = pixel < step_ ? max(end - begin - pixel + step_ - 1, 0) / step_ : 0;
+    piece_ = whole ? max(end - begin, 0) * bytes : bytes;
+    if (whole) pixels_ = rank == 0 && piece_ > 0 ? 1 : 0;
     to_ = (begin - first_column + pixel) * p.pitch + part_ * p.unit * p.copies;
-    offset_ = (begin + pixel) * p.pixel_bytes + slab * p.slab_bytes + part_ * p.unit;
+    offset_ = int64_t{begin + pixel} * p.pixel_bytes + slab * p.slab_bytes + part_ * p.unit;
   }
 
   // Goes to a row of an image; rows may lie outside, but cannot be loaded there.
@@ -138,9 +167,16 @@ class RowLoader {
   __device__ void next(const Pixels& p) { from_ += p.row_bytes; }
 
   // Begins to load the row to offset `to` in shared memory.
-  __device__ void load(const Pixels& p, int to) const {
+  __device__ void load(const Pixels& p, int to, int barrier) const {
     const char* from = from_;
     to += to_;
+    if (bulk_) {
+      for (int i = 0; i < pixels_; ++i) {
+        copy_bulk(to, from, piece_, barrier);
+        to += step_ * p.pitch, from += int64_t{step_} * p.pixel_bytes;
+      }
+      return;
+    }
     for (int part = part_; part < units_; part += lanes_) {
       switch (p.unit * p.copies) {
         case 16: load_units<16, 1>(p, to, from); break;
@@ -153,24 +189,27 @@ class RowLoader {
   }
 
  private:
+  bool bulk_;
   int units_, lanes_, step_;  // units of a pixel; threads that load a pixel together; pixels that are loaded together
   int part_, pixels_;         // the thread's first unit, and of how many pixels it loads one
-  int to_, offset_;
+  int piece_;                 // bytes of a bulk copy
+  int to_;
+  int64_t offset_;
   const char* from_;
 
   template <int kBytes, int kCopies>
   __device__ void load_units(const Pixels& p, int to, const char* from) const {
     const int to_step = step_ * p.pitch;
-    const int64_t from_step = step_ * p.pixel_bytes;
+    const int64_t from_step = int64_t{step_} * p.pixel_bytes;
     const auto load_pixels = [&](auto count) {
       constexpr int kPixels = decltype(count)::value;
-      if constexpr (kBytes > 2 || !kLoaderWarps) {
+      if constexpr (kBytes > 2) {
 #pragma unroll
         for (int i = 0; i < kPixels; ++i)
 #pragma unroll
           for (int copy = 0; copy < kCopies; ++copy)
             copy_unit<kBytes>(to + i * to_step + copy * kBytes, from + i * from_step);
-      } else {  // no copies under way: so at least several loads at a time
+      } else {  // not copies under way, so several loads at a time
         uint16_t values[kPixels];
 #pragma unroll
         for (int i = 0; i < kPixels; ++i) values[i] = *reinterpret_cast<const uint16_t*>(from + i * from_step);

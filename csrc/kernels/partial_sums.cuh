@@ -7,6 +7,20 @@ namespace dwconv {
 
 constexpr int kSumsPerBlock = 32, kSumLanes = 8;
 
+// Called by the kernel before: the blocks that add up may take their places as soon as no block of its own is waiting.
+__device__ inline void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// Waits until the kernel before is done, and what it wrote is there.
+__device__ inline void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // `partial` lies as [split][tap, or bias behind the last tap][filter]. The order of a sum is always the same.
 template <typename T>
 __global__ void __launch_bounds__(kSumsPerBlock* kSumLanes)
@@ -16,6 +30,7 @@ __global__ void __launch_bounds__(kSumsPerBlock* kSumLanes)
   const int64_t sums = (taps + (grad_bias != nullptr)) * filters;
   const int column = threadIdx.x % kSumsPerBlock, lane = threadIdx.x / kSumsPerBlock;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kSumsPerBlock + column;
+  wait_for_kernel_before();
   double total = 0;  // a long sum, of which there are few
   if (index < sums)
 #pragma unroll 4
@@ -29,11 +44,21 @@ __global__ void __launch_bounds__(kSumsPerBlock* kSumLanes)
   *to = narrow<T>(static_cast<Accumulator<T>>(total));
 }
 
+// Launches it behind the kernel that writes the partial sums; `early`: its blocks start beside that kernel's last ones.
 template <typename T>
-void launch_add_partial_sums(const Problem& p, const Accumulator<T>* partial, int64_t splits, cudaStream_t stream) {
+void launch_add_partial_sums(const Problem& p, const Accumulator<T>* partial, int64_t splits, bool early,
+                             cudaStream_t stream) {
   const int64_t sums = (p.taps() + (p.bias != nullptr)) * p.filters();
-  add_partial_sums<T><<<static_cast<unsigned>(ceil_div(sums, kSumsPerBlock)), kSumsPerBlock * kSumLanes, 0, stream>>>(
-      partial, static_cast<T*>(p.weight.data), static_cast<T*>(p.bias), p.filters(), p.taps(), splits);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(ceil_div(sums, kSumsPerBlock));
+  config.blockDim = kSumsPerBlock * kSumLanes;
+  config.stream = stream;
+  config.attrs = &attribute, config.numAttrs = early ? 1 : 0;
+  cudaLaunchKernelEx(&config, add_partial_sums<T>, partial, static_cast<T*>(p.weight.data), static_cast<T*>(p.bias),
+                     p.filters(), p.taps(), splits);
   check_launch("add_partial_sums");
 }
 
