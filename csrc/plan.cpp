@@ -113,22 +113,30 @@ bool claims_stream_grad_weight_nchw(const Problem& p) {
          p.shared_memory;
 }
 
-// kernels/march_channels_last.cu takes arrays whose channels lie side by side, rows and pixels anywhere, and counts rows and what lies within one in 32 bits.
-bool claims_march_channels_last(const Problem& p) {
-  const bool forward = p.pass == Pass::kForward, spread = !forward && p.stride_h > 1;
-  if (p.pass == Pass::kGradWeight || p.dtype == DType::kFloat64 || !is_small_kernel(p)) return false;
-  if (forward ? p.multiplier > 8 : p.multiplier > 2) return false;
-  if (!forward && p.multiplier == 2 && !spread && (p.kernel_h != p.kernel_w || p.kernel_h == 1 || p.dilation_h > 1))
-    return false;  // sums over two filters are compiled for some tiles only
+// What the kernels that march ask for: channels that lie side by side, pixels, rows and images that may lie anywhere.
+bool can_march(const Problem& p) {
+  if (p.dtype == DType::kFloat64 || p.batch == 0 || !is_small_kernel(p)) return false;
   if (p.padding_h > (p.kernel_h - 1) * p.dilation_h || p.padding_w > (p.kernel_w - 1) * p.dilation_w) return false;
+  // The bytes of a row are counted in 32 bits, and so are the rows of all images.
   const auto fits = [&](const View& view, int64_t channels, int64_t height, int64_t width) {
-    constexpr int64_t kMany = 1 << 20, kMost = 1 << 30;
+    constexpr int64_t kMany = 1 << 20, kMost = 1 << 27;
     const int64_t pixel = (width == 1 ? channels : view.stride[3]) * size_of(p.dtype);
     return (view.stride[1] == 1 || channels == 1) && channels <= kMany / 8 && pixel <= kMany && width <= kMany &&
-           pixel * width < kMost && p.batch < kMost / height;
+           pixel * width < kMost && height < kMost / p.batch;
   };
-  return p.batch > 0 && fits(p.input, p.channels, p.height, p.width) &&
-         fits(p.output, p.filters(), p.out_height, p.out_width);
+  return fits(p.input, p.channels, p.height, p.width) && fits(p.output, p.filters(), p.out_height, p.out_width);
+}
+
+bool claims_march_channels_last(const Problem& p) {
+  if (p.pass == Pass::kGradWeight || !can_march(p)) return false;
+  if (p.pass == Pass::kForward) return p.multiplier <= 8;
+  // Sums over two filters are compiled for squares only.
+  const bool square = p.kernel_h == p.kernel_w && p.kernel_h > 1 && p.dilation_h == 1;
+  return p.multiplier == 1 || (p.multiplier == 2 && square);
+}
+
+bool claims_march_grad_weight_channels_last(const Problem& p) {
+  return p.pass == Pass::kGradWeight && can_march(p) && p.multiplier <= 2 && p.filters() <= (1 << 26) / (p.taps() + 1);
 }
 
 // What kernels/direct.cu and kernels/direct_grad_weight.cu ask for: offsets of 32 bits, also beside the image.
@@ -182,6 +190,9 @@ const std::vector<Plan>& plans() {
       {PlanId::kMarchChannelsLast, "march_channels_last",
        "a small kernel in channels_last: rows stream through shared memory, sums stay in registers",
        claims_march_channels_last},
+      {PlanId::kMarchGradWeightChannelsLast, "march_grad_weight_channels_last",
+       "a small kernel in channels_last: input and gradient stream through shared memory, sums stay in registers",
+       claims_march_grad_weight_channels_last},
       {PlanId::kToeplitzNchwPortable, "toeplitz_nchw_portable", "toeplitz_nchw as GPUs before sm_90 run it",
        claims_toeplitz_nchw},
       {PlanId::kStreamNchwPortable, "stream_nchw_portable", "stream_nchw as GPUs before sm_90 run it",

@@ -18,6 +18,7 @@ enum class PlanId : int {
   kStreamGradWeightNchw,
   kStreamGradWeightNchwPortable,
   kMarchChannelsLast,
+  kMarchGradWeightChannelsLast,
   kGeneric,
 };
 

@@ -9,6 +9,7 @@
 
 #include "common.cuh"
 #include "launch.h"
+#include "partial_sums.cuh"
 
 namespace dwconv {
 namespace {
@@ -309,22 +310,6 @@ __global__ void __launch_bounds__(kThreads)
   if (with_bias && first_tap == 0) reduce(bias_sum, taps);
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    generic_grad_weight_total(const Accumulator<T>* __restrict__ partial, T* __restrict__ grad_weight,
-                              T* __restrict__ grad_bias, int64_t filters, int64_t taps, int64_t splits) {
-  const int64_t sums = (taps + (grad_bias != nullptr)) * filters;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (index >= sums) return;
-  double total = 0;  // a long sum, of which there are few
-  for (int64_t run = 0; run < splits; ++run) total += partial[run * sums + index];
-  const int64_t slot = index / filters, filter = index % filters;
-  if (slot < taps)
-    grad_weight[filter * taps + slot] = narrow<T>(static_cast<Accumulator<T>>(total));
-  else
-    grad_bias[filter] = narrow<T>(static_cast<Accumulator<T>>(total));
-}
-
 unsigned blocks_for(int64_t threads) {
   const int64_t blocks = ceil_div(threads, kThreads);
   if (blocks > std::numeric_limits<int32_t>::max())
@@ -363,8 +348,7 @@ void launch_grad_weight(const Problem& p, const Allocate& allocate, cudaStream_t
       static_cast<const T*>(p.output.data), static_cast<const T*>(p.input.data), partial, Sizes<Index>(p),
       p.bias != nullptr, shape.channels_last, shape.lanes, shape.filter_groups, shape.tap_groups, shape.splits);
   check_launch("generic_grad_weight_runs");
-  generic_grad_weight_total<T><<<blocks_for(sums), kThreads, 0, stream>>>(
-      partial, static_cast<T*>(p.weight.data), static_cast<T*>(p.bias), p.filters(), p.taps(), shape.splits);
+  launch_add_partial_sums<T>(p, partial, shape.splits, false, stream);
 }
 
 // Whether every offset and every row or column number, also those before and behind the image, fits 31 bits.

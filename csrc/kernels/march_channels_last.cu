@@ -6,7 +6,9 @@
 #include <numeric>
 
 #include "launch.h"
-#include "march.cuh"
+#include "mapping.h"
+#include "march_channels_last.cuh"
+#include "small_kernels.h"
 
 namespace dwconv {
 namespace {
@@ -34,11 +36,12 @@ struct March {
   int slot_bytes, ring_bytes;
   int workers;  // blocks that share the rows of a slab and a span
   bool bulk;    // whether rows come by bulk copies
+  bool pairs;   // whether a thread may own two channels
   Divider by_lanes, by_slabs, by_spans, by_units, by_fan_out;
 };
 
-constexpr int kGroups = kMaxDepth;  // of rows in the ring: one to work on, the others on their way
-constexpr int kRing = 128;          // offset of the ring, behind the barriers
+constexpr int kGroups = Barriers::kStages;  // of rows in the ring: one to work on, the others on their way
+constexpr int kRing = 128;                  // offset of the ring, behind the barriers
 
 // Rows of units of one image.
 struct Run {
@@ -134,9 +137,10 @@ __device__ __noinline__ void strip_by_taps(const March& a, int begin, int end, i
 
 // What a kernel is compiled for. kSpread: grad_input at stride 2. kFan: source channels that a filter sums over, if
 // kChannels, those that a thread owns side by side, is 1.
-template <int kKernelH_, int kKernelW_, int kStride_, int kDilation_, bool kSpread_, int kChannels_, int kFan_>
+template <class Kernel, bool kSpread_, int kChannels_, int kFan_>
 struct Tile {
-  static constexpr int kKernelH = kKernelH_, kKernelW = kKernelW_, kStride = kStride_, kDilation = kDilation_;
+  static constexpr int kKernelH = Kernel::kKernelH, kKernelW = Kernel::kKernelW;
+  static constexpr int kStride = Kernel::kStride, kDilation = Kernel::kDilation;
   static constexpr bool kSpread = kSpread_;
   static constexpr int kChannels = kChannels_, kFan = kFan_;
 
@@ -522,7 +526,7 @@ void launch(March a, cudaStream_t stream) {
   constexpr TileSize kTile{Tile::kKernelH, Tile::kKernelW, Tile::kChannels,   Tile::kFan,
                            Tile::kPair,    Tile::kStep,    Tile::kStrip,      Tile::kLive,
                            Tile::kExtentH, Tile::kExtentW, Tile::kMaxThreads, Tile::kMaxThreads * Tile::kBlocks};
-  const Device device = current_device();
+  const Device& device = current_device();
   const auto kernel_for = [](const March& a) {
     return a.bulk ? march_channels_last<T, Tile, Tile::kBulk> : march_channels_last<T, Tile, false>;
   };
@@ -557,44 +561,44 @@ void launch(March a, cudaStream_t stream) {
 }
 
 March march_of(const Problem& p) {
-  const bool forward = p.pass == Pass::kForward;
-  const View& source = forward ? p.input : p.output;
-  const View& target = forward ? p.output : p.input;
-  const bool spread = !forward && p.stride_h > 1;
+  const Mapping map(p);
   const int64_t element = size_of(p.dtype);
   March a{};
-  a.height = static_cast<int>(forward ? p.height : p.out_height);
-  a.width = static_cast<int>(forward ? p.width : p.out_width);
-  a.source = pixels_of(source, element, forward ? p.channels : p.filters(), a.height, a.width, p.batch);
-  a.target = static_cast<char*>(target.data);
-  a.target_image_bytes = target.stride[0] * element, a.target_row_bytes = target.stride[2] * element;
-  a.target_pixel_bytes = static_cast<int>(target.stride[3] * element);
-  a.target_height = static_cast<int>(forward ? p.out_height : p.height);
-  a.target_width = static_cast<int>(forward ? p.out_width : p.width);
-  a.filters = static_cast<int>(forward ? p.filters() : p.channels);
-  a.weight = p.weight.data;
-  a.weight_filter = p.weight.stride[0], a.weight_row = p.weight.stride[2], a.weight_column = p.weight.stride[3];
-  a.bias = forward ? p.bias : nullptr, a.bias_stride = p.bias_stride;
-  a.fan_out = static_cast<int>(forward ? p.multiplier : 1), a.fan_in = static_cast<int>(forward ? 1 : p.multiplier);
-  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+  a.height = map.height, a.width = map.width;
+  a.source = pixels_of(map.source, element, map.sources, a.height, a.width, p.batch);
+  a.target = static_cast<char*>(map.target.data);
+  a.target_image_bytes = map.target.stride[0] * element, a.target_row_bytes = map.target.stride[2] * element;
+  a.target_pixel_bytes = static_cast<int>(map.target.stride[3] * element);
+  a.target_height = map.out_height, a.target_width = map.out_width, a.filters = map.targets;
+  a.weight = map.weight.data, a.weight_filter = map.weight.stride[0];
+  a.weight_row = map.weight.stride[2], a.weight_column = map.weight.stride[3];
+  a.bias = map.bias, a.bias_stride = map.bias_stride;
+  a.fan_out = map.fan_out, a.fan_in = map.fan_in;
+  a.padding_h = a.lead_h = map.padding_h, a.padding_w = a.lead_w = map.padding_w;
   a.units = a.target_height;
-  if (spread) {
+  if (map.spread) {
     a.skew_h = a.padding_h % 2, a.skew_w = a.padding_w % 2;
     a.lead_h = static_cast<int>(p.kernel_h - 1) / 2 - a.padding_h / 2;
     a.lead_w = static_cast<int>(p.kernel_w - 1) / 2 - a.padding_w / 2;
     a.units = (a.target_height + a.skew_h + 1) / 2;
-  } else {
-    if (!forward) {  // a forward pass with the kernel flipped
-      a.weight = static_cast<const char*>(a.weight) +
-                 element * ((p.kernel_h - 1) * a.weight_row + (p.kernel_w - 1) * a.weight_column);
-      a.weight_row = -a.weight_row, a.weight_column = -a.weight_column;
-      a.padding_h = static_cast<int>((p.kernel_h - 1) * p.dilation_h) - a.padding_h;
-      a.padding_w = static_cast<int>((p.kernel_w - 1) * p.dilation_w) - a.padding_w;
-    }
-    a.lead_h = a.padding_h, a.lead_w = a.padding_w;
   }
   a.all_units = static_cast<int>(p.batch) * a.units;
+  // Two channels of a thread lie in one word of either array.
+  const int64_t pair = 2 * element;
+  a.pairs = p.multiplier == 1 && a.source.unit >= pair &&
+            alignment_of(map.target, element, map.targets, a.target_height, a.target_width, p.batch) >= pair;
   return a;
+}
+
+template <typename T, class Kernel, bool kSpread>
+void launch_kernel(const March& a, cudaStream_t stream) {
+  constexpr bool kSums =
+      Kernel::kSquare && Kernel::kKernelH > 1 && Kernel::kDilation == 1 && kSpread == (Kernel::kStride > 1);
+  if constexpr (kSums)
+    if (a.fan_in > 1) return launch<T, Tile<Kernel, kSpread, 1, 2>>(a, stream);
+  if constexpr (Kernel::kKernelH <= 3)
+    if (a.pairs) return launch<T, Tile<Kernel, kSpread, 2, 1>>(a, stream);
+  launch<T, Tile<Kernel, kSpread, 1, 1>>(a, stream);
 }
 
 }  // namespace
@@ -602,43 +606,15 @@ March march_of(const Problem& p) {
 void launch_march_channels_last(const Problem& p, cudaStream_t stream) {
   const March a = march_of(p);
   const bool spread = p.pass == Pass::kGradInput && p.stride_h > 1;
-  // Two channels a thread: they lie in one word of either array.
-  const View& target = p.pass == Pass::kForward ? p.output : p.input;
-  const bool pairs = p.multiplier == 1 && a.source.unit >= 2 * size_of(p.dtype) &&
-                     alignment_of(target, size_of(p.dtype), p.channels, a.target_height, a.target_width, p.batch) >=
-                         2 * size_of(p.dtype);
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if constexpr (sizeof(T) <= 4) {
-      const auto is = [&](int h, int w, int s, int d) {
-        return p.kernel_h == h && p.kernel_w == w && p.stride_h == s && p.dilation_h == d;
-      };
-      const auto go = [&]<int kH, int kW, int kS, int kD, bool kSpread>(std::bool_constant<kSpread>,
-                                                                        std::integer_sequence<int, kH, kW, kS, kD>) {
-        if constexpr (kH == kW && kH > 1 && kD == 1 && (kSpread || kS == 1))
-          if (a.fan_in > 1) return launch<T, Tile<kH, kW, kS, kD, kSpread, 1, 2>>(a, stream);
-        if constexpr (kH <= 3)
-          if (pairs) return launch<T, Tile<kH, kW, kS, kD, kSpread, 2, 1>>(a, stream);
-        launch<T, Tile<kH, kW, kS, kD, kSpread, 1, 1>>(a, stream);
-      };
-      if (spread) {
-        if (is(3, 3, 2, 1)) return go(std::true_type{}, std::integer_sequence<int, 3, 3, 2, 1>{});
-        if (is(5, 5, 2, 1)) return go(std::true_type{}, std::integer_sequence<int, 5, 5, 2, 1>{});
-        if (is(7, 7, 2, 1)) return go(std::true_type{}, std::integer_sequence<int, 7, 7, 2, 1>{});
-      } else {
-        if (is(1, 1, 1, 1)) return go(std::false_type{}, std::integer_sequence<int, 1, 1, 1, 1>{});
-        if (is(3, 3, 1, 1)) return go(std::false_type{}, std::integer_sequence<int, 3, 3, 1, 1>{});
-        if (is(3, 3, 2, 1)) return go(std::false_type{}, std::integer_sequence<int, 3, 3, 2, 1>{});
-        if (is(3, 3, 1, 2)) return go(std::false_type{}, std::integer_sequence<int, 3, 3, 1, 2>{});
-        if (is(5, 5, 1, 1)) return go(std::false_type{}, std::integer_sequence<int, 5, 5, 1, 1>{});
-        if (is(5, 5, 2, 1)) return go(std::false_type{}, std::integer_sequence<int, 5, 5, 2, 1>{});
-        if (is(7, 7, 1, 1)) return go(std::false_type{}, std::integer_sequence<int, 7, 7, 1, 1>{});
-        if (is(7, 7, 2, 1)) return go(std::false_type{}, std::integer_sequence<int, 7, 7, 2, 1>{});
-        if (is(1, 11, 1, 1)) return go(std::false_type{}, std::integer_sequence<int, 1, 11, 1, 1>{});
-        if (is(11, 1, 1, 1)) return go(std::false_type{}, std::integer_sequence<int, 11, 1, 1, 1>{});
-      }
-      throw std::runtime_error("dwconv: no tile of march_channels_last is compiled for this kernel");
-    }
+    if constexpr (sizeof(T) <= 4)
+      visit_small_kernel(p, [&](auto kernel) {
+        using Kernel = decltype(kernel);
+        if constexpr (Kernel::kStride > 1)
+          if (spread) return launch_kernel<T, Kernel, true>(a, stream);
+        launch_kernel<T, Kernel, false>(a, stream);
+      });
   });
 }
 

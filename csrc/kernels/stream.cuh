@@ -31,8 +31,9 @@ __device__ inline uint32_t shared_address(const void* pointer) {
 
 // What bulk copies are waited for with. All lie at the beginning of shared memory.
 struct Barriers {
-  static __device__ int full(int stage) { return 8 * stage; }             // a chunk has arrived
-  static __device__ int done(int stage) { return 8 * (kDepth + stage); }  // all warps are done with it
+  static constexpr int kStages = 4;                                        // at most
+  static __device__ int full(int stage) { return 8 * stage; }              // a chunk has arrived
+  static __device__ int done(int stage) { return 8 * (kStages + stage); }  // all warps are done with it
 };
 
 __device__ inline uint32_t shared_address(int offset) {

@@ -10,6 +10,7 @@
 #include <cmath>
 
 #include "launch.h"
+#include "partial_sums.cuh"
 #include "small_kernels.h"
 #include "stream.cuh"
 
@@ -249,19 +250,6 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
   }
 }
 
-template <typename T>
-__global__ void add_splits(const float* __restrict__ partial, T* __restrict__ grad_weight, T* __restrict__ grad_bias,
-                           int filters, int taps, int splits) {
-  const int sums = (taps + (grad_bias != nullptr)) * filters;
-  const int index = blockIdx.x * blockDim.x + threadIdx.x;
-  if (index >= sums) return;
-  double total = 0;
-  for (int split = 0; split < splits; ++split) total += partial[static_cast<int64_t>(split) * sums + index];
-  const int slot = index / filters, filter = index % filters;
-  T* to = slot < taps ? grad_weight + static_cast<int64_t>(filter) * taps + slot : grad_bias + filter;
-  *to = narrow<T>(static_cast<float>(total));
-}
-
 // How the work is cut; the rest follows from it.
 struct Cut {
   bool single;
@@ -353,9 +341,7 @@ void launch(const Problem& p, Stream a, const Allocate& allocate, cudaStream_t s
   a.partial = static_cast<float*>(allocate(a.splits * sums * static_cast<int64_t>(sizeof(float))));
   kernel<<<static_cast<unsigned>(blocks), cut.threads + (a.bulk ? 32 : 0), cut.shared_bytes, stream>>>(a);
   check_launch("stream_grad_weight_nchw");
-  add_splits<T><<<static_cast<unsigned>(ceil_div(sums, 128)), 128, 0, stream>>>(
-      a.partial, static_cast<T*>(p.weight.data), static_cast<T*>(p.bias), a.filters, kTaps, a.splits);
-  check_launch("add_splits");
+  launch_add_partial_sums<T>(p, a.partial, a.splits, false, stream);
 }
 
 }  // namespace

@@ -1,12 +1,15 @@
-// Rows of channels_last arrays, marching through a ring in shared memory.
+// Rows of channels_last arrays, marching through a ring in shared memory: the loading part of march_channels_last.cu.
 //
 // A block owns a slab of neighbouring channels and a span of neighbouring columns. It goes down the rows of its part of
 // the images, and the rows to come are loaded while it computes: by cp.async on sm_80 and later, by plain loads before.
 #pragma once
 
+#include <type_traits>
+
 #include "stream.cuh"
 
 namespace dwconv {
+namespace {
 
 // An array (N, height, width, channels) whose channels lie side by side, and how a block has it in shared memory.
 struct Pixels {
@@ -223,4 +226,5 @@ inline void cut_pixels(Pixels& p, int64_t slab_bytes, int64_t columns, int64_t w
   p.by_units = Divider(p.units);
 }
 
+}  // namespace
 }  // namespace dwconv

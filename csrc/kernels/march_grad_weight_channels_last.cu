@@ -1,0 +1,513 @@
+// grad_weight (and the bias gradient) on channels_last arrays: a block marches down the rows of its slab of channels
+// and its span of columns, and a thread keeps the sums of all taps of two neighbouring filters in registers.
+//
+// Bytes bound by design: both arrays are read once. A step takes one row of the gradient, which stays in registers as
+// long as its windows reach, and the rows of the input that meet it with the first rows of its window. The rows of all
+// images are cut into splits; their sums are added up by a second, small kernel. Every sum has a fixed order, the same
+// on every run.
+//
+// What is not part of a sum is multiplied by zero, which is exact unless the other factor is Inf or NaN. So sums that
+// are finite are right, and the others are taken again, product by product.
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "launch.h"
+#include "march_grad_weight_channels_last.cuh"
+#include "partial_sums.cuh"
+#include "small_kernels.h"
+
+namespace dwconv {
+namespace {
+
+constexpr int kRing = StageBarriers::kBytes;  // where it begins in shared memory
+
+struct March {
+  Pixels source, grad;
+  float* partial;  // [split][tap, or bias behind the last tap][filter]
+  void *grad_weight, *grad_bias;
+  int height, width, out_height, out_width, padding_h, padding_w;
+  int images, filters, multiplier;
+  int slabs, spans, splits;
+  bool whole_images;  // whether splits are cut between images, or between any two rows
+  int pairs, strips;  // of a block: pairs of filters, and strips of columns
+  int loaders;        // warps that load
+  int depth, stage_bytes, source_row_bytes;
+  bool bulk;  // whether they do so by bulk copies
+  bool with_bias;
+};
+
+// The rows of a split, image by image. A step brings row `row` of the gradient, if that is before `end`; as long as
+// `held` rows of the gradient have a window under way, there are further steps.
+struct Steps {
+  int image, row, end, left;
+
+  __device__ Steps(const March& a, int split) {
+    const int64_t cuts = a.whole_images ? a.images : static_cast<int64_t>(a.images) * a.out_height;
+    const int scale = a.whole_images ? a.out_height : 1;
+    const int first = static_cast<int>(cuts * split / a.splits) * scale;
+    left = static_cast<int>(cuts * (split + 1) / a.splits) * scale - first;
+    image = first / a.out_height, row = first % a.out_height;
+    end = min(a.out_height, row + left);
+    left -= end - row;
+  }
+  __device__ bool done() const { return end == 0; }
+  // Returns whether that was the last step of an image.
+  __device__ bool next(const March& a, int held) {
+    if (++row < end + held - 1) return false;
+    row = 0, end = min(a.out_height, left);
+    left -= end, ++image;
+    return true;
+  }
+};
+
+// What a kernel is compiled for.
+template <class Kernel>
+struct Window {
+  static constexpr int kTapsH = Kernel::kKernelH, kTapsW = Kernel::kKernelW, kTaps = kTapsH * kTapsW;
+  static constexpr int kStride = Kernel::kStride, kDilation = Kernel::kDilation;
+  static constexpr int kExtentH = (kTapsH - 1) * kDilation + 1, kExtentW = (kTapsW - 1) * kDilation + 1;
+  static constexpr int kHeld = (kExtentH - 1) / kStride + 1;  // rows of the gradient whose window is under way
+  static constexpr int kColumns = kTaps > 25 || kHeld > 5 ? 4 : 7;
+  static constexpr int kSourceColumns = (kColumns - 1) * kStride + kExtentW;
+  // Steps in the body of the loop. If rows of the gradient need not move in registers, all the better, but code must
+  // not grow too long.
+  static constexpr int kUnroll = kHeld * kTaps * kColumns > 700 ? 1 : kHeld;
+  // Threads that compute, of a block with one warp that loads, and blocks on a multiprocessor, as the registers allow:
+  // for sums, rows and some 50 more, and of warps there are a multiple of 4.
+  static constexpr int kRegisters = 2 * kTaps + 2 * kHeld * kColumns;
+  static constexpr int kMaxThreads = kRegisters < 40     ? 224
+                                     : kRegisters < 64   ? 288
+                                     : kRegisters < 90   ? 224
+                                     : kRegisters <= 120 ? 160
+                                                         : 224;
+  static constexpr int kBlocks = kRegisters < 40 ? 3 : kRegisters <= 120 ? 2 : 1;
+
+  // Where in registers the row is that came `age` steps before step `u`.
+  static constexpr bool kTurns = kUnroll == kHeld;
+  static constexpr int kRows = kTurns ? kHeld : kHeld - 1 + kUnroll;
+  static constexpr int row_of(int u, int age) { return kTurns ? (u - age + kHeld) % kHeld : kHeld - 1 + u - age; }
+
+  // Whether a row of the source is in the image and meets the gradient up to row `end`.
+  static __device__ bool meets(const March& a, int end, int source_row) {
+    return source_row >= 0 && source_row < min(a.height, (end - 1) * kStride - a.padding_h + kExtentH);
+  }
+};
+
+// What a block works on.
+struct Part {
+  int slab, span, split;
+  int column, filter;  // the first ones
+
+  template <class W>
+  static __device__ Part of(const March& a, W) {
+    Part p;
+    p.slab = blockIdx.x % a.slabs, p.span = blockIdx.x / a.slabs % a.spans, p.split = blockIdx.x / a.slabs / a.spans;
+    p.column = p.span * a.strips * W::kColumns, p.filter = p.slab * a.pairs * 2;
+    return p;
+  }
+};
+
+// Where in shared memory a thread leaves the sum of a tap, or the bias behind the last one.
+__device__ inline int sum_at(int tap, int half, int thread) {
+  return kRing + 4 * ((tap * 2 + half) * static_cast<int>(blockDim.x) + thread);
+}
+
+// The sum of one tap over a thread's part, of products inside the image only.
+template <typename T, class W>
+__device__ float sum_by_products(const March& a, int split, int filter, int column, int tap) {
+  const int i = tap / W::kTapsW * W::kDilation - a.padding_h, j = tap % W::kTapsW * W::kDilation - a.padding_w;
+  const char* x = a.source.base + filter / a.multiplier * sizeof(T);
+  const char* g = a.grad.base + filter * sizeof(T);
+  const int end = min(column + W::kColumns, a.out_width);
+  float sum = 0;
+  for (Steps at(a, split); !at.done(); at.next(a, 1)) {
+    const int y = at.row * W::kStride + i;
+    if (y < 0 || y >= a.height) continue;
+    const char* row_x = x + at.image * a.source.image_bytes + y * a.source.row_bytes;
+    const char* row_g = g + at.image * a.grad.image_bytes + at.row * a.grad.row_bytes;
+    for (int v = column; v < end; ++v) {
+      const int k = v * W::kStride + j;
+      if (k >= 0 && k < a.width)
+        sum = fmaf(widen(*reinterpret_cast<const T*>(row_x + static_cast<int64_t>(k) * a.source.pixel_bytes)),
+                   widen(*reinterpret_cast<const T*>(row_g + static_cast<int64_t>(v) * a.grad.pixel_bytes)), sum);
+    }
+  }
+  return sum;
+}
+
+// Adds up the sums of a block's strips. `finite`: whether the thread's own are.
+template <typename T, class W>
+__device__ __noinline__ void finish(const March& a, bool finite) {
+  const Part part = Part::of(a, W{});
+  const int thread = threadIdx.x;
+  if (!finite && thread < a.pairs * a.strips)
+    for (int i = 0; i < 2 * W::kTaps; ++i) {
+      const int filter = part.filter + thread % a.pairs * 2 + i % 2;
+      float& sum = shared<float>(sum_at(i / 2, i % 2, thread));
+      if (!is_finite(sum) && filter < a.filters)
+        sum = sum_by_products<T, W>(a, part.split, filter, part.column + thread / a.pairs * W::kColumns, i / 2);
+    }
+  __syncthreads();
+
+  const int taps = W::kTaps + a.with_bias, parts = a.splits * a.spans;
+  const int sums = taps * 2 * a.pairs, lanes = a.strips < 32 ? 1 : 32;
+  float* partial = a.partial + static_cast<int64_t>(part.split * a.spans + part.span) * taps * a.filters;
+  for (int begin = 0; begin < sums; begin += blockDim.x / lanes) {
+    const int number = begin + thread / lanes, lane = thread % lanes;
+    const int pair = number % a.pairs, half = number / a.pairs % 2, tap = number / a.pairs / 2;
+    float total = 0;
+    if (number < sums)
+      for (int strip = lane; strip < a.strips; strip += lanes)
+        total += shared<float>(sum_at(tap, half, strip * a.pairs + pair));
+    for (int offset = lanes / 2; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
+    const int filter = part.filter + pair * 2 + half;
+    if (number >= sums || lane > 0 || filter >= a.filters) continue;
+    if (parts > 1)
+      partial[static_cast<int64_t>(tap) * a.filters + filter] = total;
+    else if (tap < W::kTaps)
+      static_cast<T*>(a.grad_weight)[static_cast<int64_t>(filter) * W::kTaps + tap] = narrow<T>(total);
+    else
+      static_cast<T*>(a.grad_bias)[filter] = narrow<T>(total);
+  }
+}
+
+// What loads the rows of a split, step by step.
+template <class W>
+class Loader {
+ public:
+  __device__ Loader(const March& a, const Part& part, int rank, int threads, bool bulk)
+      : steps_(a, part.split),
+        source_(a.source, part.slab, part.column * W::kStride - a.padding_w, a.width, rank, threads, bulk),
+        grad_(a.grad, part.slab, part.column, a.out_width, rank, threads, bulk) {
+    seek(a);
+  }
+  __device__ bool done() const { return steps_.done(); }
+
+  // Begins to load the rows of a step, if there is one.
+  __device__ void load(const March& a, int stage) {
+    if (done()) return;
+    const int barrier = StageBarriers::full(stage);
+    int to = kRing + stage * a.stage_bytes;
+#pragma unroll
+    for (int e = 0; e < W::kStride; ++e) {
+      if (W::meets(a, steps_.end, steps_.row * W::kStride - a.padding_h + e)) source_.load(a.source, to, barrier);
+      source_.next(a.source), to += a.source_row_bytes;
+    }
+    if (steps_.row < steps_.end) grad_.load(a.grad, to, barrier);
+    grad_.next(a.grad);
+    if (steps_.next(a, W::kHeld)) seek(a);
+  }
+
+ private:
+  Steps steps_;
+  RowLoader source_, grad_;
+
+  __device__ void seek(const March& a) {
+    source_.seek(a.source, steps_.image, steps_.row * W::kStride - a.padding_h);
+    grad_.seek(a.grad, steps_.image, steps_.row);
+  }
+};
+
+template <typename T, class W>
+__global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
+    march_grad_weight_channels_last(const __grid_constant__ March a) {
+  constexpr int kSize = sizeof(T);
+  let_next_kernel_start();
+  const int workers = blockDim.x - (kLoaderWarps ? 32 * a.loaders : 0);
+  const bool is_worker = static_cast<int>(threadIdx.x) < workers;
+  for (int i = threadIdx.x * kUnit; i < a.depth * a.stage_bytes; i += blockDim.x * kUnit)
+    shared<uint4>(kRing + i) = uint4{};
+  const bool bulk = kBulkCopies && a.bulk;
+  StageBarriers::init(32 * a.loaders, workers / 32, bulk);
+  if (bulk) before_bulk_copies();
+  __syncthreads();
+
+  const Part part = Part::of(a, W{});
+  const int rank = threadIdx.x - (kLoaderWarps ? workers : 0), loaders = blockDim.x - (kLoaderWarps ? workers : 0);
+  Loader<W> loader(a, part, rank, loaders, bulk);
+  if (kLoaderWarps && !is_worker) {
+    int stage = 0;
+    uint32_t parity = 1;
+    while (!loader.done()) {
+      StageBarriers::wait(StageBarriers::done(stage), parity);
+      loader.load(a, stage);
+      StageBarriers::arrive_full(stage, bulk);
+      if (++stage == a.depth) stage = 0, parity ^= 1;
+    }
+  }
+  if (!kLoaderWarps)
+    for (int d = 0; d < a.depth - 1; ++d) loader.load(a, d);
+
+  const bool active = static_cast<int>(threadIdx.x) < a.pairs * a.strips;
+  const int pair = active ? threadIdx.x % a.pairs : 0, strip = active ? threadIdx.x / a.pairs : 0;
+  const int source_at = kRing + strip * W::kColumns * W::kStride * a.source.pitch + pair * 2 * kSize;
+  const int grad_at = kRing + W::kStride * a.source_row_bytes + strip * W::kColumns * a.grad.pitch + pair * 2 * kSize;
+
+  float sum[W::kTapsH][W::kTapsW][2] = {}, g[W::kRows][W::kColumns][2];
+  float bias[2] = {};  // of a few rows; the others are in shared memory
+  const int bias_at = kRing + a.depth * a.stage_bytes + static_cast<int>(threadIdx.x * sizeof(double2));
+  shared<double2>(bias_at) = double2{};
+  int stage = 0;
+  uint32_t parity = 0;
+  for (Steps at(a, part.split); is_worker && !at.done();) {
+#pragma unroll
+    for (int r = 0; r < W::kRows; ++r)
+#pragma unroll
+      for (int v = 0; v < W::kColumns; ++v) g[r][v][0] = g[r][v][1] = 0;
+    for (bool more = true; more;) {
+#pragma unroll
+      for (int u = 0; u < W::kUnroll; ++u) {
+        if (!more) break;
+        if (kLoaderWarps) {
+          StageBarriers::wait(StageBarriers::full(stage), parity);
+        } else {
+          __syncthreads();
+          loader.load(a, stage == 0 ? a.depth - 1 : stage - 1);
+        }
+        const int from = stage * a.stage_bytes;
+        float (&row)[W::kColumns][2] = g[W::row_of(u, 0)];
+#pragma unroll
+        for (int v = 0; v < W::kColumns; ++v) row[v][0] = row[v][1] = 0;
+        if (at.row < at.end)
+#pragma unroll
+          for (int v = 0; v < W::kColumns; ++v) read_pair(from + grad_at + v * a.grad.pitch, row[v], T{});
+#pragma unroll
+        for (int e = 0; e < W::kStride; ++e) {
+          if (!W::meets(a, at.end, at.row * W::kStride - a.padding_h + e)) continue;
+          const int x_at = from + source_at + e * a.source_row_bytes;
+#pragma unroll
+          for (int column = 0; column < W::kSourceColumns; ++column) {
+            float x[2];
+            read_pair(x_at + column * a.source.pitch, x, T{});
+#pragma unroll
+            for (int i = 0; i < W::kTapsH; ++i) {
+              const int reach = i * W::kDilation - e;
+              if (reach < 0 || reach % W::kStride != 0) continue;
+#pragma unroll
+              for (int j = 0; j < W::kTapsW; ++j) {
+                const int offset = column - j * W::kDilation, v = offset / W::kStride;
+                if (offset < 0 || offset % W::kStride != 0 || v >= W::kColumns) continue;
+#pragma unroll
+                for (int h = 0; h < 2; ++h)
+                  sum[i][j][h] = fmaf(x[h], g[W::row_of(u, reach / W::kStride)][v][h], sum[i][j][h]);
+              }
+            }
+          }
+        }
+        if (kLoaderWarps) {
+          __syncwarp();
+          if (threadIdx.x % 32 == 0) StageBarriers::arrive(StageBarriers::done(stage));
+        }
+        if (++stage == a.depth) stage = 0, parity ^= 1;
+#pragma unroll
+        for (int v = 0; v < W::kColumns; ++v) bias[0] += row[v][0], bias[1] += row[v][1];
+        more = !at.next(a, W::kHeld);
+        if (a.with_bias && (at.row % 4 == 0 || !more)) {  // long sums lose digits
+          double2& total = shared<double2>(bias_at);
+          total.x += bias[0], total.y += bias[1];
+          bias[0] = bias[1] = 0;
+        }
+      }
+      if constexpr (!W::kTurns)
+#pragma unroll
+        for (int r = 0; r < W::kHeld - 1; ++r)
+#pragma unroll
+          for (int v = 0; v < W::kColumns; ++v)
+            g[r][v][0] = g[r + W::kUnroll][v][0], g[r][v][1] = g[r + W::kUnroll][v][1];
+    }
+  }
+  const double2 bias_total = shared<double2>(bias_at);
+  __syncthreads();
+
+  // The ring has served: its memory takes the sums of all threads, tap by tap, two filters each.
+  const int thread = threadIdx.x;
+  float check = 0;
+#pragma unroll
+  for (int tap = 0; tap < W::kTaps; ++tap)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float value = sum[tap / W::kTapsW][tap % W::kTapsW][h];
+      shared<float>(sum_at(tap, h, thread)) = value;
+      check = fmaf(value, 0.f, check);
+    }
+  shared<float>(sum_at(W::kTaps, 0, thread)) = static_cast<float>(bias_total.x);
+  shared<float>(sum_at(W::kTaps, 1, thread)) = static_cast<float>(bias_total.y);
+  finish<T, W>(a, check == 0);
+}
+
+// How the work is cut; the rest follows from it.
+struct Cut {
+  int pairs, strips, loaders, depth, splits;
+  bool bulk;
+  bool whole_images;
+  int threads;
+  int64_t shared_bytes;
+};
+
+// What there is to know of a kernel, at run time.
+struct WindowSize {
+  int taps, extent_w, stride, held, columns, source_columns;
+  int max_threads, blocks;  // of a block, and blocks of that size on a multiprocessor, as the registers allow
+};
+
+// Fills in what follows from a cut.
+void apply(March& a, Cut& cut, const WindowSize& w, int element) {
+  a.pairs = cut.pairs, a.strips = cut.strips, a.loaders = cut.loaders, a.bulk = cut.bulk, a.depth = cut.depth,
+  a.splits = cut.splits;
+  a.whole_images = cut.whole_images;
+  a.slabs = static_cast<int>(ceil_div(a.filters, 2 * cut.pairs));
+  a.spans = static_cast<int>(ceil_div(a.out_width, cut.strips * w.columns));
+  const int columns = cut.strips * w.columns;
+  cut_pixels(a.source, cut.pairs * (a.multiplier == 2 ? 1 : 2) * element, (columns - 1) * w.stride + w.extent_w,
+             w.columns * w.stride, cut.bulk);
+  cut_pixels(a.grad, cut.pairs * 2 * element, columns, w.columns, cut.bulk);
+  a.source_row_bytes = a.source.ring_row_bytes();
+  a.stage_bytes = w.stride * a.source_row_bytes + a.grad.ring_row_bytes();
+  cut.threads = static_cast<int>(round_up(int64_t{cut.pairs} * cut.strips, 32)) + 32 * cut.loaders;
+  cut.shared_bytes = kRing + std::max<int64_t>(int64_t{cut.depth} * a.stage_bytes + int64_t{cut.threads} * 16,
+                                               int64_t{w.taps + 1} * 2 * cut.threads * 4);
+}
+
+// An estimate, in cycles, of how long a cut takes, with `resident` blocks on a multiprocessor. Only comparisons matter;
+// the constants are fitted to measurements.
+double cycles_of(const March& a, const Cut& cut, const WindowSize& w, const Device& device, int64_t resident) {
+  const int64_t blocks = int64_t{a.slabs} * a.spans * cut.splits;
+  const int64_t waves = ceil_div(blocks, resident * device.multiprocessors);
+  const double side_by_side = static_cast<double>(std::min(resident, ceil_div(blocks, device.multiprocessors)));
+  const int64_t longest = cut.whole_images ? ceil_div(a.images, cut.splits) * a.out_height
+                                           : ceil_div(int64_t{a.images} * a.out_height, cut.splits);
+  const int64_t images = cut.whole_images ? longest / a.out_height : (longest + a.out_height - 2) / a.out_height + 1;
+  const double steps = static_cast<double>(longest + (w.held - 1) * images);
+
+  // Of a step: instructions of a warp, bytes, units that are copied.
+  const double columns = std::min(a.out_width, cut.strips * w.columns);
+  const double source_columns = std::min<double>((columns - 1) * w.stride + w.extent_w, a.width);
+  const int element = a.grad.slab_bytes / (2 * cut.pairs);
+  const double instructions =
+      2.0 * w.taps * w.columns + (2.0 + element) * (w.stride * w.source_columns + w.columns) + 160;
+  double bytes = 0, copies = 0, loading = 80;
+  const auto load = [&](const Pixels& p, double pixels) {
+    const bool whole = p.slab_bytes >= p.bytes;
+    bytes += pixels * (whole ? p.bytes : p.slab_bytes + 10);
+    const double units = pixels * std::min(p.slab_bytes, p.bytes) / p.unit * p.copies / 32;
+    if (cut.bulk) {
+      loading += whole ? 30 : 20 * pixels;
+    } else {
+      loading += units / cut.loaders * (p.unit == 2 ? 25 : 48);
+      copies += units;
+    }
+  };
+  load(a.source, w.stride * source_columns), load(a.grad, columns);
+  const double warps = cut.threads / 32 - cut.loaders;
+  const double issue = side_by_side * (warps * instructions + 6 * copies + 40 * cut.loaders) / 4 * 1.37;
+  const double memory = side_by_side * bytes / 17;
+  const double alone = 1.6 * instructions + 256;
+  const double arrival = 2100.0 / (cut.depth - 1);
+  const auto cube = [](double value) { return value * value * value; };
+  const double step = std::cbrt(cube(issue) + cube(memory) + cube(alone) + cube(arrival) + cube(loading));
+
+  const int64_t parts = int64_t{cut.splits} * a.spans;
+  const double sums = static_cast<double>(w.taps + 1) * a.filters;
+  const double total = parts > 1 ? 4000 + 8 * static_cast<double>(parts) * sums / device.multiprocessors / 17 : 0;
+  return waves * (4600 + steps * step + 2.0 * w.taps * (cut.strips + 10)) + total;
+}
+
+Cut cut_for(March a, const WindowSize& w, int element, const Device& device) {
+  // A slab begins at a multiple of the unit that is copied at once.
+  const int source_pair = a.multiplier == 2 ? element : 2 * element;
+  const int least = std::max({1, a.source.unit / source_pair, a.grad.unit / (2 * element)});
+  const int all_pairs = static_cast<int>(ceil_div(a.filters, 2));
+  const int all_strips = static_cast<int>(ceil_div(a.out_width, w.columns));
+  const int64_t rows = int64_t{a.images} * a.out_height;
+  const bool bulk = device.capability >= 90 && a.source.unit == kUnit && a.grad.unit == kUnit;
+  constexpr int64_t kLongest = 256;  // rows of a split: longer sums lose digits
+  const int64_t fewest = std::min<int64_t>(w.max_threads, int64_t{all_pairs} * all_strips) / 20;
+  Cut best{};
+  double best_cycles = INFINITY;
+  const auto consider = [&](int pairs, int strips, int loaders, bool bulk, int depth) {
+    Cut cut{pairs, strips, loaders, depth, 1, bulk, false, 0, 0};
+    apply(a, cut, w, element);
+    if (cut.shared_bytes > device.shared_per_block || cut.threads > w.max_threads + 32) return;
+    const int64_t resident =
+        std::clamp<int64_t>(std::min<int64_t>(device.shared_per_multiprocessor / (cut.shared_bytes + 1024),
+                                              (w.max_threads + 32) * w.blocks / cut.threads),
+                            1, 32);
+    const int64_t groups = int64_t{a.slabs} * a.spans, slots = resident * device.multiprocessors;
+    const auto split = [&](int64_t splits) {
+      for (const bool whole_images : {false, true}) {
+        cut.splits = static_cast<int>(std::clamp<int64_t>(splits, 1, whole_images ? a.images : rows));
+        cut.whole_images = whole_images;
+        double cycles = cycles_of(a, cut, w, device, resident);
+        if (ceil_div(rows, cut.splits) > kLongest) cycles *= 1.2;
+        if (cycles < best_cycles) best_cycles = cycles, best = cut;
+      }
+    };
+    for (int64_t splits = 1; splits * groups < slots; splits *= 2) split(splits);
+    for (int waves = 1; waves <= 4; ++waves) split(slots * waves / groups);
+  };
+  int last_pairs = 0;
+  for (int most_pairs = std::min(all_pairs, w.max_threads); most_pairs > 0; --most_pairs) {
+    const int64_t even = ceil_div(all_pairs, ceil_div(all_pairs, most_pairs));  // all slabs of about the same size
+    const int pairs = static_cast<int>(std::min<int64_t>(round_up(even, least), all_pairs));
+    if (pairs > w.max_threads || pairs == last_pairs) continue;
+    last_pairs = pairs;
+    int last_strips = 0;
+    for (int most_strips = std::min(all_strips, w.max_threads / pairs); most_strips > 0; --most_strips) {
+      const int strips = static_cast<int>(ceil_div(all_strips, ceil_div(all_strips, most_strips)));
+      if (pairs * strips < fewest || strips == last_strips) continue;
+      last_strips = strips;
+      for (const int depth : {2, 3, 4, 6, 8}) {
+        for (const int loaders : {1, 2, 4}) consider(pairs, strips, loaders, false, depth);
+        if (bulk) consider(pairs, strips, 1, true, depth);
+      }
+    }
+  }
+  return best;
+}
+
+template <typename T, class W>
+void launch(const Problem& p, March a, const Allocate& allocate, cudaStream_t stream) {
+  constexpr WindowSize kWindow{W::kTaps,    W::kExtentW,       W::kStride,     W::kHeld,
+                               W::kColumns, W::kSourceColumns, W::kMaxThreads, W::kBlocks};
+  constexpr int kElement = sizeof(T);
+  const Device& device = current_device();
+  const auto kernel = march_grad_weight_channels_last<T, W>;
+  static thread_local Decisions<9, Cut> decisions;
+  Cut cut =
+      decisions({device.id, a.images, a.filters, a.multiplier, a.height, a.width, a.out_height, a.out_width,
+                 a.source.unit * kUnit + a.grad.unit},
+                [&] {
+                  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+                  return cut_for(a, kWindow, kElement, device);
+                });
+  apply(a, cut, kWindow, kElement);
+  const int64_t blocks = int64_t{a.slabs} * a.spans * a.splits, parts = int64_t{a.spans} * a.splits;
+  if (parts > 1)
+    a.partial = static_cast<float*>(
+        allocate(parts * (W::kTaps + a.with_bias) * a.filters * static_cast<int64_t>(sizeof(float))));
+  kernel<<<static_cast<unsigned>(blocks), cut.threads, cut.shared_bytes, stream>>>(a);
+  check_launch("march_grad_weight_channels_last");
+  if (parts > 1) launch_add_partial_sums<T>(p, a.partial, parts, device.capability >= 90, stream);
+}
+
+}  // namespace
+
+void launch_march_grad_weight_channels_last(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
+  March a{};
+  a.source = pixels_of(p.input, p.channels, size_of(p.dtype), p.multiplier == 2);
+  a.grad = pixels_of(p.output, p.filters(), size_of(p.dtype), false);
+  a.grad_weight = p.weight.data, a.grad_bias = p.bias, a.with_bias = p.bias != nullptr;
+  a.height = static_cast<int>(p.height), a.width = static_cast<int>(p.width);
+  a.out_height = static_cast<int>(p.out_height), a.out_width = static_cast<int>(p.out_width);
+  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+  a.images = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());
+  a.multiplier = static_cast<int>(p.multiplier);
+  visit_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (sizeof(T) <= 4)
+      visit_small_kernel(p, [&](auto kernel) { launch<T, Window<decltype(kernel)>>(p, a, allocate, stream); });
+  });
+}
+
+}  // namespace dwconv

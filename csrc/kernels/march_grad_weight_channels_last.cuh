@@ -1,0 +1,244 @@
+// Rows of channels_last arrays, marching through a ring in shared memory: the loading part of
+// march_grad_weight_channels_last.cu.
+//
+// A block owns a slab of neighbouring channels and a span of neighbouring columns, and goes down the rows of its part
+// of the images. The rows to come are loaded while it computes: by warps that do nothing else, by cp.async, on sm_80
+// and later; by plain loads of all threads before. Columns outside the image are never loaded: their place in the ring
+// is zero from the beginning.
+#pragma once
+
+#include <type_traits>
+
+#include "stream.cuh"
+
+namespace dwconv {
+namespace {
+
+// An array (N, height, width, channels) whose channels lie side by side, and how a block has it in shared memory.
+struct Pixels {
+  const char* base;
+  int64_t image_bytes, row_bytes;
+  int pixel_bytes;     // from one pixel to the next
+  int bytes;           // of a pixel, all channels
+  int slab_bytes;      // of a pixel, the channels of a block
+  int unit;            // bytes that are copied at once: 16, 8, 4 or 2
+  int copies;          // of a unit in shared memory, side by side: 1 or 2
+  int pitch, columns;  // in shared memory: from one pixel to the next, and pixels of a row
+
+  int ring_row_bytes() const { return static_cast<int>(round_up(int64_t{pitch} * columns, kUnit)); }
+};
+
+// Fills in how an array lies in memory. `twice`: shared memory takes each channel twice.
+inline Pixels pixels_of(const View& view, int64_t channels, int64_t element, bool twice) {
+  Pixels p{};
+  p.base = static_cast<const char*>(view.data);
+  p.image_bytes = view.stride[0] * element, p.row_bytes = view.stride[2] * element;
+  p.pixel_bytes = static_cast<int>(view.stride[3] * element), p.bytes = static_cast<int>(channels * element);
+  const int64_t all = static_cast<int64_t>(reinterpret_cast<uintptr_t>(view.data)) | p.image_bytes | p.row_bytes |
+                      p.pixel_bytes | p.bytes;
+  p.unit = static_cast<int>(twice ? element : kUnit), p.copies = twice ? 2 : 1;
+  while (all % p.unit != 0) p.unit /= 2;
+  return p;
+}
+
+// Fills in what a block has of it. Strips begin `step` columns apart; unless rows are copied in one piece, a warp that
+// reads several of them at once finds them in different banks.
+inline void cut_pixels(Pixels& p, int64_t slab_bytes, int columns, int step, bool bulk) {
+  p.slab_bytes = static_cast<int>(slab_bytes), p.pitch = static_cast<int>(round_up(slab_bytes, p.unit)) * p.copies;
+  const bool whole = bulk && p.pitch == p.pixel_bytes;
+  if (!whole && p.pitch < 128 && p.pitch * step % 128 == 0) p.pitch += kUnit;
+  p.columns = columns;
+}
+
+#if __CUDA_ARCH__ >= 900
+constexpr bool kLoaderWarps = true, kBulkCopies = true;
+#elif __CUDA_ARCH__ >= 800
+constexpr bool kLoaderWarps = true, kBulkCopies = false;
+#else
+constexpr bool kLoaderWarps = false, kBulkCopies = false;
+#endif
+
+constexpr int kMaxStages = 8;  // of a ring
+
+// What stages of the ring are waited for with. All lie at the beginning of shared memory.
+struct StageBarriers {
+  static constexpr int kBytes = 16 * kMaxStages;
+  static __device__ int full(int stage) { return 8 * stage; }                 // its rows have arrived
+  static __device__ int done(int stage) { return 8 * (kMaxStages + stage); }  // all warps that compute are done with it
+
+  static __device__ void init(int loaders, int warps, bool bulk) {
+#if __CUDA_ARCH__ >= 800
+    if (threadIdx.x > 0) return;
+    const auto make = [](int barrier, int count) {
+      asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+    };
+    for (int i = 0; i < kMaxStages; ++i) make(full(i), bulk ? loaders : 2 * loaders), make(done(i), warps);
+#endif
+  }
+  static __device__ void arrive(int barrier) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(barrier))
+                 : "memory");
+#endif
+  }
+  // Each thread that loads arrives twice: now, for what it stored itself, and when its copies under way are there. The
+  // barrier knows of bulk copies.
+  static __device__ void arrive_full(int stage, bool bulk) {
+#if __CUDA_ARCH__ >= 800
+    if (!bulk)
+      asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(full(stage))) : "memory");
+    arrive(full(stage));
+#endif
+  }
+  static __device__ void wait(int barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+    dwconv::wait(barrier, parity);
+#elif __CUDA_ARCH__ >= 800
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "retry:\n"
+        "mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
+        "@!done bra retry;\n"
+        "}" ::"r"(shared_address(barrier)),
+        "r"(parity)
+        : "memory");
+#endif
+  }
+};
+
+// Copies one unit: under way on return, but for units of 2 bytes.
+template <int kBytes>
+__device__ void copy_unit(int to, const char* from) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+  if constexpr (kBytes == 8 || kBytes == 4)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes)
+                 : "memory");
+#else
+  if constexpr (kBytes == 16) shared<uint4>(to) = *reinterpret_cast<const uint4*>(from);
+  if constexpr (kBytes == 8) shared<uint2>(to) = *reinterpret_cast<const uint2*>(from);
+  if constexpr (kBytes == 4) shared<uint32_t>(to) = *reinterpret_cast<const uint32_t*>(from);
+#endif
+}
+
+// Copies any multiple of 16 bytes; `barrier` waits for it.
+__device__ inline void copy_bulk(int to, const char* from, int bytes, int barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%3], %2;\n"
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+#endif
+}
+
+// Makes what was written to shared memory precede the bulk copies to it, with a barrier behind.
+__device__ inline void before_bulk_copies() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// A thread's part in loading rows of a block's slab and span, one after the other. It is thread `rank` of `threads`.
+class RowLoader {
+ public:
+  // `bulk`: a row in one piece, if its pixels lie so, or each pixel's part in one.
+  __device__ RowLoader(const Pixels& p, int slab, int first_column, int width, int rank, int threads, bool bulk)
+      : bulk_(bulk) {
+    const int begin = max(first_column, 0), end = min(first_column + p.columns, width);
+    const int bytes = min(p.slab_bytes, p.bytes - slab * p.slab_bytes);
+    const bool whole = bulk && p.pixel_bytes == p.pitch;
+    units_ = bulk ? 1 : bytes / p.unit;
+    lanes_ = min(units_, threads), step_ = threads / lanes_;
+    part_ = rank % lanes_;
+    const int pixel = rank / lanes_;
+    pixels_ = pixel < step_ ? max(end - begin - pixel + step_ - 1, 0) / step_ : 0;
+    piece_ = whole ? max(end - begin, 0) * bytes : bytes;
+    if (whole) pixels_ = rank == 0 && piece_ > 0 ? 1 : 0;
+    to_ = (begin - first_column + pixel) * p.pitch + part_ * p.unit * p.copies;
+    offset_ = int64_t{begin + pixel} * p.pixel_bytes + slab * p.slab_bytes + part_ * p.unit;
+  }
+
+  // Goes to a row of an image; rows may lie outside, but cannot be loaded there.
+  __device__ void seek(const Pixels& p, int image, int row) {
+    from_ = p.base + (image * p.image_bytes + row * p.row_bytes + offset_);
+  }
+  __device__ void next(const Pixels& p) { from_ += p.row_bytes; }
+
+  // Begins to load the row to offset `to` in shared memory.
+  __device__ void load(const Pixels& p, int to, int barrier) const {
+    const char* from = from_;
+    to += to_;
+    if (bulk_) {
+      for (int i = 0; i < pixels_; ++i) {
+        copy_bulk(to, from, piece_, barrier);
+        to += step_ * p.pitch, from += int64_t{step_} * p.pixel_bytes;
+      }
+      return;
+    }
+    for (int part = part_; part < units_; part += lanes_) {
+      switch (p.unit * p.copies) {
+        case 16: load_units<16, 1>(p, to, from); break;
+        case 8: p.copies == 1 ? load_units<8, 1>(p, to, from) : load_units<4, 2>(p, to, from); break;
+        case 4: p.copies == 1 ? load_units<4, 1>(p, to, from) : load_units<2, 2>(p, to, from); break;
+        default: load_units<2, 1>(p, to, from);
+      }
+      to += lanes_ * p.unit * p.copies, from += lanes_ * p.unit;
+    }
+  }
+
+ private:
+  bool bulk_;
+  int units_, lanes_, step_;  // units of a pixel; threads that load a pixel together; pixels that are loaded together
+  int part_, pixels_;         // the thread's first unit, and of how many pixels it loads one
+  int piece_;                 // bytes of a bulk copy
+  int to_;
+  int64_t offset_;
+  const char* from_;
+
+  template <int kBytes, int kCopies>
+  __device__ void load_units(const Pixels& p, int to, const char* from) const {
+    const int to_step = step_ * p.pitch;
+    const int64_t from_step = int64_t{step_} * p.pixel_bytes;
+    const auto load_pixels = [&](auto count) {
+      constexpr int kPixels = decltype(count)::value;
+      if constexpr (kBytes > 2) {
+#pragma unroll
+        for (int i = 0; i < kPixels; ++i)
+#pragma unroll
+          for (int copy = 0; copy < kCopies; ++copy)
+            copy_unit<kBytes>(to + i * to_step + copy * kBytes, from + i * from_step);
+      } else {  // not copies under way, so several loads at a time
+        uint16_t values[kPixels];
+#pragma unroll
+        for (int i = 0; i < kPixels; ++i) values[i] = *reinterpret_cast<const uint16_t*>(from + i * from_step);
+#pragma unroll
+        for (int i = 0; i < kPixels; ++i)
+#pragma unroll
+          for (int copy = 0; copy < kCopies; ++copy) shared<uint16_t>(to + i * to_step + copy * kBytes) = values[i];
+      }
+      to += kPixels * to_step, from += kPixels * from_step;
+    };
+    int pixels = pixels_;
+    for (; pixels >= 8; pixels -= 8) load_pixels(std::integral_constant<int, 8>{});
+    if (pixels & 4) load_pixels(std::integral_constant<int, 4>{});
+    if (pixels & 2) load_pixels(std::integral_constant<int, 2>{});
+    if (pixels & 1) load_pixels(std::integral_constant<int, 1>{});
+  }
+};
+
+// Two neighbouring channels of a pixel.
+__device__ inline void read_pair(int at, float (&pair)[2], float) {
+  const float2 both = shared<float2>(at);
+  pair[0] = both.x, pair[1] = both.y;
+}
+template <typename T>
+__device__ void read_pair(int at, float (&pair)[2], T) {
+  widen_pair(shared<uint32_t>(at), pair[0], pair[1], T{});
+}
+
+}  // namespace
+}  // namespace dwconv
