@@ -43,8 +43,8 @@ bool can_stream(const Problem& p) {
          is_stream(p.output, p.batch, p.filters(), p.out_height, p.out_width, element);
 }
 
-// What kernels/stream_nchw.cuh asks for.
-bool fits_stream_nchw(const Problem& p) {
+// What kernels/stream_nchw.cuh asks for, and `filter_bytes` more of shared memory for each filter.
+bool fits_stream_nchw(const Problem& p, int64_t filter_bytes) {
   const bool forward = p.pass == Pass::kForward;
   const int64_t element = size_of(p.dtype), extent = (p.kernel_h - 1) * p.dilation_h + 1;
   // If one of the arrays is not joined, both go image by image.
@@ -62,13 +62,15 @@ bool fits_stream_nchw(const Problem& p) {
   const int64_t source_height = forward ? p.height : p.out_height, target_height = forward ? p.out_height : p.height;
   if (!forward && p.multiplier > 1) {  // a sum over filters: whole planes only
     const int64_t rows = rows_for_planes(p.multiplier * source_height, source_bytes);
-    return kHead + ring_bytes(rows, source_bytes) + round_up(target_height * target_bytes + kUnit, 128) <=
+    return kHead + ring_bytes(rows, source_bytes) + round_up(target_height * target_bytes + kUnit, 128) +
+               p.multiplier * filter_bytes <=
            p.shared_memory;
   }
   const int64_t rows = std::min<int64_t>(kLeastRows, target_height);
   const int64_t step = forward ? rows * p.stride_h : (rows + p.stride_h - 1) / p.stride_h;
   const int64_t ring = rows_for_bands((target_height + rows - 1) / rows, step, extent, source_bytes);
-  return kHead + ring_bytes(ring, source_bytes) + round_up(rows * target_bytes + kUnit, 128) <= p.shared_memory;
+  return kHead + ring_bytes(ring, source_bytes) + round_up(rows * target_bytes + kUnit, 128) + filter_bytes <=
+         p.shared_memory;
 }
 
 int64_t target_width(const Problem& p) {
@@ -82,7 +84,7 @@ bool claims_stream_nchw(const Problem& p) {
   if (p.pass == Pass::kGradInput && p.stride_h > 1 && p.padding_h % 2 != p.padding_w % 2) return false;
   if (p.pass == Pass::kGradInput && p.multiplier > 1)  // sums over filters are compiled for squares only
     if (p.kernel_h != p.kernel_w || p.kernel_h == 1 || p.dilation_h > 1) return false;
-  return can_stream(p) && fits_stream_nchw(p);
+  return can_stream(p) && fits_stream_nchw(p, 0);
 }
 
 bool claims_toeplitz_nchw(const Problem& p) {
@@ -92,12 +94,15 @@ bool claims_toeplitz_nchw(const Problem& p) {
   // The columns of a band matrix, and the rows that it is compiled for.
   const bool rows =
       p.stride_h == 1 ? p.kernel_h <= 7 || p.kernel_h == 11 : p.kernel_h == 3 || p.kernel_h == 5 || p.kernel_h == 7;
-  if (p.kernel_w > 9 || !rows) return false;
-  // A warp sets up the band matrices for 8 tiles of 16 columns: small planes are not worth it, nor are small kernels
-  // that CUDA cores have tiles for.
+  if (p.kernel_w > kMaxBandColumns || !rows) return false;
+  // A warp computes 8 tiles of 16 columns at once: small planes do not fill it. Where CUDA cores have a tile, they are
+  // as fast for small kernels, and for 5x5 unless pixels can be read in pairs.
   const int64_t pixels = target_width(p) * (p.pass == Pass::kForward ? p.out_height : p.height);
-  if (pixels < 512 || (p.taps() < 36 && claims_stream_nchw(p))) return false;
-  return can_stream(p) && fits_stream_nchw(p);
+  if (pixels < (p.stride_h == 1 ? 196 : 512)) return false;
+  const int64_t width = p.pass == Pass::kForward ? p.width : p.out_width;
+  const bool pays = p.taps() >= 36 || (p.taps() >= 25 && p.stride_h == 1 && width % 2 == 0);
+  if (!pays && claims_stream_nchw(p)) return false;
+  return can_stream(p) && fits_stream_nchw(p, kChunkBytes + kBandHeadBytes + p.kernel_h * kBandRowBytes);
 }
 
 bool claims_stream_grad_weight_nchw(const Problem& p) {

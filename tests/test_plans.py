@@ -68,7 +68,8 @@ def test_small_kernels_in_nchw(name: str, tile: tuple, dtype: torch.dtype) -> No
     for size in ((512, 512), (7, 13), (113, 95), (20, 900)):
         expected = STREAM[name]
         tensor_cores = name == "forward" or (name == "grad_input" and stride == 1)
-        if kernel == (7, 7) and dtype != torch.float32 and tensor_cores and size != (7, 13):
+        paired = kernel == (5, 5) and stride == 1 and size[1] % 2 == 0  # pixels can be read in pairs
+        if (kernel == (7, 7) or paired) and dtype != torch.float32 and tensor_cores and size != (7, 13):
             expected = "toeplitz_nchw"
         assert plan_of(name, tile_case(tile, 512, 64, size), dtype) == expected, size
 
@@ -77,6 +78,8 @@ def test_small_kernels_in_nchw(name: str, tile: tuple, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("name", PASSES[:2])
 def test_tensor_cores(name: str, dtype: torch.dtype) -> None:
     """What nothing else is compiled for, unless images are small or there is no band matrix for the kernel."""
+    for side, expected in ((14, "toeplitz_nchw"), (13, "stream_nchw")):
+        assert plan_of(name, Case(512, 64, (side, side), (7, 7), padding=(3, 3)), dtype) == expected
     for kernel in ((2, 3), (4, 4), (6, 9), (11, 5), (1, 2)):
         assert plan_of(name, Case(2, 4, (32, 32), kernel), dtype) == "toeplitz_nchw", kernel
         assert plan_of(name, Case(2, 4, (12, 14), kernel), dtype) == "generic", kernel
@@ -590,17 +593,21 @@ def test_tensor_cores_are_exact(kernel: tuple, stride: int, dtype: torch.dtype) 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("plan", ["", "_portable"])
-def test_streams_repeat_bit_for_bit(plan: str, dtype: torch.dtype) -> None:
-    case = Case(16, 24, (56, 60), (3, 3), padding=(1, 1))
+@pytest.mark.parametrize("family", ["stream", "toeplitz"])
+def test_streams_repeat_bit_for_bit(family: str, plan: str, dtype: torch.dtype) -> None:
+    if family == "toeplitz" and dtype == torch.float32:
+        pytest.skip("tensor cores serve 16 bits")
+    side = 3 if family == "stream" else 7
+    case = Case(16, 24, (56, 60), (side, side), padding=(side // 2, side // 2))
     input, weight, bias = make_inputs(case, dtype, "cuda")
     grad_output = torch.randn(output_size(case), device="cuda", dtype=dtype)
     ops, arguments = torch.ops.dwconv, arguments_of(case)
 
     def results() -> list[Tensor]:
         return [
-            ops.forward.plan(input, weight, bias, *arguments, "stream_nchw" + plan),
-            ops.grad_input.plan(grad_output, weight, input.shape, *arguments, False, "stream_nchw" + plan),
-            *ops.grad_weight.plan(grad_output, input, case.kernel, *arguments, True, "stream_grad_weight_nchw" + plan),
+            ops.forward.plan(input, weight, bias, *arguments, f"{family}_nchw{plan}"),
+            ops.grad_input.plan(grad_output, weight, input.shape, *arguments, False, f"{family}_nchw{plan}"),
+            *ops.grad_weight.plan(grad_output, input, case.kernel, *arguments, True, f"stream_grad_weight_nchw{plan}"),
         ]
 
     first = results()

@@ -12,6 +12,11 @@ constexpr int kTail = 128;     // bytes behind a ring: room for its last 16 byte
 constexpr int kDepth = 2;      // chunks under way: one is read while the next one arrives
 constexpr int kLeastRows = 4;  // of a chunk that is a band
 
+constexpr int kMaxBandColumns = 9;  // of a kernel whose rows become band matrices
+constexpr int kBandRowBytes = 96;   // what they are made from, for a row of the kernel
+constexpr int kChunkBytes = 128;    // what is known of the chunks under way
+constexpr int kBandHeadBytes = 16;  // before the first row: the bias
+
 inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }

@@ -9,6 +9,25 @@
 namespace dwconv {
 namespace {
 
+// What tiles that a thread computes alone have in common.
+template <class Tile>
+struct TileOfThread {
+  static constexpr int kTiles = 1, kLanes = 1, kLoaders = 0, kFilterBytes = 0;
+
+  template <typename T>
+  __device__ void prepare(const Stream&, const Chunk&) {}
+
+  template <typename T>
+  __device__ void compute(const Stream& a, const RowRing& ring, const Chunk& c, int out) {
+    const uint32_t units = c.targets * a.units;
+    for (uint32_t unit = threadIdx.x; unit < units; unit += blockDim.x) {
+      uint32_t plane = unit;
+      const uint32_t tile = a.by_units.split(plane);
+      Tile::template compute_tile<T>(a, ring, c, out, plane, tile);
+    }
+  }
+};
+
 // The weights of one filter in registers. Returns whether all are finite: then a product with a zero is a zero.
 template <int kKernelH, int kKernelW, typename T>
 __device__ bool read_weight(const Stream& a, int filter, float (&weight)[kKernelH][kKernelW]) {
@@ -29,17 +48,16 @@ __device__ bool read_weight(const Stream& a, int filter, float (&weight)[kKernel
 // A tile of 7 x 7 outputs. It walks down the source rows, reads each once and adds it to the outputs whose
 // window it lies in. Needs a padding below the kernel's extent, 7 output columns, and kSum where fan_in is not 1.
 template <class Kernel, bool kSum>
-struct Window {
+struct Window : TileOfThread<Window<Kernel, kSum>> {
   static constexpr int kKernelH = Kernel::kKernelH, kKernelW = Kernel::kKernelW;
   static constexpr int kStride = Kernel::kStride, kDilation = Kernel::kDilation;
   static constexpr int kRows = 7, kColumns = 7;
-  static constexpr int kTiles = 1, kLanes = 1;
   static constexpr int kMaxThreads = kKernelH * kKernelW < 25 ? 256 : 128;
   static constexpr int kBlocks = kKernelH * kKernelW == 25 ? 4 : 3;
 
   template <typename T>
-  static __device__ void compute(const Stream& a, const RowRing& ring, const Chunk& c, int out, int plane,
-                                 uint32_t tile) {
+  static __device__ void compute_tile(const Stream& a, const RowRing& ring, const Chunk& c, int out, int plane,
+                                      uint32_t tile) {
     constexpr int kExtentH = (kKernelH - 1) * kDilation + 1, kExtentW = (kKernelW - 1) * kDilation + 1;
     constexpr int kSourceRows = (kRows - 1) * kStride + kExtentH, kSourceColumns = (kColumns - 1) * kStride + kExtentW;
     uint32_t filter = c.target + plane;
@@ -105,15 +123,14 @@ struct Window {
 // grad_input at stride 2: a tile of kPairs x 7 pairs of rows and columns. Which taps reach a row depends on whether the
 // row plus the padding is even: known at compile time, given whether the padding is (kOdd).
 template <int kKernel, int kOdd>
-struct Spread {
+struct Spread : TileOfThread<Spread<kKernel, kOdd>> {
   static constexpr int kPairs = kKernel == 3 ? 3 : 2;
   static constexpr int kRows = 2 * kPairs, kColumns = 14;
-  static constexpr int kTiles = 1, kLanes = 1;
   static constexpr int kMaxThreads = 128, kBlocks = 3;
 
   template <typename T>
-  static __device__ void compute(const Stream& a, const RowRing& ring, const Chunk& c, int out, int plane,
-                                 uint32_t tile) {
+  static __device__ void compute_tile(const Stream& a, const RowRing& ring, const Chunk& c, int out, int plane,
+                                      uint32_t tile) {
     constexpr int kLow = (kOdd - kKernel + 1) / 2, kSpan = kOdd - kLow;  // source rows from kLow to kOdd off
     constexpr int kSourceRows = kPairs + kSpan, kSourceColumns = kColumns / 2 + kSpan;
     uint32_t filter = c.target + plane;

@@ -7,11 +7,15 @@
 //   kRows, kColumns          its size
 //   kTiles, kLanes           how many of them are computed together, and by how many threads: 1 by 1, or 8 by a warp
 //   kMaxThreads, kBlocks     of a block, and blocks of that size on a multiprocessor, as its registers allow
-//   compute<T>(stream, ring, chunk, out, plane, tile)
+//   kLoaders                 threads besides them that load: 0, or 32 where tiles are computed by warps
+//   kFilterBytes             of shared memory, zeros at first, for each filter of a chunk
+//   prepare<T>(stream, chunk)             fills that, while the chunk is under way
+//   compute<T>(stream, ring, chunk, out)  computes the chunk, by all threads; may remember what it knows of its tiles
 // The tiles of a plane are numbered along its rows.
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <tuple>
 #include <utility>
@@ -34,17 +38,25 @@ struct Stream {
   int kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   int groups, fan_out, fan_in;  // groups of an image
   int chunk_groups, chunk_rows, bands;
-  int chunks, buffer_at;
+  int chunks, buffer_at, filters_at, filters_bytes;
   int strips, tiles;  // of a plane's part in a chunk: tiles side by side, and all of them
   int units;          // all of them, as they are computed together
   bool spread;        // grad_input at stride 2: the stride is that of the target
   bool bulk;
-  int phase, capacity, period;
+  int phase, capacity, period, ring_bytes;
   Divider by_sub, by_bands, by_chunks_per_image, by_strips, by_units, by_fan_out, by_filters;
+  // Of tiles that a warp computes together:
+  bool down;        // they are numbered down the columns
+  int warps_side;   // warps that share a plane
+  int plane_step;   // planes that a block works on at a time
+  int chunks_at;    // what is known of the chunks under way, in shared memory
+  bool by_channel;  // chunks are numbered channel by channel, so that those that follow each other share filters
+  int channels, image_groups;  // of an image; and groups from one image to the next
+  Divider by_tile_rows, by_warps_side, by_kernel_w, by_weights, by_images;
 };
 
 // What a chunk reads and writes. Whole planes, or (bands > 1) rows of one target plane.
-struct Chunk {
+struct __align__(16) Chunk {
   int image, group;              // the first group
   int target, targets;           // the same as target planes of the image
   int row, rows;                 // of each target plane
@@ -57,9 +69,17 @@ __device__ inline Chunk chunk_of(const Stream& a, uint32_t number) {
   Chunk c;
   const int sub = a.by_sub.split(number);
   const int band = a.by_bands.split(number);
-  c.group = a.by_chunks_per_image.split(number) * a.chunk_groups;
-  c.image = number;
-  const int groups = min(a.chunk_groups, a.groups - c.group);
+  int groups;
+  if (a.by_channel) {
+    const int image = a.by_images.split(number), channel = number * a.chunk_groups;
+    c.image = a.image_groups > 0 ? 0 : image;
+    c.group = image * a.image_groups + channel;
+    groups = min(a.chunk_groups, a.channels - channel);
+  } else {
+    c.group = a.by_chunks_per_image.split(number) * a.chunk_groups;
+    c.image = number;
+    groups = min(a.chunk_groups, a.groups - c.group);
+  }
   c.target = c.group * a.fan_out + sub;
   c.targets = a.bands > 1 ? 1 : groups * a.fan_out;
   c.row = band * a.chunk_rows;
@@ -131,47 +151,72 @@ __device__ __noinline__ void tile_by_taps(const Stream& a, const RowRing& ring, 
 }
 
 template <typename T, class Tile>
-__global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks) stream_nchw(const __grid_constant__ Stream a) {
+__global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlocks)
+    stream_nchw(const __grid_constant__ Stream a) {
   const RowRing ring{kHead, a.phase, a.source.row_bytes, a.capacity, a.period};
   if (threadIdx.x < 32) shared<uint32_t>(kZeros + 4 * threadIdx.x) = 0;
-  const Copier copier(a.bulk, false);
+  for (int i = 4 * threadIdx.x; i < a.filters_bytes; i += 4 * blockDim.x) shared<uint32_t>(a.filters_at + i) = 0;
+  constexpr bool kByWarps = Tile::kLanes > 1;  // then a warp of its own looks chunks up and loads them
+  static_assert(2 * sizeof(Chunk) + 16 <= kChunkBytes);
+  const Copier copier(a.bulk, kByWarps);
   copier.init();
   __syncthreads();
 
   const int first = static_cast<int>(static_cast<int64_t>(a.chunks) * blockIdx.x / gridDim.x);
   const int last = static_cast<int>(static_cast<int64_t>(a.chunks) * (blockIdx.x + 1) / gridDim.x);
+  Tile tiles;
   Cursor loaded, read;
+  int last_begin = 0;
+  const auto known = [&](int stage) -> Chunk& {
+    return shared<Chunk>(a.chunks_at + stage * static_cast<int>(sizeof(Chunk)));
+  };
   const auto load = [&](int number, int stage) {
     if (number < last && copier.loads()) {
-      const Chunk c = chunk_of(a, number);
+      Chunk c = chunk_of(a, number);
+      const int begin = c.image * a.source.rows + c.source_begin;
+      if constexpr (kByWarps) {
+        if (begin < last_begin) loaded.go_back(ring, begin);
+        last_begin = begin;
+      }
       load_rows<T>(copier, ring, a.source, loaded, c.image, c.source_begin, c.source_end, Barriers::full(stage));
+      if (kByWarps && copier.rank() == 0) {
+        c.source_slot = loaded.slot_of(ring, begin);
+        known(stage) = c;
+      }
     }
     copier.commit(stage);
   };
-  for (int d = 0; d < kDepth; ++d) load(first + d, d);
+  if (!copier.dedicated || !copier.is_worker())
+    for (int d = 0; d < kDepth; ++d) load(first + d, d);
+  if (kByWarps) __syncthreads();
 
   int stage = 0;
   uint32_t parity = 0;
   for (int number = first; number < last; ++number) {
-    Chunk c = chunk_of(a, number);
-    const int before = c.image * a.source.rows;
-    read.place(ring, before + c.source_begin, before + c.source_end);
-    c.source_slot = read.slot_of(ring, before + c.source_begin);
+    Chunk own;
+    if (!kByWarps) {
+      own = chunk_of(a, number);
+      const int before = own.image * a.source.rows;
+      read.place(ring, before + own.source_begin, before + own.source_end);
+      own.source_slot = read.slot_of(ring, before + own.source_begin);
+    }
+    const Chunk& c = kByWarps ? known(stage) : own;
     const int out = a.buffer_at + static_cast<int>(c.target_row % kUnit);
 
+    tiles.template prepare<T>(a, c);
     copier.wait_full(stage, parity);
     copier.stored();
     __syncthreads();
-    const uint32_t units = c.targets * a.units;
-    for (uint32_t unit = threadIdx.x / Tile::kLanes; unit < units; unit += blockDim.x / Tile::kLanes) {
-      uint32_t plane = unit;
-      const int tile = a.by_units.split(plane) * Tile::kTiles;
-      Tile::template compute<T>(a, ring, c, out, plane, tile);
-    }
+    if (copier.is_worker())
+      tiles.template compute<T>(a, ring, c, out);
+    else if (number > first)  // in place of the chunk before
+      load(number - 1 + kDepth, 1 - stage);
+    const auto to = reinterpret_cast<T*>(c.target_row);  // read before the barrier: another chunk may take c's place
+    const int count = c.targets * c.rows * a.out_width;
     copier.before_store();
     __syncthreads();
-    copier.store(reinterpret_cast<T*>(c.target_row), &shared<T>(out), c.targets * c.rows * a.out_width);
-    load(number + kDepth, stage);
+    copier.store(to, &shared<T>(out), count);
+    if (!copier.dedicated) load(number + kDepth, stage);
     if (++stage == kDepth) stage = 0, parity ^= 1;
   }
   copier.stored();
@@ -184,21 +229,43 @@ struct Cut {
 
 // What there is to know of a class of tiles.
 struct TileSize {
-  int rows, columns, together, lanes;
+  int rows, columns, together, lanes, loaders, filter_bytes;
   int threads_per_block, threads_per_multiprocessor;  // as the registers allow
 };
+
+// How many times the busiest bank of shared memory is read, when 8 tiles are read together, 16 bytes of each.
+inline int conflicts(const Stream& a, const TileSize& tile, int tile_rows, bool down) {
+  int most = 0;
+  std::array<int, 32> readers{};
+  for (int t = 0; t < std::min(tile.together, a.tiles); ++t) {
+    const int strip = down ? t / tile_rows : t % a.strips, row = down ? t % tile_rows : t / a.strips;
+    const int column = std::max(std::min(strip * tile.columns, a.out_width - tile.columns), 0);
+    const int word = (row * tile.rows * a.stride_h * a.source.row_bytes + column * a.stride_w * 2) / 4;
+    for (int w = word; w < word + 4; ++w) most = std::max(most, ++readers[w % 32]);
+  }
+  return most;
+}
 
 // Fills in what follows from a cut.
 inline void apply(Stream& a, const Cut& cut, const TileSize& tile, int64_t images) {
   a.chunk_groups = cut.chunk_groups, a.chunk_rows = cut.chunk_rows, a.bands = cut.bands;
   const int sub = cut.bands > 1 ? a.fan_out : 1;
   const int64_t chunks_per_image = ceil_div(a.groups, cut.chunk_groups);
-  a.chunks = static_cast<int>(images * chunks_per_image * cut.bands * sub);
+  a.by_channel = tile.together > 1 && cut.chunk_groups <= a.channels;
+  a.chunks = static_cast<int>(
+      cut.bands * sub *
+      (a.by_channel ? ceil_div(a.channels, cut.chunk_groups) * a.by_images.divisor : images * chunks_per_image));
   a.strips = static_cast<int>(ceil_div(a.out_width, tile.columns));
   a.tiles = static_cast<int>(ceil_div(cut.chunk_rows, tile.rows)) * a.strips;
   a.units = static_cast<int>(ceil_div(a.tiles, tile.together));
   a.by_sub = Divider(sub), a.by_bands = Divider(cut.bands), a.by_chunks_per_image = Divider(chunks_per_image);
   a.by_strips = Divider(a.strips), a.by_units = Divider(a.units), a.by_fan_out = Divider(a.fan_out);
+
+  const int tile_rows = a.tiles / a.strips;
+  a.warps_side = std::max(std::min(a.units, cut.threads / 32), 1);
+  a.plane_step = cut.threads / 32 / a.warps_side;
+  a.by_tile_rows = Divider(tile_rows), a.by_warps_side = Divider(a.warps_side);
+  a.down = tile.together > 1 && conflicts(a, tile, tile_rows, true) < conflicts(a, tile, tile_rows, false);
 
   a.period = static_cast<int>(period_of(a.source.row_bytes));
   const int extent = (a.kernel_h - 1) * a.dilation_h + 1;
@@ -206,12 +273,16 @@ inline void apply(Stream& a, const Cut& cut, const TileSize& tile, int64_t image
   a.capacity = static_cast<int>(
       cut.bands == 1 ? rows_for_planes(int64_t{cut.chunk_groups} * a.fan_in * a.height, a.source.row_bytes)
                      : rows_for_bands(cut.bands, step, extent, a.source.row_bytes));
+  a.ring_bytes = a.capacity * a.source.row_bytes;
+  const int64_t targets = cut.bands > 1 ? 1 : cut.chunk_groups * a.fan_out;
   a.buffer_at = static_cast<int>(kHead + ring_bytes(a.capacity, a.source.row_bytes));
+  a.filters_at = static_cast<int>(a.buffer_at + round_up(targets * cut.chunk_rows * a.target.row_bytes + kUnit, 128));
+  a.filters_bytes = static_cast<int>(targets * a.fan_in * tile.filter_bytes);
+  a.chunks_at = static_cast<int>(round_up(a.filters_at + a.filters_bytes, 16));
 }
 
 inline int64_t shared_bytes(const Stream& a) {
-  const int64_t targets = a.bands > 1 ? 1 : a.chunk_groups * a.fan_out;
-  return a.buffer_at + round_up(targets * a.chunk_rows * a.target.row_bytes + kUnit, 128);
+  return a.filters_at + a.filters_bytes + (a.filters_bytes > 0 ? kChunkBytes : 0);
 }
 
 // Cuts the planes so that as many threads as possible have work on a multiprocessor at a time, since it takes many to
@@ -219,41 +290,55 @@ inline int64_t shared_bytes(const Stream& a) {
 inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device& d) {
   Cut best{};
   double best_score = -1;
-  const auto consider = [&](int64_t chunk_groups, int64_t chunk_rows) {
+  const auto consider = [&](int64_t chunk_groups, int64_t chunk_rows, int most_threads) {
     Cut cut{};
     cut.chunk_groups = static_cast<int>(chunk_groups), cut.chunk_rows = static_cast<int>(chunk_rows);
     cut.bands = static_cast<int>(ceil_div(a.out_height, chunk_rows));
     apply(a, cut, tile, images);
     const int64_t bytes = shared_bytes(a);
-    const int64_t work = (cut.bands > 1 ? 1 : chunk_groups * a.fan_out) * a.units * tile.lanes;
-    cut.threads = threads_for(work, tile.threads_per_block);
-    const int64_t blocks = std::min<int64_t>(
-        {d.shared_per_multiprocessor / (bytes + 1024), tile.threads_per_multiprocessor / cut.threads, 16});
+    const int64_t planes = cut.bands > 1 ? 1 : chunk_groups * a.fan_out, work = planes * a.units * tile.lanes;
+    int64_t rounds = 0;
+    if (tile.lanes == 1) {
+      cut.threads = threads_for(work, tile.threads_per_block), rounds = ceil_div(work, cut.threads);
+    } else {  // warps stay with their part of the planes
+      const int64_t most = most_threads / tile.lanes, each = ceil_div(a.units, most);
+      const int64_t side = ceil_div(a.units, each), together = std::max<int64_t>(std::min(most / side, planes), 1);
+      cut.threads = static_cast<int>(side * together * tile.lanes), rounds = each * ceil_div(planes, together);
+    }
+    const int64_t blocks = std::min<int64_t>({d.shared_per_multiprocessor / (bytes + 1024),
+                                              tile.threads_per_multiprocessor / (cut.threads + tile.loaders), 16});
     if (bytes > d.shared_per_block || blocks == 0) return false;
-    const double busy = std::min<double>(static_cast<double>(blocks * work) / ceil_div(work, cut.threads), 768.);
+    const double busy = std::min<double>(static_cast<double>(blocks * work) / rounds, 768.);
+    const double whole = a.by_channel ? static_cast<double>(a.channels) / round_up(a.channels, chunk_groups) : 1;
     const double turns = static_cast<double>(a.chunks) / (blocks * d.multiprocessors);
     const double chunk_bytes = static_cast<double>(bytes - kHead) / (kDepth + 1);  // a chunk costs some barriers
-    const double score = busy * turns / std::ceil(turns) * chunk_bytes / (chunk_bytes + 6000);
+    const double apart = tile.lanes > 1 ? blocks / (blocks + 2.) : 1;  // while one waits at a barrier, others compute
+    const double score = apart * whole * busy * turns / std::ceil(turns) * chunk_bytes / (chunk_bytes + 6000);
     if (score > best_score * 1.02) best_score = score, best = cut;
     return true;
   };
   const int64_t tiles = ceil_div(a.out_height, tile.rows) * ceil_div(a.out_width, tile.columns);
   const int64_t work = ceil_div(tiles, tile.together) * tile.lanes * a.fan_out;
-  const int64_t many = std::min<int64_t>(ceil_div(tile.threads_per_block, work), a.groups);
-  for (int64_t groups = 1; groups <= many; ++groups)
-    if (!consider(groups, a.out_height)) break;
-  if (a.fan_in == 1)
-    for (int64_t rows = tile.rows; rows < a.out_height; rows += tile.rows)
-      if (!consider(1, rows)) break;
-  if (best_score < 0 && a.fan_in == 1) consider(1, kLeastRows);
+  const int64_t many = std::min<int64_t>(ceil_div(tile.threads_per_block * (tile.lanes > 1 ? 8 : 1), work), a.groups);
+  const auto search = [&](int threads) {
+    for (int64_t groups = 1; groups <= many; ++groups)
+      if (!consider(groups, a.out_height, threads)) break;
+    if (a.fan_in == 1)
+      for (int64_t rows = tile.rows; rows < a.out_height; rows += tile.rows)
+        if (!consider(1, rows, threads)) break;
+    if (best_score < 0 && a.fan_in == 1) consider(1, kLeastRows, threads);
+  };
+  if (tile.lanes > 1) search(128);
+  search(tile.threads_per_block);
   if (best_score < 0) throw std::runtime_error("dwconv: rows of this size do not fit the GPU's shared memory");
   return best;
 }
 
 template <typename T, class Tile>
 void launch(Stream a, int64_t images, cudaStream_t stream) {
-  constexpr TileSize kTile{Tile::kRows,  Tile::kColumns,    Tile::kTiles,
-                           Tile::kLanes, Tile::kMaxThreads, Tile::kMaxThreads * Tile::kBlocks};
+  constexpr TileSize kTile{
+      Tile::kRows,    Tile::kColumns,     Tile::kTiles,      Tile::kLanes,
+      Tile::kLoaders, Tile::kFilterBytes, Tile::kMaxThreads, (Tile::kMaxThreads + Tile::kLoaders) * Tile::kBlocks};
   const Device& device = current_device();
   const auto kernel = stream_nchw<T, Tile>;
   a.bulk = a.bulk && device.capability >= 90;
@@ -268,12 +353,12 @@ void launch(Stream a, int64_t images, cudaStream_t stream) {
         apply(a, made.cut, kTile, images);
         const int bytes = static_cast<int>(shared_bytes(a));
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&made.resident, kernel, made.cut.threads, bytes);
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&made.resident, kernel, made.cut.threads + Tile::kLoaders, bytes);
         return made;
       });
   apply(a, decision.cut, kTile, images);
   const int blocks = std::min(a.chunks, std::max(decision.resident, 1) * device.multiprocessors);
-  kernel<<<blocks, decision.cut.threads, shared_bytes(a), stream>>>(a);
+  kernel<<<blocks, decision.cut.threads + (a.bulk ? Tile::kLoaders : 0), shared_bytes(a), stream>>>(a);
   check_launch("stream_nchw");
 }
 
@@ -297,15 +382,17 @@ inline std::pair<Stream, int64_t> stream_of(const Problem& p, bool bulk) {
     return p.batch == 1 || view.stride[0] == planes * h * w;
   };
   int64_t images = p.batch;
-  a.groups = static_cast<int>(p.channels);
+  a.groups = a.channels = static_cast<int>(p.channels);
+  a.by_images = Divider(images);
   if (dense(map.source, map.sources, a.height, a.width) && dense(map.target, map.targets, a.out_height, a.out_width))
-    a.groups *= static_cast<int>(images), images = 1;
+    a.image_groups = a.groups, a.groups *= static_cast<int>(images), images = 1;
   const auto planes_of = [&](const View& view, int fan, int h, int w) {
     return Planes{static_cast<char*>(view.data), view.stride[0] * size, a.groups * fan * h, static_cast<int>(w * size)};
   };
   a.source = planes_of(map.source, a.fan_in, a.height, a.width);
   a.target = planes_of(map.target, a.fan_out, a.out_height, a.out_width);
   a.by_filters = Divider(map.targets);
+  a.by_kernel_w = Divider(p.kernel_w), a.by_weights = Divider(p.filters());
   a.phase = static_cast<int>(reinterpret_cast<uintptr_t>(a.source.base) % kUnit);
   return {a, images};
 }

@@ -7,170 +7,260 @@
 // where rows are short, one row of tiles below the other, which keeps shared memory free of all but two-way bank
 // conflicts.
 //
+// Pixels are read in pairs. Where rows have an even width, all begin at an even place or all at an odd one: then a
+// window that would begin between two pairs begins a column earlier, and so does the band. In rows of an odd width a
+// pair is put together from two words.
+//
 // The zeros of B spoil an output if they meet Inf or NaN, which then is NaN. So outputs that are finite are right, and
 // the others are computed again, tap by tap.
-#include "stream_nchw.cuh"
+#include <type_traits>
 
 #include "launch.h"
+#include "stream_nchw.cuh"
+#include "tensor_cores.cuh"
 
 namespace dwconv {
 namespace {
 
-__device__ inline void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                uint32_t b1, __half) {
-#if __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-#endif
+template <typename T>
+using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+
+__device__ inline __half2 narrow_pair(float low, float high, __half) {
+  return __floats2half2_rn(low, high);
+}
+__device__ inline __nv_bfloat162 narrow_pair(float low, float high, __nv_bfloat16) {
+  return __floats2bfloat162_rn(low, high);
 }
 
-__device__ inline void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                uint32_t b1, __nv_bfloat16) {
-#if __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-#endif
-}
-
-__device__ inline uint32_t bits(__half value) {
-  return __half_as_ushort(value);
-}
-__device__ inline uint32_t bits(__nv_bfloat16 value) {
-  return __bfloat16_as_ushort(value);
-}
-
-template <int kKernelH, int kStride, int kTileRows>
+// kSum: where fan_in is not 1.
+template <int kKernelH, int kStride, int kTileRows, bool kSum>
 struct Toeplitz {
-  static constexpr int kRows = kTileRows, kColumns = 16, kTiles = 8, kLanes = 32;
-  static constexpr int kMaxThreads = 256, kBlocks = 2;
+  static constexpr int kRows = kTileRows, kColumns = 16, kTiles = 8, kLanes = 32, kLoaders = 32;
+  static constexpr int kMaxThreads = kStride == 1 && kRows < 14 && !kSum ? 288 : 224, kBlocks = 2;
+  static constexpr int kFilterBytes = kBandHeadBytes + kBandRowBytes * kKernelH;
+  static constexpr int kBand = kStride + 1;       // pairs of weights of a band matrix that a thread has
+  static constexpr int kWords = kBand + kStride;  // pairs of pixels, 8 columns apart, that it reads of a row
+
+  // Whether all rows begin at an even place, or all at an odd one; then windows begin `shift` columns earlier.
+  struct Pairs {
+    bool fit;
+    int shift;
+  };
+  static __device__ Pairs pairs_of(const Stream& a) {
+    const int shift = (a.phase / 2 + a.padding_w) & 1;
+    const bool fit = a.width % 2 == 0 && a.kernel_w + shift <= kMaxBandColumns;
+    return {fit, fit ? shift : 0};
+  }
+
+  // Where a row's weights lie between zeros. At stride 1 there is a second copy, a column further on: with both, any
+  // two neighbours are one word. At stride 2 the shift alone says which of them are asked for.
+  static constexpr int kMiddle = kStride == 1 ? 8 : 16;  // zeros before the weights
+  static constexpr int kCopy = 46;                       // bytes to the same weight in the copy
+
+  int first_filter = -1;  // of those that are prepared
 
   template <typename T>
-  static __device__ void compute(const Stream& a, const RowRing& ring, const Chunk& c, int out, int plane,
-                                 uint32_t first_tile) {
-    constexpr int kSourceRows = (kRows - 1) * kStride + kKernelH;
-    constexpr int kWords = 2 * kStride + kStride;  // pairs of pixels, 8 columns apart, that a thread reads of a row
-    const int lane = threadIdx.x % 32, pair = lane % 4 * 2;
-    uint32_t filter = c.target + plane;
-    filter = a.by_filters.split(filter) * a.fan_in;
-    uint32_t tile = first_tile + lane / 4;
-    const int strip = a.by_strips.split(tile), row = tile * kRows;
-    const int column = max(min(strip * kColumns, a.out_width - kColumns), 0);  // the last strip overlaps the others
-    const int overlap = strip * kColumns - column;
-    const bool exists = row < c.rows;  // there may be less than 8 tiles left
-    const int y0 = exists ? (c.row + row) * kStride - a.padding_h : a.height,
-              x0 = column * kStride - a.padding_w + pair;
+  __device__ void prepare(const Stream& a, const Chunk& c) {
+    uint32_t first = c.target * a.fan_in;
+    first = a.by_weights.split(first);
+    if (first_filter == static_cast<int>(first)) return;
+    first_filter = first;
+    constexpr int kTurns = (kKernelH * kMaxBandColumns + 31) / 32;
+    const int lane = threadIdx.x % 32, shift = kStride == 1 ? 0 : pairs_of(a).shift, filters = c.targets * a.fan_in;
+    int from[kTurns], to[kTurns];
+#pragma unroll
+    for (int t = 0; t < kTurns; ++t) {
+      uint32_t i = lane + 32 * t;
+      const int j = a.by_kernel_w.split(i);
+      from[t] = i * a.weight_row + j * a.weight_column;
+      to[t] = i < kKernelH ? a.filters_at + kBandHeadBytes + i * kBandRowBytes + 2 * (kMiddle + shift + j) : 0;
+    }
+    for (int f = threadIdx.x / 32; f < filters; f += blockDim.x / 32) {
+      uint32_t filter = c.target * a.fan_in + f;
+      filter = a.by_weights.split(filter);
+      const T* taps = static_cast<const T*>(a.weight) + filter * a.weight_filter;
+      const bool has_bias = a.bias && lane < 4;
+      T weight[kTurns], bias;
+#pragma unroll
+      for (int t = 0; t < kTurns; ++t)
+        if (to[t] > 0) weight[t] = __ldg(taps + from[t]);
+      if (has_bias) bias = __ldg(static_cast<const T*>(a.bias) + filter * a.bias_stride);
+#pragma unroll
+      for (int t = 0; t < kTurns; ++t)
+        if (to[t] > 0) {
+          shared<T>(to[t] + f * kFilterBytes) = weight[t];
+          if (kStride == 1) shared<T>(to[t] + f * kFilterBytes + kCopy) = weight[t];
+        }
+      if (has_bias) shared<float>(a.filters_at + f * kFilterBytes + 4 * lane) = widen(bias);
+    }
+  }
 
-    uint32_t mask[kWords];  // of the pixels inside the image
+  // The warp's 8 tiles of a plane, as far as they are the thread's.
+  int unit = -1;
+  int row, column, weights;  // of the tile: its place in the plane, and of the band matrices
+  int source_row, source_column;
+  uint32_t inside;        // a bit for each row that is inside the image, or the chunk's part of it
+  uint32_t mask[kWords];  // of the pixels inside the image
+  uint32_t heights;       // for each of the thread's 4 columns a byte: how many rows are to be written
+
+  __device__ void place(const Stream& a, const Chunk& c, int unit) {
+    this->unit = unit;
+    const int lane = threadIdx.x % 32, pair = lane % 4 * 2;
+    uint32_t tile = unit * kTiles + lane / 4;
+    int strip = (a.down ? a.by_tile_rows : a.by_strips).split(tile);
+    row = tile;
+    if (a.down) row = strip, strip = tile;
+    row *= kRows;
+    const int rows = strip < a.strips ? max(min(kRows, c.rows - row), 0) : 0;  // there may be less than 8 tiles left
+    // The last strip overlaps the others. It begins at an even column, too.
+    column = max(min(strip * kColumns, (a.out_width - kColumns + 1) & ~1), 0);
+    const int first = strip * kColumns - column - pair, last = a.out_width - column - pair;
+    column += pair;
+    heights = 0;
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+      const int at = v / 2 * 8 + v % 2;
+      heights |= (at >= first && at < last ? rows : 0) << 8 * v;
+    }
+
+    const auto [fit, shift] = pairs_of(a);
+    source_column = (column - pair) * kStride - a.padding_w - shift + pair;
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
       const auto inside = [&](int x) { return static_cast<uint32_t>(x) < static_cast<uint32_t>(a.width); };
-      mask[w] = (inside(x0 + 8 * w) ? 0xffffu : 0) | (inside(x0 + 8 * w + 1) ? 0xffff0000u : 0);
+      const int x = source_column + 8 * w;
+      mask[w] = (inside(x) ? 0xffffu : 0) | (inside(x + 1) ? 0xffff0000u : 0);
     }
-    const float bias = a.bias ? widen(static_cast<const T*>(a.bias)[filter * a.bias_stride]) : 0.f;
+    const int y = (c.row + row) * kStride - a.padding_h, top = c.group * a.fan_in * a.height - c.source_begin;
+    const int begin = max(-y, 0), end = min(min(a.height, c.source_end - c.source_begin - top) - y, 32);
+    inside = rows > 0 && end > begin ? ~0u >> (32 - end) & ~0u << begin : 0;
+    source_row = top + y;
+    const int entry = pair - lane / 4 * kStride - shift;  // of the thread's first pair in a row of weights
+    weights =
+        a.filters_at + (kStride == 1 ? 2 * (kMiddle + entry) + (entry & 1) * kCopy : 2 * (kMiddle + shift + entry));
+  }
+
+  // A warp stays with a part of the planes, 8 tiles or several times 8, and goes from plane to plane.
+  template <typename T>
+  __device__ void compute(const Stream& a, const RowRing& ring, const Chunk& c, int out) {
+    uint32_t first_plane = threadIdx.x / 32;
+    const int first_unit = a.by_warps_side.split(first_plane), targets = c.targets, chunk_rows = c.rows,
+              source_slot = c.source_slot;
+    for (int u = first_unit; u < a.units; u += a.warps_side) {
+      if (unit != u || a.bands > 1) place(a, c, u);
+      for (int plane = first_plane; plane < targets; plane += a.plane_step) {
+        const int slot = source_slot + source_row + group_of(a, plane) * a.fan_in * a.height;
+        const int filter = plane * (kSum ? a.fan_in : 1) * kFilterBytes;
+        int to = out + 2 * ((plane * chunk_rows + row) * a.out_width + column);
+        auto zero = narrow_pair(0.f, 0.f, T{});
+        const auto none = zero;
+        const auto height = [&](int v) { return static_cast<int>(heights >> 8 * v & 255); };
+        const int left = height(0), right = height(2);
+        const auto store = [&](auto pairs, int r, const float (&sum)[4]) {
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const auto values = narrow_pair(sum[2 * h], sum[2 * h + 1], T{});
+            zero = __hfma2(values, none, zero);
+            const int at = to + 16 * h;
+            if (pairs) {
+              if (r < (h ? right : left)) shared<Pair<T>>(at) = values;
+            } else {
+              if (r < (h ? right : left)) shared<T>(at) = values.x;
+              if (r < height(2 * h + 1)) shared<T>(at + 2) = values.y;
+            }
+          }
+          to += a.target.row_bytes;
+        };
+        if (pairs_of(a).fit && a.out_width % 2 == 0 && out % 4 == 0)
+          add<T, true>(a, ring, slot, filter, store);
+        else
+          add<T, false>(a, ring, slot, filter, store);
+        if (!(__low2float(zero) == 0 && __high2float(zero) == 0))  // NaN: an output is not finite
+          for (int v = 0; v < 4; ++v)
+            if (height(v) > 0) tile_by_taps<T>(a, ring, c, out, plane, row, height(v), column + v / 2 * 8 + v % 2, 1);
+      }
+    }
+  }
+
+  // Computes 8 tiles of which the first source row is, or would be, in the ring's `slot`, row by row.
+  template <typename T, bool kPairs, typename Store>
+  __device__ void add(const Stream& a, const RowRing& ring, int slot, int filter, Store&& store) const {
+    constexpr int kSourceRows = (kRows - 1) * kStride + kKernelH;
+    const uint32_t ring_bytes = a.ring_bytes;
+    const int origin = ring.at(0) + 2 * source_column;
+    const float4 start = shared<float4>(a.filters_at + filter);
+    const float before[4] = {start.x, start.y, start.z, start.w};
     float sum[kRows][4];
+    if (kSum)
 #pragma unroll
-    for (int r = 0; r < kRows; ++r)
+      for (int r = 0; r < kRows; ++r)
 #pragma unroll
-      for (int v = 0; v < 4; ++v) sum[r][v] = bias;
+        for (int v = 0; v < 4; ++v) sum[r][v] = before[v];
 
-    for (int q = 0; q < a.fan_in; ++q) {
-      // The thread's entries of B, as pairs: where column lane / 4 has a weight in rows `pair` and on.
-      const T* taps = static_cast<const T*>(a.weight) + (filter + q) * a.weight_filter;
-      int offset[4 * kStride];
-      bool in_band[4 * kStride];
+    for (int q = 0; q < (kSum ? a.fan_in : 1); ++q, filter += kFilterBytes, slot += a.height) {
+      uint32_t band[kKernelH][kBand];
 #pragma unroll
-      for (int e = 0; e < 4 * kStride; ++e) {
-        const int j = pair + e / 2 * 8 + e % 2 - lane / 4 * kStride;
-        in_band[e] = j >= 0 && j < a.kernel_w;
-        offset[e] = in_band[e] ? j * a.weight_column : 0;
-      }
-      uint32_t band[kKernelH][2 * kStride];
+      for (int i = 0; i < kKernelH; ++i)
 #pragma unroll
-      for (int i = 0; i < kKernelH; ++i, taps += a.weight_row) {
-        uint32_t entry[4 * kStride];
-#pragma unroll
-        for (int e = 0; e < 4 * kStride; ++e) entry[e] = bits(taps[offset[e]]);
-#pragma unroll
-        for (int e = 0; e < 4 * kStride; ++e) entry[e] = in_band[e] ? entry[e] : 0;
-#pragma unroll
-        for (int h = 0; h < 2 * kStride; ++h) band[i][h] = entry[2 * h] | entry[2 * h + 1] << 16;
-      }
-
-      const int top = ((c.group + group_of(a, plane)) * a.fan_in + q) * a.height - c.source_begin;
-      int source = ring.at(ring.wrap(exists ? c.source_slot + top + y0 : 0));
-      const int ring_end = ring.at(ring.capacity), ring_bytes = ring.capacity * ring.row_bytes;
-#pragma unroll
-      for (int r = 0; r < kSourceRows; ++r) {
-        const bool inside = static_cast<uint32_t>(y0 + r) < static_cast<uint32_t>(a.height);
-        const int from = inside ? source + 2 * x0 : kZeros;
-        const uint32_t shift = (from & 2) * 8;
-        uint32_t x[kWords];
+        for (int h = 0; h < kBand; ++h)
+          band[i][h] = shared<uint32_t>(weights + filter + kBandHeadBytes + i * kBandRowBytes + 16 * h);
+      uint32_t source = (inside ? ring.wrap(slot) : 0) * ring.row_bytes;
+      uint32_t next[kWords];
+      const auto load = [&](int r) {
+        const int from = (inside >> r & 1 ? static_cast<int>(source) : kZeros - origin) + origin;
 #pragma unroll
         for (int w = 0; w < kWords; ++w) {
-          const int at = (from & ~3) + 16 * w;  // zeros are that many too
-          x[w] = __funnelshift_r(shared<uint32_t>(at), shared<uint32_t>(at + 4), shift) & mask[w];
+          if (kPairs) {
+            next[w] = shared<uint32_t>(from + 16 * w);
+          } else {
+            const int at = (from & ~3) + 16 * w;  // zeros are that many too
+            next[w] = __funnelshift_r(shared<uint32_t>(at), shared<uint32_t>(at + 4), (from & 2) * 8);
+          }
         }
         source += ring.row_bytes;
-        if (source >= ring_end) source -= ring_bytes;
+        source = min(source, source - ring_bytes);
+      };
+      load(0);
+#pragma unroll
+      for (int r = 0; r < kSourceRows; ++r) {
+        uint32_t x[kWords];
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) x[w] = next[w] & mask[w];
+        if (r + 1 < kSourceRows) load(r + 1);
 #pragma unroll
         for (int i = kKernelH - 1; i >= 0; --i) {
           const int reach = r - i, o = reach / kStride;
           if (reach < 0 || reach % kStride != 0 || o >= kRows) continue;
-#pragma unroll
-          for (int s = 0; s < kStride; ++s)
-            multiply(sum[o], x[2 * s], x[2 * s + kStride], x[2 * s + 1], x[2 * s + 1 + kStride], band[i][2 * s],
-                     band[i][2 * s + 1], T{});
+          multiply(sum[o], kSum || i > 0 ? std::as_const(sum[o]) : before, {x[0], x[kStride], x[1], x[1 + kStride]},
+                   {band[i][0], band[i][1]}, T{});
+          if constexpr (kStride == 2) multiply(sum[o], {x[2], x[4]}, band[i][2], T{});
         }
+        const int done = r - kKernelH;  // the output row that the row before was the last for
+        if (!kSum && done >= 0 && done % kStride == 0)
+          store(std::bool_constant<kPairs>{}, done / kStride, sum[done / kStride]);
       }
     }
-
-    float zero = 0;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (int v = 0; v < 4; ++v) zero = fmaf(sum[r][v], 0.f, zero);
-    const int rows = min(kRows, c.rows - row);
-    const int to = out + 2 * ((plane * c.rows + row) * a.out_width + column + pair);
-    const int first = overlap, last = a.out_width - column;  // columns of the tile that are to be written
-    const auto store = [&](auto&& write) {
-#pragma unroll
-      for (int r = 0; r < kRows; ++r)
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-          if (r < rows)
-            write(to + 2 * (r * a.out_width + 8 * h), pair + 8 * h, narrow<T>(sum[r][2 * h]),
-                  narrow<T>(sum[r][2 * h + 1]));
-    };
-    if (first == 0 && last >= kColumns && to % 4 == 0 && a.out_width % 2 == 0)
-      store([&](int at, int, T low, T high) { shared<uint32_t>(at) = bits(low) | bits(high) << 16; });
-    else
-      store([&](int at, int v, T low, T high) {
-        if (v >= first && v < last) shared<T>(at) = low;
-        if (v + 1 >= first && v + 1 < last) shared<T>(at + 2) = high;
-      });
-    if (zero != 0 && rows > 0)  // NaN: an output is not finite
-      for (int v : {0, 1, 8, 9})
-        if (pair + v >= first && pair + v < last)
-          tile_by_taps<T>(a, ring, c, out, plane, row, rows, column + pair + v, 1);
+    for (int r = kSum ? 0 : kRows - 1; r < kRows; ++r) store(std::bool_constant<kPairs>{}, r, sum[r]);
   }
 };
 
 // The rows of a tile that waste least: tiles that a plane does not fill, and rows that two tiles read.
 template <int kKernelH, int kStride, typename Go>
 void choose_rows(const Stream& a, Go&& go) {
+  if constexpr (kStride == 1)
+    if (a.fan_in > 1) return go(Toeplitz<kKernelH, 1, 4, true>{});
+  if constexpr (kStride == 1 && (kKernelH == 5 || kKernelH == 7))
+    if (a.out_height >= 112 && a.source.row_bytes <= 4096) return go(Toeplitz<kKernelH, 1, 14, false>{});
   const auto cost = [&](int rows) {
-    constexpr int kSetUp = 20 + 10 * kKernelH;  // instructions, about
+    constexpr int kSetUp = 80 + 2 * kKernelH;  // instructions, about
     const int64_t tiles = ceil_div(a.out_height, rows) * ceil_div(a.out_width, 16);
-    return ceil_div(tiles, 8) * (10 * ((rows - 1) * kStride + kKernelH) + 2 * rows * kKernelH * kStride + kSetUp);
+    return ceil_div(tiles, 8) * (12 * ((rows - 1) * kStride + kKernelH) + rows * (8 + kKernelH * kStride) + kSetUp);
   };
-  if (cost(2) < cost(4) && cost(2) < cost(7))
-    go(Toeplitz<kKernelH, kStride, 2>{});
-  else if (cost(4) < cost(7))
-    go(Toeplitz<kKernelH, kStride, 4>{});
+  if (cost(2) < cost(7) || (kStride == 1 && kKernelH == 11))
+    go(Toeplitz<kKernelH, kStride, 2, false>{});
   else
-    go(Toeplitz<kKernelH, kStride, 7>{});
+    go(Toeplitz<kKernelH, kStride, 7, false>{});
 }
 
 }  // namespace

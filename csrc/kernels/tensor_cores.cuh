@@ -1,0 +1,46 @@
+// Matrix multiplications by tensor cores, sums in float32. They exist from sm_80 on.
+#pragma once
+
+#include "common.cuh"
+
+namespace dwconv {
+
+// sum = before + a * b, of 16 x 16 by 16 x 8.
+__device__ inline void multiply(float (&sum)[4], const float (&before)[4], const uint32_t (&a)[4],
+                                const uint32_t (&b)[2], __half) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(before[0]), "f"(before[1]),
+        "f"(before[2]), "f"(before[3]));
+#endif
+}
+
+__device__ inline void multiply(float (&sum)[4], const float (&before)[4], const uint32_t (&a)[4],
+                                const uint32_t (&b)[2], __nv_bfloat16) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(before[0]), "f"(before[1]),
+        "f"(before[2]), "f"(before[3]));
+#endif
+}
+
+// The same of 16 x 8 by 8 x 8.
+__device__ inline void multiply(float (&sum)[4], const uint32_t (&a)[2], uint32_t b, __half) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b));
+#endif
+}
+
+__device__ inline void multiply(float (&sum)[4], const uint32_t (&a)[2], uint32_t b, __nv_bfloat16) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b));
+#endif
+}
+
+}  // namespace dwconv
