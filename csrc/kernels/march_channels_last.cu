@@ -297,6 +297,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
   const int column = first_column + static_cast<int>(strip) * kStrip;
   const int x0 = column * kStep - a.lead_w;        // where the strip begins in the source
   const int target_x = column * kPair - a.skew_w;  // and in the target
+  const bool inner = !a.source.joined || (x0 >= 0 && x0 + Tile::kColumns <= a.width);  // or else it has to mask
   const bool whole = live && target_x >= 0 && target_x + kWidth <= a.target_width;
   int slot = 0, fresh = 0;  // the next row in the ring; how many rows of its group are left
   int groups = 0;           // that have been waited for
@@ -355,10 +356,10 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
             float x[Tile::kColumns][kChannels];
 #pragma unroll
             for (int j = 0; j < Tile::kColumns; ++j) read_pixel<T>(from + j * pitch + q * kSize, x[j]);
-            if (a.source.joined)
+            if (!inner)
 #pragma unroll
-              for (int j = 0; j < Tile::kExtentW - 1; ++j)
-                if (x0 + j < 0)
+              for (int j = 0; j < Tile::kColumns; ++j)
+                if (static_cast<uint32_t>(x0 + j) >= static_cast<uint32_t>(a.width))
 #pragma unroll
                   for (int c = 0; c < kChannels; ++c) x[j][c] = 0;
             const auto add = [&](int s, int o, int v, int i, int j, int at, bool first) {
@@ -425,7 +426,7 @@ void apply(March& a, const Cut& cut, const TileSize& tile, int64_t element) {
   a.by_spans = Divider(ceil_div(units_w, cut.strips * tile.strip));
   a.by_units = Divider(a.units), a.by_fan_out = Divider(a.fan_out);
   const int64_t slab = std::min<int64_t>(cut.lanes * tile.channels, a.filters) * a.fan_in / a.fan_out;
-  cut_pixels(a.source, slab * element, (cut.strips * tile.strip - 1) * tile.step + tile.extent_w, a.width,
+  cut_pixels(a.source, slab * element, (cut.strips * tile.strip - 1) * tile.step + tile.extent_w,
              cut.lanes * cut.strips);
   // A bulk copy of less than some 500 bytes takes longer than its bytes do.
   const bool gapless = a.source.pixel_bytes == a.source.slab_bytes;

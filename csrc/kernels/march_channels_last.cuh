@@ -20,12 +20,12 @@ struct Pixels {
   int slab_bytes;      // of a pixel, the channels of a block
   int unit;            // bytes that are copied at once: 16, 8, 4 or 2
   int pitch, columns;  // in shared memory: from one pixel to the next, and pixels of a row
-  // Pixels without gaps that fit no units: a row is copied as one run of units of 16 bytes and has the same place
-  // within 16 bytes in shared memory. What lies left of the image is then not zero there, but may be the row before.
+  // An array without gaps whose pixels fit no units: a row is copied as one run of units of 16 bytes and has the same
+  // place within 16 bytes in shared memory. Beside the image lie then not zeros, but what is of the rows around.
   bool joined;
+  const char* end;  // of the array, if it is joined
   // Units of a slab's pixel; pixels that threads load together, and the steps to the next ones.
   int units, together, from_step, to_step;
-  int row_end;  // bytes of a row's pixels
   Divider by_units;
 
   int ring_row_bytes() const {
@@ -38,30 +38,24 @@ __device__ inline int phase_of(const Pixels& p, uint32_t address) {
   return p.joined ? address % kUnit : 0;
 }
 
-// Copies are under way until their group is waited for. `bytes`, where less than the unit, is what is copied: the
-// others become zero.
+// Copies are under way until their group is waited for.
 template <int kBytes>
-__device__ void copy_unit(int to, const char* from, int bytes = kBytes) {
+__device__ void copy_unit(int to, const char* from) {
 #if __CUDA_ARCH__ >= 800
   constexpr bool kAsync = kBytes >= 4;
 #else
   constexpr bool kAsync = false;
 #endif
   if constexpr (kAsync && kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
-                 : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
   } else if constexpr (kAsync) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes)
                  : "memory");
-  } else if (bytes == kBytes) {
+  } else {
     using Word =
         std::conditional_t<kBytes == 16, uint4,
                            std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint16_t>>>;
     shared<Word>(to) = *reinterpret_cast<const Word*>(from);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kBytes; i += 2)
-      shared<uint16_t>(to + i) = i < bytes ? *reinterpret_cast<const uint16_t*>(from + i) : uint16_t{0};
   }
 }
 
@@ -144,8 +138,14 @@ class RowLoader {
     const int size = p.columns * p.pitch + phase;
 #pragma unroll 1
     for (int i = threadIdx.x * kUnit; i < size; i += blockDim.x * kUnit) {
-      const int at = static_cast<int>(offset_) - phase + i;
-      copy_unit<kUnit>(to + i, from_ - phase + i, at > -kUnit ? max(min(p.row_end - at, kUnit), 0) : 0);
+      const char* from = from_ - phase + i;
+      if (from >= p.base && from + kUnit <= p.end)
+        copy_unit<kUnit>(to + i, from);
+      else  // the array's first and last row: nothing beyond is touched
+        for (int j = 0; j < kUnit; j += 2) {
+          const bool inside = from + j >= p.base && from + j < p.end;
+          shared<uint16_t>(to + i + j) = inside ? *reinterpret_cast<const uint16_t*>(from + j) : uint16_t{0};
+        }
     }
   }
 };
@@ -207,22 +207,21 @@ inline Pixels pixels_of(const View& view, int64_t element, int64_t channels, int
   p.pixel_bytes = static_cast<int>((width == 1 ? channels : view.stride[3]) * element);
   p.bytes = static_cast<int>(channels * element);
   p.unit = alignment_of(view, element, channels, height, width, batch);
-  // Rows that follow each other without a gap, of images that do too or have 16 bytes of their own.
   const int64_t row = width * channels;
   p.joined = p.unit < kUnit && reinterpret_cast<uintptr_t>(view.data) % kUnit == 0 &&
              (width == 1 || view.stride[3] == channels) && (height == 1 || view.stride[2] == row) &&
-             (batch == 1 || view.stride[0] == height * row || view.stride[0] * element % kUnit == 0);
+             (batch == 1 || view.stride[0] == height * row);
+  p.end = p.base + batch * height * row * element;
   return p;
 }
 
 // Fills in what a block of `threads` has of it, at least as many as there are units in a pixel.
-inline void cut_pixels(Pixels& p, int64_t slab_bytes, int64_t columns, int64_t width, int threads) {
+inline void cut_pixels(Pixels& p, int64_t slab_bytes, int64_t columns, int threads) {
   p.slab_bytes = p.pitch = static_cast<int>(slab_bytes), p.columns = static_cast<int>(columns);
   p.joined = p.joined && slab_bytes == p.bytes;
   while (slab_bytes < p.bytes && slab_bytes % p.unit != 0) p.unit /= 2;
   p.units = p.slab_bytes / p.unit, p.together = std::max(threads / p.units, 1);
   p.from_step = p.together * p.pixel_bytes, p.to_step = p.together * p.pitch;
-  p.row_end = static_cast<int>(width * p.pixel_bytes);
   p.by_units = Divider(p.units);
 }
 
