@@ -79,9 +79,9 @@ struct Window {
   static constexpr int kMaxThreads = kRegisters < 40     ? 224
                                      : kRegisters < 64   ? 288
                                      : kRegisters < 90   ? 224
-                                     : kRegisters <= 120 ? 160
+                                     : kRegisters <= 130 ? 160
                                                          : 224;
-  static constexpr int kBlocks = kRegisters < 40 ? 3 : kRegisters <= 120 ? 2 : 1;
+  static constexpr int kBlocks = kRegisters < 40 ? 3 : kRegisters <= 130 ? 2 : 1;
 
   // Where in registers the row is that came `age` steps before step `u`.
   static constexpr bool kTurns = kUnroll == kHeld;
@@ -385,32 +385,30 @@ double cycles_of(const March& a, const Cut& cut, const WindowSize& w, const Devi
   const double source_columns = std::min<double>((columns - 1) * w.stride + w.extent_w, a.width);
   const int element = a.grad.slab_bytes / (2 * cut.pairs);
   const double instructions =
-      2.0 * w.taps * w.columns + (2.0 + element) * (w.stride * w.source_columns + w.columns) + 160;
-  double bytes = 0, copies = 0, loading = 80;
+      2.0 * w.taps * w.columns + 4.2 * (element == 4 ? 1 : 2) * (w.stride * w.source_columns + w.columns) + 144;
+  double bytes = 0, copies = 0, loading = 140;
   const auto load = [&](const Pixels& p, double pixels) {
     const bool whole = p.slab_bytes >= p.bytes;
-    bytes += pixels * (whole ? p.bytes : p.slab_bytes + 10);
+    bytes += pixels * (whole ? p.bytes : p.slab_bytes + 7);
     const double units = pixels * std::min(p.slab_bytes, p.bytes) / p.unit * p.copies / 32;
-    if (cut.bulk) {
-      loading += whole ? 30 : 20 * pixels;
-    } else {
-      loading += units / cut.loaders * (p.unit == 2 ? 25 : 48);
-      copies += units;
-    }
+    if (cut.bulk) return;
+    loading += units / cut.loaders * (p.unit == 2 ? 44 : 48);
+    copies += units;
   };
   load(a.source, w.stride * source_columns), load(a.grad, columns);
   const double warps = cut.threads / 32 - cut.loaders;
   const double issue = side_by_side * (warps * instructions + 6 * copies + 40 * cut.loaders) / 4 * 1.37;
   const double memory = side_by_side * bytes / 17;
-  const double alone = 1.6 * instructions + 256;
-  const double arrival = 2100.0 / (cut.depth - 1);
+  const double alone = 1.8 * instructions + 270;
+  const double arrival = 1200.0 / (cut.depth - 1);
   const auto cube = [](double value) { return value * value * value; };
   const double step = std::cbrt(cube(issue) + cube(memory) + cube(alone) + cube(arrival) + cube(loading));
 
   const int64_t parts = int64_t{cut.splits} * a.spans;
   const double sums = static_cast<double>(w.taps + 1) * a.filters;
-  const double total = parts > 1 ? 4000 + 8 * static_cast<double>(parts) * sums / device.multiprocessors / 17 : 0;
-  return waves * (4600 + steps * step + 2.0 * w.taps * (cut.strips + 10)) + total;
+  const double total = parts > 1 ? 8400 + 8 * static_cast<double>(parts) * sums / device.multiprocessors / 17 : 0;
+  const double zeros = 0.3 * static_cast<double>(cut.shared_bytes) / cut.threads;
+  return waves * (3800 + zeros + steps * step + 2.0 * w.taps * (cut.strips + 10)) + total;
 }
 
 Cut cut_for(March a, const WindowSize& w, int element, const Device& device) {
@@ -420,8 +418,8 @@ Cut cut_for(March a, const WindowSize& w, int element, const Device& device) {
   const int all_pairs = static_cast<int>(ceil_div(a.filters, 2));
   const int all_strips = static_cast<int>(ceil_div(a.out_width, w.columns));
   const int64_t rows = int64_t{a.images} * a.out_height;
-  const bool bulk = device.capability >= 90 && a.source.unit == kUnit && a.grad.unit == kUnit;
-  constexpr int64_t kLongest = 256;  // rows of a split: longer sums lose digits
+  const bool bulk = device.capability >= 90 && has_whole_rows(a.source) && has_whole_rows(a.grad);
+  constexpr int64_t kLongest = 512;  // rows of a split: longer sums lose digits
   const int64_t fewest = std::min<int64_t>(w.max_threads, int64_t{all_pairs} * all_strips) / 20;
   Cut best{};
   double best_cycles = INFINITY;
@@ -459,7 +457,7 @@ Cut cut_for(March a, const WindowSize& w, int element, const Device& device) {
       last_strips = strips;
       for (const int depth : {2, 3, 4, 6, 8}) {
         for (const int loaders : {1, 2, 4}) consider(pairs, strips, loaders, false, depth);
-        if (bulk) consider(pairs, strips, 1, true, depth);
+        if (bulk && pairs == all_pairs) consider(pairs, strips, 1, true, depth);
       }
     }
   }

@@ -45,8 +45,7 @@ inline Pixels pixels_of(const View& view, int64_t channels, int64_t element, boo
 // reads several of them at once finds them in different banks.
 inline void cut_pixels(Pixels& p, int64_t slab_bytes, int columns, int step, bool bulk) {
   p.slab_bytes = static_cast<int>(slab_bytes), p.pitch = static_cast<int>(round_up(slab_bytes, p.unit)) * p.copies;
-  const bool whole = bulk && p.pitch == p.pixel_bytes;
-  if (!whole && p.pitch < 128 && p.pitch * step % 128 == 0) p.pitch += kUnit;
+  if (!bulk && p.pitch < 128 && p.pitch * step % 128 == 0) p.pitch += kUnit;
   p.columns = columns;
 }
 
@@ -123,6 +122,11 @@ __device__ void copy_unit(int to, const char* from) {
 #endif
 }
 
+// Whether rows can be copied in one piece, if blocks take all channels.
+inline bool has_whole_rows(const Pixels& p) {
+  return p.unit == kUnit && p.copies == 1 && p.pixel_bytes == p.bytes;
+}
+
 // Copies any multiple of 16 bytes; `barrier` waits for it.
 __device__ inline void copy_bulk(int to, const char* from, int bytes, int barrier) {
 #if __CUDA_ARCH__ >= 900
@@ -145,19 +149,16 @@ __device__ inline void before_bulk_copies() {
 // A thread's part in loading rows of a block's slab and span, one after the other. It is thread `rank` of `threads`.
 class RowLoader {
  public:
-  // `bulk`: a row in one piece, if its pixels lie so, or each pixel's part in one.
+  // `bulk`: by one thread, each row in one piece.
   __device__ RowLoader(const Pixels& p, int slab, int first_column, int width, int rank, int threads, bool bulk)
       : bulk_(bulk) {
-    const int begin = max(first_column, 0), end = min(first_column + p.columns, width);
-    const int bytes = min(p.slab_bytes, p.bytes - slab * p.slab_bytes);
-    const bool whole = bulk && p.pixel_bytes == p.pitch;
-    units_ = bulk ? 1 : bytes / p.unit;
+    const int begin = max(first_column, 0), pixels = max(min(first_column + p.columns, width) - begin, 0);
+    units_ = min(p.slab_bytes, p.bytes - slab * p.slab_bytes) / p.unit;
     lanes_ = min(units_, threads), step_ = threads / lanes_;
-    part_ = rank % lanes_;
-    const int pixel = rank / lanes_;
-    pixels_ = pixel < step_ ? max(end - begin - pixel + step_ - 1, 0) / step_ : 0;
-    piece_ = whole ? max(end - begin, 0) * bytes : bytes;
-    if (whole) pixels_ = rank == 0 && piece_ > 0 ? 1 : 0;
+    part_ = bulk ? 0 : rank % lanes_;
+    const int pixel = bulk ? 0 : rank / lanes_;
+    pixels_ = pixel < step_ ? max(pixels - pixel + step_ - 1, 0) / step_ : 0;
+    piece_ = bulk && rank == 0 ? pixels * p.pitch : 0;
     to_ = (begin - first_column + pixel) * p.pitch + part_ * p.unit * p.copies;
     offset_ = int64_t{begin + pixel} * p.pixel_bytes + slab * p.slab_bytes + part_ * p.unit;
   }
@@ -173,10 +174,7 @@ class RowLoader {
     const char* from = from_;
     to += to_;
     if (bulk_) {
-      for (int i = 0; i < pixels_; ++i) {
-        copy_bulk(to, from, piece_, barrier);
-        to += step_ * p.pitch, from += int64_t{step_} * p.pixel_bytes;
-      }
+      if (piece_ > 0) copy_bulk(to, from, piece_, barrier);
       return;
     }
     for (int part = part_; part < units_; part += lanes_) {
@@ -194,7 +192,7 @@ class RowLoader {
   bool bulk_;
   int units_, lanes_, step_;  // units of a pixel; threads that load a pixel together; pixels that are loaded together
   int part_, pixels_;         // the thread's first unit, and of how many pixels it loads one
-  int piece_;                 // bytes of a bulk copy
+  int piece_;                 // bytes of a bulk copy, if it is the thread's
   int to_;
   int64_t offset_;
   const char* from_;
