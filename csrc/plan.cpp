@@ -132,6 +132,11 @@ bool claims_stream_grad_weight_nchw(const Problem& p) {
          p.shared_memory;
 }
 
+bool claims_toeplitz_grad_weight_nchw(const Problem& p) {
+  if (size_of(p.dtype) != 2 || p.capability < 80 || p.kernel_h < 5 || p.stride_h != 1) return false;
+  return p.kernel_h == p.kernel_w && claims_stream_grad_weight_nchw(p);
+}
+
 // kernels/window_nchw.cu addresses a plane with 32-bit offsets and keeps three rows of the window in registers.
 bool claims_window_nchw(const Problem& p) {
   if (p.pass == Pass::kGradWeight || p.dtype == DType::kFloat64) return false;
@@ -164,10 +169,16 @@ const std::vector<Plan>& plans() {
       {PlanId::kStreamGradWeightNchw, "stream_grad_weight_nchw",
        "a small kernel on contiguous planes: input and gradient stream through shared memory",
        claims_stream_grad_weight_nchw},
+      {PlanId::kToeplitzGradWeightNchw, "toeplitz_grad_weight_nchw",
+       "a small kernel in 16 bits on contiguous planes: input and gradient stream through shared memory to tensor "
+       "cores",
+       claims_toeplitz_grad_weight_nchw},
       {PlanId::kWindowNchw, "window_nchw", "3x3, stride 1, rows contiguous in memory: a window of rows in registers",
        claims_window_nchw},
       {PlanId::kToeplitzNchwPortable, "toeplitz_nchw_portable", "toeplitz_nchw as GPUs before sm_90 run it",
        claims_toeplitz_nchw},
+      {PlanId::kToeplitzGradWeightNchwPortable, "toeplitz_grad_weight_nchw_portable",
+       "toeplitz_grad_weight_nchw as GPUs before sm_90 run it", claims_toeplitz_grad_weight_nchw},
       {PlanId::kStreamNchwPortable, "stream_nchw_portable", "stream_nchw as GPUs before sm_90 run it",
        claims_stream_nchw},
       {PlanId::kStreamGradWeightNchwPortable, "stream_grad_weight_nchw_portable",

@@ -13,6 +13,8 @@ enum class PlanId : int {
   kToeplitzNchwPortable,
   kStreamNchw,
   kStreamNchwPortable,
+  kToeplitzGradWeightNchw,
+  kToeplitzGradWeightNchwPortable,
   kStreamGradWeightNchw,
   kStreamGradWeightNchwPortable,
   kWindowNchw,

@@ -21,5 +21,6 @@ void launch_window_nchw(const Problem& problem, cudaStream_t stream);
 void launch_stream_nchw(const Problem& problem, bool bulk, cudaStream_t stream);
 void launch_toeplitz_nchw(const Problem& problem, bool bulk, cudaStream_t stream);
 void launch_stream_grad_weight_nchw(const Problem& problem, bool bulk, const Allocate& allocate, cudaStream_t stream);
+void launch_toeplitz_grad_weight_nchw(const Problem& problem, bool bulk, const Allocate& allocate, cudaStream_t stream);
 
 }  // namespace dwconv
