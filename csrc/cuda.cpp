@@ -46,6 +46,9 @@ void run(Problem& problem, const Tensor& like, const std::string& plan) {
     case PlanId::kToeplitzNchwPortable: return launch_toeplitz_nchw(problem, false, stream);
     case PlanId::kStreamNchw: return launch_stream_nchw(problem, true, stream);
     case PlanId::kStreamNchwPortable: return launch_stream_nchw(problem, false, stream);
+    case PlanId::kToeplitzGradWeightNchw: return launch_toeplitz_grad_weight_nchw(problem, true, allocate, stream);
+    case PlanId::kToeplitzGradWeightNchwPortable:
+      return launch_toeplitz_grad_weight_nchw(problem, false, allocate, stream);
     case PlanId::kStreamGradWeightNchw: return launch_stream_grad_weight_nchw(problem, true, allocate, stream);
     case PlanId::kStreamGradWeightNchwPortable: return launch_stream_grad_weight_nchw(problem, false, allocate, stream);
     case PlanId::kMarchChannelsLast: return launch_march_channels_last(problem, stream);

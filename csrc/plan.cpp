@@ -96,11 +96,10 @@ bool claims_toeplitz_nchw(const Problem& p) {
       p.stride_h == 1 ? p.kernel_h <= 7 || p.kernel_h == 11 : p.kernel_h == 3 || p.kernel_h == 5 || p.kernel_h == 7;
   if (p.kernel_w > kMaxBandColumns || !rows) return false;
   // A warp computes 8 tiles of 16 columns at once: small planes do not fill it. Where CUDA cores have a tile, they are
-  // as fast for small kernels, and for 5x5 unless pixels can be read in pairs.
+  // as fast for the smallest kernels, and for 3x3 on small planes.
   const int64_t pixels = target_width(p) * (p.pass == Pass::kForward ? p.out_height : p.height);
   if (pixels < (p.stride_h == 1 ? 196 : 512)) return false;
-  const int64_t width = p.pass == Pass::kForward ? p.width : p.out_width;
-  const bool pays = p.taps() >= 36 || (p.taps() >= 25 && p.stride_h == 1 && width % 2 == 0);
+  const bool pays = p.taps() >= (p.stride_h > 1 ? 36 : pixels < 2048 ? 25 : 9) && p.kernel_h > 1 && p.kernel_w > 1;
   if (!pays && claims_stream_nchw(p)) return false;
   return can_stream(p) && fits_stream_nchw(p, kChunkBytes + kBandHeadBytes + p.kernel_h * kBandRowBytes);
 }
@@ -116,6 +115,13 @@ bool claims_stream_grad_weight_nchw(const Problem& p) {
   return kHead + std::max(ring_bytes(source, source_bytes) + ring_bytes(grad, grad_bytes) + 256,
                           4 * (p.taps() + 1) * kThreads) <=
          p.shared_memory;
+}
+
+bool claims_toeplitz_grad_weight_nchw(const Problem& p) {
+  if (size_of(p.dtype) != 2 || p.capability < 80 || p.kernel_h != p.kernel_w) return false;
+  if (p.kernel_h != 5 && p.kernel_h != 7) return false;
+  // A warp adds up 4 tiles of 16 columns at once: small planes do not fill it.
+  return p.stride_h == 1 && p.out_height * p.out_width >= 784 && claims_stream_grad_weight_nchw(p);
 }
 
 // What the kernels that march ask for: channels that lie side by side, pixels, rows and images that may lie anywhere.
@@ -173,7 +179,8 @@ bool claims_direct_grad_weight(const Problem& p) {
   const int64_t gradients = p.batch * p.out_height * p.out_width;  // of a filter, which a block sums
   constexpr int64_t kFewProductsOfFilter = 10 << 10, kFewProducts = 8 << 20;
   return p.pass == Pass::kGradWeight && can_go_direct(p) && gradients > 0 &&
-         gradients * p.taps() <= kFewProductsOfFilter && p.filters() * gradients * p.taps() <= kFewProducts;
+         gradients * p.taps() <= kFewProductsOfFilter && p.filters() * gradients * p.taps() <= kFewProducts &&
+         (gradients <= 64 || !claims_march_grad_weight_channels_last(p));
 }
 
 }  // namespace
@@ -187,6 +194,10 @@ const std::vector<Plan>& plans() {
       {PlanId::kToeplitzNchw, "toeplitz_nchw",
        "a small kernel in 16 bits on contiguous planes: rows stream through shared memory to tensor cores",
        claims_toeplitz_nchw},
+      {PlanId::kToeplitzGradWeightNchw, "toeplitz_grad_weight_nchw",
+       "a small kernel in 16 bits on contiguous planes: input and gradient stream through shared memory to tensor "
+       "cores",
+       claims_toeplitz_grad_weight_nchw},
       {PlanId::kStreamNchw, "stream_nchw", "a small kernel on contiguous planes: rows stream through shared memory",
        claims_stream_nchw},
       {PlanId::kStreamGradWeightNchw, "stream_grad_weight_nchw",
@@ -200,6 +211,8 @@ const std::vector<Plan>& plans() {
        claims_march_grad_weight_channels_last},
       {PlanId::kToeplitzNchwPortable, "toeplitz_nchw_portable", "toeplitz_nchw as GPUs before sm_90 run it",
        claims_toeplitz_nchw},
+      {PlanId::kToeplitzGradWeightNchwPortable, "toeplitz_grad_weight_nchw_portable",
+       "toeplitz_grad_weight_nchw as GPUs before sm_90 run it", claims_toeplitz_grad_weight_nchw},
       {PlanId::kStreamNchwPortable, "stream_nchw_portable", "stream_nchw as GPUs before sm_90 run it",
        claims_stream_nchw},
       {PlanId::kStreamGradWeightNchwPortable, "stream_grad_weight_nchw_portable",

@@ -15,6 +15,8 @@ enum class PlanId : int {
   kToeplitzNchwPortable,
   kStreamNchw,
   kStreamNchwPortable,
+  kToeplitzGradWeightNchw,
+  kToeplitzGradWeightNchwPortable,
   kStreamGradWeightNchw,
   kStreamGradWeightNchwPortable,
   kMarchChannelsLast,

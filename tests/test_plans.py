@@ -98,7 +98,7 @@ DIRECT = {"forward": "direct", "grad_input": "direct", "grad_weight": "direct_gr
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("name", PASSES)
 def test_little_to_do(name: str, tile: tuple, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
-    for batch, channels, size in ((1, 960, (7, 7)), (1, 16, (14, 14)), (2, 3, (5, 6)), (1, 1, (2, 1))):
+    for batch, channels, size in ((1, 960, (7, 7)), (1, 16, (8, 8)), (2, 3, (5, 6)), (1, 1, (2, 1))):
         assert plan_of(name, tile_case(tile, batch, channels, size), dtype, memory_format) == DIRECT[name], size
     assert plan_of(name, tile_case(tile, 64, 960, (14, 14)), dtype, memory_format) != DIRECT[name]
 
@@ -411,6 +411,7 @@ def test_forcing_a_plan(case: Case, memory_format: torch.memory_format, dtype: t
     for name, call in calls(case, dtype, memory_format).items():
         for plan in (
             "toeplitz_nchw",
+            "toeplitz_grad_weight_nchw",
             "stream_nchw",
             "stream_grad_weight_nchw_portable",
             "direct",
@@ -510,6 +511,9 @@ def test_streams_are_exact(tile: tuple, dtype: torch.dtype) -> None:
             if output_size(case)[3] >= 7 and turn != 2:
                 assert {("output", "stream_nchw"), ("output", "stream_nchw_portable")} <= forced, str(case)
                 assert ("grad_weight", "stream_grad_weight_nchw") in forced, str(case)
+                if min(kernel) >= 5 and stride == 1 and dtype != torch.float32:
+                    plans = {"toeplitz_grad_weight_nchw", "toeplitz_grad_weight_nchw_portable"}
+                    assert {("grad_weight", plan) for plan in plans} <= forced, str(case)
 
 
 @pytest.mark.gpu
@@ -607,7 +611,7 @@ def test_streams_repeat_bit_for_bit(family: str, plan: str, dtype: torch.dtype) 
         return [
             ops.forward.plan(input, weight, bias, *arguments, f"{family}_nchw{plan}"),
             ops.grad_input.plan(grad_output, weight, input.shape, *arguments, False, f"{family}_nchw{plan}"),
-            *ops.grad_weight.plan(grad_output, input, case.kernel, *arguments, True, f"stream_grad_weight_nchw{plan}"),
+            *ops.grad_weight.plan(grad_output, input, case.kernel, *arguments, True, f"{family}_grad_weight_nchw{plan}"),
         ]
 
     first = results()

@@ -1,0 +1,165 @@
+// grad_weight of square kernels at stride 1 in 16 bits on contiguous planes, streamed (stream_grad_weight_nchw.cuh), on
+// tensor cores.
+//
+// Rows are what is summed over: with A[k][m] = input[y + i + k][x + m] and B[k][n] = gradient[y + k][x + n], the
+// product of A transposed and B has, for row i of the kernel, the sums for its columns m - n on the diagonals. A
+// multiplication takes 2 rows from each of 4 tiles, and 8 of their columns twice. A warp walks down 4 tiles of 16
+// columns at once; a pair of input rows serves every row of the kernel.
+#include "launch.h"
+#include "stream_grad_weight_nchw.cuh"
+#include "tensor_cores.cuh"
+
+namespace dwconv {
+namespace {
+
+__device__ inline uint32_t ones(__half) {
+  return 0x3c003c00u;
+}
+__device__ inline uint32_t ones(__nv_bfloat16) {
+  return 0x3f803f80u;
+}
+
+template <int kKernel, int kTileRows>
+struct Toeplitz {
+  static constexpr int kRows = kTileRows, kColumns = 16, kTiles = 4, kLanes = 32;
+  static constexpr int kKernelH = kKernel, kKernelW = kKernel;
+  static constexpr int kMaxThreads = 224, kBlocks = 2;
+
+  float sum[kKernel][4] = {}, bias[4] = {};
+  bool fit;   // all rows of the input begin at an even place, or all at an odd one;
+  int shift;  // then windows begin `shift` columns earlier, so that pixels are read in pairs
+
+  __device__ explicit Toeplitz(const GradStream& a)
+      : fit(a.width % 2 == 0), shift(fit ? (a.source_ring.phase / 2 + a.padding_w) & 1 : 0) {}
+
+  // A thread has columns m = 2 g and 2 g + 1 of the window, and columns n = 2 t and 2 t + 1 of the gradient.
+  __device__ float total(int i, int j) const {
+    const int middle = threadIdx.x % 32 / 4 * 2 - threadIdx.x % 4 * 2 - shift;
+    return j == middle ? sum[i][0] + sum[i][3] : j == middle - 1 ? sum[i][1] : j == middle + 1 ? sum[i][2] : 0.f;
+  }
+  __device__ float total_bias() const { return threadIdx.x % 32 < 4 ? bias[0] + bias[1] : 0.f; }
+
+  // The warp's 4 tiles, as far as they are the thread's.
+  int tile = -1;
+  int row, rows, column, source_column;
+  uint32_t source_mask[2], grad_mask[2];  // of the pixels inside the image, of the gradients that are added
+  uint32_t inside;                        // a bit for each row that is inside the image, or the chunk's part of it
+
+  __device__ void place(const GradStream& a, const GradChunk& c, int filter, int tile) {
+    this->tile = tile;
+    const int lane = threadIdx.x % 32;
+    uint32_t segment = tile + lane % 4;
+    const int strip = a.by_strips.split(segment);
+    row = segment * kRows, rows = min(kRows, c.rows - row);
+    // The last strip overlaps the others. It begins at an even column, too.
+    column = max(min(strip * kColumns, (a.out_width - kColumns + 1) & ~1), 0);
+    source_column = column - a.padding_w - shift + lane / 4 * 2;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const auto is_inside = [&](int x) { return static_cast<uint32_t>(x) < static_cast<uint32_t>(a.width); };
+      const int x = source_column + 8 * h, v = column + lane / 4 + 8 * h;
+      source_mask[h] = (is_inside(x) ? 0xffffu : 0) | (is_inside(x + 1) ? 0xffff0000u : 0);
+      grad_mask[h] = v >= strip * kColumns && v < a.out_width ? ~0u : 0;
+    }
+    column += lane / 4;
+    const int plane = c.source_plane + filter / a.multiplier * a.height, y = c.row + row - a.padding_h;
+    const int begin = max(-y, 0), end = min(min(a.height, c.source_end - plane) - y, 32);
+    inside = rows > 0 && end > begin ? ~0u >> (32 - end) & ~0u << begin : 0;
+  }
+
+  template <typename T>
+  __device__ void add(const GradStream& a, const GradChunk& c, int filter, int first_tile) {
+    if (tile != first_tile || a.bands > 1) place(a, c, filter, first_tile);
+    if (fit)
+      add_placed<T, true>(a, c, filter);
+    else
+      add_placed<T, false>(a, c, filter);
+  }
+
+  template <typename T, bool kFit>
+  __device__ void add_placed(const GradStream& a, const GradChunk& c, int filter) {
+    constexpr int kSourceRows = kRows + kKernel - 1;
+    const RowRing &xs = a.source_ring, &gs = a.grad_ring;
+    const int first = c.source_plane + filter / a.multiplier * a.height + c.row + row - a.padding_h;
+    uint32_t source = (inside ? xs.wrap(c.source_slot + first - c.source_begin) : 0) * xs.row_bytes;
+    uint32_t grad = (rows > 0 ? gs.wrap(c.grad_slot + (a.single ? 0 : filter * a.out_height) + row) : 0) * gs.row_bytes;
+    const uint32_t source_bytes = xs.capacity * xs.row_bytes, grad_bytes = gs.capacity * gs.row_bytes;
+    const int source_origin = xs.at(0) + 2 * source_column, grad_origin = gs.at(0) + 2 * column;
+
+    const auto load_source = [&](int r, uint32_t (&x)[2]) {
+      const int from = (inside >> r & 1 ? static_cast<int>(source) : kZeros - source_origin) + source_origin;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (kFit) {
+          x[h] = shared<uint32_t>(from + 16 * h) & source_mask[h];
+        } else {
+          const int at = (from & ~3) + 16 * h;
+          x[h] = __funnelshift_r(shared<uint32_t>(at), shared<uint32_t>(at + 4), (from & 2) * 8) & source_mask[h];
+        }
+      }
+      source += xs.row_bytes;
+      source = min(source, source - source_bytes);
+    };
+    const auto load_grad = [&](int r, uint32_t (&g)[2]) {
+      const int from = (r < rows ? static_cast<int>(grad) : kZeros - grad_origin) + grad_origin;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) g[h] = shared<uint16_t>(from + 16 * h);
+      grad += gs.row_bytes;
+      grad = min(grad, grad - grad_bytes);
+    };
+
+    uint32_t pairs[kSourceRows - 1][4];  // of rows r and r + 1, at the thread's columns; 7 or less are alive
+    uint32_t above[2];
+    load_source(0, above);
+#pragma unroll
+    for (int r = 0; r + 1 < kSourceRows; ++r) {
+      uint32_t below[2];
+      load_source(r + 1, below);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        pairs[r][2 * h] = __byte_perm(above[h], below[h], 0x5410);
+        pairs[r][2 * h + 1] = __byte_perm(above[h], below[h], 0x7632);
+        above[h] = below[h];
+      }
+      const int o = r - (kKernel - 1);  // the gradient row that the window's rows up to r + 1 suffice for, and the next
+      if (o < 0 || o % 2 != 0) continue;
+      uint32_t upper[2], lower[2], g[2];
+      load_grad(o, upper);
+      load_grad(o + 1, lower);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) g[h] = __byte_perm(upper[h], lower[h], 0x5410) & grad_mask[h];
+#pragma unroll
+      for (int i = 0; i < kKernel; ++i) multiply(sum[i], sum[i], pairs[o + i], g, T{});
+      if (a.with_bias) multiply(bias, bias, {ones(T{}), ones(T{}), ones(T{}), ones(T{})}, g, T{});
+    }
+  }
+};
+
+// Tall tiles share more rows, but may not fill a plane, or shared memory.
+template <typename T, int kKernel>
+void launch_kernel(const Problem& p, const GradStream& a, const Allocate& allocate, cudaStream_t stream) {
+  const auto cost = [&](int rows) {
+    const int64_t tiles = ceil_div(a.out_height, rows) * ceil_div(a.out_width, 16);
+    return ceil_div(tiles, 4) * (60 + 13 * (rows + kKernel - 1) + 13 * rows);
+  };
+  constexpr int kWide = 256;  // rows of which few fit
+  if (a.out_width > kWide || cost(4) < cost(14))
+    launch<T, Toeplitz<kKernel, 4>>(p, a, allocate, stream);
+  else
+    launch<T, Toeplitz<kKernel, 14>>(p, a, allocate, stream);
+}
+
+}  // namespace
+
+void launch_toeplitz_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& allocate, cudaStream_t stream) {
+  const GradStream a = grad_stream_of(p, bulk);
+  visit_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (sizeof(T) == 2) {
+      if (p.kernel_h == 5) launch_kernel<T, 5>(p, a, allocate, stream);
+      if (p.kernel_h == 7) launch_kernel<T, 7>(p, a, allocate, stream);
+    }
+  });
+}
+
+}  // namespace dwconv
