@@ -518,7 +518,8 @@ def test_streams_are_exact(tile: tuple, dtype: torch.dtype) -> None:
             if output_size(case)[3] >= 7 and turn != 2:
                 assert {("output", "stream_nchw"), ("output", "stream_nchw_portable")} <= forced, str(case)
                 assert ("grad_weight", "stream_grad_weight_nchw") in forced, str(case)
-                if min(kernel) >= 5 and stride == 1 and dtype != torch.float32:
+                *_, height, width = output_size(case)
+                if min(kernel) >= 5 and stride == 1 and dtype != torch.float32 and height * width >= 784:
                     plans = {"toeplitz_grad_weight_nchw", "toeplitz_grad_weight_nchw_portable"}
                     assert {("grad_weight", plan) for plan in plans} <= forced, str(case)
 
