@@ -175,6 +175,8 @@ def test_strides_are_those_of_torch(device: str, dtype: torch.dtype, kernel: tup
     """The output's, and those of a leaf's gradient, for every combination of formats of input and weight."""
     if device == "cuda" and dtype == torch.float64:
         pytest.skip("F.conv2d leaves channels_last in CUDA's float64")
+    if device == "cuda" and size[0] == 0:
+        pytest.skip("F.conv2d gives an empty output of the input's size the input's strides on CUDA, and only there")
     for multiplier in (1, 2):
         case = Case(size[0], size[1], size[2:], kernel, padding=(kernel[0] // 2, kernel[1] // 2), multiplier=multiplier)
         input, weight, _ = make_inputs(case, dtype, device, make=integers)

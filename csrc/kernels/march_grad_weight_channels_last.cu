@@ -471,10 +471,10 @@ void launch(const Problem& p, March a, const Allocate& allocate, cudaStream_t st
   constexpr int kElement = sizeof(T);
   const Device& device = current_device();
   const auto kernel = march_grad_weight_channels_last<T, W>;
-  static thread_local Decisions<9, Cut> decisions;
+  static thread_local Decisions<10, Cut> decisions;
   Cut cut =
       decisions({device.id, a.images, a.filters, a.multiplier, a.height, a.width, a.out_height, a.out_width,
-                 a.source.unit * kUnit + a.grad.unit},
+                 a.source.unit * kUnit + a.grad.unit, has_whole_rows(a.source) && has_whole_rows(a.grad)},
                 [&] {
                   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
                   return cut_for(a, kWindow, kElement, device);
