@@ -196,7 +196,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--table", type=Path, default=LAYERS, metavar="CSV", help="layers to time; default: layers.csv")
     parser.add_argument("--output", type=Path, help="write JSON here, and Markdown beside it; cells it holds are kept")
     parser.add_argument(
-        "--keep-older", action="store_true", help="also keep cells measured with other sources, marked so"
+        "--keep-older",
+        action="store_true",
+        help="also keep cells measured with other sources, marked so, unless another plan serves them by now",
     )
     parser.add_argument("--missing", action="store_true", help="only cells that --output does not hold yet")
 
@@ -216,10 +218,20 @@ def selected(args: argparse.Namespace) -> list[Cell]:
     ]
 
 
+def drop_outdated(results: dict[tuple[str, ...], dict[str, Any]], cells: Iterable[Cell]) -> None:
+    """Drops results of other sources for cells that another plan serves by now."""
+    for cell in cells:
+        key = cell.layer, cell.dtype, cell.layout, cell.pass_name
+        result = results.get(key, {})
+        if "csrc_sha256" in result and result["plan"] not in ("aten", plan_of(cell, Tensors.draw(cell, "meta"))):
+            del results[key]
+
+
 def main(args: argparse.Namespace) -> None:
     cells = selected(args)
     meta = machine()
     results = {report.identity(cell): cell for cell in report.earlier(args.output, meta, "cells", args.keep_older)}
+    drop_outdated(results, read_layers(args.table))
     if args.missing:
         cells = [c for c in cells if (c.layer, c.dtype, c.layout, c.pass_name) not in results]
 

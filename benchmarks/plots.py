@@ -168,8 +168,9 @@ def speedups(meta: dict[str, Any], cells: Sequence[Cell], path: Path) -> None:
                     continue
                 y = i + (j - 1) * 0.27
                 axes.barh(y, same - 1, left=1, height=0.24, color=colour)
+                beside = either if either is not None and same < either < 1.2 * same else same  # not under the mark
                 axes.annotate(
-                    f"{same:.1f}", (max(same, 1), y), (5, 0), textcoords="offset points", va="center", fontsize=9.5
+                    f"{same:.1f}", (max(beside, 1), y), (5, 0), textcoords="offset points", va="center", fontsize=9.5
                 )
                 if either is not None:
                     mark = {"markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.7}
