@@ -160,7 +160,9 @@ struct Toeplitz {
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
             const auto values = narrow_pair(sum[2 * h], sum[2 * h + 1], T{});
+#if __CUDA_ARCH__ >= 800
             zero = __hfma2(values, none, zero);
+#endif
             const int at = to + 16 * h;
             if (pairs) {
               if (r < (h ? right : left)) shared<Pair<T>>(at) = values;
