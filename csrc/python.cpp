@@ -94,7 +94,6 @@ PYBIND11_MODULE(_C, m) {
       py::arg("pass_name"), py::arg("dtype"), py::arg("input_size"), py::arg("input_stride"), py::arg("weight_size"),
       py::arg("output_stride"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
       py::arg("capability") = Problem{}.capability, py::arg("shared_memory") = Problem{}.shared_memory,
-      "Name and reason of every plan that can serve a problem on a GPU of that compute capability (90 is 9.0) with "
-      "that "
-      "much shared memory a block (bytes); the first one does.");
+      "Name and reason of every plan that can serve a problem on a GPU of that compute capability (90 is 9.0) with\n"
+      "that much shared memory a block (bytes); the first one does.");
 }

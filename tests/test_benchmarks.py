@@ -97,6 +97,23 @@ def test_layers_json(layers_json: Path):
     assert "Geometric means" in text and "## Over target: " in text and "seed bfloat16 NCHW grad_weight" in text
 
 
+def test_older_cells_are_kept_while_their_plan_serves(table: Path, layers_json: Path, tmp_path: Path):
+    path, older = tmp_path / "layers.json", "0" * 64
+    result = json.loads(layers_json.read_text())
+    result["meta"]["csrc_sha256"] = older
+    result["cells"][0]["plan"] = "a kernel of old"
+    result["cells"][1]["plan"] = "direct"
+    path.write_text(json.dumps(result))
+    run("layers", "--table", table, "--quick", "--missing", "--keep-older", "--output", path)
+    after = {(cell["dtype"], cell["layout"], cell["pass"]): cell for cell in json.loads(path.read_text())["cells"]}
+    assert len(after) == 4
+    measured = after["float32", "NCHW", "forward"]
+    assert measured["plan"] == "aten" and "csrc_sha256" not in measured
+    for key in (("float32", "channels_last", "forward"), ("bfloat16", "NCHW", "grad_weight")):
+        assert after[key]["csrc_sha256"] == older
+    assert "3 cells were measured with earlier sources." in path.with_suffix(".md").read_text()
+
+
 def test_layers_of_a_file_are_kept_and_not_mixed(module, table: Path, layers_json: Path, tmp_path: Path):
     path = tmp_path / "layers.json"
     result = json.loads(layers_json.read_text())

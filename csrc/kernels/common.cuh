@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "../problem.h"
 
@@ -53,6 +54,17 @@ __device__ inline __nv_bfloat16 narrow<__nv_bfloat16>(float value) {
 
 __device__ inline bool is_finite(float value) {
   return fabsf(value) <= 3.402823466e38f;
+}
+
+// Two elements of 16 bits in one word.
+template <typename T>
+using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+
+__device__ inline __half2 narrow_pair(float low, float high, __half) {
+  return __floats2half2_rn(low, high);
+}
+__device__ inline __nv_bfloat162 narrow_pair(float low, float high, __nv_bfloat16) {
+  return __floats2bfloat162_rn(low, high);
 }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) {

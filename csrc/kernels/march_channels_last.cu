@@ -175,15 +175,6 @@ __device__ void read_pixel(int offset, float (&x)[kChannels]) {
   }
 }
 
-__device__ inline uint32_t narrow_pair(float low, float high, __nv_bfloat16) {
-  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&both);
-}
-__device__ inline uint32_t narrow_pair(float low, float high, __half) {
-  const __half2 both = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&both);
-}
-
 template <typename T, int kChannels>
 __device__ void write_pixel(char* to, const float (&x)[kChannels]) {
   if constexpr (kChannels == 1)
@@ -191,7 +182,7 @@ __device__ void write_pixel(char* to, const float (&x)[kChannels]) {
   else if constexpr (sizeof(T) == 4)
     *reinterpret_cast<float2*>(to) = make_float2(x[0], x[1]);
   else
-    *reinterpret_cast<uint32_t*>(to) = narrow_pair(x[0], x[1], T{});
+    *reinterpret_cast<Pair<T>*>(to) = narrow_pair(x[0], x[1], T{});
 }
 
 __device__ inline void init_barriers(int warps) {

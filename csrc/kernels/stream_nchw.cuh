@@ -11,7 +11,7 @@
 //   kFilterBytes             of shared memory, zeros at first, for each filter of a chunk
 //   prepare<T>(stream, chunk)             fills that, while the chunk is under way
 //   compute<T>(stream, ring, chunk, out)  computes the chunk, by all threads; may remember what it knows of its tiles
-// The tiles of a plane are numbered along its rows.
+// The tiles of a plane are numbered along its rows, unless Stream::down says otherwise.
 #pragma once
 
 #include <algorithm>

@@ -3,9 +3,8 @@
 // A row of the kernel is a band matrix B of 16 columns in and 8 columns out, B[k][n] = weight[k - n * stride]: one
 // multiplication of it from the left by 16 rows of pixels gives 16 x 8 sums. The upper 8 rows are pixels of 8 tiles,
 // the lower 8 the same tiles 8 output columns on, so that a warp computes 8 tiles of 16 columns. It walks down all of
-// them at once: pixels are read once and used for every row of the kernel. The tiles of a warp lie side by side and,
-// where rows are short, one row of tiles below the other, which keeps shared memory free of all but two-way bank
-// conflicts.
+// them at once: pixels are read once and used for every row of the kernel. The tiles of a plane are numbered along its
+// rows or down its columns, whichever lets the 8 of a warp meet in fewer banks of shared memory.
 //
 // Pixels are read in pairs. Where rows have an even width, all begin at an even place or all at an odd one: then a
 // window that would begin between two pairs begins a column earlier, and so does the band. In rows of an odd width a
@@ -21,16 +20,6 @@
 
 namespace dwconv {
 namespace {
-
-template <typename T>
-using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-
-__device__ inline __half2 narrow_pair(float low, float high, __half) {
-  return __floats2half2_rn(low, high);
-}
-__device__ inline __nv_bfloat162 narrow_pair(float low, float high, __nv_bfloat16) {
-  return __floats2bfloat162_rn(low, high);
-}
 
 // kSum: where fan_in is not 1.
 template <int kKernelH, int kStride, int kTileRows, bool kSum>
