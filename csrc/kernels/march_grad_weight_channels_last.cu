@@ -343,6 +343,7 @@ struct Cut {
   bool whole_images;
   int threads;
   int64_t shared_bytes;
+  bool sum_early;  // whether the second kernel may start beside the last blocks of the first one
 };
 
 // What there is to know of a kernel, at run time.
@@ -424,7 +425,7 @@ Cut cut_for(March a, const WindowSize& w, int element, const Device& device) {
   Cut best{};
   double best_cycles = INFINITY;
   const auto consider = [&](int pairs, int strips, int loaders, bool bulk, int depth) {
-    Cut cut{pairs, strips, loaders, depth, 1, bulk, false, 0, 0};
+    Cut cut{pairs, strips, loaders, depth, 1, bulk, false, 0, 0, false};
     apply(a, cut, w, element);
     if (cut.shared_bytes > device.shared_per_block || cut.threads > w.max_threads + 32) return;
     const int64_t resident =
@@ -477,7 +478,9 @@ void launch(const Problem& p, March a, const Allocate& allocate, cudaStream_t st
                  a.source.unit * kUnit + a.grad.unit, has_whole_rows(a.source) && has_whole_rows(a.grad)},
                 [&] {
                   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
-                  return cut_for(a, kWindow, kElement, device);
+                  Cut made = cut_for(a, kWindow, kElement, device);
+                  made.sum_early = waits_for_kernel_before<T>();
+                  return made;
                 });
   apply(a, cut, kWindow, kElement);
   const int64_t blocks = int64_t{a.slabs} * a.spans * a.splits, parts = int64_t{a.spans} * a.splits;
@@ -486,7 +489,7 @@ void launch(const Problem& p, March a, const Allocate& allocate, cudaStream_t st
         allocate(parts * (W::kTaps + a.with_bias) * a.filters * static_cast<int64_t>(sizeof(float))));
   kernel<<<static_cast<unsigned>(blocks), cut.threads, cut.shared_bytes, stream>>>(a);
   check_launch("march_grad_weight_channels_last");
-  if (parts > 1) launch_add_partial_sums<T>(p, a.partial, parts, device.capability >= 90, stream);
+  if (parts > 1) launch_add_partial_sums<T>(p, a.partial, parts, cut.sum_early, stream);
 }
 
 }  // namespace

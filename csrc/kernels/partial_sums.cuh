@@ -44,6 +44,13 @@ __global__ void __launch_bounds__(kSumsPerBlock* kSumLanes)
   *to = narrow<T>(static_cast<Accumulator<T>>(total));
 }
 
+// Whether the code at hand waits for the kernel before: it may be of an architecture before the device's.
+template <typename T>
+bool waits_for_kernel_before() {
+  cudaFuncAttributes attributes{};
+  return cudaFuncGetAttributes(&attributes, add_partial_sums<T>) == cudaSuccess && attributes.ptxVersion >= 90;
+}
+
 // Launches it behind the kernel that writes the partial sums; `early`: its blocks start beside that kernel's last ones.
 template <typename T>
 void launch_add_partial_sums(const Problem& p, const Accumulator<T>* partial, int64_t splits, bool early,

@@ -6,6 +6,14 @@
 //
 // What is not part of a sum is multiplied by zero, which is exact unless the other factor is Inf or NaN. So sums that
 // are finite are right, and the others are taken again, product by product.
+//
+// A tile is a class with
+//   kRows, kColumns       its size
+//   kTiles, kLanes        how many of them are added together, and by how many threads: 1 by 1, or 4 by a warp
+//   kKernelH, kKernelW    the size of the kernel
+//   kMaxThreads, kBlocks  of a block, besides a warp that copies, and blocks of that size on a multiprocessor
+//   add<T>(stream, chunk, filter, tile)  adds a tile, or the first of several, to the thread's sums
+//   total(i, j), total_bias()            the sums
 #pragma once
 
 #include <algorithm>
@@ -95,13 +103,6 @@ __device__ __noinline__ float sum_by_products(const GradStream& a, int group, in
   return sum;
 }
 
-// A tile is a class with
-//   kRows, kColumns       its size
-//   kTiles, kLanes        how many of them are added together, and by how many threads: 1 by 1, or 4 by a warp
-//   kKernelH, kKernelW    the size of the kernel
-//   kMaxThreads, kBlocks  of a block, besides a warp that copies, and blocks of that size on a multiprocessor
-//   add<T>(stream, chunk, filter, tile)  adds a tile, or the first of several, to the thread's sums
-//   total(i, j), total_bias()            the sums
 // Adds up `count` values in shared memory; `lanes` threads side by side, a power of two, do so together.
 __device__ inline float sum_of(int values, int count, int lanes) {
   float sum = 0;
