@@ -8,6 +8,7 @@
 
 #include "kernels/small_kernels.h"
 #include "kernels/stream.h"
+#include "kernels/toeplitz_large.h"
 
 namespace dwconv {
 namespace {
@@ -124,6 +125,23 @@ bool claims_toeplitz_grad_weight_nchw(const Problem& p) {
   return p.stride_h == 1 && p.out_height * p.out_width >= 784 && claims_stream_grad_weight_nchw(p);
 }
 
+bool claims_toeplitz_large(const Problem& p) {
+  if (size_of(p.dtype) != 2 || p.capability < 80 || p.pass == Pass::kGradWeight || p.batch == 0) return false;
+  if (p.stride_h != p.stride_w || p.stride_h > 2 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (p.pass == Pass::kGradInput && (p.stride_h > 1 || p.multiplier > 1)) return false;
+  if (std::max(p.kernel_h, p.kernel_w) < kLeastLargeKernel) return false;
+  const auto has_rows = [](const View& view, int64_t width) { return view.stride[3] == 1 || width == 1; };
+  if (!has_rows(p.input, p.width) || !has_rows(p.output, p.out_width)) return false;
+  // Sizes, and tiles of 16 x 16 outputs, are counted in 32 bits.
+  constexpr int64_t kLimit = 1 << 24, kMostTiles = 1 << 30;
+  for (const int64_t size : {p.height, p.width, p.out_height, p.out_width, p.kernel_h, p.kernel_w, p.padding_h,
+                             p.padding_w, p.batch, p.filters()})
+    if (size > kLimit) return false;
+  const int64_t height = std::max(p.height, p.out_height), width = std::max(p.width, p.out_width);
+  if (p.batch * p.filters() > kMostTiles / ((height + 15) / 16) / ((width + 15) / 16)) return false;
+  return least_large_bytes(p) <= p.shared_memory;
+}
+
 // What the kernels that march ask for: channels that lie side by side, pixels, rows and images that may lie anywhere.
 bool can_march(const Problem& p) {
   if (p.dtype == DType::kFloat64 || p.batch == 0 || !is_small_kernel(p)) return false;
@@ -217,6 +235,8 @@ const std::vector<Plan>& plans() {
        claims_stream_nchw},
       {PlanId::kStreamGradWeightNchwPortable, "stream_grad_weight_nchw_portable",
        "stream_grad_weight_nchw as GPUs before sm_90 run it", claims_stream_grad_weight_nchw},
+      {PlanId::kToeplitzLarge, "toeplitz_large",
+       "a large kernel in 16 bits on contiguous rows: band matrices on tensor cores", claims_toeplitz_large},
       {PlanId::kGeneric, "generic", "no specialised plan claims this problem", claims_everything},
   };
   return table;

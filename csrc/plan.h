@@ -19,6 +19,7 @@ enum class PlanId : int {
   kToeplitzGradWeightNchwPortable,
   kStreamGradWeightNchw,
   kStreamGradWeightNchwPortable,
+  kToeplitzLarge,
   kMarchChannelsLast,
   kMarchGradWeightChannelsLast,
   kGeneric,

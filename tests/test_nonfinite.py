@@ -29,6 +29,8 @@ CASES = [
     Case(1, 16, (24, 26), (7, 7), padding=(3, 3)),
     Case(1, 16, (33, 25), (4, 5), padding=(3, 1), multiplier=2),
     Case(1, 16, (20, 21), (13, 11), padding=(6, 5)),
+    Case(2, 8, (9, 10), (12, 17), padding=(11, 8)),  # kernels larger than the image
+    Case(1, 16, (23, 24), (9, 10), (2, 2), (4, 5)),
 ]
 
 

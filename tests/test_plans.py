@@ -90,12 +90,49 @@ def test_tensor_cores(name: str, dtype: torch.dtype) -> None:
         assert plan_of(name, Case(512, 64, (side, side), (7, 7), padding=(3, 3)), dtype) == expected
     for kernel in ((2, 3), (4, 4), (6, 9), (11, 5), (1, 2)):
         assert plan_of(name, Case(2, 4, (32, 32), kernel), dtype) == "toeplitz_nchw", kernel
-        assert plan_of(name, Case(2, 4, (12, 14), kernel), dtype) == "generic", kernel
+        few = "toeplitz_large" if max(kernel) >= 8 else "generic"
+        assert plan_of(name, Case(2, 4, (12, 14), kernel), dtype) == few, kernel
         assert plan_of(name, Case(2, 4, (32, 32), kernel, dilation=(2, 2)), dtype) == "generic", kernel
-    for kernel in ((8, 3), (12, 12), (3, 10)):
-        assert plan_of(name, Case(2, 4, (32, 32), kernel), dtype) == "generic", kernel
     strided = Case(2, 4, (64, 64), (5, 3), (2, 2))
     assert plan_of(name, strided, dtype) == ("toeplitz_nchw" if name == "forward" else "generic")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PASSES[:2])
+def test_large_kernels(name: str, dtype: torch.dtype) -> None:
+    """Any size of kernel and image; rows, planes and images may lie apart."""
+    for kernel in ((8, 3), (12, 12), (3, 10), (31, 31), (51, 5), (5, 51), (63, 63), (1, 8)):
+        for size in ((64, 64), (113, 95), (7, 7), (1, 1), (3, 900)):
+            for padding in (tuple(k // 2 for k in kernel), tuple(k - 1 for k in kernel)):
+                case = Case(2, 4, size, kernel, padding=padding)
+                assert plan_of(name, case, dtype) == "toeplitz_large", str(case)
+    case = Case(2, 4, (24, 24), (13, 13), padding=(6, 6))
+    plain = meta((2, 4, 24, 24), dtype)
+    for odd, serves in (
+        (lay(plain, offset=3), True),
+        (lay(plain, steps=(2, 3, 2, 1)), True),
+        (lay(plain, (1, 0, 2, 3), (1, 1, 3, 1), 1), True),
+        (lay(plain, expanded=(0,)), True),
+        (lay(plain, steps=(1, 1, 1, 2)), False),
+        (plain.mT, False),
+    ):
+        assert ("toeplitz_large" in claims(name, case, odd, plain)) == serves, odd.stride()
+        assert ("toeplitz_large" in claims(name, case, plain, odd)) == serves, odd.stride()
+    forward = name == "forward"
+    for change, serves in (
+        ({"stride": (2, 2)}, forward),
+        ({"multiplier": 3}, forward),
+        ({"stride": (1, 2)}, False),
+        ({"stride": (3, 3)}, False),
+        ({"dilation": (2, 1)}, False),
+        ({"batch": 0}, False),
+        ({"kernel": (400, 400), "padding": (200, 200)}, False),  # weights that do not fit shared memory
+        ({"size": (24, 2**25)}, False),
+    ):
+        expected = "toeplitz_large" if serves else "generic"
+        assert plan_of(name, case._replace(**change), dtype) == expected, change
+    for other in (torch.float32, torch.float64):
+        assert plan_of(name, case, other) == "generic"
 
 
 DIRECT = {"forward": "direct", "grad_input": "direct", "grad_weight": "direct_grad_weight"}
@@ -422,6 +459,7 @@ def test_forcing_a_plan(case: Case, memory_format: torch.memory_format, dtype: t
             "toeplitz_grad_weight_nchw",
             "stream_nchw",
             "stream_grad_weight_nchw_portable",
+            "toeplitz_large",
             "direct",
             MARCH[name],
             "generic",
@@ -617,6 +655,51 @@ def test_tensor_cores_are_exact(kernel: tuple, stride: int, dtype: torch.dtype) 
             *_, height, width = output_size(case)
             if height * width >= 512 and (stride == 1 or kernel[0] in (3, 5, 7)):
                 assert {("output", "toeplitz_nchw"), ("output", "toeplitz_nchw_portable")} <= forced, str(case)
+
+
+LARGE = [
+    ((9, 9), (28, 28), 64),
+    ((13, 13), (28, 28), 17),
+    ((27, 27), (14, 14), 33),
+    ((31, 31), (56, 56), 8),
+    ((51, 5), (56, 56), 5),
+    ((5, 51), (56, 56), 3),
+    ((8, 10), (7, 7), 40),
+    ((31, 31), (7, 7), 5),
+    ((14, 1), (33, 21), 2),
+    ((1, 17), (9, 113), 4),
+    ((63, 63), (64, 90), 1),
+    ((21, 16), (224, 224), 1),
+    ((9, 33), (40, 1030), 1),
+    ((33, 9), (300, 5), 2),
+    ((12, 12), (1, 1), 3),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("kernel", "size", "batch"), LARGE, ids=str)
+def test_large_kernels_are_exact(kernel: tuple, size: tuple, batch: int, stride: int, dtype: torch.dtype) -> None:
+    for turn in range(5):
+        case = Case(batch, 5, size, kernel, (stride, stride), multiplier=1 + turn % 3 // 2, bias=turn != 1)
+        padding = [(0, 0), tuple(k // 2 for k in kernel), tuple(k - 1 for k in kernel), (0, kernel[1] // 3)]
+        case = case._replace(padding=padding[turn % 4])
+        if any(side + 2 * p < k for side, k, p in zip(size, kernel, case.padding)):
+            continue
+        input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+        grad_output = integers(*output_size(case)).to(input)
+        if turn == 1:
+            input, grad_output, weight = lay(input, offset=3), lay(grad_output, offset=5), lay(weight, (2, 3, 0, 1))
+        elif turn == 2:
+            input, grad_output = lay(input, steps=(2, 1, 3, 1), offset=4), lay(grad_output, (1, 0, 2, 3), (1, 2, 1, 1))
+        exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+        forced = set()
+        for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
+            assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, str(case), input.stride())
+            forced.add((name, plan))
+        assert ("output", "toeplitz_large") in forced, str(case)
+        assert (("grad_input", "toeplitz_large") in forced) == (stride == 1 and case.multiplier == 1), str(case)
 
 
 @pytest.mark.gpu

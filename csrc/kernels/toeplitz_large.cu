@@ -1,0 +1,540 @@
+// Forward and grad_input of large kernels in 16 bits on contiguous rows, on tensor cores.
+//
+// Columns of the source and of the target go in groups of 8, counted from the image's first. The columns of a kernel
+// row that lead from source group c to target group t are an 8 x 8 band matrix which depends on d = c - stride * t
+// only: B_d[k][n] = weight[8 d + k - stride * n + padding]. So a row of the kernel is a few such matrices, `depth` of
+// them, and all operands are aligned whatever the padding: no half block is wasted.
+//
+// A multiplication takes two rows i and i + 1 of the kernel at once: of source group c, A holds rows r * stride + i
+// (its first 8 columns) and the rows below (its last 8) for 16 target rows r. ldmatrix takes an address per row, so
+// these may be any: R rows of several images. Rows outside of the image are read from a row of zeros; where they are
+// outside for all 16, kernel rows are skipped, for which few rows of many images are best.
+//
+// A block takes one target plane of some images, or a band of rows, or a range of columns of it. The part of the source
+// that it needs lies in shared memory, rows at an odd multiple of 16 bytes, so that ldmatrix meets no bank twice.
+// Weights lie there between zeros, in two copies a column apart, so that any two neighbours are one word of 32 bits.
+//
+// The zeros of B spoil an output if they meet Inf or NaN, which then is NaN. So outputs that are finite are right, and
+// the others are computed again, tap by tap.
+#include <limits>
+
+#include "launch.h"
+#include "mapping.h"
+#include "stream.cuh"
+#include "tensor_cores.cuh"
+#include "toeplitz_large.h"
+
+namespace dwconv {
+namespace {
+
+constexpr int kMaxThreads = 256;
+constexpr int kGroup = 8, kGroupBytes = 16;  // columns of a group
+
+// How a problem is cut.
+struct Cut {
+  int tiles = 0;                          // column groups of a target that a warp computes at once
+  int depth = 0;                          // band matrices that it has at once
+  int blocks_m = 0;                       // 16 rows each
+  int rows_log = 0;                       // these are 1 << rows_log rows of an image
+  int images = 0, rows = 0, columns = 0;  // of a block; `columns` counts tiles of a warp side by side
+  int threads = 0;
+};
+
+struct Large {
+  const void *source, *weight, *bias;
+  void* target;
+  int64_t source_image, source_channel, source_row, target_image, target_channel, target_row;  // strides in elements
+  int64_t weight_filter, weight_row, weight_column, bias_stride;
+  int batch, height, width, out_height, out_width, kernel_h, kernel_w, padding_h, padding_w;
+  int stride, targets;
+
+  int first, depth;                                     // the band matrices: `depth` of them from d = `first` on
+  int first_tap;                                        // column of the kernel at the beginning of a row of weights
+  int images, rows, tiles, rows_log;                    // of a block; of a warp
+  int source_rows, source_pitch, source_plane;          // as they lie in shared memory, in bytes
+  int out_plane, weight_pitch, copy;                    // likewise
+  int weights_at, source_at, out_at, bytes;             // offsets in shared memory, and all of it
+  int load_unit, store_unit;                            // bytes that are copied at once
+  bool pairs;                                           // whether outputs can be written in pairs
+  bool joined;                                          // whether a band of a target plane has no gaps
+  Divider by_targets, by_fan_out, by_bands, by_ranges;  // blocks
+  Divider by_weight_words;
+  Divider by_row_tiles, by_column_tiles;  // tiles of warps
+  int bands, ranges, row_tiles, column_tiles, image_tiles;
+};
+
+// Copies `valid` elements and zeros behind them, of kBytes together.
+template <typename T, int kBytes>
+__device__ void load_piece(int to, const T* from, int valid) {
+  valid = min(max(valid, 0), kBytes / 2);
+#if __CUDA_ARCH__ >= 800
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(2 * valid)
+                 : "memory");
+    return;
+  } else if constexpr (kBytes >= 4) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes),
+                 "r"(2 * valid)
+                 : "memory");
+    return;
+  }
+#endif
+  for (int i = 0; i < kBytes / 2; ++i) shared<T>(to + 2 * i) = i < valid ? from[i] : narrow<T>(0.f);
+}
+
+// What a block has to do.
+struct Task {
+  int target, image, images, row, rows, tile, columns;  // columns of the target, from its group `tile` on
+  int source_row, source_rows, group, groups;           // of the source, as far as they are inside the image
+};
+
+__device__ inline Task task_of(const Large& a, int stride) {
+  Task t;
+  uint32_t number = blockIdx.x;
+  t.target = a.by_targets.split(number);
+  t.tile = a.by_ranges.split(number) * a.tiles;
+  t.row = a.by_bands.split(number) * a.rows;
+  t.image = number * a.images;
+  t.images = min(a.images, a.batch - t.image);
+  t.rows = min(a.rows, a.out_height - t.row);
+  t.columns = min(a.tiles * kGroup, a.out_width - t.tile * kGroup);
+  t.source_row = max(t.row * stride - a.padding_h, 0);
+  t.source_rows = min((t.row + t.rows - 1) * stride - a.padding_h + a.kernel_h, a.height) - t.source_row;
+  t.group = max(t.tile * stride + a.first, 0);
+  t.groups = min((t.tile + a.tiles - 1) * stride + a.first + a.depth, (a.width + kGroup - 1) / kGroup) - t.group;
+  return t;
+}
+
+// Visits the rows of some images, piece by piece. A thread stays with a piece of a row as long as it can.
+template <typename Visitor>
+__device__ void walk(int pieces, int rows, int images, Visitor&& visit) {
+  if (pieces <= 0 || rows <= 0) return;
+  const int threads = blockDim.x, side = min(pieces, threads), lanes = threads / side;
+  const int lane = threadIdx.x / side, step_images = lanes / rows, step_rows = lanes - step_images * rows;
+  if (lane >= lanes) return;
+  for (int piece = threadIdx.x - lane * side; piece < pieces; piece += side) {
+    int image = lane / rows, row = lane - image * rows;
+    while (image < images) {
+      visit(image, row, piece);
+      row += step_rows, image += step_images;
+      if (row >= rows) row -= rows, ++image;
+    }
+  }
+}
+
+template <typename T, int kBytes>
+__device__ void load_source(const Large& a, const Task& t) {
+  uint32_t channel = t.target;
+  a.by_fan_out.split(channel);
+  const T* source = static_cast<const T*>(a.source) + t.image * a.source_image + channel * a.source_channel +
+                    t.source_row * a.source_row + t.group * kGroup;
+  const int width = a.width - t.group * kGroup;
+  walk(t.groups * (kGroupBytes / kBytes), t.source_rows, t.images, [&](int image, int row, int piece) {
+    const int column = piece * (kBytes / 2), valid = width - column;
+    const T* from = source + image * a.source_image + row * a.source_row + (valid > 0 ? column : 0);
+    load_piece<T, kBytes>(a.source_at + image * a.source_plane + row * a.source_pitch + piece * kBytes, from, valid);
+  });
+}
+
+template <typename T>
+__device__ void load_weights(const Large& a, const Task& t) {
+  const T* weight = static_cast<const T*>(a.weight) + t.target * a.weight_filter;
+  const int words = a.by_weight_words.divisor, all = 2 * (a.kernel_h + 1) * words;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < all; i += blockDim.x) {
+    uint32_t row = i;
+    const int word = a.by_weight_words.split(row);
+    const bool second = static_cast<int>(row) > a.kernel_h;
+    if (second) row -= a.kernel_h + 1;
+    const T* taps = weight + static_cast<int>(row) * a.weight_row;
+    const int tap = a.first_tap + 2 * word + second;
+    const auto at = [&](int tap) {
+      const bool inside = tap >= 0 && tap < a.kernel_w && static_cast<int>(row) < a.kernel_h;
+      return inside ? taps[tap * a.weight_column] : narrow<T>(0.f);
+    };
+    const int to = a.weights_at + row * a.weight_pitch + second * a.copy + 4 * word;
+    shared<T>(to) = at(tap), shared<T>(to + 2) = at(tap + 1);
+  }
+}
+
+// An output by its definition, only from taps inside the image.
+template <typename T>
+__device__ __noinline__ float sum_of_taps(const Large& a, int target, int image, int row, int column, int stride) {
+  uint32_t channel = target;
+  a.by_fan_out.split(channel);
+  const T* source = static_cast<const T*>(a.source) + image * a.source_image + channel * a.source_channel;
+  const T* weight = static_cast<const T*>(a.weight) + target * a.weight_filter;
+  float sum = a.bias ? widen(static_cast<const T*>(a.bias)[target * a.bias_stride]) : 0.f;
+  for (int i = 0; i < a.kernel_h; ++i) {
+    const int y = row * stride + i - a.padding_h;
+    if (y < 0 || y >= a.height) continue;
+    for (int j = 0; j < a.kernel_w; ++j) {
+      const int x = column * stride + j - a.padding_w;
+      if (x >= 0 && x < a.width)
+        sum = fmaf(widen(source[y * a.source_row + x]), widen(weight[i * a.weight_row + j * a.weight_column]), sum);
+    }
+  }
+  return sum;
+}
+
+template <typename T, int kBytes>
+__device__ void store_target(const Large& a, const Task& t) {
+  using Word =
+      std::conditional_t<kBytes == 16, uint4,
+                         std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint16_t>>>;
+  const int run = a.joined ? t.rows * t.columns : t.columns, runs = a.joined ? 1 : t.rows;
+  T* target = static_cast<T*>(a.target) + t.image * a.target_image + t.target * a.target_channel +
+              t.row * a.target_row + t.tile * kGroup;
+  walk(run * 2 / kBytes, runs, t.images, [&](int image, int row, int piece) {
+    T* to = target + image * a.target_image + row * a.target_row + piece * (kBytes / 2);
+    *reinterpret_cast<Word*>(to) = shared<Word>(a.out_at + image * a.out_plane + row * run * 2 + piece * kBytes);
+  });
+}
+
+template <typename T, int kStride, int kTiles, int kDepth, int kBlocksM>
+__global__ void __launch_bounds__(kMaxThreads, 2) toeplitz_large(const __grid_constant__ Large a) {
+  constexpr int kGroups = (kTiles - 1) * kStride + kDepth;  // of the source that a warp's tiles meet
+  const Task t = task_of(a, kStride);
+  switch (a.load_unit) {
+    case 16: load_source<T, 16>(a, t); break;
+    case 8: load_source<T, 8>(a, t); break;
+    case 4: load_source<T, 4>(a, t); break;
+    default: load_source<T, 2>(a, t); break;
+  }
+  for (int i = 4 * threadIdx.x; i < a.weights_at; i += 4 * blockDim.x) shared<uint32_t>(i) = 0;
+  load_weights<T>(a, t);
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+  __syncthreads();
+
+  const int lane = threadIdx.x % 32, third = lane / 4, pair = lane % 4 * 2;
+  const float bias = a.bias ? widen(static_cast<const T*>(a.bias)[t.target * a.bias_stride]) : 0.f;
+  const int entry = pair - third * kStride + 7 * kStride;  // of the lane's first pair in a row of weights
+  const int weights = a.weights_at + (entry & 1) * a.copy + 2 * (entry & ~1);
+  const int warps = blockDim.x / 32, units = a.image_tiles * a.column_tiles * a.row_tiles;
+  const int tile_rows = 1 << a.rows_log, tile_images = 16 * kBlocksM >> a.rows_log;
+  for (int unit = threadIdx.x / 32; unit < units; unit += warps) {
+    uint32_t rest = unit;
+    const int row = a.by_row_tiles.split(rest) * tile_rows, tile = a.by_column_tiles.split(rest) * kTiles,
+              image = rest * tile_images;
+    if (row >= t.rows || image >= t.images) continue;
+
+    float sum[kBlocksM][kTiles][4];
+#pragma unroll
+    for (int m = 0; m < kBlocksM; ++m)
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+        for (int v = 0; v < 4; ++v) sum[m][j][v] = bias;
+
+    // Kernel rows that meet the image for any of the warp's rows.
+    const int first_row = t.row + row, last_row = min(first_row + tile_rows, t.row + t.rows) - 1;
+    const int begin = max(a.padding_h - last_row * kStride, 0);
+    const int end = min(a.height + a.padding_h - first_row * kStride, a.kernel_h);
+    for (int d = 0; d < a.depth; d += kDepth) {
+      const int group = (t.tile + tile) * kStride + a.first + d - t.group;  // of the first, among those that are there
+      const int low = max(-group, 0), high = min(t.groups - group, kGroups);
+      if (low >= high) continue;
+      const uint32_t inside = (1u << high) - (1u << low);
+      int source[kBlocksM], y[kBlocksM];
+#pragma unroll
+      for (int m = 0; m < kBlocksM; ++m) {
+        const int slot = 16 * m + lane % 16, r = row + slot % tile_rows, n = image + (slot >> a.rows_log);
+        y[m] = (t.row + r) * kStride + begin + lane / 16 - a.padding_h - t.source_row;
+        source[m] = a.source_at + n * a.source_plane + y[m] * a.source_pitch + group * kGroupBytes;
+        if (n >= t.images || r >= t.rows) y[m] = -(1 << 30);
+      }
+      int band = weights + begin * a.weight_pitch + d * kGroupBytes;
+#pragma unroll 1
+      for (int i = begin; i < end; i += 2) {
+        uint32_t b[kDepth][2];
+#pragma unroll
+        for (int k = 0; k < kDepth; ++k)
+          b[k][0] = shared<uint32_t>(band + k * kGroupBytes),
+          b[k][1] = shared<uint32_t>(band + a.weight_pitch + k * kGroupBytes);
+        band += 2 * a.weight_pitch;
+        uint32_t from[kBlocksM];
+#pragma unroll
+        for (int m = 0; m < kBlocksM; ++m) {
+          const bool there = static_cast<uint32_t>(y[m]) < static_cast<uint32_t>(t.source_rows);
+          from[m] = shared_address(there ? source[m] : group * kGroupBytes);
+          source[m] += 2 * a.source_pitch, y[m] += 2;
+        }
+#pragma unroll
+        for (int c = 0; c < kGroups; ++c) {
+          if (!(inside >> c & 1)) continue;
+#pragma unroll
+          for (int m = 0; m < kBlocksM; ++m) {
+            uint32_t x[4];
+            load_matrices(x, from[m] + c * kGroupBytes);
+#pragma unroll
+            for (int k = 0; k < kDepth; ++k) {
+              const int j = (c - k) / kStride;
+              if (c < k || (c - k) % kStride != 0 || j >= kTiles) continue;
+              multiply(sum[m][j], std::as_const(sum[m][j]), x, b[k], T{});
+            }
+          }
+        }
+      }
+    }
+
+    float zero = 0;
+#pragma unroll
+    for (int m = 0; m < kBlocksM; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int slot = 16 * m + 8 * h + third, r = row + slot % tile_rows, n = image + (slot >> a.rows_log);
+        if (r >= t.rows || n >= t.images) continue;
+        int column = tile * kGroup + pair;
+        const int to = a.out_at + n * a.out_plane + 2 * (r * t.columns + column);
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j, column += kGroup) {
+          const float low = sum[m][j][2 * h], high = sum[m][j][2 * h + 1];
+          zero = fmaf(low, 0.f, fmaf(high, 0.f, zero));
+          if (a.pairs) {
+            if (column < t.columns) shared<Pair<T>>(to + j * kGroupBytes) = narrow_pair(low, high, T{});
+          } else {
+            if (column < t.columns) shared<T>(to + j * kGroupBytes) = narrow<T>(low);
+            if (column + 1 < t.columns) shared<T>(to + j * kGroupBytes + 2) = narrow<T>(high);
+          }
+        }
+      }
+    if (!(zero == 0)) {  // NaN: an output of the thread is not finite
+#pragma unroll 1
+      for (int v = 0; v < kBlocksM * 2 * kTiles * 2; ++v) {
+        const int slot = v / (2 * kTiles) * 8 + third, r = row + slot % tile_rows, n = image + (slot >> a.rows_log);
+        const int column = (tile + v / 2 % kTiles) * kGroup + pair + v % 2;
+        if (r >= t.rows || n >= t.images || column >= t.columns) continue;
+        T& to = shared<T>(a.out_at + n * a.out_plane + 2 * (r * t.columns + column));
+        if (is_finite(widen(to))) continue;
+        to = narrow<T>(sum_of_taps<T>(a, t.target, t.image + n, t.row + r, t.tile * kGroup + column, kStride));
+      }
+    }
+  }
+  __syncthreads();
+  switch (a.store_unit) {
+    case 16: return store_target<T, 16>(a, t);
+    case 8: return store_target<T, 8>(a, t);
+    case 4: return store_target<T, 4>(a, t);
+    default: return store_target<T, 2>(a, t);
+  }
+}
+
+// ---------------------------------------------------------------------------- how to cut a problem
+
+Large arguments_of(const Problem& p) {
+  const Mapping map(p);
+  Large a{};
+  a.source = map.source.data, a.weight = map.weight.data, a.bias = map.bias, a.target = map.target.data;
+  a.source_image = map.source.stride[0], a.source_channel = map.source.stride[1], a.source_row = map.source.stride[2];
+  a.target_image = map.target.stride[0], a.target_channel = map.target.stride[1], a.target_row = map.target.stride[2];
+  a.weight_filter = map.weight.stride[0], a.weight_row = map.weight.stride[2], a.weight_column = map.weight.stride[3];
+  a.bias_stride = map.bias_stride;
+  a.batch = static_cast<int>(p.batch), a.targets = map.targets;
+  a.height = map.height, a.width = map.width, a.out_height = map.out_height, a.out_width = map.out_width;
+  a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
+  a.padding_h = map.padding_h, a.padding_w = map.padding_w;
+  a.stride = static_cast<int>(p.stride_h);
+  a.by_targets = Divider(a.targets), a.by_fan_out = Divider(map.fan_out);
+  return a;
+}
+
+// Lays a block's shared memory out.
+void apply(Large& a, const Cut& cut) {
+  const auto round_up = [](int64_t value, int64_t multiple) {
+    return static_cast<int>(dwconv::round_up(value, multiple));
+  };
+  const Bands bands(a.kernel_w, a.stride, a.padding_w, a.width, a.out_width);
+  const int tile_rows = 1 << cut.rows_log;
+  a.first = static_cast<int>(bands.first), a.depth = static_cast<int>(bands.count);
+  a.first_tap = kGroup * a.first - 7 * a.stride + a.padding_w;
+  a.images = cut.images, a.rows = cut.rows, a.rows_log = cut.rows_log, a.tiles = cut.columns * cut.tiles;
+  a.bands = static_cast<int>(ceil_div(a.out_height, a.rows));
+  a.ranges = static_cast<int>(ceil_div(ceil_div(a.out_width, kGroup), a.tiles));
+  a.row_tiles = static_cast<int>(ceil_div(a.rows, tile_rows)), a.column_tiles = cut.columns;
+  a.image_tiles = static_cast<int>(ceil_div(a.images, std::max(16 * cut.blocks_m >> cut.rows_log, 1)));
+
+  const int groups =
+      static_cast<int>(std::min<int64_t>(ceil_div(a.width, kGroup), int64_t{a.tiles - 1} * a.stride + a.depth));
+  a.source_pitch = kGroupBytes * (groups | 1);
+  a.source_rows = static_cast<int>(std::min<int64_t>(a.height, int64_t{a.rows - 1} * a.stride + a.kernel_h));
+  a.source_plane = a.source_rows * a.source_pitch;
+  // Rows of several images meet no bank of shared memory twice, either.
+  if (tile_rows < 8)
+    while (a.source_plane / kGroupBytes % (2 * tile_rows) != tile_rows) a.source_plane += kGroupBytes;
+  const int columns = std::min(a.tiles * kGroup, a.out_width);
+  a.out_plane = round_up(2 * a.rows * columns, 16);
+  a.weight_pitch = 2 * round_up(kGroup * round_up(a.depth, cut.depth) + 7 * a.stride, 2);
+  a.copy = (a.kernel_h + 1) * a.weight_pitch;
+  a.copy += (64 - a.copy % 128 + 128) % 128;
+  a.weights_at = round_up(groups * kGroupBytes, 128);
+  a.source_at = a.weights_at + round_up(2 * a.copy, 128);
+  a.out_at = a.source_at + round_up(a.images * a.source_plane, 128);
+  a.bytes = a.out_at + a.images * a.out_plane;
+
+  const auto unit_of = [](std::initializer_list<int64_t> places) {
+    int64_t all = 16;
+    for (const int64_t place : places) all |= place;
+    return static_cast<int>(all & -all);
+  };
+  a.load_unit = unit_of({reinterpret_cast<intptr_t>(a.source), a.batch > 1 ? 2 * a.source_image : 0,
+                         a.targets > 1 ? 2 * a.source_channel : 0, a.height > 1 ? 2 * a.source_row : 0});
+  const int last = a.out_width - (a.ranges - 1) * a.tiles * kGroup;
+  a.joined = a.ranges == 1 && (a.target_row == a.out_width || a.out_height == 1);
+  const int64_t band = 2 * int64_t{a.rows} * a.out_width,
+                last_band = 2 * int64_t{a.out_height} * a.out_width - (a.bands - 1) * band;
+  a.store_unit = unit_of({reinterpret_cast<intptr_t>(a.target), a.batch > 1 ? 2 * a.target_image : 0,
+                          a.targets > 1 ? 2 * a.target_channel : 0});
+  if (a.joined)
+    a.store_unit = unit_of({a.store_unit, a.bands > 1 ? band : 0, last_band});
+  else
+    a.store_unit = unit_of({a.store_unit, a.out_height > 1 ? 2 * a.target_row : 0, 2 * last});
+  a.pairs = last % 2 == 0;
+  a.by_bands = Divider(a.bands), a.by_ranges = Divider(a.ranges);
+  a.by_weight_words = Divider(a.weight_pitch / 4);
+  a.by_row_tiles = Divider(a.row_tiles), a.by_column_tiles = Divider(a.column_tiles);
+}
+
+template <int value>
+using Constant = std::integral_constant<int, value>;
+
+// The cuts that are compiled. Calls visit(stride, tiles, depth, blocks_m) with one after the other until it returns
+// true.
+template <typename Visitor>
+bool visit_variants(Visitor&& visit) {
+  const auto visit_depths = [&](auto tiles, auto blocks_m) {
+    return visit(Constant<1>{}, tiles, Constant<3>{}, blocks_m) || visit(Constant<1>{}, tiles, Constant<5>{}, blocks_m);
+  };
+  const auto visit_tiles = [&](auto tiles) {
+    return visit_depths(tiles, Constant<1>{}) || visit_depths(tiles, Constant<2>{});
+  };
+  return visit_tiles(Constant<2>{}) || visit_tiles(Constant<4>{}) || visit_tiles(Constant<7>{}) ||
+         visit(Constant<2>{}, Constant<2>{}, Constant<3>{}, Constant<1>{}) ||
+         visit(Constant<2>{}, Constant<4>{}, Constant<3>{}, Constant<1>{});
+}
+
+// The multiplications of 16 x 16 by 16 x 8, and the reads of 8 x 8 matrices from shared memory, that a plane of 16 rows
+// of one image takes for two rows of the kernel.
+struct Effort {
+  int64_t multiplies = 0, loads = 0, band_loads = 0;
+};
+
+Effort effort_of(const Large& a, const Bands& bands, const Cut& cut) {
+  const int64_t tiles = ceil_div(a.out_width, kGroup), groups = ceil_div(a.width, kGroup);
+  const int64_t width = (cut.tiles - 1) * a.stride + cut.depth;
+  Effort effort;
+  for (int64_t tile = 0; tile < tiles; tile += cut.tiles)
+    for (int64_t d = 0; d < bands.count; d += cut.depth) {
+      const int64_t group = tile * a.stride + bands.first + d;
+      const int64_t low = std::max<int64_t>(-group, 0), high = std::min(groups - group, width);
+      if (low >= high) continue;
+      effort.band_loads += 2 * cut.depth;
+      effort.loads += 4 * (high - low);
+      for (int64_t c = low; c < high; ++c)
+        for (int64_t k = 0; k < cut.depth; ++k)
+          effort.multiplies += c >= k && (c - k) % a.stride == 0 && (c - k) / a.stride < cut.tiles;
+    }
+  return effort;
+}
+
+// Pairs of kernel rows that all tiles of `rows` rows of a plane take together.
+int64_t pairs_of(const Large& a, int64_t rows) {
+  int64_t pairs = 0;
+  for (int64_t row = 0; row < a.out_height; row += rows) {
+    const int64_t last = std::min<int64_t>(row + rows, a.out_height) - 1;
+    const int64_t begin = std::max<int64_t>(a.padding_h - last * a.stride, 0);
+    const int64_t end = std::min<int64_t>(a.height + a.padding_h - row * a.stride, a.kernel_h);
+    pairs += std::max<int64_t>(ceil_div(end - begin, 2), 0);
+  }
+  return pairs;
+}
+
+// The cut that is expected to take the least time, in cycles of a multiprocessor.
+Cut choose_cut(Large a, int64_t shared_bytes, int multiprocessors) {
+  const Bands bands(a.kernel_w, a.stride, a.padding_w, a.width, a.out_width);
+  const int64_t tiles = ceil_div(a.out_width, kGroup);
+  Cut best;
+  double least = std::numeric_limits<double>::infinity();
+  const auto next = [](int64_t parts, int64_t most) { return parts == most ? most + 1 : std::min(2 * parts, most); };
+  int64_t pairs[6];
+  for (int log = 0; log < 6; ++log) pairs[log] = pairs_of(a, 1 << log);
+  visit_variants([&](int stride, int cut_tiles, int depth, int blocks_m) {
+    if (stride != a.stride) return false;
+    Cut cut;
+    cut.tiles = cut_tiles, cut.depth = depth, cut.blocks_m = blocks_m;
+    const Effort effort = effort_of(a, bands, cut);
+    const int64_t all_columns = ceil_div(tiles, cut.tiles);
+    for (cut.rows_log = 0; 1 << cut.rows_log <= 16 * blocks_m; ++cut.rows_log) {
+      const int tile_images = 16 * blocks_m >> cut.rows_log, tile_rows = 1 << cut.rows_log;
+      const int64_t row_tiles = ceil_div(a.out_height, tile_rows);
+      const double clocks =
+          std::max(1.5 * effort.multiplies * blocks_m, 1.0 * effort.loads * blocks_m + effort.band_loads) + 12;
+      for (int64_t bands_h = 1; bands_h <= row_tiles; bands_h = bands_h < 4 ? bands_h + 1 : next(bands_h, row_tiles))
+        for (int64_t ranges = 1; ranges <= all_columns; ranges = next(ranges, all_columns)) {
+          cut.rows = static_cast<int>(ceil_div(row_tiles, bands_h) * tile_rows);
+          cut.columns = static_cast<int>(ceil_div(all_columns, ranges));
+          bool fits = false;
+          for (int64_t more = 1; more <= 16; more *= 2) {
+            cut.images = static_cast<int>(tile_images * more);
+            if (more > 1 && cut.images / 2 >= a.batch) break;
+            apply(a, cut);
+            if (a.bytes > shared_bytes) break;
+            fits = true;
+            const int units = a.row_tiles * a.column_tiles * a.image_tiles;
+            const int turns = static_cast<int>(ceil_div(units, kMaxThreads / 32));
+            cut.threads = 32 * static_cast<int>(ceil_div(units, turns));
+            const int64_t per_multiprocessor = 228 << 10;  // at most
+            const int64_t resident = std::min<int64_t>({per_multiprocessor / (a.bytes + 1024), 512 / cut.threads, 8});
+            const int64_t blocks = ceil_div(a.batch, a.images) * a.bands * a.ranges * a.targets;
+            // All blocks of a multiprocessor share its tensor cores; what is not covered by others is waited for.
+            const double multiply = clocks * pairs[cut.rows_log] * ceil_div(a.batch, tile_images) * a.targets;
+            const double bytes = (double(a.images) * a.source_rows * a.source_pitch + a.images * a.out_plane) / 20 +
+                                 a.weight_pitch * a.kernel_h / 4 + 2000;
+            const double waves = std::max<double>(ceil_div(blocks, multiprocessors), 1);
+            const double work = multiply / blocks + 150. * turns * cut.threads / 32 / 4;
+            const double warps = std::min<double>(resident, waves) * cut.threads / 32;
+            const double time =
+                waves * (work * std::max(1., 10 / warps) + bytes / std::min<double>(resident, waves)) + bytes;
+            if (time < least) least = time, best = cut;
+          }
+          if (fits && ranges == 1 && bands_h >= 8) break;
+        }
+    }
+    return false;
+  });
+  return best;
+}
+
+template <typename T>
+void launch(const Large& a, const Cut& cut, cudaStream_t stream) {
+  const auto go = [&](auto stride, auto tiles, auto depth, auto blocks_m) {
+    if (a.stride != stride || cut.tiles != tiles || cut.depth != depth || cut.blocks_m != blocks_m) return false;
+    const auto kernel = toeplitz_large<T, stride, tiles, depth, blocks_m>;
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, current_device().shared_per_block);
+    const int64_t blocks = ceil_div(a.batch, a.images) * a.bands * a.ranges * a.targets;
+    kernel<<<static_cast<unsigned>(blocks), cut.threads, a.bytes, stream>>>(a);
+    check_launch("toeplitz_large");
+    return true;
+  };
+  visit_variants(go);
+}
+
+}  // namespace
+
+void launch_toeplitz_large(const Problem& p, cudaStream_t stream) {
+  Large a = arguments_of(p);
+  const Device& device = current_device();
+  static thread_local Decisions<16, Cut> decisions;
+  const Cut cut =
+      decisions({device.id, p.shared_memory, a.batch, a.targets, a.height, a.width, a.out_height, a.out_width,
+                 a.kernel_h, a.kernel_w, a.padding_h, a.padding_w, a.stride, a.source_row, a.target_row},
+                [&] { return choose_cut(a, p.shared_memory, device.multiprocessors); });
+  apply(a, cut);
+  if (p.dtype == DType::kFloat16)
+    launch<__half>(a, cut, stream);
+  else
+    launch<__nv_bfloat16>(a, cut, stream);
+}
+
+}  // namespace dwconv
