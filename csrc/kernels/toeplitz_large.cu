@@ -28,6 +28,7 @@ namespace dwconv {
 namespace {
 
 constexpr int kMaxThreads = 256;
+constexpr int64_t kMostTasks = std::numeric_limits<int32_t>::max() - 1;
 constexpr int kGroup = 8, kGroupBytes = 16;  // columns of a group
 
 // How a problem is cut.
@@ -38,6 +39,19 @@ struct Cut {
   int rows_log = 0;                       // these are 1 << rows_log rows of an image
   int images = 0, rows = 0, columns = 0;  // of a block; `columns` counts tiles of a warp side by side
   int threads = 0;
+  int buffers = 0;  // of the source: with two of them, it is loaded while the one before is computed
+};
+
+// How the threads of a block go through the pieces of rows of images.
+struct Walk {
+  Divider side, rows;                 // threads side by side in a row, rows of an image
+  int lanes, step_images, step_rows;  // rows that are visited at once, and what that is in images and rows
+
+  Walk() = default;
+  Walk(int64_t pieces, int most_rows, int threads) : side(std::min<int64_t>(pieces, threads)), rows(most_rows) {
+    lanes = threads / static_cast<int>(side.divisor);
+    step_images = lanes / most_rows, step_rows = lanes % most_rows;
+  }
 };
 
 struct Large {
@@ -48,17 +62,19 @@ struct Large {
   int batch, height, width, out_height, out_width, kernel_h, kernel_w, padding_h, padding_w;
   int stride, targets;
 
-  int first, depth;                                     // the band matrices: `depth` of them from d = `first` on
-  int first_tap;                                        // column of the kernel at the beginning of a row of weights
-  int images, rows, tiles, rows_log;                    // of a block; of a warp
-  int source_rows, source_pitch, source_plane;          // as they lie in shared memory, in bytes
-  int out_plane, weight_pitch, copy;                    // likewise
-  int weights_at, source_at, out_at, bytes;             // offsets in shared memory, and all of it
-  int load_unit, store_unit;                            // bytes that are copied at once
-  bool pairs;                                           // whether outputs can be written in pairs
-  bool joined;                                          // whether a band of a target plane has no gaps
-  Divider by_targets, by_fan_out, by_bands, by_ranges;  // blocks
-  Divider by_weight_words;
+  int first, depth;                             // the band matrices: `depth` of them from d = `first` on
+  int first_tap;                                // column of the kernel at the beginning of a row of weights
+  int images, rows, tiles, rows_log;            // of a block; of a warp
+  int source_rows, source_pitch, source_plane;  // as they lie in shared memory, in bytes
+  int out_plane, weight_pitch, copy;            // likewise
+  int tasks;
+  int weights_at, source_at, next_source_at, out_at, bytes;  // offsets in shared memory, and all of it
+  int load_unit, store_unit;                                 // bytes that are copied at once
+  bool pairs;                                                // whether outputs can be written in pairs
+  bool joined;                                               // whether a band of a target plane has no gaps
+  Divider by_images, by_fan_out, by_bands, by_ranges;        // tasks
+  Divider by_kernel_w;
+  Walk load, store;
   Divider by_row_tiles, by_column_tiles;  // tiles of warps
   int bands, ranges, row_tiles, column_tiles, image_tiles;
 };
@@ -82,19 +98,32 @@ __device__ void load_piece(int to, const T* from, int valid) {
   for (int i = 0; i < kBytes / 2; ++i) shared<T>(to + 2 * i) = i < valid ? from[i] : narrow<T>(0.f);
 }
 
-// What a block has to do.
+__device__ inline void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for all groups but the newest `kPending`.
+template <int kPending>
+__device__ void wait_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// What a block does between two barriers.
 struct Task {
   int target, image, images, row, rows, tile, columns;  // columns of the target, from its group `tile` on
   int source_row, source_rows, group, groups;           // of the source, as far as they are inside the image
 };
 
-__device__ inline Task task_of(const Large& a, int stride) {
+__device__ inline Task task_of(const Large& a, uint32_t number, int stride) {
   Task t;
-  uint32_t number = blockIdx.x;
-  t.target = a.by_targets.split(number);
+  t.image = a.by_images.split(number) * a.images;
   t.tile = a.by_ranges.split(number) * a.tiles;
   t.row = a.by_bands.split(number) * a.rows;
-  t.image = number * a.images;
+  t.target = number;
   t.images = min(a.images, a.batch - t.image);
   t.rows = min(a.rows, a.out_height - t.row);
   t.columns = min(a.tiles * kGroup, a.out_width - t.tile * kGroup);
@@ -107,53 +136,66 @@ __device__ inline Task task_of(const Large& a, int stride) {
 
 // Visits the rows of some images, piece by piece. A thread stays with a piece of a row as long as it can.
 template <typename Visitor>
-__device__ void walk(int pieces, int rows, int images, Visitor&& visit) {
-  if (pieces <= 0 || rows <= 0) return;
-  const int threads = blockDim.x, side = min(pieces, threads), lanes = threads / side;
-  const int lane = threadIdx.x / side, step_images = lanes / rows, step_rows = lanes - step_images * rows;
-  if (lane >= lanes) return;
-  for (int piece = threadIdx.x - lane * side; piece < pieces; piece += side) {
-    int image = lane / rows, row = lane - image * rows;
+__device__ void walk(const Walk& w, int pieces, int rows, int images, Visitor&& visit) {
+  uint32_t first_image = threadIdx.x;
+  const int first_piece = w.side.split(first_image), first_row = w.rows.split(first_image), most = w.rows.divisor;
+  if (first_image * most + first_row >= w.lanes) return;
+  for (int piece = first_piece; piece < pieces; piece += w.side.divisor) {
+    int image = first_image, row = first_row;
     while (image < images) {
-      visit(image, row, piece);
-      row += step_rows, image += step_images;
-      if (row >= rows) row -= rows, ++image;
+      if (row < rows) visit(image, row, piece);
+      row += w.step_rows, image += w.step_images;
+      if (row >= most) row -= most, ++image;
     }
   }
 }
 
 template <typename T, int kBytes>
-__device__ void load_source(const Large& a, const Task& t) {
+__device__ void load_source(const Large& a, const Task& t, int at) {
   uint32_t channel = t.target;
   a.by_fan_out.split(channel);
   const T* source = static_cast<const T*>(a.source) + t.image * a.source_image + channel * a.source_channel +
                     t.source_row * a.source_row + t.group * kGroup;
   const int width = a.width - t.group * kGroup;
-  walk(t.groups * (kGroupBytes / kBytes), t.source_rows, t.images, [&](int image, int row, int piece) {
+  walk(a.load, t.groups * (kGroupBytes / kBytes), t.source_rows, t.images, [&](int image, int row, int piece) {
     const int column = piece * (kBytes / 2), valid = width - column;
     const T* from = source + image * a.source_image + row * a.source_row + (valid > 0 ? column : 0);
-    load_piece<T, kBytes>(a.source_at + image * a.source_plane + row * a.source_pitch + piece * kBytes, from, valid);
+    load_piece<T, kBytes>(at + image * a.source_plane + row * a.source_pitch + piece * kBytes, from, valid);
   });
 }
 
 template <typename T>
-__device__ void load_weights(const Large& a, const Task& t) {
-  const T* weight = static_cast<const T*>(a.weight) + t.target * a.weight_filter;
-  const int words = a.by_weight_words.divisor, all = 2 * (a.kernel_h + 1) * words;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < all; i += blockDim.x) {
-    uint32_t row = i;
-    const int word = a.by_weight_words.split(row);
-    const bool second = static_cast<int>(row) > a.kernel_h;
-    if (second) row -= a.kernel_h + 1;
-    const T* taps = weight + static_cast<int>(row) * a.weight_row;
-    const int tap = a.first_tap + 2 * word + second;
-    const auto at = [&](int tap) {
-      const bool inside = tap >= 0 && tap < a.kernel_w && static_cast<int>(row) < a.kernel_h;
-      return inside ? taps[tap * a.weight_column] : narrow<T>(0.f);
-    };
-    const int to = a.weights_at + row * a.weight_pitch + second * a.copy + 4 * word;
-    shared<T>(to) = at(tap), shared<T>(to + 2) = at(tap + 1);
+__device__ void load_source(const Large& a, const Task& t, int at) {
+  switch (a.load_unit) {
+    case 16: load_source<T, 16>(a, t, at); break;
+    case 8: load_source<T, 8>(a, t, at); break;
+    case 4: load_source<T, 4>(a, t, at); break;
+    default: load_source<T, 2>(a, t, at); break;
+  }
+}
+
+// Writes the weights of a filter between the zeros that are there already.
+template <typename T>
+__device__ void load_weights(const Large& a, int filter) {
+  constexpr int kBatch = 8;  // loads under way
+  const T* weight = static_cast<const T*>(a.weight) + filter * a.weight_filter;
+  const int taps = a.kernel_h * a.kernel_w, columns = a.weight_pitch / 2;
+  for (int first = threadIdx.x; first < taps; first += kBatch * blockDim.x) {
+    T value[kBatch];
+    int to[kBatch], to_copy[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      uint32_t row = min(first + k * static_cast<int>(blockDim.x), taps - 1);
+      const int tap = a.by_kernel_w.split(row), column = tap - a.first_tap;
+      to[k] = column >= 0 && column < columns ? a.weights_at + row * a.weight_pitch + 2 * column : 0;
+      to_copy[k] = to[k] > 0 && column > 0 ? to[k] + a.copy - 2 : 0;
+      value[k] = __ldg(weight + row * a.weight_row + tap * a.weight_column);
+    }
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      if (to[k] > 0) shared<T>(to[k]) = value[k];
+      if (to_copy[k] > 0) shared<T>(to_copy[k]) = value[k];
+    }
   }
 }
 
@@ -185,31 +227,26 @@ __device__ void store_target(const Large& a, const Task& t) {
   const int run = a.joined ? t.rows * t.columns : t.columns, runs = a.joined ? 1 : t.rows;
   T* target = static_cast<T*>(a.target) + t.image * a.target_image + t.target * a.target_channel +
               t.row * a.target_row + t.tile * kGroup;
-  walk(run * 2 / kBytes, runs, t.images, [&](int image, int row, int piece) {
+  walk(a.store, run * 2 / kBytes, runs, t.images, [&](int image, int row, int piece) {
     T* to = target + image * a.target_image + row * a.target_row + piece * (kBytes / 2);
     *reinterpret_cast<Word*>(to) = shared<Word>(a.out_at + image * a.out_plane + row * run * 2 + piece * kBytes);
   });
 }
 
-template <typename T, int kStride, int kTiles, int kDepth, int kBlocksM>
-__global__ void __launch_bounds__(kMaxThreads, 2) toeplitz_large(const __grid_constant__ Large a) {
-  constexpr int kGroups = (kTiles - 1) * kStride + kDepth;  // of the source that a warp's tiles meet
-  const Task t = task_of(a, kStride);
-  switch (a.load_unit) {
-    case 16: load_source<T, 16>(a, t); break;
-    case 8: load_source<T, 8>(a, t); break;
-    case 4: load_source<T, 4>(a, t); break;
-    default: load_source<T, 2>(a, t); break;
+template <typename T>
+__device__ void store_target(const Large& a, const Task& t) {
+  switch (a.store_unit) {
+    case 16: return store_target<T, 16>(a, t);
+    case 8: return store_target<T, 8>(a, t);
+    case 4: return store_target<T, 4>(a, t);
+    default: return store_target<T, 2>(a, t);
   }
-  for (int i = 4 * threadIdx.x; i < a.weights_at; i += 4 * blockDim.x) shared<uint32_t>(i) = 0;
-  load_weights<T>(a, t);
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-  __syncthreads();
+}
 
+template <typename T, int kStride, int kTiles, int kDepth, int kBlocksM>
+__device__ void compute(const Large& a, const Task& t, int source_at, float bias) {
+  constexpr int kGroups = (kTiles - 1) * kStride + kDepth;  // of the source that a warp's tiles meet
   const int lane = threadIdx.x % 32, third = lane / 4, pair = lane % 4 * 2;
-  const float bias = a.bias ? widen(static_cast<const T*>(a.bias)[t.target * a.bias_stride]) : 0.f;
   const int entry = pair - third * kStride + 7 * kStride;  // of the lane's first pair in a row of weights
   const int weights = a.weights_at + (entry & 1) * a.copy + 2 * (entry & ~1);
   const int warps = blockDim.x / 32, units = a.image_tiles * a.column_tiles * a.row_tiles;
@@ -240,43 +277,64 @@ __global__ void __launch_bounds__(kMaxThreads, 2) toeplitz_large(const __grid_co
       int source[kBlocksM], y[kBlocksM];
 #pragma unroll
       for (int m = 0; m < kBlocksM; ++m) {
-        const int slot = 16 * m + lane % 16, r = row + slot % tile_rows, n = image + (slot >> a.rows_log);
+        const int slot = 16 * m + lane % 16, r = row + (slot & (tile_rows - 1)), n = image + (slot >> a.rows_log);
         y[m] = (t.row + r) * kStride + begin + lane / 16 - a.padding_h - t.source_row;
-        source[m] = a.source_at + n * a.source_plane + y[m] * a.source_pitch + group * kGroupBytes;
+        source[m] = source_at + n * a.source_plane + y[m] * a.source_pitch + group * kGroupBytes;
         if (n >= t.images || r >= t.rows) y[m] = -(1 << 30);
       }
       int band = weights + begin * a.weight_pitch + d * kGroupBytes;
+      const auto multiply_rows = [&](auto is_inside) {
 #pragma unroll 1
-      for (int i = begin; i < end; i += 2) {
-        uint32_t b[kDepth][2];
+        for (int i = begin; i < end; i += 2) {
+          uint32_t b[kDepth][2];
 #pragma unroll
-        for (int k = 0; k < kDepth; ++k)
-          b[k][0] = shared<uint32_t>(band + k * kGroupBytes),
-          b[k][1] = shared<uint32_t>(band + a.weight_pitch + k * kGroupBytes);
-        band += 2 * a.weight_pitch;
-        uint32_t from[kBlocksM];
-#pragma unroll
-        for (int m = 0; m < kBlocksM; ++m) {
-          const bool there = static_cast<uint32_t>(y[m]) < static_cast<uint32_t>(t.source_rows);
-          from[m] = shared_address(there ? source[m] : group * kGroupBytes);
-          source[m] += 2 * a.source_pitch, y[m] += 2;
-        }
-#pragma unroll
-        for (int c = 0; c < kGroups; ++c) {
-          if (!(inside >> c & 1)) continue;
+          for (int k = 0; k < kDepth; ++k)
+            b[k][0] = shared<uint32_t>(band + k * kGroupBytes),
+            b[k][1] = shared<uint32_t>(band + a.weight_pitch + k * kGroupBytes);
+          band += 2 * a.weight_pitch;
+          uint32_t from[kBlocksM];
 #pragma unroll
           for (int m = 0; m < kBlocksM; ++m) {
-            uint32_t x[4];
-            load_matrices(x, from[m] + c * kGroupBytes);
+            const bool there = static_cast<uint32_t>(y[m]) < static_cast<uint32_t>(t.source_rows);
+            from[m] = shared_address(there ? source[m] : group * kGroupBytes);
+            source[m] += 2 * a.source_pitch, y[m] += 2;
+          }
+          uint32_t x[2][kBlocksM][4];
+          const auto load = [&](int c) {
+            if (c >= kGroups || !is_inside(c)) return;
+#pragma unroll
+            for (int m = 0; m < kBlocksM; ++m) load_matrices(x[c % 2][m], from[m] + c * kGroupBytes);
+          };
+          load(0);
+#pragma unroll
+          for (int c = 0; c < kGroups; ++c) {
+            load(c + 1);
+            if (!is_inside(c)) continue;
 #pragma unroll
             for (int k = 0; k < kDepth; ++k) {
               const int j = (c - k) / kStride;
               if (c < k || (c - k) % kStride != 0 || j >= kTiles) continue;
-              multiply(sum[m][j], std::as_const(sum[m][j]), x, b[k], T{});
+#pragma unroll
+              for (int m = 0; m < kBlocksM; ++m) multiply(sum[m][j], std::as_const(sum[m][j]), x[c % 2][m], b[k], T{});
             }
           }
         }
-      }
+      };
+      // Where groups are known when it is compiled, nothing has to be asked in the loop.
+      constexpr int kEdge = kDepth / 2;
+      const bool left = low == kEdge, right = high == kGroups - kEdge;
+      if (kStride > 1)
+        multiply_rows([&](int c) { return (inside >> c & 1) != 0; });
+      else if (low == 0 && high == kGroups)
+        multiply_rows([](int) { return true; });
+      else if (left && right)
+        multiply_rows([](int c) { return c >= kEdge && c < kGroups - kEdge; });
+      else if (left && high == kGroups)
+        multiply_rows([](int c) { return c >= kEdge; });
+      else if (low == 0 && right)
+        multiply_rows([](int c) { return c < kGroups - kEdge; });
+      else
+        multiply_rows([&](int c) { return (inside >> c & 1) != 0; });
     }
 
     float zero = 0;
@@ -284,7 +342,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) toeplitz_large(const __grid_co
     for (int m = 0; m < kBlocksM; ++m)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int slot = 16 * m + 8 * h + third, r = row + slot % tile_rows, n = image + (slot >> a.rows_log);
+        const int slot = 16 * m + 8 * h + third, r = row + (slot & (tile_rows - 1)), n = image + (slot >> a.rows_log);
         if (r >= t.rows || n >= t.images) continue;
         int column = tile * kGroup + pair;
         const int to = a.out_at + n * a.out_plane + 2 * (r * t.columns + column);
@@ -303,7 +361,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) toeplitz_large(const __grid_co
     if (!(zero == 0)) {  // NaN: an output of the thread is not finite
 #pragma unroll 1
       for (int v = 0; v < kBlocksM * 2 * kTiles * 2; ++v) {
-        const int slot = v / (2 * kTiles) * 8 + third, r = row + slot % tile_rows, n = image + (slot >> a.rows_log);
+        const int slot = v / (2 * kTiles) * 8 + third, r = row + (slot & (tile_rows - 1)),
+                  n = image + (slot >> a.rows_log);
         const int column = (tile + v / 2 % kTiles) * kGroup + pair + v % 2;
         if (r >= t.rows || n >= t.images || column >= t.columns) continue;
         T& to = shared<T>(a.out_at + n * a.out_plane + 2 * (r * t.columns + column));
@@ -312,12 +371,36 @@ __global__ void __launch_bounds__(kMaxThreads, 2) toeplitz_large(const __grid_co
       }
     }
   }
+}
+
+// A block takes a run of tasks, which share a filter most of the time. What the next one reads is loaded meanwhile.
+template <typename T, int kStride, int kTiles, int kDepth, int kBlocksM>
+__global__ void __launch_bounds__(kMaxThreads, 2) toeplitz_large(const __grid_constant__ Large a) {
+  const int first = static_cast<int>(static_cast<int64_t>(a.tasks) * blockIdx.x / gridDim.x);
+  const int last = static_cast<int>(static_cast<int64_t>(a.tasks) * (blockIdx.x + 1) / gridDim.x);
+  load_source<T>(a, task_of(a, first, kStride), a.source_at);
+  commit_copies();
+  for (int i = 4 * threadIdx.x; i < a.source_at; i += 4 * blockDim.x) shared<uint32_t>(i) = 0;
   __syncthreads();
-  switch (a.store_unit) {
-    case 16: return store_target<T, 16>(a, t);
-    case 8: return store_target<T, 8>(a, t);
-    case 4: return store_target<T, 4>(a, t);
-    default: return store_target<T, 2>(a, t);
+  float bias = 0;
+  for (int number = first, filter = -1, at = a.source_at; number < last; ++number) {
+    const Task t = task_of(a, number, kStride);
+    const int next = a.source_at + a.next_source_at - at;
+    if (next != at && number + 1 < last) load_source<T>(a, task_of(a, number + 1, kStride), next);
+    commit_copies();
+    if (t.target != filter) {
+      filter = t.target;
+      load_weights<T>(a, filter);
+      bias = a.bias ? widen(static_cast<const T*>(a.bias)[filter * a.bias_stride]) : 0.f;
+    }
+    wait_copies<1>();
+    __syncthreads();
+    compute<T, kStride, kTiles, kDepth, kBlocksM>(a, t, at, bias);
+    __syncthreads();
+    if (next == at && number + 1 < last) load_source<T>(a, task_of(a, number + 1, kStride), at);
+    commit_copies();
+    store_target<T>(a, t);
+    at = next;
   }
 }
 
@@ -336,7 +419,7 @@ Large arguments_of(const Problem& p) {
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
   a.padding_h = map.padding_h, a.padding_w = map.padding_w;
   a.stride = static_cast<int>(p.stride_h);
-  a.by_targets = Divider(a.targets), a.by_fan_out = Divider(map.fan_out);
+  a.by_kernel_w = Divider(a.kernel_w), a.by_fan_out = Divider(map.fan_out);
   return a;
 }
 
@@ -370,7 +453,9 @@ void apply(Large& a, const Cut& cut) {
   a.copy += (64 - a.copy % 128 + 128) % 128;
   a.weights_at = round_up(groups * kGroupBytes, 128);
   a.source_at = a.weights_at + round_up(2 * a.copy, 128);
-  a.out_at = a.source_at + round_up(a.images * a.source_plane, 128);
+  const int source_bytes = round_up(a.images * a.source_plane, 128);
+  a.next_source_at = a.source_at + (cut.buffers - 1) * source_bytes;
+  a.out_at = a.source_at + cut.buffers * source_bytes;
   a.bytes = a.out_at + a.images * a.out_plane;
 
   const auto unit_of = [](std::initializer_list<int64_t> places) {
@@ -391,8 +476,11 @@ void apply(Large& a, const Cut& cut) {
   else
     a.store_unit = unit_of({a.store_unit, a.out_height > 1 ? 2 * a.target_row : 0, 2 * last});
   a.pairs = last % 2 == 0;
-  a.by_bands = Divider(a.bands), a.by_ranges = Divider(a.ranges);
-  a.by_weight_words = Divider(a.weight_pitch / 4);
+  a.load = Walk(groups * (kGroupBytes / a.load_unit), a.source_rows, cut.threads);
+  a.store = Walk(std::max(2 * columns * (a.joined ? a.rows : 1) / a.store_unit, 1), a.joined ? 1 : a.rows, cut.threads);
+  const int64_t image_groups = ceil_div(a.batch, a.images);
+  a.tasks = static_cast<int>(std::min<int64_t>(image_groups * a.bands * a.ranges * a.targets, kMostTasks + 1));
+  a.by_images = Divider(image_groups), a.by_bands = Divider(a.bands), a.by_ranges = Divider(a.ranges);
   a.by_row_tiles = Divider(a.row_tiles), a.by_column_tiles = Divider(a.column_tiles);
 }
 
@@ -409,7 +497,12 @@ bool visit_variants(Visitor&& visit) {
   const auto visit_tiles = [&](auto tiles) {
     return visit_depths(tiles, Constant<1>{}) || visit_depths(tiles, Constant<2>{});
   };
+  const auto visit_deep = [&](auto depth, auto blocks_m) {
+    return visit(Constant<1>{}, Constant<7>{}, depth, blocks_m);
+  };
   return visit_tiles(Constant<2>{}) || visit_tiles(Constant<4>{}) || visit_tiles(Constant<7>{}) ||
+         visit_deep(Constant<7>{}, Constant<1>{}) || visit_deep(Constant<9>{}, Constant<1>{}) ||
+         visit_deep(Constant<7>{}, Constant<2>{}) || visit_deep(Constant<9>{}, Constant<2>{}) ||
          visit(Constant<2>{}, Constant<2>{}, Constant<3>{}, Constant<1>{}) ||
          visit(Constant<2>{}, Constant<4>{}, Constant<3>{}, Constant<1>{});
 }
@@ -475,18 +568,20 @@ Cut choose_cut(Large a, int64_t shared_bytes, int multiprocessors) {
           cut.rows = static_cast<int>(ceil_div(row_tiles, bands_h) * tile_rows);
           cut.columns = static_cast<int>(ceil_div(all_columns, ranges));
           bool fits = false;
-          for (int64_t more = 1; more <= 16; more *= 2) {
-            cut.images = static_cast<int>(tile_images * more);
-            if (more > 1 && cut.images / 2 >= a.batch) break;
+          for (int64_t more = 1; more <= 32; more *= 2) {
+            cut.images = static_cast<int>(tile_images * std::max<int64_t>(more / 2, 1));
+            cut.buffers = more == 1 ? 1 : 2;
+            cut.threads = 128;
+            if (more > 2 && cut.images / 2 >= a.batch) break;
             apply(a, cut);
-            if (a.bytes > shared_bytes) break;
+            if (a.bytes > shared_bytes || a.tasks > kMostTasks) break;
             fits = true;
             const int units = a.row_tiles * a.column_tiles * a.image_tiles;
             const int turns = static_cast<int>(ceil_div(units, kMaxThreads / 32));
             cut.threads = 32 * static_cast<int>(ceil_div(units, turns));
             const int64_t per_multiprocessor = 228 << 10;  // at most
             const int64_t resident = std::min<int64_t>({per_multiprocessor / (a.bytes + 1024), 512 / cut.threads, 8});
-            const int64_t blocks = ceil_div(a.batch, a.images) * a.bands * a.ranges * a.targets;
+            const int64_t blocks = a.tasks;
             // All blocks of a multiprocessor share its tensor cores; what is not covered by others is waited for.
             const double multiply = clocks * pairs[cut.rows_log] * ceil_div(a.batch, tile_images) * a.targets;
             const double bytes = (double(a.images) * a.source_rows * a.source_pitch + a.images * a.out_plane) / 20 +
@@ -508,33 +603,41 @@ Cut choose_cut(Large a, int64_t shared_bytes, int multiprocessors) {
 
 template <typename T>
 void launch(const Large& a, const Cut& cut, cudaStream_t stream) {
-  const auto go = [&](auto stride, auto tiles, auto depth, auto blocks_m) {
+  const Device& device = current_device();
+  visit_variants([&](auto stride, auto tiles, auto depth, auto blocks_m) {
     if (a.stride != stride || cut.tiles != tiles || cut.depth != depth || cut.blocks_m != blocks_m) return false;
     const auto kernel = toeplitz_large<T, stride, tiles, depth, blocks_m>;
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, current_device().shared_per_block);
-    const int64_t blocks = ceil_div(a.batch, a.images) * a.bands * a.ranges * a.targets;
-    kernel<<<static_cast<unsigned>(blocks), cut.threads, a.bytes, stream>>>(a);
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+    int resident = 1;
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, cut.threads, a.bytes);
+    const int blocks = std::min(a.tasks, std::max(resident, 1) * device.multiprocessors);
+    kernel<<<blocks, cut.threads, a.bytes, stream>>>(a);
     check_launch("toeplitz_large");
     return true;
-  };
-  visit_variants(go);
+  });
 }
 
-}  // namespace
-
-void launch_toeplitz_large(const Problem& p, cudaStream_t stream) {
-  Large a = arguments_of(p);
+template <typename T>
+void launch(const Problem& p, const Large& problem, cudaStream_t stream) {
   const Device& device = current_device();
   static thread_local Decisions<16, Cut> decisions;
+  Large a = problem;
   const Cut cut =
       decisions({device.id, p.shared_memory, a.batch, a.targets, a.height, a.width, a.out_height, a.out_width,
                  a.kernel_h, a.kernel_w, a.padding_h, a.padding_w, a.stride, a.source_row, a.target_row},
                 [&] { return choose_cut(a, p.shared_memory, device.multiprocessors); });
   apply(a, cut);
+  launch<T>(a, cut, stream);
+}
+
+}  // namespace
+
+void launch_toeplitz_large(const Problem& p, cudaStream_t stream) {
+  const Large a = arguments_of(p);
   if (p.dtype == DType::kFloat16)
-    launch<__half>(a, cut, stream);
+    launch<__half>(p, a, stream);
   else
-    launch<__nv_bfloat16>(a, cut, stream);
+    launch<__nv_bfloat16>(p, a, stream);
 }
 
 }  // namespace dwconv
