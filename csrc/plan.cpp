@@ -130,8 +130,10 @@ bool claims_toeplitz_large(const Problem& p) {
   if (p.stride_h != p.stride_w || p.stride_h > 2 || p.dilation_h != 1 || p.dilation_w != 1) return false;
   if (p.pass == Pass::kGradInput && (p.stride_h > 1 || p.multiplier > 1)) return false;
   if (std::max(p.kernel_h, p.kernel_w) < kLeastLargeKernel) return false;
-  const auto has_rows = [](const View& view, int64_t width) { return view.stride[3] == 1 || width == 1; };
-  if (!has_rows(p.input, p.width) || !has_rows(p.output, p.out_width)) return false;
+  const auto can_read = [](const View& view, int64_t channels, int64_t width) {
+    return has_rows(view, width) || view.stride[1] == 1 || channels == 1;
+  };
+  if (!can_read(p.input, p.channels, p.width) || !can_read(p.output, p.filters(), p.out_width)) return false;
   // Sizes, and tiles of 16 x 16 outputs, are counted in 32 bits.
   constexpr int64_t kLimit = 1 << 24, kMostTiles = 1 << 30;
   for (const int64_t size : {p.height, p.width, p.out_height, p.out_width, p.kernel_h, p.kernel_w, p.padding_h,
@@ -236,7 +238,8 @@ const std::vector<Plan>& plans() {
       {PlanId::kStreamGradWeightNchwPortable, "stream_grad_weight_nchw_portable",
        "stream_grad_weight_nchw as GPUs before sm_90 run it", claims_stream_grad_weight_nchw},
       {PlanId::kToeplitzLarge, "toeplitz_large",
-       "a large kernel in 16 bits on contiguous rows: band matrices on tensor cores", claims_toeplitz_large},
+       "a large kernel in 16 bits: band matrices on tensor cores, in channels_last on copies of the images",
+       claims_toeplitz_large},
       {PlanId::kGeneric, "generic", "no specialised plan claims this problem", claims_everything},
   };
   return table;

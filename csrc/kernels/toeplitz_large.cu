@@ -20,6 +20,7 @@
 
 #include "launch.h"
 #include "mapping.h"
+#include "relayout.cuh"
 #include "stream.cuh"
 #include "tensor_cores.cuh"
 #include "toeplitz_large.h"
@@ -46,13 +47,39 @@ struct Cut {
 struct Walk {
   Divider side, rows;                 // threads side by side in a row, rows of an image
   int lanes, step_images, step_rows;  // rows that are visited at once, and what that is in images and rows
+  int64_t step_global, wrap_global;   // elements from one visit to the next, and where an image ends besides
+  int step_shared, wrap_shared;       // likewise, in bytes
 
   Walk() = default;
-  Walk(int64_t pieces, int most_rows, int threads) : side(std::min<int64_t>(pieces, threads)), rows(most_rows) {
+  Walk(int64_t pieces, int most_rows, int threads, int64_t image, int64_t row, int plane, int pitch)
+      : side(std::min<int64_t>(pieces, threads)), rows(most_rows) {
     lanes = threads / static_cast<int>(side.divisor);
     step_images = lanes / most_rows, step_rows = lanes % most_rows;
+    step_global = step_images * image + step_rows * row, wrap_global = image - most_rows * row;
+    step_shared = step_images * plane + step_rows * pitch, wrap_shared = plane - most_rows * pitch;
   }
 };
+
+template <typename T>
+struct Place {
+  T* global;
+  uint32_t shared;
+};
+
+template <int kBytes>
+using WordOf =
+    std::conditional_t<kBytes == 16, uint4,
+                       std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint16_t>>>;
+
+template <int kBytes>
+__device__ void copy_async(uint32_t to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes) : "memory");
+#endif
+}
 
 struct Large {
   const void *source, *weight, *bias;
@@ -62,41 +89,22 @@ struct Large {
   int batch, height, width, out_height, out_width, kernel_h, kernel_w, padding_h, padding_w;
   int stride, targets;
 
-  int first, depth;                             // the band matrices: `depth` of them from d = `first` on
-  int first_tap;                                // column of the kernel at the beginning of a row of weights
-  int images, rows, tiles, rows_log;            // of a block; of a warp
-  int source_rows, source_pitch, source_plane;  // as they lie in shared memory, in bytes
-  int out_plane, weight_pitch, copy;            // likewise
+  int first, depth;                              // the band matrices: `depth` of them from d = `first` on
+  int first_tap;                                 // column of the kernel at the beginning of a row of weights
+  int images, rows, tiles, rows_log;             // of a block; of a warp
+  int source_rows, source_pitch, source_plane;   // as they lie in shared memory, in bytes
+  int out_plane, out_pitch, weight_pitch, copy;  // likewise
   int tasks;
-  int weights_at, source_at, next_source_at, out_at, bytes;  // offsets in shared memory, and all of it
-  int load_unit, store_unit;                                 // bytes that are copied at once
-  bool pairs;                                                // whether outputs can be written in pairs
-  bool joined;                                               // whether a band of a target plane has no gaps
-  Divider by_images, by_fan_out, by_bands, by_ranges;        // tasks
+  int counters_at, weights_at, source_at, next_source_at, out_at, bytes;  // offsets in shared memory, and all of it
+  int load_unit, store_unit;                                              // bytes that are copied at once
+  bool pairs;                                                             // whether outputs can be written in pairs
+  bool joined;                                         // whether a band of a target plane has no gaps
+  Divider by_images, by_fan_out, by_bands, by_ranges;  // tasks
   Divider by_kernel_w;
   Walk load, store;
-  Divider by_row_tiles, by_column_tiles;  // tiles of warps
+  Divider by_image_tiles, by_column_tiles;  // tiles of warps
   int bands, ranges, row_tiles, column_tiles, image_tiles;
 };
-
-// Copies `valid` elements and zeros behind them, of kBytes together.
-template <typename T, int kBytes>
-__device__ void load_piece(int to, const T* from, int valid) {
-  valid = min(max(valid, 0), kBytes / 2);
-#if __CUDA_ARCH__ >= 800
-  if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(2 * valid)
-                 : "memory");
-    return;
-  } else if constexpr (kBytes >= 4) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes),
-                 "r"(2 * valid)
-                 : "memory");
-    return;
-  }
-#endif
-  for (int i = 0; i < kBytes / 2; ++i) shared<T>(to + 2 * i) = i < valid ? from[i] : narrow<T>(0.f);
-}
 
 __device__ inline void commit_copies() {
 #if __CUDA_ARCH__ >= 800
@@ -134,18 +142,27 @@ __device__ inline Task task_of(const Large& a, uint32_t number, int stride) {
   return t;
 }
 
-// Visits the rows of some images, piece by piece. A thread stays with a piece of a row as long as it can.
-template <typename Visitor>
-__device__ void walk(const Walk& w, int pieces, int rows, int images, Visitor&& visit) {
+// Visits the rows of some images, piece by piece, kBatch pieces at a time: visit(places, there) with where they lie in
+// two arrays. A thread stays with a piece of a row, for which begin(piece, image, row) is the first place, as long as
+// it can, so that little is left to compute.
+template <int kBatch, typename Begin, typename Visit>
+__device__ void walk(const Walk& w, int pieces, int rows, int images, Begin&& begin, Visit&& visit) {
   uint32_t first_image = threadIdx.x;
   const int first_piece = w.side.split(first_image), first_row = w.rows.split(first_image), most = w.rows.divisor;
   if (first_image * most + first_row >= w.lanes) return;
   for (int piece = first_piece; piece < pieces; piece += w.side.divisor) {
-    int image = first_image, row = first_row;
-    while (image < images) {
-      if (row < rows) visit(image, row, piece);
-      row += w.step_rows, image += w.step_images;
-      if (row >= most) row -= most, ++image;
+    auto place = begin(piece, static_cast<int>(first_image), first_row);
+    for (int image = first_image, row = first_row; image < images;) {
+      decltype(place) places[kBatch];
+      bool there[kBatch];
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        places[k] = place, there[k] = row < rows && image < images;
+        row += w.step_rows, image += w.step_images;
+        place.global += w.step_global, place.shared += w.step_shared;
+        if (row >= most) row -= most, ++image, place.global += w.wrap_global, place.shared += w.wrap_shared;
+      }
+      visit(piece, places, there);
     }
   }
 }
@@ -157,11 +174,36 @@ __device__ void load_source(const Large& a, const Task& t, int at) {
   const T* source = static_cast<const T*>(a.source) + t.image * a.source_image + channel * a.source_channel +
                     t.source_row * a.source_row + t.group * kGroup;
   const int width = a.width - t.group * kGroup;
-  walk(a.load, t.groups * (kGroupBytes / kBytes), t.source_rows, t.images, [&](int image, int row, int piece) {
-    const int column = piece * (kBytes / 2), valid = width - column;
-    const T* from = source + image * a.source_image + row * a.source_row + (valid > 0 ? column : 0);
-    load_piece<T, kBytes>(at + image * a.source_plane + row * a.source_pitch + piece * kBytes, from, valid);
-  });
+#if __CUDA_ARCH__ >= 800
+  constexpr bool kAsync = kBytes >= 4;
+#else
+  constexpr bool kAsync = false;
+#endif
+  constexpr int kBatch = kAsync ? 1 : 8;
+  using Word = WordOf<kBytes>;
+  const uint32_t base = shared_address(at);
+  walk<kBatch>(
+      a.load, t.groups * (kGroupBytes / kBytes), t.source_rows, t.images,
+      [&](int piece, int image, int row) {
+        return Place<const T>{source + image * a.source_image + row * a.source_row + piece * (kBytes / 2),
+                              base + image * a.source_plane + row * a.source_pitch + piece * kBytes};
+      },
+      [&](int piece, const auto& places, const auto& there) {
+        const bool inside = piece * (kBytes / 2) < width;  // zeros behind the image
+        Word words[kBatch];
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+          words[k] = Word{};
+          if (!there[k] || !inside) continue;
+          if constexpr (kAsync)
+            copy_async<kBytes>(places[k].shared, places[k].global);
+          else
+            words[k] = __ldg(reinterpret_cast<const Word*>(places[k].global));
+        }
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k)
+          if (there[k] && !(kAsync && inside)) shared<Word>(places[k].shared - base + at) = words[k];
+      });
 }
 
 template <typename T>
@@ -221,16 +263,21 @@ __device__ __noinline__ float sum_of_taps(const Large& a, int target, int image,
 
 template <typename T, int kBytes>
 __device__ void store_target(const Large& a, const Task& t) {
-  using Word =
-      std::conditional_t<kBytes == 16, uint4,
-                         std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint16_t>>>;
+  using Word = WordOf<kBytes>;
   const int run = a.joined ? t.rows * t.columns : t.columns, runs = a.joined ? 1 : t.rows;
   T* target = static_cast<T*>(a.target) + t.image * a.target_image + t.target * a.target_channel +
               t.row * a.target_row + t.tile * kGroup;
-  walk(a.store, run * 2 / kBytes, runs, t.images, [&](int image, int row, int piece) {
-    T* to = target + image * a.target_image + row * a.target_row + piece * (kBytes / 2);
-    *reinterpret_cast<Word*>(to) = shared<Word>(a.out_at + image * a.out_plane + row * run * 2 + piece * kBytes);
-  });
+  walk<2>(
+      a.store, run * 2 / kBytes, runs, t.images,
+      [&](int piece, int image, int row) {
+        return Place<T>{target + image * a.target_image + row * a.target_row + piece * (kBytes / 2),
+                        static_cast<uint32_t>(a.out_at + image * a.out_plane + row * a.out_pitch + piece * kBytes)};
+      },
+      [&](int, const auto& places, const auto& there) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k)
+          if (there[k]) *reinterpret_cast<Word*>(places[k].global) = shared<Word>(places[k].shared);
+      });
 }
 
 template <typename T>
@@ -244,17 +291,21 @@ __device__ void store_target(const Large& a, const Task& t) {
 }
 
 template <typename T, int kStride, int kTiles, int kDepth, int kBlocksM>
-__device__ void compute(const Large& a, const Task& t, int source_at, float bias) {
+__device__ void compute(const Large& a, const Task& t, int source_at, int counter, float bias) {
   constexpr int kGroups = (kTiles - 1) * kStride + kDepth;  // of the source that a warp's tiles meet
   const int lane = threadIdx.x % 32, third = lane / 4, pair = lane % 4 * 2;
   const int entry = pair - third * kStride + 7 * kStride;  // of the lane's first pair in a row of weights
   const int weights = a.weights_at + (entry & 1) * a.copy + 2 * (entry & ~1);
-  const int warps = blockDim.x / 32, units = a.image_tiles * a.column_tiles * a.row_tiles;
+  const int units = a.image_tiles * a.column_tiles * a.row_tiles;
   const int tile_rows = 1 << a.rows_log, tile_images = 16 * kBlocksM >> a.rows_log;
-  for (int unit = threadIdx.x / 32; unit < units; unit += warps) {
-    uint32_t rest = unit;
-    const int row = a.by_row_tiles.split(rest) * tile_rows, tile = a.by_column_tiles.split(rest) * kTiles,
-              image = rest * tile_images;
+  while (true) {
+    // Warps take what is next. Rows in the middle, which meet the most rows of the kernel, come first.
+    uint32_t rest = lane == 0 ? atomicAdd(&shared<int>(counter), 1) : 0;
+    rest = __shfl_sync(~0u, rest, 0);
+    if (static_cast<int>(rest) >= units) break;
+    const int tile = a.by_column_tiles.split(rest) * kTiles, image = a.by_image_tiles.split(rest) * tile_images;
+    const int step = (static_cast<int>(rest) + 1) / 2, middle = (a.row_tiles - 1) / 2;
+    const int row = (middle + (rest % 2 == 1 ? step : -step)) * tile_rows;
     if (row >= t.rows || image >= t.images) continue;
 
     float sum[kBlocksM][kTiles][4];
@@ -345,7 +396,7 @@ __device__ void compute(const Large& a, const Task& t, int source_at, float bias
         const int slot = 16 * m + 8 * h + third, r = row + (slot & (tile_rows - 1)), n = image + (slot >> a.rows_log);
         if (r >= t.rows || n >= t.images) continue;
         int column = tile * kGroup + pair;
-        const int to = a.out_at + n * a.out_plane + 2 * (r * t.columns + column);
+        const int to = a.out_at + n * a.out_plane + r * a.out_pitch + 2 * column;
 #pragma unroll
         for (int j = 0; j < kTiles; ++j, column += kGroup) {
           const float low = sum[m][j][2 * h], high = sum[m][j][2 * h + 1];
@@ -365,7 +416,7 @@ __device__ void compute(const Large& a, const Task& t, int source_at, float bias
                   n = image + (slot >> a.rows_log);
         const int column = (tile + v / 2 % kTiles) * kGroup + pair + v % 2;
         if (r >= t.rows || n >= t.images || column >= t.columns) continue;
-        T& to = shared<T>(a.out_at + n * a.out_plane + 2 * (r * t.columns + column));
+        T& to = shared<T>(a.out_at + n * a.out_plane + r * a.out_pitch + 2 * column);
         if (is_finite(widen(to))) continue;
         to = narrow<T>(sum_of_taps<T>(a, t.target, t.image + n, t.row + r, t.tile * kGroup + column, kStride));
       }
@@ -393,9 +444,11 @@ __global__ void __launch_bounds__(kMaxThreads, 2) toeplitz_large(const __grid_co
       load_weights<T>(a, filter);
       bias = a.bias ? widen(static_cast<const T*>(a.bias)[filter * a.bias_stride]) : 0.f;
     }
+    const int counter = a.counters_at + number % 2 * 4;
     wait_copies<1>();
     __syncthreads();
-    compute<T, kStride, kTiles, kDepth, kBlocksM>(a, t, at, bias);
+    if (threadIdx.x == 0) shared<int>(2 * a.counters_at + 4 - counter) = 0;
+    compute<T, kStride, kTiles, kDepth, kBlocksM>(a, t, at, counter, bias);
     __syncthreads();
     if (next == at && number + 1 < last) load_source<T>(a, task_of(a, number + 1, kStride), at);
     commit_copies();
@@ -447,11 +500,13 @@ void apply(Large& a, const Cut& cut) {
   if (tile_rows < 8)
     while (a.source_plane / kGroupBytes % (2 * tile_rows) != tile_rows) a.source_plane += kGroupBytes;
   const int columns = std::min(a.tiles * kGroup, a.out_width);
-  a.out_plane = round_up(2 * a.rows * columns, 16);
+  a.out_pitch = 2 * columns;
+  a.out_plane = round_up(a.rows * a.out_pitch, 16);
   a.weight_pitch = 2 * round_up(kGroup * round_up(a.depth, cut.depth) + 7 * a.stride, 2);
   a.copy = (a.kernel_h + 1) * a.weight_pitch;
   a.copy += (64 - a.copy % 128 + 128) % 128;
-  a.weights_at = round_up(groups * kGroupBytes, 128);
+  a.counters_at = round_up(groups * kGroupBytes, 128);
+  a.weights_at = a.counters_at + 128;
   a.source_at = a.weights_at + round_up(2 * a.copy, 128);
   const int source_bytes = round_up(a.images * a.source_plane, 128);
   a.next_source_at = a.source_at + (cut.buffers - 1) * source_bytes;
@@ -464,7 +519,7 @@ void apply(Large& a, const Cut& cut) {
     return static_cast<int>(all & -all);
   };
   a.load_unit = unit_of({reinterpret_cast<intptr_t>(a.source), a.batch > 1 ? 2 * a.source_image : 0,
-                         a.targets > 1 ? 2 * a.source_channel : 0, a.height > 1 ? 2 * a.source_row : 0});
+                         a.targets > 1 ? 2 * a.source_channel : 0, a.height > 1 ? 2 * a.source_row : 0, 2 * a.width});
   const int last = a.out_width - (a.ranges - 1) * a.tiles * kGroup;
   a.joined = a.ranges == 1 && (a.target_row == a.out_width || a.out_height == 1);
   const int64_t band = 2 * int64_t{a.rows} * a.out_width,
@@ -476,12 +531,14 @@ void apply(Large& a, const Cut& cut) {
   else
     a.store_unit = unit_of({a.store_unit, a.out_height > 1 ? 2 * a.target_row : 0, 2 * last});
   a.pairs = last % 2 == 0;
-  a.load = Walk(groups * (kGroupBytes / a.load_unit), a.source_rows, cut.threads);
-  a.store = Walk(std::max(2 * columns * (a.joined ? a.rows : 1) / a.store_unit, 1), a.joined ? 1 : a.rows, cut.threads);
+  a.load = Walk(groups * (kGroupBytes / a.load_unit), a.source_rows, cut.threads, a.source_image, a.source_row,
+                a.source_plane, a.source_pitch);
+  a.store = Walk(std::max(2 * columns * (a.joined ? a.rows : 1) / a.store_unit, 1), a.joined ? 1 : a.rows, cut.threads,
+                 a.target_image, a.target_row, a.out_plane, a.out_pitch);
   const int64_t image_groups = ceil_div(a.batch, a.images);
   a.tasks = static_cast<int>(std::min<int64_t>(image_groups * a.bands * a.ranges * a.targets, kMostTasks + 1));
   a.by_images = Divider(image_groups), a.by_bands = Divider(a.bands), a.by_ranges = Divider(a.ranges);
-  a.by_row_tiles = Divider(a.row_tiles), a.by_column_tiles = Divider(a.column_tiles);
+  a.by_image_tiles = Divider(a.image_tiles), a.by_column_tiles = Divider(a.column_tiles);
 }
 
 template <int value>
@@ -501,8 +558,8 @@ bool visit_variants(Visitor&& visit) {
     return visit(Constant<1>{}, Constant<7>{}, depth, blocks_m);
   };
   return visit_tiles(Constant<2>{}) || visit_tiles(Constant<4>{}) || visit_tiles(Constant<7>{}) ||
-         visit_deep(Constant<7>{}, Constant<1>{}) || visit_deep(Constant<9>{}, Constant<1>{}) ||
-         visit_deep(Constant<7>{}, Constant<2>{}) || visit_deep(Constant<9>{}, Constant<2>{}) ||
+         visit_depths(Constant<2>{}, Constant<4>{}) || visit_depths(Constant<4>{}, Constant<4>{}) ||
+         visit_deep(Constant<9>{}, Constant<1>{}) || visit_deep(Constant<9>{}, Constant<2>{}) ||
          visit(Constant<2>{}, Constant<2>{}, Constant<3>{}, Constant<1>{}) ||
          visit(Constant<2>{}, Constant<4>{}, Constant<3>{}, Constant<1>{});
 }
@@ -550,8 +607,8 @@ Cut choose_cut(Large a, int64_t shared_bytes, int multiprocessors) {
   Cut best;
   double least = std::numeric_limits<double>::infinity();
   const auto next = [](int64_t parts, int64_t most) { return parts == most ? most + 1 : std::min(2 * parts, most); };
-  int64_t pairs[6];
-  for (int log = 0; log < 6; ++log) pairs[log] = pairs_of(a, 1 << log);
+  int64_t pairs[7];
+  for (int log = 0; log < 7; ++log) pairs[log] = pairs_of(a, 1 << log);
   visit_variants([&](int stride, int cut_tiles, int depth, int blocks_m) {
     if (stride != a.stride) return false;
     Cut cut;
@@ -618,10 +675,10 @@ void launch(const Large& a, const Cut& cut, cudaStream_t stream) {
 }
 
 template <typename T>
-void launch(const Problem& p, const Large& problem, cudaStream_t stream) {
+void launch(const Problem& p, cudaStream_t stream) {
   const Device& device = current_device();
   static thread_local Decisions<16, Cut> decisions;
-  Large a = problem;
+  Large a = arguments_of(p);
   const Cut cut =
       decisions({device.id, p.shared_memory, a.batch, a.targets, a.height, a.width, a.out_height, a.out_width,
                  a.kernel_h, a.kernel_w, a.padding_h, a.padding_w, a.stride, a.source_row, a.target_row},
@@ -630,14 +687,37 @@ void launch(const Problem& p, const Large& problem, cudaStream_t stream) {
   launch<T>(a, cut, stream);
 }
 
+View planes_of(void* data, int64_t planes, int64_t height, int64_t width) {
+  return {data, {planes * height * width, height * width, width, 1}};
+}
+
 }  // namespace
 
-void launch_toeplitz_large(const Problem& p, cudaStream_t stream) {
-  const Large a = arguments_of(p);
+void launch_toeplitz_large(const Problem& problem, const Allocate& allocate, cudaStream_t stream) {
+  Problem p = problem;
+  const int64_t input_bytes = has_rows(p.input, p.width) ? 0 : 2 * p.batch * p.channels * p.height * p.width;
+  const int64_t output_bytes =
+      has_rows(p.output, p.out_width) ? 0 : 2 * p.batch * p.filters() * p.out_height * p.out_width;
+  char* workspace = nullptr;
+  if (input_bytes + output_bytes > 0)
+    workspace = static_cast<char*>(allocate(round_up(input_bytes, 16) + output_bytes));
+  if (input_bytes > 0) p.input = planes_of(workspace, p.channels, p.height, p.width);
+  if (output_bytes > 0)
+    p.output = planes_of(workspace + round_up(input_bytes, 16), p.filters(), p.out_height, p.out_width);
+
+  const bool forward = p.pass == Pass::kForward;
+  if (forward && input_bytes > 0)
+    launch_relayout<true>(problem.input, p.input.data, p.batch, p.channels, p.height, p.width, stream);
+  if (!forward && output_bytes > 0)
+    launch_relayout<true>(problem.output, p.output.data, p.batch, p.filters(), p.out_height, p.out_width, stream);
   if (p.dtype == DType::kFloat16)
-    launch<__half>(p, a, stream);
+    launch<__half>(p, stream);
   else
-    launch<__nv_bfloat16>(p, a, stream);
+    launch<__nv_bfloat16>(p, stream);
+  if (!forward && input_bytes > 0)
+    launch_relayout<false>(problem.input, p.input.data, p.batch, p.channels, p.height, p.width, stream);
+  if (forward && output_bytes > 0)
+    launch_relayout<false>(problem.output, p.output.data, p.batch, p.filters(), p.out_height, p.out_width, stream);
 }
 
 }  // namespace dwconv

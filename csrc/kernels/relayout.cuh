@@ -1,0 +1,101 @@
+// Copies of 16-bit images between channels_last and contiguous planes, for kernels that need rows and compute so much
+// that the copies cost little beside. A tile of pixels x channels goes through shared memory, so that both sides are
+// read and written along what lies side by side.
+#pragma once
+
+#include "common.cuh"
+
+namespace dwconv {
+
+constexpr int kTilePixels = 64, kTileChannels = 64, kRelayoutThreads = 256;
+
+struct Relayout {
+  uint16_t *pixels, *planes;                        // channels_last, and planes without gaps
+  int64_t pixels_image, pixels_row, pixels_column;  // strides in elements
+  int channels, size;                               // of an image; the pixels of a plane
+  Divider by_width, by_channel_tiles, by_pixel_tiles;
+};
+
+// kVector: channels that are copied at once.
+template <bool kToPlanes, int kVector>
+__global__ void __launch_bounds__(kRelayoutThreads) relayout(const __grid_constant__ Relayout a) {
+  constexpr int kSlots = kTileChannels / kVector;
+  using Vector = std::conditional_t<kVector == 8, uint4, uint16_t>;
+  __shared__ alignas(16) uint16_t tile[kTileChannels][kTilePixels + 2];  // an odd number of words: fewer bank conflicts
+  uint32_t number = blockIdx.x;
+  const int first_channel = a.by_channel_tiles.split(number) * kTileChannels;
+  const int first_pixel = a.by_pixel_tiles.split(number) * kTilePixels;
+  const int channels = min(kTileChannels, a.channels - first_channel), pixels = min(kTilePixels, a.size - first_pixel);
+  uint16_t* planes = a.planes + (static_cast<int64_t>(number) * a.channels + first_channel) * a.size + first_pixel;
+
+  const auto visit_pixels = [&](auto&& visit) {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < kSlots * kTilePixels; i += kRelayoutThreads) {
+      const int channel = i % kSlots * kVector, pixel = i / kSlots;
+      if (channel >= channels || pixel >= pixels) continue;
+      uint32_t row = first_pixel + pixel;
+      const int column = a.by_width.split(row);
+      uint16_t* at =
+          a.pixels + number * a.pixels_image + row * a.pixels_row + column * a.pixels_column + first_channel + channel;
+      visit(channel, pixel, *reinterpret_cast<Vector*>(at));
+    }
+  };
+  const auto visit_planes = [&](auto&& visit) {
+    const bool pairs = a.size % 2 == 0;  // then planes begin at even places, as tiles do
+#pragma unroll 4
+    for (int i = threadIdx.x; i < kTileChannels * kTilePixels / 2; i += kRelayoutThreads) {
+      const int channel = i / (kTilePixels / 2), pixel = i % (kTilePixels / 2) * 2;
+      if (channel >= channels || pixel >= pixels) continue;
+      uint16_t* at = planes + static_cast<int64_t>(channel) * a.size + pixel;
+      if (pairs) {
+        visit(*reinterpret_cast<uint32_t*>(&tile[channel][pixel]), *reinterpret_cast<uint32_t*>(at));
+      } else {
+        visit(tile[channel][pixel], at[0]);
+        if (pixel + 1 < pixels) visit(tile[channel][pixel + 1], at[1]);
+      }
+    }
+  };
+  if constexpr (kToPlanes) {
+    visit_pixels([&](int channel, int pixel, const Vector& from) {
+      alignas(Vector) uint16_t values[kVector];
+      *reinterpret_cast<Vector*>(values) = from;
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) tile[channel + k][pixel] = values[k];
+    });
+    __syncthreads();
+    visit_planes([](auto& in_tile, auto& in_plane) { in_plane = in_tile; });
+  } else {
+    visit_planes([](auto& in_tile, auto& in_plane) { in_tile = in_plane; });
+    __syncthreads();
+    visit_pixels([&](int channel, int pixel, Vector& to) {
+      alignas(Vector) uint16_t values[kVector];
+#pragma unroll
+      for (int k = 0; k < kVector; ++k) values[k] = tile[channel + k][pixel];
+      to = *reinterpret_cast<Vector*>(values);
+    });
+  }
+}
+
+// Copies between images in channels_last, whose pixels and rows may lie apart, and planes without gaps.
+template <bool kToPlanes>
+void launch_relayout(const View& pixels, void* planes, int64_t batch, int64_t channels, int64_t height, int64_t width,
+                     cudaStream_t stream) {
+  Relayout a{};
+  a.pixels = static_cast<uint16_t*>(pixels.data), a.planes = static_cast<uint16_t*>(planes);
+  a.pixels_image = pixels.stride[0], a.pixels_row = pixels.stride[2], a.pixels_column = pixels.stride[3];
+  a.channels = static_cast<int>(channels), a.size = static_cast<int>(height * width);
+  const int64_t channel_tiles = ceil_div(channels, kTileChannels), pixel_tiles = ceil_div(a.size, kTilePixels);
+  a.by_width = Divider(width), a.by_channel_tiles = Divider(channel_tiles), a.by_pixel_tiles = Divider(pixel_tiles);
+  int64_t places = 2 * channels | static_cast<int64_t>(reinterpret_cast<intptr_t>(pixels.data));
+  if (batch > 1) places |= 2 * pixels.stride[0];
+  if (height > 1) places |= 2 * pixels.stride[2];
+  if (width > 1) places |= 2 * pixels.stride[3];
+  const auto blocks = static_cast<unsigned>(batch * channel_tiles * pixel_tiles);
+  if (places % 16 == 0)
+    relayout<kToPlanes, 8><<<blocks, kRelayoutThreads, 0, stream>>>(a);
+  else
+    relayout<kToPlanes, 1><<<blocks, kRelayoutThreads, 0, stream>>>(a);
+  check_launch("relayout");
+}
+
+}  // namespace dwconv
