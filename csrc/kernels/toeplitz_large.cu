@@ -16,6 +16,7 @@
 //
 // The zeros of B spoil an output if they meet Inf or NaN, which then is NaN. So outputs that are finite are right, and
 // the others are computed again, tap by tap.
+#include <cmath>
 #include <limits>
 
 #include "launch.h"
@@ -40,23 +41,22 @@ struct Cut {
   int rows_log = 0;                       // these are 1 << rows_log rows of an image
   int images = 0, rows = 0, columns = 0;  // of a block; `columns` counts tiles of a warp side by side
   int threads = 0;
-  int buffers = 0;  // of the source: with two of them, it is loaded while the one before is computed
 };
 
 // How the threads of a block go through the pieces of rows of images.
 struct Walk {
-  Divider side, rows;                 // threads side by side in a row, rows of an image
-  int lanes, step_images, step_rows;  // rows that are visited at once, and what that is in images and rows
-  int64_t step_global, wrap_global;   // elements from one visit to the next, and where an image ends besides
-  int step_shared, wrap_shared;       // likewise, in bytes
+  Divider side, rows;                     // threads side by side in a row, rows of an image
+  int lanes = 0, step_images, step_rows;  // rows that are visited at once, and what that is in images and rows
+  int64_t step_global, wrap_global;       // elements from one visit to the next, and where an image ends besides
+  int step_shared, wrap_shared;           // likewise, in bytes
 
   Walk() = default;
-  Walk(int64_t pieces, int most_rows, int threads, int64_t image, int64_t row, int plane, int pitch)
-      : side(std::min<int64_t>(pieces, threads)), rows(most_rows) {
-    lanes = threads / static_cast<int>(side.divisor);
-    step_images = lanes / most_rows, step_rows = lanes % most_rows;
+  Walk(int64_t pieces, int64_t most_rows, int threads, int64_t image, int64_t row, int64_t plane, int64_t pitch)
+      : side(std::min<int64_t>(pieces, threads)), rows(most_rows), lanes(threads / static_cast<int>(side.divisor)) {
+    step_images = static_cast<int>(lanes / most_rows), step_rows = static_cast<int>(lanes % most_rows);
     step_global = step_images * image + step_rows * row, wrap_global = image - most_rows * row;
-    step_shared = step_images * plane + step_rows * pitch, wrap_shared = plane - most_rows * pitch;
+    step_shared = static_cast<int>(step_images * plane + step_rows * pitch);
+    wrap_shared = static_cast<int>(plane - most_rows * pitch);
   }
 };
 
@@ -94,29 +94,21 @@ struct Large {
   int images, rows, tiles, rows_log;             // of a block; of a warp
   int source_rows, source_pitch, source_plane;   // as they lie in shared memory, in bytes
   int out_plane, out_pitch, weight_pitch, copy;  // likewise
-  int tasks;
-  int counters_at, weights_at, source_at, next_source_at, out_at, bytes;  // offsets in shared memory, and all of it
-  int load_unit, store_unit;                                              // bytes that are copied at once
-  bool pairs;                                                             // whether outputs can be written in pairs
+  int tasks, weight_lanes;
+  int counter_at, weights_at, source_at, out_at;       // offsets in shared memory
+  int load_unit, store_unit;                           // bytes that are copied at once
+  bool pairs;                                          // whether outputs can be written in pairs
   bool joined;                                         // whether a band of a target plane has no gaps
   Divider by_images, by_fan_out, by_bands, by_ranges;  // tasks
-  Divider by_kernel_w;
+  Divider by_weight_side;                              // threads side by side in a row of weights
   Walk load, store;
   Divider by_image_tiles, by_column_tiles;  // tiles of warps
   int bands, ranges, row_tiles, column_tiles, image_tiles;
 };
 
-__device__ inline void commit_copies() {
+__device__ inline void wait_for_copies() {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-// Waits for all groups but the newest `kPending`.
-template <int kPending>
-__device__ void wait_copies() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+  asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
 
@@ -168,7 +160,7 @@ __device__ void walk(const Walk& w, int pieces, int rows, int images, Begin&& be
 }
 
 template <typename T, int kBytes>
-__device__ void load_source(const Large& a, const Task& t, int at) {
+__device__ void load_source(const Large& a, const Task& t) {
   uint32_t channel = t.target;
   a.by_fan_out.split(channel);
   const T* source = static_cast<const T*>(a.source) + t.image * a.source_image + channel * a.source_channel +
@@ -179,9 +171,9 @@ __device__ void load_source(const Large& a, const Task& t, int at) {
 #else
   constexpr bool kAsync = false;
 #endif
-  constexpr int kBatch = kAsync ? 1 : 8;
+  constexpr int kBatch = kAsync ? 4 : 8;
   using Word = WordOf<kBytes>;
-  const uint32_t base = shared_address(at);
+  const uint32_t base = shared_address(a.source_at);
   walk<kBatch>(
       a.load, t.groups * (kGroupBytes / kBytes), t.source_rows, t.images,
       [&](int piece, int image, int row) {
@@ -202,41 +194,44 @@ __device__ void load_source(const Large& a, const Task& t, int at) {
         }
 #pragma unroll
         for (int k = 0; k < kBatch; ++k)
-          if (there[k] && !(kAsync && inside)) shared<Word>(places[k].shared - base + at) = words[k];
+          if (there[k] && !(kAsync && inside)) shared<Word>(places[k].shared - base + a.source_at) = words[k];
       });
 }
 
 template <typename T>
-__device__ void load_source(const Large& a, const Task& t, int at) {
+__device__ void load_source(const Large& a, const Task& t) {
   switch (a.load_unit) {
-    case 16: load_source<T, 16>(a, t, at); break;
-    case 8: load_source<T, 8>(a, t, at); break;
-    case 4: load_source<T, 4>(a, t, at); break;
-    default: load_source<T, 2>(a, t, at); break;
+    case 16: load_source<T, 16>(a, t); break;
+    case 8: load_source<T, 8>(a, t); break;
+    case 4: load_source<T, 4>(a, t); break;
+    default: load_source<T, 2>(a, t); break;
   }
 }
 
-// Writes the weights of a filter between the zeros that are there already.
+// Writes the weights of a filter between the zeros that are there already. A thread stays with a column of the kernel.
 template <typename T>
 __device__ void load_weights(const Large& a, int filter) {
   constexpr int kBatch = 8;  // loads under way
-  const T* weight = static_cast<const T*>(a.weight) + filter * a.weight_filter;
-  const int taps = a.kernel_h * a.kernel_w, columns = a.weight_pitch / 2;
-  for (int first = threadIdx.x; first < taps; first += kBatch * blockDim.x) {
-    T value[kBatch];
-    int to[kBatch], to_copy[kBatch];
+  const int side = a.by_weight_side.divisor, step = a.weight_lanes, pitch = a.weight_pitch;
+  uint32_t first = threadIdx.x;
+  const int first_tap = a.by_weight_side.split(first);
+  if (static_cast<int>(first) >= step) return;
+  for (int tap = first_tap; tap < a.kernel_w; tap += side) {
+    const int column = tap - a.first_tap;
+    if (column < 0 || 2 * column >= pitch) continue;  // it only ever meets what is outside of the image
+    const T* from = static_cast<const T*>(a.weight) + filter * a.weight_filter + tap * a.weight_column;
+    for (int row = first; row < a.kernel_h; row += kBatch * step) {
+      T value[kBatch];
 #pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      uint32_t row = min(first + k * static_cast<int>(blockDim.x), taps - 1);
-      const int tap = a.by_kernel_w.split(row), column = tap - a.first_tap;
-      to[k] = column >= 0 && column < columns ? a.weights_at + row * a.weight_pitch + 2 * column : 0;
-      to_copy[k] = to[k] > 0 && column > 0 ? to[k] + a.copy - 2 : 0;
-      value[k] = __ldg(weight + row * a.weight_row + tap * a.weight_column);
-    }
+      for (int k = 0; k < kBatch; ++k)
+        if (row + k * step < a.kernel_h) value[k] = __ldg(from + (row + k * step) * a.weight_row);
 #pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      if (to[k] > 0) shared<T>(to[k]) = value[k];
-      if (to_copy[k] > 0) shared<T>(to_copy[k]) = value[k];
+      for (int k = 0; k < kBatch; ++k) {
+        if (row + k * step >= a.kernel_h) continue;
+        const int to = a.weights_at + (row + k * step) * pitch + 2 * column;
+        shared<T>(to) = value[k];
+        if (column > 0) shared<T>(to + a.copy - 2) = value[k];
+      }
     }
   }
 }
@@ -267,7 +262,7 @@ __device__ void store_target(const Large& a, const Task& t) {
   const int run = a.joined ? t.rows * t.columns : t.columns, runs = a.joined ? 1 : t.rows;
   T* target = static_cast<T*>(a.target) + t.image * a.target_image + t.target * a.target_channel +
               t.row * a.target_row + t.tile * kGroup;
-  walk<2>(
+  walk<4>(
       a.store, run * 2 / kBytes, runs, t.images,
       [&](int piece, int image, int row) {
         return Place<T>{target + image * a.target_image + row * a.target_row + piece * (kBytes / 2),
@@ -275,7 +270,7 @@ __device__ void store_target(const Large& a, const Task& t) {
       },
       [&](int, const auto& places, const auto& there) {
 #pragma unroll
-        for (int k = 0; k < 2; ++k)
+        for (int k = 0; k < 4; ++k)
           if (there[k]) *reinterpret_cast<Word*>(places[k].global) = shared<Word>(places[k].shared);
       });
 }
@@ -291,7 +286,7 @@ __device__ void store_target(const Large& a, const Task& t) {
 }
 
 template <typename T, int kStride, int kTiles, int kDepth, int kBlocksM>
-__device__ void compute(const Large& a, const Task& t, int source_at, int counter, float bias) {
+__device__ void compute(const Large& a, const Task& t, float bias) {
   constexpr int kGroups = (kTiles - 1) * kStride + kDepth;  // of the source that a warp's tiles meet
   const int lane = threadIdx.x % 32, third = lane / 4, pair = lane % 4 * 2;
   const int entry = pair - third * kStride + 7 * kStride;  // of the lane's first pair in a row of weights
@@ -300,7 +295,7 @@ __device__ void compute(const Large& a, const Task& t, int source_at, int counte
   const int tile_rows = 1 << a.rows_log, tile_images = 16 * kBlocksM >> a.rows_log;
   while (true) {
     // Warps take what is next. Rows in the middle, which meet the most rows of the kernel, come first.
-    uint32_t rest = lane == 0 ? atomicAdd(&shared<int>(counter), 1) : 0;
+    uint32_t rest = lane == 0 ? atomicAdd(&shared<int>(a.counter_at), 1) : 0;
     rest = __shfl_sync(~0u, rest, 0);
     if (static_cast<int>(rest) >= units) break;
     const int tile = a.by_column_tiles.split(rest) * kTiles, image = a.by_image_tiles.split(rest) * tile_images;
@@ -320,17 +315,17 @@ __device__ void compute(const Large& a, const Task& t, int source_at, int counte
     const int first_row = t.row + row, last_row = min(first_row + tile_rows, t.row + t.rows) - 1;
     const int begin = max(a.padding_h - last_row * kStride, 0);
     const int end = min(a.height + a.padding_h - first_row * kStride, a.kernel_h);
-    for (int d = 0; d < a.depth; d += kDepth) {
+    int d = 0;
+    do {
       const int group = (t.tile + tile) * kStride + a.first + d - t.group;  // of the first, among those that are there
       const int low = max(-group, 0), high = min(t.groups - group, kGroups);
-      if (low >= high) continue;
-      const uint32_t inside = (1u << high) - (1u << low);
+      const uint32_t inside = low < high ? (1u << high) - (1u << low) : 0;
       int source[kBlocksM], y[kBlocksM];
 #pragma unroll
       for (int m = 0; m < kBlocksM; ++m) {
         const int slot = 16 * m + lane % 16, r = row + (slot & (tile_rows - 1)), n = image + (slot >> a.rows_log);
         y[m] = (t.row + r) * kStride + begin + lane / 16 - a.padding_h - t.source_row;
-        source[m] = source_at + n * a.source_plane + y[m] * a.source_pitch + group * kGroupBytes;
+        source[m] = a.source_at + n * a.source_plane + y[m] * a.source_pitch + group * kGroupBytes;
         if (n >= t.images || r >= t.rows) y[m] = -(1 << 30);
       }
       int band = weights + begin * a.weight_pitch + d * kGroupBytes;
@@ -384,32 +379,42 @@ __device__ void compute(const Large& a, const Task& t, int source_at, int counte
         multiply_rows([](int c) { return c >= kEdge; });
       else if (low == 0 && right)
         multiply_rows([](int c) { return c < kGroups - kEdge; });
-      else
+      else if (low < high)
         multiply_rows([&](int c) { return (inside >> c & 1) != 0; });
-    }
+      d += kDepth;
+    } while (d < a.depth);
 
-    float zero = 0;
+    // Sums go to shared memory, from where they are stored as they lie side by side.
+    const auto none = narrow_pair(0.f, 0.f, T{});
+    auto zero = none;
+    const auto stage = [&](auto pairs) {
 #pragma unroll
-    for (int m = 0; m < kBlocksM; ++m)
+      for (int m = 0; m < kBlocksM; ++m)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int slot = 16 * m + 8 * h + third, r = row + (slot & (tile_rows - 1)), n = image + (slot >> a.rows_log);
-        if (r >= t.rows || n >= t.images) continue;
-        int column = tile * kGroup + pair;
-        const int to = a.out_at + n * a.out_plane + r * a.out_pitch + 2 * column;
+        for (int h = 0; h < 2; ++h) {
+          const int slot = 16 * m + 8 * h + third, r = row + (slot & (tile_rows - 1)), n = image + (slot >> a.rows_log);
+          const int column = tile * kGroup + pair, columns = (r < t.rows && n < t.images ? t.columns : 0) - column;
+          const int to = a.out_at + n * a.out_plane + r * a.out_pitch + 2 * column;
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j, column += kGroup) {
-          const float low = sum[m][j][2 * h], high = sum[m][j][2 * h + 1];
-          zero = fmaf(low, 0.f, fmaf(high, 0.f, zero));
-          if (a.pairs) {
-            if (column < t.columns) shared<Pair<T>>(to + j * kGroupBytes) = narrow_pair(low, high, T{});
-          } else {
-            if (column < t.columns) shared<T>(to + j * kGroupBytes) = narrow<T>(low);
-            if (column + 1 < t.columns) shared<T>(to + j * kGroupBytes + 2) = narrow<T>(high);
+          for (int j = 0; j < kTiles; ++j) {
+            const auto values = narrow_pair(sum[m][j][2 * h], sum[m][j][2 * h + 1], T{});
+#if __CUDA_ARCH__ >= 800
+            zero = __hfma2(values, none, zero);
+#endif
+            if (pairs) {
+              if (j * kGroup < columns) shared<Pair<T>>(to + j * kGroupBytes) = values;
+            } else {
+              if (j * kGroup < columns) shared<T>(to + j * kGroupBytes) = values.x;
+              if (j * kGroup + 1 < columns) shared<T>(to + j * kGroupBytes + 2) = values.y;
+            }
           }
         }
-      }
-    if (!(zero == 0)) {  // NaN: an output of the thread is not finite
+    };
+    if (a.pairs)
+      stage(std::true_type{});
+    else
+      stage(std::false_type{});
+    if (!(__low2float(zero) == 0 && __high2float(zero) == 0)) {  // NaN: an output of the thread is not finite
 #pragma unroll 1
       for (int v = 0; v < kBlocksM * 2 * kTiles * 2; ++v) {
         const int slot = v / (2 * kTiles) * 8 + third, r = row + (slot & (tile_rows - 1)),
@@ -424,36 +429,33 @@ __device__ void compute(const Large& a, const Task& t, int source_at, int counte
   }
 }
 
-// A block takes a run of tasks, which share a filter most of the time. What the next one reads is loaded meanwhile.
+// A block takes a run of tasks, which share a filter most of the time. While it stores the targets of one, the sources
+// of the next arrive; the blocks beside it compute.
 template <typename T, int kStride, int kTiles, int kDepth, int kBlocksM>
 __global__ void __launch_bounds__(kMaxThreads, 2) toeplitz_large(const __grid_constant__ Large a) {
   const int first = static_cast<int>(static_cast<int64_t>(a.tasks) * blockIdx.x / gridDim.x);
   const int last = static_cast<int>(static_cast<int64_t>(a.tasks) * (blockIdx.x + 1) / gridDim.x);
-  load_source<T>(a, task_of(a, first, kStride), a.source_at);
-  commit_copies();
   for (int i = 4 * threadIdx.x; i < a.source_at; i += 4 * blockDim.x) shared<uint32_t>(i) = 0;
-  __syncthreads();
   float bias = 0;
-  for (int number = first, filter = -1, at = a.source_at; number < last; ++number) {
-    const Task t = task_of(a, number, kStride);
-    const int next = a.source_at + a.next_source_at - at;
-    if (next != at && number + 1 < last) load_source<T>(a, task_of(a, number + 1, kStride), next);
-    commit_copies();
+  Task t{};
+  for (int number = first, filter = -1; number <= last; ++number) {
+    const Task before = t;
+    __syncthreads();
+    if (number < last) {
+      t = task_of(a, number, kStride);
+      load_source<T>(a, t);
+    }
+    if (number > first) store_target<T>(a, before);
+    if (number == last) break;
     if (t.target != filter) {
       filter = t.target;
       load_weights<T>(a, filter);
       bias = a.bias ? widen(static_cast<const T*>(a.bias)[filter * a.bias_stride]) : 0.f;
     }
-    const int counter = a.counters_at + number % 2 * 4;
-    wait_copies<1>();
+    if (threadIdx.x == 0) shared<int>(a.counter_at) = 0;
+    wait_for_copies();
     __syncthreads();
-    if (threadIdx.x == 0) shared<int>(2 * a.counters_at + 4 - counter) = 0;
-    compute<T, kStride, kTiles, kDepth, kBlocksM>(a, t, at, counter, bias);
-    __syncthreads();
-    if (next == at && number + 1 < last) load_source<T>(a, task_of(a, number + 1, kStride), at);
-    commit_copies();
-    store_target<T>(a, t);
-    at = next;
+    compute<T, kStride, kTiles, kDepth, kBlocksM>(a, t, bias);
   }
 }
 
@@ -472,15 +474,12 @@ Large arguments_of(const Problem& p) {
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
   a.padding_h = map.padding_h, a.padding_w = map.padding_w;
   a.stride = static_cast<int>(p.stride_h);
-  a.by_kernel_w = Divider(a.kernel_w), a.by_fan_out = Divider(map.fan_out);
+  a.by_fan_out = Divider(map.fan_out);
   return a;
 }
 
-// Lays a block's shared memory out.
-void apply(Large& a, const Cut& cut) {
-  const auto round_up = [](int64_t value, int64_t multiple) {
-    return static_cast<int>(dwconv::round_up(value, multiple));
-  };
+// Lays a block's shared memory out. Returns how much of it there is: the other numbers mean nothing if it is too much.
+int64_t apply(Large& a, const Cut& cut) {
   const Bands bands(a.kernel_w, a.stride, a.padding_w, a.width, a.out_width);
   const int tile_rows = 1 << cut.rows_log;
   a.first = static_cast<int>(bands.first), a.depth = static_cast<int>(bands.count);
@@ -491,27 +490,24 @@ void apply(Large& a, const Cut& cut) {
   a.row_tiles = static_cast<int>(ceil_div(a.rows, tile_rows)), a.column_tiles = cut.columns;
   a.image_tiles = static_cast<int>(ceil_div(a.images, std::max(16 * cut.blocks_m >> cut.rows_log, 1)));
 
-  const int groups =
-      static_cast<int>(std::min<int64_t>(ceil_div(a.width, kGroup), int64_t{a.tiles - 1} * a.stride + a.depth));
-  a.source_pitch = kGroupBytes * (groups | 1);
-  a.source_rows = static_cast<int>(std::min<int64_t>(a.height, int64_t{a.rows - 1} * a.stride + a.kernel_h));
-  a.source_plane = a.source_rows * a.source_pitch;
+  const int64_t groups = std::min<int64_t>(ceil_div(a.width, kGroup), int64_t{a.tiles - 1} * a.stride + a.depth);
+  const int64_t source_rows = std::min<int64_t>(a.height, int64_t{a.rows - 1} * a.stride + a.kernel_h);
+  const int64_t source_pitch = kGroupBytes * (groups | 1);
+  int64_t source_plane = source_rows * source_pitch;
   // Rows of several images meet no bank of shared memory twice, either.
   if (tile_rows < 8)
-    while (a.source_plane / kGroupBytes % (2 * tile_rows) != tile_rows) a.source_plane += kGroupBytes;
-  const int columns = std::min(a.tiles * kGroup, a.out_width);
-  a.out_pitch = 2 * columns;
-  a.out_plane = round_up(a.rows * a.out_pitch, 16);
-  a.weight_pitch = 2 * round_up(kGroup * round_up(a.depth, cut.depth) + 7 * a.stride, 2);
-  a.copy = (a.kernel_h + 1) * a.weight_pitch;
-  a.copy += (64 - a.copy % 128 + 128) % 128;
-  a.counters_at = round_up(groups * kGroupBytes, 128);
-  a.weights_at = a.counters_at + 128;
-  a.source_at = a.weights_at + round_up(2 * a.copy, 128);
-  const int source_bytes = round_up(a.images * a.source_plane, 128);
-  a.next_source_at = a.source_at + (cut.buffers - 1) * source_bytes;
-  a.out_at = a.source_at + cut.buffers * source_bytes;
-  a.bytes = a.out_at + a.images * a.out_plane;
+    while (source_plane / kGroupBytes % (2 * tile_rows) != tile_rows) source_plane += kGroupBytes;
+  const int64_t columns = std::min(a.tiles * kGroup, a.out_width), out_plane = round_up(2 * a.rows * columns, 16);
+  const int64_t weight_pitch = 2 * round_up(kGroup * round_up(a.depth, cut.depth) + 7 * a.stride, 2);
+  int64_t copy = (a.kernel_h + 1) * weight_pitch;
+  copy += (64 - copy % 128 + 128) % 128;  // so that the copies do not meet in a bank
+  const int64_t counter_at = round_up(groups * kGroupBytes, 128), weights_at = counter_at + 128;
+  const int64_t source_at = weights_at + round_up(2 * copy, 128);
+  const int64_t out_at = source_at + round_up(a.images * source_plane, 128), bytes = out_at + a.images * out_plane;
+  const auto set = [](int& to, int64_t value) { to = static_cast<int>(value); };
+  set(a.source_rows, source_rows), set(a.source_pitch, source_pitch), set(a.source_plane, source_plane);
+  set(a.out_pitch, 2 * columns), set(a.out_plane, out_plane), set(a.weight_pitch, weight_pitch), set(a.copy, copy);
+  set(a.counter_at, counter_at), set(a.weights_at, weights_at), set(a.source_at, source_at), set(a.out_at, out_at);
 
   const auto unit_of = [](std::initializer_list<int64_t> places) {
     int64_t all = 16;
@@ -531,14 +527,18 @@ void apply(Large& a, const Cut& cut) {
   else
     a.store_unit = unit_of({a.store_unit, a.out_height > 1 ? 2 * a.target_row : 0, 2 * last});
   a.pairs = last % 2 == 0;
-  a.load = Walk(groups * (kGroupBytes / a.load_unit), a.source_rows, cut.threads, a.source_image, a.source_row,
-                a.source_plane, a.source_pitch);
-  a.store = Walk(std::max(2 * columns * (a.joined ? a.rows : 1) / a.store_unit, 1), a.joined ? 1 : a.rows, cut.threads,
-                 a.target_image, a.target_row, a.out_plane, a.out_pitch);
+  a.by_weight_side = Divider(std::min(a.kernel_w, cut.threads));
+  a.weight_lanes = cut.threads / std::min(a.kernel_w, cut.threads);
+  a.load = Walk(groups * (kGroupBytes / a.load_unit), source_rows, cut.threads, a.source_image, a.source_row,
+                source_plane, source_pitch);
+  const int64_t run = 2 * columns * (a.joined ? a.rows : 1);
+  a.store = Walk(std::max<int64_t>(run / a.store_unit, 1), a.joined ? 1 : a.rows, cut.threads, a.target_image,
+                 a.target_row, out_plane, 2 * columns);
   const int64_t image_groups = ceil_div(a.batch, a.images);
   a.tasks = static_cast<int>(std::min<int64_t>(image_groups * a.bands * a.ranges * a.targets, kMostTasks + 1));
   a.by_images = Divider(image_groups), a.by_bands = Divider(a.bands), a.by_ranges = Divider(a.ranges);
   a.by_image_tiles = Divider(a.image_tiles), a.by_column_tiles = Divider(a.column_tiles);
+  return bytes;
 }
 
 template <int value>
@@ -564,93 +564,98 @@ bool visit_variants(Visitor&& visit) {
          visit(Constant<2>{}, Constant<4>{}, Constant<3>{}, Constant<1>{});
 }
 
-// The multiplications of 16 x 16 by 16 x 8, and the reads of 8 x 8 matrices from shared memory, that a plane of 16 rows
-// of one image takes for two rows of the kernel.
+// What the tiles side by side in a row of a plane take for 16 rows of it and two rows of the kernel.
 struct Effort {
-  int64_t multiplies = 0, loads = 0, band_loads = 0;
+  int64_t multiplies = 0;             // of 16 x 16 by 16 x 8
+  int64_t loads = 0, band_loads = 0;  // of A, and of half a band matrix
+
+  Effort(const Large& a, const Bands& bands, const Cut& cut) {
+    const int64_t tiles = ceil_div(a.out_width, kGroup), groups = ceil_div(a.width, kGroup);
+    const int64_t width = (cut.tiles - 1) * a.stride + cut.depth;
+    for (int64_t tile = 0; tile < tiles; tile += cut.tiles)
+      for (int64_t d = 0; d < bands.count; d += cut.depth) {
+        const int64_t group = tile * a.stride + bands.first + d;
+        const int64_t low = std::max<int64_t>(-group, 0), high = std::min(groups - group, width);
+        if (low >= high) continue;
+        band_loads += 2 * cut.depth, loads += high - low;
+        for (int64_t c = low; c < high; ++c)
+          for (int64_t k = 0; k < cut.depth; ++k)
+            multiplies += c >= k && (c - k) % a.stride == 0 && (c - k) / a.stride < cut.tiles;
+      }
+  }
 };
 
-Effort effort_of(const Large& a, const Bands& bands, const Cut& cut) {
-  const int64_t tiles = ceil_div(a.out_width, kGroup), groups = ceil_div(a.width, kGroup);
-  const int64_t width = (cut.tiles - 1) * a.stride + cut.depth;
-  Effort effort;
-  for (int64_t tile = 0; tile < tiles; tile += cut.tiles)
-    for (int64_t d = 0; d < bands.count; d += cut.depth) {
-      const int64_t group = tile * a.stride + bands.first + d;
-      const int64_t low = std::max<int64_t>(-group, 0), high = std::min(groups - group, width);
-      if (low >= high) continue;
-      effort.band_loads += 2 * cut.depth;
-      effort.loads += 4 * (high - low);
-      for (int64_t c = low; c < high; ++c)
-        for (int64_t k = 0; k < cut.depth; ++k)
-          effort.multiplies += c >= k && (c - k) % a.stride == 0 && (c - k) / a.stride < cut.tiles;
-    }
-  return effort;
-}
-
-// Pairs of kernel rows that all tiles of `rows` rows of a plane take together.
+// Pairs of kernel rows that all tiles of `rows` rows of a plane take together; of many tiles, some stand for all.
 int64_t pairs_of(const Large& a, int64_t rows) {
+  const int64_t each = std::max<int64_t>(ceil_div(a.out_height, rows) / 64, 1);
   int64_t pairs = 0;
-  for (int64_t row = 0; row < a.out_height; row += rows) {
+  for (int64_t row = 0; row < a.out_height; row += each * rows) {
     const int64_t last = std::min<int64_t>(row + rows, a.out_height) - 1;
     const int64_t begin = std::max<int64_t>(a.padding_h - last * a.stride, 0);
     const int64_t end = std::min<int64_t>(a.height + a.padding_h - row * a.stride, a.kernel_h);
-    pairs += std::max<int64_t>(ceil_div(end - begin, 2), 0);
+    pairs += each * std::max<int64_t>(ceil_div(end - begin, 2), 0);
   }
   return pairs;
 }
 
-// The cut that is expected to take the least time, in cycles of a multiprocessor.
+// The expected time of a cut that is applied, in cycles. The constants were fitted to some 3000 timings of cuts; most
+// are instructions, with what they wait for.
+double time_of(const Large& a, const Cut& cut, const Effort& effort, int64_t row_pairs, int64_t bytes,
+               int multiprocessors) {
+  const double tile_images = std::max(16 * cut.blocks_m >> cut.rows_log, 1), threads = cut.threads;
+  const double planes = std::ceil(a.batch / tile_images) * a.targets, pairs = row_pairs * planes;
+  const double row_tiles = std::ceil(a.out_height / static_cast<double>(1 << cut.rows_log));
+  const double units = row_tiles * a.column_tiles * a.ranges * planes;
+  const double chunks = ceil_div(a.depth, cut.depth);
+  const double multiply =
+      pairs * std::max(1.75 * effort.multiplies * cut.blocks_m, 4. * effort.loads * cut.blocks_m + effort.band_loads);
+  const double load =
+      static_cast<double>(a.images) * a.source_rows * (a.source_pitch & ~31) / a.load_unit;  // without the padding
+  const double store = static_cast<double>(a.images) * a.out_plane / a.store_unit;
+  const double issue =
+      pairs * ((effort.multiplies + effort.loads) * cut.blocks_m + effort.band_loads + 4 * chunks * a.column_tiles) +
+      units * (50 + 60 * cut.blocks_m * cut.tiles + 180 * chunks) + a.tasks * (2 * load + 5 * store + 5 * threads);
+  const int registers = std::min(50 + (4 * cut.tiles + 8) * cut.blocks_m + 2 * cut.depth, 128);
+  const double resident =
+      std::max(std::min({(228 << 10) / static_cast<int>(bytes + 1024), 65536 / (registers * cut.threads),
+                         2048 / cut.threads, static_cast<int>(ceil_div(a.tasks, multiprocessors))}),
+               1);
+  const double tasks = ceil_div(a.tasks, multiprocessors);  // of a multiprocessor
+  const double work = std::hypot(multiply, 0.185 * issue) / a.tasks * (1 + 180 / (resident * threads));
+  return tasks * (work + 570 / resident);
+}
+
+// The cut that is expected to take the least time.
 Cut choose_cut(Large a, int64_t shared_bytes, int multiprocessors) {
   const Bands bands(a.kernel_w, a.stride, a.padding_w, a.width, a.out_width);
   const int64_t tiles = ceil_div(a.out_width, kGroup);
   Cut best;
   double least = std::numeric_limits<double>::infinity();
   const auto next = [](int64_t parts, int64_t most) { return parts == most ? most + 1 : std::min(2 * parts, most); };
-  int64_t pairs[7];
-  for (int log = 0; log < 7; ++log) pairs[log] = pairs_of(a, 1 << log);
   visit_variants([&](int stride, int cut_tiles, int depth, int blocks_m) {
     if (stride != a.stride) return false;
     Cut cut;
     cut.tiles = cut_tiles, cut.depth = depth, cut.blocks_m = blocks_m;
-    const Effort effort = effort_of(a, bands, cut);
-    const int64_t all_columns = ceil_div(tiles, cut.tiles);
+    const Effort effort(a, bands, cut);
+    const int64_t columns = ceil_div(tiles, cut.tiles);
     for (cut.rows_log = 0; 1 << cut.rows_log <= 16 * blocks_m; ++cut.rows_log) {
       const int tile_images = 16 * blocks_m >> cut.rows_log, tile_rows = 1 << cut.rows_log;
-      const int64_t row_tiles = ceil_div(a.out_height, tile_rows);
-      const double clocks =
-          std::max(1.5 * effort.multiplies * blocks_m, 1.0 * effort.loads * blocks_m + effort.band_loads) + 12;
-      for (int64_t bands_h = 1; bands_h <= row_tiles; bands_h = bands_h < 4 ? bands_h + 1 : next(bands_h, row_tiles))
-        for (int64_t ranges = 1; ranges <= all_columns; ranges = next(ranges, all_columns)) {
-          cut.rows = static_cast<int>(ceil_div(row_tiles, bands_h) * tile_rows);
-          cut.columns = static_cast<int>(ceil_div(all_columns, ranges));
-          bool fits = false;
-          for (int64_t more = 1; more <= 32; more *= 2) {
-            cut.images = static_cast<int>(tile_images * std::max<int64_t>(more / 2, 1));
-            cut.buffers = more == 1 ? 1 : 2;
-            cut.threads = 128;
-            if (more > 2 && cut.images / 2 >= a.batch) break;
-            apply(a, cut);
-            if (a.bytes > shared_bytes || a.tasks > kMostTasks) break;
-            fits = true;
+      const int64_t row_tiles = ceil_div(a.out_height, tile_rows), pairs = pairs_of(a, tile_rows);
+      for (int64_t parts = 1; parts <= row_tiles; parts = next(parts, row_tiles))
+        for (int64_t ranges = 1; ranges <= columns; ranges = next(ranges, columns)) {
+          cut.rows = static_cast<int>(ceil_div(row_tiles, parts) * tile_rows);
+          cut.columns = static_cast<int>(ceil_div(columns, ranges));
+          for (cut.images = tile_images; cut.images < 2 * std::max(a.batch, tile_images); cut.images *= 2) {
+            cut.threads = kMaxThreads;
+            const int64_t bytes = apply(a, cut);
+            if (bytes > shared_bytes || a.tasks > kMostTasks) break;
             const int units = a.row_tiles * a.column_tiles * a.image_tiles;
-            const int turns = static_cast<int>(ceil_div(units, kMaxThreads / 32));
-            cut.threads = 32 * static_cast<int>(ceil_div(units, turns));
-            const int64_t per_multiprocessor = 228 << 10;  // at most
-            const int64_t resident = std::min<int64_t>({per_multiprocessor / (a.bytes + 1024), 512 / cut.threads, 8});
-            const int64_t blocks = a.tasks;
-            // All blocks of a multiprocessor share its tensor cores; what is not covered by others is waited for.
-            const double multiply = clocks * pairs[cut.rows_log] * ceil_div(a.batch, tile_images) * a.targets;
-            const double bytes = (double(a.images) * a.source_rows * a.source_pitch + a.images * a.out_plane) / 20 +
-                                 a.weight_pitch * a.kernel_h / 4 + 2000;
-            const double waves = std::max<double>(ceil_div(blocks, multiprocessors), 1);
-            const double work = multiply / blocks + 150. * turns * cut.threads / 32 / 4;
-            const double warps = std::min<double>(resident, waves) * cut.threads / 32;
-            const double time =
-                waves * (work * std::max(1., 10 / warps) + bytes / std::min<double>(resident, waves)) + bytes;
-            if (time < least) least = time, best = cut;
+            for (; cut.threads >= 32; cut.threads /= 2) {
+              if (cut.threads > 32 * units && cut.threads > 32) continue;  // a warp would have nothing to do
+              const double time = time_of(a, cut, effort, pairs, bytes, multiprocessors);
+              if (time < least) least = time, best = cut;
+            }
           }
-          if (fits && ranges == 1 && bands_h >= 8) break;
         }
     }
     return false;
@@ -658,33 +663,55 @@ Cut choose_cut(Large a, int64_t shared_bytes, int multiprocessors) {
   return best;
 }
 
-template <typename T>
-void launch(const Large& a, const Cut& cut, cudaStream_t stream) {
-  const Device& device = current_device();
-  visit_variants([&](auto stride, auto tiles, auto depth, auto blocks_m) {
+// Calls visit(kernel) with the kernel of a cut.
+template <typename T, typename Visitor>
+void visit_kernel(const Large& a, const Cut& cut, Visitor&& visit) {
+  const bool found = visit_variants([&](auto stride, auto tiles, auto depth, auto blocks_m) {
     if (a.stride != stride || cut.tiles != tiles || cut.depth != depth || cut.blocks_m != blocks_m) return false;
-    const auto kernel = toeplitz_large<T, stride, tiles, depth, blocks_m>;
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
-    int resident = 1;
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, cut.threads, a.bytes);
-    const int blocks = std::min(a.tasks, std::max(resident, 1) * device.multiprocessors);
-    kernel<<<blocks, cut.threads, a.bytes, stream>>>(a);
-    check_launch("toeplitz_large");
+    visit(toeplitz_large<T, stride, tiles, depth, blocks_m>);
     return true;
   });
+  if (!found) throw std::runtime_error("dwconv: toeplitz_large finds no cut for this problem");
+}
+
+struct Decision {
+  Cut cut;
+  int blocks;  // that a device has at once
+};
+
+template <typename T>
+Decision decide(Large a, const Cut& cut, const Device& device) {
+  int resident = 0;
+  const auto bytes = static_cast<size_t>(apply(a, cut));
+  visit_kernel<T>(a, cut, [&](auto kernel) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, cut.threads, bytes);
+  });
+  return {cut, std::max(resident, 1) * device.multiprocessors};
+}
+
+template <typename T>
+void launch(Large a, const Decision& decision, cudaStream_t stream) {
+  const auto bytes = static_cast<size_t>(apply(a, decision.cut));
+  visit_kernel<T>(a, decision.cut, [&](auto kernel) {
+    kernel<<<std::min(a.tasks, decision.blocks), decision.cut.threads, bytes, stream>>>(a);
+  });
+  check_launch("toeplitz_large");
 }
 
 template <typename T>
 void launch(const Problem& p, cudaStream_t stream) {
   const Device& device = current_device();
-  static thread_local Decisions<16, Cut> decisions;
-  Large a = arguments_of(p);
-  const Cut cut =
-      decisions({device.id, p.shared_memory, a.batch, a.targets, a.height, a.width, a.out_height, a.out_width,
-                 a.kernel_h, a.kernel_w, a.padding_h, a.padding_w, a.stride, a.source_row, a.target_row},
-                [&] { return choose_cut(a, p.shared_memory, device.multiprocessors); });
-  apply(a, cut);
-  launch<T>(a, cut, stream);
+  static thread_local Decisions<16, Decision> decisions;
+  const Large a = arguments_of(p);
+  launch<T>(a,
+            decisions({device.id, p.shared_memory, a.batch, a.targets, a.height, a.width, a.out_height, a.out_width,
+                       a.kernel_h, a.kernel_w, a.padding_h, a.padding_w, a.stride, a.source_row, a.target_row},
+                      [&] {
+                        const Cut cut = choose_cut(a, p.shared_memory, device.multiprocessors);
+                        return decide<T>(a, cut, device);
+                      }),
+            stream);
 }
 
 View planes_of(void* data, int64_t planes, int64_t height, int64_t width) {
