@@ -39,6 +39,7 @@ void run(Problem& problem, const Tensor& like, const std::string& plan) {
     return workspace.data_ptr();
   };
   switch (chosen.id) {
+    case PlanId::kScale: return launch_scale(problem, stream);
     case PlanId::kDirect: return launch_direct(problem, stream);
     case PlanId::kDirectGradWeight: return launch_direct_grad_weight(problem, stream);
     case PlanId::kToeplitzNchw: return launch_toeplitz_nchw(problem, true, stream);
