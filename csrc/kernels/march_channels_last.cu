@@ -218,14 +218,9 @@ __device__ void store_staged(const March& a, char* pixel, int x, bool live,
 }
 
 __device__ inline void init_barriers(int warps) {
-#if __CUDA_ARCH__ >= 900
-  const auto make = [](int barrier, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count));
-  };
   if (threadIdx.x == 0)
-    for (int i = 0; i < kGroups; ++i) make(Barriers::full(i), 1), make(Barriers::done(i), warps);
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // of all threads: they may have written zeros
-#endif
+    for (int i = 0; i < kGroups; ++i) init_barrier(Barriers::full(i), 1), init_barrier(Barriers::done(i), warps);
+  before_bulk_copies();  // of all threads: they may have written zeros
 }
 
 // kBulk: rows come by bulk copies, which the last warp begins; the others then never wait for each other.

@@ -19,7 +19,6 @@ struct Arguments {
   int64_t weight_stride, bias_stride;
   uint32_t elements, channels, plane;  // `plane`: neighbouring elements of one channel
   bool aligned;                        // whether both arrays lie in whole units
-  bool weights_aligned;                // whether the weights of neighbouring elements do, too
   Divider by_plane, by_channels;
 };
 
@@ -29,7 +28,8 @@ struct alignas(kUnitBytes) Unit {
   T element[kSize];
 };
 
-template <typename T>
+// kWeights: each element of a unit has a weight of its own, and they lie in whole units, too.
+template <typename T, bool kWeights>
 __global__ void __launch_bounds__(kThreads) scale(const __grid_constant__ Arguments a) {
   using Unit = Unit<T>;
   constexpr int kSize = Unit::kSize;
@@ -41,9 +41,14 @@ __global__ void __launch_bounds__(kThreads) scale(const __grid_constant__ Argume
   const auto at = [&](int u) { return first + u * kThreads * kSize; };
   const auto whole = [&](int u) { return a.aligned && at(u) + kSize <= a.elements; };
 
-  Unit unit[kUnits];
+  Unit unit[kUnits], weights[kWeights ? kUnits : 1];
+  uint32_t inside[kUnits], channel[kUnits];  // of the first element: its place in its plane, and its channel
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
+    channel[u] = at(u);
+    inside[u] = a.by_plane.split(channel[u]);
+    channel[u] = a.by_channels.split(channel[u]);
+    if constexpr (kWeights) weights[u] = *reinterpret_cast<const Unit*>(weight + channel[u]);
     if (whole(u))
       unit[u] = *reinterpret_cast<const Unit*>(source + at(u));
     else
@@ -53,29 +58,25 @@ __global__ void __launch_bounds__(kThreads) scale(const __grid_constant__ Argume
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
     if (at(u) >= a.elements) return;
-    uint32_t channel = at(u);
-    uint32_t inside = a.by_plane.split(channel);
-    channel = a.by_channels.split(channel);
     const auto weight_of = [&](uint32_t c) { return widen(__ldg(weight + c * a.weight_stride)); };
     const auto bias_of = [&](uint32_t c) { return bias ? widen(__ldg(bias + c * a.bias_stride)) : Accumulator<T>{}; };
     const auto multiply = [&](int i, Accumulator<T> w, Accumulator<T> b) {
       unit[u].element[i] = narrow<T>(fma(widen(unit[u].element[i]), w, b));
     };
-    if (inside + kSize <= a.plane) {
-      const Accumulator<T> w = weight_of(channel), b = bias_of(channel);
+    if constexpr (kWeights) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) multiply(i, widen(weights[u].element[i]), bias_of(channel[u] + i));
+    } else if (inside[u] + kSize <= a.plane) {
+      const Accumulator<T> w = weight_of(channel[u]), b = bias_of(channel[u]);
 #pragma unroll
       for (int i = 0; i < kSize; ++i) multiply(i, w, b);
-    } else if (a.weights_aligned) {
-      const Unit w = *reinterpret_cast<const Unit*>(weight + channel);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) multiply(i, widen(w.element[i]), bias_of(channel + i));
     } else {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        multiply(i, weight_of(channel), bias_of(channel));
-        if (++inside < a.plane) continue;
-        inside = 0;
-        if (++channel == a.channels) channel = 0;
+        multiply(i, weight_of(channel[u]), bias_of(channel[u]));
+        if (++inside[u] < a.plane) continue;
+        inside[u] = 0;
+        if (++channel[u] == a.channels) channel[u] = 0;
       }
     }
     if (whole(u))
@@ -105,9 +106,10 @@ void launch_scale(const Problem& p, cudaStream_t stream) {
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr int kSize = Unit<T>::kSize;
-    a.weights_aligned = a.plane == 1 && p.channels % kSize == 0 && a.weight_stride == 1 && aligned(a.weight);
+    const bool weights = a.plane == 1 && p.channels % kSize == 0 && a.weight_stride == 1 && aligned(a.weight);
+    const auto kernel = weights ? scale<T, true> : scale<T, false>;
     const int64_t blocks = ceil_div(elements, int64_t{kSize} * kUnits * kThreads);
-    scale<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a);
+    kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a);
   });
   check_launch("scale");
 }
