@@ -544,7 +544,19 @@ def test_direct_on_large_views(dtype: torch.dtype, tile: tuple) -> None:
 def test_streams_are_exact(tile: tuple, dtype: torch.dtype) -> None:
     """Planes of every sort: tiny and large, even and odd, whole in shared memory and in bands, at any address."""
     kernel, stride, dilation = tile
-    sizes = [(7, 7), (1, 8), (14, 14), (13, 29), (28, 28), (31, 57), (56, 56), (113, 95), (64, 301), (200, 300), (24, 903)]
+    sizes = [
+        (7, 7),
+        (1, 8),
+        (14, 14),
+        (13, 29),
+        (28, 28),
+        (31, 57),
+        (56, 56),
+        (113, 95),
+        (64, 301),
+        (200, 300),
+        (24, 903),
+    ]
     for number, size in enumerate(sizes):
         for turn in range(4):
             batch, channels = (3, 7) if size[0] * size[1] > 2000 else (5, 40)
