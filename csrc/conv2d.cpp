@@ -1,7 +1,6 @@
 #include "conv2d.h"
 
-#include <torch/csrc/stable/ops.h>
-
+#include <algorithm>
 #include <limits>
 #include <sstream>
 #include <stdexcept>
@@ -10,17 +9,32 @@
 namespace dwconv {
 namespace {
 
-using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 
+// Arguments of messages: text is made of them only where a check fails, since every call passes all checks.
 template <typename Values>
-std::string listed(const Values& values) {
-  std::ostringstream text;
-  text << '[';
-  for (size_t i = 0; i < values.size(); ++i) text << (i ? ", " : "") << values[i];
-  text << ']';
-  return text.str();
+struct Listed {
+  const Values& values;
+  friend std::ostream& operator<<(std::ostream& text, const Listed& list) {
+    text << '[';
+    for (size_t i = 0; i < list.values.size(); ++i) text << (i ? ", " : "") << list.values[i];
+    return text << ']';
+  }
+};
+template <typename Values>
+Listed<Values> listed(const Values& values) {
+  return {values};
 }
+
+struct DeviceOf {
+  const Tensor& tensor;
+  friend std::ostream& operator<<(std::ostream& text, const DeviceOf& of) {
+    const auto device = of.tensor.device();
+    if (device.is_cpu()) return text << "cpu";
+    if (device.is_cuda()) return text << "cuda:" << device.index();
+    return text << "device type " << static_cast<int>(device.type());
+  }
+};
 
 // STD_TORCH_CHECK would put this file's path and line before the message.
 template <typename... Parts>
@@ -44,18 +58,11 @@ DType dtype_of(const Tensor& tensor, const char* name) {
   return DType::kFloat32;
 }
 
-std::string device_name(const Tensor& tensor) {
-  const auto device = tensor.device();
-  if (device.is_cpu()) return "cpu";
-  if (device.is_cuda()) return "cuda:" + std::to_string(device.index());
-  return "device type " + std::to_string(static_cast<int>(device.type()));
-}
-
 void check_same(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) {
   check(a.scalar_type() == b.scalar_type(), a_name, " (", torch::headeronly::toString(a.scalar_type()), ") and ",
         b_name, " (", torch::headeronly::toString(b.scalar_type()), ") should be of the same dtype");
-  check(a.device() == b.device(), a_name, " and ", b_name, " should be on the same device, but got ", device_name(a),
-        " and ", device_name(b));
+  check(a.device() == b.device(), a_name, " and ", b_name, " should be on the same device, but got ", DeviceOf{a},
+        " and ", DeviceOf{b});
 }
 
 void check_rank(const Tensor& tensor, const char* name) {
@@ -190,10 +197,23 @@ bool output_is_channels_last(const Tensor& input, const Tensor& weight) {
   return input.size(0) > 0 && (is_channels_last(input) || is_channels_last(weight));
 }
 
+// Below the dispatcher's boxed calls, which cost the host as much as a launch.
 Tensor empty(const Ints& size, bool channels_last, const Tensor& like) {
-  using torch::headeronly::MemoryFormat;
-  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  Ints stride(size.size());
+  int64_t step = 1;
+  const auto lay = [&](size_t d) { stride[d] = step, step *= std::max<int64_t>(size[d], 1); };
+  if (channels_last) {
+    for (const size_t d : {1, 3, 2, 0}) lay(d);
+  } else {
+    for (size_t d = size.size(); d-- > 0;) lay(d);
+  }
+  int32_t dtype = 0, device = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), stride.data(), dtype,
+                                                  device, like.get_device_index(), &handle));
+  return Tensor(handle);
 }
 
 View view_of(const Tensor& tensor) {

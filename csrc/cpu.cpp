@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad_output, const Tensor& 
   const Tensor weight = empty({problem.filters(), 1, problem.kernel_h, problem.kernel_w}, false, input);
   const auto gradients = backward(grad_output, fails_in_channels_last(problem) ? in_nchw(input) : input, weight,
                                   problem, geometry, {false, true, bias});
-  const Tensor grad_bias = bias ? std::get<2>(gradients) : torch::stable::new_empty(input, Ints{0});
+  const Tensor grad_bias = bias ? std::get<2>(gradients) : empty({0}, false, input);
   return {contiguous(std::get<1>(gradients), false), grad_bias};
 }
 

@@ -1,7 +1,6 @@
 // The operators on CUDA tensors: check, choose a plan, launch on the current stream.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <stdexcept>
 #include <string>
@@ -36,10 +35,11 @@ void run(Problem& problem, const Tensor& like, const std::string& plan) {
   const cudaStream_t stream = current_stream(device);
   Tensor workspace;
   const auto allocate = [&](int64_t bytes) {
-    workspace = torch::stable::new_empty(like, Ints{bytes}, torch::headeronly::ScalarType::Byte);
+    workspace = empty({bytes / size_of(problem.dtype) + 1}, false, like);
     return workspace.data_ptr();
   };
   switch (chosen.id) {
+    case PlanId::kScale: return launch_scale(problem, stream);
     case PlanId::kDirect: return launch_direct(problem, stream);
     case PlanId::kDirectGradWeight: return launch_direct_grad_weight(problem, stream);
     case PlanId::kToeplitzNchw: return launch_toeplitz_nchw(problem, true, stream);
@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor> grad_weight_plan(const Tensor& grad_output, const Ten
                                             const std::string& plan) {
   Problem problem = check_grad_weight(grad_output, input, kernel_size, {stride, padding, dilation});
   Tensor grad_weight = empty({problem.filters(), 1, problem.kernel_h, problem.kernel_w}, false, input);
-  Tensor grad_bias = torch::stable::new_empty(input, Ints{bias ? problem.filters() : 0});
+  Tensor grad_bias = empty({bias ? problem.filters() : 0}, false, input);
   problem.weight = view_of(grad_weight);
   if (bias) problem.bias = grad_bias.data_ptr();
   run(problem, input, plan);

@@ -170,6 +170,23 @@ bool claims_march_grad_weight_channels_last(const Problem& p) {
   return p.pass == Pass::kGradWeight && can_march(p) && p.multiplier <= 2 && p.filters() <= (1 << 26) / (p.taps() + 1);
 }
 
+bool claims_scale(const Problem& p) {
+  if (p.pass == Pass::kGradWeight || p.taps() > 1 || p.multiplier > 1 || p.batch == 0) return false;
+  if (p.stride_h > 1 || p.stride_w > 1 || p.padding_h > 0 || p.padding_w > 0) return false;
+  // Elements are counted in 32 bits, and a block may count beyond the last.
+  constexpr int64_t kMost = (int64_t{1} << 31) - (1 << 16);
+  const int64_t image = p.channels * p.height * p.width;
+  if (p.height > kMost / p.width || p.channels > kMost / (p.height * p.width) || p.batch > kMost / image) return false;
+  const auto lies = [&](const View& view, int64_t channel, int64_t row, int64_t column) {
+    return (p.batch == 1 || view.stride[0] == image) && (p.channels == 1 || view.stride[1] == channel) &&
+           (p.height == 1 || view.stride[2] == row) && (p.width == 1 || view.stride[3] == column);
+  };
+  const auto both_lie = [&](int64_t channel, int64_t row, int64_t column) {
+    return lies(p.input, channel, row, column) && lies(p.output, channel, row, column);
+  };
+  return both_lie(p.height * p.width, p.width, 1) || both_lie(1, p.width * p.channels, p.channels);
+}
+
 // What kernels/direct.cu and kernels/direct_grad_weight.cu ask for: offsets of 32 bits, also beside the image.
 bool can_go_direct(const Problem& p) {
   if (p.dtype == DType::kFloat64 || !is_small_kernel(p)) return false;
@@ -207,6 +224,7 @@ bool claims_direct_grad_weight(const Problem& p) {
 
 const std::vector<Plan>& plans() {
   static const std::vector<Plan> table = {
+      {PlanId::kScale, "scale", "a kernel of one tap on arrays without gaps: every pixel times a weight", claims_scale},
       {PlanId::kDirect, "direct",
        "a small kernel with little to do, or on views that do not stream: straight from memory", claims_direct},
       {PlanId::kDirectGradWeight, "direct_grad_weight", "a small kernel with few gradients: straight from memory",

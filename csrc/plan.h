@@ -9,6 +9,7 @@
 namespace dwconv {
 
 enum class PlanId : int {
+  kScale,
   kDirect,
   kDirectGradWeight,
   kToeplitzNchw,

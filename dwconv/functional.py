@@ -68,7 +68,9 @@ def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+    if tensor.dtype == dtype or tensor.dtype == torch.float64 or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(dtype)
 
 
 def _check_tensor(value: object, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import product
 
@@ -53,6 +54,12 @@ TILES = [
 ]
 
 
+def serves(name: str, plan: str, case: Case) -> str:
+    """`plan`, unless the kernel has one tap alone: then that of such kernels, if 32 bits count all elements."""
+    few = case.batch * case.channels * math.prod(case.size) <= 2**31 - 2**16
+    return "scale" if case.kernel == (1, 1) and name != "grad_weight" and few else plan
+
+
 def tile_case(tile: tuple, batch: int, channels: int, size: tuple[int, int], **more) -> Case:
     """With the padding that keeps the size at stride 1, unless there is another in `more`."""
     kernel, stride, dilation = tile
@@ -79,7 +86,8 @@ def test_small_kernels_in_nchw(name: str, tile: tuple, dtype: torch.dtype) -> No
         expected = STREAM[name]
         if least is not None and pixels >= least:
             expected = expected.replace("stream", "toeplitz")
-        assert plan_of(name, tile_case(tile, 512, 64, size), dtype) == expected, size
+        case = tile_case(tile, 512, 64, size)
+        assert plan_of(name, case, dtype) == serves(name, expected, case), str(case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -144,7 +152,8 @@ DIRECT = {"forward": "direct", "grad_input": "direct", "grad_weight": "direct_gr
 @pytest.mark.parametrize("name", PASSES)
 def test_little_to_do(name: str, tile: tuple, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     for batch, channels, size in ((1, 960, (7, 7)), (1, 16, (8, 8)), (2, 3, (5, 6)), (1, 1, (2, 1))):
-        assert plan_of(name, tile_case(tile, batch, channels, size), dtype, memory_format) == DIRECT[name], size
+        case = tile_case(tile, batch, channels, size)
+        assert plan_of(name, case, dtype, memory_format) == serves(name, DIRECT[name], case), str(case)
     assert plan_of(name, tile_case(tile, 64, 960, (14, 14)), dtype, memory_format) != DIRECT[name]
 
 
@@ -168,7 +177,29 @@ def test_small_kernels_in_channels_last(name: str, tile: tuple, dtype: torch.dty
     for channels in (64, 37, 3, 1000):
         for size in ((512, 512), (226, 190), (20, 9000)):
             case = tile_case(tile, 32, channels, size)
-            assert plan_of(name, case, dtype, torch.channels_last) == MARCH[name], str(case)
+            assert plan_of(name, case, dtype, torch.channels_last) == serves(name, MARCH[name], case), str(case)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [*FAST, torch.float64], ids=str)
+@pytest.mark.parametrize("name", PASSES)
+def test_one_tap(name: str, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """Arrays without gaps that lie alike, and as many outputs as inputs."""
+    case, size = Case(16, 64, (56, 57), (1, 1), dilation=(2, 3)), (16, 64, 56, 57)
+    plain = meta(size, dtype, memory_format)
+
+    def scales(case: Case, input: Tensor = plain, output: Tensor | None = None) -> bool:
+        output = meta(output_size(case), dtype, memory_format) if output is None else output
+        return "scale" in claims(name, case, input, output)
+
+    assert scales(case) == (name != "grad_weight")
+    for change in ({"multiplier": 2}, {"padding": (0, 1)}, {"stride": (2, 1)}, {"kernel": (1, 2)}):
+        assert not scales(case._replace(**change)), change
+    other = torch.channels_last if memory_format == torch.contiguous_format else torch.contiguous_format
+    for odd in (meta(size, dtype, other), lay(plain, steps=(1, 1, 1, 2)), meta((16, 65, 56, 57), dtype)[:, 1:]):
+        assert not scales(case, odd) and not scales(case, plain, odd), odd.stride()
+    many = Case(2**15, 2**5, (2**5, 2**6), (1, 1))
+    assert not scales(many, meta((2**15, 2**5, 2**5, 2**6), dtype, memory_format))
 
 
 @pytest.mark.parametrize("name", PASSES)
@@ -472,6 +503,28 @@ def test_forcing_a_plan(case: Case, memory_format: torch.memory_format, dtype: t
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [*FAST, torch.float64], ids=str)
+def test_one_tap_is_exact(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """Units within a plane and across planes, images and the end of the arrays, at any address."""
+    for number, size in enumerate([(1, 1), (1, 7), (3, 5), (7, 7), (16, 16), (31, 57), (64, 65)]):
+        for channels in (1, 2, 3, 8, 24, 37, 100):
+            case = Case(1 + number % 3 * 2, channels, size, (1, 1), bias=channels % 2 == 0)
+            input, weight, bias = make_inputs(case, dtype, "cuda", memory_format, integers)
+            grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=memory_format)
+            order = (0, 1, 2, 3) if memory_format == torch.contiguous_format else (0, 2, 3, 1)
+            if channels > 1 and channels != 8:
+                input, weight = lay(input, order, offset=number), lay(weight, steps=(1 + number % 2, 1, 1, 1), offset=1)
+            exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+            forced = set()
+            last = memory_format == torch.channels_last
+            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output, last):
+                assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, str(case), input.stride())
+                forced.add((name, plan))
+            assert {("output", "scale"), ("grad_input", "scale")} <= forced, str(case)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("width", range(1, 41))
 def test_direct_on_every_size(width: int) -> None:
     """Every height and width up to 40, with every kernel, far more padding than it needs, and any strides."""
@@ -529,7 +582,19 @@ def test_direct_on_large_views(dtype: torch.dtype, tile: tuple) -> None:
 def test_streams_are_exact(tile: tuple, dtype: torch.dtype) -> None:
     """Planes of every sort: tiny and large, even and odd, whole in shared memory and in bands, at any address."""
     kernel, stride, dilation = tile
-    sizes = [(7, 7), (1, 8), (14, 14), (13, 29), (28, 28), (31, 57), (56, 56), (113, 95), (64, 301), (200, 300)]
+    sizes = [
+        (7, 7),
+        (1, 8),
+        (14, 14),
+        (13, 29),
+        (28, 28),
+        (31, 57),
+        (56, 56),
+        (113, 95),
+        (64, 301),
+        (200, 300),
+        (24, 903),
+    ]
     for number, size in enumerate(sizes):
         for turn in range(4):
             batch, channels = (3, 7) if size[0] * size[1] > 2000 else (5, 40)

@@ -15,6 +15,8 @@ using Allocate = std::function<void*(int64_t bytes)>;
 
 void launch_generic(const Problem& problem, const Allocate& allocate, cudaStream_t stream);
 
+void launch_scale(const Problem& problem, cudaStream_t stream);
+
 void launch_direct(const Problem& problem, cudaStream_t stream);
 void launch_direct_grad_weight(const Problem& problem, cudaStream_t stream);
 

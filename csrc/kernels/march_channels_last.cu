@@ -32,11 +32,15 @@ struct March {
   int units, all_units;                // rows of units, of an image and of all
 
   int lanes, strips;  // threads side by side: for the channels of a slab, and for the strips of columns
-  int group;          // source rows that are loaded together
+  int threads;        // without the warp that loads
+  // If not 0: a warp owns that many strips, of all channels, and puts their outputs side by side before it stores them.
+  int warp_strips;
+  int group;  // source rows that are loaded together
   int slot_bytes, ring_bytes;
-  int workers;  // blocks that share the rows of a slab and a span
-  bool bulk;    // whether rows come by bulk copies
-  bool pairs;   // whether a thread may own two channels
+  int stage_bytes;  // behind the ring, for the outputs of a warp
+  int workers;      // blocks that share the rows of a slab and a span
+  bool bulk;        // whether rows come by bulk copies
+  bool pairs;       // whether a thread may own two channels
   Divider by_lanes, by_slabs, by_spans, by_units, by_fan_out;
 };
 
@@ -185,15 +189,38 @@ __device__ void write_pixel(char* to, const float (&x)[kChannels]) {
     *reinterpret_cast<Pair<T>*>(to) = narrow_pair(x[0], x[1], T{});
 }
 
+// Stores a row of a warp's strips. Pixels of less than a sector of 32 bytes, written one by one, would write every
+// sector several times. `pixel`: where the thread's strip begins in the target, in column x; `live`: whether it has
+// one.
+template <typename T, class Tile>
+__device__ void store_staged(const March& a, char* pixel, int x, bool live,
+                             const float (&values)[Tile::kStrip * Tile::kPair][Tile::kChannels]) {
+  constexpr int kWidth = Tile::kStrip * Tile::kPair, kWord = sizeof(T) * Tile::kChannels;
+  using Word = std::conditional_t<kWord == 8, float2, std::conditional_t<kWord == 4, uint32_t, uint16_t>>;
+  uint32_t thread;  // read anew for every row: what follows from it is not worth registers of all kernels
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  uint32_t strip = thread % 32;
+  const int warp = static_cast<int>(thread / 32), first = static_cast<int>(strip), lane = a.by_lanes.split(strip);
+  const int before = live ? static_cast<int>(strip) * kWidth : 0, stage = kRing + a.ring_bytes + warp * a.stage_bytes;
+  __syncwarp();
+  if (live)
+#pragma unroll
+    for (int v = 0; v < kWidth; ++v)
+      write_pixel<T>(&shared<char>(stage + ((before + v) * a.lanes + lane) * kWord), values[v]);
+  __syncwarp();
+  x -= before, pixel -= before * a.target_pixel_bytes;
+  const int begin = max(-x, 0) * a.lanes;
+  const int end = min(min(a.warp_strips, a.strips - warp * a.warp_strips) * kWidth, a.target_width - x) * a.lanes;
+#pragma unroll
+  for (int v = 0; v < kWidth; ++v)
+    if (const int at = first + 32 * v; at >= begin && at < end)
+      reinterpret_cast<Word*>(pixel)[at] = shared<Word>(stage + at * kWord);
+}
+
 __device__ inline void init_barriers(int warps) {
-#if __CUDA_ARCH__ >= 900
-  const auto make = [](int barrier, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count));
-  };
   if (threadIdx.x == 0)
-    for (int i = 0; i < kGroups; ++i) make(Barriers::full(i), 1), make(Barriers::done(i), warps);
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // of all threads: they may have written zeros
-#endif
+    for (int i = 0; i < kGroups; ++i) init_barrier(Barriers::full(i), 1), init_barrier(Barriers::done(i), warps);
+  before_bulk_copies();  // of all threads: they may have written zeros
 }
 
 // kBulk: rows come by bulk copies, which the last warp begins; the others then never wait for each other.
@@ -207,14 +234,21 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
   constexpr int kPair = Tile::kPair, kStep = Tile::kStep, kDilation = Tile::kDilation;
   constexpr int kSize = sizeof(T), kWidth = kStrip * kPair;
 
-  uint32_t worker = blockIdx.x, strip = threadIdx.x;
+  uint32_t worker = blockIdx.x, strip = a.warp_strips ? threadIdx.x % 32 : threadIdx.x;
   const int slab = a.by_slabs.split(worker) * a.lanes;
   const int first_column = a.by_spans.split(worker) * a.strips * kStrip;
   const int begin = static_cast<int>(static_cast<int64_t>(a.all_units) * worker / a.workers);
   const int end = static_cast<int>(static_cast<int64_t>(a.all_units) * (worker + 1) / a.workers);
-  const int lane = a.by_lanes.split(strip);
+  int lane = a.by_lanes.split(strip);
+  bool live = true;
+  if (a.warp_strips) {
+    live = strip < a.warp_strips;
+    strip = threadIdx.x / 32 * a.warp_strips + (live ? strip : 0);
+    live = live && strip < a.strips;
+    if (!live) strip = threadIdx.x / 32 * a.warp_strips, lane = 0;
+  }
   const int filter = (slab + lane) * kChannels;
-  const bool live = filter < a.filters;
+  live = live && filter < a.filters;
   const auto source_of = [&](int target) {  // the first source channel of a filter
     uint32_t channel = target;
     a.by_fan_out.split(channel);
@@ -223,7 +257,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
   const int slab_channel = source_of(slab * kChannels);
   const int source_column = first_column * kStep - a.lead_w;
 
-  const int threads = a.lanes * a.strips, warps = (threads + 31) / 32;  // without the warp that loads
+  const int warps = (a.threads + 31) / 32;  // without the one that loads
   Feed<Tile, std::conditional_t<kBulk, BulkLoader, RowLoader>> feed(a, slab_channel * kSize, source_column, begin, end);
   clear_ring(a.source, slab_channel * kSize, source_column, a.width, kRing, a.ring_bytes);
   if constexpr (kBulk) {
@@ -238,7 +272,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
       }
       return;
     }
-    if (threadIdx.x >= threads) return;
+    if (threadIdx.x >= a.threads) return;
   } else {
     __syncthreads();
     for (int i = 0; i < kGroups - 1; ++i) feed.load(a), commit_copies();
@@ -295,14 +329,17 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
   for (int at = begin; at < end;) {
     const Run t = run_of<Tile>(a, at, end);
     const int count = t.end - t.begin;
-    char* to = a.target + (t.image * a.target_image_bytes + (t.begin * kPair - a.skew_h) * a.target_row_bytes +
-                           static_cast<int64_t>(target_x) * a.target_pixel_bytes + filter * kSize);
+    char* to =
+        a.target + (t.image * a.target_image_bytes + (t.begin * kPair - a.skew_h) * a.target_row_bytes +
+                    static_cast<int64_t>(target_x) * a.target_pixel_bytes + (a.warp_strips ? 0 : filter * kSize));
 
     const auto store = [&](int y, const float (&values)[kWidth][kChannels]) {
       char* pixel = to;
       to += a.target_row_bytes;
       if (Tile::kSpread && static_cast<uint32_t>(y) >= static_cast<uint32_t>(a.target_height)) return;
-      if (whole) {
+      if (a.warp_strips) {
+        store_staged<T, Tile>(a, pixel, target_x, live, values);
+      } else if (whole) {
 #pragma unroll
         for (int v = 0; v < kWidth; ++v, pixel += a.target_pixel_bytes) write_pixel<T>(pixel, values[v]);
       } else if (live) {
@@ -423,15 +460,19 @@ void apply(March& a, const Cut& cut, const TileSize& tile, int64_t element) {
   const bool gapless = a.source.pixel_bytes == a.source.slab_bytes;
   a.bulk = a.bulk && a.source.unit == kUnit && (gapless || a.source.slab_bytes >= 512);
   a.slot_bytes = a.source.ring_row_bytes(), a.ring_bytes = kGroups * cut.group * a.slot_bytes;
+  const int pixel_bytes = static_cast<int>(cut.lanes * tile.channels * element);
+  const bool staged = pixel_bytes < 32 && a.target_pixel_bytes == pixel_bytes && a.filters == cut.lanes * tile.channels;
+  a.warp_strips = staged ? 32 / cut.lanes : 0;
+  a.threads = staged ? static_cast<int>(ceil_div(cut.strips, a.warp_strips)) * 32 : cut.lanes * cut.strips;
+  a.stage_bytes = staged ? static_cast<int>(round_up(a.warp_strips * tile.strip * tile.pair * pixel_bytes, kUnit)) : 0;
 }
 
 // Threads of a block, and bytes of shared memory.
 int threads_of(const March& a) {
-  const int threads = a.lanes * a.strips;
-  return a.bulk ? static_cast<int>(round_up(threads, 32)) + 32 : threads;
+  return a.bulk ? static_cast<int>(round_up(a.threads, 32)) + 32 : a.threads;
 }
 int shared_bytes(const March& a) {
-  return kRing + a.ring_bytes;
+  return kRing + a.ring_bytes + a.threads / 32 * a.stage_bytes;
 }
 
 // The blocks that share the rows of a slab and a span, where `resident` blocks fit a multiprocessor.
@@ -448,7 +489,8 @@ double time_of(const March& whole, const Cut& cut, const TileSize& tile, int64_t
   March a = whole;
   apply(a, cut, tile, element);
   const double threads = cut.lanes * cut.strips, warps = std::ceil(threads / 32);
-  if (shared_bytes(a) > d.shared_per_block || (!a.bulk && !a.source.joined && a.source.units > threads)) return kNever;
+  if (threads_of(a) > tile.threads_per_block || shared_bytes(a) > d.shared_per_block) return kNever;
+  if (!a.bulk && !a.source.joined && a.source.units > threads) return kNever;
   const int64_t blocks = std::min<int64_t>({d.shared_per_multiprocessor / (shared_bytes(a) + 1024),
                                             tile.threads_per_multiprocessor / round_up(threads_of(a), 32), 32});
   if (blocks == 0) return kNever;
@@ -527,10 +569,10 @@ void launch(March a, cudaStream_t stream) {
     bool bulk;
     int resident;  // blocks on a multiprocessor
   };
-  static thread_local Decisions<12, Decision> decisions;
+  static thread_local Decisions<13, Decision> decisions;
   const Decision& decision = decisions(
       {device.id, a.all_units, a.units, a.filters, a.fan_out, a.height, a.width, a.target_width, a.lead_w,
-       a.source.unit, a.source.joined, a.source.pixel_bytes},
+       a.source.unit, a.source.joined, a.source.pixel_bytes, a.target_pixel_bytes},
       [&] {
         March now = a;
         // The code at hand may be of an architecture before the device's.

@@ -38,41 +38,6 @@ __device__ inline int phase_of(const Pixels& p, uint32_t address) {
   return p.joined ? address % kUnit : 0;
 }
 
-// Copies are under way until their group is waited for.
-template <int kBytes>
-__device__ void copy_unit(int to, const char* from) {
-#if __CUDA_ARCH__ >= 800
-  constexpr bool kAsync = kBytes >= 4;
-#else
-  constexpr bool kAsync = false;
-#endif
-  if constexpr (kAsync && kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-  } else if constexpr (kAsync) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes)
-                 : "memory");
-  } else {
-    using Word =
-        std::conditional_t<kBytes == 16, uint4,
-                           std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint16_t>>>;
-    shared<Word>(to) = *reinterpret_cast<const Word*>(from);
-  }
-}
-
-__device__ inline void commit_copies() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-// Waits for all groups but the newest `kPending`.
-template <int kPending>
-__device__ void wait_copies() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-#endif
-}
-
 // Fills a ring with zeros if there are columns or channels outside the image, which are never loaded.
 __device__ inline void clear_ring(const Pixels& p, int slab, int first_column, int width, int to, int bytes) {
   const bool whole = first_column >= 0 && first_column + p.columns <= width && slab + p.slab_bytes <= p.bytes;
@@ -126,11 +91,11 @@ class RowLoader {
     to += to_;
 #pragma unroll 1
     for (; left > 1; left -= 2) {
-      copy_unit<kBytes>(to, from);
-      copy_unit<kBytes>(to + p.to_step, from + p.from_step);
+      copy_unit<kBytes>(shared_address(to), from);
+      copy_unit<kBytes>(shared_address(to + p.to_step), from + p.from_step);
       to += 2 * p.to_step, from += 2 * p.from_step;
     }
-    if (left > 0) copy_unit<kBytes>(to, from);
+    if (left > 0) copy_unit<kBytes>(shared_address(to), from);
   }
 
   __device__ void load_run(const Pixels& p, int to) const {
@@ -140,7 +105,7 @@ class RowLoader {
     for (int i = threadIdx.x * kUnit; i < size; i += blockDim.x * kUnit) {
       const char* from = from_ - phase + i;
       if (from >= p.base && from + kUnit <= p.end)
-        copy_unit<kUnit>(to + i, from);
+        copy_unit<kUnit>(shared_address(to + i), from);
       else  // the array's first and last row: nothing beyond is touched
         for (int j = 0; j < kUnit; j += 2) {
           const bool inside = from + j >= p.base && from + j < p.end;
@@ -168,18 +133,11 @@ class BulkLoader {
   __device__ void next(const Pixels& p) { from_ += p.row_bytes; }
 
   __device__ void load(const Pixels& p, int to, int barrier) const {
-#if __CUDA_ARCH__ >= 900
     const int lane = threadIdx.x % 32;
-    if (lane == 0)
-      asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
-                   "r"(pixels_ * bytes_)
-                   : "memory");
+    if (lane == 0) expect_bytes(barrier, pixels_ * bytes_);
     for (int i = lane; i < pixels_; i += 32)
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                       shared_address(to + to_ + i * p.pitch)),
-                   "l"(from_ + static_cast<int64_t>(i) * p.pixel_bytes), "r"(bytes_), "r"(shared_address(barrier))
-                   : "memory");
-#endif
+      copy_bulk(shared_address(to + to_ + i * p.pitch), from_ + static_cast<int64_t>(i) * p.pixel_bytes, bytes_,
+                barrier);
   }
 
  private:

@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
     int stage = 0;
     uint32_t parity = 1;
     while (!loader.done()) {
-      StageBarriers::wait(StageBarriers::done(stage), parity);
+      wait(StageBarriers::done(stage), parity);
       loader.load(a, stage);
       StageBarriers::arrive_full(stage, bulk);
       if (++stage == a.depth) stage = 0, parity ^= 1;
@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
       for (int u = 0; u < W::kUnroll; ++u) {
         if (!more) break;
         if (kLoaderWarps) {
-          StageBarriers::wait(StageBarriers::full(stage), parity);
+          wait(StageBarriers::full(stage), parity);
         } else {
           __syncthreads();
           loader.load(a, stage == 0 ? a.depth - 1 : stage - 1);
@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
         }
         if (kLoaderWarps) {
           __syncwarp();
-          if (threadIdx.x % 32 == 0) StageBarriers::arrive(StageBarriers::done(stage));
+          if (threadIdx.x % 32 == 0) arrive(StageBarriers::done(stage));
         }
         if (++stage == a.depth) stage = 0, parity ^= 1;
 #pragma unroll

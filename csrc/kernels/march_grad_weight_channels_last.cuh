@@ -7,8 +7,6 @@
 // is zero from the beginning.
 #pragma once
 
-#include <type_traits>
-
 #include "stream.cuh"
 
 namespace dwconv {
@@ -66,84 +64,21 @@ struct StageBarriers {
   static __device__ int done(int stage) { return 8 * (kMaxStages + stage); }  // all warps that compute are done with it
 
   static __device__ void init(int loaders, int warps, bool bulk) {
-#if __CUDA_ARCH__ >= 800
     if (threadIdx.x > 0) return;
-    const auto make = [](int barrier, int count) {
-      asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
-    };
-    for (int i = 0; i < kMaxStages; ++i) make(full(i), bulk ? loaders : 2 * loaders), make(done(i), warps);
-#endif
-  }
-  static __device__ void arrive(int barrier) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(barrier))
-                 : "memory");
-#endif
+    for (int i = 0; i < kMaxStages; ++i)
+      init_barrier(full(i), bulk ? loaders : 2 * loaders), init_barrier(done(i), warps);
   }
   // Each thread that loads arrives twice: now, for what it stored itself, and when its copies under way are there. The
   // barrier knows of bulk copies.
   static __device__ void arrive_full(int stage, bool bulk) {
-#if __CUDA_ARCH__ >= 800
-    if (!bulk)
-      asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(full(stage))) : "memory");
+    if (!bulk) arrive_after_copies(full(stage));
     arrive(full(stage));
-#endif
-  }
-  static __device__ void wait(int barrier, uint32_t parity) {
-#if __CUDA_ARCH__ >= 900
-    dwconv::wait(barrier, parity);
-#elif __CUDA_ARCH__ >= 800
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "retry:\n"
-        "mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
-        "@!done bra retry;\n"
-        "}" ::"r"(shared_address(barrier)),
-        "r"(parity)
-        : "memory");
-#endif
   }
 };
-
-// Copies one unit: under way on return, but for units of 2 bytes.
-template <int kBytes>
-__device__ void copy_unit(int to, const char* from) {
-#if __CUDA_ARCH__ >= 800
-  if constexpr (kBytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
-  if constexpr (kBytes == 8 || kBytes == 4)
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes)
-                 : "memory");
-#else
-  if constexpr (kBytes == 16) shared<uint4>(to) = *reinterpret_cast<const uint4*>(from);
-  if constexpr (kBytes == 8) shared<uint2>(to) = *reinterpret_cast<const uint2*>(from);
-  if constexpr (kBytes == 4) shared<uint32_t>(to) = *reinterpret_cast<const uint32_t*>(from);
-#endif
-}
 
 // Whether rows can be copied in one piece, if blocks take all channels.
 inline bool has_whole_rows(const Pixels& p) {
   return p.unit == kUnit && p.copies == 1 && p.pixel_bytes == p.bytes;
-}
-
-// Copies any multiple of 16 bytes; `barrier` waits for it.
-__device__ inline void copy_bulk(int to, const char* from, int bytes, int barrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%3], %2;\n"
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier))
-      : "memory");
-#endif
-}
-
-// Makes what was written to shared memory precede the bulk copies to it, with a barrier behind.
-__device__ inline void before_bulk_copies() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
 }
 
 // A thread's part in loading rows of a block's slab and span, one after the other. It is thread `rank` of `threads`.
@@ -174,7 +109,7 @@ class RowLoader {
     const char* from = from_;
     to += to_;
     if (bulk_) {
-      if (piece_ > 0) copy_bulk(to, from, piece_, barrier);
+      if (piece_ > 0) expect_bytes(barrier, piece_), copy_bulk(shared_address(to), from, piece_, barrier);
       return;
     }
     for (int part = part_; part < units_; part += lanes_) {
@@ -208,7 +143,7 @@ class RowLoader {
         for (int i = 0; i < kPixels; ++i)
 #pragma unroll
           for (int copy = 0; copy < kCopies; ++copy)
-            copy_unit<kBytes>(to + i * to_step + copy * kBytes, from + i * from_step);
+            copy_unit<kBytes>(shared_address(to + i * to_step + copy * kBytes), from + i * from_step);
       } else {  // not copies under way, so several loads at a time
         uint16_t values[kPixels];
 #pragma unroll

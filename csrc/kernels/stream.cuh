@@ -11,55 +11,17 @@
 #include <array>
 #include <optional>
 
-#include "common.cuh"
+#include "copies.cuh"
 #include "device.h"
-#include "stream.h"
 
 namespace dwconv {
 
-// All of a block's shared memory: barriers, zeros, ring, buffers. Places in it are offsets in bytes.
-extern __shared__ __align__(128) char shared_memory[];
-
-template <typename T>
-__device__ T& shared(int offset) {
-  return *reinterpret_cast<T*>(shared_memory + offset);
-}
-
-__device__ inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// What bulk copies are waited for with. All lie at the beginning of shared memory.
+// What bulk copies are waited for with. They lie at the beginning of shared memory.
 struct Barriers {
   static constexpr int kStages = 4;                                        // at most
   static __device__ int full(int stage) { return 8 * stage; }              // a chunk has arrived
   static __device__ int done(int stage) { return 8 * (kStages + stage); }  // all warps are done with it
 };
-
-__device__ inline uint32_t shared_address(int offset) {
-  return shared_address(shared_memory + offset);
-}
-
-#if __CUDA_ARCH__ >= 900
-__device__ inline void arrive(int barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
-__device__ inline void wait(int barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "retry:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra retry;\n"
-      "}" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
-}
-#else
-__device__ inline void arrive(int) {}
-__device__ inline void wait(int, uint32_t) {}
-#endif
 
 // The ways to copy between global and shared memory. Bulk copies are begun by one thread, the others are everybody's.
 // That thread's warp may be a dedicated one, the last, which does nothing else: then the others never wait for it.
@@ -81,38 +43,22 @@ struct Copier {
   __device__ void init() const {
 #if __CUDA_ARCH__ >= 900
     if (bulk && threadIdx.x == 0) {
-      const auto make = [](int barrier, int count) {
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count));
-      };
-      for (int i = 0; i < kDepth; ++i) make(Barriers::full(i), 1), make(Barriers::done(i), workers() / 32);
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+      for (int i = 0; i < kDepth; ++i)
+        init_barrier(Barriers::full(i), 1), init_barrier(Barriers::done(i), workers() / 32);
+      before_bulk_copies();
     }
 #endif
   }
 
   // Begins a copy; both addresses and `bytes` are multiples of 16.
   __device__ void load(void* to, const void* from, int bytes, int barrier) const {
-#if __CUDA_ARCH__ >= 900
     if (bulk) {
-      if (rank() == 0 && bytes > 0)
-        asm volatile(
-            "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%3], %2;\n"
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                shared_address(to)),
-            "l"(from), "r"(bytes), "r"(shared_address(barrier))
-            : "memory");
-      return;
+      if (rank() > 0 || bytes == 0) return;
+      expect_bytes(barrier, bytes);
+      return copy_bulk(shared_address(to), from, bytes, barrier);
     }
-#endif
-    for (int i = threadIdx.x * kUnit; i < bytes; i += blockDim.x * kUnit) {
-      char* target = static_cast<char*>(to) + i;
-      const char* source = static_cast<const char*>(from) + i;
-#if __CUDA_ARCH__ >= 800
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(target)), "l"(source) : "memory");
-#else
-      *reinterpret_cast<uint4*>(target) = *reinterpret_cast<const uint4*>(source);
-#endif
-    }
+    for (int i = threadIdx.x * kUnit; i < bytes; i += blockDim.x * kUnit)
+      copy_unit<kUnit>(shared_address(static_cast<char*>(to) + i), static_cast<const char*>(from) + i);
   }
 
   // Ends the loads of one chunk.
@@ -121,18 +67,13 @@ struct Copier {
       if (rank() == 0) arrive(Barriers::full(stage));
       return;
     }
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
+    commit_copies();
   }
 
   // Waits for the older of the chunks under way. What others loaded is there after the next __syncthreads().
   __device__ void wait_full(int stage, uint32_t parity) const {
     if (bulk) return wait(Barriers::full(stage), parity);
-#if __CUDA_ARCH__ >= 800
-    static_assert(kDepth == 2);
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
-#endif
+    wait_copies<kDepth - 1>();
   }
 
   // After reading a chunk, where there is a dedicated warp: it may load another one in its place.
@@ -143,9 +84,7 @@ struct Copier {
 
   // Between writing a buffer and storing it, before a __syncthreads().
   __device__ void before_store() const {
-#if __CUDA_ARCH__ >= 900
-    if (bulk) asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
+    if (bulk) before_bulk_copies();
   }
 
   // Stores a buffer. `from` and `to` lie at the same place within 16 bytes.

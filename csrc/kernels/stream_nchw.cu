@@ -45,15 +45,15 @@ __device__ bool read_weight(const Stream& a, int filter, float (&weight)[kKernel
   return zero == 0.f;
 }
 
-// A tile of 7 x 7 outputs. It walks down the source rows, reads each once and adds it to the outputs whose
+// A tile of kRows x 7 outputs. It walks down the source rows, reads each once and adds it to the outputs whose
 // window it lies in. Needs a padding below the kernel's extent, 7 output columns, and kSum where fan_in is not 1.
-template <class Kernel, bool kSum>
-struct Window : TileOfThread<Window<Kernel, kSum>> {
+template <class Kernel, bool kSum, int kRows_ = 7>
+struct Window : TileOfThread<Window<Kernel, kSum, kRows_>> {
   static constexpr int kKernelH = Kernel::kKernelH, kKernelW = Kernel::kKernelW;
   static constexpr int kStride = Kernel::kStride, kDilation = Kernel::kDilation;
-  static constexpr int kRows = 7, kColumns = 7;
-  static constexpr int kMaxThreads = kKernelH * kKernelW < 25 ? 256 : 128;
-  static constexpr int kBlocks = kKernelH * kKernelW == 25 ? 4 : 3;
+  static constexpr int kRows = kRows_, kColumns = 7;
+  static constexpr int kMaxThreads = kKernelH * kKernelW < 25 || kRows < 7 ? 256 : 128;
+  static constexpr int kBlocks = kRows < 7 ? 2 : kKernelH * kKernelW == 25 ? 4 : 3;
 
   template <typename T>
   static __device__ void compute_tile(const Stream& a, const RowRing& ring, const Chunk& c, int out, int plane,
@@ -194,6 +194,11 @@ void launch_stream_nchw(const Problem& p, bool bulk, cudaStream_t stream) {
     if constexpr (sizeof(T) <= 4) {
       const bool compiled = visit_small_kernel(p, [&](auto kernel) {
         using Kernel = decltype(kernel);
+        // Of long rows shared memory holds a block or two, which then have to be large ones.
+        constexpr int kLongRow = 2800;  // bytes
+        if constexpr (sizeof(T) == 4 && Kernel::kKernelH == 7 && Kernel::kStride == 1)
+          if (a.fan_in == 1 && a.source.row_bytes > kLongRow)
+            return launch<T, Window<Kernel, false, 4>>(a, images, stream);
         if (!a.spread && a.fan_in == 1) return launch<T, Window<Kernel, false>>(a, images, stream);
         if constexpr (Kernel::kSquare && Kernel::kKernelH > 1 && Kernel::kDilation == 1) {
           if constexpr (Kernel::kStride == 1)

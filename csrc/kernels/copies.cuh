@@ -1,0 +1,131 @@
+// Shared memory, and copies to it that are under way while threads compute: bulk copies on sm_90 and later, cp.async on
+// sm_80 and later, plain loads before.
+#pragma once
+
+#include <type_traits>
+
+#include "common.cuh"
+#include "stream.h"
+
+namespace dwconv {
+
+// All of a block's shared memory. Places in it are offsets in bytes.
+extern __shared__ __align__(128) char shared_memory[];
+
+template <typename T>
+__device__ T& shared(int offset) {
+  return *reinterpret_cast<T*>(shared_memory + offset);
+}
+
+__device__ inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+__device__ inline uint32_t shared_address(int offset) {
+  return shared_address(shared_memory + offset);
+}
+
+// Barriers, of 8 bytes each: on sm_80 and later.
+__device__ inline void init_barrier(int barrier, int arrivals) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+#endif
+}
+
+__device__ inline void arrive(int barrier) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(barrier))
+               : "memory");
+#endif
+}
+
+// Arrives when all copies by cp.async that the thread has begun are there.
+__device__ inline void arrive_after_copies(int barrier) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+#endif
+}
+
+__device__ inline void wait(int barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "retry:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra retry;\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+#elif __CUDA_ARCH__ >= 800
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "retry:\n"
+      "mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
+      "@!done bra retry;\n"
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+#endif
+}
+
+// Makes what was written to shared memory, and barriers, precede bulk copies, with a barrier behind.
+__device__ inline void before_bulk_copies() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// Makes a barrier wait for so many bytes more.
+__device__ inline void expect_bytes(int barrier, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+#endif
+}
+
+// Begins a bulk copy, which a barrier expects; both addresses and `bytes` are multiples of 16.
+__device__ inline void copy_bulk(uint32_t to, const void* from, int bytes, int barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+#endif
+}
+
+// Copies one unit: under way on return where there is cp.async, but for units of 2 bytes.
+template <int kBytes>
+__device__ void copy_unit(uint32_t to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  constexpr bool kAsync = kBytes >= 4;
+#else
+  constexpr bool kAsync = false;
+#endif
+  if constexpr (kAsync && kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  } else if constexpr (kAsync) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes) : "memory");
+  } else {
+    using Word =
+        std::conditional_t<kBytes == 16, uint4,
+                           std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint16_t>>>;
+    *static_cast<Word*>(__cvta_shared_to_generic(to)) = *static_cast<const Word*>(from);
+  }
+}
+
+// Ends a group of copies by cp.async.
+__device__ inline void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for all groups but the newest `kPending`.
+template <int kPending>
+__device__ void wait_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+}  // namespace dwconv

@@ -1,0 +1,117 @@
+// Forward and grad_input of kernels with a single tap on arrays without gaps: every pixel times its channel's weight,
+// at the speed of a copy.
+#include "common.cuh"
+#include "launch.h"
+#include "mapping.h"
+
+namespace dwconv {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kUnits = 4;       // that a thread has on their way at once
+constexpr int kUnitBytes = 16;  // that are read and written at once
+
+struct Arguments {
+  const void* source;
+  const void* weight;
+  const void* bias;
+  void* target;
+  int64_t weight_stride, bias_stride;
+  uint32_t elements, channels, plane;  // `plane`: neighbouring elements of one channel
+  bool aligned;                        // whether both arrays lie in whole units
+  Divider by_plane, by_channels;
+};
+
+template <typename T>
+struct alignas(kUnitBytes) Unit {
+  static constexpr int kSize = kUnitBytes / sizeof(T);
+  T element[kSize];
+};
+
+// kWeights: each element of a unit has a weight of its own, and they lie in whole units, too.
+template <typename T, bool kWeights>
+__global__ void __launch_bounds__(kThreads) scale(const __grid_constant__ Arguments a) {
+  using Unit = Unit<T>;
+  constexpr int kSize = Unit::kSize;
+  const uint32_t first = (blockIdx.x * kUnits * kThreads + threadIdx.x) * kSize;
+  const T* source = static_cast<const T*>(a.source);
+  const T* weight = static_cast<const T*>(a.weight);
+  const T* bias = static_cast<const T*>(a.bias);
+  T* target = static_cast<T*>(a.target);
+  const auto at = [&](int u) { return first + u * kThreads * kSize; };
+  const auto whole = [&](int u) { return a.aligned && at(u) + kSize <= a.elements; };
+
+  Unit unit[kUnits], weights[kWeights ? kUnits : 1];
+  uint32_t inside[kUnits], channel[kUnits];  // of the first element: its place in its plane, and its channel
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    channel[u] = at(u);
+    inside[u] = a.by_plane.split(channel[u]);
+    channel[u] = a.by_channels.split(channel[u]);
+    if constexpr (kWeights) weights[u] = *reinterpret_cast<const Unit*>(weight + channel[u]);
+    if (whole(u))
+      unit[u] = *reinterpret_cast<const Unit*>(source + at(u));
+    else
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) unit[u].element[i] = at(u) + i < a.elements ? source[at(u) + i] : T{};
+  }
+#pragma unroll
+  for (int u = 0; u < kUnits; ++u) {
+    if (at(u) >= a.elements) return;
+    const auto weight_of = [&](uint32_t c) { return widen(__ldg(weight + c * a.weight_stride)); };
+    const auto bias_of = [&](uint32_t c) { return bias ? widen(__ldg(bias + c * a.bias_stride)) : Accumulator<T>{}; };
+    const auto multiply = [&](int i, Accumulator<T> w, Accumulator<T> b) {
+      unit[u].element[i] = narrow<T>(fma(widen(unit[u].element[i]), w, b));
+    };
+    if constexpr (kWeights) {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) multiply(i, widen(weights[u].element[i]), bias_of(channel[u] + i));
+    } else if (inside[u] + kSize <= a.plane) {
+      const Accumulator<T> w = weight_of(channel[u]), b = bias_of(channel[u]);
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) multiply(i, w, b);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kSize; ++i) {
+        multiply(i, weight_of(channel[u]), bias_of(channel[u]));
+        if (++inside[u] < a.plane) continue;
+        inside[u] = 0;
+        if (++channel[u] == a.channels) channel[u] = 0;
+      }
+    }
+    if (whole(u))
+      *reinterpret_cast<Unit*>(target + at(u)) = unit[u];
+    else
+#pragma unroll
+      for (int i = 0; i < kSize; ++i)
+        if (at(u) + i < a.elements) target[at(u) + i] = unit[u].element[i];
+  }
+}
+
+}  // namespace
+
+void launch_scale(const Problem& p, cudaStream_t stream) {
+  const Mapping map(p);
+  const int64_t elements = p.batch * p.channels * p.height * p.width;
+  const bool channels_last = p.channels > 1 && map.source.stride[1] == 1 && p.height * p.width > 1;
+  Arguments a{};
+  a.source = map.source.data, a.target = map.target.data;
+  a.weight = map.weight.data, a.weight_stride = map.weight.stride[0];
+  a.bias = map.bias, a.bias_stride = map.bias_stride;
+  a.elements = static_cast<uint32_t>(elements), a.channels = static_cast<uint32_t>(p.channels);
+  a.plane = channels_last ? 1 : static_cast<uint32_t>(p.height * p.width);
+  const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % kUnitBytes == 0; };
+  a.aligned = aligned(a.source) && aligned(a.target);
+  a.by_plane = Divider(a.plane), a.by_channels = Divider(a.channels);
+  visit_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    constexpr int kSize = Unit<T>::kSize;
+    const bool weights = a.plane == 1 && p.channels % kSize == 0 && a.weight_stride == 1 && aligned(a.weight);
+    const auto kernel = weights ? scale<T, true> : scale<T, false>;
+    const int64_t blocks = ceil_div(elements, int64_t{kSize} * kUnits * kThreads);
+    kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a);
+  });
+  check_launch("scale");
+}
+
+}  // namespace dwconv
