@@ -130,17 +130,19 @@ bool claims_toeplitz_large(const Problem& p) {
   if (p.stride_h != p.stride_w || p.stride_h > 2 || p.dilation_h != 1 || p.dilation_w != 1) return false;
   if (p.pass == Pass::kGradInput && (p.stride_h > 1 || p.multiplier > 1)) return false;
   if (std::max(p.kernel_h, p.kernel_w) < kLeastLargeKernel) return false;
+  if (p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
   const auto can_read = [](const View& view, int64_t channels, int64_t width) {
     return has_rows(view, width) || view.stride[1] == 1 || channels == 1;
   };
   if (!can_read(p.input, p.channels, p.width) || !can_read(p.output, p.filters(), p.out_width)) return false;
-  // Sizes, and tiles of 16 x 16 outputs, are counted in 32 bits.
-  constexpr int64_t kLimit = 1 << 24, kMostTiles = 1 << 30;
-  for (const int64_t size : {p.height, p.width, p.out_height, p.out_width, p.kernel_h, p.kernel_w, p.padding_h,
-                             p.padding_w, p.batch, p.filters()})
+  // Sizes, pixels of a plane, and tiles of 16 x 16 outputs are counted in 32 bits.
+  constexpr int64_t kLimit = 1 << 24, kMost = 1 << 30;
+  for (const int64_t size :
+       {p.height, p.width, p.out_height, p.out_width, p.kernel_h, p.kernel_w, p.batch, p.filters()})
     if (size > kLimit) return false;
   const int64_t height = std::max(p.height, p.out_height), width = std::max(p.width, p.out_width);
-  if (p.batch * p.filters() > kMostTiles / ((height + 15) / 16) / ((width + 15) / 16)) return false;
+  if (height > kMost / width) return false;
+  if (p.batch * p.filters() > kMost / ((height + 15) / 16) / ((width + 15) / 16)) return false;
   return least_large_bytes(p) <= p.shared_memory;
 }
 

@@ -108,12 +108,13 @@ def test_tensor_cores(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", PASSES[:2])
 def test_large_kernels(name: str, dtype: torch.dtype) -> None:
-    """Any size of kernel and image; rows, planes and images may lie apart."""
-    for kernel in ((8, 3), (12, 12), (3, 10), (31, 31), (51, 5), (5, 51), (63, 63), (1, 8)):
+    """Any size of kernel and image; rows, planes and images may lie apart, and channels side by side."""
+    for kernel in ((8, 3), (12, 12), (3, 10), (31, 31), (51, 5), (5, 51), (63, 63), (1, 12)):
         for size in ((64, 64), (113, 95), (7, 7), (1, 1), (3, 900)):
             for padding in (tuple(k // 2 for k in kernel), tuple(k - 1 for k in kernel)):
                 case = Case(2, 4, size, kernel, padding=padding)
-                assert plan_of(name, case, dtype) == "toeplitz_large", str(case)
+                for memory_format in FORMATS:
+                    assert plan_of(name, case, dtype, memory_format) == "toeplitz_large", str(case)
     case = Case(2, 4, (24, 24), (13, 13), padding=(6, 6))
     plain = meta((2, 4, 24, 24), dtype)
     for odd, serves in (
@@ -121,6 +122,8 @@ def test_large_kernels(name: str, dtype: torch.dtype) -> None:
         (lay(plain, steps=(2, 3, 2, 1)), True),
         (lay(plain, (1, 0, 2, 3), (1, 1, 3, 1), 1), True),
         (lay(plain, expanded=(0,)), True),
+        (lay(plain, (0, 2, 3, 1), (1, 1, 3, 2), 1), True),
+        (lay(plain, (0, 2, 3, 1), (1, 2, 1, 1)), False),
         (lay(plain, steps=(1, 1, 1, 2)), False),
         (plain.mT, False),
     ):
@@ -134,6 +137,7 @@ def test_large_kernels(name: str, dtype: torch.dtype) -> None:
         ({"stride": (3, 3)}, False),
         ({"dilation": (2, 1)}, False),
         ({"batch": 0}, False),
+        ({"padding": (13, 6)}, False),
         ({"kernel": (400, 400), "padding": (200, 200)}, False),  # weights that do not fit shared memory
         ({"size": (24, 2**25)}, False),
     ):
@@ -758,9 +762,13 @@ def test_large_kernels_are_exact(kernel: tuple, size: tuple, batch: int, stride:
             input, grad_output, weight = lay(input, offset=3), lay(grad_output, offset=5), lay(weight, (2, 3, 0, 1))
         elif turn == 2:
             input, grad_output = lay(input, steps=(2, 1, 3, 1), offset=4), lay(grad_output, (1, 0, 2, 3), (1, 2, 1, 1))
+        elif turn == 3:
+            input, grad_output = (t.contiguous(memory_format=torch.channels_last) for t in (input, grad_output))
+        elif turn == 4:
+            input, grad_output = lay(input, (0, 2, 3, 1), (1, 1, 2, 1), 1), lay(grad_output, (0, 2, 3, 1), (1, 1, 1, 3))
         exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
         forced = set()
-        for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
+        for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output, turn > 2):
             assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, str(case), input.stride())
             forced.add((name, plan))
         assert ("output", "toeplitz_large") in forced, str(case)

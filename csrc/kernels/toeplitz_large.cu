@@ -1,4 +1,5 @@
-// Forward and grad_input of large kernels in 16 bits on contiguous rows, on tensor cores.
+// Forward and grad_input of large kernels in 16 bits, on tensor cores. Rows have to be contiguous: images in
+// channels_last are copied to planes before, and from planes behind.
 //
 // Columns of the source and of the target go in groups of 8, counted from the image's first. The columns of a kernel
 // row that lead from source group c to target group t are an 8 x 8 band matrix which depends on d = c - stride * t
@@ -19,6 +20,7 @@
 #include <cmath>
 #include <limits>
 
+#include "copies.cuh"
 #include "launch.h"
 #include "mapping.h"
 #include "relayout.cuh"
@@ -71,16 +73,7 @@ using WordOf =
     std::conditional_t<kBytes == 16, uint4,
                        std::conditional_t<kBytes == 8, uint2, std::conditional_t<kBytes == 4, uint32_t, uint16_t>>>;
 
-template <int kBytes>
-__device__ void copy_async(uint32_t to, const void* from) {
-#if __CUDA_ARCH__ >= 800
-  if constexpr (kBytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes) : "memory");
-#endif
-}
-
+// A problem, and how it is cut.
 struct Large {
   const void *source, *weight, *bias;
   void* target;
@@ -105,12 +98,6 @@ struct Large {
   Divider by_image_tiles, by_column_tiles;  // tiles of warps
   int bands, ranges, row_tiles, column_tiles, image_tiles;
 };
-
-__device__ inline void wait_for_copies() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
 
 // What a block does between two barriers.
 struct Task {
@@ -188,7 +175,7 @@ __device__ void load_source(const Large& a, const Task& t) {
           words[k] = Word{};
           if (!there[k] || !inside) continue;
           if constexpr (kAsync)
-            copy_async<kBytes>(places[k].shared, places[k].global);
+            copy_unit<kBytes>(places[k].shared, places[k].global);
           else
             words[k] = __ldg(reinterpret_cast<const Word*>(places[k].global));
         }
@@ -288,8 +275,8 @@ __device__ void store_target(const Large& a, const Task& t) {
 template <typename T, int kStride, int kTiles, int kDepth, int kBlocksM>
 __device__ void compute(const Large& a, const Task& t, float bias) {
   constexpr int kGroups = (kTiles - 1) * kStride + kDepth;  // of the source that a warp's tiles meet
-  const int lane = threadIdx.x % 32, third = lane / 4, pair = lane % 4 * 2;
-  const int entry = pair - third * kStride + 7 * kStride;  // of the lane's first pair in a row of weights
+  const int lane = threadIdx.x % 32, quad = lane / 4, pair = lane % 4 * 2;
+  const int entry = pair - quad * kStride + 7 * kStride;  // of the lane's first pair in a row of weights
   const int weights = a.weights_at + (entry & 1) * a.copy + 2 * (entry & ~1);
   const int units = a.image_tiles * a.column_tiles * a.row_tiles;
   const int tile_rows = 1 << a.rows_log, tile_images = 16 * kBlocksM >> a.rows_log;
@@ -316,7 +303,7 @@ __device__ void compute(const Large& a, const Task& t, float bias) {
     const int begin = max(a.padding_h - last_row * kStride, 0);
     const int end = min(a.height + a.padding_h - first_row * kStride, a.kernel_h);
     int d = 0;
-    do {
+    do {                                                                    // mostly once
       const int group = (t.tile + tile) * kStride + a.first + d - t.group;  // of the first, among those that are there
       const int low = max(-group, 0), high = min(t.groups - group, kGroups);
       const uint32_t inside = low < high ? (1u << high) - (1u << low) : 0;
@@ -392,7 +379,7 @@ __device__ void compute(const Large& a, const Task& t, float bias) {
       for (int m = 0; m < kBlocksM; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const int slot = 16 * m + 8 * h + third, r = row + (slot & (tile_rows - 1)), n = image + (slot >> a.rows_log);
+          const int slot = 16 * m + 8 * h + quad, r = row + (slot & (tile_rows - 1)), n = image + (slot >> a.rows_log);
           const int column = tile * kGroup + pair, columns = (r < t.rows && n < t.images ? t.columns : 0) - column;
           const int to = a.out_at + n * a.out_plane + r * a.out_pitch + 2 * column;
 #pragma unroll
@@ -417,7 +404,7 @@ __device__ void compute(const Large& a, const Task& t, float bias) {
     if (!(__low2float(zero) == 0 && __high2float(zero) == 0)) {  // NaN: an output of the thread is not finite
 #pragma unroll 1
       for (int v = 0; v < kBlocksM * 2 * kTiles * 2; ++v) {
-        const int slot = v / (2 * kTiles) * 8 + third, r = row + (slot & (tile_rows - 1)),
+        const int slot = v / (2 * kTiles) * 8 + quad, r = row + (slot & (tile_rows - 1)),
                   n = image + (slot >> a.rows_log);
         const int column = (tile + v / 2 % kTiles) * kGroup + pair + v % 2;
         if (r >= t.rows || n >= t.images || column >= t.columns) continue;
@@ -453,7 +440,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) toeplitz_large(const __grid_co
       bias = a.bias ? widen(static_cast<const T*>(a.bias)[filter * a.bias_stride]) : 0.f;
     }
     if (threadIdx.x == 0) shared<int>(a.counter_at) = 0;
-    wait_for_copies();
+    commit_copies();
+    wait_copies<0>();
     __syncthreads();
     compute<T, kStride, kTiles, kDepth, kBlocksM>(a, t, bias);
   }
@@ -558,8 +546,8 @@ bool visit_variants(Visitor&& visit) {
     return visit(Constant<1>{}, Constant<7>{}, depth, blocks_m);
   };
   return visit_tiles(Constant<2>{}) || visit_tiles(Constant<4>{}) || visit_tiles(Constant<7>{}) ||
-         visit_depths(Constant<2>{}, Constant<4>{}) || visit_depths(Constant<4>{}, Constant<4>{}) ||
-         visit_deep(Constant<9>{}, Constant<1>{}) || visit_deep(Constant<9>{}, Constant<2>{}) ||
+         visit_depths(Constant<2>{}, Constant<4>{}) || visit_deep(Constant<9>{}, Constant<1>{}) ||
+         visit_deep(Constant<9>{}, Constant<2>{}) ||
          visit(Constant<2>{}, Constant<2>{}, Constant<3>{}, Constant<1>{}) ||
          visit(Constant<2>{}, Constant<4>{}, Constant<3>{}, Constant<1>{});
 }
@@ -606,23 +594,22 @@ double time_of(const Large& a, const Cut& cut, const Effort& effort, int64_t row
   const double planes = std::ceil(a.batch / tile_images) * a.targets, pairs = row_pairs * planes;
   const double row_tiles = std::ceil(a.out_height / static_cast<double>(1 << cut.rows_log));
   const double units = row_tiles * a.column_tiles * a.ranges * planes;
-  const double chunks = ceil_div(a.depth, cut.depth);
+  const double chunks = ceil_div(a.depth, cut.depth), columns = a.column_tiles * a.ranges;
   const double multiply =
-      pairs * std::max(1.75 * effort.multiplies * cut.blocks_m, 4. * effort.loads * cut.blocks_m + effort.band_loads);
-  const double load =
-      static_cast<double>(a.images) * a.source_rows * (a.source_pitch & ~31) / a.load_unit;  // without the padding
+      pairs * std::max(1.67 * effort.multiplies * cut.blocks_m, 4. * effort.loads * cut.blocks_m + effort.band_loads);
+  const double load = static_cast<double>(a.images) * a.source_plane / a.load_unit;
   const double store = static_cast<double>(a.images) * a.out_plane / a.store_unit;
   const double issue =
-      pairs * ((effort.multiplies + effort.loads) * cut.blocks_m + effort.band_loads + 4 * chunks * a.column_tiles) +
-      units * (50 + 60 * cut.blocks_m * cut.tiles + 180 * chunks) + a.tasks * (2 * load + 5 * store + 5 * threads);
+      pairs * ((effort.multiplies + effort.loads) * cut.blocks_m + effort.band_loads + 15 * chunks * columns) +
+      units * (20 + 85 * cut.blocks_m * cut.tiles + 110 * chunks) + a.tasks * (1.3 * load + 10 * store + 5 * threads);
   const int registers = std::min(50 + (4 * cut.tiles + 8) * cut.blocks_m + 2 * cut.depth, 128);
   const double resident =
       std::max(std::min({(228 << 10) / static_cast<int>(bytes + 1024), 65536 / (registers * cut.threads),
                          2048 / cut.threads, static_cast<int>(ceil_div(a.tasks, multiprocessors))}),
                1);
   const double tasks = ceil_div(a.tasks, multiprocessors);  // of a multiprocessor
-  const double work = std::hypot(multiply, 0.185 * issue) / a.tasks * (1 + 180 / (resident * threads));
-  return tasks * (work + 570 / resident);
+  const double work = std::hypot(multiply, 0.18 * issue) / a.tasks * (1 + 140 / (resident * threads));
+  return tasks * (work + 500 / resident);
 }
 
 // The cut that is expected to take the least time.
