@@ -1,4 +1,4 @@
-// What plan.cpp has to know of kernels/toeplitz_large.cu.
+// What plan.cpp and the launcher of kernels/toeplitz_large.cu have to know of it.
 #pragma once
 
 #include <algorithm>
