@@ -21,6 +21,8 @@ enum class PlanId : int {
   kStreamGradWeightNchwPortable,
   kMarchChannelsLast,
   kMarchGradWeightChannelsLast,
+  kLargeFloat32,
+  kLargeFloat32GradWeight,
   kGeneric,
 };
 
