@@ -222,6 +222,28 @@ bool claims_direct_grad_weight(const Problem& p) {
          (gradients <= 64 || !claims_march_grad_weight_channels_last(p));
 }
 
+// What kernels/large_float32.cu and kernels/large_float32_grad_weight.cu ask for: any strides, any sizes whose blocks
+// can be counted in 32 bits.
+bool can_go_large_float32(const Problem& p) {
+  if (p.dtype != DType::kFloat32 || p.batch == 0 || p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 ||
+      p.dilation_w != 1)
+    return false;
+  constexpr int64_t kLeast = 8, kMost = 63, kMostPixels = 1 << 13;  // of a side
+  if (p.shared_memory < 64 << 10) return false;                     // what the largest kernels need; no GPU has less
+  if (std::max(p.kernel_h, p.kernel_w) < kLeast || std::max(p.kernel_h, p.kernel_w) > kMost) return false;
+  if (p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
+  return std::max({p.height, p.width, p.out_height, p.out_width}) <= kMostPixels &&
+         p.batch <= (1 << 30) / (p.filters() * p.out_height * (p.out_width / 16 + 1));
+}
+
+bool claims_large_float32(const Problem& p) {
+  return p.pass != Pass::kGradWeight && (p.pass == Pass::kForward || p.multiplier == 1) && can_go_large_float32(p);
+}
+
+bool claims_large_float32_grad_weight(const Problem& p) {
+  return p.pass == Pass::kGradWeight && can_go_large_float32(p);
+}
+
 }  // namespace
 
 const std::vector<Plan>& plans() {
@@ -260,6 +282,11 @@ const std::vector<Plan>& plans() {
       {PlanId::kToeplitzLarge, "toeplitz_large",
        "a large kernel in 16 bits: band matrices on tensor cores, in channels_last on copies of the images",
        claims_toeplitz_large},
+      {PlanId::kLargeFloat32, "large_float32", "a large kernel in float32: planes in shared memory, sums in registers",
+       claims_large_float32},
+      {PlanId::kLargeFloat32GradWeight, "large_float32_grad_weight",
+       "a large kernel in float32: planes of input and gradient in shared memory, sums in registers",
+       claims_large_float32_grad_weight},
       {PlanId::kGeneric, "generic", "no specialised plan claims this problem", claims_everything},
   };
   return table;

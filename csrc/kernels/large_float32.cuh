@@ -1,0 +1,246 @@
+// What the kernels for large kernels in float32 share: the inner loop on CUDA cores, and copies to shared memory.
+#pragma once
+
+#include <cmath>
+
+#include "device.h"
+#include "stream.cuh"
+
+namespace dwconv {
+
+constexpr int kLargeThreads = 256;  // at most
+constexpr int kMostImages = 32;     // that are in shared memory at once
+
+// Four numbers from shared memory. Volatile, so that they are read ahead of their use where the code says so.
+__device__ __forceinline__ void load_four(float* to, uint32_t from) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
+               : "r"(from));
+}
+
+template <int kCount>
+__device__ __forceinline__ void load_row(float (&to)[kCount], uint32_t from) {
+#pragma unroll
+  for (int at = 0; at < kCount; at += 4) load_four(to + at, from + 4 * at);
+}
+
+// The inner loop: kColumns sums of a thread, along a row.
+//
+//   sum[o] += window[o + t] * stream[t]   for all t from `first` below 4 up to 4 * steps
+//
+// Both are read four numbers at a time, a step ahead, from places that are a multiple of 16 bytes. What is read and not
+// multiplied may be anything. The window stays in registers, where it turns instead of moving.
+//
+// Of its three operands, an FMA should find one in the slot where the FMA before had it, and the other two in different
+// banks of the register file, or it takes two cycles. So all FMAs of a `t` follow each other, with the sums for even
+// and for odd t apart: which of two banks a number of the window has to be in then is the same for every sum.
+template <int kColumns>
+__device__ __forceinline__ void correlate(float (&sum)[2][kColumns], uint32_t window, uint32_t stream, int first,
+                                          int steps) {
+  constexpr int kSize = (kColumns + 15) / 8 * 8, kPeriod = kSize / 4;
+  float a[kSize], b[2][4];
+  const auto load_next = [&](int step) {
+    load_four(&a[(4 * step + kColumns) % kSize], window + 4 * (4 * step + kColumns));
+    load_four(b[step % 2], stream + 16 * step);
+  };
+  const auto multiply = [&](int step, int t) {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      const int o = t % 2 == 0 ? n : kColumns - 1 - n;
+      sum[t % 2][o] = fmaf(a[(4 * step + t + o) % kSize], b[step % 2][t], sum[t % 2][o]);
+    }
+  };
+  const auto multiply_all = [&](int step) {
+#pragma unroll
+    for (int t = 0; t < 4; ++t) multiply(step, t);
+  };
+
+#pragma unroll
+  for (int at = 0; at < kColumns; at += 4) load_four(&a[at], window + 4 * at);
+  load_next(0);
+  load_next(1);
+  if (first < 1) multiply(0, 0);
+  if (first < 2) multiply(0, 1);
+  if (first < 3) multiply(0, 2);
+  multiply(0, 3);
+  int left = steps - 1;
+  for (; left >= kPeriod; left -= kPeriod) {
+#pragma unroll
+    for (int step = 1; step <= kPeriod; ++step) {
+      load_next(step + 1);
+      multiply_all(step);
+    }
+    window += 16 * kPeriod, stream += 16 * kPeriod;
+  }
+#pragma unroll
+  for (int step = 1; step < kPeriod; ++step) {
+    if (left < step) return;
+    load_next(step + 1);
+    multiply_all(step);
+  }
+}
+
+// Strips of 16 columns, and a narrower one for what is left.
+__host__ __device__ inline int width_of_strip(int columns, int column) {
+  const int rest = columns - column;
+  return rest > 12 ? 16 : (rest + 3) / 4 * 4;
+}
+
+// Calls visit() with the width of a strip as a type.
+template <typename Visitor>
+__device__ __forceinline__ void visit_strip(int width, Visitor&& visit) {
+  switch (width) {
+    case 4: return visit(std::integral_constant<int, 4>{});
+    case 8: return visit(std::integral_constant<int, 8>{});
+    case 12: return visit(std::integral_constant<int, 12>{});
+    default: return visit(std::integral_constant<int, 16>{});
+  }
+}
+
+// What of the kernel's columns the sums of a strip need: `first` and `steps` for correlate(), and where it begins.
+struct Walk {
+  int first, steps, source, weight;  // source and weight: bytes from the place of column 0 and of weight 0
+
+  __host__ __device__ Walk(int kernel_w, int padding_w, int width, int column, int columns) {
+    const int aligned = -kernel_w & 3;  // steps end with the kernel
+    int begin = padding_w - column - (columns - 1), end = width + padding_w - column;
+    begin = begin > 0 ? begin : 0, end = end < kernel_w ? end : kernel_w;
+    const int step = (begin + aligned) / 4, at = 4 * step - aligned;
+    first = begin - at;
+    steps = end > begin ? (end + aligned + 3) / 4 - step : 0;
+    source = 4 * (column - padding_w + at), weight = 4 * at;
+  }
+};
+
+// What a thread walks over: in step k, row `y + k` of the source is multiplied by row k of the kernel. Steps, and
+// columns, are those of the warp.
+struct Rows {
+  int y, height;                   // rows outside of the source are zero
+  int begin, end;                  // steps
+  int source, zeros, weight;       // in shared memory: row `y`, a row of zeros, row 0 of the kernel
+  int source_bytes, weight_bytes;  // from row to row
+};
+
+// Calls add(source, weight) with the places of every row, and flush() after every `run` rows and behind the last.
+template <typename Add, typename Flush>
+__device__ __forceinline__ void walk_rows(const Rows& r, int run, Add&& add, Flush&& flush) {
+  const uint32_t base = shared_address(0);
+  for (int k = r.begin; k < r.end;) {
+    for (const int stop = min(k + run, r.end); k < stop; ++k) {
+      const bool inside = static_cast<uint32_t>(r.y + k) < static_cast<uint32_t>(r.height);
+      add(base + (inside ? r.source + k * r.source_bytes : r.zeros), base + r.weight + k * r.weight_bytes);
+    }
+    flush();
+  }
+}
+
+template <int kColumns, typename Flush>
+__device__ __forceinline__ void correlate_rows(float (&sum)[2][kColumns], const Rows& r, const Walk& walk, int run,
+                                               Flush&& flush) {
+  if (walk.steps > 0)
+    walk_rows(
+        r, run, [&](uint32_t source, uint32_t weight) { correlate(sum, source, weight, walk.first, walk.steps); },
+        flush);
+}
+
+// Copies that are under way until they are waited for, where the GPU has such.
+template <int kBytes>
+__device__ inline void begin_copy(int to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (kBytes == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes)
+                 : "memory");
+#else
+  using Word = std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, uint32_t> >;
+  shared<Word>(to) = *static_cast<const Word*>(from);
+#endif
+}
+
+// Rows of some channels of some images, and where they go in shared memory.
+struct Box {
+  int images, channels, rows, columns;
+  int planes;  // a power of two, not below `channels`: neighbouring threads read neighbouring channels
+  int to, image_bytes, plane_bytes, row_bytes;
+};
+
+// Begins to copy them, kVector elements at once, by all threads of the block together.
+template <int kVector>
+__device__ void begin_copies(const float* from, const int64_t (&stride)[4], const Box& box) {
+  const int shift = 31 - __clz(box.planes), units = box.columns / kVector << shift;
+  if (units == 0 || box.rows == 0) return;
+  // A thread goes on by as many rows and units as the block has threads.
+  const int step_row = blockDim.x / units, step_unit = blockDim.x - step_row * units;
+  int row = threadIdx.x / units, unit = threadIdx.x - row * units, image = row / box.rows;
+  row -= image * box.rows;
+  while (image < box.images) {
+    const int plane = unit & (box.planes - 1), column = (unit >> shift) * kVector;
+    if (plane < box.channels)
+      begin_copy<4 * kVector>(
+          box.to + image * box.image_bytes + plane * box.plane_bytes + row * box.row_bytes + 4 * column,
+          from + image * stride[0] + plane * stride[1] + row * stride[2] + column * stride[3]);
+    unit += step_unit, row += step_row;
+    if (unit >= units) unit -= units, ++row;
+    while (row >= box.rows) row -= box.rows, ++image;
+  }
+}
+
+// The same with as many elements at once as lie side by side and meet the same alignment in both places.
+__device__ inline void begin_copies(const float* from, const int64_t (&stride)[4], const Box& box) {
+  const uint32_t low =
+      static_cast<uint32_t>(reinterpret_cast<uintptr_t>(from) / 4 | stride[0] | stride[2] | box.columns | box.to / 4);
+  const bool side_by_side = stride[3] == 1 && box.planes == 1;
+  if (side_by_side && low % 4 == 0)
+    begin_copies<4>(from, stride, box);
+  else if (side_by_side && low % 2 == 0)
+    begin_copies<2>(from, stride, box);
+  else
+    begin_copies<1>(from, stride, box);
+}
+
+// What a block of a cut does, and how many there are.
+struct Work {
+  double cycles, tasks;  // of all its warps together; what they divide among themselves
+  double scattered;      // elements of one channel, if it reads channels_last
+  int64_t bytes;         // of shared memory
+  int warps;
+  double blocks;
+};
+
+// Fitted, with what takes how many cycles, to timings of some hundred cuts on an H200: they choose cuts that lose 1 %
+// to the best, though they say what a cut takes with an error of 12 %.
+struct Costs {
+  double load, byte, scattered, few_warps, idle_warps, other_blocks;
+};
+
+// An estimate of the time that a cut takes, in cycles.
+inline double estimate(const Work& work, const Costs& cost, const Device& device) {
+  const int64_t fit = std::min<int64_t>(device.shared_per_multiprocessor / (work.bytes + 1152), 20 / work.warps);
+  const double resident = static_cast<double>(std::max<int64_t>(fit, 1)), warps = resident * work.warps / 4;
+  const double idle = std::ceil(work.tasks / work.warps) * work.warps / work.tasks - 1;
+  const double wave = work.cycles / 4 * resident * (1 + cost.few_warps / warps) *
+                          (1 + idle * cost.idle_warps / resident) * (1 + cost.other_blocks * (resident - 1)) +
+                      cost.load + resident * (work.bytes * cost.byte + work.scattered * cost.scattered);
+  const double waves = work.blocks / (device.multiprocessors * resident);
+  return (waves < 2 ? std::ceil(waves) : waves + 0.5) * wave;
+}
+
+// The least bytes, not below `bytes`, that are `units` times 16 more than a multiple of 128; of 16 where `units` is 0.
+inline int64_t spread(int64_t bytes, int64_t units) {
+  const int64_t least = round_up(bytes, 16);
+  return units == 0 ? least : least + ((units - least / 16) & 7) * 16;
+}
+
+// Whether channels lie side by side and columns do not: then a block takes several channels.
+inline bool is_channels_last(const int64_t (&stride)[4], int channels, int width) {
+  return channels > 1 && width > 1 && stride[1] == 1 && stride[3] != 1;
+}
+
+__device__ inline void finish_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+}  // namespace dwconv

@@ -1,0 +1,373 @@
+// grad_weight (and the bias gradient) of large kernels in float32, on CUDA cores.
+//
+// The gradient of the weight is the correlation of the input with the gradient of the output, summed over images: the
+// loops of large_float32.cu with the gradient in the place of the kernel. A block has one filter (some in
+// channels_last), and of some images a tile of the gradient, and what of the input meets it, in shared memory. A thread
+// sums 16 taps of a row for one image; the lanes of a warp lie on neighbouring images first and rows then, and walk
+// together over the rows, and along each over the columns, in which any of their taps meets the image. The sums of the
+// images are added up in shared memory, those of the blocks by a second kernel, always in the same order.
+//
+// The zeros around the image give NaN where they meet Inf or NaN. So sums that are not finite are computed again.
+#include <algorithm>
+
+#include "large_float32.cuh"
+#include "launch.h"
+#include "partial_sums.cuh"
+
+namespace dwconv {
+namespace {
+
+constexpr int kWide = 16;           // columns of a strip
+constexpr int kRun = 128;           // gradients that are summed before they are added to a sum
+constexpr int kSlotPitch = 33 * 4;  // bytes between the sums of a lane: neighbouring taps are in different banks
+
+struct Arguments {
+  const float* input;
+  const float* grad;
+  float* partial;
+  int64_t input_stride[4], grad_stride[4];  // in elements
+  int batch, height, width, out_height, out_width, kernel_h, kernel_w, padding_h, padding_w, multiplier;
+  int filters;
+  bool with_bias;
+
+  // A block goes through units: some images' tiles of the gradient.
+  int planes, images, rows, columns, bands, slices, units, splits;  // planes: the most filters
+  int side;                                                         // of Diagonals, or 0
+  int strips, chunks;  // of taps: strips of columns, and what warps take of the rows of all images
+  int input_row_bytes, input_image_bytes, grad_row_bytes, grad_image_bytes;
+  int input_plane_bytes, grad_plane_bytes;            // from filter to filter
+  int bias_at, grads_at, inputs_at, zeros_at, bytes;  // in shared memory, behind the sums
+  Divider by_groups, by_bands, by_slices, by_images;
+};
+
+struct Unit {
+  int first_image, images, row, rows, column, columns;
+  int source_row, source_rows, source_column, source_columns;
+  int padding_h, padding_w;             // of the unit's gradient, to which its first row and column are the first
+  int input_shift = 0, grad_shift = 0;  // where the first column lies in its row, in elements
+
+  __device__ Unit(const Arguments& a, uint32_t unit) {
+    row = a.by_bands.split(unit) * a.rows;
+    column = a.by_slices.split(unit) * a.columns;
+    first_image = unit * a.images;
+    images = min(a.images, a.batch - first_image);
+    rows = min(a.rows, a.out_height - row);
+    columns = min(a.columns, a.out_width - column);
+    padding_h = a.padding_h - row, padding_w = a.padding_w - column;
+    source_row = max(-padding_h, 0);
+    source_rows = max(min(rows + a.kernel_h - 1 - padding_h, a.height) - source_row, 0);
+    source_column = max(-padding_w, 0) & ~3;
+    source_columns = max(min(columns - 1 + a.kernel_w - padding_w, a.width) - source_column, 0);
+    if (a.side == 0) input_shift = kWide + 4 + ((padding_w - columns) & 3), grad_shift = -columns & 3;
+  }
+};
+
+// A sum of the block, tap by tap: only taps that meet the image.
+__device__ __noinline__ float sum_by_taps(const Arguments& a, int filter, int split, int i, int j) {
+  float total = 0;
+  for (int index = split; index < a.units; index += a.splits) {
+    const Unit unit(a, index);
+    for (int n = unit.first_image; n < unit.first_image + unit.images; ++n)
+      for (int row = unit.row; row < unit.row + unit.rows; ++row) {
+        const int y = row - a.padding_h + i;
+        if (y < 0 || y >= a.height) continue;
+        float sum = 0;
+        for (int column = unit.column; column < unit.column + unit.columns; ++column) {
+          const int x = column - a.padding_w + j;
+          if (x >= 0 && x < a.width)
+            sum = fmaf(a.grad[n * a.grad_stride[0] + filter * a.grad_stride[1] + row * a.grad_stride[2] +
+                              column * a.grad_stride[3]],
+                       a.input[n * a.input_stride[0] + filter / a.multiplier * a.input_stride[1] +
+                               y * a.input_stride[2] + x * a.input_stride[3]],
+                       sum);
+        }
+        total += sum;
+      }
+  }
+  return total;
+}
+
+// The rows that a lane, and with it the warp, walks over.
+__device__ inline Rows rows_of(const Arguments& a, const Unit& unit, int plane, int chunk, int input_at, int grad_at) {
+  const int items = a.kernel_h * a.images;
+  const auto place_of = [&](int item) {  // the row of taps, and the image
+    uint32_t row = min(item, items - 1);
+    const int image = a.by_images.split(row);
+    return int2{static_cast<int>(row), image};
+  };
+  const int2 own = place_of(32 * chunk + static_cast<int>(threadIdx.x) % 32);
+  Rows r;
+  r.y = own.x - unit.padding_h, r.height = a.height;
+  r.source = a.inputs_at + input_at + plane * a.input_plane_bytes + own.y * a.input_image_bytes +
+             (r.y - unit.source_row) * a.input_row_bytes;
+  r.zeros = a.zeros_at + input_at, r.source_bytes = a.input_row_bytes;
+  r.weight = a.grads_at + grad_at + plane * a.grad_plane_bytes + own.y * a.grad_image_bytes,
+  r.weight_bytes = a.grad_row_bytes;
+  // Rows of the gradient that meet the image for any lane.
+  r.begin = max(unit.padding_h - place_of(32 * chunk + 31).x, 0);
+  r.end = min(a.height + unit.padding_h - place_of(32 * chunk).x, unit.rows);
+  return r;
+}
+
+__device__ __forceinline__ void add_to_slot(int slots, int index, float sum) {
+  shared<float>(slots + index * kSlotPitch + threadIdx.x % 32 * 4) += sum;
+}
+
+// Taps in strips of columns.
+struct Strips {
+  static constexpr int kSlots = kWide;  // sums of a thread
+
+  static __device__ void compute(const Arguments& a, const Unit& unit, int plane, int task, int slots) {
+    const int strip = task / a.chunks, chunk = task - strip * a.chunks, column = strip * kWide;
+    visit_strip(width_of_strip(a.kernel_w, column), [&](auto width) {
+      const Walk walk(unit.columns, unit.padding_w, a.width, column, width);
+      const Rows rows = rows_of(a, unit, plane, chunk, 4 * (unit.input_shift - unit.source_column) + walk.source,
+                                4 * unit.grad_shift + walk.weight);
+      float sum[2][width] = {};
+      correlate_rows(sum, rows, walk, max(kRun / unit.columns, 1), [&] {
+#pragma unroll
+        for (int o = 0; o < width; ++o) {
+          add_to_slot(slots, o, sum[0][o] + sum[1][o]);
+          sum[0][o] = sum[1][o] = 0;
+        }
+      });
+    });
+  }
+
+  // Where the sum of a tap of column j is: the first task of its strip, and the slot.
+  static __device__ int2 find(const Arguments& a, int j) { return {j / kWide * a.chunks, j % kWide}; }
+};
+
+// All taps of a row: for images so narrow that every pixel of a row meets every gradient of a row.
+template <int kSide>
+struct Diagonals {
+  static constexpr int kSlots = 2 * kSide - 1;
+
+  static __device__ void compute(const Arguments& a, const Unit& unit, int plane, int chunk, int slots) {
+    float sum[2][kSlots] = {};
+    walk_rows(
+        rows_of(a, unit, plane, chunk, 0, 0), kRun / kSide,
+        [&](uint32_t source, uint32_t grad) {
+          float x[(kSide + 3) / 4 * 4], g[(kSide + 3) / 4 * 4];
+          load_row(x, source);
+          load_row(g, grad);
+#pragma unroll
+          for (int u = 0; u < kSide; ++u)
+#pragma unroll
+            for (int n = 0; n < kSide; ++n) {
+              const int c = u % 2 == 0 ? n : kSide - 1 - n, slot = kSide - 1 + u - c;
+              sum[u % 2][slot] = fmaf(x[u], g[c], sum[u % 2][slot]);
+            }
+        },
+        [&] {
+#pragma unroll
+          for (int slot = 0; slot < kSlots; ++slot) {
+            add_to_slot(slots, slot, sum[0][slot] + sum[1][slot]);
+            sum[0][slot] = sum[1][slot] = 0;
+          }
+        });
+  }
+
+  static __device__ int2 find(const Arguments& a, int j) { return {0, kSide - 1 + j - a.padding_w}; }
+};
+
+template <class Taps>
+__global__ void __launch_bounds__(kLargeThreads, 2) large_float32_grad_weight(const __grid_constant__ Arguments a) {
+  constexpr int kTaskBytes = Taps::kSlots * kSlotPitch;
+  uint32_t split = blockIdx.x;
+  const int filter = a.by_groups.split(split) * a.planes, filters = min(a.planes, a.filters - filter);
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, tasks = a.strips * a.chunks;
+  for (int at = 16 * threadIdx.x; at < a.grads_at; at += 16 * blockDim.x) shared<float4>(at) = {};
+  for (int index = split; index < a.units; index += a.splits) {
+    const Unit unit(a, index);
+    __syncthreads();
+    for (int at = a.grads_at + 16 * threadIdx.x; at < a.bytes; at += 16 * blockDim.x) shared<float4>(at) = {};
+    __syncthreads();
+    begin_copies(a.input + unit.first_image * a.input_stride[0] + filter / a.multiplier * a.input_stride[1] +
+                     unit.source_row * a.input_stride[2] + unit.source_column * a.input_stride[3],
+                 a.input_stride,
+                 {unit.images, filters, unit.source_rows, unit.source_columns, a.planes,
+                  a.inputs_at + 4 * unit.input_shift, a.input_image_bytes, a.input_plane_bytes, a.input_row_bytes});
+    begin_copies(a.grad + unit.first_image * a.grad_stride[0] + filter * a.grad_stride[1] +
+                     unit.row * a.grad_stride[2] + unit.column * a.grad_stride[3],
+                 a.grad_stride,
+                 {unit.images, filters, unit.rows, unit.columns, a.planes, a.grads_at + 4 * unit.grad_shift,
+                  a.grad_image_bytes, a.grad_plane_bytes, a.grad_row_bytes});
+    finish_copies();
+    __syncthreads();
+
+    for (int task = warp; task < tasks * filters; task += warps) {
+      const int plane = task / tasks;
+      Taps::compute(a, unit, plane, task - plane * tasks, task * kTaskBytes);
+    }
+    for (int plane = 0; a.with_bias && plane < filters; ++plane) {
+      float sum = 0;
+      for (int row = warp; row < unit.images * unit.rows; row += warps) {
+        const int image = row / unit.rows;
+        for (int column = threadIdx.x % 32; column < unit.columns; column += 32)
+          sum += shared<float>(a.grads_at + 4 * unit.grad_shift + plane * a.grad_plane_bytes +
+                               image * a.grad_image_bytes + (row - image * unit.rows) * a.grad_row_bytes + 4 * column);
+      }
+      for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+      if (threadIdx.x % 32 == 0) shared<float>(a.bias_at + 4 * (plane * warps + warp)) += sum;
+    }
+  }
+  __syncthreads();
+
+  // The sums of the images, and the block's.
+  const int taps = a.kernel_h * a.kernel_w;
+  float* partial = a.partial + static_cast<int64_t>(split) * (taps + a.with_bias) * a.filters + filter;
+  for (int index = threadIdx.x; index < taps * filters; index += blockDim.x) {
+    const int tap = index / filters, plane = index - tap * filters, i = tap / a.kernel_w, j = tap - i * a.kernel_w;
+    const int2 found = Taps::find(a, j);
+    float sum = 0;
+    if (found.y >= 0 && found.y < Taps::kSlots)  // or the tap meets no image
+      for (int image = 0; image < a.images; ++image) {
+        const int item = i * a.images + image, task = plane * tasks + found.x + item / 32;
+        sum += shared<float>(task * kTaskBytes + found.y * kSlotPitch + item % 32 * 4);
+      }
+    if (!is_finite(sum)) sum = sum_by_taps(a, filter + plane, split, i, j);
+    partial[static_cast<int64_t>(tap) * a.filters + plane] = sum;
+  }
+  if (a.with_bias && static_cast<int>(threadIdx.x) < filters) {
+    float sum = 0;
+    for (int w = 0; w < warps; ++w) sum += shared<float>(a.bias_at + 4 * (threadIdx.x * warps + w));
+    partial[static_cast<int64_t>(taps) * a.filters + threadIdx.x] = sum;
+  }
+}
+
+// How a problem is cut into units, and how many warps a block has.
+struct Cut {
+  int side;  // of Diagonals, or 0
+  int planes, images, rows, columns, warps;
+
+  int slots() const { return side > 0 ? 2 * side - 1 : kWide; }
+};
+
+// Everything of the arguments that depends on the cut; returns the bytes of shared memory.
+int64_t place(Arguments& a, const Cut& cut) {
+  a.planes = cut.planes, a.images = cut.images, a.rows = cut.rows, a.columns = cut.columns;
+  a.bands = static_cast<int>(ceil_div(a.out_height, a.rows));
+  a.slices = static_cast<int>(ceil_div(a.out_width, a.columns));
+  a.units = static_cast<int>(ceil_div(a.batch, a.images)) * a.bands * a.slices;
+  a.side = cut.side;
+  a.strips = cut.side > 0 ? 1 : static_cast<int>(ceil_div(a.kernel_w, kWide));
+  a.chunks = static_cast<int>(ceil_div(a.kernel_h * a.images, 32));
+  int source_rows = 1;
+  for (int row = 0; row < a.out_height; row += a.rows) {
+    const int end = row + std::min(a.rows, a.out_height - row) + a.kernel_h - 1;
+    source_rows = std::max(source_rows, std::min(end - a.padding_h, a.height) - std::max(row - a.padding_h, 0));
+  }
+  // Behind a row lie zeros, as far as a strip reaches beyond the image and as its steps end behind it.
+  const int source_columns = std::min(a.slices > 1 ? a.columns + a.kernel_w + 2 : a.width, a.width);
+  const int whole = static_cast<int>(round_up(4 * cut.side, 16));
+  const int wanted = cut.side > 0 ? whole : 4 * (source_columns + kWide + 2);
+  // Eight lanes, on neighbouring images first and rows then, meet in different banks.
+  a.input_row_bytes = static_cast<int>(spread(wanted, a.images < 8 ? a.images : 0));
+  a.grad_row_bytes = cut.side > 0 ? whole : static_cast<int>(round_up(4 * (a.columns + 3), 16));
+  const int64_t input_bytes = spread(int64_t{source_rows} * a.input_row_bytes, 1);
+  const int64_t grad_bytes = spread(int64_t{a.rows} * a.grad_row_bytes, 1);
+  a.bias_at = a.planes * a.strips * a.chunks * cut.slots() * kSlotPitch;
+  a.grads_at = static_cast<int>(round_up(a.bias_at + 4 * a.planes * cut.warps, 16));
+  const int64_t inputs_at = a.grads_at + a.planes * a.images * grad_bytes + 64;
+  const int64_t zeros_at = inputs_at + a.planes * a.images * input_bytes;
+  const int64_t bytes = zeros_at + a.input_row_bytes + 4 * (24 + kWide + 16);
+  a.grad_image_bytes = static_cast<int>(grad_bytes), a.input_image_bytes = static_cast<int>(input_bytes);
+  a.grad_plane_bytes = a.images * a.grad_image_bytes, a.input_plane_bytes = a.images * a.input_image_bytes;
+  a.inputs_at = static_cast<int>(inputs_at), a.zeros_at = static_cast<int>(zeros_at);
+  a.bytes = static_cast<int>(bytes);
+  return bytes;
+}
+
+double cost_of(const Arguments& a, const Cut& cut, bool channels_last, int64_t bytes, const Device& device) {
+  double row_cycles = 1.1 * cut.side * cut.side + 40;  // along a row of the input, of all strips
+  if (cut.side == 0) {
+    row_cycles = 0;
+    for (int column = 0; column < a.kernel_w; column += kWide) {
+      const int width = width_of_strip(a.kernel_w, column);
+      row_cycles += Walk(a.out_width, a.padding_w, a.width, column, width).steps * 2.07 * width + 230;
+    }
+  }
+  double rows = 0;  // that warps walk along
+  int bands = 0;
+  for (int band = 0; band < a.out_height; band += a.rows * std::max(a.bands / 16, 1), ++bands) {  // some stand for all
+    const int items = a.kernel_h * a.images, padding = a.padding_h - band;
+    for (int item = 0; item < items; item += 32) {
+      const int highest = item / a.images;
+      const int lowest = std::min(item + 31, items - 1) / a.images;
+      const int end = std::min(a.height + padding - highest, std::min(a.rows, a.out_height - band));
+      rows += std::max(end - std::max(padding - lowest, 0), 0);
+    }
+  }
+  const double input = a.input_plane_bytes / a.input_row_bytes * (a.width + 16.0);
+  Work work{};
+  work.tasks = a.planes * a.strips * a.chunks;
+  work.cycles = a.planes * rows * row_cycles / (bands * a.slices) + work.tasks * 21;
+  work.scattered = channels_last ? input + a.images * a.rows * a.columns : 0;
+  work.bytes = bytes, work.warps = cut.warps;
+  work.blocks = static_cast<double>(ceil_div(a.filters, a.planes)) * a.units;
+  return estimate(work, {2500, 0.089, 0.59, 2.6, 0.6, 0.025}, device);
+}
+
+// The cut that is thought to be the fastest of those that fit.
+Cut choose_cut(Arguments& a, bool channels_last, int64_t shared_memory) {
+  Cut best{};
+  double least = 0;
+  const Device& device = current_device();
+  const int most = std::max(a.width, a.out_width), narrow = most <= 7 ? 7 : most <= 14 ? 14 : 0;
+  for (int columns = a.out_width; columns >= 1 && (least == 0 || columns >= 64); columns = columns > 64 ? 64
+                                                                                           : columns > 32
+                                                                                               ? 32
+                                                                                               : columns / 8 * 4)
+    for (int images = 1; images < 2 * a.batch && images <= kMostImages; images *= 2)
+      for (int bands = 1; bands <= a.out_height; bands = bands < 6 ? bands + 1 : 2 * bands)
+        for (const int warps : {8, 5, 4})
+          for (const int side : {0, narrow})
+            for (int planes = 1; planes == 1 || (channels_last && planes <= 8); planes *= 2) {
+              if (side > 0 && columns < a.out_width) continue;
+              const int rows = static_cast<int>(ceil_div(a.out_height, bands));
+              const Cut cut{side, planes, std::min(images, a.batch), rows, columns, warps};
+              const int64_t bytes = place(a, cut);
+              if (bytes > shared_memory) continue;
+              const double cost = cost_of(a, cut, channels_last, bytes, device);
+              if (least == 0 || cost < least) best = cut, least = cost;
+            }
+  return best;
+}
+
+}  // namespace
+
+void launch_large_float32_grad_weight(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
+  Arguments a{};
+  a.input = static_cast<const float*>(p.input.data), a.grad = static_cast<const float*>(p.output.data);
+  for (int d = 0; d < 4; ++d) a.input_stride[d] = p.input.stride[d], a.grad_stride[d] = p.output.stride[d];
+  a.filters = static_cast<int>(p.filters()), a.multiplier = static_cast<int>(p.multiplier),
+  a.with_bias = p.bias != nullptr;
+  a.batch = static_cast<int>(p.batch), a.height = static_cast<int>(p.height), a.width = static_cast<int>(p.width);
+  a.out_height = static_cast<int>(p.out_height), a.out_width = static_cast<int>(p.out_width);
+  a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
+  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+  const bool channels_last = a.multiplier == 1 && is_channels_last(a.input_stride, a.filters, a.width) &&
+                             is_channels_last(a.grad_stride, a.filters, a.out_width);
+  static thread_local Decisions<13, Cut> decisions;
+  const Cut cut = decisions({current_device().id, p.shared_memory, channels_last, a.batch, a.filters, a.height, a.width,
+                             a.out_height, a.out_width, a.kernel_h, a.kernel_w, a.padding_h, a.padding_w},
+                            [&] { return choose_cut(a, channels_last, p.shared_memory); });
+  place(a, cut);
+  // Units follow each other in a block where there are more blocks than fill the device a few times over.
+  const int64_t groups = ceil_div(a.filters, a.planes);
+  const int64_t useful = std::max<int64_t>(1, 16 * current_device().multiprocessors / groups);
+  a.splits = static_cast<int>(ceil_div(a.units, ceil_div(a.units, useful)));
+  a.by_groups = Divider(groups), a.by_bands = Divider(a.bands), a.by_slices = Divider(a.slices);
+  a.by_images = Divider(a.images);
+  a.partial = static_cast<float*>(allocate(a.splits * (p.taps() + a.with_bias) * a.filters * sizeof(float)));
+  const auto kernel = cut.side == 7    ? large_float32_grad_weight<Diagonals<7>>
+                      : cut.side == 14 ? large_float32_grad_weight<Diagonals<14>>
+                                       : large_float32_grad_weight<Strips>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, a.bytes);
+  kernel<<<static_cast<unsigned>(groups * a.splits), 32 * cut.warps, a.bytes, stream>>>(a);
+  check_launch("large_float32_grad_weight");
+  launch_add_partial_sums<float>(p, a.partial, a.splits, false, stream);
+}
+
+}  // namespace dwconv

@@ -1,0 +1,139 @@
+"""Kernels with a side from 8 to 63 in float32: what claims them, and that it is exact on images of every sort."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from common import FORMATS, Case, integers, make_inputs, run_float64
+from exact import arguments_of, claims, lay, output_size, results_of_plans, wrong_numbers
+from test_nonfinite import draw, reference, same, spoil
+from torch import Tensor
+
+PLANS = {"forward": "large_float32", "grad_input": "large_float32", "grad_weight": "large_float32_grad_weight"}
+
+KERNELS = [(31, 31), (27, 27), (13, 13), (9, 9), (8, 8), (51, 5), (5, 51), (63, 63), (10, 12), (3, 17), (8, 1), (1, 63)]
+
+
+def meta(size: tuple, dtype: torch.dtype = torch.float32, memory_format=torch.contiguous_format) -> Tensor:
+    return torch.empty(size, dtype=dtype, device="meta", memory_format=memory_format)
+
+
+def plans_of(name: str, case: Case, dtype: torch.dtype = torch.float32, memory_format=torch.contiguous_format) -> list:
+    input = meta((case.batch, case.channels, *case.size), dtype, memory_format)
+    return claims(name, case, input, meta(output_size(case), dtype, memory_format))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+@pytest.mark.parametrize("name", PLANS)
+def test_claims(name: str, kernel: tuple, memory_format: torch.memory_format) -> None:
+    padding = tuple(side // 2 for side in kernel)
+    case = Case(32, 64, (130, 131), kernel, padding=padding)
+    assert plans_of(name, case, memory_format=memory_format)[0] == PLANS[name]
+    assert plans_of(name, case._replace(padding=tuple(side - 1 for side in kernel)))[0] == PLANS[name]
+    for change in (
+        {"stride": (2, 2)},
+        {"dilation": (1, 2)},
+        {"padding": kernel},
+        {"kernel": (64, 3), "padding": (32, 1)},
+        {"size": (2**13 + 1, 8)},
+        {"batch": 2**24},
+    ):
+        assert PLANS[name] not in plans_of(name, case._replace(**change)), change
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        assert PLANS[name] not in plans_of(name, case, dtype)
+    multiplied = plans_of(name, case._replace(multiplier=3))
+    assert (PLANS[name] in multiplied) == (name != "grad_input")
+
+
+SIZES = [
+    (56, 56),
+    (28, 28),
+    (14, 14),
+    (7, 7),
+    (1, 1),
+    (13, 29),
+    (20, 45),
+    (64, 19),
+    (5, 100),
+    (40, 8),
+    (9, 130),
+    (1, 70),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_exact(kernel: tuple) -> None:
+    """Any number of images, any padding, images smaller than the kernel and larger than a block, and any strides."""
+    for number, size in enumerate(SIZES):
+        for turn, order in enumerate([None, None, (0, 2, 3, 1), (1, 3, 2, 0)]):
+            paddings = [
+                tuple(k // 2 for k in kernel),
+                tuple(k - 1 for k in kernel),
+                (0, 0),
+                tuple(k * 2 // 3 for k in kernel),
+            ]
+            case = Case([1, 3, 5, 33][(number + turn) % 4], 3, size, kernel, padding=paddings[(number + turn) % 4])
+            case = case._replace(multiplier=1 + (number + turn) % 2, bias=turn % 2 == 0)
+            if any(side + 2 * p < k for side, p, k in zip(size, case.padding, kernel)):
+                case = case._replace(padding=paddings[1])
+            input, weight, bias = make_inputs(case, torch.float32, "cuda", make=integers)
+            grad_output = integers(*output_size(case)).to(input)
+            if turn > 0:
+                steps = [(1, 1, 1, 1), (1, 1, 2, 1), (2, 1, 1, 1), (1, 1, 1, 3)][turn]
+                input, grad_output = lay(input, order, steps, offset=turn), lay(grad_output, order, steps, offset=1)
+                weight = lay(weight, (2, 3, 0, 1))
+            exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+            forced = set()
+            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
+                assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, str(case), input.stride())
+                forced.add((name, plan))
+            assert {("output", "large_float32"), ("grad_weight", "large_float32_grad_weight")} <= forced, str(case)
+            assert (("grad_input", "large_float32") in forced) == (case.multiplier == 1), str(case)
+
+
+NONFINITE = [
+    Case(2, 8, (8, 9), (15, 15), padding=(7, 7)),
+    Case(2, 8, (7, 6), (9, 12), padding=(8, 11)),
+    Case(2, 8, (14, 13), (27, 27), padding=(13, 13)),
+    Case(1, 16, (20, 21), (13, 11), padding=(12, 3)),
+    Case(1, 16, (9, 40), (3, 17), padding=(2, 16), bias=False),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("case", NONFINITE, ids=str)
+def test_beside_infinities(case: Case, value: float, memory_format: torch.memory_format) -> None:
+    """NaN where F.conv2d has it: of products, but not of the zeros beside an image or a kernel."""
+    for which in ("input", "weight", "grad_output"):
+        tensors, grad_output = draw(case, torch.float32, "cuda", memory_format)
+        if which == "weight":
+            tensors[1].flatten(1)[:-1, 0] = value
+            tensors[1].flatten(1)[1:, -1] = value
+        else:
+            spoil(tensors[0] if which == "input" else grad_output, value)
+        expected = reference(tensors, grad_output, **case.geometry)._asdict()
+        for name, plan, result in results_of_plans(case, tensors, grad_output, memory_format == torch.channels_last):
+            assert same(result, expected[name]), f"{name} by {plan} with {value} in {which}"
+
+
+@pytest.mark.gpu
+def test_repeats_bit_for_bit() -> None:
+    case = Case(8, 24, (56, 60), (31, 31), padding=(15, 15))
+    input, weight, bias = make_inputs(case, torch.float32, "cuda")
+    grad_output = torch.randn(output_size(case), device="cuda")
+    ops, arguments = torch.ops.dwconv, arguments_of(case)
+
+    def results() -> list[Tensor]:
+        return [
+            ops.forward.plan(input, weight, bias, *arguments, PLANS["forward"]),
+            ops.grad_input.plan(grad_output, weight, input.shape, *arguments, False, PLANS["grad_input"]),
+            *ops.grad_weight.plan(grad_output, input, case.kernel, *arguments, True, PLANS["grad_weight"]),
+        ]
+
+    first = results()
+    for _ in range(50):
+        assert all(torch.equal(a, b) for a, b in zip(first, results()))
