@@ -23,6 +23,8 @@ enum class PlanId : int {
   kToeplitzLarge,
   kMarchChannelsLast,
   kMarchGradWeightChannelsLast,
+  kOuterGradWeight,
+  kHankelGradWeight,
   kGeneric,
 };
 
