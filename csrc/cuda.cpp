@@ -56,6 +56,8 @@ void run(Problem& problem, const Tensor& like, const std::string& plan) {
     case PlanId::kMarchGradWeightChannelsLast: return launch_march_grad_weight_channels_last(problem, allocate, stream);
     case PlanId::kLargeFloat32: return launch_large_float32(problem, stream);
     case PlanId::kLargeFloat32GradWeight: return launch_large_float32_grad_weight(problem, allocate, stream);
+    case PlanId::kOuterGradWeight: return launch_outer_grad_weight(problem, allocate, stream);
+    case PlanId::kHankelGradWeight: return launch_hankel_grad_weight(problem, allocate, stream);
     case PlanId::kGeneric: return launch_generic(problem, allocate, stream);
   }
 }

@@ -189,6 +189,30 @@ bool claims_scale(const Problem& p) {
   return both_lie(p.height * p.width, p.width, 1) || both_lie(1, p.width * p.channels, p.channels);
 }
 
+bool claims_hankel_grad_weight(const Problem& p) {
+  if (p.pass != Pass::kGradWeight || size_of(p.dtype) != 2 || p.capability < 80 || p.batch == 0) return false;
+  if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (std::max(p.kernel_h, p.kernel_w) < 8 || p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
+  // Columns or channels that lie side by side.
+  const auto is_dense = [](const View& view, int64_t channels, int64_t width) {
+    return view.stride[3] == 1 || width == 1 || view.stride[1] == 1 || channels == 1;
+  };
+  if (!is_dense(p.input, p.channels, p.width) || !is_dense(p.output, p.filters(), p.out_width)) return false;
+  // Rows and columns, sums and pieces of images are counted in 32 bits.
+  constexpr int64_t kMany = 1 << 20, kMost = 1 << 30;
+  const auto many = [&](int64_t height, int64_t width) {
+    return height > kMany || width > kMany || height * width > kMost;
+  };
+  if (many(p.height, p.width) || many(p.out_height, p.out_width) || many(p.kernel_h, p.kernel_w)) return false;
+  return p.filters() <= kMost / (p.taps() + 1) && p.batch <= kMost / ((p.height / 8 + 1) * (p.out_width / 16 + 1));
+}
+
+bool claims_outer_grad_weight(const Problem& p) {
+  constexpr int64_t kSide = 16;
+  return std::max({p.height, p.width, p.out_height, p.out_width}) <= kSide && p.batch >= kSide / 2 &&
+         claims_hankel_grad_weight(p);
+}
+
 // What kernels/direct.cu and kernels/direct_grad_weight.cu ask for: offsets of 32 bits, also beside the image.
 bool can_go_direct(const Problem& p) {
   if (p.dtype == DType::kFloat64 || !is_small_kernel(p)) return false;
@@ -271,6 +295,11 @@ const std::vector<Plan>& plans() {
       {PlanId::kMarchGradWeightChannelsLast, "march_grad_weight_channels_last",
        "a small kernel in channels_last: input and gradient stream through shared memory, sums stay in registers",
        claims_march_grad_weight_channels_last},
+      {PlanId::kOuterGradWeight, "outer_grad_weight",
+       "a large kernel in 16 bits on small planes: tensor cores sum over the images", claims_outer_grad_weight},
+      {PlanId::kHankelGradWeight, "hankel_grad_weight",
+       "a large kernel in 16 bits: input and gradient go through shared memory to tensor cores",
+       claims_hankel_grad_weight},
       {PlanId::kToeplitzNchwPortable, "toeplitz_nchw_portable", "toeplitz_nchw as GPUs before sm_90 run it",
        claims_toeplitz_nchw},
       {PlanId::kToeplitzGradWeightNchwPortable, "toeplitz_grad_weight_nchw_portable",

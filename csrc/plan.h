@@ -25,6 +25,8 @@ enum class PlanId : int {
   kMarchGradWeightChannelsLast,
   kLargeFloat32,
   kLargeFloat32GradWeight,
+  kOuterGradWeight,
+  kHankelGradWeight,
   kGeneric,
 };
 

@@ -31,6 +31,8 @@ CASES = [
     Case(1, 16, (20, 21), (13, 11), padding=(6, 5)),
     Case(2, 8, (9, 10), (12, 17), padding=(11, 8)),  # kernels larger than the image
     Case(1, 16, (23, 24), (9, 10), (2, 2), (4, 5)),
+    Case(2, 8, (12, 9), (9, 17), padding=(8, 9), multiplier=2),
+    Case(9, 4, (6, 7), (11, 9), padding=(5, 4)),
 ]
 
 

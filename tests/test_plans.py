@@ -147,6 +147,58 @@ def test_large_kernels(name: str, dtype: torch.dtype) -> None:
         assert plan_of(name, case, other) == "generic"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_hankel_grad_weight_claims(dtype: torch.dtype) -> None:
+    """Kernels with a side of 8 or more at stride 1, in 16 bits; rows without gaps, which may lie anywhere."""
+    plan, case = "hankel_grad_weight", Case(4, 8, (56, 57), (31, 31), padding=(15, 15))
+    for kernel in ((31, 31), (8, 8), (51, 5), (5, 51), (63, 63), (2, 8), (9, 1)):
+        large = case._replace(kernel=kernel, padding=(kernel[0] // 2, kernel[1] - 1), multiplier=2)
+        assert plan_of("grad_weight", large, dtype) == plan, kernel
+    for change in (
+        {"kernel": (7, 6), "padding": (3, 3)},
+        {"padding": (31, 15)},
+        {"padding": (15, 31)},
+        {"stride": (2, 2)},
+        {"stride": (1, 2)},
+        {"dilation": (1, 2), "padding": (15, 30)},
+    ):
+        assert plan_of("grad_weight", case._replace(**change), dtype) == "generic", change
+    assert plan_of("grad_weight", case) == plan_of("grad_weight", case, torch.float64) == "generic"
+    plain = meta((4, 8, 56, 57), dtype)
+    for odd, claimed in (
+        (lay(plain, offset=3), True),
+        (lay(plain, (1, 0, 2, 3), steps=(2, 1, 3, 1)), True),
+        (lay(plain, expanded=(0, 2)), True),
+        (meta((4, 20, 60, 64), dtype)[:, 5:13, 2:58, 3:60], True),
+        (lay(plain, steps=(1, 1, 1, 2)), False),
+        (plain.mT.contiguous().mT, False),
+        (lay(plain, (0, 2, 3, 1)), True),
+        (meta((4, 20, 56, 60), dtype, torch.channels_last)[:, 5:13, :, :57], True),
+        (lay(plain, (0, 2, 3, 1), steps=(1, 2, 1, 1)), False),
+    ):
+        assert (plan in claims("grad_weight", case, odd, plain)) == claimed, odd.stride()
+        assert (plan in claims("grad_weight", case, plain, odd)) == claimed, odd.stride()
+    far = Case(2**26, 8, (56, 57), (31, 31), padding=(15, 15))
+    assert plan_of("grad_weight", far, dtype) == "generic"
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_outer_grad_weight_claims(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """Planes of at most 16 x 16, of so many images that a multiplication has some of them."""
+    case = Case(64, 8, (14, 14), (27, 27), padding=(13, 13))
+    for change, plan in (
+        ({}, "outer_grad_weight"),
+        ({"size": (16, 7), "multiplier": 2}, "outer_grad_weight"),
+        ({"batch": 8}, "outer_grad_weight"),
+        ({"batch": 7}, "hankel_grad_weight"),
+        ({"size": (17, 14)}, "hankel_grad_weight"),
+        ({"padding": (14, 15)}, "hankel_grad_weight"),  # a gradient of 16 x 18
+        ({"kernel": (7, 6), "padding": (3, 3)}, "generic"),
+    ):
+        assert plan_of("grad_weight", case._replace(**change), dtype, memory_format) == plan, change
+
+
 DIRECT = {"forward": "direct", "grad_input": "direct", "grad_weight": "direct_grad_weight"}
 
 
@@ -773,6 +825,53 @@ def test_large_kernels_are_exact(kernel: tuple, size: tuple, batch: int, stride:
             forced.add((name, plan))
         assert ("output", "toeplitz_large") in forced, str(case)
         assert (("grad_input", "toeplitz_large") in forced) == (stride == 1 and case.multiplier == 1), str(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "kernel", [(31, 31), (27, 29), (13, 9), (8, 8), (51, 5), (5, 51), (1, 63), (63, 2), (20, 40), (63, 63)], ids=str
+)
+def test_grad_weight_of_large_kernels_is_exact(kernel: tuple, dtype: torch.dtype) -> None:
+    """Whole planes and pieces of them, one image and many, images side by side, odd widths, padding of all sizes."""
+    sizes = [(56, 56), (28, 28), (14, 14), (7, 7), (1, 1), (57, 33), (112, 20), (3, 130), (140, 12), (224, 100)]
+    for number, size in enumerate(sizes):
+        for turn in range(4):
+            batch = [1, 5, 37][(number + turn) % 3] if size[0] * size[1] < 4000 else 2
+            padding = [(0, 0), tuple(k // 2 for k in kernel), tuple(k - 1 for k in kernel)][turn % 3]
+            if any(s + 2 * p < k for s, p, k in zip(size, padding, kernel)):
+                continue
+            case = Case(batch, 3, size, kernel, padding=padding, multiplier=1 + number % 2, bias=turn != 1)
+            memory_format = torch.channels_last if turn == 3 else torch.contiguous_format
+            input, weight, bias = make_inputs(case, dtype, "cuda", memory_format, make=integers)
+            grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=memory_format)
+            if turn == 1:
+                input, grad_output = lay(input, offset=3), lay(grad_output, (1, 0, 2, 3), (1, 2, 3, 1), offset=5)
+            exact = run_float64((input, weight, bias), grad_output, **case.geometry)
+            found = claims("grad_weight", case, input, grad_output)
+            assert "hankel_grad_weight" in found, str(case)
+            for plan in found[:-1]:
+                args = grad_output, input, kernel, *arguments_of(case), bias is not None, plan
+                grad_weight, grad_bias = torch.ops.dwconv.grad_weight.plan(*args)
+                assert wrong_numbers(grad_weight, exact.grad_weight.round()) == 0, (plan, str(case))
+                assert bias is None or wrong_numbers(grad_bias, exact.grad_bias.round()) == 0, (plan, str(case))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_grad_weight_of_large_kernels_repeats_bit_for_bit(dtype: torch.dtype) -> None:
+    for case in (
+        Case(16, 24, (56, 56), (31, 31), padding=(15, 15)),
+        Case(16, 24, (14, 14), (27, 27), padding=(13, 13)),
+        Case(2, 8, (224, 224), (13, 13), padding=(6, 6)),
+    ):
+        input, _, _ = make_inputs(case, dtype, "cuda")
+        grad_output = torch.randn(output_size(case), device="cuda", dtype=dtype)
+        for plan in claims("grad_weight", case, input, grad_output)[:-1]:
+            args = grad_output, input, case.kernel, *arguments_of(case), True, plan
+            first = torch.ops.dwconv.grad_weight.plan(*args)
+            for _ in range(100):
+                assert all(torch.equal(a, b) for a, b in zip(first, torch.ops.dwconv.grad_weight.plan(*args))), plan
 
 
 @pytest.mark.gpu
