@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "conv2d.h"
 #include "kernels/device.h"
@@ -33,10 +34,9 @@ void run(Problem& problem, const Tensor& like, const std::string& plan) {
   if (problem.pass != Pass::kGradWeight && problem.batch == 0) return;  // nothing to write
   const torch::stable::accelerator::DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
-  Tensor workspace;
+  std::vector<Tensor> scratch;
   const auto allocate = [&](int64_t bytes) {
-    workspace = empty({bytes / size_of(problem.dtype) + 1}, false, like);
-    return workspace.data_ptr();
+    return scratch.emplace_back(empty({bytes / size_of(problem.dtype) + 1}, false, like)).data_ptr();
   };
   switch (chosen.id) {
     case PlanId::kScale: return launch_scale(problem, stream);

@@ -125,16 +125,32 @@ bool claims_toeplitz_grad_weight_nchw(const Problem& p) {
   return p.stride_h == 1 && p.out_height * p.out_width >= 784 && claims_stream_grad_weight_nchw(p);
 }
 
+// Whether kernels that want rows can have them: as they are, or from channels that lie side by side, by a copy.
+bool can_have_rows(const View& view, int64_t channels, int64_t width) {
+  return has_rows(view, width) || view.stride[1] == 1 || channels == 1;
+}
+
+bool have_rows(const Problem& p) {
+  return has_rows(p.input, p.width) && has_rows(p.output, p.out_width);
+}
+
+constexpr int64_t kLargeKernel = 8;  // from this side on, nothing is compiled for one size of kernel
+
+bool is_large_kernel(const Problem& p) {
+  return std::max(p.kernel_h, p.kernel_w) >= kLargeKernel;
+}
+
 bool claims_toeplitz_large(const Problem& p) {
   if (size_of(p.dtype) != 2 || p.capability < 80 || p.pass == Pass::kGradWeight || p.batch == 0) return false;
   if (p.stride_h != p.stride_w || p.stride_h > 2 || p.dilation_h != 1 || p.dilation_w != 1) return false;
   if (p.pass == Pass::kGradInput && (p.stride_h > 1 || p.multiplier > 1)) return false;
-  if (std::max(p.kernel_h, p.kernel_w) < kLeastLargeKernel) return false;
   if (p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
-  const auto can_read = [](const View& view, int64_t channels, int64_t width) {
-    return has_rows(view, width) || view.stride[1] == 1 || channels == 1;
-  };
-  if (!can_read(p.input, p.channels, p.width) || !can_read(p.output, p.filters(), p.out_width)) return false;
+  // Of the small kernels those that pay: planes that fill a tile, and more than a copy of the images to do, if need be.
+  constexpr int64_t kFewPixels = 128, kFewTaps = 9;
+  if (!is_large_kernel(p) &&
+      (p.taps() == 1 || p.out_height * p.out_width < kFewPixels || (!have_rows(p) && p.taps() < kFewTaps)))
+    return false;
+  if (!can_have_rows(p.input, p.channels, p.width) || !can_have_rows(p.output, p.filters(), p.out_width)) return false;
   // Sizes, pixels of a plane, and tiles of 16 x 16 outputs are counted in 32 bits.
   constexpr int64_t kLimit = 1 << 24, kMost = 1 << 30;
   for (const int64_t size :
@@ -192,12 +208,10 @@ bool claims_scale(const Problem& p) {
 bool claims_hankel_grad_weight(const Problem& p) {
   if (p.pass != Pass::kGradWeight || size_of(p.dtype) != 2 || p.capability < 80 || p.batch == 0) return false;
   if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
-  if (std::max(p.kernel_h, p.kernel_w) < 8 || p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
-  // Columns or channels that lie side by side.
-  const auto is_dense = [](const View& view, int64_t channels, int64_t width) {
-    return view.stride[3] == 1 || width == 1 || view.stride[1] == 1 || channels == 1;
-  };
-  if (!is_dense(p.input, p.channels, p.width) || !is_dense(p.output, p.filters(), p.out_width)) return false;
+  if (p.taps() == 1 || p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
+  constexpr int64_t kFewPixels = 128;
+  if (!is_large_kernel(p) && !have_rows(p) && p.out_height * p.out_width < kFewPixels) return false;
+  if (!can_have_rows(p.input, p.channels, p.width) || !can_have_rows(p.output, p.filters(), p.out_width)) return false;
   // Rows and columns, sums and pieces of images are counted in 32 bits.
   constexpr int64_t kMany = 1 << 20, kMost = 1 << 30;
   const auto many = [&](int64_t height, int64_t width) {
@@ -209,8 +223,8 @@ bool claims_hankel_grad_weight(const Problem& p) {
 
 bool claims_outer_grad_weight(const Problem& p) {
   constexpr int64_t kSide = 16;
-  return std::max({p.height, p.width, p.out_height, p.out_width}) <= kSide && p.batch >= kSide / 2 &&
-         claims_hankel_grad_weight(p);
+  return is_large_kernel(p) && std::max({p.height, p.width, p.out_height, p.out_width}) <= kSide &&
+         p.batch >= kSide / 2 && claims_hankel_grad_weight(p);
 }
 
 // What kernels/direct.cu and kernels/direct_grad_weight.cu ask for: offsets of 32 bits, also beside the image.
@@ -252,20 +266,23 @@ bool can_go_large_float32(const Problem& p) {
   if (p.dtype != DType::kFloat32 || p.batch == 0 || p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 ||
       p.dilation_w != 1)
     return false;
-  constexpr int64_t kLeast = 8, kMost = 63, kMostPixels = 1 << 13;  // of a side
-  if (p.shared_memory < 64 << 10) return false;                     // what the largest kernels need; no GPU has less
-  if (std::max(p.kernel_h, p.kernel_w) < kLeast || std::max(p.kernel_h, p.kernel_w) > kMost) return false;
+  constexpr int64_t kMost = 63, kMostPixels = 1 << 13;  // of a side
+  if (p.shared_memory < 64 << 10) return false;         // what the largest kernels need; no GPU has less
+  if (p.taps() == 1 || std::max(p.kernel_h, p.kernel_w) > kMost) return false;
   if (p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
   return std::max({p.height, p.width, p.out_height, p.out_width}) <= kMostPixels &&
          p.batch <= (1 << 30) / (p.filters() * p.out_height * (p.out_width / 16 + 1));
 }
 
 bool claims_large_float32(const Problem& p) {
-  return p.pass != Pass::kGradWeight && (p.pass == Pass::kForward || p.multiplier == 1) && can_go_large_float32(p);
+  return p.pass != Pass::kGradWeight && (p.pass == Pass::kForward || p.multiplier == 1) &&
+         (is_large_kernel(p) || have_rows(p)) && can_go_large_float32(p);
 }
 
 bool claims_large_float32_grad_weight(const Problem& p) {
-  return p.pass == Pass::kGradWeight && can_go_large_float32(p);
+  constexpr int64_t kFewTaps = 15;  // for which channels_last does not pay
+  return p.pass == Pass::kGradWeight && (is_large_kernel(p) || have_rows(p) || p.taps() >= kFewTaps) &&
+         can_go_large_float32(p);
 }
 
 }  // namespace
@@ -295,11 +312,23 @@ const std::vector<Plan>& plans() {
       {PlanId::kMarchGradWeightChannelsLast, "march_grad_weight_channels_last",
        "a small kernel in channels_last: input and gradient stream through shared memory, sums stay in registers",
        claims_march_grad_weight_channels_last},
+      {PlanId::kToeplitzLarge, "toeplitz_large",
+       "a kernel in 16 bits of a size that has no plan of its own: band matrices on tensor cores, in channels_last on "
+       "copies of the images",
+       claims_toeplitz_large},
       {PlanId::kOuterGradWeight, "outer_grad_weight",
        "a large kernel in 16 bits on small planes: tensor cores sum over the images", claims_outer_grad_weight},
       {PlanId::kHankelGradWeight, "hankel_grad_weight",
-       "a large kernel in 16 bits: input and gradient go through shared memory to tensor cores",
+       "a kernel in 16 bits of a size that has no plan of its own: input and gradient go to tensor cores, in "
+       "channels_last as copies",
        claims_hankel_grad_weight},
+      {PlanId::kLargeFloat32, "large_float32",
+       "a kernel in float32 of a size that has no plan of its own: planes in shared memory, sums in registers",
+       claims_large_float32},
+      {PlanId::kLargeFloat32GradWeight, "large_float32_grad_weight",
+       "a kernel in float32 of a size that has no plan of its own: input and gradient in shared memory, sums in "
+       "registers",
+       claims_large_float32_grad_weight},
       {PlanId::kToeplitzNchwPortable, "toeplitz_nchw_portable", "toeplitz_nchw as GPUs before sm_90 run it",
        claims_toeplitz_nchw},
       {PlanId::kToeplitzGradWeightNchwPortable, "toeplitz_grad_weight_nchw_portable",
@@ -308,14 +337,6 @@ const std::vector<Plan>& plans() {
        claims_stream_nchw},
       {PlanId::kStreamGradWeightNchwPortable, "stream_grad_weight_nchw_portable",
        "stream_grad_weight_nchw as GPUs before sm_90 run it", claims_stream_grad_weight_nchw},
-      {PlanId::kToeplitzLarge, "toeplitz_large",
-       "a large kernel in 16 bits: band matrices on tensor cores, in channels_last on copies of the images",
-       claims_toeplitz_large},
-      {PlanId::kLargeFloat32, "large_float32", "a large kernel in float32: planes in shared memory, sums in registers",
-       claims_large_float32},
-      {PlanId::kLargeFloat32GradWeight, "large_float32_grad_weight",
-       "a large kernel in float32: planes of input and gradient in shared memory, sums in registers",
-       claims_large_float32_grad_weight},
       {PlanId::kGeneric, "generic", "no specialised plan claims this problem", claims_everything},
   };
   return table;

@@ -18,6 +18,11 @@ struct View {
   int64_t stride[4] = {};
 };
 
+// Whether columns lie side by side.
+inline bool has_rows(const View& view, int64_t width) {
+  return view.stride[3] == 1 || width == 1;
+}
+
 // The number of output positions along one side; not positive where the kernel exceeds the padded input.
 inline int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
   const int64_t room = size + 2 * padding - dilation * (kernel - 1) - 1;

@@ -99,7 +99,7 @@ def test_tensor_cores(name: str, dtype: torch.dtype) -> None:
     for kernel in ((2, 3), (4, 4), (6, 9), (11, 5), (1, 2)):
         assert plan_of(name, Case(2, 4, (32, 32), kernel), dtype) == "toeplitz_nchw", kernel
         few = "toeplitz_large" if max(kernel) >= 8 else "generic"
-        assert plan_of(name, Case(2, 4, (12, 14), kernel), dtype) == few, kernel
+        assert plan_of(name, Case(2, 4, (12, 10), kernel), dtype) == few, kernel
         assert plan_of(name, Case(2, 4, (32, 32), kernel, dilation=(2, 2)), dtype) == "generic", kernel
     strided = Case(2, 4, (64, 64), (5, 3), (2, 2))
     assert plan_of(name, strided, dtype) == ("toeplitz_nchw" if name == "forward" else "generic")
@@ -143,19 +143,18 @@ def test_large_kernels(name: str, dtype: torch.dtype) -> None:
     ):
         expected = "toeplitz_large" if serves else "generic"
         assert plan_of(name, case._replace(**change), dtype) == expected, change
-    for other in (torch.float32, torch.float64):
-        assert plan_of(name, case, other) == "generic"
+    assert plan_of(name, case, torch.float32) == "large_float32"
+    assert plan_of(name, case, torch.float64) == "generic"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_hankel_grad_weight_claims(dtype: torch.dtype) -> None:
-    """Kernels with a side of 8 or more at stride 1, in 16 bits; rows without gaps, which may lie anywhere."""
+    """Any kernel at stride 1, in 16 bits; rows without gaps, which may lie anywhere."""
     plan, case = "hankel_grad_weight", Case(4, 8, (56, 57), (31, 31), padding=(15, 15))
-    for kernel in ((31, 31), (8, 8), (51, 5), (5, 51), (63, 63), (2, 8), (9, 1)):
+    for kernel in ((31, 31), (8, 8), (51, 5), (5, 51), (63, 63), (2, 8), (9, 1), (7, 6), (1, 2)):
         large = case._replace(kernel=kernel, padding=(kernel[0] // 2, kernel[1] - 1), multiplier=2)
         assert plan_of("grad_weight", large, dtype) == plan, kernel
     for change in (
-        {"kernel": (7, 6), "padding": (3, 3)},
         {"padding": (31, 15)},
         {"padding": (15, 31)},
         {"stride": (2, 2)},
@@ -163,7 +162,8 @@ def test_hankel_grad_weight_claims(dtype: torch.dtype) -> None:
         {"dilation": (1, 2), "padding": (15, 30)},
     ):
         assert plan_of("grad_weight", case._replace(**change), dtype) == "generic", change
-    assert plan_of("grad_weight", case) == plan_of("grad_weight", case, torch.float64) == "generic"
+    assert plan_of("grad_weight", case) == "large_float32_grad_weight"
+    assert plan_of("grad_weight", case, torch.float64) == "generic"
     plain = meta((4, 8, 56, 57), dtype)
     for odd, claimed in (
         (lay(plain, offset=3), True),
@@ -194,7 +194,7 @@ def test_outer_grad_weight_claims(dtype: torch.dtype, memory_format: torch.memor
         ({"batch": 7}, "hankel_grad_weight"),
         ({"size": (17, 14)}, "hankel_grad_weight"),
         ({"padding": (14, 15)}, "hankel_grad_weight"),  # a gradient of 16 x 18
-        ({"kernel": (7, 6), "padding": (3, 3)}, "generic"),
+        ({"kernel": (7, 6), "padding": (3, 3)}, "hankel_grad_weight"),
     ):
         assert plan_of("grad_weight", case._replace(**change), dtype, memory_format) == plan, change
 
@@ -310,17 +310,32 @@ def test_multipliers() -> None:
     [
         ({}, torch.float64, torch.contiguous_format),
         ({}, torch.float64, torch.channels_last),
-        ({"kernel": (3, 5)}, torch.float32, torch.contiguous_format),
-        ({"kernel": (2, 3)}, torch.float32, torch.contiguous_format),
         ({"stride": (1, 2)}, torch.float16, torch.contiguous_format),
         ({"stride": (3, 3)}, torch.float32, torch.contiguous_format),
         ({"dilation": (2, 1)}, torch.float32, torch.contiguous_format),
-        ({"kernel": (3, 5)}, torch.float16, torch.channels_last),
     ],
     ids=str,
 )
 def test_generic(name: str, change: dict, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     assert plan_of(name, FIRST._replace(**change), dtype, memory_format) == "generic"
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_small_kernels_without_a_plan_of_their_own(name: str) -> None:
+    """They take those of large kernels where these pay: not in channels_last if there is little to multiply."""
+    case = Case(16, 64, (56, 56), (3, 5), padding=(1, 2))
+    backward = name == "grad_weight"
+    for kernel, dtype, memory_format, expected in (
+        ((3, 5), torch.float32, FORMATS[0], ("large_float32", "large_float32_grad_weight")),
+        ((2, 3), torch.float32, FORMATS[0], ("large_float32", "large_float32_grad_weight")),
+        ((3, 5), torch.float32, FORMATS[1], ("generic", "large_float32_grad_weight")),
+        ((2, 3), torch.float32, FORMATS[1], ("generic", "generic")),
+        ((3, 5), torch.float16, FORMATS[0], ("toeplitz_nchw", "hankel_grad_weight")),
+        ((3, 5), torch.float16, FORMATS[1], ("toeplitz_large", "hankel_grad_weight")),
+        ((2, 3), torch.float16, FORMATS[1], ("generic", "hankel_grad_weight")),
+    ):
+        found = plan_of(name, case._replace(kernel=kernel), dtype, memory_format)
+        assert found == expected[backward], (kernel, dtype, memory_format)
 
 
 @pytest.mark.parametrize("name", PASSES)
@@ -366,13 +381,13 @@ def test_32_bits_bound_offsets(name: str) -> None:
     )
     far = meta((2, 2**24, 8, 8), torch.float32)[:, :: 2**23]
     case = Case(2, 2, (8, 8), (3, 3), padding=(1, 1))
-    assert claims(name, case, far, meta((2, 2, 8, 8), torch.float32))[0] == "generic"
+    assert claims(name, case, far, meta((2, 2, 8, 8), torch.float32))[0] == "large_float32"
 
 
 def test_reasons() -> None:
     size, strides = (16, 64, 512, 512), (64 * 512 * 512, 512 * 512, 512, 1)
     found = dwconv._C.plans("forward", "float32", size, strides, (64, 1, 3, 3), strides, (1, 1), (1, 1), (1, 1))
-    assert [plan for plan, _ in found] == ["stream_nchw", "stream_nchw_portable", "generic"]
+    assert [plan for plan, _ in found] == ["stream_nchw", "large_float32", "stream_nchw_portable", "generic"]
     assert all(isinstance(reason, str) and reason for _, reason in found)
 
 

@@ -17,7 +17,7 @@
 #include "partial_sums.cuh"
 #include "stream.cuh"
 #include "tensor_cores.cuh"
-#include "to_planes.cuh"
+#include "relayout.cuh"
 
 namespace dwconv {
 namespace {
@@ -590,7 +590,7 @@ Cut cut_for(Hankel a, const Device& device) {
 }
 
 template <typename T, class Tile>
-void launch(const Problem& p, Hankel a, ToPlanes (&copies)[2], const Allocate& allocate, cudaStream_t stream) {
+void launch(const Problem& p, Hankel a, const Allocate& allocate, cudaStream_t stream) {
   const Device& device = current_device();
   a.tiles_h = static_cast<int>(ceil_div(a.kernel_h, Tile::kRows));
   a.tiles_w = static_cast<int>(ceil_div(a.kernel_w, Tile::kColumns));
@@ -600,8 +600,7 @@ void launch(const Problem& p, Hankel a, ToPlanes (&copies)[2], const Allocate& a
                       [&] { return cut_for<T, Tile>(a, device); });
   apply<Tile>(a, cut);
   const int64_t sums = (p.taps() + (p.bias != nullptr)) * p.filters();
-  make_planes(copies, {&a.source.base, &a.grad.base}, a.splits > 1 ? a.splits * sums * int64_t{sizeof(float)} : 0,
-              a.partial, allocate, stream);
+  if (a.splits > 1) a.partial = static_cast<float*>(allocate(a.splits * sums * int64_t{sizeof(float)}));
   const int64_t blocks = int64_t{a.tiles_h} * a.tiles_w * a.filters * a.splits;
   hankel_grad_weight<T, Tile><<<static_cast<unsigned>(blocks), kThreads, cut.shared_bytes, stream>>>(a);
   check_launch("hankel_grad_weight");
@@ -610,8 +609,7 @@ void launch(const Problem& p, Hankel a, ToPlanes (&copies)[2], const Allocate& a
 
 // Takes the tile for which shared memory and tensor cores have the least to do.
 template <typename T, int kBeside>
-void launch_tile(const Problem& p, const Hankel& a, ToPlanes (&copies)[2], const Allocate& allocate,
-                 cudaStream_t stream) {
+void launch_tile(const Problem& p, const Hankel& a, const Allocate& allocate, cudaStream_t stream) {
   const auto cost = [&](auto tile) {
     using Tile = decltype(tile);
     const int64_t tiles = ceil_div(a.kernel_h, Tile::kRows) * ceil_div(a.kernel_w, Tile::kColumns);
@@ -624,27 +622,25 @@ void launch_tile(const Problem& p, const Hankel& a, ToPlanes (&copies)[2], const
   using Wide = Tile<1, 4, kBeside, 2>;
   using Tall = Tile<8, 1, kBeside, 2>;
   const double least = std::min({cost(Square{}), cost(Small{}), cost(Wide{}), cost(Tall{})});
-  if (cost(Small{}) == least) return launch<T, Small>(p, a, copies, allocate, stream);
-  if (cost(Square{}) == least) return launch<T, Square>(p, a, copies, allocate, stream);
-  if (cost(Wide{}) == least) return launch<T, Wide>(p, a, copies, allocate, stream);
-  launch<T, Tall>(p, a, copies, allocate, stream);
+  if (cost(Small{}) == least) return launch<T, Small>(p, a, allocate, stream);
+  if (cost(Square{}) == least) return launch<T, Square>(p, a, allocate, stream);
+  if (cost(Wide{}) == least) return launch<T, Wide>(p, a, allocate, stream);
+  launch<T, Tall>(p, a, allocate, stream);
 }
 
 }  // namespace
 
 void launch_hankel_grad_weight(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
   Hankel a{};
-  ToPlanes copies[2];
-  const auto arrange = [&](const View& view, int64_t channels, int64_t height, int64_t width, Images& v,
-                           ToPlanes& copy) {
-    const View planes = planes_of(view, p.batch, channels, height, width, copy);
+  const auto arrange = [&](const View& view, int64_t channels, int64_t height, int64_t width, Images& v) {
+    const View planes = to_planes(view, p.batch, channels, height, width, allocate, stream);
     v.base = static_cast<const char*>(planes.data);
     v.image_bytes = 2 * planes.stride[0], v.channel_bytes = 2 * planes.stride[1], v.row_bytes = 2 * planes.stride[2];
     v.height = static_cast<int>(height), v.width = static_cast<int>(width);
     v.unit = unit_of(planes);
   };
-  arrange(p.input, p.channels, p.height, p.width, a.source, copies[0]);
-  arrange(p.output, p.filters(), p.out_height, p.out_width, a.grad, copies[1]);
+  arrange(p.input, p.channels, p.height, p.width, a.source);
+  arrange(p.output, p.filters(), p.out_height, p.out_width, a.grad);
   a.grad_weight = p.weight.data, a.grad_bias = p.bias;
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
@@ -654,9 +650,9 @@ void launch_hankel_grad_weight(const Problem& p, const Allocate& allocate, cudaS
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
       if (p.out_width <= 16 && p.batch > 1)
-        launch_tile<T, 2>(p, a, copies, allocate, stream);
+        launch_tile<T, 2>(p, a, allocate, stream);
       else
-        launch_tile<T, 1>(p, a, copies, allocate, stream);
+        launch_tile<T, 1>(p, a, allocate, stream);
     }
   });
 }

@@ -15,7 +15,7 @@
 #include "partial_sums.cuh"
 #include "stream.cuh"
 #include "tensor_cores.cuh"
-#include "to_planes.cuh"
+#include "relayout.cuh"
 
 namespace dwconv {
 namespace {
@@ -224,7 +224,7 @@ int splits_for(int64_t filters, int64_t stages, int64_t slots) {
 }
 
 template <typename T>
-void launch(const Problem& p, Outer a, ToPlanes (&copies)[2], const Allocate& allocate, cudaStream_t stream) {
+void launch(const Problem& p, Outer a, const Allocate& allocate, cudaStream_t stream) {
   const auto kernel = outer_grad_weight<T>;
   const Device& device = current_device();
   const int64_t shared_bytes =
@@ -244,8 +244,7 @@ void launch(const Problem& p, Outer a, ToPlanes (&copies)[2], const Allocate& al
   });
   a.splits = decision.splits;
   const int64_t sums = (p.taps() + (p.bias != nullptr)) * p.filters();
-  make_planes(copies, {&a.source.base, &a.grad.base}, a.splits > 1 ? a.splits * sums * int64_t{sizeof(float)} : 0,
-              a.partial, allocate, stream);
+  if (a.splits > 1) a.partial = static_cast<float*>(allocate(a.splits * sums * int64_t{sizeof(float)}));
   kernel<<<static_cast<unsigned>(int64_t{a.filters} * a.splits), kThreads, shared_bytes, stream>>>(a);
   check_launch("outer_grad_weight");
   if (a.splits > 1) launch_add_partial_sums<T>(p, a.partial, a.splits, decision.sum_early, stream);
@@ -255,10 +254,8 @@ void launch(const Problem& p, Outer a, ToPlanes (&copies)[2], const Allocate& al
 
 void launch_outer_grad_weight(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
   Outer a{};
-  ToPlanes copies[2];
-  const auto arrange = [&](const View& view, int64_t channels, int64_t height, int64_t width, Images& v,
-                           ToPlanes& copy) {
-    const View planes = planes_of(view, p.batch, channels, height, width, copy);
+  const auto arrange = [&](const View& view, int64_t channels, int64_t height, int64_t width, Images& v) {
+    const View planes = to_planes(view, p.batch, channels, height, width, allocate, stream);
     v.base = static_cast<const char*>(planes.data);
     v.image_bytes = 2 * planes.stride[0], v.channel_bytes = 2 * planes.stride[1], v.row_bytes = 2 * planes.stride[2];
     v.height = static_cast<int>(height), v.width = static_cast<int>(width);
@@ -267,8 +264,8 @@ void launch_outer_grad_weight(const Problem& p, const Allocate& allocate, cudaSt
     v.by_units = Divider(2 * width / v.unit), v.by_rows = Divider(height);
     v.images_at_once = std::min<int>(kThreads / (2 * v.width / v.unit * v.height), kImages);
   };
-  arrange(p.input, p.channels, p.height, p.width, a.source, copies[0]);
-  arrange(p.output, p.filters(), p.out_height, p.out_width, a.grad, copies[1]);
+  arrange(p.input, p.channels, p.height, p.width, a.source);
+  arrange(p.output, p.filters(), p.out_height, p.out_width, a.grad);
   a.grad_weight = p.weight.data, a.grad_bias = p.bias;
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
@@ -278,7 +275,7 @@ void launch_outer_grad_weight(const Problem& p, const Allocate& allocate, cudaSt
   a.last_row = std::min(a.source.height + a.padding_h, a.kernel_h);
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if constexpr (sizeof(T) == 2) launch<T>(p, a, copies, allocate, stream);
+    if constexpr (sizeof(T) == 2) launch<T>(p, a, allocate, stream);
   });
 }
 

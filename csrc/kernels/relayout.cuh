@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "launch.h"
 
 namespace dwconv {
 
@@ -78,10 +79,10 @@ __global__ void __launch_bounds__(kRelayoutThreads) relayout(const __grid_consta
 
 // Copies between images in channels_last, whose pixels and rows may lie apart, and planes without gaps.
 template <bool kToPlanes>
-void launch_relayout(const View& pixels, void* planes, int64_t batch, int64_t channels, int64_t height, int64_t width,
-                     cudaStream_t stream) {
+void launch_relayout(const View& pixels, const View& planes, int64_t batch, int64_t channels, int64_t height,
+                     int64_t width, cudaStream_t stream) {
   Relayout a{};
-  a.pixels = static_cast<uint16_t*>(pixels.data), a.planes = static_cast<uint16_t*>(planes);
+  a.pixels = static_cast<uint16_t*>(pixels.data), a.planes = static_cast<uint16_t*>(planes.data);
   a.pixels_image = pixels.stride[0], a.pixels_row = pixels.stride[2], a.pixels_column = pixels.stride[3];
   a.channels = static_cast<int>(channels), a.size = static_cast<int>(height * width);
   const int64_t channel_tiles = ceil_div(channels, kTileChannels), pixel_tiles = ceil_div(a.size, kTilePixels);
@@ -96,6 +97,27 @@ void launch_relayout(const View& pixels, void* planes, int64_t batch, int64_t ch
   else
     relayout<kToPlanes, 1><<<blocks, kRelayoutThreads, 0, stream>>>(a);
   check_launch("relayout");
+}
+
+// The bytes of a plane's rows that can be copied at once: 16, 8, 4 or 2.
+inline int unit_of(const View& planes) {
+  const int64_t all = static_cast<int64_t>(reinterpret_cast<uintptr_t>(planes.data)) | 2 * planes.stride[0] |
+                      2 * planes.stride[1] | 2 * planes.stride[2] | 16;
+  return static_cast<int>(all & -all);
+}
+
+// Planes without gaps in scratch memory.
+inline View new_planes(int64_t batch, int64_t channels, int64_t height, int64_t width, const Allocate& allocate) {
+  return {allocate(2 * batch * channels * height * width), {channels * height * width, height * width, width, 1}};
+}
+
+// The same images with columns side by side: as they are, or copied to planes.
+inline View to_planes(const View& images, int64_t batch, int64_t channels, int64_t height, int64_t width,
+                      const Allocate& allocate, cudaStream_t stream) {
+  if (has_rows(images, width)) return images;
+  const View planes = new_planes(batch, channels, height, width, allocate);
+  launch_relayout<true>(images, planes, batch, channels, height, width, stream);
+  return planes;
 }
 
 }  // namespace dwconv

@@ -279,37 +279,22 @@ void launch(const Problem& p, cudaStream_t stream) {
             stream);
 }
 
-View planes_of(void* data, int64_t planes, int64_t height, int64_t width) {
-  return {data, {planes * height * width, height * width, width, 1}};
-}
-
 }  // namespace
 
 void launch_toeplitz_large(const Problem& problem, const Allocate& allocate, cudaStream_t stream) {
+  const Mapping map(problem);
   Problem p = problem;
-  const int64_t input_bytes = has_rows(p.input, p.width) ? 0 : 2 * p.batch * p.channels * p.height * p.width;
-  const int64_t output_bytes =
-      has_rows(p.output, p.out_width) ? 0 : 2 * p.batch * p.filters() * p.out_height * p.out_width;
-  char* workspace = nullptr;
-  if (input_bytes + output_bytes > 0)
-    workspace = static_cast<char*>(allocate(round_up(input_bytes, 16) + output_bytes));
-  if (input_bytes > 0) p.input = planes_of(workspace, p.channels, p.height, p.width);
-  if (output_bytes > 0)
-    p.output = planes_of(workspace + round_up(input_bytes, 16), p.filters(), p.out_height, p.out_width);
-
-  const bool forward = p.pass == Pass::kForward;
-  if (forward && input_bytes > 0)
-    launch_relayout<true>(problem.input, p.input.data, p.batch, p.channels, p.height, p.width, stream);
-  if (!forward && output_bytes > 0)
-    launch_relayout<true>(problem.output, p.output.data, p.batch, p.filters(), p.out_height, p.out_width, stream);
+  View& source = p.pass == Pass::kForward ? p.input : p.output;
+  View& target = p.pass == Pass::kForward ? p.output : p.input;
+  const View result = target;
+  const bool copies = !has_rows(result, map.out_width);
+  source = to_planes(source, p.batch, map.sources, map.height, map.width, allocate, stream);
+  if (copies) target = new_planes(p.batch, map.targets, map.out_height, map.out_width, allocate);
   if (p.dtype == DType::kFloat16)
     launch<__half>(p, stream);
   else
     launch<__nv_bfloat16>(p, stream);
-  if (!forward && input_bytes > 0)
-    launch_relayout<false>(problem.input, p.input.data, p.batch, p.channels, p.height, p.width, stream);
-  if (forward && output_bytes > 0)
-    launch_relayout<false>(problem.output, p.output.data, p.batch, p.filters(), p.out_height, p.out_width, stream);
+  if (copies) launch_relayout<false>(result, target, p.batch, map.targets, map.out_height, map.out_width, stream);
 }
 
 }  // namespace dwconv

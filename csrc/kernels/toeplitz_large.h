@@ -12,13 +12,6 @@ constexpr int64_t floor_div(int64_t a, int64_t b) {
   return a / b - (a % b < 0);
 }
 
-constexpr int64_t kLeastLargeKernel = 8;  // the longer side
-
-// Whether columns lie side by side. If not, but channels, images are copied to where they do.
-inline bool has_rows(const View& view, int64_t width) {
-  return view.stride[3] == 1 || width == 1;
-}
-
 // The band matrices of a row of the kernel: `count` of them, from d = `first` on. Those that lead from outside of the
 // image, or to outside of the target, are not among them.
 struct Bands {
