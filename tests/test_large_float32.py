@@ -1,4 +1,7 @@
-"""Kernels with a side from 8 to 63 in float32: what claims them, and that it is exact on images of every sort."""
+"""The plans for large kernels in float32: what they claim, and that they are exact on images of every sort.
+
+Where they serve small kernels, too, is in test_plans.py, which also forces them there.
+"""
 
 from __future__ import annotations
 
