@@ -284,7 +284,7 @@ struct Marcher {
           }
         };
         load_matrices(g[slot(0)], grad);
-        source += source_step, grad += grad_step;
+        source += rows > 8 ? source_step : 0, grad += grad_step;  // behind the last row another unit may be arriving
         load_source(x[(u + 1) % 2]);
         if (static_cast<unsigned>(begin - 8 * (kRowTiles - 1)) < static_cast<unsigned>(full)) {
 #pragma unroll
@@ -504,9 +504,7 @@ void apply(Hankel& a, Cut& cut) {
   a.grad_rows = static_cast<int>(round_up((a.together - 1) * a.grad.rows + most_rows, 8));
   const int64_t grad_bytes = int64_t{a.grad_rows} * a.grad.pitch;
   const int64_t first_stage = round_up(source_bytes, 128) + 64, stage_bytes = round_up(source_bytes + grad_bytes, 128);
-  // The last rows are read ahead of, by 8 rows.
-  const int64_t ahead = std::max<int64_t>(8 * a.source.pitch - grad_bytes, 0);
-  cut.shared_bytes = std::max<int64_t>(first_stage + 2 * stage_bytes + ahead, Tile::kSumBytes);
+  cut.shared_bytes = std::max<int64_t>(first_stage + 2 * stage_bytes, Tile::kSumBytes);
   a.first_stage = static_cast<int>(first_stage), a.stage_bytes = static_cast<int>(stage_bytes);
   a.grad_offset = static_cast<int>(source_bytes);
 }
