@@ -183,6 +183,7 @@ def machine() -> dict[str, Any]:
 
 def release_memory() -> None:
     gc.collect()
+    gc.freeze()  # what is left, of the imports most of all, lives on: the next collection need not look through it
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
 
