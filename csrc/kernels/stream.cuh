@@ -210,11 +210,6 @@ struct Cursor {
 
   __device__ int slot_of(const RowRing& ring, int row) const { return ring.wrap(slot - (end - row)); }
 
-  // Goes back, to rows before `begin`.
-  __device__ void go_back(const RowRing& ring, int begin) {
-    end = begin - ring.period + ((end - begin) & (ring.period - 1));
-  }
-
   // Gives slots to the rows of [begin, end) that have none.
   __device__ void place(const RowRing& ring, int begin, int end) {
     if (begin > this->end) {  // rows are skipped: the same place within 16 bytes, 16 bytes from what is there

@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <numeric>
 #include <tuple>
 #include <utility>
 
@@ -37,6 +38,7 @@ struct Stream {
   int height, width, out_height, out_width;  // of a source plane and of a target plane
   int kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   int groups, fan_out, fan_in;  // groups of an image
+  int channels;
   int chunk_groups, chunk_rows, bands;
   int chunks, buffer_at, filters_at, filters_bytes;
   int strips, tiles;  // of a plane's part in a chunk: tiles side by side, and all of them
@@ -50,9 +52,7 @@ struct Stream {
   int warps_side;   // warps that share a plane
   int plane_step;   // planes that a block works on at a time
   int chunks_at;    // what is known of the chunks under way, in shared memory
-  bool by_channel;  // chunks are numbered channel by channel, so that those that follow each other share filters
-  int channels, image_groups;  // of an image; and groups from one image to the next
-  Divider by_tile_rows, by_warps_side, by_kernel_w, by_weights, by_images;
+  Divider by_tile_rows, by_warps_side, by_kernel_w, by_weights;
 };
 
 // What a chunk reads and writes. Whole planes, or (bands > 1) rows of one target plane.
@@ -69,17 +69,9 @@ __device__ inline Chunk chunk_of(const Stream& a, uint32_t number) {
   Chunk c;
   const int sub = a.by_sub.split(number);
   const int band = a.by_bands.split(number);
-  int groups;
-  if (a.by_channel) {
-    const int image = a.by_images.split(number), channel = number * a.chunk_groups;
-    c.image = a.image_groups > 0 ? 0 : image;
-    c.group = image * a.image_groups + channel;
-    groups = min(a.chunk_groups, a.channels - channel);
-  } else {
-    c.group = a.by_chunks_per_image.split(number) * a.chunk_groups;
-    c.image = number;
-    groups = min(a.chunk_groups, a.groups - c.group);
-  }
+  c.group = a.by_chunks_per_image.split(number) * a.chunk_groups;
+  c.image = number;
+  const int groups = min(a.chunk_groups, a.groups - c.group);
   c.target = c.group * a.fan_out + sub;
   c.targets = a.bands > 1 ? 1 : groups * a.fan_out;
   c.row = band * a.chunk_rows;
@@ -162,11 +154,14 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
   copier.init();
   __syncthreads();
 
-  const int first = static_cast<int>(static_cast<int64_t>(a.chunks) * blockIdx.x / gridDim.x);
-  const int last = static_cast<int>(static_cast<int64_t>(a.chunks) * (blockIdx.x + 1) / gridDim.x);
+  // Memory likes to be read and written in one place at a time: blocks side by side take whole planes side by side.
+  // Bands come in runs, since those that follow each other share rows.
+  const bool runs = a.bands > 1;
+  const int step = runs ? 1 : gridDim.x;
+  const int first = runs ? static_cast<int>(static_cast<int64_t>(a.chunks) * blockIdx.x / gridDim.x) : blockIdx.x;
+  const int last = runs ? static_cast<int>(static_cast<int64_t>(a.chunks) * (blockIdx.x + 1) / gridDim.x) : a.chunks;
   Tile tiles;
   Cursor loaded, read;
-  int last_begin = 0;
   const auto known = [&](int stage) -> Chunk& {
     return shared<Chunk>(a.chunks_at + stage * static_cast<int>(sizeof(Chunk)));
   };
@@ -174,10 +169,6 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
     if (number < last && copier.loads()) {
       Chunk c = chunk_of(a, number);
       const int begin = c.image * a.source.rows + c.source_begin;
-      if constexpr (kByWarps) {
-        if (begin < last_begin) loaded.go_back(ring, begin);
-        last_begin = begin;
-      }
       load_rows<T>(copier, ring, a.source, loaded, c.image, c.source_begin, c.source_end, Barriers::full(stage));
       if (kByWarps && copier.rank() == 0) {
         c.source_slot = loaded.slot_of(ring, begin);
@@ -187,12 +178,12 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
     copier.commit(stage);
   };
   if (!copier.dedicated || !copier.is_worker())
-    for (int d = 0; d < kDepth; ++d) load(first + d, d);
+    for (int d = 0; d < kDepth; ++d) load(first + d * step, d);
   if (kByWarps) __syncthreads();
 
   int stage = 0;
   uint32_t parity = 0;
-  for (int number = first; number < last; ++number) {
+  for (int number = first; number < last; number += step) {
     Chunk own;
     if (!kByWarps) {
       own = chunk_of(a, number);
@@ -210,13 +201,13 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
     if (copier.is_worker())
       tiles.template compute<T>(a, ring, c, out);
     else if (number > first)  // in place of the chunk before
-      load(number - 1 + kDepth, 1 - stage);
+      load(number + (kDepth - 1) * step, 1 - stage);
     const auto to = reinterpret_cast<T*>(c.target_row);  // read before the barrier: another chunk may take c's place
     const int count = c.targets * c.rows * a.out_width;
     copier.before_store();
     __syncthreads();
     copier.store(to, &shared<T>(out), count);
-    if (!copier.dedicated) load(number + kDepth, stage);
+    if (!copier.dedicated) load(number + kDepth * step, stage);
     if (++stage == kDepth) stage = 0, parity ^= 1;
   }
   copier.stored();
@@ -251,10 +242,7 @@ inline void apply(Stream& a, const Cut& cut, const TileSize& tile, int64_t image
   a.chunk_groups = cut.chunk_groups, a.chunk_rows = cut.chunk_rows, a.bands = cut.bands;
   const int sub = cut.bands > 1 ? a.fan_out : 1;
   const int64_t chunks_per_image = ceil_div(a.groups, cut.chunk_groups);
-  a.by_channel = tile.together > 1 && cut.chunk_groups <= a.channels;
-  a.chunks = static_cast<int>(
-      cut.bands * sub *
-      (a.by_channel ? ceil_div(a.channels, cut.chunk_groups) * a.by_images.divisor : images * chunks_per_image));
+  a.chunks = static_cast<int>(cut.bands * sub * images * chunks_per_image);
   a.strips = static_cast<int>(ceil_div(a.out_width, tile.columns));
   a.tiles = static_cast<int>(ceil_div(cut.chunk_rows, tile.rows)) * a.strips;
   a.units = static_cast<int>(ceil_div(a.tiles, tile.together));
@@ -309,11 +297,10 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
                                               tile.threads_per_multiprocessor / (cut.threads + tile.loaders), 16});
     if (bytes > d.shared_per_block || blocks == 0) return false;
     const double busy = std::min<double>(static_cast<double>(blocks * work) / rounds, 768.);
-    const double whole = a.by_channel ? static_cast<double>(a.channels) / round_up(a.channels, chunk_groups) : 1;
     const double turns = static_cast<double>(a.chunks) / (blocks * d.multiprocessors);
     const double chunk_bytes = static_cast<double>(bytes - kHead) / (kDepth + 1);  // a chunk costs some barriers
     const double apart = tile.lanes > 1 ? blocks / (blocks + 2.) : 1;  // while one waits at a barrier, others compute
-    const double score = apart * whole * busy * turns / std::ceil(turns) * chunk_bytes / (chunk_bytes + 6000);
+    const double score = apart * busy * turns / std::ceil(turns) * chunk_bytes / (chunk_bytes + 6000);
     if (score > best_score * 1.02) best_score = score, best = cut;
     return true;
   };
@@ -332,6 +319,15 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
   search(tile.threads_per_block);
   if (best_score < 0) throw std::runtime_error("dwconv: rows of this size do not fit the GPU's shared memory");
   return best;
+}
+
+// As many blocks as there is room for, or a few less if each then keeps its filters from chunk to chunk.
+inline int blocks_for(const Stream& a, int room) {
+  const int64_t parts = int64_t{a.bands} * (a.bands > 1 ? a.fan_out : 1);
+  const int64_t chunks_of_filters = parts * (a.groups == a.channels ? ceil_div(a.channels, a.chunk_groups)
+                                                                    : a.channels / std::gcd(a.channels, a.chunk_groups));
+  const int64_t less = room / chunks_of_filters * chunks_of_filters;
+  return static_cast<int>(std::min<int64_t>(a.chunks, less >= 0.9 * room ? less : room));
 }
 
 template <typename T, class Tile>
@@ -357,7 +353,7 @@ void launch(Stream a, int64_t images, cudaStream_t stream) {
         return made;
       });
   apply(a, decision.cut, kTile, images);
-  const int blocks = std::min(a.chunks, std::max(decision.resident, 1) * device.multiprocessors);
+  const int blocks = blocks_for(a, std::max(decision.resident, 1) * device.multiprocessors);
   kernel<<<blocks, decision.cut.threads + (a.bulk ? Tile::kLoaders : 0), shared_bytes(a), stream>>>(a);
   check_launch("stream_nchw");
 }
@@ -383,9 +379,8 @@ inline std::pair<Stream, int64_t> stream_of(const Problem& p, bool bulk) {
   };
   int64_t images = p.batch;
   a.groups = a.channels = static_cast<int>(p.channels);
-  a.by_images = Divider(images);
   if (dense(map.source, map.sources, a.height, a.width) && dense(map.target, map.targets, a.out_height, a.out_width))
-    a.image_groups = a.groups, a.groups *= static_cast<int>(images), images = 1;
+    a.groups *= static_cast<int>(images), images = 1;
   const auto planes_of = [&](const View& view, int fan, int h, int w) {
     return Planes{static_cast<char*>(view.data), view.stride[0] * size, a.groups * fan * h, static_cast<int>(w * size)};
   };
