@@ -113,6 +113,23 @@ __device__ void copy_unit(uint32_t to, const void* from) {
   }
 }
 
+// Copies `size` bytes of the array [begin, end) in units of 16, by `threads` threads of which this is number `rank`. Both
+// addresses are multiples of 16. What lies outside the array is not touched, and becomes zeros.
+__device__ inline void copy_run(int to, const char* from, int size, const char* begin, const char* end, int rank,
+                                int threads) {
+#pragma unroll 1
+  for (int i = rank * kUnit; i < size; i += threads * kUnit) {
+    const char* unit = from + i;
+    if (unit >= begin && unit + kUnit <= end)
+      copy_unit<kUnit>(shared_address(to + i), unit);
+    else
+      for (int j = 0; j < kUnit; j += 2) {
+        const bool inside = unit + j >= begin && unit + j < end;
+        shared<uint16_t>(to + i + j) = inside ? *reinterpret_cast<const uint16_t*>(unit + j) : uint16_t{0};
+      }
+  }
+}
+
 // Ends a group of copies by cp.async.
 __device__ inline void commit_copies() {
 #if __CUDA_ARCH__ >= 800

@@ -100,18 +100,7 @@ class RowLoader {
 
   __device__ void load_run(const Pixels& p, int to) const {
     const int phase = phase_of(p, static_cast<uint32_t>(reinterpret_cast<uintptr_t>(from_)));
-    const int size = p.columns * p.pitch + phase;
-#pragma unroll 1
-    for (int i = threadIdx.x * kUnit; i < size; i += blockDim.x * kUnit) {
-      const char* from = from_ - phase + i;
-      if (from >= p.base && from + kUnit <= p.end)
-        copy_unit<kUnit>(shared_address(to + i), from);
-      else  // the array's first and last row: nothing beyond is touched
-        for (int j = 0; j < kUnit; j += 2) {
-          const bool inside = from + j >= p.base && from + j < p.end;
-          shared<uint16_t>(to + i + j) = inside ? *reinterpret_cast<const uint16_t*>(from + j) : uint16_t{0};
-        }
-    }
+    copy_run(to, from_ - phase, p.columns * p.pitch + phase, p.base, p.end, threadIdx.x, blockDim.x);
   }
 };
 

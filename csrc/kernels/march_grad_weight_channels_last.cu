@@ -33,7 +33,8 @@ struct March {
   int pairs, strips;  // of a block: pairs of filters, and strips of columns
   int loaders;        // warps that load
   int depth, stage_bytes, source_row_bytes;
-  bool bulk;  // whether they do so by bulk copies
+  bool bulk;    // whether they do so by bulk copies
+  bool joined;  // whether both arrays are: see Pixels
   bool with_bias;
 };
 
@@ -209,7 +210,9 @@ class Loader {
   }
 };
 
-template <typename T, class W>
+// kPairs: what two neighbouring filters read, and their gradients, are pairs of elements in shared memory. Otherwise both
+// read the same channel, or pixels may begin at any element, with other pixels instead of zeros beside the image.
+template <typename T, class W, bool kPairs>
 __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
     march_grad_weight_channels_last(const __grid_constant__ March a) {
   constexpr int kSize = sizeof(T);
@@ -241,8 +244,26 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
 
   const bool active = static_cast<int>(threadIdx.x) < a.pairs * a.strips;
   const int pair = active ? threadIdx.x % a.pairs : 0, strip = active ? threadIdx.x / a.pairs : 0;
-  const int source_at = kRing + strip * W::kColumns * W::kStride * a.source.pitch + pair * 2 * kSize;
+  const int source_second = a.multiplier == 2 ? 0 : kSize;  // from what one filter reads to what the other one does
+  const int source_at = kRing + strip * W::kColumns * W::kStride * a.source.pitch + pair * (kSize + source_second);
   const int grad_at = kRing + W::kStride * a.source_row_bytes + strip * W::kColumns * a.grad.pitch + pair * 2 * kSize;
+
+  // Reads what the two filters do at a column; `x` is that column in the image, of `width`.
+  const auto read = [&](int at, int second, int x, int width, float (&pair)[2]) {
+    if constexpr (kPairs) {
+      read_pair(at, pair, T{});
+    } else {
+      const bool inside = !a.joined || static_cast<uint32_t>(x) < static_cast<uint32_t>(width);
+      pair[0] = inside ? widen(shared<T>(at)) : 0.f, pair[1] = inside ? widen(shared<T>(at + second)) : 0.f;
+    }
+  };
+  const int column_g = part.column + strip * W::kColumns, column_x = column_g * W::kStride - a.padding_w;
+  // Where a row of a joined array begins within 16 bytes.
+  const auto phase = [&](const Pixels& p, int image, int row, int column) {
+    return kPairs ? 0
+                  : phase_of(p, image * static_cast<uint32_t>(p.image_bytes) + row * static_cast<uint32_t>(p.row_bytes) +
+                                    static_cast<uint32_t>(column * p.pixel_bytes));
+  };
 
   float sum[W::kTapsH][W::kTapsW][2] = {}, g[W::kRows][W::kColumns][2];
   float bias[2] = {};  // of a few rows; the others are in shared memory
@@ -269,17 +290,21 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
         float (&row)[W::kColumns][2] = g[W::row_of(u, 0)];
 #pragma unroll
         for (int v = 0; v < W::kColumns; ++v) row[v][0] = row[v][1] = 0;
-        if (at.row < at.end)
+        if (at.row < at.end) {
+          const int g_at = from + grad_at + phase(a.grad, at.image, at.row, part.column);
 #pragma unroll
-          for (int v = 0; v < W::kColumns; ++v) read_pair(from + grad_at + v * a.grad.pitch, row[v], T{});
+          for (int v = 0; v < W::kColumns; ++v) read(g_at + v * a.grad.pitch, kSize, column_g + v, a.out_width, row[v]);
+        }
 #pragma unroll
         for (int e = 0; e < W::kStride; ++e) {
-          if (!W::meets(a, at.end, at.row * W::kStride - a.padding_h + e)) continue;
-          const int x_at = from + source_at + e * a.source_row_bytes;
+          const int source_row = at.row * W::kStride - a.padding_h + e;
+          if (!W::meets(a, at.end, source_row)) continue;
+          const int x_at = from + source_at + e * a.source_row_bytes +
+                           phase(a.source, at.image, source_row, part.column * W::kStride - a.padding_w);
 #pragma unroll
           for (int column = 0; column < W::kSourceColumns; ++column) {
             float x[2];
-            read_pair(x_at + column * a.source.pitch, x, T{});
+            read(x_at + column * a.source.pitch, source_second, column_x + column, a.width, x);
 #pragma unroll
             for (int i = 0; i < W::kTapsH; ++i) {
               const int reach = i * W::kDilation - e;
@@ -385,15 +410,16 @@ double cycles_of(const March& a, const Cut& cut, const WindowSize& w, const Devi
   const double columns = std::min(a.out_width, cut.strips * w.columns);
   const double source_columns = std::min<double>((columns - 1) * w.stride + w.extent_w, a.width);
   const int element = a.grad.slab_bytes / (2 * cut.pairs);
+  const double reads = (element == 4 ? 1 : 2) * (a.joined ? 2.0 : a.multiplier == 2 ? 1.5 : 1.0);
   const double instructions =
-      2.0 * w.taps * w.columns + 4.2 * (element == 4 ? 1 : 2) * (w.stride * w.source_columns + w.columns) + 144;
+      2.0 * w.taps * w.columns + 4.2 * reads * (w.stride * w.source_columns + w.columns) + 144;
   double bytes = 0, copies = 0, loading = 140;
   const auto load = [&](const Pixels& p, double pixels) {
     const bool whole = p.slab_bytes >= p.bytes;
     bytes += pixels * (whole ? p.bytes : p.slab_bytes + 7);
-    const double units = pixels * std::min(p.slab_bytes, p.bytes) / p.unit * p.copies / 32;
+    const double units = pixels * std::min(p.slab_bytes, p.bytes) / (p.joined ? kUnit : p.unit) / 32;
     if (cut.bulk) return;
-    loading += units / cut.loaders * (p.unit == 2 ? 44 : 48);
+    loading += units / cut.loaders * (p.unit == 2 && !p.joined ? 44 : 48);
     copies += units;
   };
   load(a.source, w.stride * source_columns), load(a.grad, columns);
@@ -415,8 +441,8 @@ double cycles_of(const March& a, const Cut& cut, const WindowSize& w, const Devi
 Cut cut_for(March a, const WindowSize& w, int element, const Device& device) {
   // A slab begins at a multiple of the unit that is copied at once.
   const int source_pair = a.multiplier == 2 ? element : 2 * element;
-  const int least = std::max({1, a.source.unit / source_pair, a.grad.unit / (2 * element)});
   const int all_pairs = static_cast<int>(ceil_div(a.filters, 2));
+  const int least = a.joined ? all_pairs : std::max({1, a.source.unit / source_pair, a.grad.unit / (2 * element)});
   const int all_strips = static_cast<int>(ceil_div(a.out_width, w.columns));
   const int64_t rows = int64_t{a.images} * a.out_height;
   const bool bulk = device.capability >= 90 && has_whole_rows(a.source) && has_whole_rows(a.grad);
@@ -465,17 +491,17 @@ Cut cut_for(March a, const WindowSize& w, int element, const Device& device) {
   return best;
 }
 
-template <typename T, class W>
+template <typename T, class W, bool kPairs>
 void launch(const Problem& p, March a, const Allocate& allocate, cudaStream_t stream) {
   constexpr WindowSize kWindow{W::kTaps,    W::kExtentW,       W::kStride,     W::kHeld,
                                W::kColumns, W::kSourceColumns, W::kMaxThreads, W::kBlocks};
   constexpr int kElement = sizeof(T);
   const Device& device = current_device();
-  const auto kernel = march_grad_weight_channels_last<T, W>;
-  static thread_local Decisions<10, Cut> decisions;
+  const auto kernel = march_grad_weight_channels_last<T, W, kPairs>;
+  static thread_local Decisions<11, Cut> decisions;
   Cut cut =
       decisions({device.id, a.images, a.filters, a.multiplier, a.height, a.width, a.out_height, a.out_width,
-                 a.source.unit * kUnit + a.grad.unit, has_whole_rows(a.source) && has_whole_rows(a.grad)},
+                 a.source.unit * kUnit + a.grad.unit, has_whole_rows(a.source) && has_whole_rows(a.grad), a.joined},
                 [&] {
                   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
                   Cut made = cut_for(a, kWindow, kElement, device);
@@ -496,8 +522,9 @@ void launch(const Problem& p, March a, const Allocate& allocate, cudaStream_t st
 
 void launch_march_grad_weight_channels_last(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
   March a{};
-  a.source = pixels_of(p.input, p.channels, size_of(p.dtype), p.multiplier == 2);
-  a.grad = pixels_of(p.output, p.filters(), size_of(p.dtype), false);
+  const int64_t element = size_of(p.dtype);
+  a.source = pixels_of(p.input, p.batch, p.channels, p.height, p.width, element);
+  a.grad = pixels_of(p.output, p.batch, p.filters(), p.out_height, p.out_width, element);
   a.grad_weight = p.weight.data, a.grad_bias = p.bias, a.with_bias = p.bias != nullptr;
   a.height = static_cast<int>(p.height), a.width = static_cast<int>(p.width);
   a.out_height = static_cast<int>(p.out_height), a.out_width = static_cast<int>(p.out_width);
@@ -507,7 +534,16 @@ void launch_march_grad_weight_channels_last(const Problem& p, const Allocate& al
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) <= 4)
-      visit_small_kernel(p, [&](auto kernel) { launch<T, Window<decltype(kernel)>>(p, a, allocate, stream); });
+      visit_small_kernel(p, [&](auto kernel) {
+        using W = Window<decltype(kernel)>;
+        // Rows that are copied as a run have all channels, and so has a block.
+        a.joined = a.source.joined && a.grad.joined && a.filters <= 2 * W::kMaxThreads;
+        a.source.joined = a.grad.joined = a.joined;
+        if (a.joined || a.multiplier == 2)
+          launch<T, W, false>(p, a, allocate, stream);
+        else
+          launch<T, W, true>(p, a, allocate, stream);
+      });
   });
 }
 

@@ -20,31 +20,47 @@ struct Pixels {
   int bytes;           // of a pixel, all channels
   int slab_bytes;      // of a pixel, the channels of a block
   int unit;            // bytes that are copied at once: 16, 8, 4 or 2
-  int copies;          // of a unit in shared memory, side by side: 1 or 2
   int pitch, columns;  // in shared memory: from one pixel to the next, and pixels of a row
+  // An array without gaps whose pixels fit no units: a row is copied as one run of units of 16 bytes and has the same
+  // place within 16 bytes in shared memory. Beside the image lie then not zeros, but what is of the rows around.
+  bool joined;
+  const char* end;  // of the array, if it is joined
 
-  int ring_row_bytes() const { return static_cast<int>(round_up(int64_t{pitch} * columns, kUnit)); }
+  int ring_row_bytes() const {
+    return static_cast<int>(round_up(int64_t{pitch} * columns + (joined ? kUnit : 0), kUnit));
+  }
 };
 
-// Fills in how an array lies in memory. `twice`: shared memory takes each channel twice.
-inline Pixels pixels_of(const View& view, int64_t channels, int64_t element, bool twice) {
+// How far behind the beginning of its place in shared memory a row begins that lies `offset` bytes into the array.
+__device__ inline int phase_of(const Pixels& p, uint32_t offset) {
+  return p.joined ? offset % kUnit : 0;
+}
+
+// Fills in how an array lies in memory.
+inline Pixels pixels_of(const View& view, int64_t batch, int64_t channels, int64_t height, int64_t width,
+                        int64_t element) {
   Pixels p{};
   p.base = static_cast<const char*>(view.data);
   p.image_bytes = view.stride[0] * element, p.row_bytes = view.stride[2] * element;
   p.pixel_bytes = static_cast<int>(view.stride[3] * element), p.bytes = static_cast<int>(channels * element);
-  const int64_t all = static_cast<int64_t>(reinterpret_cast<uintptr_t>(view.data)) | p.image_bytes | p.row_bytes |
-                      p.pixel_bytes | p.bytes;
-  p.unit = static_cast<int>(twice ? element : kUnit), p.copies = twice ? 2 : 1;
+  const auto base = reinterpret_cast<uintptr_t>(view.data);
+  const int64_t all = static_cast<int64_t>(base) | p.image_bytes | p.row_bytes | p.pixel_bytes | p.bytes;
+  p.unit = kUnit;
   while (all % p.unit != 0) p.unit /= 2;
+  constexpr int kSmallUnit = 4;  // larger ones are copied fast enough
+  const int64_t row = width * channels;
+  p.joined = p.unit <= kSmallUnit && base % kUnit == 0 && view.stride[3] == channels &&
+             (height == 1 || view.stride[2] == row) && (batch == 1 || view.stride[0] == height * row);
+  p.end = p.base + batch * height * row * element;
   return p;
 }
 
 // Fills in what a block has of it. Strips begin `step` columns apart; unless rows are copied in one piece, a warp that
 // reads several of them at once finds them in different banks.
 inline void cut_pixels(Pixels& p, int64_t slab_bytes, int columns, int step, bool bulk) {
-  p.slab_bytes = static_cast<int>(slab_bytes), p.pitch = static_cast<int>(round_up(slab_bytes, p.unit)) * p.copies;
-  if (!bulk && p.pitch < 128 && p.pitch * step % 128 == 0) p.pitch += kUnit;
-  p.columns = columns;
+  p.slab_bytes = static_cast<int>(slab_bytes), p.columns = columns;
+  p.pitch = p.joined ? p.pixel_bytes : static_cast<int>(round_up(slab_bytes, p.unit));
+  if (!bulk && !p.joined && p.pitch < 128 && p.pitch * step % 128 == 0) p.pitch += kUnit;
 }
 
 #if __CUDA_ARCH__ >= 900
@@ -78,7 +94,7 @@ struct StageBarriers {
 
 // Whether rows can be copied in one piece, if blocks take all channels.
 inline bool has_whole_rows(const Pixels& p) {
-  return p.unit == kUnit && p.copies == 1 && p.pixel_bytes == p.bytes;
+  return p.unit == kUnit && p.pixel_bytes == p.bytes;
 }
 
 // A thread's part in loading rows of a block's slab and span, one after the other. It is thread `rank` of `threads`.
@@ -86,7 +102,9 @@ class RowLoader {
  public:
   // `bulk`: by one thread, each row in one piece.
   __device__ RowLoader(const Pixels& p, int slab, int first_column, int width, int rank, int threads, bool bulk)
-      : bulk_(bulk) {
+      : bulk_(bulk), rank_(rank), threads_(threads) {
+    offset_ = int64_t{first_column} * p.pixel_bytes;
+    if (p.joined) return;
     const int begin = max(first_column, 0), pixels = max(min(first_column + p.columns, width) - begin, 0);
     units_ = min(p.slab_bytes, p.bytes - slab * p.slab_bytes) / p.unit;
     lanes_ = min(units_, threads), step_ = threads / lanes_;
@@ -94,7 +112,7 @@ class RowLoader {
     const int pixel = bulk ? 0 : rank / lanes_;
     pixels_ = pixel < step_ ? max(pixels - pixel + step_ - 1, 0) / step_ : 0;
     piece_ = bulk && rank == 0 ? pixels * p.pitch : 0;
-    to_ = (begin - first_column + pixel) * p.pitch + part_ * p.unit * p.copies;
+    to_ = (begin - first_column + pixel) * p.pitch + part_ * p.unit;
     offset_ = int64_t{begin + pixel} * p.pixel_bytes + slab * p.slab_bytes + part_ * p.unit;
   }
 
@@ -107,24 +125,29 @@ class RowLoader {
   // Begins to load the row to offset `to` in shared memory.
   __device__ void load(const Pixels& p, int to, int barrier) const {
     const char* from = from_;
+    if (p.joined) {
+      const int phase = phase_of(p, static_cast<uint32_t>(from - p.base));
+      return copy_run(to, from - phase, p.columns * p.pitch + phase, p.base, p.end, rank_, threads_);
+    }
     to += to_;
     if (bulk_) {
       if (piece_ > 0) expect_bytes(barrier, piece_), copy_bulk(shared_address(to), from, piece_, barrier);
       return;
     }
     for (int part = part_; part < units_; part += lanes_) {
-      switch (p.unit * p.copies) {
-        case 16: load_units<16, 1>(p, to, from); break;
-        case 8: p.copies == 1 ? load_units<8, 1>(p, to, from) : load_units<4, 2>(p, to, from); break;
-        case 4: p.copies == 1 ? load_units<4, 1>(p, to, from) : load_units<2, 2>(p, to, from); break;
-        default: load_units<2, 1>(p, to, from);
+      switch (p.unit) {
+        case 16: load_units<16>(p, to, from); break;
+        case 8: load_units<8>(p, to, from); break;
+        case 4: load_units<4>(p, to, from); break;
+        default: load_units<2>(p, to, from);
       }
-      to += lanes_ * p.unit * p.copies, from += lanes_ * p.unit;
+      to += lanes_ * p.unit, from += lanes_ * p.unit;
     }
   }
 
  private:
   bool bulk_;
+  int rank_, threads_;
   int units_, lanes_, step_;  // units of a pixel; threads that load a pixel together; pixels that are loaded together
   int part_, pixels_;         // the thread's first unit, and of how many pixels it loads one
   int piece_;                 // bytes of a bulk copy, if it is the thread's
@@ -132,7 +155,7 @@ class RowLoader {
   int64_t offset_;
   const char* from_;
 
-  template <int kBytes, int kCopies>
+  template <int kBytes>
   __device__ void load_units(const Pixels& p, int to, const char* from) const {
     const int to_step = step_ * p.pitch;
     const int64_t from_step = int64_t{step_} * p.pixel_bytes;
@@ -140,18 +163,13 @@ class RowLoader {
       constexpr int kPixels = decltype(count)::value;
       if constexpr (kBytes > 2) {
 #pragma unroll
-        for (int i = 0; i < kPixels; ++i)
-#pragma unroll
-          for (int copy = 0; copy < kCopies; ++copy)
-            copy_unit<kBytes>(shared_address(to + i * to_step + copy * kBytes), from + i * from_step);
+        for (int i = 0; i < kPixels; ++i) copy_unit<kBytes>(shared_address(to + i * to_step), from + i * from_step);
       } else {  // not copies under way, so several loads at a time
         uint16_t values[kPixels];
 #pragma unroll
         for (int i = 0; i < kPixels; ++i) values[i] = *reinterpret_cast<const uint16_t*>(from + i * from_step);
 #pragma unroll
-        for (int i = 0; i < kPixels; ++i)
-#pragma unroll
-          for (int copy = 0; copy < kCopies; ++copy) shared<uint16_t>(to + i * to_step + copy * kBytes) = values[i];
+        for (int i = 0; i < kPixels; ++i) shared<uint16_t>(to + i * to_step) = values[i];
       }
       to += kPixels * to_step, from += kPixels * from_step;
     };

@@ -38,7 +38,7 @@ struct Stream {
   int height, width, out_height, out_width;  // of a source plane and of a target plane
   int kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   int groups, fan_out, fan_in;  // groups of an image
-  int channels;
+  int channels;                 // of an image
   int chunk_groups, chunk_rows, bands;
   int chunks, buffer_at, filters_at, filters_bytes;
   int strips, tiles;  // of a plane's part in a chunk: tiles side by side, and all of them
