@@ -287,7 +287,7 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
     const int64_t planes = cut.bands > 1 ? 1 : chunk_groups * a.fan_out, work = planes * a.units * tile.lanes;
     int64_t rounds = 0;
     if (tile.lanes == 1) {
-      cut.threads = threads_for(work, tile.threads_per_block), rounds = ceil_div(work, cut.threads);
+      cut.threads = threads_for(work, most_threads), rounds = ceil_div(work, cut.threads);
     } else {  // warps stay with their part of the planes
       const int64_t most = most_threads / tile.lanes, each = ceil_div(a.units, most);
       const int64_t side = ceil_div(a.units, each), together = std::max<int64_t>(std::min(most / side, planes), 1);
@@ -296,12 +296,25 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
     const int64_t blocks = std::min<int64_t>({d.shared_per_multiprocessor / (bytes + 1024),
                                               tile.threads_per_multiprocessor / (cut.threads + tile.loaders), 16});
     if (bytes > d.shared_per_block || blocks == 0) return false;
-    const double busy = std::min<double>(static_cast<double>(blocks * work) / rounds, 768.);
-    const double turns = static_cast<double>(a.chunks) / (blocks * d.multiprocessors);
+    const double busy = static_cast<double>(blocks * work) / rounds;
+    const double turns = static_cast<double>(a.chunks) / (blocks * d.multiprocessors), even = turns / std::ceil(turns);
     const double chunk_bytes = static_cast<double>(bytes - kHead) / (kDepth + 1);  // a chunk costs some barriers
-    const double apart = tile.lanes > 1 ? blocks / (blocks + 2.) : 1;  // while one waits at a barrier, others compute
-    const double score = apart * busy * turns / std::ceil(turns) * chunk_bytes / (chunk_bytes + 6000);
-    if (score > best_score * 1.02) best_score = score, best = cut;
+    double score;
+    if (tile.lanes > 1) {
+      const double apart = blocks / (blocks + 2.);  // while one waits at a barrier, others compute
+      score = apart * even * std::min(busy, 768.) * chunk_bytes / (chunk_bytes + 6000);
+    } else {
+      // As many threads as keep up with memory are enough. Work should come in several parts: blocks, or rounds of a
+      // thread. Whole lines of memory are better than parts of them, and planes than bands, which share rows.
+      const double enough = std::min(busy, 14. * a.kernel_h * a.kernel_w) * even * chunk_bytes / (chunk_bytes + 3000);
+      const auto in_lines = [&](const Planes& array, int height, int fan) {
+        return chunk_groups * fan * height * array.row_bytes % 128 == 0;
+      };
+      const bool lines = in_lines(a.source, a.height, a.fan_in) && in_lines(a.target, a.out_height, a.fan_out);
+      const double parts = static_cast<double>(std::max(blocks, rounds));
+      score = cut.bands > 1 ? enough * 0.65 * blocks / (blocks + 0.25) : enough * (lines ? 1 : 0.9) * parts / (parts + 0.5);
+    }
+    if (score > best_score * (tile.lanes > 1 ? 1.02 : 1)) best_score = score, best = cut;
     return true;
   };
   const int64_t tiles = ceil_div(a.out_height, tile.rows) * ceil_div(a.out_width, tile.columns);
@@ -315,8 +328,9 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
         if (!consider(1, rows, threads)) break;
     if (best_score < 0 && a.fan_in == 1) consider(1, kLeastRows, threads);
   };
-  if (tile.lanes > 1) search(128);
-  search(tile.threads_per_block);
+  if (tile.threads_per_block > 128 && tile.lanes == 1) search(tile.threads_per_block);
+  search(128);
+  if (tile.lanes > 1) search(tile.threads_per_block);
   if (best_score < 0) throw std::runtime_error("dwconv: rows of this size do not fit the GPU's shared memory");
   return best;
 }
