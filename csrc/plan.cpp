@@ -187,10 +187,16 @@ bool claims_toeplitz_channels_last(const Problem& p) {
   if (p.kernel_h > 7 || p.kernel_w > kMaxBandColumns || p.taps() == 1) return false;
   if (p.taps() <= 9 && is_small_kernel(p)) return false;
   if (p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
-  // Channels that are not even would be copied one by one.
-  const auto even = [](const View& view, int64_t width) { return view.stride[3] % 2 == 0 || width == 1; };
-  if (p.channels % 2 != 0 || !even(p.input, p.width) || !even(p.output, p.out_width)) return false;
-  return have_channels(p) && p.shared_memory >= 96 << 10;
+  // Pixels of whole units of 16 bytes: of others CUDA cores make more.
+  const auto whole = [&](const View& view, int64_t height, int64_t width) {
+    constexpr int64_t kElements = kUnit / 2;
+    return (view.stride[3] % kElements == 0 || width == 1) && (view.stride[2] % kElements == 0 || height == 1) &&
+           (view.stride[0] % kElements == 0 || p.batch == 1);
+  };
+  if (p.channels % (kUnit / 2) != 0 || !whole(p.input, p.height, p.width) ||
+      !whole(p.output, p.out_height, p.out_width))
+    return false;
+  return have_channels(p);
 }
 
 bool claims_march_channels_last(const Problem& p) {

@@ -28,18 +28,26 @@
 namespace dwconv {
 namespace {
 
-constexpr int kTile = 16;    // columns of a tile
-constexpr int kTiles = 8;    // of a warp
-constexpr int kReach = 8;    // columns of the source that a tile reads beyond its own number
-constexpr int kChannels = 4; // of a warp
-constexpr int kDepth = 8;    // rows of the ring: one to work on, the others on their way
-constexpr int kMiddle = 8;   // zeros before the weights of a band matrix
-constexpr int kCopy = 46;    // bytes to the same weight in a copy that is a column further on: with both, any two
-                             // neighbours are one word
+constexpr int kTiles = 8;     // of 16 columns, of a warp
+constexpr int kReach = 8;     // columns of the source that a tile reads beyond its own number
+constexpr int kChannels = 4;  // of a warp
+constexpr int kDepth = 8;     // rows of the ring: one to work on, the others on their way
+constexpr int kMaxQuads = 8;  // warps of a block, as the registers of the sums allow
+constexpr int kPitch = 2 * kChannels * kMaxQuads + kUnit;  // bytes from pixel to pixel in shared memory
+constexpr int kMiddle = 8;    // zeros before the weights of a band matrix
+constexpr int kCopy = 46;     // bytes to the same weight in a copy that is a column further on: with both, any two
+                              // neighbours are one word
 
-// What fits a multiprocessor with the registers that the sums take.
-template <int kRows>
-constexpr int kMaxQuads = kRows > 5 ? 8 : 12;
+// What a kernel is compiled for. kSplit: the lower 8 rows of a multiplication are not the next 8 columns, but those of
+// 8 more images, for images of at most 8 columns. kAligned: whether all copies are of 16 bytes.
+template <int kKernelRows, bool kSplit_, bool kAligned_>
+struct Shape {
+  static constexpr int kRows = kKernelRows;
+  static constexpr bool kSplit = kSplit_, kAligned = kAligned_;
+  static constexpr int kColumns = kSplit ? 8 : 16;               // of a tile
+  static constexpr int kPairs = kSplit ? 4 : 3;                  // of pixels, 8 columns apart, that a thread reads
+  static constexpr int kTurns = (kRows * kMaxBandColumns + 7) / 8;  // weights that a thread loads
+};
 
 // An array (N, height, width, channels), and how the threads of a block copy a row of it.
 struct Rows {
@@ -47,12 +55,16 @@ struct Rows {
   int64_t image_bytes, row_bytes;
   int pixel_bytes, bytes;  // from one pixel to the next; of a pixel, all channels
   int height, width;
-  int unit;           // bytes that are copied at once: 16, 8, 4 or 2
-  int columns;        // of a block in an image
-  int stream_bytes;   // in shared memory, from one image to the next
-  int together;       // columns of an image that are copied at once
-  int step;           // bytes to the next ones
-  Divider by_units, by_together;
+  int unit;          // bytes that are copied at once: 16, 8, 4 or 2
+  int columns;       // of a block in an image
+  int stream_bytes;  // in shared memory, from one image to the next
+  // Columns and images that are copied at once, and what leads to the next ones.
+  int columns_at_once, streams_at_once, column_step;
+  int64_t stream_step;
+  // The same for aligned copies, for which there are either more columns or more images.
+  int64_t step;
+  int place_step;
+  Divider by_units, by_columns;
 };
 
 struct Toeplitz {
@@ -65,79 +77,83 @@ struct Toeplitz {
   int kernel_h, kernel_w;
 
   int tiles, streams;
-  int slab;                              // channels of a block
-  int pitch;                             // bytes from one pixel to the next in shared memory
-  int slot_bytes, stage_bytes, stage_at; // rows of the ring, and of outputs behind it
-  int rows, parts;                       // rows of all groups of images; slabs times spans of columns
-  bool clear;                            // whether there is something outside the images, which is never loaded
+  int slab;                               // channels of a block
+  int slot_bytes, stage_bytes, stage_at;  // rows of the ring, and of outputs behind it
+  int rows, parts;                        // rows of all groups of images; slabs times spans of columns
+  bool clear;                             // whether there is something outside the images, which is never loaded
   Divider by_slabs, by_height, by_kernel_w, by_taps;
 };
 
 // Where a column lies in a row in shared memory.
-__host__ __device__ constexpr int place_of(int column, int pitch) {
-  return column * pitch + column / kTile * kUnit;
+__host__ __device__ constexpr int place_of(int column) {
+  return column * kPitch + column / 16 * kUnit;
 }
 
-// Calls visit(word) with a word of so many bytes.
-template <typename Visit>
-__device__ void visit_unit(int unit, Visit&& visit) {
-  switch (unit) {
-    case 16: return visit(uint4{});
-    case 8: return visit(uint2{});
-    case 4: return visit(uint32_t{});
-    default: return visit(uint16_t{});
-  }
-}
-
-// A thread's part of every row that its block copies: some columns of one of the images, some channels.
+// A thread's part of every row that its block copies: some columns of some images, a few channels.
+template <class Shape>
 class Share {
  public:
   // `slab`: the block's first channel; `first_column`: of the image, may lie outside.
   __device__ Share(const Toeplitz& a, const Rows& r, int slab, int first_column) {
     uint32_t rest = threadIdx.x;
-    const int part = r.by_units.split(rest) * r.unit, column = r.by_together.split(rest);
+    const int part = r.by_units.split(rest) * r.unit, before = max(-first_column, 0);
+    begin_ = before + r.by_columns.split(rest);
     stream_ = rest;
-    begin_ = max(-first_column, 0) + column;
-    end_ = stream_ < a.streams && slab * 2 + part < r.bytes ? min(r.columns, r.width - first_column) : 0;
-    place_ = stream_ * r.stream_bytes + part;
+    const bool any = stream_ < min(r.streams_at_once, a.streams) && slab * 2 + part < r.bytes;
+    end_ = any ? min(r.columns, r.width - first_column) : 0;
+    place_ = stream_ * r.stream_bytes + part + (Shape::kAligned ? place_of(begin_) : 0);
     offset_ = static_cast<int64_t>(first_column + begin_) * r.pixel_bytes + slab * 2 + part;
   }
 
   // Goes to a row of a group of images.
   __device__ void seek(const Toeplitz& a, const Rows& r, int group, int row) {
-    const int image = group * a.streams + stream_;
-    there_ = image < a.batch;
+    const int image = group * a.streams + stream_, streams = max(min(a.streams - stream_, a.batch - image), 0);
+    left_ = begin_ < end_ ? (streams + r.streams_at_once - 1) / r.streams_at_once : 0;
+    if (Shape::kAligned) left_ *= (end_ - begin_ + r.columns_at_once - 1) / r.columns_at_once;
     at_ = r.base + (image * r.image_bytes + row * r.row_bytes + offset_);
   }
 
   // Begins to load the row to offset `to` in shared memory, and goes to the next one.
-  __device__ void load(const Toeplitz& a, const Rows& r, int to) {
-    visit_unit(r.unit, [&](auto word) {
-      visit(a, r, [&](char* at, int place) { copy_unit<sizeof(word)>(shared_address(to + place), at); });
-    });
+  __device__ void load(const Rows& r, int to) {
+    visit(r, to, [](char* at, int place, auto word) { copy_unit<sizeof(word)>(shared_address(place), at); });
   }
 
   // Stores the row from offset `from` in shared memory, and goes to the next one.
-  __device__ void store(const Toeplitz& a, const Rows& r, int from) {
-    visit_unit(r.unit, [&](auto word) {
-      using Word = decltype(word);
-      visit(a, r, [&](char* at, int place) { *reinterpret_cast<Word*>(at) = shared<Word>(from + place); });
+  __device__ void store(const Rows& r, int from) {
+    visit(r, from, [](char* at, int place, auto word) {
+      *reinterpret_cast<decltype(word)*>(at) = shared<decltype(word)>(place);
     });
   }
 
  private:
   int stream_, begin_, end_, place_;
-  bool there_ = false;
+  int left_ = 0;  // aligned copies, or images to copy from
   int64_t offset_;
   char* at_ = nullptr;
 
   template <typename Visit>
-  __device__ void visit(const Toeplitz& a, const Rows& r, Visit&& visit) {
-    if (there_) {
-      char* at = at_;
+  __device__ void visit(const Rows& r, int place, Visit&& visit) {
+    char* at = at_;
+    place += place_;
+    const auto visit_words = [&](auto word) {
 #pragma unroll 1
-      for (int column = begin_; column < end_; column += r.together, at += r.step)
-        visit(at, place_ + place_of(column, a.pitch));
+      for (int left = left_; left > 0; --left, at += r.stream_step, place += r.streams_at_once * r.stream_bytes) {
+        char* pixel = at;
+#pragma unroll 1
+        for (int column = begin_; column < end_; column += r.columns_at_once, pixel += r.column_step)
+          visit(pixel, place + place_of(column), word);
+      }
+    };
+    if constexpr (Shape::kAligned) {
+#pragma unroll 1
+      for (int left = left_; left > 0; --left, at += r.step, place += r.place_step) visit(at, place, uint4{});
+    } else {
+      switch (r.unit) {
+        case 16: visit_words(uint4{}); break;
+        case 8: visit_words(uint2{}); break;
+        case 4: visit_words(uint32_t{}); break;
+        default: visit_words(uint16_t{});
+      }
     }
     at_ += r.row_bytes;
   }
@@ -150,7 +166,7 @@ struct Run {
 };
 
 // The first of the runs that make up rows [begin, end) of all groups.
-template <int kRows>
+template <class Shape>
 __device__ Run run_of(const Toeplitz& a, int begin, int end) {
   Run r;
   uint32_t group = begin;
@@ -158,12 +174,12 @@ __device__ Run run_of(const Toeplitz& a, int begin, int end) {
   r.group = group;
   r.end = min(a.target.height, r.begin + end - begin);
   r.row = max(r.begin - a.padding_h, 0);
-  r.row_end = min(r.end - 1 - a.padding_h + kRows, a.source.height);
+  r.row_end = min(r.end - 1 - a.padding_h + Shape::kRows, a.source.height);
   return r;
 }
 
 // Source rows of a block on their way to the ring.
-template <int kRows>
+template <class Shape>
 class Feed {
  public:
   __device__ Feed(const Toeplitz& a, int slab, int first_column, int begin, int end)
@@ -172,13 +188,13 @@ class Feed {
   // Begins to load the next row, if there is one.
   __device__ void load(const Toeplitz& a) {
     if (left_ == 0 && begin_ < end_) {
-      const Run r = run_of<kRows>(a, begin_, end_);
+      const Run r = run_of<Shape>(a, begin_, end_);
       begin_ += r.end - r.begin;
       left_ = r.row_end - r.row;
       share_.seek(a, a.source, r.group, r.row);
     }
     if (left_ > 0) {
-      share_.load(a, a.source, slot_);
+      share_.load(a.source, slot_);
       --left_;
       slot_ += a.slot_bytes;
       if (slot_ == kDepth * a.slot_bytes) slot_ = 0;
@@ -187,26 +203,41 @@ class Feed {
   }
 
  private:
-  Share share_;
+  Share<Shape> share_;
   int begin_, end_;          // output rows that no source row was loaded for
   int left_ = 0, slot_ = 0;  // source rows of the run, and the next one's place in the ring
 };
 
-// Writes the weights of a slab between zeros that are there already.
-template <typename T, int kRows>
-__device__ void load_weights(const Toeplitz& a, int slab) {
-  const int channels = min(a.slab, a.channels - slab), count = channels * a.kernel_h * a.kernel_w;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    uint32_t channel = i;
-    uint32_t row = a.by_taps.split(channel);
-    const int column = a.by_kernel_w.split(row);
-    const T value = __ldg(static_cast<const T*>(a.weight) + (slab + static_cast<int>(channel)) * a.weight_filter +
+// The weights of a slab on their way to shared memory.
+template <typename T, class Shape>
+class Weights {
+ public:
+  __device__ Weights(const Toeplitz& a, int slab) {
+    const int count = min(a.slab, a.channels - slab) * a.kernel_h * a.kernel_w;
+#pragma unroll
+    for (int t = 0; t < Shape::kTurns; ++t) {
+      const int i = threadIdx.x + t * blockDim.x;
+      uint32_t channel = i;
+      uint32_t row = a.by_taps.split(channel);
+      const int column = a.by_kernel_w.split(row);
+      to_[t] = i < count ? a.stage_at + (channel * Shape::kRows + row) * kBandRowBytes + 2 * (kMiddle + column) : 0;
+      if (to_[t] > 0)
+        value_[t] = __ldg(static_cast<const T*>(a.weight) + (slab + static_cast<int>(channel)) * a.weight_filter +
                           static_cast<int>(row) * a.weight_row + column * a.weight_column);
-    const int to = a.stage_at + (channel * kRows + row) * kBandRowBytes + 2 * (kMiddle + column);
-    shared<T>(to) = value, shared<T>(to + kCopy) = value;
+    }
   }
-}
+
+  // Writes them between zeros that are there already.
+  __device__ void write() const {
+#pragma unroll
+    for (int t = 0; t < Shape::kTurns; ++t)
+      if (to_[t] > 0) shared<T>(to_[t]) = value_[t], shared<T>(to_[t] + kCopy) = value_[t];
+  }
+
+ private:
+  T value_[Shape::kTurns];
+  int to_[Shape::kTurns];
+};
 
 // Computes those outputs of a channel in one column of rows [begin, end) that are not finite again.
 template <typename T>
@@ -230,116 +261,137 @@ __device__ __noinline__ void column_by_taps(const Toeplitz& a, int begin, int en
 }
 
 // Rows [begin, end) of a part: a slab of channels and a span of columns.
-template <typename T, int kRows>
+template <typename T, class Shape>
 __device__ void march(const Toeplitz& a, uint32_t part, int begin, int end) {
-  const int slab = a.by_slabs.split(part) * a.slab, first_column = part * a.tiles * kTile;
+  constexpr int kRows = Shape::kRows;
+  constexpr bool kSplit = Shape::kSplit;
+  const int slab = a.by_slabs.split(part) * a.slab, first_column = part * a.tiles * Shape::kColumns;
+  const Weights<T, Shape> weights(a, slab);
   if (a.clear)
     for (int i = threadIdx.x * kUnit; i < a.stage_at; i += blockDim.x * kUnit) shared<uint4>(i) = {};
   for (int i = threadIdx.x * kUnit; i < a.slab * kRows * kBandRowBytes; i += blockDim.x * kUnit)
     shared<uint4>(a.stage_at + i) = {};
   __syncthreads();
-  Feed<kRows> feed(a, slab, first_column - a.padding_w, begin, end);
+  Feed<Shape> feed(a, slab, first_column - a.padding_w, begin, end);
+#pragma unroll 1
   for (int i = 0; i < kDepth - 1; ++i) feed.load(a);
-  load_weights<T, kRows>(a, slab);
+  weights.write();
   __syncthreads();
 
   const int lane = threadIdx.x % 32, quad = threadIdx.x / 32, number = lane / 4, pair = lane % 4 * 2;
   const int channel = slab + quad * kChannels;
-  const bool live = number < a.tiles * a.streams;
-  const int stream = live ? number / a.tiles : 0, tile = live ? number % a.tiles : 0;
   uint32_t band[kChannels][kRows][2];
   float bias[kChannels];
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
     const int entry = pair - number;  // of the thread's first pair in a row of weights
-    const int weights = a.stage_at + (quad * kChannels + c) * kRows * kBandRowBytes + 2 * (kMiddle + entry) +
-                        (entry & 1) * kCopy;
+    const int at = a.stage_at + (quad * kChannels + c) * kRows * kBandRowBytes + 2 * (kMiddle + entry) +
+                   (entry & 1) * kCopy;
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) band[c][i][h] = shared<uint32_t>(weights + i * kBandRowBytes + 16 * h);
+      for (int h = 0; h < 2; ++h) band[c][i][h] = shared<uint32_t>(at + i * kBandRowBytes + 16 * h);
     bias[c] = 0;
     if (a.bias && channel + c < a.channels)
       bias[c] = widen(__ldg(static_cast<const T*>(a.bias) + (channel + c) * a.bias_stride));
   }
 
-  // Where the thread's pixels lie, of which the last two belong to the next tile.
-  const int pixels[6] = {0, 1, 8, 9, kTile, kTile + 1};
-  const int column = place_of(tile * kTile + pair, a.pitch) + quad * kChannels * 2;
+  // The thread's tiles, one of the upper 8 rows and one of the lower, and its pixels of them.
+  const bool live = number < a.tiles * a.streams, lower_live = kSplit ? number + kTiles < a.streams : live;
+  const int stream = live ? number / a.tiles : 0, tile = live ? number % a.tiles : 0;
+  const int column = place_of(tile * Shape::kColumns + pair) + quad * kChannels * 2;
   const int from = stream * a.source.stream_bytes + column, to = a.stage_at + stream * a.target.stream_bytes + column;
+  const int from_lower = kSplit && lower_live ? from + kTiles * a.source.stream_bytes : from;
+  const int to_lower = kSplit ? to + kTiles * a.target.stream_bytes : to + place_of(8);
 
-  Share out(a, a.target, slab, first_column);
+  Share<Shape> out(a, a.target, slab, first_column);
   const auto none = narrow_pair(0.f, 0.f, T{});
-  auto zero = none;
+  auto zero = none, also_zero = none;
   int slot = 0, stage = 0;  // of the next source row in the ring, and of the outputs to come
+  // Puts outputs where all threads can store them, between two barriers.
+  const auto put = [&](const float (&sum)[kChannels][4]) {
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+      const auto low = narrow_pair(sum[0][v] + bias[0], sum[1][v] + bias[1], T{});
+      const auto high = narrow_pair(sum[2][v] + bias[2], sum[3][v] + bias[3], T{});
+#if __CUDA_ARCH__ >= 800
+      zero = __hfma2(low, none, zero), also_zero = __hfma2(high, none, also_zero);
+#endif
+      if (v < 2 ? live : lower_live)
+        shared<uint2>((v < 2 ? to : to_lower) + stage + place_of(v % 2)) = {reinterpret_cast<const uint32_t&>(low),
+                                                                            reinterpret_cast<const uint32_t&>(high)};
+    }
+    stage = a.stage_bytes - stage;
+  };
   for (int at = begin; at < end;) {
-    const Run r = run_of<kRows>(a, at, end);
+    const Run r = run_of<Shape>(a, at, end);
     at += r.end - r.begin;
     out.seek(a, a.target, r.group, r.begin);
-    float sum[kRows][kChannels][4] = {};  // of the output rows under way, the oldest first
-    // In the step for a source row, output row y is the oldest.
-    for (int row = r.row, y = row + a.padding_h - (kRows - 1); y < r.end; ++row, ++y) {
-      const bool inside = row < a.source.height;
-      if (inside) wait_copies<kDepth - 2>();
+    const auto store = [&] { out.store(a.target, a.stage_at + (a.stage_bytes - stage)); };
+    float sum[kRows][kChannels][4] = {};            // of the output rows under way, the oldest first
+    int y = r.row + a.padding_h - (kRows - 1);      // the oldest, which a source row completes
+    for (int row = r.row; row < r.row_end; ++row, ++y) {
+      wait_copies<kDepth - 2>();
       __syncthreads();
-      if (inside) feed.load(a);
-      if (y > r.begin) out.store(a, a.target, a.stage_at + (a.stage_bytes - stage));
-      uint2 x[6] = {};
-      if (inside) {
+      uint2 x[2 * Shape::kPairs];
 #pragma unroll
-        for (int j = 0; j < 6; ++j) x[j] = shared<uint2>(from + slot + place_of(pixels[j], a.pitch));
-        slot += a.slot_bytes;
-        if (slot == kDepth * a.slot_bytes) slot = 0;
+      for (int j = 0; j < 2 * Shape::kPairs; ++j) {
+        if (kSplit)
+          x[j] = shared<uint2>((j < 4 ? from : from_lower) + slot + place_of(j / 2 % 2 * 8 + j % 2));
+        else
+          x[j] = shared<uint2>(from + slot + place_of(j / 2 * 8 + j % 2));
       }
+      slot += a.slot_bytes;
+      if (slot == kDepth * a.slot_bytes) slot = 0;
+      feed.load(a);
+      if (y > r.begin) store();
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
-        uint32_t pairs[3];  // of pixels, 8 columns apart
+        uint32_t pairs[Shape::kPairs];
 #pragma unroll
-        for (int j = 0; j < 3; ++j)
+        for (int j = 0; j < Shape::kPairs; ++j)
           pairs[j] = __byte_perm(c < 2 ? x[2 * j].x : x[2 * j].y, c < 2 ? x[2 * j + 1].x : x[2 * j + 1].y,
                                  c % 2 == 0 ? 0x5410 : 0x7632);
         const float nothing[4] = {};
 #pragma unroll
         for (int o = 0; o < kRows; ++o)
           multiply(sum[o][c], o + 1 < kRows ? std::as_const(sum[o + 1][c]) : nothing,
-                   {pairs[0], pairs[1], pairs[1], pairs[2]},
+                   {pairs[0], pairs[kSplit ? 2 : 1], pairs[1], pairs[Shape::kPairs - 1]},
                    {band[c][kRows - 1 - o][0], band[c][kRows - 1 - o][1]}, T{});
       }
-      if (y < r.begin) continue;
+      if (y >= r.begin) put(sum[0]);
+    }
+    // What no further row of the image reaches is complete as it is.
 #pragma unroll
-      for (int v = 0; v < 4; ++v) {
-        const auto low = narrow_pair(sum[0][0][v] + bias[0], sum[0][1][v] + bias[1], T{});
-        const auto high = narrow_pair(sum[0][2][v] + bias[2], sum[0][3][v] + bias[3], T{});
-#if __CUDA_ARCH__ >= 800
-        zero = __hfma2(low, none, zero), zero = __hfma2(high, none, zero);
-#endif
-        if (live)
-          shared<uint2>(to + stage + place_of(pixels[v], a.pitch)) = {reinterpret_cast<const uint32_t&>(low),
-                                                                      reinterpret_cast<const uint32_t&>(high)};
-      }
-      stage = a.stage_bytes - stage;
+    for (int o = 1; o < kRows; ++o, ++y) {
+      if (y >= r.end) break;
+      __syncthreads();
+      if (y > r.begin) store();
+      if (y >= r.begin) put(sum[o]);
     }
     __syncthreads();
-    out.store(a, a.target, a.stage_at + (a.stage_bytes - stage));
+    store();
   }
   __syncthreads();  // the next part's zeros, and the outputs that are read now, come behind
-  if (live && !(__low2float(zero) == 0 && __high2float(zero) == 0))  // NaN: an output is not finite
+  if (!(__low2float(zero) == 0 && __high2float(zero) == 0 && __low2float(also_zero) == 0 &&
+        __high2float(also_zero) == 0))  // NaN: an output is not finite
     for (int v = 0; v < 4; ++v)
-      for (int c = 0; c < kChannels; ++c)
-        if (const int x = first_column + tile * kTile + pair + pixels[v];
-            x < a.target.width && channel + c < a.channels)
-          column_by_taps<T>(a, begin, end, stream, channel + c, x);
+      for (int c = 0; c < kChannels; ++c) {
+        const int x = first_column + tile * Shape::kColumns + pair + v % 2 + (kSplit ? 0 : v / 2 * 8);
+        if ((v < 2 ? live : lower_live) && x < a.target.width && channel + c < a.channels)
+          column_by_taps<T>(a, begin, end, stream + (kSplit ? v / 2 * kTiles : 0), channel + c, x);
+      }
 }
 
 // Blocks share the rows of all parts evenly: one may have the end of a part and the beginning of the next.
-template <typename T, int kRows>
-__global__ void __launch_bounds__(32 * kMaxQuads<kRows>, 1)
+template <typename T, class Shape>
+__global__ void __launch_bounds__(32 * kMaxQuads, 1)
     toeplitz_channels_last(const __grid_constant__ Toeplitz a) {
   const int64_t all = int64_t{a.rows} * a.parts, last = all * (blockIdx.x + 1) / gridDim.x;
   for (int64_t first = all * blockIdx.x / gridDim.x; first < last;) {
     const int part = static_cast<int>(first / a.rows), begin = static_cast<int>(first - int64_t{part} * a.rows);
     const int end = static_cast<int>(min(int64_t{a.rows}, begin + last - first));
-    march<T, kRows>(a, part, begin, end);
+    march<T, Shape>(a, part, begin, end);
     first += end - begin;
   }
 }
@@ -358,43 +410,47 @@ Rows rows_of(const View& view, int64_t batch, int64_t channels, int64_t height, 
 void cut_rows(Rows& r, const Toeplitz& a, int columns) {
   r.columns = columns;
   // From one image to the next as from one tile to the next.
-  const int64_t bytes = round_up(place_of(columns, a.pitch), kUnit), apart = a.tiles * kUnit % 128;
-  r.stream_bytes = static_cast<int>(bytes + (apart - bytes % 128 + 128) % 128);
-  r.together = std::max(4 * r.unit / a.streams, 1), r.step = r.together * r.pixel_bytes;
-  r.by_units = Divider(2 * a.slab / r.unit), r.by_together = Divider(r.together);
+  const int bytes = place_of(columns) + kUnit - 1 & -kUnit, apart = a.tiles * kUnit % 128;
+  r.stream_bytes = bytes + (apart - bytes % 128 + 128) % 128;
+  const int at_once = 4 * r.unit, there = std::min(columns, r.width);  // pixels
+  r.columns_at_once = std::min(at_once, there), r.streams_at_once = at_once / r.columns_at_once;
+  r.column_step = r.columns_at_once * r.pixel_bytes, r.stream_step = r.streams_at_once * r.image_bytes;
+  r.step = there > at_once ? r.column_step : r.stream_step;
+  r.place_step = there > at_once ? place_of(at_once) : r.streams_at_once * r.stream_bytes;
+  r.by_units = Divider(2 * a.slab / r.unit), r.by_columns = Divider(r.columns_at_once);
 }
 
-// Cuts a problem into slabs of as many channels as shared memory allows. Returns the bytes of it that a block needs.
-int cut(Toeplitz& a, int kernel_rows, int quads, int64_t room) {
-  const int64_t all = ceil_div(a.channels, kChannels);
-  const int64_t tiles = ceil_div(a.target.width, kTile), spans = ceil_div(tiles, kTiles);
-  a.tiles = static_cast<int>(ceil_div(tiles, spans)), a.streams = std::min(kTiles / a.tiles, a.batch);
-  const int64_t groups = ceil_div(a.batch, a.streams);
-  a.rows = static_cast<int>(groups * a.target.height);
-  for (;; quads -= 4) {
-    // Slabs begin at a multiple of a sector of 32 bytes.
-    const int64_t slabs = ceil_div(all, quads), even = slabs == 1 ? all : round_up(ceil_div(all, slabs), 4);
-    a.slab = static_cast<int>(even * kChannels);
-    a.pitch = static_cast<int>(round_up(2 * a.slab, kUnit)) | kUnit;
-    cut_rows(a.source, a, a.tiles * kTile + kReach);
-    cut_rows(a.target, a, a.tiles * kTile);
+// Cuts a problem into slabs and spans. Returns the bytes of shared memory that a block needs.
+template <class Shape>
+int cut(Toeplitz& a, int64_t room) {
+  // Slabs begin at a multiple of a sector of 32 bytes.
+  const int64_t quads = ceil_div(a.channels, kChannels), slabs = ceil_div(quads, kMaxQuads);
+  a.slab = static_cast<int>(slabs == 1 ? quads : round_up(ceil_div(quads, slabs), 4)) * kChannels;
+  a.by_slabs = Divider(ceil_div(a.channels, a.slab));
+  const int64_t tiles = ceil_div(a.target.width, Shape::kColumns);
+  for (int most = kTiles;; --most) {  // as many tiles as fit
+    const int64_t spans = ceil_div(tiles, most);
+    a.tiles = static_cast<int>(ceil_div(tiles, spans));
+    a.streams = std::min((Shape::kSplit ? 2 : 1) * most / a.tiles, a.batch);
+    if (Shape::kAligned && a.source.width > 4 * kUnit) a.streams = 1;  // see Rows
+    cut_rows(a.source, a, a.tiles * Shape::kColumns + kReach);
+    cut_rows(a.target, a, a.tiles * Shape::kColumns);
     a.slot_bytes = a.streams * a.source.stream_bytes, a.stage_bytes = a.streams * a.target.stream_bytes;
     a.stage_at = kDepth * a.slot_bytes;
-    a.by_slabs = Divider(ceil_div(all, even));
+    a.rows = static_cast<int>(ceil_div(a.batch, a.streams) * a.target.height);
     a.parts = static_cast<int>(a.by_slabs.divisor * spans);
-    const int bytes = a.stage_at + std::max(2 * a.stage_bytes, a.slab * kernel_rows * kBandRowBytes);
-    if (bytes <= room) return bytes;
-    if (quads <= 4) throw std::runtime_error("dwconv: rows of this size do not fit the GPU's shared memory");
+    a.clear = a.batch % a.streams != 0 || a.channels % a.slab != 0 || a.padding_w > 0 ||
+              a.source.width < tiles * Shape::kColumns + kReach;
+    const int bytes = a.stage_at + std::max(2 * a.stage_bytes, a.slab * Shape::kRows * kBandRowBytes);
+    if (bytes <= room || most == 1) return bytes;
   }
 }
 
-template <typename T, int kRows>
+template <typename T, class Shape>
 void launch(Toeplitz a, cudaStream_t stream) {
   const Device& device = current_device();
-  const auto kernel = toeplitz_channels_last<T, kRows>;
-  const int bytes = cut(a, kRows, kMaxQuads<kRows>, device.shared_per_block), threads = a.slab / kChannels * 32;
-  a.clear = a.batch % a.streams != 0 || a.channels % a.slab != 0 || a.padding_w > 0 ||
-            int64_t{a.source.width} < ceil_div(a.target.width, a.tiles * kTile) * a.tiles * kTile + kReach;
+  const auto kernel = toeplitz_channels_last<T, Shape>;
+  const int bytes = cut<Shape>(a, device.shared_per_block), threads = a.slab / kChannels * 32;
   static thread_local Decisions<3, int> decisions;  // blocks on a multiprocessor
   const int resident = decisions({device.id, threads, bytes}, [&] {
     int blocks = 0;
@@ -431,10 +487,18 @@ void launch_toeplitz_channels_last(const Problem& p, cudaStream_t stream) {
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
+      const auto launch_rows = [&](auto rows) {
+        const bool split = map.out_width <= kTiles && p.batch > kTiles;
+        const bool aligned = std::min(a.source.unit, a.target.unit) == kUnit;
+        const auto launch_split = [&](auto split) {
+          aligned ? launch<T, Shape<rows, split, true>>(a, stream) : launch<T, Shape<rows, split, false>>(a, stream);
+        };
+        split ? launch_split(std::true_type{}) : launch_split(std::false_type{});
+      };
       if (p.kernel_h <= 5)
-        launch<T, 5>(a, stream);
+        launch_rows(std::integral_constant<int, 5>{});
       else
-        launch<T, 7>(a, stream);
+        launch_rows(std::integral_constant<int, 7>{});
     }
   });
 }
