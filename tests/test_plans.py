@@ -788,12 +788,12 @@ def test_marches_are_exact(tile: tuple, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kernel", [(5, 5), (7, 7), (7, 9), (2, 3), (1, 9), (6, 1), (3, 5)], ids=str)
+@pytest.mark.parametrize("kernel", [(5, 5), (7, 7), (7, 9), (2, 3), (1, 9), (6, 1)], ids=str)
 def test_toeplitz_channels_last_is_exact(kernel: tuple, dtype: torch.dtype) -> None:
     """Tiles of several images and of one, slabs and spans of all sorts, pixels, rows and images apart, any address."""
     sizes = [(7, 7), (1, 8), (14, 14), (13, 29), (28, 28), (31, 57), (9, 1), (56, 80), (40, 301), (301, 40)]
     for number, size in enumerate(sizes):
-        for turn in range(6):
+        for turn in range(3):
             channels = [8, 40, 64, 24, 136, 200][(number + turn) % 6]
             batch = [1, 3, 21, 8][(number + 2 * turn) % 4] if size[0] * size[1] < 1000 else 3
             padding = [tuple(k // 2 for k in kernel), (0, 0), tuple(k - 1 for k in kernel)][turn % 3]
@@ -802,12 +802,12 @@ def test_toeplitz_channels_last_is_exact(kernel: tuple, dtype: torch.dtype) -> N
                 continue
             input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
             grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=torch.channels_last)
-            order = 0, 2, 3, 1
-            if turn == 1:
+            order, layout = (0, 2, 3, 1), (number + turn) % 4
+            if layout == 1:
                 input, grad_output = lay(input, order, offset=1), lay(grad_output, order, offset=4)
-            elif turn == 2:
+            elif layout == 2:
                 input, weight = lay(input, order, (2, 1, 3, 2), 6), lay(weight, (2, 3, 0, 1))
-            elif turn == 3:
+            elif layout == 3:
                 input, grad_output = lay(input, (2, 3, 0, 1), offset=2), lay(grad_output, (2, 0, 3, 1), (1, 1, 2, 1))
             exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
             forced = set()

@@ -1,9 +1,9 @@
 // Forward and grad_input of small kernels in channels_last in 16 bits, on tensor cores.
 //
 // A row of the kernel is, for one channel, a band matrix B of 16 columns in and 8 columns out, B[k][n] = weight[k - n]:
-// one multiplication of it from the left by 16 rows of pixels gives 16 x 8 sums. The upper 8 rows are pixels of 8 tiles,
-// the lower 8 the same tiles 8 output columns on. A thread reads 4 channels of a pixel at once, and of neighbouring
-// pixels at that, so that a byte permutation for each register of A is all that it takes to part the channels.
+// one multiplication of it from the left by 16 rows of pixels gives 16 x 8 sums. The upper 8 rows are pixels of 8
+// tiles, the lower 8 the same tiles 8 output columns on. A thread reads 4 channels of a pixel at once, and of
+// neighbouring pixels at that, so that a byte permutation for each register of A is all it takes to part the channels.
 //
 // A warp owns 4 channels, a block the slab that its warps make up, and `tiles` neighbouring tiles of 16 columns in each
 // of `streams` images. It marches down the rows of its images: a source row, read once from a ring in shared memory, is
@@ -28,15 +28,15 @@
 namespace dwconv {
 namespace {
 
-constexpr int kTiles = 8;     // of 16 columns, of a warp
+constexpr int kTiles = 8;     // of a warp
 constexpr int kReach = 8;     // columns of the source that a tile reads beyond its own number
 constexpr int kChannels = 4;  // of a warp
 constexpr int kDepth = 8;     // rows of the ring: one to work on, the others on their way
 constexpr int kMaxQuads = 8;  // warps of a block, as the registers of the sums allow
-constexpr int kPitch = 2 * kChannels * kMaxQuads + kUnit;  // bytes from pixel to pixel in shared memory
 constexpr int kMiddle = 8;    // zeros before the weights of a band matrix
-constexpr int kCopy = 46;     // bytes to the same weight in a copy that is a column further on: with both, any two
-                              // neighbours are one word
+// Bytes to the same weight in a copy that is a column further on: with both, any two neighbours are one word.
+constexpr int kCopy = 46;
+constexpr int kPitch = 2 * kChannels * kMaxQuads + kUnit;  // bytes from pixel to pixel in shared memory
 
 // What a kernel is compiled for. kSplit: the lower 8 rows of a multiplication are not the next 8 columns, but those of
 // 8 more images, for images of at most 8 columns. kAligned: whether all copies are of 16 bytes.
@@ -44,8 +44,8 @@ template <int kKernelRows, bool kSplit_, bool kAligned_>
 struct Shape {
   static constexpr int kRows = kKernelRows;
   static constexpr bool kSplit = kSplit_, kAligned = kAligned_;
-  static constexpr int kColumns = kSplit ? 8 : 16;               // of a tile
-  static constexpr int kPairs = kSplit ? 4 : 3;                  // of pixels, 8 columns apart, that a thread reads
+  static constexpr int kColumns = kSplit ? 8 : 16;                  // of a tile
+  static constexpr int kPairs = kSplit ? 4 : 3;                     // of pixels, 8 columns apart, that a thread reads
   static constexpr int kTurns = (kRows * kMaxBandColumns + 7) / 8;  // weights that a thread loads
 };
 
@@ -79,7 +79,8 @@ struct Toeplitz {
   int tiles, streams;
   int slab;                               // channels of a block
   int slot_bytes, stage_bytes, stage_at;  // rows of the ring, and of outputs behind it
-  int rows, parts;                        // rows of all groups of images; slabs times spans of columns
+  int rows, spans;                        // rows of all groups of images; spans of columns
+  int workers;                            // blocks that share the rows of a slab
   bool clear;                             // whether there is something outside the images, which is never loaded
   Divider by_slabs, by_height, by_kernel_w, by_taps;
 };
@@ -260,12 +261,11 @@ __device__ __noinline__ void column_by_taps(const Toeplitz& a, int begin, int en
   }
 }
 
-// Rows [begin, end) of a part: a slab of channels and a span of columns.
+// Rows [begin, end) of all groups of images, from `slab` and `first_column` on.
 template <typename T, class Shape>
-__device__ void march(const Toeplitz& a, uint32_t part, int begin, int end) {
+__device__ void march(const Toeplitz& a, int slab, int first_column, int begin, int end) {
   constexpr int kRows = Shape::kRows;
   constexpr bool kSplit = Shape::kSplit;
-  const int slab = a.by_slabs.split(part) * a.slab, first_column = part * a.tiles * Shape::kColumns;
   const Weights<T, Shape> weights(a, slab);
   if (a.clear)
     for (int i = threadIdx.x * kUnit; i < a.stage_at; i += blockDim.x * kUnit) shared<uint4>(i) = {};
@@ -328,8 +328,8 @@ __device__ void march(const Toeplitz& a, uint32_t part, int begin, int end) {
     at += r.end - r.begin;
     out.seek(a, a.target, r.group, r.begin);
     const auto store = [&] { out.store(a.target, a.stage_at + (a.stage_bytes - stage)); };
-    float sum[kRows][kChannels][4] = {};            // of the output rows under way, the oldest first
-    int y = r.row + a.padding_h - (kRows - 1);      // the oldest, which a source row completes
+    float sum[kRows][kChannels][4] = {};        // of the output rows under way, the oldest first
+    int y = r.row + a.padding_h - (kRows - 1);  // the oldest, which a source row completes
     for (int row = r.row; row < r.row_end; ++row, ++y) {
       wait_copies<kDepth - 2>();
       __syncthreads();
@@ -383,15 +383,17 @@ __device__ void march(const Toeplitz& a, uint32_t part, int begin, int end) {
       }
 }
 
-// Blocks share the rows of all parts evenly: one may have the end of a part and the beginning of the next.
+// The blocks of a slab share the rows of all spans evenly: one may have the end of a span and the head of the next.
+// Those of all slabs for the same rows are neighbours, and so use what they read of a pixel's sectors at the same time.
 template <typename T, class Shape>
-__global__ void __launch_bounds__(32 * kMaxQuads, 1)
-    toeplitz_channels_last(const __grid_constant__ Toeplitz a) {
-  const int64_t all = int64_t{a.rows} * a.parts, last = all * (blockIdx.x + 1) / gridDim.x;
-  for (int64_t first = all * blockIdx.x / gridDim.x; first < last;) {
-    const int part = static_cast<int>(first / a.rows), begin = static_cast<int>(first - int64_t{part} * a.rows);
+__global__ void __launch_bounds__(32 * kMaxQuads, 1) toeplitz_channels_last(const __grid_constant__ Toeplitz a) {
+  uint32_t worker = blockIdx.x;
+  const int slab = a.by_slabs.split(worker) * a.slab;
+  const int64_t all = int64_t{a.rows} * a.spans, last = all * (worker + 1) / a.workers;
+  for (int64_t first = all * worker / a.workers; first < last;) {
+    const int span = static_cast<int>(first / a.rows), begin = static_cast<int>(first - int64_t{span} * a.rows);
     const int end = static_cast<int>(min(int64_t{a.rows}, begin + last - first));
-    march<T, Shape>(a, part, begin, end);
+    march<T, Shape>(a, slab, span * a.tiles * Shape::kColumns, begin, end);
     first += end - begin;
   }
 }
@@ -400,7 +402,8 @@ Rows rows_of(const View& view, int64_t batch, int64_t channels, int64_t height, 
   Rows r{};
   r.base = static_cast<char*>(view.data);
   r.image_bytes = view.stride[0] * 2, r.row_bytes = view.stride[2] * 2;
-  r.pixel_bytes = static_cast<int>((width == 1 ? channels : view.stride[3]) * 2), r.bytes = static_cast<int>(channels * 2);
+  r.pixel_bytes = static_cast<int>((width == 1 ? channels : view.stride[3]) * 2);
+  r.bytes = static_cast<int>(channels * 2);
   r.height = static_cast<int>(height), r.width = static_cast<int>(width);
   r.unit = alignment_of(view, 2, channels, height, width, batch);
   return r;
@@ -429,8 +432,7 @@ int cut(Toeplitz& a, int64_t room) {
   a.by_slabs = Divider(ceil_div(a.channels, a.slab));
   const int64_t tiles = ceil_div(a.target.width, Shape::kColumns);
   for (int most = kTiles;; --most) {  // as many tiles as fit
-    const int64_t spans = ceil_div(tiles, most);
-    a.tiles = static_cast<int>(ceil_div(tiles, spans));
+    a.spans = static_cast<int>(ceil_div(tiles, most)), a.tiles = static_cast<int>(ceil_div(tiles, a.spans));
     a.streams = std::min((Shape::kSplit ? 2 : 1) * most / a.tiles, a.batch);
     if (Shape::kAligned && a.source.width > 4 * kUnit) a.streams = 1;  // see Rows
     cut_rows(a.source, a, a.tiles * Shape::kColumns + kReach);
@@ -438,7 +440,6 @@ int cut(Toeplitz& a, int64_t room) {
     a.slot_bytes = a.streams * a.source.stream_bytes, a.stage_bytes = a.streams * a.target.stream_bytes;
     a.stage_at = kDepth * a.slot_bytes;
     a.rows = static_cast<int>(ceil_div(a.batch, a.streams) * a.target.height);
-    a.parts = static_cast<int>(a.by_slabs.divisor * spans);
     a.clear = a.batch % a.streams != 0 || a.channels % a.slab != 0 || a.padding_w > 0 ||
               a.source.width < tiles * Shape::kColumns + kReach;
     const int bytes = a.stage_at + std::max(2 * a.stage_bytes, a.slab * Shape::kRows * kBandRowBytes);
@@ -458,15 +459,9 @@ void launch(Toeplitz a, cudaStream_t stream) {
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, bytes);
     return std::max(blocks, 1);
   });
-  // Either every part has blocks of its own, or the last rows of one and the first ones of the next share a block,
-  // which begins anew then.
-  constexpr int kAnew = 8;  // rows that could be computed meanwhile
-  const int64_t slots = int64_t{resident} * device.multiprocessors, all = int64_t{a.rows} * a.parts;
-  const int64_t workers = std::min<int64_t>(std::max<int64_t>(slots / a.parts, 1), a.rows);
-  const int64_t apart = ceil_div(a.parts * workers, slots) * ceil_div(a.rows, workers);
-  const bool joined = ceil_div(all, slots) + kAnew < apart;
-  const int64_t blocks = joined ? slots : a.parts * workers;
-  kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(a);
+  const int64_t slabs = a.by_slabs.divisor, slots = int64_t{resident} * device.multiprocessors;
+  a.workers = static_cast<int>(std::min(std::max<int64_t>(slots / slabs, 1), int64_t{a.rows} * a.spans));
+  kernel<<<static_cast<unsigned>(slabs * a.workers), threads, bytes, stream>>>(a);
   check_launch("toeplitz_channels_last");
 }
 
