@@ -162,18 +162,41 @@ bool claims_toeplitz_large(const Problem& p) {
   return least_large_bytes(p) <= p.shared_memory;
 }
 
-// What the kernels that march ask for: channels that lie side by side, pixels, rows and images that may lie anywhere.
-bool can_march(const Problem& p) {
-  if (p.dtype == DType::kFloat64 || p.batch == 0 || !is_small_kernel(p)) return false;
-  if (p.padding_h > (p.kernel_h - 1) * p.dilation_h || p.padding_w > (p.kernel_w - 1) * p.dilation_w) return false;
-  // The bytes of a row are counted in 32 bits, and so are the rows of all images.
+// Whether channels lie side by side in both arrays, and what 32 bits count in kernels that march down them: the bytes
+// of a row, and the rows of all images. Pixels, rows and images may lie anywhere.
+bool have_channels(const Problem& p) {
   const auto fits = [&](const View& view, int64_t channels, int64_t height, int64_t width) {
     constexpr int64_t kMany = 1 << 20, kMost = 1 << 27;
     const int64_t pixel = (width == 1 ? channels : view.stride[3]) * size_of(p.dtype);
     return (view.stride[1] == 1 || channels == 1) && channels <= kMany / 8 && pixel <= kMany && width <= kMany &&
            pixel * width < kMost && height < kMost / p.batch;
   };
-  return fits(p.input, p.channels, p.height, p.width) && fits(p.output, p.filters(), p.out_height, p.out_width);
+  return p.batch > 0 && fits(p.input, p.channels, p.height, p.width) &&
+         fits(p.output, p.filters(), p.out_height, p.out_width);
+}
+
+bool can_march(const Problem& p) {
+  return p.dtype != DType::kFloat64 && is_small_kernel(p) && p.padding_h <= (p.kernel_h - 1) * p.dilation_h &&
+         p.padding_w <= (p.kernel_w - 1) * p.dilation_w && have_channels(p);
+}
+
+bool claims_toeplitz_channels_last(const Problem& p) {
+  if (size_of(p.dtype) != 2 || p.capability < 80 || p.pass == Pass::kGradWeight || p.multiplier > 1) return false;
+  if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  // The rows that it is compiled for, and the columns of a band matrix. CUDA cores are as fast for 3x3.
+  if (p.kernel_h > 7 || p.kernel_w > kMaxBandColumns || p.taps() == 1) return false;
+  if (p.taps() <= 9 && is_small_kernel(p)) return false;
+  if (p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
+  // Pixels of whole units of 16 bytes: of others CUDA cores make more.
+  const auto whole = [&](const View& view, int64_t height, int64_t width) {
+    constexpr int64_t kElements = kUnit / 2;
+    return (view.stride[3] % kElements == 0 || width == 1) && (view.stride[2] % kElements == 0 || height == 1) &&
+           (view.stride[0] % kElements == 0 || p.batch == 1);
+  };
+  if (p.channels % (kUnit / 2) != 0 || !whole(p.input, p.height, p.width) ||
+      !whole(p.output, p.out_height, p.out_width))
+    return false;
+  return have_channels(p);
 }
 
 bool claims_march_channels_last(const Problem& p) {
@@ -306,6 +329,9 @@ const std::vector<Plan>& plans() {
       {PlanId::kStreamGradWeightNchw, "stream_grad_weight_nchw",
        "a small kernel on contiguous planes: input and gradient stream through shared memory",
        claims_stream_grad_weight_nchw},
+      {PlanId::kToeplitzChannelsLast, "toeplitz_channels_last",
+       "a small kernel in 16 bits in channels_last: rows stream through shared memory to tensor cores",
+       claims_toeplitz_channels_last},
       {PlanId::kMarchChannelsLast, "march_channels_last",
        "a small kernel in channels_last: rows stream through shared memory, sums stay in registers",
        claims_march_channels_last},

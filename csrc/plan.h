@@ -21,6 +21,7 @@ enum class PlanId : int {
   kStreamGradWeightNchw,
   kStreamGradWeightNchwPortable,
   kToeplitzLarge,
+  kToeplitzChannelsLast,
   kMarchChannelsLast,
   kMarchGradWeightChannelsLast,
   kLargeFloat32,

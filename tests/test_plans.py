@@ -37,6 +37,7 @@ MARCH = {
     "grad_input": "march_channels_last",
     "grad_weight": "march_grad_weight_channels_last",
 }
+BAND = "toeplitz_channels_last"
 STREAM = {"forward": "stream_nchw", "grad_input": "stream_nchw", "grad_weight": "stream_grad_weight_nchw"}
 
 # Kernel, stride and dilation of what streams.
@@ -230,10 +231,58 @@ def test_what_does_not_stream(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("name", PASSES)
 def test_small_kernels_in_channels_last(name: str, tile: tuple, dtype: torch.dtype) -> None:
+    """In 16 bits from 5x5 on, tensor cores, for pixels of whole units of 16 bytes."""
+    (height, width), stride, _ = tile
+    square = height == width >= 5 and stride == 1 and dtype != torch.float32 and name != "grad_weight"
     for channels in (64, 37, 3, 1000):
         for size in ((512, 512), (226, 190), (20, 9000)):
             case = tile_case(tile, 32, channels, size)
-            assert plan_of(name, case, dtype, torch.channels_last) == serves(name, MARCH[name], case), str(case)
+            expected = BAND if square and channels % 8 == 0 else MARCH[name]
+            assert plan_of(name, case, dtype, torch.channels_last) == serves(name, expected, case), str(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PASSES[:2])
+def test_toeplitz_channels_last_claims(name: str, dtype: torch.dtype) -> None:
+    """Channels have to lie side by side; rows, pixels and images may lie apart, by multiples of 16 bytes."""
+    case, order = Case(4, 8, (20, 30), (5, 7), padding=(2, 3)), (0, 2, 3, 1)
+    plain = meta((4, 8, 20, 30), dtype, torch.channels_last)
+    for odd, claimed in (
+        (lay(plain, order, offset=3), True),
+        (lay(plain, order, steps=(2, 1, 3, 2)), True),
+        (lay(plain, order, expanded=(0, 2)), True),
+        (lay(plain, (2, 3, 0, 1)), True),
+        (meta((4, 24, 20, 30), dtype, torch.channels_last)[:, 5:13], True),
+        (meta((4, 20, 20, 30), dtype, torch.channels_last)[:, 5:13], False),
+        (lay(plain, order, steps=(1, 2, 1, 1)), False),
+        (lay(plain, order, expanded=(1,)), False),
+        (plain.contiguous(), False),
+    ):
+        assert (BAND in claims(name, case, odd, plain)) == claimed, odd.stride()
+        assert (BAND in claims(name, case, plain, odd)) == claimed, odd.stride()
+
+    def claimed(case: Case, dtype: torch.dtype = dtype) -> bool:
+        input = meta((case.batch, case.channels, *case.size), dtype, torch.channels_last)
+        return BAND in claims(name, case, input, meta(output_size(case), dtype, torch.channels_last))
+
+    for kernel in ((5, 5), (7, 7), (7, 9), (2, 2), (1, 9), (6, 1)):
+        assert claimed(case._replace(kernel=kernel, padding=tuple(k - 1 for k in kernel))), kernel
+    for change in (
+        {"kernel": (8, 7)},
+        {"kernel": (7, 10)},
+        {"kernel": (3, 3)},  # bound by bytes without tensor cores, too
+        {"kernel": (1, 1), "padding": (0, 0)},
+        {"stride": (2, 2)},
+        {"dilation": (2, 2)},
+        {"padding": (5, 3)},
+        {"padding": (2, 7)},
+        {"multiplier": 2},
+        {"channels": 12},
+        {"batch": 0},
+        {"batch": 2**24},
+    ):
+        assert not claimed(case._replace(**change)), change
+    assert not claimed(case, torch.float32) and not claimed(case, torch.float64)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
@@ -331,8 +380,8 @@ def test_small_kernels_without_a_plan_of_their_own(name: str) -> None:
         ((3, 5), torch.float32, FORMATS[1], ("generic", "large_float32_grad_weight")),
         ((2, 3), torch.float32, FORMATS[1], ("generic", "generic")),
         ((3, 5), torch.float16, FORMATS[0], ("toeplitz_nchw", "hankel_grad_weight")),
-        ((3, 5), torch.float16, FORMATS[1], ("toeplitz_large", "hankel_grad_weight")),
-        ((2, 3), torch.float16, FORMATS[1], ("generic", "hankel_grad_weight")),
+        ((3, 5), torch.float16, FORMATS[1], (BAND, "hankel_grad_weight")),
+        ((2, 3), torch.float16, FORMATS[1], (BAND, "hankel_grad_weight")),
     ):
         found = plan_of(name, case._replace(kernel=kernel), dtype, memory_format)
         assert found == expected[backward], (kernel, dtype, memory_format)
@@ -563,6 +612,7 @@ def test_forcing_a_plan(case: Case, memory_format: torch.memory_format, dtype: t
             "stream_grad_weight_nchw_portable",
             "toeplitz_large",
             "direct",
+            BAND,
             MARCH[name],
             "generic",
         ):
@@ -737,8 +787,39 @@ def test_marches_are_exact(tile: tuple, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel", [(5, 5), (7, 7), (7, 9), (2, 3), (1, 9), (6, 1)], ids=str)
+def test_toeplitz_channels_last_is_exact(kernel: tuple, dtype: torch.dtype) -> None:
+    """Tiles of several images and of one, slabs and spans of all sorts, pixels, rows and images apart, any address."""
+    sizes = [(7, 7), (1, 8), (14, 14), (13, 29), (28, 28), (31, 57), (9, 1), (56, 80), (40, 301), (301, 40)]
+    for number, size in enumerate(sizes):
+        for turn in range(3):
+            channels = [8, 40, 64, 24, 136, 200][(number + turn) % 6]
+            batch = [1, 3, 21, 8][(number + 2 * turn) % 4] if size[0] * size[1] < 1000 else 3
+            padding = [tuple(k // 2 for k in kernel), (0, 0), tuple(k - 1 for k in kernel)][turn % 3]
+            case = Case(batch, channels, size, kernel, padding=padding, bias=turn % 2 == 0)
+            if any(side + 2 * p < k for side, p, k in zip(size, padding, kernel)):
+                continue
+            input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
+            grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=torch.channels_last)
+            order, layout = (0, 2, 3, 1), (number + turn) % 4
+            if layout == 1:
+                input, grad_output = lay(input, order, offset=1), lay(grad_output, order, offset=4)
+            elif layout == 2:
+                input, weight = lay(input, order, (2, 1, 3, 2), 6), lay(weight, (2, 3, 0, 1))
+            elif layout == 3:
+                input, grad_output = lay(input, (2, 3, 0, 1), offset=2), lay(grad_output, (2, 0, 3, 1), (1, 1, 2, 1))
+            exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+            forced = set()
+            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output, True):
+                assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, str(case), input.stride())
+                forced.add((name, plan))
+            assert {("output", BAND), ("grad_input", BAND)} <= forced, str(case)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FAST, ids=str)
-@pytest.mark.parametrize("tile", [((3, 3), 1, 1), ((5, 5), 2, 1)], ids=str)
+@pytest.mark.parametrize("tile", [((3, 3), 1, 1), ((5, 5), 2, 1), ((5, 5), 1, 1)], ids=str)
 def test_the_same_sizes_in_other_layouts(tile: tuple, dtype: torch.dtype) -> None:
     """How a problem is cut is remembered: what that depends on has to be part of what it is remembered by."""
     case = tile_case(tile, 3, 24, (40, 48))
@@ -766,7 +847,7 @@ def test_marches_beside_infinities(tile: tuple, dtype: torch.dtype) -> None:
         weight[0, 0, 0, 0], weight[-1, 0, -1, -1] = -torch.inf, torch.nan
         exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
         for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output, True):
-            if plan in MARCH.values():
+            if plan in (BAND, *MARCH.values()):
                 assert torch.equal(result.nan_to_num(nan=12345.0), exact[name].to(result).nan_to_num(nan=12345.0)), name
 
 
@@ -935,3 +1016,16 @@ def test_marches_repeat_bit_for_bit(dtype: torch.dtype) -> None:
         first = results()
         for _ in range(300):
             assert all(torch.equal(a, b) for a, b in zip(first, results()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(14, 14), (56, 60)], ids=str)
+def test_toeplitz_channels_last_repeats_bit_for_bit(size: tuple, dtype: torch.dtype) -> None:
+    for side in (5, 7):
+        case = Case(16, 200, size, (side, side), padding=(side // 2, side // 2))
+        input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last)
+        first = torch.ops.dwconv.forward.plan(input, weight, bias, *arguments_of(case), BAND)
+        for _ in range(300):
+            again = torch.ops.dwconv.forward.plan(input, weight, bias, *arguments_of(case), BAND)
+            assert torch.equal(first, again)

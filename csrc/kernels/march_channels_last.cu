@@ -116,22 +116,21 @@ __device__ __noinline__ void strip_by_taps(const March& a, int begin, int end, i
     for (int y = max(y_begin, 0); y < min(y_begin + Tile::kPair, a.target_height); ++y)
       for (int x = max(column * Tile::kPair - a.skew_w, 0); x < x_end; ++x) {
         float sum = a.bias ? widen(static_cast<const T*>(a.bias)[filter * a.bias_stride]) : 0.f;
+        const auto row_of = [&](int i) {
+          const int row = y + a.padding_h - i;
+          if (Tile::kSpread) return row % 2 == 0 ? row / 2 : -1;
+          return y * Tile::kStride - a.padding_h + i * Tile::kDilation;
+        };
+        const auto column_of = [&](int j) {
+          const int column = x + a.padding_w - j;
+          if (Tile::kSpread) return column % 2 == 0 ? column / 2 : -1;
+          return x * Tile::kStride - a.padding_w + j * Tile::kDilation;
+        };
+        const char* from = a.source.base + image * a.source.image_bytes;
         for (int q = 0; q < a.fan_in; ++q)
-          for (int i = 0; i < Tile::kKernelH; ++i)
-            for (int j = 0; j < Tile::kKernelW; ++j) {
-              int row = y * Tile::kStride - a.padding_h + i * Tile::kDilation;
-              int source = x * Tile::kStride - a.padding_w + j * Tile::kDilation;
-              if (Tile::kSpread) {
-                row = y + a.padding_h - i, source = x + a.padding_w - j;
-                if (row % 2 != 0 || source % 2 != 0) continue;
-                row /= 2, source /= 2;
-              }
-              if (row < 0 || row >= a.height || source < 0 || source >= a.width) continue;
-              const char* from = a.source.base + image * a.source.image_bytes + row * a.source.row_bytes +
-                                 static_cast<int64_t>(source) * a.source.pixel_bytes;
-              sum = fmaf(widen(reinterpret_cast<const T*>(from)[channel * a.fan_in + q]),
-                         widen(weight[q * a.weight_filter + i * a.weight_row + j * a.weight_column]), sum);
-            }
+          sum = sum_of_taps(sum, reinterpret_cast<const T*>(from) + channel * a.fan_in + q, a.source.row_bytes,
+                            a.source.pixel_bytes, a.height, a.width, weight + q * a.weight_filter, a.weight_row,
+                            a.weight_column, Tile::kKernelH, Tile::kKernelW, row_of, column_of);
         char* to = a.target + image * a.target_image_bytes + y * a.target_row_bytes +
                    static_cast<int64_t>(x) * a.target_pixel_bytes;
         reinterpret_cast<T*>(to)[filter] = narrow<T>(sum);

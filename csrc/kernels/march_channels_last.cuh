@@ -135,6 +135,24 @@ class BulkLoader {
   const char* from_;
 };
 
+// What an output is by definition: `sum`, and the products of a kernel's taps with those pixels of a channel that they
+// meet, if these lie inside the image. `row_of` and `column_of` say where a row and a column of the kernel lie, outside
+// the image if they meet nothing.
+template <typename T, typename RowOf, typename ColumnOf>
+__device__ float sum_of_taps(float sum, const T* pixels, int64_t row_bytes, int pixel_bytes, int height, int width,
+                             const T* weight, int64_t weight_row, int64_t weight_column, int kernel_h, int kernel_w,
+                             RowOf&& row_of, ColumnOf&& column_of) {
+  for (int i = 0; i < kernel_h; ++i)
+    for (int j = 0; j < kernel_w; ++j) {
+      const int row = row_of(i), column = column_of(j);
+      if (row < 0 || row >= height || column < 0 || column >= width) continue;
+      const char* from = reinterpret_cast<const char*>(pixels) + row * row_bytes +
+                         static_cast<int64_t>(column) * pixel_bytes;
+      sum = fmaf(widen(*reinterpret_cast<const T*>(from)), widen(weight[i * weight_row + j * weight_column]), sum);
+    }
+  return sum;
+}
+
 // Bytes, at most 16, that all channels, columns, rows and images are a multiple of.
 inline int alignment_of(const View& view, int64_t element, int64_t channels, int64_t height, int64_t width,
                         int64_t batch) {

@@ -1,0 +1,501 @@
+// Forward and grad_input of small kernels in channels_last in 16 bits, on tensor cores.
+//
+// A row of the kernel is, for one channel, a band matrix B of 16 columns in and 8 columns out, B[k][n] = weight[k - n]:
+// one multiplication of it from the left by 16 rows of pixels gives 16 x 8 sums. The upper 8 rows are pixels of 8
+// tiles, the lower 8 the same tiles 8 output columns on. A thread reads 4 channels of a pixel at once, and of
+// neighbouring pixels at that, so that a byte permutation for each register of A is all it takes to part the channels.
+//
+// A warp owns 4 channels, a block the slab that its warps make up, and `tiles` neighbouring tiles of 16 columns in each
+// of `streams` images. It marches down the rows of its images: a source row, read once from a ring in shared memory, is
+// added to all the output rows that it reaches, whose sums are in registers; the oldest of them is then complete.
+// Outputs go through shared memory, from where they are stored as they lie side by side.
+//
+// Banks: what a warp reads at once are 8 bytes of pixels 2 apart, of 8 tiles. Pixels at an odd multiple of 16 bytes,
+// and 16 bytes more after every tile, also from one image to the next, spread them as evenly as copies of 16 bytes
+// allow.
+//
+// The zeros of B spoil an output if they meet Inf or NaN, which then is NaN. So outputs that are finite are right, and
+// the others are computed again, tap by tap.
+#include <algorithm>
+#include <type_traits>
+#include <utility>
+
+#include "launch.h"
+#include "mapping.h"
+#include "march_channels_last.cuh"
+#include "tensor_cores.cuh"
+
+namespace dwconv {
+namespace {
+
+constexpr int kTiles = 8;     // of a warp
+constexpr int kReach = 8;     // columns of the source that a tile reads beyond its own number
+constexpr int kChannels = 4;  // of a warp
+constexpr int kDepth = 8;     // rows of the ring: one to work on, the others on their way
+constexpr int kMaxQuads = 8;  // warps of a block, as the registers of the sums allow
+constexpr int kMiddle = 8;    // zeros before the weights of a band matrix
+// Bytes to the same weight in a copy that is a column further on: with both, any two neighbours are one word.
+constexpr int kCopy = 46;
+constexpr int kPitch = 2 * kChannels * kMaxQuads + kUnit;  // bytes from pixel to pixel in shared memory
+
+// What a kernel is compiled for. kSplit: the lower 8 rows of a multiplication are not the next 8 columns, but those of
+// 8 more images, for images of at most 8 columns. kAligned: whether all copies are of 16 bytes.
+template <int kKernelRows, bool kSplit_, bool kAligned_>
+struct Shape {
+  static constexpr int kRows = kKernelRows;
+  static constexpr bool kSplit = kSplit_, kAligned = kAligned_;
+  static constexpr int kColumns = kSplit ? 8 : 16;                  // of a tile
+  static constexpr int kPairs = kSplit ? 4 : 3;                     // of pixels, 8 columns apart, that a thread reads
+  static constexpr int kTurns = (kRows * kMaxBandColumns + 7) / 8;  // weights that a thread loads
+};
+
+// An array (N, height, width, channels), and how the threads of a block copy a row of it.
+struct Rows {
+  char* base;
+  int64_t image_bytes, row_bytes;
+  int pixel_bytes, bytes;  // from one pixel to the next; of a pixel, all channels
+  int height, width;
+  int unit;          // bytes that are copied at once: 16, 8, 4 or 2
+  int columns;       // of a block in an image
+  int stream_bytes;  // in shared memory, from one image to the next
+  // Columns and images that are copied at once, and what leads to the next ones.
+  int columns_at_once, streams_at_once, column_step;
+  int64_t stream_step;
+  // The same for aligned copies, for which there are either more columns or more images.
+  int64_t step;
+  int place_step;
+  Divider by_units, by_columns;
+};
+
+struct Toeplitz {
+  Rows source, target;
+  int batch, channels, padding_h, padding_w;
+  const void* weight;
+  int64_t weight_filter, weight_row, weight_column;
+  const void* bias;
+  int64_t bias_stride;
+  int kernel_h, kernel_w;
+
+  int tiles, streams;
+  int slab;                               // channels of a block
+  int slot_bytes, stage_bytes, stage_at;  // rows of the ring, and of outputs behind it
+  int rows, spans;                        // rows of all groups of images; spans of columns
+  int workers;                            // blocks that share the rows of a slab
+  bool clear;                             // whether there is something outside the images, which is never loaded
+  Divider by_slabs, by_height, by_kernel_w, by_taps;
+};
+
+// Where a column lies in a row in shared memory.
+__host__ __device__ constexpr int place_of(int column) {
+  return column * kPitch + column / 16 * kUnit;
+}
+
+// A thread's part of every row that its block copies: some columns of some images, a few channels.
+template <class Shape>
+class Share {
+ public:
+  // `slab`: the block's first channel; `first_column`: of the image, may lie outside.
+  __device__ Share(const Toeplitz& a, const Rows& r, int slab, int first_column) {
+    uint32_t rest = threadIdx.x;
+    const int part = r.by_units.split(rest) * r.unit, before = max(-first_column, 0);
+    begin_ = before + r.by_columns.split(rest);
+    stream_ = rest;
+    const bool any = stream_ < min(r.streams_at_once, a.streams) && slab * 2 + part < r.bytes;
+    end_ = any ? min(r.columns, r.width - first_column) : 0;
+    place_ = stream_ * r.stream_bytes + part + (Shape::kAligned ? place_of(begin_) : 0);
+    offset_ = static_cast<int64_t>(first_column + begin_) * r.pixel_bytes + slab * 2 + part;
+  }
+
+  // Goes to a row of a group of images.
+  __device__ void seek(const Toeplitz& a, const Rows& r, int group, int row) {
+    const int image = group * a.streams + stream_, streams = max(min(a.streams - stream_, a.batch - image), 0);
+    left_ = begin_ < end_ ? (streams + r.streams_at_once - 1) / r.streams_at_once : 0;
+    if (Shape::kAligned) left_ *= (end_ - begin_ + r.columns_at_once - 1) / r.columns_at_once;
+    at_ = r.base + (image * r.image_bytes + row * r.row_bytes + offset_);
+  }
+
+  // Begins to load the row to offset `to` in shared memory, and goes to the next one.
+  __device__ void load(const Rows& r, int to) {
+    visit(r, to, [](char* at, int place, auto word) { copy_unit<sizeof(word)>(shared_address(place), at); });
+  }
+
+  // Stores the row from offset `from` in shared memory, and goes to the next one.
+  __device__ void store(const Rows& r, int from) {
+    visit(r, from, [](char* at, int place, auto word) {
+      *reinterpret_cast<decltype(word)*>(at) = shared<decltype(word)>(place);
+    });
+  }
+
+ private:
+  int stream_, begin_, end_, place_;
+  int left_ = 0;  // aligned copies, or images to copy from
+  int64_t offset_;
+  char* at_ = nullptr;
+
+  template <typename Visit>
+  __device__ void visit(const Rows& r, int place, Visit&& visit) {
+    char* at = at_;
+    place += place_;
+    const auto visit_words = [&](auto word) {
+#pragma unroll 1
+      for (int left = left_; left > 0; --left, at += r.stream_step, place += r.streams_at_once * r.stream_bytes) {
+        char* pixel = at;
+#pragma unroll 1
+        for (int column = begin_; column < end_; column += r.columns_at_once, pixel += r.column_step)
+          visit(pixel, place + place_of(column), word);
+      }
+    };
+    if constexpr (Shape::kAligned) {
+#pragma unroll 1
+      for (int left = left_; left > 0; --left, at += r.step, place += r.place_step) visit(at, place, uint4{});
+    } else {
+      switch (r.unit) {
+        case 16: visit_words(uint4{}); break;
+        case 8: visit_words(uint2{}); break;
+        case 4: visit_words(uint32_t{}); break;
+        default: visit_words(uint16_t{});
+      }
+    }
+    at_ += r.row_bytes;
+  }
+};
+
+// Output rows of one group of images.
+struct Run {
+  int group, begin, end;
+  int row, row_end;  // what they read of the source, inside the image
+};
+
+// The first of the runs that make up rows [begin, end) of all groups.
+template <class Shape>
+__device__ Run run_of(const Toeplitz& a, int begin, int end) {
+  Run r;
+  uint32_t group = begin;
+  r.begin = a.by_height.split(group);
+  r.group = group;
+  r.end = min(a.target.height, r.begin + end - begin);
+  r.row = max(r.begin - a.padding_h, 0);
+  r.row_end = min(r.end - 1 - a.padding_h + Shape::kRows, a.source.height);
+  return r;
+}
+
+// Source rows of a block on their way to the ring.
+template <class Shape>
+class Feed {
+ public:
+  __device__ Feed(const Toeplitz& a, int slab, int first_column, int begin, int end)
+      : share_(a, a.source, slab, first_column), begin_(begin), end_(end) {}
+
+  // Begins to load the next row, if there is one.
+  __device__ void load(const Toeplitz& a) {
+    if (left_ == 0 && begin_ < end_) {
+      const Run r = run_of<Shape>(a, begin_, end_);
+      begin_ += r.end - r.begin;
+      left_ = r.row_end - r.row;
+      share_.seek(a, a.source, r.group, r.row);
+    }
+    if (left_ > 0) {
+      share_.load(a.source, slot_);
+      --left_;
+      slot_ += a.slot_bytes;
+      if (slot_ == kDepth * a.slot_bytes) slot_ = 0;
+    }
+    commit_copies();
+  }
+
+ private:
+  Share<Shape> share_;
+  int begin_, end_;          // output rows that no source row was loaded for
+  int left_ = 0, slot_ = 0;  // source rows of the run, and the next one's place in the ring
+};
+
+// The weights of a slab on their way to shared memory.
+template <typename T, class Shape>
+class Weights {
+ public:
+  __device__ Weights(const Toeplitz& a, int slab) {
+    const int count = min(a.slab, a.channels - slab) * a.kernel_h * a.kernel_w;
+#pragma unroll
+    for (int t = 0; t < Shape::kTurns; ++t) {
+      const int i = threadIdx.x + t * blockDim.x;
+      uint32_t channel = i;
+      uint32_t row = a.by_taps.split(channel);
+      const int column = a.by_kernel_w.split(row);
+      to_[t] = i < count ? a.stage_at + (channel * Shape::kRows + row) * kBandRowBytes + 2 * (kMiddle + column) : 0;
+      if (to_[t] > 0)
+        value_[t] = __ldg(static_cast<const T*>(a.weight) + (slab + static_cast<int>(channel)) * a.weight_filter +
+                          static_cast<int>(row) * a.weight_row + column * a.weight_column);
+    }
+  }
+
+  // Writes them between zeros that are there already.
+  __device__ void write() const {
+#pragma unroll
+    for (int t = 0; t < Shape::kTurns; ++t)
+      if (to_[t] > 0) shared<T>(to_[t]) = value_[t], shared<T>(to_[t] + kCopy) = value_[t];
+  }
+
+ private:
+  T value_[Shape::kTurns];
+  int to_[Shape::kTurns];
+};
+
+// Computes those outputs of a channel in one column of rows [begin, end) that are not finite again.
+template <typename T>
+__device__ __noinline__ void column_by_taps(const Toeplitz& a, int begin, int end, int stream, int channel, int x) {
+  for (; begin < end; ++begin) {
+    uint32_t image = begin;
+    const int y = a.by_height.split(image);
+    image = image * a.streams + stream;
+    if (image >= a.batch) return;
+    char* to = a.target.base + image * a.target.image_bytes + y * a.target.row_bytes +
+               static_cast<int64_t>(x) * a.target.pixel_bytes;
+    T& output = reinterpret_cast<T*>(to)[channel];
+    if (is_finite(widen(output))) continue;
+    const float bias = a.bias ? widen(static_cast<const T*>(a.bias)[channel * a.bias_stride]) : 0.f;
+    output = narrow<T>(sum_of_taps(
+        bias, reinterpret_cast<const T*>(a.source.base + image * a.source.image_bytes) + channel, a.source.row_bytes,
+        a.source.pixel_bytes, a.source.height, a.source.width,
+        static_cast<const T*>(a.weight) + channel * a.weight_filter, a.weight_row, a.weight_column, a.kernel_h,
+        a.kernel_w, [&](int i) { return y - a.padding_h + i; }, [&](int j) { return x - a.padding_w + j; }));
+  }
+}
+
+// Rows [begin, end) of all groups of images, from `slab` and `first_column` on.
+template <typename T, class Shape>
+__device__ void march(const Toeplitz& a, int slab, int first_column, int begin, int end) {
+  constexpr int kRows = Shape::kRows;
+  constexpr bool kSplit = Shape::kSplit;
+  const Weights<T, Shape> weights(a, slab);
+  if (a.clear)
+    for (int i = threadIdx.x * kUnit; i < a.stage_at; i += blockDim.x * kUnit) shared<uint4>(i) = {};
+  for (int i = threadIdx.x * kUnit; i < a.slab * kRows * kBandRowBytes; i += blockDim.x * kUnit)
+    shared<uint4>(a.stage_at + i) = {};
+  __syncthreads();
+  Feed<Shape> feed(a, slab, first_column - a.padding_w, begin, end);
+#pragma unroll 1
+  for (int i = 0; i < kDepth - 1; ++i) feed.load(a);
+  weights.write();
+  __syncthreads();
+
+  const int lane = threadIdx.x % 32, quad = threadIdx.x / 32, number = lane / 4, pair = lane % 4 * 2;
+  const int channel = slab + quad * kChannels;
+  uint32_t band[kChannels][kRows][2];
+  float bias[kChannels];
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c) {
+    const int entry = pair - number;  // of the thread's first pair in a row of weights
+    const int at = a.stage_at + (quad * kChannels + c) * kRows * kBandRowBytes + 2 * (kMiddle + entry) +
+                   (entry & 1) * kCopy;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) band[c][i][h] = shared<uint32_t>(at + i * kBandRowBytes + 16 * h);
+    bias[c] = 0;
+    if (a.bias && channel + c < a.channels)
+      bias[c] = widen(__ldg(static_cast<const T*>(a.bias) + (channel + c) * a.bias_stride));
+  }
+
+  // The thread's tiles, one of the upper 8 rows and one of the lower, and its pixels of them.
+  const bool live = number < a.tiles * a.streams, lower_live = kSplit ? number + kTiles < a.streams : live;
+  const int stream = live ? number / a.tiles : 0, tile = live ? number % a.tiles : 0;
+  const int column = place_of(tile * Shape::kColumns + pair) + quad * kChannels * 2;
+  const int from = stream * a.source.stream_bytes + column, to = a.stage_at + stream * a.target.stream_bytes + column;
+  const int from_lower = kSplit && lower_live ? from + kTiles * a.source.stream_bytes : from;
+  const int to_lower = kSplit ? to + kTiles * a.target.stream_bytes : to + place_of(8);
+
+  Share<Shape> out(a, a.target, slab, first_column);
+  const auto none = narrow_pair(0.f, 0.f, T{});
+  auto zero = none, also_zero = none;
+  int slot = 0, stage = 0;  // of the next source row in the ring, and of the outputs to come
+  // Puts outputs where all threads can store them, between two barriers.
+  const auto put = [&](const float (&sum)[kChannels][4]) {
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+      const auto low = narrow_pair(sum[0][v] + bias[0], sum[1][v] + bias[1], T{});
+      const auto high = narrow_pair(sum[2][v] + bias[2], sum[3][v] + bias[3], T{});
+#if __CUDA_ARCH__ >= 800
+      zero = __hfma2(low, none, zero), also_zero = __hfma2(high, none, also_zero);
+#endif
+      if (v < 2 ? live : lower_live)
+        shared<uint2>((v < 2 ? to : to_lower) + stage + place_of(v % 2)) = {reinterpret_cast<const uint32_t&>(low),
+                                                                            reinterpret_cast<const uint32_t&>(high)};
+    }
+    stage = a.stage_bytes - stage;
+  };
+  for (int at = begin; at < end;) {
+    const Run r = run_of<Shape>(a, at, end);
+    at += r.end - r.begin;
+    out.seek(a, a.target, r.group, r.begin);
+    const auto store = [&] { out.store(a.target, a.stage_at + (a.stage_bytes - stage)); };
+    float sum[kRows][kChannels][4] = {};        // of the output rows under way, the oldest first
+    int y = r.row + a.padding_h - (kRows - 1);  // the oldest, which a source row completes
+    for (int row = r.row; row < r.row_end; ++row, ++y) {
+      wait_copies<kDepth - 2>();
+      __syncthreads();
+      uint2 x[2 * Shape::kPairs];
+#pragma unroll
+      for (int j = 0; j < 2 * Shape::kPairs; ++j) {
+        if (kSplit)
+          x[j] = shared<uint2>((j < 4 ? from : from_lower) + slot + place_of(j / 2 % 2 * 8 + j % 2));
+        else
+          x[j] = shared<uint2>(from + slot + place_of(j / 2 * 8 + j % 2));
+      }
+      slot += a.slot_bytes;
+      if (slot == kDepth * a.slot_bytes) slot = 0;
+      feed.load(a);
+      if (y > r.begin) store();
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        uint32_t pairs[Shape::kPairs];
+#pragma unroll
+        for (int j = 0; j < Shape::kPairs; ++j)
+          pairs[j] = __byte_perm(c < 2 ? x[2 * j].x : x[2 * j].y, c < 2 ? x[2 * j + 1].x : x[2 * j + 1].y,
+                                 c % 2 == 0 ? 0x5410 : 0x7632);
+        const float nothing[4] = {};
+#pragma unroll
+        for (int o = 0; o < kRows; ++o)
+          multiply(sum[o][c], o + 1 < kRows ? std::as_const(sum[o + 1][c]) : nothing,
+                   {pairs[0], pairs[kSplit ? 2 : 1], pairs[1], pairs[Shape::kPairs - 1]},
+                   {band[c][kRows - 1 - o][0], band[c][kRows - 1 - o][1]}, T{});
+      }
+      if (y >= r.begin) put(sum[0]);
+    }
+    // What no further row of the image reaches is complete as it is.
+#pragma unroll
+    for (int o = 1; o < kRows; ++o, ++y) {
+      if (y >= r.end) break;
+      __syncthreads();
+      if (y > r.begin) store();
+      if (y >= r.begin) put(sum[o]);
+    }
+    __syncthreads();
+    store();
+  }
+  __syncthreads();  // the next part's zeros, and the outputs that are read now, come behind
+  if (!(__low2float(zero) == 0 && __high2float(zero) == 0 && __low2float(also_zero) == 0 &&
+        __high2float(also_zero) == 0))  // NaN: an output is not finite
+    for (int v = 0; v < 4; ++v)
+      for (int c = 0; c < kChannels; ++c) {
+        const int x = first_column + tile * Shape::kColumns + pair + v % 2 + (kSplit ? 0 : v / 2 * 8);
+        if ((v < 2 ? live : lower_live) && x < a.target.width && channel + c < a.channels)
+          column_by_taps<T>(a, begin, end, stream + (kSplit ? v / 2 * kTiles : 0), channel + c, x);
+      }
+}
+
+// The blocks of a slab share the rows of all spans evenly: one may have the end of a span and the head of the next.
+// Those of all slabs for the same rows are neighbours, and so use what they read of a pixel's sectors at the same time.
+template <typename T, class Shape>
+__global__ void __launch_bounds__(32 * kMaxQuads, 1) toeplitz_channels_last(const __grid_constant__ Toeplitz a) {
+  uint32_t worker = blockIdx.x;
+  const int slab = a.by_slabs.split(worker) * a.slab;
+  const int64_t all = int64_t{a.rows} * a.spans, last = all * (worker + 1) / a.workers;
+  for (int64_t first = all * worker / a.workers; first < last;) {
+    const int span = static_cast<int>(first / a.rows), begin = static_cast<int>(first - int64_t{span} * a.rows);
+    const int end = static_cast<int>(min(int64_t{a.rows}, begin + last - first));
+    march<T, Shape>(a, slab, span * a.tiles * Shape::kColumns, begin, end);
+    first += end - begin;
+  }
+}
+
+Rows rows_of(const View& view, int64_t batch, int64_t channels, int64_t height, int64_t width) {
+  Rows r{};
+  r.base = static_cast<char*>(view.data);
+  r.image_bytes = view.stride[0] * 2, r.row_bytes = view.stride[2] * 2;
+  r.pixel_bytes = static_cast<int>((width == 1 ? channels : view.stride[3]) * 2);
+  r.bytes = static_cast<int>(channels * 2);
+  r.height = static_cast<int>(height), r.width = static_cast<int>(width);
+  r.unit = alignment_of(view, 2, channels, height, width, batch);
+  return r;
+}
+
+// Fills in what a block has of an array, whose threads are as many as 4 times the bytes of a slab.
+void cut_rows(Rows& r, const Toeplitz& a, int columns) {
+  r.columns = columns;
+  // From one image to the next as from one tile to the next.
+  const int bytes = place_of(columns) + kUnit - 1 & -kUnit, apart = a.tiles * kUnit % 128;
+  r.stream_bytes = bytes + (apart - bytes % 128 + 128) % 128;
+  const int at_once = 4 * r.unit, there = std::min(columns, r.width);  // pixels
+  r.columns_at_once = std::min(at_once, there), r.streams_at_once = at_once / r.columns_at_once;
+  r.column_step = r.columns_at_once * r.pixel_bytes, r.stream_step = r.streams_at_once * r.image_bytes;
+  r.step = there > at_once ? r.column_step : r.stream_step;
+  r.place_step = there > at_once ? place_of(at_once) : r.streams_at_once * r.stream_bytes;
+  r.by_units = Divider(2 * a.slab / r.unit), r.by_columns = Divider(r.columns_at_once);
+}
+
+// Cuts a problem into slabs and spans. Returns the bytes of shared memory that a block needs.
+template <class Shape>
+int cut(Toeplitz& a, int64_t room) {
+  // Slabs begin at a multiple of a sector of 32 bytes.
+  const int64_t quads = ceil_div(a.channels, kChannels), slabs = ceil_div(quads, kMaxQuads);
+  a.slab = static_cast<int>(slabs == 1 ? quads : round_up(ceil_div(quads, slabs), 4)) * kChannels;
+  a.by_slabs = Divider(ceil_div(a.channels, a.slab));
+  const int64_t tiles = ceil_div(a.target.width, Shape::kColumns);
+  for (int most = kTiles;; --most) {  // as many tiles as fit
+    a.spans = static_cast<int>(ceil_div(tiles, most)), a.tiles = static_cast<int>(ceil_div(tiles, a.spans));
+    a.streams = std::min((Shape::kSplit ? 2 : 1) * most / a.tiles, a.batch);
+    if (Shape::kAligned && a.source.width > 4 * kUnit) a.streams = 1;  // see Rows
+    cut_rows(a.source, a, a.tiles * Shape::kColumns + kReach);
+    cut_rows(a.target, a, a.tiles * Shape::kColumns);
+    a.slot_bytes = a.streams * a.source.stream_bytes, a.stage_bytes = a.streams * a.target.stream_bytes;
+    a.stage_at = kDepth * a.slot_bytes;
+    a.rows = static_cast<int>(ceil_div(a.batch, a.streams) * a.target.height);
+    a.clear = a.batch % a.streams != 0 || a.channels % a.slab != 0 || a.padding_w > 0 ||
+              a.source.width < tiles * Shape::kColumns + kReach;
+    const int bytes = a.stage_at + std::max(2 * a.stage_bytes, a.slab * Shape::kRows * kBandRowBytes);
+    if (bytes <= room || most == 1) return bytes;
+  }
+}
+
+template <typename T, class Shape>
+void launch(Toeplitz a, cudaStream_t stream) {
+  const Device& device = current_device();
+  const auto kernel = toeplitz_channels_last<T, Shape>;
+  const int bytes = cut<Shape>(a, device.shared_per_block), threads = a.slab / kChannels * 32;
+  static thread_local Decisions<3, int> decisions;  // blocks on a multiprocessor
+  const int resident = decisions({device.id, threads, bytes}, [&] {
+    int blocks = 0;
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, bytes);
+    return std::max(blocks, 1);
+  });
+  const int64_t slabs = a.by_slabs.divisor, slots = int64_t{resident} * device.multiprocessors;
+  a.workers = static_cast<int>(std::min(std::max<int64_t>(slots / slabs, 1), int64_t{a.rows} * a.spans));
+  kernel<<<static_cast<unsigned>(slabs * a.workers), threads, bytes, stream>>>(a);
+  check_launch("toeplitz_channels_last");
+}
+
+}  // namespace
+
+void launch_toeplitz_channels_last(const Problem& p, cudaStream_t stream) {
+  const Mapping map(p);
+  Toeplitz a{};
+  a.batch = static_cast<int>(p.batch), a.channels = map.sources;
+  a.source = rows_of(map.source, p.batch, map.sources, map.height, map.width);
+  a.target = rows_of(map.target, p.batch, map.targets, map.out_height, map.out_width);
+  a.padding_h = map.padding_h, a.padding_w = map.padding_w;
+  a.weight = map.weight.data, a.weight_filter = map.weight.stride[0];
+  a.weight_row = map.weight.stride[2], a.weight_column = map.weight.stride[3];
+  a.bias = map.bias, a.bias_stride = map.bias_stride;
+  a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
+  a.by_height = Divider(map.out_height), a.by_kernel_w = Divider(p.kernel_w), a.by_taps = Divider(p.taps());
+  visit_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (sizeof(T) == 2) {
+      const auto launch_rows = [&](auto rows) {
+        const bool split = map.out_width <= kTiles && p.batch > kTiles;
+        const bool aligned = std::min(a.source.unit, a.target.unit) == kUnit;
+        const auto launch_split = [&](auto split) {
+          aligned ? launch<T, Shape<rows, split, true>>(a, stream) : launch<T, Shape<rows, split, false>>(a, stream);
+        };
+        split ? launch_split(std::true_type{}) : launch_split(std::false_type{});
+      };
+      if (p.kernel_h <= 5)
+        launch_rows(std::integral_constant<int, 5>{});
+      else
+        launch_rows(std::integral_constant<int, 7>{});
+    }
+  });
+}
+
+}  // namespace dwconv
