@@ -1,7 +1,8 @@
 // grad_weight (and the bias gradient) of 7x7 in float32 on contiguous planes (march_nchw.cuh). A lane marches down a
-// strip of 7 columns of the gradient: the last rows of it are in registers, and so are the sums of all taps. Each source
-// row, read once, is multiplied with all of these. A gradient row stays in its registers until a new one takes its
-// place; so the sums go round, from one row's registers to the next, which costs nothing as they are added to anyway.
+// strip of 7 columns of the gradient: the last rows of it are in registers, and so are the sums of all taps. Each
+// source row, read once, is multiplied with all of these. A gradient row stays in its registers until a new one takes
+// its place; so the sums go round, from one row's registers to the next, which costs nothing as they are added to
+// anyway.
 //
 // What is not part of a sum is multiplied by zero, which is exact unless the other factor is Inf or NaN. So sums that
 // are finite are right, and the others are taken again, product by product.

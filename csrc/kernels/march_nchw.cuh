@@ -1,7 +1,7 @@
 // Planes in rows, as warps march down them, each on its own: a warp takes a few planes side by side, and of each some
-// strips of columns, as many as it has lanes. It loads rows into shared memory of its own, some of them ahead, and never
-// waits for other warps. Rows come and go in pieces of 16 bytes, whatever their address; what shares 16 bytes with other
-// rows than the warp's goes in words of 4 bytes.
+// strips of columns, as many as it has lanes. It loads rows into shared memory of its own, some of them ahead, and
+// never waits for other warps. Rows come and go in pieces of 16 bytes, whatever their address; what shares 16 bytes
+// with other rows than the warp's goes in words of 4 bytes.
 #pragma once
 
 #include <algorithm>
@@ -136,8 +136,8 @@ class MarchRing {
     }
   }
 
-  // Begins to load rows to the next group, at an offset in it, from `from` on, which goes on behind them. `image`: where
-  // the image that they belong to begins.
+  // Begins to load rows to the next group, at an offset in it, from `from` on, which goes on behind them. `image` is
+  // where the image that they belong to begins.
   __device__ void load(const MarchCut& a, const PlaneRows& rows, const CopyShare& share, int planes, int count,
                        int bytes, const char*& from, const char* image, int offset) {
     if (count <= 0 || share.piece >= planes) return;
