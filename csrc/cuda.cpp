@@ -44,11 +44,15 @@ void run(Problem& problem, const Tensor& like, const std::string& plan) {
     case PlanId::kDirectGradWeight: return launch_direct_grad_weight(problem, stream);
     case PlanId::kToeplitzNchw: return launch_toeplitz_nchw(problem, true, stream);
     case PlanId::kToeplitzNchwPortable: return launch_toeplitz_nchw(problem, false, stream);
+    case PlanId::kMarchNchw: return launch_march_nchw(problem, true, stream);
+    case PlanId::kMarchNchwPortable: return launch_march_nchw(problem, false, stream);
     case PlanId::kStreamNchw: return launch_stream_nchw(problem, true, stream);
     case PlanId::kStreamNchwPortable: return launch_stream_nchw(problem, false, stream);
     case PlanId::kToeplitzGradWeightNchw: return launch_toeplitz_grad_weight_nchw(problem, true, allocate, stream);
     case PlanId::kToeplitzGradWeightNchwPortable:
       return launch_toeplitz_grad_weight_nchw(problem, false, allocate, stream);
+    case PlanId::kMarchGradWeightNchw: return launch_march_grad_weight_nchw(problem, true, allocate, stream);
+    case PlanId::kMarchGradWeightNchwPortable: return launch_march_grad_weight_nchw(problem, false, allocate, stream);
     case PlanId::kStreamGradWeightNchw: return launch_stream_grad_weight_nchw(problem, true, allocate, stream);
     case PlanId::kStreamGradWeightNchwPortable: return launch_stream_grad_weight_nchw(problem, false, allocate, stream);
     case PlanId::kToeplitzLarge: return launch_toeplitz_large(problem, allocate, stream);

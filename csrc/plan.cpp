@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels/march_nchw.h"
 #include "kernels/small_kernels.h"
 #include "kernels/stream.h"
 #include "kernels/toeplitz_large.h"
@@ -86,6 +87,36 @@ bool claims_stream_nchw(const Problem& p) {
   if (p.pass == Pass::kGradInput && p.multiplier > 1)  // sums over filters are compiled for squares only
     if (p.kernel_h != p.kernel_w || p.kernel_h == 1 || p.dilation_h > 1) return false;
   return can_stream(p) && fits_stream_nchw(p, 0);
+}
+
+// What kernels that march down contiguous planes ask for. Lanes have to be busy, and there have to be so many rows that
+// every warp of a GPU has some.
+bool can_march_planes(const Problem& p, int64_t least_rows) {
+  if (p.dtype != DType::kFloat32 || p.multiplier > 1) return false;
+  if (p.kernel_h != kMarchKernel || p.kernel_w != kMarchKernel || p.stride_h != 1 || p.stride_w != 1 ||
+      p.dilation_h != 1 || p.dilation_w != 1)
+    return false;
+  constexpr int64_t kShared = 96 << 10;  // what the least that a block loads takes up
+  const int64_t width = target_width(p), height = p.pass == Pass::kGradInput ? p.height : p.out_height;
+  if (p.shared_memory < kShared || width < kStrip || !can_stream(p)) return false;
+  const MarchLanes lanes(width, p.channels);
+  constexpr double kBusy = 0.6;
+  if (lanes.busy < kBusy) return false;
+  const int64_t rows = p.batch * ((p.channels + lanes.planes - 1) / lanes.planes) * lanes.spans * height;
+  return rows >= least_rows && rows <= std::numeric_limits<int32_t>::max();
+}
+
+bool claims_march_nchw(const Problem& p) {
+  constexpr int64_t kFar = 1 << 27;  // offsets of weights are counted in 32 bits
+  if (p.pass == Pass::kGradWeight || std::max(p.weight.stride[2], p.weight.stride[3]) >= kFar) return false;
+  return can_march_planes(p, 16 << 10);
+}
+
+bool claims_march_grad_weight_nchw(const Problem& p) {
+  // On small planes every warp adds up the sums of many filters in the end.
+  constexpr int64_t kPixels = 3136;
+  return p.pass == Pass::kGradWeight && p.out_height * p.out_width >= kPixels && can_march_planes(p, 64 << 10) &&
+         p.filters() <= (1 << 30) / (p.taps() + 1);
 }
 
 bool claims_toeplitz_nchw(const Problem& p) {
@@ -272,7 +303,7 @@ bool claims_direct(const Problem& p) {
   const int64_t outputs = p.pass == Pass::kForward ? p.batch * p.filters() * p.out_height * p.out_width
                                                    : p.batch * p.channels * p.height * p.width * p.multiplier;
   return (outputs <= kFewOutputs && outputs * p.taps() <= kFewProducts) ||
-         !(claims_stream_nchw(p) || claims_toeplitz_nchw(p) || claims_march_channels_last(p));
+         !(claims_march_nchw(p) || claims_stream_nchw(p) || claims_toeplitz_nchw(p) || claims_march_channels_last(p));
 }
 
 bool claims_direct_grad_weight(const Problem& p) {
@@ -324,8 +355,15 @@ const std::vector<Plan>& plans() {
        "a small kernel in 16 bits on contiguous planes: input and gradient stream through shared memory to tensor "
        "cores",
        claims_toeplitz_grad_weight_nchw},
+      {PlanId::kMarchNchw, "march_nchw",
+       "7x7 in float32 on contiguous planes: warps march down the rows, sums stay in registers",
+       claims_march_nchw},
       {PlanId::kStreamNchw, "stream_nchw", "a small kernel on contiguous planes: rows stream through shared memory",
        claims_stream_nchw},
+      {PlanId::kMarchGradWeightNchw, "march_grad_weight_nchw",
+       "7x7 in float32 on large contiguous planes: warps march down the rows of input and gradient, sums stay in "
+       "registers",
+       claims_march_grad_weight_nchw},
       {PlanId::kStreamGradWeightNchw, "stream_grad_weight_nchw",
        "a small kernel on contiguous planes: input and gradient stream through shared memory",
        claims_stream_grad_weight_nchw},
@@ -359,6 +397,9 @@ const std::vector<Plan>& plans() {
        claims_toeplitz_nchw},
       {PlanId::kToeplitzGradWeightNchwPortable, "toeplitz_grad_weight_nchw_portable",
        "toeplitz_grad_weight_nchw as GPUs before sm_90 run it", claims_toeplitz_grad_weight_nchw},
+      {PlanId::kMarchNchwPortable, "march_nchw_portable", "march_nchw as GPUs before sm_90 run it", claims_march_nchw},
+      {PlanId::kMarchGradWeightNchwPortable, "march_grad_weight_nchw_portable",
+       "march_grad_weight_nchw as GPUs before sm_90 run it", claims_march_grad_weight_nchw},
       {PlanId::kStreamNchwPortable, "stream_nchw_portable", "stream_nchw as GPUs before sm_90 run it",
        claims_stream_nchw},
       {PlanId::kStreamGradWeightNchwPortable, "stream_grad_weight_nchw_portable",

@@ -39,6 +39,7 @@ MARCH = {
 }
 BAND = "toeplitz_channels_last"
 STREAM = {"forward": "stream_nchw", "grad_input": "stream_nchw", "grad_weight": "stream_grad_weight_nchw"}
+MARCH_NCHW = {"forward": "march_nchw", "grad_input": "march_nchw", "grad_weight": "march_grad_weight_nchw"}
 
 # Kernel, stride and dilation of what streams.
 TILES = [
@@ -84,7 +85,8 @@ def test_small_kernels_in_nchw(name: str, tile: tuple, dtype: torch.dtype) -> No
         least = (2048 if kernel[0] == 3 else 196) if square else None
     for size in ((512, 512), (7, 13), (113, 95), (20, 900)):
         pixels = size[0] * size[1] // stride**2
-        expected = STREAM[name]
+        marches = kernel == (7, 7) and stride == 1 and dtype == torch.float32 and size != (7, 13)
+        expected = MARCH_NCHW[name] if marches else STREAM[name]
         if least is not None and pixels >= least:
             expected = expected.replace("stream", "toeplitz")
         case = tile_case(tile, 512, 64, size)
@@ -610,6 +612,8 @@ def test_forcing_a_plan(case: Case, memory_format: torch.memory_format, dtype: t
             "toeplitz_grad_weight_nchw",
             "stream_nchw",
             "stream_grad_weight_nchw_portable",
+            MARCH_NCHW[name],
+            MARCH_NCHW[name] + "_portable",
             "toeplitz_large",
             "direct",
             BAND,
@@ -747,6 +751,63 @@ def test_streams_are_exact(tile: tuple, dtype: torch.dtype) -> None:
                 if min(kernel) >= 5 and stride == 1 and dtype != torch.float32 and height * width >= 784:
                     plans = {"toeplitz_grad_weight_nchw", "toeplitz_grad_weight_nchw_portable"}
                     assert {("grad_weight", plan) for plan in plans} <= forced, str(case)
+
+
+# Of 7x7 in float32: batch, channels, size; so much of it that warps march, in grad_weight where the flag says so.
+PLANES = [
+    (128, 64, (28, 28), False),
+    (512, 37, (14, 14), False),
+    (1200, 64, (7, 7), False),
+    (600, 40, (14, 15), False),
+    (3, 3, (301, 1921), False),
+    (50, 96, (56, 56), True),
+    (32, 41, (113, 95), True),
+    (6, 5, (400, 1301), True),
+]
+
+
+@pytest.mark.parametrize(("batch", "channels", "size", "weight"), PLANES, ids=str)
+def test_planes_to_march_down(batch: int, channels: int, size: tuple[int, int], weight: bool) -> None:
+    case = Case(batch, channels, size, (7, 7), padding=(3, 3))
+    for name in PASSES:
+        assert (plan_of(name, case) == MARCH_NCHW[name]) == (weight or name != "grad_weight"), name
+    assert plan_of("forward", case._replace(batch=1, channels=2)) != "march_nchw"
+    assert plan_of("forward", case._replace(multiplier=2)) != "march_nchw"
+    assert plan_of("forward", case, torch.float16) != "march_nchw"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("batch", "channels", "size", "weight"), PLANES, ids=str)
+def test_marches_down_planes_are_exact(batch: int, channels: int, size: tuple[int, int], weight: bool) -> None:
+    """Any padding, addresses and images apart; what is not finite stays with the outputs that it reaches."""
+    for turn in range(4):
+        padding = [(3, 3), (0, 0), (6, 6), (3, 3)][turn]
+        if min(size) + 2 * min(padding) < 14:
+            continue
+        case = Case(batch, channels, size, (7, 7), padding=padding, bias=turn % 2 == 0)
+        input, filters, bias = make_inputs(case, torch.float32, "cuda", make=integers)
+        grad_output = integers(*output_size(case)).to(input)
+        if turn == 1:
+            input, grad_output = lay(input, offset=1), lay(grad_output, offset=3)
+        elif turn == 2:
+            input = torch.nn.functional.pad(input, (0, 0, 0, 0, 0, 16), value=torch.nan)[:, :channels]
+            filters = lay(filters, (2, 3, 0, 1))
+        elif turn == 3:
+            for tensor in (input, grad_output):
+                tensor[0, 1, 3, 5], tensor[1, 0, -1, -1] = torch.inf, torch.nan
+            filters[0, 0, 0, 0], filters[-1, 0, -1, -1] = -torch.inf, torch.nan
+        exact = run_float64((input, filters, bias), grad_output, **case.geometry)._asdict()
+        forced = set()
+        for name, plan, result in results_of_plans(case, (input, filters, bias), grad_output):
+            if plan.removesuffix("_portable") not in MARCH_NCHW.values():
+                continue
+            wanted = exact[name].round().to(result)
+            assert torch.equal(result.nan_to_num(nan=12345.0), wanted.nan_to_num(nan=12345.0)), (name, plan, str(case))
+            forced.add((name, plan))
+        if turn == 0:
+            plans = [("output", "march_nchw"), ("grad_input", "march_nchw")]
+            plans += [("grad_weight", "march_grad_weight_nchw")] if weight else []
+            assert {(name, plan + end) for name, plan in plans for end in ("", "_portable")} <= forced, str(case)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,316 @@
+// Planes in rows, as warps march down them, each on its own: a warp takes a few planes side by side, and of each some
+// strips of columns, as many as it has lanes. It loads rows into shared memory of its own, some of them ahead, and
+// never waits for other warps. Rows come and go in pieces of 16 bytes, whatever their address; what shares 16 bytes
+// with other rows than the warp's goes in words of 4 bytes.
+#pragma once
+
+#include <algorithm>
+#include <array>
+
+#include "march_nchw.h"
+#include "stream.cuh"
+
+namespace dwconv {
+
+constexpr int kMarchWarps = 4;   // of a block
+constexpr int kMarchBlocks = 3;  // on a multiprocessor, as registers allow
+constexpr int kRowMargin = 64;   // bytes before the first and behind the last row in shared memory: read, but not used
+
+// An array of contiguous planes, and how rows of it lie in a warp's shared memory, in groups.
+struct PlaneRows {
+  char* base;
+  int64_t image_bytes, plane_bytes;
+  int row_bytes, height, width;
+  int row_pitch;    // from row to row in shared memory
+  int row_phase;    // from row to row within 16 bytes, where rows do not go together
+  int piece_pitch;  // from plane to plane
+  int group_rows, group_bytes;
+  bool whole;     // planes go whole, and together as they lie in memory
+  bool together;  // whole rows do
+
+  // Takes over how the rows of another array lie in shared memory.
+  void arrange_as(const PlaneRows& other) {
+    row_pitch = other.row_pitch, row_phase = other.row_phase, piece_pitch = other.piece_pitch;
+    group_rows = other.group_rows, group_bytes = other.group_bytes, whole = other.whole, together = other.together;
+  }
+  // Where an address lies within 16 bytes.
+  __device__ uint32_t phase(int image, int plane, int row, int column) const {
+    return (static_cast<uint32_t>(reinterpret_cast<uintptr_t>(base)) + image * static_cast<uint32_t>(image_bytes) +
+            plane * static_cast<uint32_t>(plane_bytes) + row * static_cast<uint32_t>(row_bytes) + column * 4u) %
+           kUnit;
+  }
+  __device__ char* at(int image, int plane, int row, int column) const {
+    return base + (image * image_bytes + plane * plane_bytes + static_cast<int64_t>(row) * row_bytes + column * 4);
+  }
+};
+
+// How the target (in grad_weight the gradient) is cut: images into groups of planes side by side, rows into spans of
+// strips. A run of rows is numbered by its first one: images follow each other, then spans, then groups, so that
+// weights stay.
+struct MarchCut {
+  int planes, strips, spans, columns;  // of a warp; `columns`: from one span to the next
+  bool bulk;                           // by bulk copies
+  int channels, target_height, target_width, padding_h, padding_w;
+  int units, unit_rows, workers;  // what warps share evenly: rows, or all rows of a plane
+  int group_bytes, stage_bytes, warp_bytes;
+  Divider by_height, by_images, by_spans, by_strips;
+};
+
+struct MarchRun {
+  int image, channel, planes;
+  int begin, end;                 // rows of the target
+  int first, last;                // rows of the source that they reach
+  int own_column;                 // the span's first one
+  int column, column_end;         // of its strips: the last span may begin in the one before
+  int source_column, source_end;  // what it reaches
+};
+
+__device__ inline MarchRun run_of(const MarchCut& a, int height, int width, int begin, int end) {
+  MarchRun r;
+  uint32_t column = begin;
+  r.begin = a.by_height.split(column);
+  r.end = min(a.target_height, r.begin + end - begin);
+  r.image = a.by_images.split(column);
+  const int span = a.by_spans.split(column);
+  r.channel = static_cast<int>(column) * a.planes;
+  r.planes = min(a.planes, a.channels - r.channel);
+  r.first = max(r.begin - a.padding_h, 0);
+  r.last = min(r.end - 1 - a.padding_h + kMarchKernel - 1, height - 1);
+  r.own_column = span * a.columns;
+  r.column = min(r.own_column, a.target_width - kStrip);
+  r.column_end = min(r.own_column + a.columns, a.target_width);
+  const bool all = a.spans == 1;
+  r.source_column = all ? 0 : max(r.column - a.padding_w, 0);
+  r.source_end = all ? width : min(r.column_end + kMarchKernel - 1 - a.padding_w, width);
+  return r;
+}
+
+// Shared memory by its address: cheaper than by an offset, where a loop asks for it again and again.
+template <typename T>
+__device__ T& at_address(uint32_t address) {
+  return *static_cast<T*>(__cvta_shared_to_generic(address));
+}
+
+// What a lane copies of the warp's planes: units of 16 bytes, `step` apart, of the plane `piece`.
+struct CopyShare {
+  int piece, unit, step;
+
+  __device__ CopyShare(const MarchCut& a, const PlaneRows& rows) {
+    const int lane = threadIdx.x % 32;
+    uint32_t plane = lane;
+    const int strip = a.by_strips.split(plane);
+    piece = rows.whole ? 0 : static_cast<int>(plane), unit = rows.whole ? lane : strip;
+    step = rows.whole ? 32 : a.strips;
+  }
+};
+
+// Calls whole(offset, next offset, whether there is a next) for the lane's units of 16 bytes that lie in [begin, end),
+// two at a time, and word(offset) for its words of the rest.
+template <typename Whole, typename Word>
+__device__ void each_unit(const CopyShare& share, int begin, int end, Whole&& whole, Word&& word) {
+  const int first = (begin + kUnit - 1) & -kUnit, last = end & -kUnit;
+  const int step = share.step * kUnit;
+#pragma unroll 1
+  for (int at = first + share.unit * kUnit; at < last; at += 2 * step) whole(at, at + step, at + step < last);
+  if ((begin | end) % kUnit == 0) return;
+#pragma unroll 1
+  for (int i = share.unit; i < 2 * kUnit / 4; i += share.step) {
+    const bool head = i < kUnit / 4;
+    const int at = head ? begin + 4 * i : max(first, last) + 4 * i - kUnit;
+    if (at < (head ? min(first, end) : end)) word(at);
+  }
+}
+
+// A warp's two groups of rows in shared memory, one read while the other one arrives. Bulk copies are waited for with a
+// barrier for each group, which lies before them; where there are none, lanes copy with cp.async, each its share.
+class MarchRing {
+ public:
+  static constexpr int kGroups = 2, kBarrierBytes = 32;
+
+  __device__ MarchRing(const MarchCut& a, int memory) : barriers_(memory), memory_(memory + kBarrierBytes) {
+    if (a.bulk) {
+      if (threadIdx.x % 32 == 0)
+        for (int i = 0; i < kGroups; ++i) init_barrier(barriers_ + 8 * i, 1);
+      before_bulk_copies();
+      __syncwarp();
+    }
+  }
+
+  // Begins to load rows to the next group, at an offset in it, from `from` on, which goes on behind them. `image` is
+  // where the image that they belong to begins.
+  __device__ void load(const MarchCut& a, const PlaneRows& rows, const CopyShare& share, int planes, int count,
+                       int bytes, const char*& from, const char* image, int offset) {
+    if (count <= 0 || share.piece >= planes) return;
+    int to = memory_ + loading_ * a.group_bytes + offset + share.piece * rows.piece_pitch;
+    const bool spans = !rows.together;
+    if (rows.whole)
+      bytes = static_cast<int>(rows.plane_bytes) * planes;
+    else if (rows.together)
+      bytes = count * rows.row_bytes;
+    if (a.bulk) {
+      const int copies = spans ? count : 1;
+      const char* row = from + static_cast<int64_t>(share.unit) * rows.row_bytes;
+      for (int i = share.unit; i < copies; i += share.step, row += static_cast<int64_t>(share.step) * rows.row_bytes)
+        load_bulk(row, bytes, image, image + a.channels * rows.plane_bytes, to + i * rows.row_pitch);
+      from += spans ? static_cast<int64_t>(count) * rows.row_bytes : bytes;
+      return;
+    }
+#pragma unroll 1
+    for (int i = 0; i < (spans ? count : 1); ++i, to += rows.row_pitch) {
+      const int phase = static_cast<int>(reinterpret_cast<uintptr_t>(from) % kUnit);
+      const char* base = from - phase;
+      const uint32_t address = shared_address(to);
+      each_unit(
+          share, phase, phase + bytes,
+          [&](int at, int next, bool both) {
+            copy_unit<kUnit>(address + at, base + at);
+            if (both) copy_unit<kUnit>(address + next, base + next);
+          },
+          [&](int at) { copy_unit<4>(address + at, base + at); });
+      from += spans ? rows.row_bytes : bytes;
+    }
+  }
+
+  // Ends the loads of a group.
+  __device__ void commit(const MarchCut& a) {
+    if (a.bulk) {
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) arrive(barriers_ + 8 * loading_);
+    } else {
+      commit_copies();
+    }
+    if (++loading_ == kGroups) loading_ = 0;
+  }
+
+  // Waits for the next group; returns the address where it lies. The one before it may be loaded over.
+  __device__ uint32_t next(const MarchCut& a) {
+    if (a.bulk)
+      wait(barriers_ + 8 * reading_, parity_);
+    else
+      wait_copies<kGroups - 2>();
+    __syncwarp();
+    const uint32_t here = shared_address(memory_ + reading_ * a.group_bytes);
+    if (++reading_ == kGroups) reading_ = 0, parity_ ^= 1;
+    return here;
+  }
+
+  // All of the memory behind the barriers, when all groups have been read.
+  __device__ int memory() const { return memory_; }
+
+ private:
+  // Copies the units of 16 bytes that a piece lies in, if nothing but the image does, and words of the others.
+  __device__ void load_bulk(const char* from, int bytes, const char* image, const char* image_end, int to) const {
+    const auto number = [](const char* pointer) { return reinterpret_cast<uint64_t>(pointer); };
+    const uint64_t begin = number(from), end = begin + bytes, unit = kUnit - 1;
+    const uint64_t low = max(begin & ~unit, (number(image) + unit) & ~unit);
+    const uint64_t high = min((end + unit) & ~unit, number(image_end) & ~unit);
+    const uint32_t base = to - static_cast<uint32_t>(begin & ~unit);
+    if (low < high) {
+      const int size = static_cast<int>(high - low), barrier = barriers_ + 8 * loading_;
+      expect_bytes(barrier, size);
+      const int address = static_cast<int>(base + static_cast<uint32_t>(low));
+      copy_bulk(shared_address(address), reinterpret_cast<const char*>(low), size, barrier);
+    }
+    const auto copy = [&](uint64_t at) {
+      shared<float>(static_cast<int>(base + static_cast<uint32_t>(at))) = *reinterpret_cast<const float*>(at);
+    };
+    for (uint64_t at = begin; at < min(low, end); at += 4) copy(at);
+    for (uint64_t at = max(max(low, high), begin); at < end; at += 4) copy(at);
+  }
+
+  const int barriers_, memory_;
+  int loading_ = 0, reading_ = 0;
+  uint32_t parity_ = 0;
+};
+
+// Rows of a group as a lane reads or writes them, one after the other.
+class RowPlace {
+ public:
+  // From a row on; `low`: its address.
+  __device__ void begin(uint32_t address, uint32_t low) { row_ = address, phase_ = low % kUnit; }
+  __device__ uint32_t next(const PlaneRows& rows) {
+    const uint32_t here = row_ + phase_;
+    row_ += rows.row_pitch;
+    phase_ = (phase_ + rows.row_phase) % kUnit;
+    return here;
+  }
+
+ private:
+  uint32_t row_ = 0, phase_ = 0;
+};
+
+// Masks of the columns of a lane that may lie outside the image: the first and the last kMargin.
+template <int kColumns, int kMargin>
+struct ColumnMasks {
+  uint32_t mask[2 * kMargin];
+
+  __device__ void set(int x0, int width) {
+#pragma unroll
+    for (int j = 0; j < 2 * kMargin; ++j) {
+      const int x = x0 + (j < kMargin ? j : kColumns - 2 * kMargin + j);
+      mask[j] = x >= 0 && x < width ? ~0u : 0u;
+      mask[j] = __shfl_sync(~0u, mask[j], threadIdx.x % 32);  // or else it would be asked again for every row
+    }
+  }
+  // Reads a row, with zeros outside the image.
+  __device__ void read(uint32_t from, float (&x)[kColumns]) const {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) x[j] = at_address<float>(from + 4 * j);
+#pragma unroll
+    for (int j = 0; j < kMargin; ++j) {
+      float &low = x[j], &high = x[kColumns - kMargin + j];
+      low = __uint_as_float(__float_as_uint(low) & mask[j]);
+      high = __uint_as_float(__float_as_uint(high) & mask[kMargin + j]);
+    }
+  }
+};
+
+// How many times the busiest bank is read when all lanes read a word each.
+inline int conflicts(const MarchCut& cut, int piece_pitch) {
+  std::array<int, 32> readers{};
+  for (int p = 0; p < cut.planes; ++p)
+    for (int s = 0; s < cut.strips; ++s) ++readers[(p * (piece_pitch / 4) + s * kStrip) % 32];
+  return *std::max_element(readers.begin(), readers.end());
+}
+
+// Lays the warps over the planes.
+inline void choose_lanes(MarchCut& cut) {
+  const MarchLanes lanes(cut.target_width, cut.channels);
+  cut.spans = static_cast<int>(lanes.spans), cut.strips = static_cast<int>(lanes.strips);
+  cut.planes = static_cast<int>(lanes.planes), cut.columns = cut.strips * kStrip;
+  cut.by_spans = Divider(cut.spans), cut.by_strips = Divider(cut.strips);
+  cut.by_height = Divider(cut.target_height);
+}
+
+// What a warp may have of shared memory.
+inline int march_budget(const Device& device) {
+  const int block = std::min(device.shared_per_multiprocessor / kMarchBlocks - 1024, device.shared_per_block);
+  return (block - 2 * kRowMargin) / kMarchWarps / kUnit * kUnit;
+}
+
+// Arranges groups of `count` rows, `columns` of a span, in shared memory.
+inline void arrange(PlaneRows& rows, const MarchCut& cut, int columns, int count, bool whole) {
+  rows.group_rows = count, rows.whole = whole, rows.together = whole || cut.spans == 1;
+  if (whole) {
+    rows.row_pitch = rows.row_bytes, rows.row_phase = 0;
+    rows.piece_pitch = static_cast<int>(rows.plane_bytes);
+    rows.group_bytes = static_cast<int>(round_up(cut.planes * rows.plane_bytes + kUnit, kUnit));
+    return;
+  }
+  rows.row_pitch = cut.spans == 1 ? rows.row_bytes : static_cast<int>(round_up(columns * 4 + kUnit - 4, kUnit));
+  rows.row_phase = cut.spans == 1 ? 0 : rows.row_bytes % kUnit;
+  const int least = static_cast<int>(round_up(count * rows.row_pitch + (cut.spans == 1 ? kUnit - 4 : 0), kUnit));
+  int best = 1 << 30;
+  for (int pitch = least; pitch < least + 8 * kUnit; pitch += kUnit)
+    if (const int now = conflicts(cut, pitch); now < best) best = now, rows.piece_pitch = pitch;
+  rows.group_bytes = cut.planes * rows.piece_pitch;
+}
+
+inline PlaneRows plane_rows(const View& view, int height, int width) {
+  PlaneRows rows{};
+  rows.base = static_cast<char*>(view.data), rows.height = height, rows.width = width, rows.row_bytes = width * 4;
+  rows.image_bytes = view.stride[0] * 4, rows.plane_bytes = int64_t{height} * width * 4;
+  return rows;
+}
+
+}  // namespace dwconv
