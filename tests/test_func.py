@@ -284,10 +284,13 @@ def test_dual_numbers(device: str, case: Case) -> None:
             leaves = [t.clone().requires_grad_(requires_grad) for t in tensors]
             with fwAD.dual_level():
                 duals = [fwAD.make_dual(t, d) for t, d in zip(leaves, directions(tensors))]
-                output, tangent = fwAD.unpack_dual(conv2d(*duals, **case.geometry))
+                dual = conv2d(*duals, **case.geometry)
+                output, tangent = fwAD.unpack_dual(dual)
                 results.append((output, tangent))
                 if requires_grad:
-                    results[-1] += torch.autograd.grad(tangent.sin().sum(), leaves[:2])
+                    results[-1] += torch.autograd.grad(tangent.sin().sum(), leaves[:2], retain_graph=True)
+                    grads = torch.autograd.grad(dual.sin().sum(), leaves)  # have tangents too
+                    results[-1] += tuple(fwAD.unpack_dual(grad).tangent for grad in grads)
         torch.testing.assert_close(*results)
 
 
