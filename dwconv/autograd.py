@@ -15,8 +15,8 @@ Each is linear in either of its tensors, so that its tangent is the sum of itsel
 one's tangent.
 
 All of it is registered with the dispatcher, which finds its way through torch.func, torch.compile and the like; an
-operator called by its name is differentiable too. ``forward``, ``grad_input`` and ``grad_weight`` of this module take
-shorter ways where nothing of the kind is going on: the operator itself where no gradient is needed, its Function else.
+operator called by its name is differentiable too. ``forward`` of this module takes a shorter way where nothing of the
+kind is going on.
 """
 
 from __future__ import annotations
@@ -45,6 +45,14 @@ _in_torch_func = torch._C._are_functorch_transforms_active
 def _is_transformed() -> bool:
     """Whether torch.func or forward-mode AD may be at work, so that only the dispatcher knows the way."""
     return _in_torch_func() or forward_ad._current_level >= 0
+
+
+def _call(op: Callable[..., Any], *arguments: Any) -> Any:
+    """An operator within a gradient or a tangent, which may be differentiated itself."""
+    if torch.is_grad_enabled() or _is_transformed():
+        return op(*arguments)
+    with _below_autograd():
+        return op(*arguments)
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -101,9 +109,9 @@ class DepthwiseConv2dFunction(_Function):
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         d_input = d_weight = d_bias = None
         if needs_input:
-            d_input = grad_input(grad_output, weight, ctx.input_size, *geometry, ctx.channels_last)
+            d_input = _call(_ops.grad_input, grad_output, weight, ctx.input_size, *geometry, ctx.channels_last)
         if needs_weight:
-            d_weight, d_bias = grad_weight(grad_output, input, ctx.kernel_size, *geometry, needs_bias)
+            d_weight, d_bias = _call(_ops.grad_weight, grad_output, input, ctx.kernel_size, *geometry, needs_bias)
         elif needs_bias:
             d_bias = grad_output.sum((0, 2, 3))
         return d_input, d_weight, d_bias if needs_bias else None, None, None, None, None
@@ -115,8 +123,10 @@ class DepthwiseConv2dFunction(_Function):
         if input_t is None and weight_t is None:
             input_t = torch.zeros_like(input)
         return _sum(
-            None if input_t is None else forward(input_t, weight, bias_t, *geometry),
-            None if weight_t is None else forward(input, weight_t, bias_t if input_t is None else None, *geometry),
+            None if input_t is None else _call(_ops.forward, input_t, weight, bias_t, *geometry),
+            None
+            if weight_t is None
+            else _call(_ops.forward, input, weight_t, bias_t if input_t is None else None, *geometry),
         )
 
 
@@ -149,9 +159,9 @@ class DepthwiseConv2dGradInput(_Function):
         geometry: Geometry = ctx.geometry
         d_grad_output = d_weight = None
         if ctx.needs_input_grad[0]:
-            d_grad_output = forward(grad, weight, None, *geometry)
+            d_grad_output = _call(_ops.forward, grad, weight, None, *geometry)
         if ctx.needs_input_grad[1]:
-            d_weight, _ = grad_weight(grad_output, grad, ctx.kernel_size, *geometry, False)
+            d_weight, _ = _call(_ops.grad_weight, grad_output, grad, ctx.kernel_size, *geometry, False)
         return d_grad_output, d_weight, None, None, None, None, None, None
 
     @staticmethod
@@ -160,8 +170,8 @@ class DepthwiseConv2dGradInput(_Function):
         geometry: Geometry = ctx.geometry
         others = ctx.input_size, *geometry, ctx.channels_last
         return _sum(
-            None if grad_output_t is None else grad_input(grad_output_t, weight, *others),
-            None if weight_t is None else grad_input(grad_output, weight_t, *others),
+            None if grad_output_t is None else _call(_ops.grad_input, grad_output_t, weight, *others),
+            None if weight_t is None else _call(_ops.grad_input, grad_output, weight_t, *others),
         )
 
 
@@ -200,9 +210,9 @@ class DepthwiseConv2dGradWeight(_Function):
         geometry: Geometry = ctx.geometry
         d_grad_output = d_input = None
         if ctx.needs_input_grad[0]:
-            d_grad_output = forward(input, grad_weight, grad_bias if ctx.bias else None, *geometry)
+            d_grad_output = _call(_ops.forward, input, grad_weight, grad_bias if ctx.bias else None, *geometry)
         if ctx.needs_input_grad[1]:
-            d_input = grad_input(grad_output, grad_weight, ctx.input_size, *geometry, ctx.channels_last)
+            d_input = _call(_ops.grad_input, grad_output, grad_weight, ctx.input_size, *geometry, ctx.channels_last)
         return d_grad_output, d_input, None, None, None, None, None, None
 
     @staticmethod
@@ -211,55 +221,102 @@ class DepthwiseConv2dGradWeight(_Function):
         geometry: Geometry = ctx.geometry
         d_weight = d_bias = None
         if grad_output_t is not None:
-            d_weight, d_bias = grad_weight(grad_output_t, input, ctx.kernel_size, *geometry, ctx.bias)
+            d_weight, d_bias = _call(_ops.grad_weight, grad_output_t, input, ctx.kernel_size, *geometry, ctx.bias)
         elif ctx.bias:
             d_bias = grad_output.new_zeros(grad_output.shape[1])
         if input_t is not None:
-            d_weight = _sum(d_weight, grad_weight(grad_output, input_t, ctx.kernel_size, *geometry, False)[0])
+            moved, _ = _call(_ops.grad_weight, grad_output, input_t, ctx.kernel_size, *geometry, False)
+            d_weight = _sum(d_weight, moved)
         return d_weight, d_bias if ctx.bias else None
 
 
-def forward(input: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
-    """(N, C, H, W) * (C·m, 1, kH, kW) -> (N, C·m, H_out, W_out)."""
-    if torch.compiler.is_compiling() or _is_transformed():
-        return _ops.forward(input, weight, bias, stride, padding, dilation)
-    needs_grad = input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    if needs_grad and torch.is_grad_enabled():
-        return DepthwiseConv2dFunction.apply(input, weight, bias, stride, padding, dilation, _below_autograd)
-    with _below_autograd():
-        return _ops.forward(input, weight, bias, stride, padding, dilation)
+# ---------------------------------------------------------------------------- the short way
+#
+# An eager call on plain tensors goes to operators of fewer arguments: each costs the host some 0.3 us.
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_LARGEST = 511  # csrc/conv2d.h: PackedGeometry
+_BIAS = 1 << 54
+
+_forward_packed = _ops.forward_packed._op
+_backward_packed = _ops.backward_packed._op
+_count_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
-def grad_input(
-    grad_output: Tensor,
-    weight: Tensor,
-    input_size: Sequence[int],
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    channels_last: bool,
-) -> Tensor:
-    """(N, C·m, H_out, W_out) * (C·m, 1, kH, kW) -> (N, C, H, W), in channels_last or contiguous."""
-    if torch.is_grad_enabled() or _is_transformed():
-        return _ops.grad_input(grad_output, weight, input_size, stride, padding, dilation, channels_last)
-    with _below_autograd():
-        return _ops.grad_input(grad_output, weight, input_size, stride, padding, dilation, channels_last)
+@functools.lru_cache(maxsize=4096)
+def _pack(stride: Pair, padding: Pair, dilation: Pair) -> int:
+    """The geometry in one number, or -1 where it does not fit or is none."""
+    packed = 0
+    for shift, number in enumerate((*stride, *padding, *dilation)):
+        if not 0 <= number <= _LARGEST:
+            return -1
+        packed |= number << 9 * shift
+    return packed
 
 
-def grad_weight(
-    grad_output: Tensor,
+def _unpack(packed: int) -> Geometry:
+    numbers = [packed >> 9 * shift & _LARGEST for shift in range(6)]
+    return numbers[:2], numbers[2:4], numbers[4:]
+
+
+def _unpacked_forward(input: Tensor, weight: Tensor, bias: Tensor | None, packed: int) -> Tensor:
+    return _ops.forward(input, weight, bias, *_unpack(packed))
+
+
+def _unpacked_backward(grad_output: Tensor, input: Tensor, weight: Tensor, packed: int) -> tuple[Tensor, ...]:
+    geometry, channels_last = _unpack(packed), _ops.output_is_channels_last(input, weight)
+    d_input = _call(_ops.grad_input, grad_output, weight, input.shape, *geometry, channels_last)
+    return d_input, *_call(_ops.grad_weight, grad_output, input, weight.shape[2:], *geometry, bool(packed & _BIAS))
+
+
+class DepthwiseConv2dPackedFunction(_Function):
+    """DepthwiseConv2dFunction where input and weight need their gradients: one operator computes them all."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, packed: int) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.packed = packed
+        return _forward_packed(input, weight, bias, packed)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        needs_bias = ctx.needs_input_grad[2]
+        packed = ctx.packed | _BIAS if needs_bias else ctx.packed
+        if torch.is_grad_enabled() or _is_transformed() or _count_dispatch_modes() or type(grad_output) is not Tensor:
+            d_input, d_weight, d_bias = _unpacked_backward(grad_output, input, weight, packed)
+        else:
+            d_input, d_weight, d_bias = _backward_packed(grad_output, input, weight, packed)
+        return d_input, d_weight, d_bias if needs_bias else None, None
+
+
+def forward(
     input: Tensor,
-    kernel_size: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    bias: bool,
-) -> tuple[Tensor, Tensor]:
-    """(N, C·m, H_out, W_out) * (N, C, H, W) -> (C·m, 1, kH, kW), and (C·m,) if ``bias`` or else (0,)."""
-    if torch.is_grad_enabled() or _is_transformed():
-        return _ops.grad_weight(grad_output, input, kernel_size, stride, padding, dilation, bias)
-    with _below_autograd():
-        return _ops.grad_weight(grad_output, input, kernel_size, stride, padding, dilation, bias)
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Tensor:
+    """(N, C, H, W) * (C·m, 1, kH, kW) -> (N, C·m, H_out, W_out)."""
+    if (
+        not torch.compiler.is_compiling()
+        and type(input) in _PLAIN
+        and type(weight) in _PLAIN
+        and (bias is None or type(bias) in _PLAIN)
+        and not _is_transformed()
+        and not _count_dispatch_modes()
+    ):
+        packed = _pack(stride, padding, dilation)
+        if packed >= 0:
+            needs_input, needs_weight = input.requires_grad, weight.requires_grad
+            if not torch.is_grad_enabled() or not (
+                needs_input or needs_weight or (bias is not None and bias.requires_grad)
+            ):
+                return _forward_packed(input, weight, bias, packed)
+            if needs_input and needs_weight:
+                return DepthwiseConv2dPackedFunction.apply(input, weight, bias, packed)
+    return _ops.forward(input, weight, bias, stride, padding, dilation)
 
 
 # ---------------------------------------------------------------------------- with the dispatcher
@@ -287,6 +344,9 @@ _registrations = torch.library.Library("dwconv", "IMPL")
 _registrations.impl("forward", _apply(DepthwiseConv2dFunction), "Autograd")
 _registrations.impl("grad_input", _apply(DepthwiseConv2dGradInput), "Autograd")
 _registrations.impl("grad_weight", _apply(DepthwiseConv2dGradWeight), "Autograd")
+for _op, _unpacked in ((_ops.forward_packed, _unpacked_forward), (_ops.backward_packed, _unpacked_backward)):
+    _registrations.impl(_op, torch.library.fallthrough_kernel, "Autograd")
+    _registrations.impl(_op, _unpacked, "CompositeExplicitAutograd")  # neither on the CPU nor on CUDA
 
 
 # ---------------------------------------------------------------------------- torch.vmap

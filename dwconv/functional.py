@@ -23,6 +23,9 @@ def pair(value: IntPair, name: str) -> tuple[int, ...]:
     """One int for both sides, or one for each: (height, width). The operators check the values."""
     if type(value) is int and -(2**63) <= value < 2**63:
         return value, value
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:  # a module's: at once
+        if -(2**63) <= value[0] < 2**63 and -(2**63) <= value[1] < 2**63:
+            return value
     sides: tuple[Any, ...] = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(sides) == 1:
         sides = sides + sides

@@ -1,4 +1,4 @@
-"""The gradients, of any order, and what autograd, autocast and torch.compile make of the operators."""
+"""The gradients, of any order, and what autograd and autocast make of the operators."""
 
 from __future__ import annotations
 
@@ -432,30 +432,3 @@ def test_second_order_under_autocast(device: str, low: torch.dtype) -> None:
     grad.pow(2).sum().backward()
     assert grad.dtype == x.grad.dtype == w.grad.dtype == torch.float32
     assert x.grad.any() and w.grad.any() and b.grad.any()
-
-
-# ---------------------------------------------------------------------------- torch.compile
-
-
-@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compile(device: str, dynamic: bool, memory_format: torch.memory_format) -> None:
-    """One graph, forward and backward, with the numbers of eager mode; where shapes are dynamic, one for all."""
-    torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    compiled = torch.compile(dwconv.conv2d, fullgraph=True, backend=backend, dynamic=dynamic)
-    # No two sides alike: torch.compile takes sides that are equal at first for one and the same.
-    for batch, size in [(4, (9, 8))] + [(7, (10, 14)), (5, (17, 8))] * dynamic:
-        case = Case(batch, 3, size, (3, 2), (2, 1), (1, 2), (1, 2), multiplier=2)
-        tensors = make_inputs(case, torch.float32, device, memory_format)
-        grad_output = draw_like(dwconv.conv2d(*tensors, **case.geometry))
-        results = run(compiled, tensors, grad_output, **case.geometry)
-        for result, expected in zip(results, run_dwconv(tensors, grad_output, **case.geometry)):
-            assert_equal(result, expected)
-            assert result.stride() == expected.stride()
-    assert len(graphs) == 1

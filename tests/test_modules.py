@@ -311,14 +311,6 @@ def test_double_backward(device: str) -> None:
     assert torch.autograd.gradgradcheck(call, (input, *parameters.values()))
 
 
-def test_compiles_without_graph_breaks(device: str) -> None:
-    layer = with_integers(DepthwiseConv2d(CHANNELS, 3, padding=1, bias=True, padding_mode="reflect")).to(device)
-    input = integers(2, CHANNELS, 7, 7).to(device)
-    expected = step(copy.deepcopy(layer), input)
-    got = step(torch.compile(layer, fullgraph=True, backend="aot_eager"), input)
-    assert torch.equal(got.output, expected.output) and torch.equal(got.grad_input, expected.grad_input)
-
-
 # Keeping and loading
 
 
