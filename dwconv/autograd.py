@@ -40,6 +40,7 @@ Below = Callable[[], AbstractContextManager[Any]]  # in which a Function calls i
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _in_torch_func = torch._C._are_functorch_transforms_active
+_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 
 
 def _is_transformed() -> bool:
@@ -49,7 +50,7 @@ def _is_transformed() -> bool:
 
 def _call(op: Callable[..., Any], *arguments: Any) -> Any:
     """An operator within a gradient or a tangent, which may be differentiated itself."""
-    if torch.is_grad_enabled() or _is_transformed():
+    if _is_grad_enabled() or _is_transformed():
         return op(*arguments)
     with _below_autograd():
         return op(*arguments)
@@ -283,7 +284,7 @@ class DepthwiseConv2dPackedFunction(_Function):
         input, weight = ctx.saved_tensors
         needs_bias = ctx.needs_input_grad[2]
         packed = ctx.packed | _BIAS if needs_bias else ctx.packed
-        if torch.is_grad_enabled() or _is_transformed() or _count_dispatch_modes() or type(grad_output) is not Tensor:
+        if _is_grad_enabled() or _is_transformed() or _count_dispatch_modes() or type(grad_output) is not Tensor:
             d_input, d_weight, d_bias = _unpacked_backward(grad_output, input, weight, packed)
         else:
             d_input, d_weight, d_bias = _backward_packed(grad_output, input, weight, packed)
@@ -300,17 +301,18 @@ def forward(
 ) -> Tensor:
     """(N, C, H, W) * (C·m, 1, kH, kW) -> (N, C·m, H_out, W_out)."""
     if (
-        not torch.compiler.is_compiling()
+        not _is_compiling()
         and type(input) in _PLAIN
         and type(weight) in _PLAIN
         and (bias is None or type(bias) in _PLAIN)
-        and not _is_transformed()
+        and not _in_torch_func()
+        and forward_ad._current_level < 0
         and not _count_dispatch_modes()
     ):
         packed = _pack(stride, padding, dilation)
         if packed >= 0:
             needs_input, needs_weight = input.requires_grad, weight.requires_grad
-            if not torch.is_grad_enabled() or not (
+            if not _is_grad_enabled() or not (
                 needs_input or needs_weight or (bias is not None and bias.requires_grad)
             ):
                 return _forward_packed(input, weight, bias, packed)
