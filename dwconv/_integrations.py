@@ -95,13 +95,9 @@ def _tell_dtensor() -> None:
 
 
 @torch._decomp.register_decomposition(_ops.forward)
-def _(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
-) -> Tensor:
+def _(input: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
     """For those who know PyTorch's own operators alone, such as the exporter to ONNX."""
-    return torch.ops.aten.convolution(
-        input, weight, bias, stride, padding, dilation, False, [0, 0], input.shape[1]
-    )
+    return torch.ops.aten.convolution(input, weight, bias, stride, padding, dilation, False, [0, 0], input.shape[1])
 
 
 _TO_TELL = {"torch.utils.flop_counter": _tell_flop_counter, "torch.distributed.tensor": _tell_dtensor}
@@ -110,9 +106,7 @@ _TO_TELL = {"torch.utils.flop_counter": _tell_flop_counter, "torch.distributed.t
 class _Finder(MetaPathFinder):
     """Finds nothing itself; it is asked for a module on its first import."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         tell = _TO_TELL.pop(name, None)
         spec = importlib.util.find_spec(name) if tell else None
         if tell and spec and spec.loader:

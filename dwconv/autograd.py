@@ -118,7 +118,9 @@ class DepthwiseConv2dFunction(_Function):
         return d_input, d_weight, d_bias if needs_bias else None, None, None, None, None
 
     @staticmethod
-    def jvp(ctx: Any, input_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: None) -> Tensor | None:
+    def jvp(
+        ctx: Any, input_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: None
+    ) -> Tensor | None:
         input, weight = ctx.saved_tensors
         geometry: Geometry = ctx.geometry
         if input_t is None and weight_t is None:
@@ -312,9 +314,7 @@ def forward(
         packed = _pack(stride, padding, dilation)
         if packed >= 0:
             needs_input, needs_weight = input.requires_grad, weight.requires_grad
-            if not _is_grad_enabled() or not (
-                needs_input or needs_weight or (bias is not None and bias.requires_grad)
-            ):
+            if not _is_grad_enabled() or not (needs_input or needs_weight or (bias is not None and bias.requires_grad)):
                 return _forward_packed(input, weight, bias, packed)
             if needs_input and needs_weight:
                 return DepthwiseConv2dPackedFunction.apply(input, weight, bias, packed)

@@ -201,6 +201,22 @@ def test_no_graph_where_none_is_wanted(device: str) -> None:
     assert not any(output.requires_grad or output.grad_fn for output in outputs)
 
 
+@pytest.mark.parametrize("geometry", [{"padding": (600, 0)}, {"dilation": (1, 600)}, {"stride": (1, 600)}], ids=str)
+def test_numbers_that_do_not_pack(device: str, geometry: dict) -> None:
+    """A geometry of small numbers goes to the operators as one number, of large ones as it is."""
+    tensors = make_inputs(Case(1, 2, (3, 700), (2, 2)), torch.float64, device)
+    ours, theirs = (run(conv2d, tensors, torch.ones, **geometry) for conv2d in (dwconv.conv2d, torch_conv2d))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_backward_on_meta() -> None:
+    x, w, b = (tensor.to("meta").requires_grad_() for tensor in leaves(SMALL, "cpu"))
+    output = dwconv.conv2d(x, w, b, **SMALL.geometry)
+    assert output.shape == dwconv.conv2d(*leaves(SMALL, "cpu"), **SMALL.geometry).shape
+    output.sum().backward()
+    assert x.grad.shape == x.shape and w.grad.shape == w.shape and b.grad.shape == b.shape
+
+
 # ---------------------------------------------------------------------------- the operators by name
 
 

@@ -160,7 +160,9 @@ def test_double_backward_fails_clearly(device: str) -> None:
     input = images(2, device).requires_grad_()
     output = torch.compile(model, fullgraph=True, backend="aot_eager")(input)
     [grad] = torch.autograd.grad(output.sin().sum(), input, create_graph=True)
-    with pytest.raises(RuntimeError, match="torch.compile with aot_autograd does not currently support double backward"):
+    with pytest.raises(
+        RuntimeError, match="torch.compile with aot_autograd does not currently support double backward"
+    ):
         grad.sum().backward()
 
 

@@ -70,7 +70,9 @@ def test_onnx(dynamic: bool) -> None:
     from onnx.reference import ReferenceEvaluator
 
     layers = (
-        dwconv.DepthwiseConv2d(3, (3, 2), stride=(1, 2), padding=(1, 0), dilation=(2, 1), channel_multiplier=2, bias=True),
+        dwconv.DepthwiseConv2d(
+            3, (3, 2), stride=(1, 2), padding=(1, 0), dilation=(2, 1), channel_multiplier=2, bias=True
+        ),
         nn.ReLU(),
         dwconv.DepthwiseConv2d(6, 3),
         dwconv.DepthwiseConv2d(6, 4, padding="same"),
