@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from common import FORMATS, Case, make_inputs, run, run_dwconv
 from torch import Tensor, nn
+from torch.utils.cpp_extension import CUDA_HOME
 
 import dwconv
 
@@ -64,6 +66,21 @@ def assert_same(results: list[Tensor], expected: list[Tensor]) -> None:
     """To rounding: other layers than ours may be computed in another way."""
     for result, other in zip(results, expected, strict=True):
         torch.testing.assert_close(result, other)
+
+
+@functools.cache
+def why_not_inductor(device: str) -> str:
+    """Empty where PyTorch finds the compilers that its default backend takes."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(3, device=device))
+    except Exception as error:
+        return f"torch.compile does not work here: {type(error).__name__}"
+    return ""
+
+
+def skip_without_inductor(device: str) -> None:
+    if why := why_not_inductor(device):
+        pytest.skip(why)
 
 
 # torch.compile
@@ -134,6 +151,7 @@ def test_autocast(device: str, place: str) -> None:
 @formats
 def test_inductor(device: str, memory_format: torch.memory_format) -> None:
     """The backend that users have, from tensors to its own code and back."""
+    skip_without_inductor(device)
     model = network(device, memory_format)
     input = images(4, device, memory_format)
     compiled = torch.compile(model, fullgraph=True)
@@ -146,6 +164,7 @@ def test_inductor(device: str, memory_format: torch.memory_format) -> None:
 @formats
 def test_reduce_overhead(memory_format: torch.memory_format) -> None:
     """Forward and backward as CUDA graphs."""
+    skip_without_inductor("cuda")
     model = network("cuda", memory_format)
     compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
     for _ in range(4):  # the first calls warm up and record
@@ -209,6 +228,9 @@ def test_export_for_training(device: str) -> None:
 @pytest.mark.slow
 def test_aot_inductor(device: str, tmp_path: Path) -> None:
     """A package that runs without Python: it finds the operators by name."""
+    skip_without_inductor(device)
+    if device == "cuda" and CUDA_HOME is None:
+        pytest.skip("no CUDA toolkit")
     model = network(device).requires_grad_(False)
     path = torch._inductor.aoti_compile_and_package(exported(model, device), package_path=str(tmp_path / "model.pt2"))
     package = torch._inductor.aoti_load_package(path)
