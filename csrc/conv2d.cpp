@@ -73,7 +73,7 @@ void check_rank(const Tensor& tensor, const char* name) {
 // Sizes beyond this would overflow the arithmetic on padded sizes; none has a use.
 constexpr int64_t kLargest = std::numeric_limits<int32_t>::max();
 
-void check_pair(const Ints& pair, const char* name, int64_t smallest, const char* complaint) {
+void check_pair(IntsRef pair, const char* name, int64_t smallest, const char* complaint) {
   check(pair.size() == 2, "expected ", name, " to be a single integer value or a list of 2 values, but got ", name, "=",
         listed(pair));
   check(pair[0] >= smallest && pair[1] >= smallest, complaint, " is not supported, but got ", name, "=", listed(pair));
@@ -116,7 +116,7 @@ Problem problem_of(const Sizes& input, const WeightSizes& weight, const Geometry
 }
 
 void check_is_output(const Tensor& grad_output, const Problem& p) {
-  const Ints expected = {p.batch, p.filters(), p.out_height, p.out_width};
+  const std::array<int64_t, 4> expected = {p.batch, p.filters(), p.out_height, p.out_width};
   const auto sizes = grad_output.sizes();
   for (int i = 0; i < 4; ++i)
     check(sizes[i] == expected[i], "expected grad_output to be of size ", listed(expected),
@@ -161,7 +161,7 @@ Problem check_forward(const Tensor& input, const Tensor& weight, const std::opti
   return p;
 }
 
-Problem check_grad_input(const Tensor& grad_output, const Tensor& weight, const Ints& input_size,
+Problem check_grad_input(const Tensor& grad_output, const Tensor& weight, IntsRef input_size,
                          const Geometry& geometry) {
   check_rank(grad_output, "grad_output");
   check_rank(weight, "weight");
@@ -177,13 +177,13 @@ Problem check_grad_input(const Tensor& grad_output, const Tensor& weight, const 
   return p;
 }
 
-Problem check_grad_weight(const Tensor& grad_output, const Tensor& input, const Ints& kernel_size,
+Problem check_grad_weight(const Tensor& grad_output, const Tensor& input, IntsRef kernel_size,
                           const Geometry& geometry) {
   check_rank(grad_output, "grad_output");
   check_rank(input, "input");
   check_same(grad_output, "grad_output", input, "input");
   check_pair(kernel_size, "kernel_size", 1, "an empty kernel");
-  const Ints weight_size = {grad_output.size(1), 1, kernel_size[0], kernel_size[1]};
+  const std::array<int64_t, 4> weight_size = {grad_output.size(1), 1, kernel_size[0], kernel_size[1]};
   Problem p = problem_of(input.sizes(), weight_size, geometry);
   check_is_output(grad_output, p);
   p.pass = Pass::kGradWeight;
@@ -198,8 +198,8 @@ bool output_is_channels_last(const Tensor& input, const Tensor& weight) {
 }
 
 // Below the dispatcher's boxed calls, which cost the host as much as a launch.
-Tensor empty(const Ints& size, bool channels_last, const Tensor& like) {
-  Ints stride(size.size());
+Tensor empty(IntsRef size, bool channels_last, const Tensor& like) {
+  std::array<int64_t, 4> stride;
   int64_t step = 1;
   const auto lay = [&](size_t d) { stride[d] = step, step *= std::max<int64_t>(size[d], 1); };
   if (channels_last) {

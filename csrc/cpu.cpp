@@ -36,16 +36,16 @@ Tensor in_nchw(const Tensor& tensor) {
   return torch::stable::copy_(copy, tensor);
 }
 
-Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
-               const Ints& padding, const Ints& dilation) {
-  const Problem problem = check_forward(input, weight, bias, {stride, padding, dilation});
+Tensor run_forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                   const Geometry& geometry) {
+  const Problem problem = check_forward(input, weight, bias, geometry);
   const bool in_place = !fails_in_channels_last(problem) || !output_is_channels_last(input, weight);
   std::array<StableIValue, 9> stack{from(in_place ? input : in_nchw(input)),
                                     from(in_place ? weight : in_nchw(weight)),
                                     from(bias),
-                                    from(stride),
-                                    from(padding),
-                                    from(dilation),
+                                    from(geometry.stride),
+                                    from(geometry.padding),
+                                    from(geometry.dilation),
                                     from(false),
                                     from(Ints{0, 0}),
                                     from(problem.channels)};
@@ -72,6 +72,15 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1]), to<Tensor>(stack[2])};
 }
 
+Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
+               const Ints& padding, const Ints& dilation) {
+  return run_forward(input, weight, bias, {stride, padding, dilation});
+}
+
+Tensor forward_packed(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t geometry) {
+  return run_forward(input, weight, bias, PackedGeometry(geometry).unpack());
+}
+
 Tensor grad_input(const Tensor& grad_output, const Tensor& weight, const Ints& input_size, const Ints& stride,
                   const Ints& padding, const Ints& dilation, bool channels_last) {
   const Geometry geometry{stride, padding, dilation};
@@ -95,12 +104,26 @@ std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad_output, const Tensor& 
   return {contiguous(std::get<1>(gradients), false), grad_bias};
 }
 
+std::tuple<Tensor, Tensor, Tensor> backward_packed(const Tensor& grad_output, const Tensor& input,
+                                                   const Tensor& weight, int64_t geometry) {
+  const PackedGeometry packed(geometry);
+  const Problem problem = check_grad_input(grad_output, weight, input.sizes(), packed.unpack());
+  check_grad_weight(grad_output, input, {weight.sizes().data() + 2, 2}, packed.unpack());
+  const bool channels_last = output_is_channels_last(input, weight), fails = fails_in_channels_last(problem);
+  const auto gradients = backward(grad_output, fails ? in_nchw(input) : input, fails ? in_nchw(weight) : weight,
+                                  problem, packed.unpack(), {true, true, packed.wants_bias});
+  return {contiguous(std::get<0>(gradients), channels_last), contiguous(std::get<1>(gradients), false),
+          packed.wants_bias ? std::get<2>(gradients) : empty({0}, false, input)};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dwconv, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("grad_input", TORCH_BOX(&grad_input));
   m.impl("grad_weight", TORCH_BOX(&grad_weight));
+  m.impl("forward.packed", TORCH_BOX(&forward_packed));
+  m.impl("backward.packed", TORCH_BOX(&backward_packed));
 }
 
 }  // namespace dwconv

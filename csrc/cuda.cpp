@@ -32,7 +32,9 @@ void run(Problem& problem, const Tensor& like, const std::string& plan) {
   problem.shared_memory = device_of(device).shared_per_block;
   const Plan& chosen = plan.empty() ? choose(problem) : choose(problem, plan);
   if (problem.pass != Pass::kGradWeight && problem.batch == 0) return;  // nothing to write
-  const torch::stable::accelerator::DeviceGuard guard(device);
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  int current = -1;
+  if (cudaGetDevice(&current) != cudaSuccess || current != device) guard.emplace(device);
   const cudaStream_t stream = current_stream(device);
   std::vector<Tensor> scratch;
   const auto allocate = [&](int64_t bytes) {
@@ -67,9 +69,9 @@ void run(Problem& problem, const Tensor& like, const std::string& plan) {
   }
 }
 
-Tensor forward_plan(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
-                    const Ints& padding, const Ints& dilation, const std::string& plan) {
-  Problem problem = check_forward(input, weight, bias, {stride, padding, dilation});
+Tensor run_forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                   const Geometry& geometry, const std::string& plan = {}) {
+  Problem problem = check_forward(input, weight, bias, geometry);
   Tensor output = empty({problem.batch, problem.filters(), problem.out_height, problem.out_width},
                         output_is_channels_last(input, weight), input);
   problem.output = view_of(output);
@@ -77,19 +79,18 @@ Tensor forward_plan(const Tensor& input, const Tensor& weight, const std::option
   return output;
 }
 
-Tensor grad_input_plan(const Tensor& grad_output, const Tensor& weight, const Ints& input_size, const Ints& stride,
-                       const Ints& padding, const Ints& dilation, bool channels_last, const std::string& plan) {
-  Problem problem = check_grad_input(grad_output, weight, input_size, {stride, padding, dilation});
+Tensor run_grad_input(const Tensor& grad_output, const Tensor& weight, IntsRef input_size, const Geometry& geometry,
+                      bool channels_last, const std::string& plan = {}) {
+  Problem problem = check_grad_input(grad_output, weight, input_size, geometry);
   Tensor grad_input = empty(input_size, channels_last, grad_output);
   problem.input = view_of(grad_input);
   run(problem, grad_output, plan);
   return grad_input;
 }
 
-std::tuple<Tensor, Tensor> grad_weight_plan(const Tensor& grad_output, const Tensor& input, const Ints& kernel_size,
-                                            const Ints& stride, const Ints& padding, const Ints& dilation, bool bias,
-                                            const std::string& plan) {
-  Problem problem = check_grad_weight(grad_output, input, kernel_size, {stride, padding, dilation});
+std::tuple<Tensor, Tensor> run_grad_weight(const Tensor& grad_output, const Tensor& input, IntsRef kernel_size,
+                                           const Geometry& geometry, bool bias, const std::string& plan = {}) {
+  Problem problem = check_grad_weight(grad_output, input, kernel_size, geometry);
   Tensor grad_weight = empty({problem.filters(), 1, problem.kernel_h, problem.kernel_w}, false, input);
   Tensor grad_bias = empty({bias ? problem.filters() : 0}, false, input);
   problem.weight = view_of(grad_weight);
@@ -100,17 +101,47 @@ std::tuple<Tensor, Tensor> grad_weight_plan(const Tensor& grad_output, const Ten
 
 Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
                const Ints& padding, const Ints& dilation) {
-  return forward_plan(input, weight, bias, stride, padding, dilation, {});
+  return run_forward(input, weight, bias, {stride, padding, dilation});
+}
+
+Tensor forward_packed(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t geometry) {
+  return run_forward(input, weight, bias, PackedGeometry(geometry).unpack());
+}
+
+Tensor forward_plan(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
+                    const Ints& padding, const Ints& dilation, const std::string& plan) {
+  return run_forward(input, weight, bias, {stride, padding, dilation}, plan);
 }
 
 Tensor grad_input(const Tensor& grad_output, const Tensor& weight, const Ints& input_size, const Ints& stride,
                   const Ints& padding, const Ints& dilation, bool channels_last) {
-  return grad_input_plan(grad_output, weight, input_size, stride, padding, dilation, channels_last, {});
+  return run_grad_input(grad_output, weight, input_size, {stride, padding, dilation}, channels_last);
+}
+
+Tensor grad_input_plan(const Tensor& grad_output, const Tensor& weight, const Ints& input_size, const Ints& stride,
+                       const Ints& padding, const Ints& dilation, bool channels_last, const std::string& plan) {
+  return run_grad_input(grad_output, weight, input_size, {stride, padding, dilation}, channels_last, plan);
 }
 
 std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad_output, const Tensor& input, const Ints& kernel_size,
                                        const Ints& stride, const Ints& padding, const Ints& dilation, bool bias) {
-  return grad_weight_plan(grad_output, input, kernel_size, stride, padding, dilation, bias, {});
+  return run_grad_weight(grad_output, input, kernel_size, {stride, padding, dilation}, bias);
+}
+
+std::tuple<Tensor, Tensor> grad_weight_plan(const Tensor& grad_output, const Tensor& input, const Ints& kernel_size,
+                                            const Ints& stride, const Ints& padding, const Ints& dilation, bool bias,
+                                            const std::string& plan) {
+  return run_grad_weight(grad_output, input, kernel_size, {stride, padding, dilation}, bias, plan);
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_packed(const Tensor& grad_output, const Tensor& input,
+                                                   const Tensor& weight, int64_t geometry) {
+  const PackedGeometry packed(geometry);
+  const Tensor grad_input = run_grad_input(grad_output, weight, input.sizes(), packed.unpack(),
+                                           output_is_channels_last(input, weight));
+  const auto [grad_weight, grad_bias] =
+      run_grad_weight(grad_output, input, {weight.sizes().data() + 2, 2}, packed.unpack(), packed.wants_bias);
+  return {grad_input, grad_weight, grad_bias};
 }
 
 }  // namespace
@@ -119,6 +150,8 @@ STABLE_TORCH_LIBRARY_IMPL(dwconv, CUDA, m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("grad_input", TORCH_BOX(&grad_input));
   m.impl("grad_weight", TORCH_BOX(&grad_weight));
+  m.impl("forward.packed", TORCH_BOX(&forward_packed));
+  m.impl("backward.packed", TORCH_BOX(&backward_packed));
   m.impl("forward.plan", TORCH_BOX(&forward_plan));
   m.impl("grad_input.plan", TORCH_BOX(&grad_input_plan));
   m.impl("grad_weight.plan", TORCH_BOX(&grad_weight_plan));

@@ -41,6 +41,7 @@ if _build_info()["cuda"] is not None and _torch.version.cuda is None and _torch.
         stacklevel=2,
     )
 
+from . import _integrations as _integrations
 from .convert import convert
 from .explain import explain
 from .functional import conv2d

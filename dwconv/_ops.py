@@ -20,6 +20,8 @@ BUILD: dict[str, Any] = _C.build_info()
 forward = torch.ops.dwconv.forward.default
 grad_input = torch.ops.dwconv.grad_input.default
 grad_weight = torch.ops.dwconv.grad_weight.default
+forward_packed = torch.ops.dwconv.forward.packed
+backward_packed = torch.ops.dwconv.backward.packed
 
 
 DTYPES = torch.float32, torch.float64, torch.float16, torch.bfloat16

@@ -1,4 +1,4 @@
-"""Gradients of the operators, of any order.
+"""Gradients of the operators, of any order, in reverse and forward mode, and their batching rules for torch.vmap.
 
 The three operators are closed under differentiation. With g the gradient of the output and u, b those that grad_weight
 and grad_bias themselves receive:
@@ -11,60 +11,129 @@ grad_input   dx(g, w)                        g: forward(·, w);    w: grad_weigh
 grad_weight  dw, db(g, x)                    g: forward(x, u, b); x: grad_input(g, u)
 ===========  ==============================  ========================================================
 
-``forward``, ``grad_input`` and ``grad_weight`` of this module take the cheapest way: the operator itself where nothing
-needs a gradient, its Function else. The same Functions are registered with the dispatcher, so that an operator called
-by its name is differentiable too.
+Each is linear in either of its tensors, so that its tangent is the sum of itself with one of them replaced by that
+one's tangent.
+
+All of it is registered with the dispatcher, which finds its way through torch.func, torch.compile and the like; an
+operator called by its name is differentiable too. ``forward`` of this module takes a shorter way where nothing of the
+kind is going on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import Function, forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from . import _ops
 
 Pair = Sequence[int]
 Geometry = tuple[Pair, Pair, Pair]  # stride, padding, dilation
+Below = Callable[[], AbstractContextManager[Any]]  # in which a Function calls its operator
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
+_in_torch_func = torch._C._are_functorch_transforms_active
+_is_compiling, _is_grad_enabled = torch.compiler.is_compiling, torch.is_grad_enabled
 
 
-class DepthwiseConv2dFunction(Function):
+def _is_transformed() -> bool:
+    """Whether torch.func or forward-mode AD may be at work, so that only the dispatcher knows the way."""
+    return _in_torch_func() or forward_ad._current_level >= 0
+
+
+def _call(op: Callable[..., Any], *arguments: Any) -> Any:
+    """An operator within a gradient or a tangent, which may be differentiated itself."""
+    if _is_grad_enabled() or _is_transformed():
+        return op(*arguments)
+    with _below_autograd():
+        return op(*arguments)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+class _Function(_SingleLevelFunction):
+    """A torch.autograd.Function less its own way through torch.func, since these have the dispatcher's.
+
+    That way asks for a ``setup_context``, with which every call costs the host some 20 us more.
+    """
+
+    apply: ClassVar[Callable[..., Any]]
+    _compiled_autograd_key = Function._compiled_autograd_key
+
+
+def _save(ctx: Any, a: Tensor, b: Tensor) -> None:
+    """Keeps each of the two for the gradient of the other, and both for a tangent."""
+    needs_a, needs_b = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(a if needs_b else None, b if needs_a else None)
+    if _is_transformed():
+        ctx.save_for_forward(a, b)
+        ctx.set_materialize_grads(False)
+
+
+class DepthwiseConv2dFunction(_Function):
     """y = conv2d(input, weight, bias)."""
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+        below: Below,
     ) -> Tensor:
-        needs_input, needs_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None)
+        _save(ctx, input, weight)
         ctx.geometry = stride, padding, dilation
         ctx.input_size, ctx.kernel_size = input.shape, weight.shape[2:]
-        with _below_autograd():
+        with below():
             output = _ops.forward(input, weight, bias, stride, padding, dilation)
         ctx.channels_last = _ops.is_channels_last(output)
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * 7
         input, weight = ctx.saved_tensors
         geometry: Geometry = ctx.geometry
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         d_input = d_weight = d_bias = None
         if needs_input:
-            d_input = grad_input(grad_output, weight, ctx.input_size, *geometry, ctx.channels_last)
+            d_input = _call(_ops.grad_input, grad_output, weight, ctx.input_size, *geometry, ctx.channels_last)
         if needs_weight:
-            d_weight, d_bias = grad_weight(grad_output, input, ctx.kernel_size, *geometry, needs_bias)
+            d_weight, d_bias = _call(_ops.grad_weight, grad_output, input, ctx.kernel_size, *geometry, needs_bias)
         elif needs_bias:
             d_bias = grad_output.sum((0, 2, 3))
-        return d_input, d_weight, d_bias if needs_bias else None, None, None, None
+        return d_input, d_weight, d_bias if needs_bias else None, None, None, None, None
+
+    @staticmethod
+    def jvp(
+        ctx: Any, input_t: Tensor | None, weight_t: Tensor | None, bias_t: Tensor | None, *_: None
+    ) -> Tensor | None:
+        input, weight = ctx.saved_tensors
+        geometry: Geometry = ctx.geometry
+        if input_t is None and weight_t is None:
+            input_t = torch.zeros_like(input)
+        return _sum(
+            None if input_t is None else _call(_ops.forward, input_t, weight, bias_t, *geometry),
+            None
+            if weight_t is None
+            else _call(_ops.forward, input, weight_t, bias_t if input_t is None else None, *geometry),
+        )
 
 
-class DepthwiseConv2dGradInput(Function):
+class DepthwiseConv2dGradInput(_Function):
     """The gradient of the input, given that of the output."""
 
     @staticmethod
@@ -77,27 +146,39 @@ class DepthwiseConv2dGradInput(Function):
         padding: Pair,
         dilation: Pair,
         channels_last: bool,
+        below: Below,
     ) -> Tensor:
-        needs_grad_output, needs_weight = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(grad_output if needs_weight else None, weight if needs_grad_output else None)
+        _save(ctx, grad_output, weight)
         ctx.geometry = stride, padding, dilation
-        ctx.kernel_size = weight.shape[2:]
-        with _below_autograd():
+        ctx.input_size, ctx.kernel_size, ctx.channels_last = input_size, weight.shape[2:], channels_last
+        with below():
             return _ops.grad_input(grad_output, weight, input_size, stride, padding, dilation, channels_last)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 8
         grad_output, weight = ctx.saved_tensors
         geometry: Geometry = ctx.geometry
         d_grad_output = d_weight = None
         if ctx.needs_input_grad[0]:
-            d_grad_output = forward(grad, weight, None, *geometry)
+            d_grad_output = _call(_ops.forward, grad, weight, None, *geometry)
         if ctx.needs_input_grad[1]:
-            d_weight, _ = grad_weight(grad_output, grad, ctx.kernel_size, *geometry, False)
-        return d_grad_output, d_weight, None, None, None, None, None
+            d_weight, _ = _call(_ops.grad_weight, grad_output, grad, ctx.kernel_size, *geometry, False)
+        return d_grad_output, d_weight, None, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, grad_output_t: Tensor | None, weight_t: Tensor | None, *_: None) -> Tensor | None:
+        grad_output, weight = ctx.saved_tensors
+        geometry: Geometry = ctx.geometry
+        others = ctx.input_size, *geometry, ctx.channels_last
+        return _sum(
+            None if grad_output_t is None else _call(_ops.grad_input, grad_output_t, weight, *others),
+            None if weight_t is None else _call(_ops.grad_input, grad_output, weight_t, *others),
+        )
 
 
-class DepthwiseConv2dGradWeight(Function):
+class DepthwiseConv2dGradWeight(_Function):
     """The gradients of the weight and, if ``bias``, of the bias, given that of the output."""
 
     @staticmethod
@@ -110,41 +191,211 @@ class DepthwiseConv2dGradWeight(Function):
         padding: Pair,
         dilation: Pair,
         bias: bool,
+        below: Below,
     ) -> tuple[Tensor, Tensor]:
-        needs_grad_output, needs_input = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(grad_output if needs_input else None, input if needs_grad_output else None)
+        _save(ctx, grad_output, input)
         ctx.geometry = stride, padding, dilation
-        ctx.input_size, ctx.channels_last, ctx.bias = input.shape, _ops.is_channels_last(input), bias
-        with _below_autograd():
+        ctx.kernel_size, ctx.bias = kernel_size, bias
+        ctx.input_size, ctx.channels_last = input.shape, _ops.is_channels_last(input)
+        with below():
             d_weight, d_bias = _ops.grad_weight(grad_output, input, kernel_size, stride, padding, dilation, bias)
         if not bias:
             ctx.mark_non_differentiable(d_bias)
         return d_weight, d_bias
 
     @staticmethod
-    def backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_weight: Tensor | None, grad_bias: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_weight is None:
+            if grad_bias is None:
+                return (None,) * 8
+            grad_weight = grad_bias.new_zeros(grad_bias.shape[0], 1, *ctx.kernel_size)
         grad_output, input = ctx.saved_tensors
         geometry: Geometry = ctx.geometry
         d_grad_output = d_input = None
         if ctx.needs_input_grad[0]:
-            d_grad_output = forward(input, grad_weight, grad_bias if ctx.bias else None, *geometry)
+            d_grad_output = _call(_ops.forward, input, grad_weight, grad_bias if ctx.bias else None, *geometry)
         if ctx.needs_input_grad[1]:
-            d_input = grad_input(grad_output, grad_weight, ctx.input_size, *geometry, ctx.channels_last)
-        return d_grad_output, d_input, None, None, None, None, None
+            d_input = _call(_ops.grad_input, grad_output, grad_weight, ctx.input_size, *geometry, ctx.channels_last)
+        return d_grad_output, d_input, None, None, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, grad_output_t: Tensor | None, input_t: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        grad_output, input = ctx.saved_tensors
+        geometry: Geometry = ctx.geometry
+        d_weight = d_bias = None
+        if grad_output_t is not None:
+            d_weight, d_bias = _call(_ops.grad_weight, grad_output_t, input, ctx.kernel_size, *geometry, ctx.bias)
+        elif ctx.bias:
+            d_bias = grad_output.new_zeros(grad_output.shape[1])
+        if input_t is not None:
+            moved, _ = _call(_ops.grad_weight, grad_output, input_t, ctx.kernel_size, *geometry, False)
+            d_weight = _sum(d_weight, moved)
+        return d_weight, d_bias if ctx.bias else None
 
 
-def forward(input: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+# ---------------------------------------------------------------------------- the short way
+#
+# An eager call on plain tensors goes to operators of fewer arguments: each costs the host some 0.3 us.
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_LARGEST = 511  # csrc/conv2d.h: PackedGeometry
+_BIAS = 1 << 54
+
+_forward_packed = _ops.forward_packed._op
+_backward_packed = _ops.backward_packed._op
+_count_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+
+@functools.lru_cache(maxsize=4096)
+def _pack(stride: Pair, padding: Pair, dilation: Pair) -> int:
+    """The geometry in one number, or -1 where it does not fit or is none."""
+    packed = 0
+    for shift, number in enumerate((*stride, *padding, *dilation)):
+        if not 0 <= number <= _LARGEST:
+            return -1
+        packed |= number << 9 * shift
+    return packed
+
+
+def _unpack(packed: int) -> Geometry:
+    numbers = [packed >> 9 * shift & _LARGEST for shift in range(6)]
+    return numbers[:2], numbers[2:4], numbers[4:]
+
+
+def _unpacked_forward(input: Tensor, weight: Tensor, bias: Tensor | None, packed: int) -> Tensor:
+    return _ops.forward(input, weight, bias, *_unpack(packed))
+
+
+def _unpacked_backward(grad_output: Tensor, input: Tensor, weight: Tensor, packed: int) -> tuple[Tensor, ...]:
+    geometry, channels_last = _unpack(packed), _ops.output_is_channels_last(input, weight)
+    d_input = _call(_ops.grad_input, grad_output, weight, input.shape, *geometry, channels_last)
+    return d_input, *_call(_ops.grad_weight, grad_output, input, weight.shape[2:], *geometry, bool(packed & _BIAS))
+
+
+class DepthwiseConv2dPackedFunction(_Function):
+    """DepthwiseConv2dFunction where input and weight need their gradients: one operator computes them all."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, packed: int) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.packed = packed
+        return _forward_packed(input, weight, bias, packed)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        needs_bias = ctx.needs_input_grad[2]
+        packed = ctx.packed | _BIAS if needs_bias else ctx.packed
+        if _is_grad_enabled() or _is_transformed() or _count_dispatch_modes() or type(grad_output) is not Tensor:
+            d_input, d_weight, d_bias = _unpacked_backward(grad_output, input, weight, packed)
+        else:
+            d_input, d_weight, d_bias = _backward_packed(grad_output, input, weight, packed)
+        return d_input, d_weight, d_bias if needs_bias else None, None
+
+
+def forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Tensor:
     """(N, C, H, W) * (C·m, 1, kH, kW) -> (N, C·m, H_out, W_out)."""
-    if torch.compiler.is_compiling():
-        return _ops.forward(input, weight, bias, stride, padding, dilation)
-    needs_grad = input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    if needs_grad and torch.is_grad_enabled():
-        return DepthwiseConv2dFunction.apply(input, weight, bias, stride, padding, dilation)
-    with _below_autograd():
-        return _ops.forward(input, weight, bias, stride, padding, dilation)
+    if (
+        not _is_compiling()
+        and type(input) in _PLAIN
+        and type(weight) in _PLAIN
+        and (bias is None or type(bias) in _PLAIN)
+        and not _in_torch_func()
+        and forward_ad._current_level < 0
+        and not _count_dispatch_modes()
+    ):
+        packed = _pack(stride, padding, dilation)
+        if packed >= 0:
+            needs_input, needs_weight = input.requires_grad, weight.requires_grad
+            if not _is_grad_enabled() or not (needs_input or needs_weight or (bias is not None and bias.requires_grad)):
+                return _forward_packed(input, weight, bias, packed)
+            if needs_input and needs_weight:
+                return DepthwiseConv2dPackedFunction.apply(input, weight, bias, packed)
+    return _ops.forward(input, weight, bias, stride, padding, dilation)
 
 
-def grad_input(
+# ---------------------------------------------------------------------------- with the dispatcher
+
+
+@contextmanager
+def _below_level(grad: bool, forward_grad: bool) -> Iterator[None]:
+    """``_below_autograd`` of one transform of torch.func. The ones around it differentiate too, if any does."""
+    with torch.set_grad_enabled(grad), forward_ad._set_fwd_grad_enabled(forward_grad), _below_autograd():
+        yield
+
+
+def _apply(function: type[_Function]) -> Callable[..., Any]:
+    def apply(*arguments: Any) -> Any:
+        if not _in_torch_func():
+            return function.apply(*arguments, _below_autograd)
+        modes = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+        with enable_single_level_autograd_function():
+            return function.apply(*arguments, functools.partial(_below_level, *modes))
+
+    return apply
+
+
+_registrations = torch.library.Library("dwconv", "IMPL")
+_registrations.impl("forward", _apply(DepthwiseConv2dFunction), "Autograd")
+_registrations.impl("grad_input", _apply(DepthwiseConv2dGradInput), "Autograd")
+_registrations.impl("grad_weight", _apply(DepthwiseConv2dGradWeight), "Autograd")
+for _op, _unpacked in ((_ops.forward_packed, _unpacked_forward), (_ops.backward_packed, _unpacked_backward)):
+    _registrations.impl(_op, torch.library.fallthrough_kernel, "Autograd")
+    _registrations.impl(_op, _unpacked, "CompositeExplicitAutograd")  # neither on the CPU nor on CUDA
+
+
+# ---------------------------------------------------------------------------- torch.vmap
+#
+# The dimension that vmap adds goes into the batch, or where each has filters of its own, into the channels.
+
+
+def _merge(tensor: Tensor, batch_dim: int | None, batch_size: int, dim: int) -> Tensor:
+    """Merges the dimension of vmap into `dim`, the outer of the two."""
+    if batch_dim is None:
+        tensor, batch_dim = tensor.expand(batch_size, *tensor.shape), 0
+    return tensor.movedim(batch_dim, dim).flatten(dim, dim + 1)
+
+
+def _merge_size(size: Sequence[int], batch_size: int, dim: int) -> list[int]:
+    return [batch_size * side if d == dim else side for d, side in enumerate(size)]
+
+
+def _split(tensor: Tensor, batch_size: int, dim: int) -> Tensor:
+    return tensor.unflatten(dim, (batch_size, tensor.shape[dim] // batch_size))
+
+
+@torch.library.register_vmap("dwconv::forward")
+def _(
+    info: Any,
+    in_dims: tuple[Any, ...],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+) -> tuple[Tensor, int]:
+    size = info.batch_size
+    input_dim, weight_dim, bias_dim = in_dims[:3]
+    dim = 0 if weight_dim is bias_dim is None else 1
+    input = _merge(input, input_dim, size, dim)
+    if dim == 1:
+        weight = _merge(weight, weight_dim, size, 0)
+        bias = None if bias is None else _merge(bias, bias_dim, size, 0)
+    return _split(_ops.forward(input, weight, bias, stride, padding, dilation), size, dim), dim
+
+
+@torch.library.register_vmap("dwconv::grad_input")
+def _(
+    info: Any,
+    in_dims: tuple[Any, ...],
     grad_output: Tensor,
     weight: Tensor,
     input_size: Sequence[int],
@@ -152,15 +403,22 @@ def grad_input(
     padding: Pair,
     dilation: Pair,
     channels_last: bool,
-) -> Tensor:
-    """(N, C·m, H_out, W_out) * (C·m, 1, kH, kW) -> (N, C, H, W), in channels_last or contiguous."""
-    if torch.is_grad_enabled() and (grad_output.requires_grad or weight.requires_grad):
-        return DepthwiseConv2dGradInput.apply(grad_output, weight, input_size, stride, padding, dilation, channels_last)
-    with _below_autograd():
-        return _ops.grad_input(grad_output, weight, input_size, stride, padding, dilation, channels_last)
+) -> tuple[Tensor, int]:
+    size = info.batch_size
+    grad_output_dim, weight_dim = in_dims[:2]
+    dim = 0 if weight_dim is None else 1
+    grad_output = _merge(grad_output, grad_output_dim, size, dim)
+    if dim == 1:
+        weight = _merge(weight, weight_dim, size, 0)
+    input_size = _merge_size(input_size, size, dim)
+    grad = _ops.grad_input(grad_output, weight, input_size, stride, padding, dilation, channels_last)
+    return _split(grad, size, dim), dim
 
 
-def grad_weight(
+@torch.library.register_vmap("dwconv::grad_weight")
+def _(
+    info: Any,
+    in_dims: tuple[Any, ...],
     grad_output: Tensor,
     input: Tensor,
     kernel_size: Pair,
@@ -168,15 +426,9 @@ def grad_weight(
     padding: Pair,
     dilation: Pair,
     bias: bool,
-) -> tuple[Tensor, Tensor]:
-    """(N, C·m, H_out, W_out) * (N, C, H, W) -> (C·m, 1, kH, kW), and (C·m,) if ``bias`` or else (0,)."""
-    if torch.is_grad_enabled() and (grad_output.requires_grad or input.requires_grad):
-        return DepthwiseConv2dGradWeight.apply(grad_output, input, kernel_size, stride, padding, dilation, bias)
-    with _below_autograd():
-        return _ops.grad_weight(grad_output, input, kernel_size, stride, padding, dilation, bias)
-
-
-_registrations = torch.library.Library("dwconv", "IMPL")
-_registrations.impl("forward", DepthwiseConv2dFunction.apply, "Autograd")
-_registrations.impl("grad_input", DepthwiseConv2dGradInput.apply, "Autograd")
-_registrations.impl("grad_weight", DepthwiseConv2dGradWeight.apply, "Autograd")
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    size = info.batch_size
+    grad_output_dim, input_dim = in_dims[:2]
+    grad_output, input = _merge(grad_output, grad_output_dim, size, 1), _merge(input, input_dim, size, 1)
+    grads = _ops.grad_weight(grad_output, input, kernel_size, stride, padding, dilation, bias)
+    return (_split(grads[0], size, 0), _split(grads[1], size, 0)), (0, 0)

@@ -23,6 +23,9 @@ def pair(value: IntPair, name: str) -> tuple[int, ...]:
     """One int for both sides, or one for each: (height, width). The operators check the values."""
     if type(value) is int and -(2**63) <= value < 2**63:
         return value, value
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:  # a module's: at once
+        if -(2**63) <= value[0] < 2**63 and -(2**63) <= value[1] < 2**63:
+            return value
     sides: tuple[Any, ...] = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(sides) == 1:
         sides = sides + sides
@@ -59,8 +62,11 @@ def same_padding(kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[t
     return begin, (total[0] - begin[0], total[1] - begin[1])
 
 
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+
+
 def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    if torch._C._is_any_autocast_enabled() and not tensor.is_meta:  # asked of meta, torch raises
+    if not tensor.is_meta:  # asked of meta, torch raises
         device_type = tensor.device.type
         if torch.is_autocast_enabled(device_type):
             return torch.get_autocast_dtype(device_type)
@@ -73,9 +79,8 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype)
 
 
-def _check_tensor(value: object, name: str) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"conv2d(): argument '{name}' must be Tensor, not {type(value).__name__}")
+def _not_a_tensor(value: object, name: str) -> TypeError:
+    return TypeError(f"conv2d(): argument '{name}' must be Tensor, not {type(value).__name__}")
 
 
 def conv2d(
@@ -117,15 +122,18 @@ def conv2d(
 
     Under autocast the tensors are cast as F.conv2d casts them.
     """
-    _check_tensor(input, "input")
-    _check_tensor(weight, "weight")
-    if bias is not None:
-        _check_tensor(bias, "bias")
+    if not isinstance(input, Tensor):
+        raise _not_a_tensor(input, "input")
+    if not isinstance(weight, Tensor):
+        raise _not_a_tensor(weight, "weight")
+    if bias is not None and not isinstance(bias, Tensor):
+        raise _not_a_tensor(bias, "bias")
 
-    autocast = _autocast_dtype(input)
-    if autocast is not None:
-        input, weight = _cast(input, autocast), _cast(weight, autocast)
-        bias = bias if bias is None else _cast(bias, autocast)
+    if _is_any_autocast_enabled():
+        autocast = _autocast_dtype(input)
+        if autocast is not None:
+            input, weight = _cast(input, autocast), _cast(weight, autocast)
+            bias = bias if bias is None else _cast(bias, autocast)
 
     if input.dtype not in DTYPES:  # the operators say so too, but can only raise RuntimeError
         raise NotImplementedError(dtype_complaint(input, "input"))

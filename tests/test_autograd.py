@@ -1,4 +1,4 @@
-"""The gradients, of any order, and what autograd, autocast and torch.compile make of the operators."""
+"""The gradients, of any order, and what autograd and autocast make of the operators."""
 
 from __future__ import annotations
 
@@ -199,6 +199,22 @@ def test_no_graph_where_none_is_wanted(device: str) -> None:
     x, w, b = (tensor.detach() for tensor in (x, w, b))
     outputs = calls()
     assert not any(output.requires_grad or output.grad_fn for output in outputs)
+
+
+@pytest.mark.parametrize("geometry", [{"padding": (600, 0)}, {"dilation": (1, 600)}, {"stride": (1, 600)}], ids=str)
+def test_numbers_that_do_not_pack(device: str, geometry: dict) -> None:
+    """A geometry of small numbers goes to the operators as one number, of large ones as it is."""
+    tensors = make_inputs(Case(1, 2, (3, 700), (2, 2)), torch.float64, device)
+    ours, theirs = (run(conv2d, tensors, torch.ones, **geometry) for conv2d in (dwconv.conv2d, torch_conv2d))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_backward_on_meta() -> None:
+    x, w, b = (tensor.detach().to("meta").requires_grad_() for tensor in leaves(SMALL, "cpu"))
+    output = dwconv.conv2d(x, w, b, **SMALL.geometry)
+    assert output.shape == dwconv.conv2d(*leaves(SMALL, "cpu"), **SMALL.geometry).shape
+    output.sum().backward()
+    assert x.grad.shape == x.shape and w.grad.shape == w.shape and b.grad.shape == b.shape
 
 
 # ---------------------------------------------------------------------------- the operators by name
@@ -432,30 +448,3 @@ def test_second_order_under_autocast(device: str, low: torch.dtype) -> None:
     grad.pow(2).sum().backward()
     assert grad.dtype == x.grad.dtype == w.grad.dtype == torch.float32
     assert x.grad.any() and w.grad.any() and b.grad.any()
-
-
-# ---------------------------------------------------------------------------- torch.compile
-
-
-@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compile(device: str, dynamic: bool, memory_format: torch.memory_format) -> None:
-    """One graph, forward and backward, with the numbers of eager mode; where shapes are dynamic, one for all."""
-    torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    compiled = torch.compile(dwconv.conv2d, fullgraph=True, backend=backend, dynamic=dynamic)
-    # No two sides alike: torch.compile takes sides that are equal at first for one and the same.
-    for batch, size in [(4, (9, 8))] + [(7, (10, 14)), (5, (17, 8))] * dynamic:
-        case = Case(batch, 3, size, (3, 2), (2, 1), (1, 2), (1, 2), multiplier=2)
-        tensors = make_inputs(case, torch.float32, device, memory_format)
-        grad_output = draw_like(dwconv.conv2d(*tensors, **case.geometry))
-        results = run(compiled, tensors, grad_output, **case.geometry)
-        for result, expected in zip(results, run_dwconv(tensors, grad_output, **case.geometry)):
-            assert_equal(result, expected)
-            assert result.stride() == expected.stride()
-    assert len(graphs) == 1

@@ -230,6 +230,32 @@ def test_train_digits_depends_on_the_seed_alone(train_digits: ModuleType) -> Non
     assert runs[0].losses == runs[1].losses != runs[2].losses
 
 
+# train_ddp.py
+
+
+def test_train_ddp(device: str) -> None:
+    """By torchrun on two processes, and alone: the losses are the same."""
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("fewer than two GPUs")
+    starts = [], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = ["--epochs", "2", "--accuracy", "0.5", "--device", device]
+    losses = []
+    for processes, start in enumerate(starts, 1):
+        command = [sys.executable, *start, EXAMPLES / "train_ddp.py", *arguments]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(dwconv.__file__).parent.parent)}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert f"{processes} processes on {device}: test accuracy" in done.stdout
+        losses.append([float(loss) for loss in re.findall(r"^epoch \d+: loss ([\d.]+)$", done.stdout, re.MULTILINE)])
+    assert len(losses[0]) == 2 and losses[0][1] < losses[0][0] / 2
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+
+
+def test_train_ddp_fails_below_the_accuracy() -> None:
+    done = run("train_ddp", "--epochs", "1", "--accuracy", "1.1", "--device", "cpu")
+    assert done.returncode == 1 and "FAILED: the accuracy is below 1.1." in done.stderr
+
+
 # README.md
 
 

@@ -18,6 +18,8 @@ from common import FORMATS, integers
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
 
 import dwconv
 from dwconv import DepthwiseConv2d
@@ -311,14 +313,6 @@ def test_double_backward(device: str) -> None:
     assert torch.autograd.gradgradcheck(call, (input, *parameters.values()))
 
 
-def test_compiles_without_graph_breaks(device: str) -> None:
-    layer = with_integers(DepthwiseConv2d(CHANNELS, 3, padding=1, bias=True, padding_mode="reflect")).to(device)
-    input = integers(2, CHANNELS, 7, 7).to(device)
-    expected = step(copy.deepcopy(layer), input)
-    got = step(torch.compile(layer, fullgraph=True, backend="aot_eager"), input)
-    assert torch.equal(got.output, expected.output) and torch.equal(got.grad_input, expected.grad_input)
-
-
 # Keeping and loading
 
 
@@ -410,6 +404,57 @@ def test_weight_norm(device: str) -> None:
     parametrize.remove_parametrizations(models[0], "weight")
     assert type(models[0]) is DepthwiseConv2d
     torch.testing.assert_close(models[0](input), theirs.output)
+
+
+def test_spectral_norm(device: str) -> None:
+    models = []
+    for layer in (DepthwiseConv2d(CHANNELS, 3, bias=True), conv2d_like({"kernel_size": 3, "bias": True})):
+        torch.manual_seed(4)
+        layer.reset_parameters()
+        models.append(parametrizations.spectral_norm(layer.to(device, torch.float64)))
+    input = torch.randn(2, CHANNELS, 6, 6, device=device, dtype=torch.float64)
+    ours, theirs = (step(model, input) for model in models)
+    torch.testing.assert_close(ours, theirs)
+    assert torch.linalg.matrix_norm(models[0].eval().weight.flatten(1), 2) < 1.1
+
+
+def test_averaged_model(device: str) -> None:
+    """An exponential moving average keeps a copy of the layer, and follows its parameters."""
+    layer = DepthwiseConv2d(CHANNELS, 3, bias=True, device=device)
+    average = AveragedModel(layer, multi_avg_fn=get_ema_multi_avg_fn(0.75))
+    average.update_parameters(layer)
+    first = layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.weight.add_(1)
+    average.update_parameters(layer)
+    assert type(average.module) is DepthwiseConv2d
+    torch.testing.assert_close(average.module.weight, first + 0.25)
+    input = torch.randn(1, CHANNELS, 5, 5, device=device)
+    torch.testing.assert_close(average(input), layer(input) - 0.75 * input.unfold(2, 3, 1).unfold(3, 3, 1).sum((4, 5)))
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "reentrant", "offload"])
+def test_checkpoint_and_offload(way: str, device: str) -> None:
+    """Activations computed again, or kept on the host, between forward and backward."""
+    layers = (DepthwiseConv2d(CHANNELS, 3, padding=1), nn.SiLU(), DepthwiseConv2d(CHANNELS, 3, bias=True))
+    model = nn.Sequential(*layers).to(device, torch.float64)
+    input = torch.randn(2, CHANNELS, 6, 6, device=device, dtype=torch.float64)
+    expected = step(model, input)
+
+    class Saving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input: Tensor) -> Tensor:
+            if way == "offload":
+                with torch.autograd.graph.save_on_cpu():
+                    return self.model(input)
+            return checkpoint(self.model, input, use_reentrant=way == "reentrant")
+
+    result = step(Saving(), input)
+    assert torch.equal(result.output, expected.output) and torch.equal(result.grad_input, expected.grad_input)
+    torch.testing.assert_close(list(result.grads.values()), list(expected.grads.values()), rtol=0, atol=0)
 
 
 def test_pruning(device: str) -> None:

@@ -1,0 +1,167 @@
+"""CUDA's own ways: graphs, streams, threads, processes, several GPUs."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+import torch
+from common import FORMATS
+from torch import Tensor, nn
+
+import dwconv
+
+pytestmark = pytest.mark.gpu
+
+formats = pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channels_last"])
+
+
+def network(memory_format: torch.memory_format) -> nn.Sequential:
+    """Small, large, strided and dilated kernels."""
+    torch.manual_seed(1)
+    layers = (
+        dwconv.DepthwiseConv2d(8, 3, padding=1, bias=True),
+        nn.SiLU(),
+        dwconv.DepthwiseConv2d(8, 13, padding=6),
+        nn.SiLU(),
+        dwconv.DepthwiseConv2d(8, 5, stride=2, padding=2, channel_multiplier=2),
+        nn.SiLU(),
+        dwconv.DepthwiseConv2d(16, 3, dilation=(2, 3), bias=True),
+    )
+    return nn.Sequential(*layers).to("cuda", memory_format=memory_format)
+
+
+def images(memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    return torch.randn(4, 8, 28, 28).to("cuda", memory_format=memory_format)
+
+
+def results(model: nn.Module, input: Tensor) -> list[Tensor]:
+    """Output and all gradients."""
+    input = input.detach().requires_grad_()
+    output = model(input)
+    return [output.detach(), *torch.autograd.grad(output.square().sum(), [input, *model.parameters()])]
+
+
+def assert_equal(actual: object, expected: object) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@formats
+def test_graph(memory_format: torch.memory_format) -> None:
+    """A training step captured by hand; what 100 replays make of the parameters is what eager steps make of them."""
+    model = network(memory_format)
+    reference = copy.deepcopy(model)
+    input = images(memory_format)
+    fresh = [images(memory_format) for _ in range(4)]
+
+    def stepper(model: nn.Module, input: Tensor) -> Callable[[], None]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            model(input).square().mean().backward()
+            optimizer.step()
+
+        return step
+
+    step = stepper(model, input)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    model.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    captured = input.clone()
+    for i in range(100):
+        input.copy_(fresh[i % 4])
+        graph.replay()
+
+    input = captured
+    step = stepper(reference, input)
+    for _ in range(3):
+        step()
+    for i in range(100):
+        input.copy_(fresh[i % 4])
+        step()
+    for parameter, expected in zip(model.parameters(), reference.parameters()):
+        assert parameter.isfinite().all()
+        torch.testing.assert_close(parameter, expected)
+
+
+@formats
+def test_side_stream(memory_format: torch.memory_format) -> None:
+    """All work goes to the current stream: it waits there for what makes its input, however long that takes."""
+    model = network(memory_format)
+    fresh = images(memory_format)
+    expected = results(model, fresh)
+    input = torch.full_like(fresh, float("nan"))
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)  # some 50 ms
+        input.copy_(fresh)
+        got = results(model, input)
+    side.synchronize()
+    assert_equal(got, expected)
+
+
+def test_threads() -> None:
+    """Eight at once, each on a stream of its own."""
+    models = [network(memory_format) for memory_format in FORMATS] * 4
+    inputs = [images(memory_format) for memory_format in FORMATS] * 4
+    expected = [results(model, input) for model, input in zip(models, inputs)]
+    torch.cuda.synchronize()
+
+    def work(i: int) -> None:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(20):
+                got = results(models[i], inputs[i])
+        stream.synchronize()
+        assert_equal(got, expected[i])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+
+
+def test_fork_after_import() -> None:
+    """Importing dwconv, and calling it on CPU tensors, leaves CUDA to the children."""
+    code = """
+        import os, torch, dwconv
+        dwconv.conv2d(torch.ones(1, 2, 5, 5), torch.ones(2, 1, 3, 3))
+        children = []
+        for _ in range(2):
+            child = os.fork()
+            if child == 0:
+                y = dwconv.conv2d(torch.ones(1, 2, 5, 5, device="cuda"), torch.ones(2, 1, 3, 3, device="cuda"))
+                os._exit(0 if (y == 9).all() else 1)
+            children.append(child)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    """
+    environment = {**os.environ, "PYTHONPATH": str(Path(dwconv.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", dedent(code)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+@formats
+def test_other_gpu(memory_format: torch.memory_format) -> None:
+    """Tensors on cuda:1 while cuda:0 is current, and stays so."""
+    model, input = network(memory_format), images(memory_format)
+    expected = results(model, input)
+    with torch.cuda.device(0):
+        got = results(copy.deepcopy(model).to("cuda:1"), input.to("cuda:1"))
+        assert torch.cuda.current_device() == 0
+    assert {tensor.device.index for tensor in got} == {1}
+    assert_equal([tensor.cpu() for tensor in got], [tensor.cpu() for tensor in expected])
