@@ -23,6 +23,7 @@ enum class PlanId : int {
   kToeplitzLarge,
   kMarchChannelsLast,
   kMarchGradWeightChannelsLast,
+  kToeplitzGradWeightChannelsLast,
   kLargeFloat32,
   kLargeFloat32GradWeight,
   kOuterGradWeight,
