@@ -242,6 +242,31 @@ bool claims_march_grad_weight_channels_last(const Problem& p) {
   return p.pass == Pass::kGradWeight && can_march(p) && p.multiplier <= 2 && p.filters() <= (1 << 26) / (p.taps() + 1);
 }
 
+bool claims_toeplitz_grad_weight_channels_last(const Problem& p) {
+  if (p.pass != Pass::kGradWeight || size_of(p.dtype) != 2 || p.capability < 80 || p.batch == 0) return false;
+  if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1 || p.multiplier > 1) return false;
+  if (p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
+  constexpr int64_t kMostRows = 7, kMostColumns = 9;  // of a kernel
+  if (p.kernel_h > kMostRows || p.kernel_w > kMostColumns || p.taps() == 1) return false;
+  constexpr int64_t kFewChannels = 32;          // fewer leave a block's warps idle
+  constexpr int64_t kLeastMemory = 96 << 10;  // of a ring of 3 stages
+  if (p.channels < kFewChannels || p.shared_memory < kLeastMemory) return false;
+  const auto is_aligned = [&](const View& view) {
+    return (view.stride[0] | view.stride[2] | view.stride[3] | p.channels) * size_of(p.dtype) % kUnit == 0;
+  };
+  // For 3 rows there is little to multiply: CUDA cores, where they have the kernel, lose on narrow images only.
+  constexpr int64_t kFewRows = 3, kNarrow = 16;
+  const bool pays = p.kernel_h > kFewRows || !is_small_kernel(p) ||
+                    (p.out_width <= kNarrow && is_aligned(p.input) && is_aligned(p.output));
+  // The bytes of a pixel, columns, and rows of all images in spans of at least 8 columns are counted in 32 bits.
+  constexpr int64_t kMany = 1 << 20, kMost = 1 << 30;
+  const auto fits = [&](const View& view, int64_t height, int64_t width) {
+    return view.stride[1] == 1 && (width == 1 || view.stride[3] < kMany) && width < kMany && height < kMany;
+  };
+  return pays && fits(p.input, p.height, p.width) && fits(p.output, p.out_height, p.out_width) && p.channels < kMany &&
+         p.batch <= kMost / (2 * p.height) / (p.out_width / 8 + 1);
+}
+
 bool claims_scale(const Problem& p) {
   if (p.pass == Pass::kGradWeight || p.taps() > 1 || p.multiplier > 1 || p.batch == 0) return false;
   if (p.stride_h > 1 || p.stride_w > 1 || p.padding_h > 0 || p.padding_w > 0) return false;
@@ -373,6 +398,9 @@ const std::vector<Plan>& plans() {
       {PlanId::kMarchChannelsLast, "march_channels_last",
        "a small kernel in channels_last: rows stream through shared memory, sums stay in registers",
        claims_march_channels_last},
+      {PlanId::kToeplitzGradWeightChannelsLast, "toeplitz_grad_weight_channels_last",
+       "a small kernel in 16 bits in channels_last: input and gradient stream through shared memory to tensor cores",
+       claims_toeplitz_grad_weight_channels_last},
       {PlanId::kMarchGradWeightChannelsLast, "march_grad_weight_channels_last",
        "a small kernel in channels_last: input and gradient stream through shared memory, sums stay in registers",
        claims_march_grad_weight_channels_last},

@@ -28,6 +28,7 @@ enum class PlanId : int {
   kToeplitzChannelsLast,
   kMarchChannelsLast,
   kMarchGradWeightChannelsLast,
+  kToeplitzGradWeightChannelsLast,
   kLargeFloat32,
   kLargeFloat32GradWeight,
   kOuterGradWeight,

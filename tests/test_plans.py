@@ -37,7 +37,9 @@ MARCH = {
     "grad_input": "march_channels_last",
     "grad_weight": "march_grad_weight_channels_last",
 }
+# What goes to tensor cores instead.
 BAND = "toeplitz_channels_last"
+MATRIX = "toeplitz_grad_weight_channels_last"
 STREAM = {"forward": "stream_nchw", "grad_input": "stream_nchw", "grad_weight": "stream_grad_weight_nchw"}
 MARCH_NCHW = {"forward": "march_nchw", "grad_input": "march_nchw", "grad_weight": "march_grad_weight_nchw"}
 
@@ -240,6 +242,8 @@ def test_small_kernels_in_channels_last(name: str, tile: tuple, dtype: torch.dty
         for size in ((512, 512), (226, 190), (20, 9000)):
             case = tile_case(tile, 32, channels, size)
             expected = BAND if square and channels % 8 == 0 else MARCH[name]
+            if name == "grad_weight" and dtype != torch.float32 and tile in TILES[2:4] and channels >= 32:
+                expected = MATRIX
             assert plan_of(name, case, dtype, torch.channels_last) == serves(name, expected, case), str(case)
 
 
@@ -285,6 +289,33 @@ def test_toeplitz_channels_last_claims(name: str, dtype: torch.dtype) -> None:
     ):
         assert not claimed(case._replace(**change)), change
     assert not claimed(case, torch.float32) and not claimed(case, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_grad_weight_in_channels_last_on_tensor_cores(dtype: torch.dtype) -> None:
+    case = Case(16, 64, (40, 40), (5, 5), padding=(2, 2))
+
+    def serves(case: Case, channels_last: bool = True) -> bool:
+        return plan_of("grad_weight", case, dtype, FORMATS[channels_last]) == MATRIX
+
+    for kernel in ((7, 7), (7, 9), (4, 1), (6, 3), (3, 5), (2, 3), (1, 7), (3, 2)):
+        small = case._replace(kernel=kernel, padding=tuple(side // 2 for side in kernel))
+        assert serves(small) and not serves(small, False), kernel
+    # 3x3 on rows of up to 16 columns, if 16 bytes can be loaded at a time.
+    for width, channels, expected in ((16, 64, True), (17, 64, False), (16, 68, False)):
+        assert serves(case._replace(size=(40, width), kernel=(3, 3), padding=(1, 1), channels=channels)) == expected
+    for change in (
+        {"kernel": (8, 5)},
+        {"kernel": (5, 10)},
+        {"stride": (2, 2)},
+        {"dilation": (1, 2)},
+        {"multiplier": 2},
+        {"channels": 31},
+        {"padding": (5, 2)},
+        {"batch": 2**24},
+    ):
+        assert not serves(case._replace(**change)), change
+    assert plan_of("grad_weight", case, torch.float32, torch.channels_last) == MARCH["grad_weight"]
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
@@ -382,8 +413,8 @@ def test_small_kernels_without_a_plan_of_their_own(name: str) -> None:
         ((3, 5), torch.float32, FORMATS[1], ("generic", "large_float32_grad_weight")),
         ((2, 3), torch.float32, FORMATS[1], ("generic", "generic")),
         ((3, 5), torch.float16, FORMATS[0], ("toeplitz_nchw", "hankel_grad_weight")),
-        ((3, 5), torch.float16, FORMATS[1], (BAND, "hankel_grad_weight")),
-        ((2, 3), torch.float16, FORMATS[1], (BAND, "hankel_grad_weight")),
+        ((3, 5), torch.float16, FORMATS[1], (BAND, MATRIX)),
+        ((2, 3), torch.float16, FORMATS[1], (BAND, MATRIX)),
     ):
         found = plan_of(name, case._replace(kernel=kernel), dtype, memory_format)
         assert found == expected[backward], (kernel, dtype, memory_format)
@@ -618,6 +649,7 @@ def test_forcing_a_plan(case: Case, memory_format: torch.memory_format, dtype: t
             "direct",
             BAND,
             MARCH[name],
+            MATRIX,
             "generic",
         ):
             if plan in claims(name, case, input, output):
@@ -899,7 +931,7 @@ def test_the_same_sizes_in_other_layouts(tile: tuple, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_marches_beside_infinities(tile: tuple, dtype: torch.dtype) -> None:
     """NaN where F.conv2d has it: of products, but not of what lies outside the image."""
-    for channels, multiplier in ((3, 1), (16, 1), (8, 2)):
+    for channels, multiplier in ((3, 1), (16, 1), (8, 2), (40, 1), (35, 1)):
         case = tile_case(tile, 2, channels, (12, 17), multiplier=multiplier)
         input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
         grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=torch.channels_last)
@@ -908,7 +940,7 @@ def test_marches_beside_infinities(tile: tuple, dtype: torch.dtype) -> None:
         weight[0, 0, 0, 0], weight[-1, 0, -1, -1] = -torch.inf, torch.nan
         exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
         for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output, True):
-            if plan in (BAND, *MARCH.values()):
+            if plan in (BAND, MATRIX, *MARCH.values()):
                 assert torch.equal(result.nan_to_num(nan=12345.0), exact[name].to(result).nan_to_num(nan=12345.0)), name
 
 
@@ -933,6 +965,41 @@ def test_tensor_cores_are_exact(kernel: tuple, stride: int, dtype: torch.dtype) 
             *_, height, width = output_size(case)
             if height * width >= 512 and (stride == 1 or kernel[0] in (3, 5, 7)):
                 assert {("output", "toeplitz_nchw"), ("output", "toeplitz_nchw_portable")} <= forced, str(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel", [(7, 7), (5, 5), (3, 3), (7, 1), (1, 7), (6, 4), (2, 3), (4, 9), (3, 5)], ids=str)
+def test_grad_weight_in_channels_last_is_exact(kernel: tuple, dtype: torch.dtype) -> None:
+    """Rows of one tile and of several, spans of columns, streams that begin and end anywhere, all paddings."""
+    sizes = [(7, 7), (14, 14), (28, 28), (56, 56), (1, 1), (2, 9), (9, 2), (113, 15), (5, 130), (17, 34), (40, 300)]
+    for number, size in enumerate(sizes):
+        for turn in range(5):
+            channels, batch = [32, 96, 40, 37, 66][(number + turn) % 5], [1, 3, 33, 8][(number + turn) % 4]
+            padding = [(0, 0), tuple(k // 2 for k in kernel), tuple(k - 1 for k in kernel), (0, kernel[1] - 1)]
+            padding = padding[turn % 4]
+            case = Case(min(batch, 1 + 12000 // (size[0] * size[1])), channels, size, kernel, padding=padding)
+            if any(side + 2 * p < k for side, p, k in zip(size, padding, kernel)):
+                continue
+            input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
+            grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=torch.channels_last)
+            order = 0, 2, 3, 1
+            if turn == 1:
+                input, grad_output = lay(input, order, offset=8), lay(grad_output, order, (1, 1, 2, 3))
+            elif turn == 2:
+                input, grad_output = lay(input, (2, 0, 3, 1), (2, 1, 1, 2), 5), lay(grad_output, order, offset=1)
+            exact = run_float64((input, weight, bias), grad_output, **case.geometry)
+            found = claims("grad_weight", case, input, grad_output)
+            narrow = output_size(case)[3] <= 16 and channels % 8 == 0
+            assert (MATRIX in found) == (kernel != (3, 3) or narrow), str(case)
+            if MATRIX not in found:
+                continue
+            for with_bias in (True, False):
+                args = grad_output, input, kernel, *arguments_of(case), with_bias, MATRIX
+                grad_weight, grad_bias = torch.ops.dwconv.grad_weight.plan(*args)
+                assert wrong_numbers(grad_weight, exact.grad_weight.round()) == 0, str(case)
+                if with_bias:
+                    assert wrong_numbers(grad_bias, exact.grad_bias.round()) == 0, str(case)
 
 
 LARGE = [
@@ -1090,3 +1157,18 @@ def test_toeplitz_channels_last_repeats_bit_for_bit(size: tuple, dtype: torch.dt
         for _ in range(300):
             again = torch.ops.dwconv.forward.plan(input, weight, bias, *arguments_of(case), BAND)
             assert torch.equal(first, again)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("kernel", "size", "channels"), [(3, 14, 64), (5, 28, 37), (7, 7, 96), (7, 56, 96)])
+def test_grad_weight_in_channels_last_repeats_bit_for_bit(
+    kernel: int, size: int, channels: int, dtype: torch.dtype
+) -> None:
+    case = Case(16, channels, (size, size), (kernel, kernel), padding=(kernel // 2, kernel // 2))
+    input, _, _ = make_inputs(case, dtype, "cuda", torch.channels_last)
+    grad_output = torch.randn_like(input)
+    args = grad_output, input, case.kernel, *arguments_of(case), True, MATRIX
+    first = torch.ops.dwconv.grad_weight.plan(*args)
+    for _ in range(300):
+        assert all(torch.equal(a, b) for a, b in zip(first, torch.ops.dwconv.grad_weight.plan(*args)))

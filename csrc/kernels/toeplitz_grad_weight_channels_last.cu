@@ -1,0 +1,509 @@
+// grad_weight (and the bias gradient) of small kernels at stride 1 in 16 bits on channels_last arrays, on tensor cores.
+//
+// For a channel and row i of the kernel, with columns of the input down and columns of the gradient across, a product
+// A[m][k] B[k][n] sums input[y + i][x + m] gradient[y][x + n] over 16 places k, each an image, a row y and 8 columns
+// from x on; the sums for column j of the kernel are on the diagonal m - n = j. No transposition is needed: a thread
+// reads 4 channels of a pixel at once, and a byte permutation of the pixels of two places makes a pair (k, k + 1) of
+// each channel. Two tiles of 16 columns are such a pair, and a multiplication takes 8 tiles: of one row, or of rows of
+// several images. Narrow images have 8 columns of a tile each.
+//
+// Rows march through a ring in shared memory: a stage takes one row of the input and one of the gradient for each of a
+// block's streams, which are at different places of the images. The rows of the gradient whose windows are under way
+// stay in registers. A stream goes down one image after the other, with rows of zeros between them that serve as the
+// padding of both, so that nothing has to ask where it is when it multiplies; the rows of all images are cut into
+// streams anywhere. All warps load and multiply. They wait for each other at the stages' barriers, a step or two late,
+// so that one can multiply while another reads. The sums of all blocks are added up by a second kernel. Every sum has a
+// fixed order, the same on every run.
+//
+// What is not part of a sum is multiplied by zero, which is exact unless the other factor is Inf or NaN. So sums that
+// are finite are right, and the others are taken again, product by product.
+#include <algorithm>
+#include <cmath>
+
+#include "launch.h"
+#include "march_grad_weight_channels_last.cuh"
+#include "partial_sums.cuh"
+#include "stream.cuh"
+#include "tensor_cores.cuh"
+
+namespace dwconv {
+namespace {
+
+constexpr int kWarps = 8, kThreads = 32 * kWarps;
+constexpr int kQuad = 4, kSlab = kQuad * kWarps;  // channels of a warp, of a block
+constexpr int kUnits = kSlab * 2 / kUnit;         // of 16 bytes, of a block's channels of a pixel
+constexpr int kRun = 8, kTileColumns = 2 * kRun;  // columns
+constexpr int kTiles = 8;                         // of a stage
+constexpr int kRing = StageBarriers::kBytes;      // where it begins in shared memory
+
+// In shared memory, pixels lie apart by an odd number of units, and every 8 of them have a gap behind: so 4 pixels of 4
+// tiles, of which a thread reads 8 bytes each, are spread over all banks, two to each.
+constexpr int kPixelBytes = kSlab * 2 + kUnit, kRunBytes = kRun * kPixelBytes + 32;
+
+__host__ __device__ constexpr int place_of(int pixel) {
+  return pixel * kPixelBytes + pixel / kRun * (kRunBytes - kRun * kPixelBytes);
+}
+
+// What a kernel is compiled for: rows of the kernel, or more; whether both halves of a tile are of one row, or of
+// different streams; bytes that are copied at once; blocks on a multiprocessor, as registers allow.
+template <int rows, bool wide, int bytes, int blocks>
+struct Size {
+  static constexpr int kRows = rows, kBytes = bytes, kBlocks = blocks;
+  static constexpr bool kWide = wide;
+};
+
+// The input or the gradient, and the rows of it that a stage takes.
+struct Rows {
+  const char* base;
+  int64_t image_bytes, row_bytes;
+  int pixel_bytes, width;
+  int shift;  // the first pixel of a row of the ring is column -shift of the span
+  int runs;   // of a row of the ring
+
+  __host__ __device__ int ring_bytes() const { return runs * kRunBytes; }
+};
+
+struct Toeplitz {
+  Rows source, grad;
+  float* partial;  // [split][tap, or bias behind the last tap][channel]
+  int height, out_height, kernel_h, kernel_w, padding_h, padding_w;
+  int images, channels;
+  int slabs, spans, splits;  // of channels, columns, rows
+  int columns;               // of a span
+  int group_shift;           // tiles of a row of a span are 1 << group_shift
+  int period;                // rows from an image to the next: those of the input, and zeros between
+  int64_t rows;              // of all spans of all images, with the zeros between
+  int streams;               // of a block
+  int steps;                 // of a block: rows of the longest stream, and what is left of windows behind
+  int depth, stage_bytes;    // of the ring
+  int grad_at;               // where in a stage the rows of the gradient are
+  bool with_bias;
+
+  __device__ int groups() const { return 1 << group_shift; }
+};
+
+// The first row of a stream, of those of all splits.
+__device__ inline int64_t first_row(const Toeplitz& a, int64_t stream) {
+  return a.rows * stream / (int64_t{a.splits} * a.streams);
+}
+
+// A thread's part in loading the streams of a block: 16 bytes of a few pixels of one of them, row by row. It writes
+// zeros for what is outside of the image.
+template <class Size>
+class StreamLoader {
+ public:
+  __device__ StreamLoader(const Toeplitz& a, int slab, int split) {
+    const int unit = threadIdx.x % kUnits, place = threadIdx.x % 32 / kUnits, warp = threadIdx.x / 32;
+    const int stream = Size::kWide ? place >> a.group_shift : place + warp % 2 * kTiles;
+    pixel_ = Size::kWide ? warp * a.groups() + (place & (a.groups() - 1)) : warp / 2;
+    byte_ = slab * kSlab * 2 + unit * kUnit;
+    const int to = kRing + place_of(pixel_) + unit * kUnit;
+    source_to_ = to + stream * a.source.ring_bytes(), grad_to_ = to + a.grad_at + stream * a.grad.ring_bytes();
+
+    const int64_t number = int64_t{split} * a.streams + stream, first = first_row(a, number);
+    left_ = byte_ < a.channels * 2 ? static_cast<int>(first_row(a, number + 1) - first) : 0;
+    ends_ = left_ == 0;
+    row_ = static_cast<int>(first % a.period);
+    const int image = static_cast<int>(first / a.period);
+    image_ = image % a.images, span_ = image / a.images;
+    seek(a);
+  }
+
+  // Begins to load the next row of each stream to a stage.
+  __device__ void load(const Toeplitz& a, int stage) {
+    const int to = stage * a.stage_bytes;
+    load_row<kSourcePixels>(a, a.source, source_, row_ >= a.padding_h && !ends_ ? source_inside_ : 0, to + source_to_);
+    load_row<kGradPixels>(a, a.grad, grad_, row_ < a.out_height && left_ > 0 ? grad_inside_ : 0, to + grad_to_);
+    source_ += a.source.row_bytes, grad_ += a.grad.row_bytes;
+    --left_;
+    if (++row_ < a.period) return;
+    row_ = 0, ends_ |= left_ <= 0;
+    if (++image_ == a.images) image_ = 0, ++span_;
+    seek(a);
+  }
+
+ private:
+  static constexpr int kSourcePixels = Size::kWide ? 3 : 4, kGradPixels = 2;  // of a row
+
+  int pixel_, byte_;         // the first one, and what of it
+  int source_to_, grad_to_;  // where that goes in the first stage
+  int row_, image_, span_;
+  int left_;                              // rows of the gradient
+  bool ends_;                             // no row of the input has any of them to meet
+  const char *source_, *grad_;            // the first pixel
+  uint32_t source_inside_, grad_inside_;  // a bit for each of the thread's pixels that is in the image
+
+  __device__ void seek(const Toeplitz& a) {
+    const auto seek = [&](const Rows& v, int row, const char*& from, uint32_t& inside) {
+      const int column = span_ * a.columns - v.shift + pixel_;
+      from = v.base + image_ * v.image_bytes + row * v.row_bytes + int64_t{column} * v.pixel_bytes + byte_;
+      inside = 0;
+      for (int k = 0; k < kSourcePixels; ++k)
+        inside |= (static_cast<uint32_t>(column + k * step(a)) < static_cast<uint32_t>(v.width)) << k;
+    };
+    seek(a.source, row_ - a.padding_h, source_, source_inside_), seek(a.grad, row_, grad_, grad_inside_);
+  }
+
+  // From one of a thread's pixels to the next.
+  static __device__ int step(const Toeplitz& a) { return Size::kWide ? kRun << a.group_shift : kRun / 2; }
+
+  template <int kPixels>
+  __device__ void load_row(const Toeplitz& a, const Rows& v, const char* from, uint32_t inside, int to) const {
+    const int64_t step_bytes = int64_t{step(a)} * v.pixel_bytes;
+#pragma unroll
+    for (int k = 0; k < kPixels; ++k) {
+      if (Size::kWide && k == 2 && pixel_ >= kRun) break;  // 8 pixels of the input are beyond the columns of the span
+      const uint32_t target =
+          shared_address(to + (Size::kWide ? k * kRunBytes << a.group_shift : place_of(k * kRun / 2)));
+#pragma unroll
+      for (int part = 0; part < kUnit; part += Size::kBytes)
+        copy_or_clear(target + part, from + part,
+                      inside >> k & 1 && (Size::kBytes == kUnit || byte_ + part < a.channels * 2));
+      from += step_bytes;
+    }
+  }
+
+  static __device__ void copy_or_clear(uint32_t to, const char* from, bool copy) {
+    static_assert(Size::kBytes == 2 || Size::kBytes == kUnit);
+    if constexpr (Size::kBytes == 2) {
+      const uint16_t value = copy ? __ldg(reinterpret_cast<const uint16_t*>(from)) : uint16_t{0};
+      asm volatile("st.shared.b16 [%0], %1;" ::"r"(to), "h"(value));  // loads may go before
+    } else {
+#if __CUDA_ARCH__ >= 800
+      asm volatile(
+          "{\n.reg .pred clear;\nsetp.eq.s32 clear, %2, 0;\n"
+          "cp.async.cg.shared.global [%0], [%1], 16, clear;\n}" ::"r"(to),
+          "l"(from), "r"(static_cast<int>(copy))
+          : "memory");
+#endif
+    }
+  }
+};
+
+// Waits until a thread's copies are there for the step after this one, or for this one if the ring has 3 stages.
+__device__ inline void wait_for_copies(int depth) {
+  if (depth == 8) return wait_copies<4>();
+  if (depth == 6) return wait_copies<2>();
+  wait_copies<0>();
+}
+
+// Sums of a block in shared memory: [tap, or bias behind the last tap][channel], and behind them, for each warp and row
+// of the kernel, those of 16 by 8 columns of a channel.
+constexpr int kSumPitch = kRun + 1, kRowSums = kTileColumns * kSumPitch;
+
+__host__ __device__ constexpr int first_row_sum(int taps) {
+  return (taps + 1) * kSlab;
+}
+
+// The sum of one tap, or of the bias behind the last one, over a split, of what is inside the image only: a thread's
+// part.
+template <typename T>
+__device__ float sum_by_products(const Toeplitz& a, int split, int channel, int slot) {
+  const bool is_bias = slot == a.kernel_h * a.kernel_w;
+  const int i = is_bias ? 0 : slot / a.kernel_w - a.padding_h, j = is_bias ? 0 : slot % a.kernel_w - a.padding_w;
+  const int64_t last = first_row(a, int64_t{split + 1} * a.streams);
+  float sum = 0;
+  for (int64_t at = first_row(a, int64_t{split} * a.streams) + threadIdx.x / 32; at < last; at += kWarps) {
+    const int row = static_cast<int>(at % a.period), image = static_cast<int>(at / a.period % a.images);
+    const int column = static_cast<int>(at / a.period / a.images) * a.columns, y = row + i;
+    if (row >= a.out_height || (!is_bias && (y < 0 || y >= a.height))) continue;
+    const char* g = a.grad.base + image * a.grad.image_bytes + row * a.grad.row_bytes + channel * sizeof(T);
+    const char* x = a.source.base + image * a.source.image_bytes + y * a.source.row_bytes + channel * sizeof(T);
+    const int end = min(column + a.columns, a.grad.width);
+    for (int v = column + threadIdx.x % 32; v < end; v += 32) {
+      const float gradient = widen(*reinterpret_cast<const T*>(g + int64_t{v} * a.grad.pixel_bytes));
+      if (is_bias)
+        sum += gradient;
+      else if (v + j >= 0 && v + j < a.source.width)
+        sum = fmaf(widen(*reinterpret_cast<const T*>(x + int64_t{v + j} * a.source.pixel_bytes)), gradient, sum);
+    }
+  }
+  return sum;
+}
+
+// Takes those of the block's sums again that are not finite.
+template <typename T>
+__device__ __noinline__ void sum_again(const Toeplitz& a, int slab, int split, float* partial) {
+  const int taps = a.kernel_h * a.kernel_w;
+  const int scratch = kRing + first_row_sum(taps) * 4;
+  for (int at = 0; at < (taps + a.with_bias) * kSlab; ++at) {
+    const int slot = at / kSlab, channel = slab * kSlab + at % kSlab;
+    if (is_finite(shared<float>(kRing + 4 * at)) || channel >= a.channels) continue;
+    float sum = sum_by_products<T>(a, split, channel, slot);
+    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+    if (threadIdx.x % 32 == 0) shared<float>(scratch + threadIdx.x / 32 * 4) = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      for (int warp = 1; warp < kWarps; ++warp) sum += shared<float>(scratch + warp * 4);
+      partial[static_cast<int64_t>(slot) * a.channels + channel] = sum;
+    }
+    __syncthreads();
+  }
+}
+
+__device__ inline uint32_t ones(__half) {
+  return 0x3c003c00u;
+}
+__device__ inline uint32_t ones(__nv_bfloat16) {
+  return 0x3f803f80u;
+}
+
+// Four channels of a pixel in each of two tiles, as a pair for each channel.
+__device__ inline void pair_up(uint2 low, uint2 high, uint32_t (&pair)[kQuad]) {
+  pair[0] = __byte_perm(low.x, high.x, 0x5410), pair[1] = __byte_perm(low.x, high.x, 0x7632);
+  pair[2] = __byte_perm(low.y, high.y, 0x5410), pair[3] = __byte_perm(low.y, high.y, 0x7632);
+}
+
+// A warp arrives at a barrier, with all that its threads have done before.
+__device__ inline void arrive_all(int barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) arrive(barrier);
+}
+
+template <class Size>
+int64_t sum_bytes(int taps) {
+  return (first_row_sum(taps) + kWarps * Size::kRows * kRowSums) * int64_t{sizeof(float)};
+}
+
+template <typename T, class Size>
+__global__ void __launch_bounds__(kThreads, Size::kBlocks)
+    toeplitz_grad_weight_channels_last(const __grid_constant__ Toeplitz a) {
+  constexpr int kRows = Size::kRows;
+  let_next_kernel_start();
+  const int slab = blockIdx.x % a.slabs, split = blockIdx.x / a.slabs;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (threadIdx.x < kMaxStages)
+    init_barrier(StageBarriers::full(threadIdx.x), kWarps), init_barrier(StageBarriers::done(threadIdx.x), kWarps);
+  __syncthreads();
+  const int ahead = a.depth - 2;
+  StreamLoader<Size> loader(a, slab, split);
+#pragma unroll 1
+  for (int step = 0; step < ahead; ++step) {
+    if (step < a.steps) loader.load(a, step);
+    commit_copies();
+  }
+
+  // Sums of rows m and m + 8 by columns n and n + 1, where m = lane / 4 and n = lane % 4 * 2.
+  float sum[kQuad][kRows][4] = {}, bias[4] = {};
+  uint32_t g[kRows][kQuad][2] = {};
+  // The thread's pixels: of tiles lane % 4 and lane % 4 + 4.
+  int source_at[2], grad_at[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int tile = lane % 4 + 4 * h, stream = tile >> a.group_shift, group = tile & (a.groups() - 1);
+    const int at = group * 2 * kRunBytes + lane / 4 * kPixelBytes + warp * kQuad * 2 + kRing;
+    source_at[h] = stream * a.source.ring_bytes() + at, grad_at[h] = a.grad_at + stream * a.grad.ring_bytes() + at;
+  }
+  const bool early = a.depth > 3;  // whether a warp knows of its copies a step before they are needed
+  if (early) {
+    wait_copies<0>();
+    arrive_all(StageBarriers::full(0));
+  }
+  int stage = 0, free_stage = ahead;
+  uint32_t parity = 0, free_parity = 1;
+  for (int step = 0; step < a.steps;) {
+#pragma unroll
+    for (int u = 0; u < kRows; ++u) {  // the row of the gradient that came `age` steps before is g[(u - age) mod kRows]
+      if (step == a.steps) break;
+      wait_for_copies(a.depth);
+      const int next_stage = stage + 1 == a.depth ? 0 : stage + 1;
+      arrive_all(StageBarriers::full(early ? next_stage : stage));
+      wait(StageBarriers::full(stage), parity);
+      const int at = stage * a.stage_bytes;
+      uint32_t x[kQuad][4];  // of a half of the tiles, and of the 8 columns behind
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t pair[kQuad];
+        const int g_at = at + half * (Size::kWide ? kRunBytes : kTiles * a.grad.ring_bytes());
+        pair_up(shared<uint2>(grad_at[0] + g_at), shared<uint2>(grad_at[1] + g_at), pair);
+#pragma unroll
+        for (int c = 0; c < kQuad; ++c) g[u][c][half] = pair[c];
+#pragma unroll
+        for (int behind = 0; behind < 2; ++behind) {
+          if (!Size::kWide || half == 0 || behind == 1) {
+            const int x_at =
+                at + half * (Size::kWide ? kRunBytes : kTiles * a.source.ring_bytes()) + behind * kRunBytes;
+            pair_up(shared<uint2>(source_at[0] + x_at), shared<uint2>(source_at[1] + x_at), pair);
+          } else {
+#pragma unroll
+            for (int c = 0; c < kQuad; ++c) pair[c] = x[c][1];
+          }
+#pragma unroll
+          for (int c = 0; c < kQuad; ++c) x[c][2 * half + behind] = pair[c];
+        }
+      }
+      arrive_all(StageBarriers::done(stage));
+      if (step + ahead < a.steps) {
+        wait(StageBarriers::done(free_stage), free_parity);
+        loader.load(a, free_stage);
+        if (++free_stage == a.depth) free_stage = 0, free_parity ^= 1;
+      }
+      commit_copies();
+      if (next_stage == 0) parity ^= 1;
+      stage = next_stage, ++step;
+#pragma unroll
+      for (int c = 0; c < kQuad; ++c)
+#pragma unroll
+        for (int i = 0; i < kRows; ++i) {
+          float(&to)[4] = sum[c][i];
+          multiply(to, to, x[c], g[(u - i + kRows) % kRows][c], T{});
+        }
+      if (a.with_bias)  // channel c in row c
+#pragma unroll
+        for (int c = 0; c < kQuad; ++c) {
+          const uint32_t one = lane / 4 == c ? ones(T{}) : 0;
+          multiply(bias, bias, {one, 0, one, 0}, g[u][c], T{});
+        }
+    }
+  }
+  __syncthreads();
+
+  // The ring has served: its memory takes the sums.
+  const int taps = a.kernel_h * a.kernel_w;
+  const auto sum_at = [](int number) -> float& { return shared<float>(kRing + 4 * number); };
+  const int first = first_row_sum(taps) + warp * kRows * kRowSums, mine = first + lane / 4 * kSumPitch + lane % 4 * 2;
+#pragma unroll
+  for (int c = 0; c < kQuad; ++c) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum_at(mine + i * kRowSums + e / 2 * 8 * kSumPitch + e % 2) = sum[c][i][e];
+    __syncwarp();
+    for (int tap = lane; tap < taps; tap += 32) {
+      const int i = tap / a.kernel_w, j = tap - i * a.kernel_w;
+      float total = 0;
+#pragma unroll
+      for (int n = 0; n < kRun; ++n) total += sum_at(first + i * kRowSums + (n + j) * kSumPitch + n);
+      sum_at(tap * kSlab + warp * kQuad + c) = total;
+    }
+    __syncwarp();
+  }
+  float bias_total = bias[0] + bias[1];
+  for (const int offset : {1, 2}) bias_total += __shfl_xor_sync(~0u, bias_total, offset);
+  if (lane % 4 == 0 && lane < 4 * kQuad) sum_at(taps * kSlab + warp * kQuad + lane / 4) = bias_total;
+  __syncthreads();
+  const int slots = taps + a.with_bias;
+  float* partial = a.partial + static_cast<int64_t>(split) * slots * a.channels;
+  bool again = false;
+  for (int i = threadIdx.x; i < slots * kSlab; i += kThreads) {
+    const int slot = i / kSlab, channel = slab * kSlab + i % kSlab;
+    if (channel >= a.channels) continue;
+    const float total = sum_at(i);
+    partial[static_cast<int64_t>(slot) * a.channels + channel] = total;
+    again |= !is_finite(total);
+  }
+  if (__syncthreads_or(again)) sum_again<T>(a, slab, split, partial);
+}
+
+// How the work is cut.
+struct Cut {
+  int group_shift, depth, splits;
+  int64_t shared_bytes;
+  bool sum_early;  // whether the second kernel may start beside the last blocks of the first one
+};
+
+// Fills in what follows from a cut.
+template <class Size>
+void apply(Toeplitz& a, Cut& cut) {
+  a.group_shift = cut.group_shift, a.depth = cut.depth, a.splits = cut.splits;
+  a.streams = Size::kWide ? kTiles >> a.group_shift : 2 * kTiles;
+  a.columns = Size::kWide ? kTileColumns << a.group_shift : kRun;
+  a.grad.runs = a.columns / kRun, a.source.runs = a.grad.runs + 1;
+  a.spans = static_cast<int>(ceil_div(a.grad.width, a.columns));
+  a.rows = int64_t{a.spans} * a.images * a.period;
+  a.steps = static_cast<int>(ceil_div(a.rows, int64_t{a.splits} * a.streams)) + a.kernel_h - 1;
+  a.grad_at = a.streams * a.source.ring_bytes();
+  a.stage_bytes = a.grad_at + a.streams * a.grad.ring_bytes();
+  cut.shared_bytes = kRing + std::max(int64_t{cut.depth} * a.stage_bytes, sum_bytes<Size>(a.kernel_h * a.kernel_w));
+}
+
+template <class Size>
+Cut cut_for(Toeplitz a, const Device& device) {
+  Cut cut{0, 3, 1, 0, false};
+  // Few columns beyond the last one, and few that two spans load.
+  int64_t least = INT64_MAX;
+  for (int shift = 0; Size::kWide && shift <= 3; ++shift) {
+    const int columns = kTileColumns << shift;
+    const int64_t loaded = ceil_div(a.grad.width, columns) * (columns + 24);
+    if (loaded < least) least = loaded, cut.group_shift = shift;
+  }
+  apply<Size>(a, cut);
+  const int64_t room =
+      std::min<int64_t>(device.shared_per_block, device.shared_per_multiprocessor / Size::kBlocks - 1024);
+  for (const int depth : {3, 4, 6, 8})
+    if (kRing + int64_t{depth} * a.stage_bytes <= room) cut.depth = depth;
+
+  // Splits: estimated steps, of which only comparisons matter, and some for what a block does before and behind.
+  constexpr int64_t kLongest = 1 << 10;  // steps, of 16 products each: longer sums lose digits
+  const int64_t slots = int64_t{Size::kBlocks} * device.multiprocessors, rows = ceil_div(a.rows, a.streams);
+  double least_cost = INFINITY;
+  Cut best = cut;
+  for (int waves = 1; waves <= 4; ++waves) {
+    cut.splits = static_cast<int>(std::clamp<int64_t>(slots * waves / a.slabs, ceil_div(rows, kLongest), rows));
+    apply<Size>(a, cut);
+    const double cost = static_cast<double>(ceil_div(int64_t{a.slabs} * cut.splits, slots)) * (a.steps + 12);
+    if (cost < least_cost * 0.97) least_cost = cost, best = cut;
+  }
+  return best;
+}
+
+template <typename T, class Size>
+void launch(const Problem& p, Toeplitz a, const Allocate& allocate, cudaStream_t stream) {
+  const Device& device = current_device();
+  const auto kernel = toeplitz_grad_weight_channels_last<T, Size>;
+  static thread_local Decisions<9, Cut> decisions;
+  const auto decide = [&] {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+    Cut cut = cut_for<Size>(a, device);
+    cut.sum_early = waits_for_kernel_before<T>();
+    return cut;
+  };
+  Cut cut = decisions({device.id, a.images, a.channels, a.height, a.source.width, a.padding_h, a.padding_w, a.kernel_h,
+                       a.kernel_w},
+                      decide);
+  apply<Size>(a, cut);
+  a.partial = static_cast<float*>(
+      allocate(a.splits * (p.taps() + a.with_bias) * a.channels * static_cast<int64_t>(sizeof(float))));
+  kernel<<<static_cast<unsigned>(int64_t{a.slabs} * a.splits), kThreads, cut.shared_bytes, stream>>>(a);
+  check_launch("toeplitz_grad_weight_channels_last");
+  launch_add_partial_sums<T>(p, a.partial, a.splits, cut.sum_early, stream);
+}
+
+}  // namespace
+
+void launch_toeplitz_grad_weight_channels_last(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
+  Toeplitz a{};
+  int64_t bytes = 2 * p.channels;  // a multiple of what can be copied at once
+  const auto arrange = [&](const View& view, int64_t height, int64_t width, int64_t shift, Rows& v) {
+    v.base = static_cast<const char*>(view.data);
+    v.image_bytes = p.batch == 1 ? 0 : 2 * view.stride[0], v.row_bytes = height == 1 ? 0 : 2 * view.stride[2];
+    v.pixel_bytes = static_cast<int>(width == 1 ? 0 : 2 * view.stride[3]);
+    v.width = static_cast<int>(width), v.shift = static_cast<int>(shift);
+    bytes |= static_cast<int64_t>(reinterpret_cast<uintptr_t>(view.data)) | v.image_bytes | v.row_bytes | v.pixel_bytes;
+  };
+  arrange(p.input, p.height, p.width, p.padding_w, a.source);
+  arrange(p.output, p.out_height, p.out_width, 0, a.grad);
+  a.height = static_cast<int>(p.height), a.out_height = static_cast<int>(p.out_height);
+  a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
+  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+  a.images = static_cast<int>(p.batch), a.channels = static_cast<int>(p.channels);
+  a.period = a.height + a.padding_h;
+  a.slabs = static_cast<int>(ceil_div(a.channels, kSlab));
+  a.with_bias = p.bias != nullptr;
+  visit_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const auto launch_rows = [&](auto rows, auto blocks) {
+      if (bytes % kUnit != 0) return launch<T, Size<rows, true, 2, blocks>>(p, a, allocate, stream);
+      if (p.out_width <= kRun) return launch<T, Size<rows, false, kUnit, blocks>>(p, a, allocate, stream);
+      launch<T, Size<rows, true, kUnit, blocks>>(p, a, allocate, stream);
+    };
+    using std::integral_constant;
+    if constexpr (sizeof(T) == 2) {
+      if (a.kernel_h <= 3) return launch_rows(integral_constant<int, 3>{}, integral_constant<int, 2>{});
+      if (a.kernel_h <= 5) return launch_rows(integral_constant<int, 5>{}, integral_constant<int, 1>{});
+      launch_rows(integral_constant<int, 7>{}, integral_constant<int, 1>{});
+    }
+  });
+}
+
+}  // namespace dwconv
