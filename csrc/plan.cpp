@@ -122,18 +122,47 @@ bool claims_march_grad_weight_nchw(const Problem& p) {
 bool claims_toeplitz_nchw(const Problem& p) {
   if (size_of(p.dtype) != 2 || p.capability < 80 || p.pass == Pass::kGradWeight) return false;
   if (p.stride_h != p.stride_w || p.stride_h > 2 || (p.stride_h == 2 && p.pass == Pass::kGradInput)) return false;
-  if (p.dilation_h != 1 || p.dilation_w != 1) return false;
   // The columns of a band matrix, and the rows that it is compiled for.
-  const bool rows =
-      p.stride_h == 1 ? p.kernel_h <= 7 || p.kernel_h == 11 : p.kernel_h == 3 || p.kernel_h == 5 || p.kernel_h == 7;
-  if (p.kernel_w > kMaxBandColumns || !rows) return false;
+  const int64_t rows = (p.kernel_h - 1) * p.dilation_h + 1, columns = (p.kernel_w - 1) * p.dilation_w + 1;
+  const bool wide = columns > kMaxBandColumns;
+  if (wide              ? columns > kMaxWideColumns || rows > 1 || p.stride_h > 1
+      : p.stride_h == 1 ? rows > 7 && rows != 9 && rows != 11
+                        : rows != 3 && rows != 5 && rows != 7)
+    return false;
   // A warp computes 8 tiles of 16 columns at once: small planes do not fill it. Where CUDA cores have a tile, they are
   // as fast for the smallest kernels, and for 3x3 on small planes.
   const int64_t pixels = target_width(p) * (p.pass == Pass::kForward ? p.out_height : p.height);
   if (pixels < (p.stride_h == 1 ? 196 : 512)) return false;
-  const bool pays = p.taps() >= (p.stride_h > 1 ? 36 : pixels < 2048 ? 25 : 9) && p.kernel_h > 1 && p.kernel_w > 1;
+  const int64_t area = rows * columns;
+  const bool pays = area >= (p.stride_h > 1 ? 36 : pixels < 2048 ? 25 : 9) && p.taps() >= 9;
   if (!pays && claims_stream_nchw(p)) return false;
-  return can_stream(p) && fits_stream_nchw(p, kChunkBytes + kBandHeadBytes + p.kernel_h * kBandRowBytes);
+  return can_stream(p) &&
+         fits_stream_nchw(p, kChunkBytes + kBandHeadBytes + rows * (wide ? kWideRowBytes : kBandRowBytes));
+}
+
+// What kernels ask for that take rows of many images at once: planes that follow each other without gaps.
+bool has_runs(const Problem& p) {
+  constexpr int64_t kFewImages = 8;
+  if (size_of(p.dtype) != 2 || p.capability < 80 || p.batch < kFewImages || p.taps() == 1) return false;
+  if (p.stride_h != p.stride_w || p.stride_h > 2) return false;
+  const auto lies = [&](const View& view, int64_t planes, int64_t height, int64_t width) {
+    constexpr int64_t kMany = 1 << 15, kMost = 1 << 29;  // rows, columns, and elements of an image
+    return height <= kMany && width <= kMany && planes <= kMost / (height * width) &&
+           (view.stride[3] == 1 || width == 1) && (view.stride[2] == width || height == 1) &&
+           (view.stride[1] == height * width || planes == 1);
+  };
+  // Blocks are counted in 32 bits.
+  return p.batch <= (1 << 26) / p.filters() && p.padding_h <= (1 << 20) && p.padding_w <= (1 << 20) &&
+         lies(p.input, p.channels, p.height, p.width) && lies(p.output, p.filters(), p.out_height, p.out_width);
+}
+
+constexpr int64_t kMaxBatchRows = 7;  // of a kernel, with what dilation puts between them
+
+bool claims_toeplitz_small_planes(const Problem& p) {
+  constexpr int64_t kMaxWidth = 16, kMaxHeight = 64;
+  return p.pass != Pass::kGradWeight && p.multiplier == 1 && has_runs(p) &&
+         (p.kernel_h - 1) * p.dilation_h < kMaxBatchRows && std::max(p.height, p.out_height) <= kMaxHeight &&
+         std::max(p.width, p.out_width * p.stride_h) <= kMaxWidth;
 }
 
 bool claims_stream_grad_weight_nchw(const Problem& p) {
@@ -147,6 +176,19 @@ bool claims_stream_grad_weight_nchw(const Problem& p) {
   return kHead + std::max(ring_bytes(source, source_bytes) + ring_bytes(grad, grad_bytes) + 256,
                           4 * (p.taps() + 1) * kThreads) <=
          p.shared_memory;
+}
+
+bool claims_batch_grad_weight_nchw(const Problem& p) {
+  if (p.pass != Pass::kGradWeight || !has_runs(p)) return false;
+  const int64_t rows = (p.kernel_h - 1) * p.dilation_h + 1, columns = (p.kernel_w - 1) * p.dilation_w + 1;
+  if (rows > kMaxBatchRows || columns > kMaxBandColumns || p.padding_w >= columns) return false;
+  // 16 images are multiplied together: where few of them are there it does not pay, nor for a few taps at a stride.
+  if (4 * p.batch < 3 * round_up(p.batch, 16)) return false;
+  if (p.stride_h > 1 && p.taps() < 25 && claims_stream_grad_weight_nchw(p)) return false;
+  // A tile's rows of 16 images twice, with room for what surrounds them.
+  const int64_t tile = std::min<int64_t>(p.out_height, 7);
+  const int64_t source = p.out_height <= 7 ? p.height : std::min((tile - 1) * p.stride_h + rows, p.height);
+  return 2 * 16 * (2 * (source * p.width + tile * p.out_width) + 96) + 512 <= p.shared_memory;
 }
 
 bool claims_toeplitz_grad_weight_nchw(const Problem& p) {
@@ -254,10 +296,12 @@ bool claims_toeplitz_grad_weight_channels_last(const Problem& p) {
   const auto is_aligned = [&](const View& view) {
     return (view.stride[0] | view.stride[2] | view.stride[3] | p.channels) * size_of(p.dtype) % kUnit == 0;
   };
-  // For 3 rows there is little to multiply: CUDA cores, where they have the kernel, lose on narrow images only.
-  constexpr int64_t kFewRows = 3, kNarrow = 16;
-  const bool pays = p.kernel_h > kFewRows || !is_small_kernel(p) ||
-                    (p.out_width <= kNarrow && is_aligned(p.input) && is_aligned(p.output));
+  // Where CUDA cores have the kernel, they lose by how much there is to multiply: for 3 rows on narrow images only; and
+  // from more rows on where pixels are not of whole units, which they copy by rows.
+  constexpr int64_t kFewRows = 3, kNarrow = 16, kManyRows = 6;
+  const bool aligned = is_aligned(p.input) && is_aligned(p.output);
+  const bool pays = !is_small_kernel(p) ||
+                    (aligned ? p.kernel_h > kFewRows || p.out_width <= kNarrow : p.kernel_h >= kManyRows);
   // The bytes of a pixel, columns, and rows of all images in spans of at least 8 columns are counted in 32 bits.
   constexpr int64_t kMany = 1 << 20, kMost = 1 << 30;
   const auto fits = [&](const View& view, int64_t height, int64_t width) {
@@ -373,6 +417,12 @@ const std::vector<Plan>& plans() {
        "a small kernel with little to do, or on views that do not stream: straight from memory", claims_direct},
       {PlanId::kDirectGradWeight, "direct_grad_weight", "a small kernel with few gradients: straight from memory",
        claims_direct_grad_weight},
+      {PlanId::kToeplitzSmallPlanes, "toeplitz_small_planes",
+       "a small kernel in 16 bits on contiguous planes of few columns: tensor cores multiply rows of many images",
+       claims_toeplitz_small_planes},
+      {PlanId::kBatchGradWeightNchw, "batch_grad_weight_nchw",
+       "a small kernel in 16 bits on contiguous planes of many images: tensor cores sum over the images",
+       claims_batch_grad_weight_nchw},
       {PlanId::kToeplitzNchw, "toeplitz_nchw",
        "a small kernel in 16 bits on contiguous planes: rows stream through shared memory to tensor cores",
        claims_toeplitz_nchw},
@@ -423,6 +473,8 @@ const std::vector<Plan>& plans() {
        claims_large_float32_grad_weight},
       {PlanId::kToeplitzNchwPortable, "toeplitz_nchw_portable", "toeplitz_nchw as GPUs before sm_90 run it",
        claims_toeplitz_nchw},
+      {PlanId::kBatchGradWeightNchwPortable, "batch_grad_weight_nchw_portable",
+       "batch_grad_weight_nchw as GPUs before sm_90 run it", claims_batch_grad_weight_nchw},
       {PlanId::kToeplitzGradWeightNchwPortable, "toeplitz_grad_weight_nchw_portable",
        "toeplitz_grad_weight_nchw as GPUs before sm_90 run it", claims_toeplitz_grad_weight_nchw},
       {PlanId::kMarchNchwPortable, "march_nchw_portable", "march_nchw as GPUs before sm_90 run it", claims_march_nchw},

@@ -78,19 +78,24 @@ def tile_case(tile: tuple, batch: int, channels: int, size: tuple[int, int], **m
 def test_small_kernels_in_nchw(name: str, tile: tuple, dtype: torch.dtype) -> None:
     kernel, stride, dilation = tile
     # Where 16 bits go to tensor cores: from which kernels on, and on planes of how many pixels.
-    square = kernel[0] == kernel[1] > 1 and dilation == 1 and dtype != torch.float32
+    square = kernel[0] == kernel[1] > 1
+    area = math.prod(dilation * (side - 1) + 1 for side in kernel)
     if name == "grad_weight":
         least = 784 if square and kernel[0] >= 5 and stride == 1 else None
     elif stride == 2:
-        least = 512 if square and kernel[0] == 7 and name == "forward" else None
+        least = 512 if kernel[0] == 7 and name == "forward" else None
     else:
-        least = (2048 if kernel[0] == 3 else 196) if square else None
+        least = None if area == 1 else 2048 if area < 25 else 196
     for size in ((512, 512), (7, 13), (113, 95), (20, 900)):
         pixels = size[0] * size[1] // stride**2
         marches = kernel == (7, 7) and stride == 1 and dtype == torch.float32 and size != (7, 13)
         expected = MARCH_NCHW[name] if marches else STREAM[name]
-        if least is not None and pixels >= least:
+        if dtype != torch.float32 and least is not None and pixels >= least:
             expected = expected.replace("stream", "toeplitz")
+        # Where rows of many images are multiplied together.
+        most = 16 if name != "grad_weight" else 0 if kernel[1] > 9 or (stride == 2 and kernel[0] < 5) else 128
+        if dtype != torch.float32 and size[1] + stride // 2 <= most and area > 1 and kernel[0] <= 7:
+            expected = "batch_grad_weight_nchw" if name == "grad_weight" else "toeplitz_small_planes"
         case = tile_case(tile, 512, 64, size)
         assert plan_of(name, case, dtype) == serves(name, expected, case), str(case)
 
@@ -100,12 +105,21 @@ def test_small_kernels_in_nchw(name: str, tile: tuple, dtype: torch.dtype) -> No
 def test_tensor_cores(name: str, dtype: torch.dtype) -> None:
     """What nothing else is compiled for, unless images are small or there is no band matrix for the kernel."""
     for side, expected in ((14, "toeplitz_nchw"), (13, "stream_nchw")):
-        assert plan_of(name, Case(512, 64, (side, side), (7, 7), padding=(3, 3)), dtype) == expected
-    for kernel in ((2, 3), (4, 4), (6, 9), (11, 5), (1, 2)):
+        assert plan_of(name, Case(7, 1024, (side, side), (7, 7), padding=(3, 3)), dtype) == expected
+    for kernel in ((2, 3), (4, 4), (6, 9), (9, 9), (11, 5), (1, 2)):
         assert plan_of(name, Case(2, 4, (32, 32), kernel), dtype) == "toeplitz_nchw", kernel
         few = "toeplitz_large" if max(kernel) >= 8 else "generic"
         assert plan_of(name, Case(2, 4, (12, 10), kernel), dtype) == few, kernel
-        assert plan_of(name, Case(2, 4, (32, 32), kernel, dilation=(2, 2)), dtype) == "generic", kernel
+    for kernel, dilation, expected in (
+        ((1, 17), (1, 1), "toeplitz_nchw"),
+        ((2, 3), (3, 2), "toeplitz_nchw"),
+        ((3, 3), (4, 4), "toeplitz_nchw"),
+        ((1, 4), (7, 5), "toeplitz_nchw"),
+        ((3, 3), (4, 5), "generic"),
+        ((5, 5), (2, 2), "toeplitz_nchw"),
+        ((7, 7), (2, 2), "generic"),
+    ):
+        assert plan_of(name, Case(2, 4, (40, 36), kernel, dilation=dilation), dtype) == expected, kernel
     strided = Case(2, 4, (64, 64), (5, 3), (2, 2))
     assert plan_of(name, strided, dtype) == ("toeplitz_nchw" if name == "forward" else "generic")
 
@@ -114,7 +128,7 @@ def test_tensor_cores(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", PASSES[:2])
 def test_large_kernels(name: str, dtype: torch.dtype) -> None:
     """Any size of kernel and image; rows, planes and images may lie apart, and channels side by side."""
-    for kernel in ((8, 3), (12, 12), (3, 10), (31, 31), (51, 5), (5, 51), (63, 63), (1, 12)):
+    for kernel in ((8, 3), (12, 12), (3, 10), (31, 31), (51, 5), (5, 51), (63, 63), (1, 18)):
         for size in ((64, 64), (113, 95), (7, 7), (1, 1), (3, 900)):
             for padding in (tuple(k // 2 for k in kernel), tuple(k - 1 for k in kernel)):
                 case = Case(2, 4, size, kernel, padding=padding)
@@ -199,7 +213,7 @@ def test_outer_grad_weight_claims(dtype: torch.dtype, memory_format: torch.memor
         ({"batch": 7}, "hankel_grad_weight"),
         ({"size": (17, 14)}, "hankel_grad_weight"),
         ({"padding": (14, 15)}, "hankel_grad_weight"),  # a gradient of 16 x 18
-        ({"kernel": (7, 6), "padding": (3, 3)}, "hankel_grad_weight"),
+        ({"kernel": (7, 6), "padding": (3, 3), "batch": 7}, "hankel_grad_weight"),
     ):
         assert plan_of("grad_weight", case._replace(**change), dtype, memory_format) == plan, change
 
@@ -412,7 +426,8 @@ def test_small_kernels_without_a_plan_of_their_own(name: str) -> None:
         ((2, 3), torch.float32, FORMATS[0], ("large_float32", "large_float32_grad_weight")),
         ((3, 5), torch.float32, FORMATS[1], ("generic", "large_float32_grad_weight")),
         ((2, 3), torch.float32, FORMATS[1], ("generic", "generic")),
-        ((3, 5), torch.float16, FORMATS[0], ("toeplitz_nchw", "hankel_grad_weight")),
+        ((3, 5), torch.float16, FORMATS[0], ("toeplitz_nchw", "batch_grad_weight_nchw")),
+        ((8, 5), torch.float16, FORMATS[0], ("toeplitz_large", "hankel_grad_weight")),
         ((3, 5), torch.float16, FORMATS[1], (BAND, MATRIX)),
         ((2, 3), torch.float16, FORMATS[1], (BAND, MATRIX)),
     ):
@@ -641,6 +656,8 @@ def test_forcing_a_plan(case: Case, memory_format: torch.memory_format, dtype: t
         for plan in (
             "toeplitz_nchw",
             "toeplitz_grad_weight_nchw",
+            "toeplitz_small_planes",
+            "batch_grad_weight_nchw",
             "stream_nchw",
             "stream_grad_weight_nchw_portable",
             MARCH_NCHW[name],
@@ -840,6 +857,73 @@ def test_marches_down_planes_are_exact(batch: int, channels: int, size: tuple[in
             plans = [("output", "march_nchw"), ("grad_input", "march_nchw")]
             plans += [("grad_weight", "march_grad_weight_nchw")] if weight else []
             assert {(name, plan + end) for name, plan in plans for end in ("", "_portable")} <= forced, str(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", range(1, 17))
+def test_small_planes_are_exact(width: int) -> None:
+    """Planes of few columns and any number of rows, all kernels of up to 7 rows, images apart, at any address."""
+    kernels = [((3, 3), 1), ((7, 7), 1), ((5, 5), 1), ((2, 4), 1), ((3, 3), 3), ((6, 9), 1), ((1, 16), 1), ((7, 1), 1)]
+    for number, height in enumerate((1, 2, 5, 7, 8, 12, 14, 16, 33)):
+        for turn in range(4):
+            kernel, dilation = kernels[(number + 3 * turn + width) % len(kernels)]
+            reach = tuple(dilation * (side - 1) for side in kernel)
+            padding = [tuple(r // 2 for r in reach), (0, 0), reach, (reach[0] + 9, reach[1] // 2)][(number + turn) % 4]
+            stride = 1 + (number + turn // 2 + width) % 2
+            case = Case(
+                [8, 37, 16, 9][turn], [3, 16, 13, 5][(number + turn) % 4], (height, width), kernel, (stride, stride)
+            )._replace(padding=padding, dilation=(dilation, dilation), bias=turn % 2 == 0)
+            if any(side + 2 * p < r + 1 for side, p, r in zip(case.size, padding, reach)):
+                continue
+            input, weight, bias = make_inputs(case, FAST[1 + turn % 2], "cuda", make=integers)
+            grad_output = integers(*output_size(case)).to(input)
+            if turn == 1:
+                input, grad_output = lay(input, offset=1), lay(grad_output, offset=3)
+            elif turn == 2:  # images apart
+                input, grad_output = lay(input, steps=(3, 1, 1, 1), offset=5), lay(grad_output, steps=(2, 1, 1, 1))
+                weight = lay(weight, (2, 3, 0, 1))
+            exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+            forced = set()
+            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
+                assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, str(case), input.stride())
+                forced.add((name, plan))
+            if output_size(case)[3] * stride <= 16:
+                assert {(name, "toeplitz_small_planes") for name in ("output", "grad_input")} <= forced, str(case)
+            if dilation * (kernel[1] - 1) <= 8 and case.batch in (16, 37) and (stride == 1 or kernel != (3, 3)):
+                assert ("grad_weight", "batch_grad_weight_nchw") in forced, str(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST[1:], ids=str)
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7), (2, 3), (4, 9), (7, 1), (1, 6)], ids=str)
+def test_batch_grad_weight_is_exact(kernel: tuple, dtype: torch.dtype) -> None:
+    """Whole planes of several channels and of one, bands of rows, any widths and strides, at any address."""
+    for number, size in enumerate([(7, 7), (14, 14), (13, 29), (28, 28), (31, 57), (56, 56), (50, 95), (113, 64)]):
+        for turn in range(4):
+            stride, multiplier, dilation = 1 + (number + turn) % 2, [1, 1, 2, 3][(turn + number // 2) % 4], 1
+            if max(kernel) <= 3 and turn % 2 == 1:
+                dilation = 3
+            reach = tuple(dilation * (side - 1) for side in kernel)
+            padding = [tuple(r // 2 for r in reach), (0, 0), reach][(number + turn) % 3]
+            batch, channels = ([16, 12, 37, 50][turn], [5, 8, 16, 3][turn]) if size[1] < 50 else (28, 3)
+            case = Case(batch, channels, size, kernel, (stride, stride), padding, (dilation, dilation), multiplier)
+            case = case._replace(bias=turn % 2 == 0)
+            if any(side + 2 * p < r + 1 for side, p, r in zip(size, padding, reach)):
+                continue
+            input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+            grad_output = integers(*output_size(case)).to(input)
+            if turn == 1:
+                input, grad_output = lay(input, offset=1), lay(grad_output, offset=3)
+            elif turn == 2:  # images apart
+                input, grad_output = lay(input, steps=(3, 1, 1, 1), offset=5), lay(grad_output, steps=(2, 1, 1, 1))
+            exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+            forced = set()
+            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
+                assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, str(case), input.stride())
+                forced.add((name, plan))
+            if stride == 1 or kernel != (3, 3):
+                plans = {"batch_grad_weight_nchw", "batch_grad_weight_nchw_portable"}
+                assert {("grad_weight", plan) for plan in plans} <= forced, str(case)
 
 
 @pytest.mark.gpu

@@ -12,8 +12,10 @@ constexpr int kTail = 128;     // bytes behind a ring: room for its last 16 byte
 constexpr int kDepth = 2;      // chunks under way: one is read while the next one arrives
 constexpr int kLeastRows = 4;  // of a chunk that is a band
 
-constexpr int kMaxBandColumns = 9;  // of a kernel whose rows become band matrices
-constexpr int kBandRowBytes = 96;   // what they are made from, for a row of the kernel
+// Kernels whose rows become band matrices: how many columns these have, and what they are made from for a row. Wide are
+// those of one row.
+constexpr int kMaxBandColumns = 9, kMaxWideColumns = 17;
+constexpr int kBandRowBytes = 96, kWideRowBytes = 128;
 constexpr int kChunkBytes = 128;    // what is known of the chunks under way
 constexpr int kBandHeadBytes = 16;  // before the first row: the bias
 

@@ -10,6 +10,9 @@
 // window that would begin between two pairs begins a column earlier, and so does the band. In rows of an odd width a
 // pair is put together from two words.
 //
+// A dilated kernel is one with zeros between its weights. A kernel of one row may be wider than a band matrix of 16 x 8
+// allows: then 8 x 8 more follow, as they do at stride 2.
+//
 // The zeros of B spoil an output if they meet Inf or NaN, which then is NaN. So outputs that are finite are right, and
 // the others are computed again, tap by tap.
 #include <type_traits>
@@ -21,13 +24,16 @@
 namespace dwconv {
 namespace {
 
-// kSum: where fan_in is not 1.
-template <int kKernelH, int kStride, int kTileRows, bool kSum>
+// kKernelH: with what dilation puts between the rows. kSum: where fan_in is not 1.
+template <int kKernelH, int kStride, int kTileRows, bool kSum, bool kWide = false>
 struct Toeplitz {
+  static_assert(!kWide || kStride == 1);
   static constexpr int kRows = kTileRows, kColumns = 16, kTiles = 8, kLanes = 32, kLoaders = 32;
   static constexpr int kMaxThreads = kStride == 1 && kRows < 14 && !kSum ? 288 : 224, kBlocks = 2;
-  static constexpr int kFilterBytes = kBandHeadBytes + kBandRowBytes * kKernelH;
-  static constexpr int kBand = kStride + 1;       // pairs of weights of a band matrix that a thread has
+  static constexpr int kRowBytes = kWide ? kWideRowBytes : kBandRowBytes;
+  static constexpr int kFilterBytes = kBandHeadBytes + kRowBytes * kKernelH;
+  static constexpr int kMaxColumns = kWide ? kMaxWideColumns : kMaxBandColumns;
+  static constexpr int kBand = kStride == 2 || kWide ? 3 : 2;  // pairs of weights of a band matrix that a thread has
   static constexpr int kWords = kBand + kStride;  // pairs of pixels, 8 columns apart, that it reads of a row
 
   // Whether all rows begin at an even place, or all at an odd one; then windows begin `shift` columns earlier.
@@ -37,14 +43,14 @@ struct Toeplitz {
   };
   static __device__ Pairs pairs_of(const Stream& a) {
     const int shift = (a.phase / 2 + a.padding_w) & 1;
-    const bool fit = a.width % 2 == 0 && a.kernel_w + shift <= kMaxBandColumns;
+    const bool fit = a.width % 2 == 0 && (a.kernel_w - 1) * a.dilation_w + 1 + shift <= kMaxColumns;
     return {fit, fit ? shift : 0};
   }
 
   // Where a row's weights lie between zeros. At stride 1 there is a second copy, a column further on: with both, any
   // two neighbours are one word. At stride 2 the shift alone says which of them are asked for.
   static constexpr int kMiddle = kStride == 1 ? 8 : 16;  // zeros before the weights
-  static constexpr int kCopy = 46;                       // bytes to the same weight in the copy
+  static constexpr int kCopy = kWide ? 62 : 46;          // bytes to the same weight in the copy
 
   int first_filter = -1;  // of those that are prepared
 
@@ -54,7 +60,7 @@ struct Toeplitz {
     first = a.by_weights.split(first);
     if (first_filter == static_cast<int>(first)) return;
     first_filter = first;
-    constexpr int kTurns = (kKernelH * kMaxBandColumns + 31) / 32;
+    constexpr int kTurns = (kKernelH * kMaxColumns + 31) / 32;
     const int lane = threadIdx.x % 32, shift = kStride == 1 ? 0 : pairs_of(a).shift, filters = c.targets * a.fan_in;
     int from[kTurns], to[kTurns];
 #pragma unroll
@@ -62,7 +68,9 @@ struct Toeplitz {
       uint32_t i = lane + 32 * t;
       const int j = a.by_kernel_w.split(i);
       from[t] = i * a.weight_row + j * a.weight_column;
-      to[t] = i < kKernelH ? a.filters_at + kBandHeadBytes + i * kBandRowBytes + 2 * (kMiddle + shift + j) : 0;
+      to[t] = static_cast<int>(i) < a.kernel_h ? a.filters_at + kBandHeadBytes + i * a.dilation_h * kRowBytes +
+                                                     2 * (kMiddle + shift + j * a.dilation_w)
+                                               : 0;
     }
     for (int f = threadIdx.x / 32; f < filters; f += blockDim.x / 32) {
       uint32_t filter = c.target * a.fan_in + f;
@@ -194,7 +202,7 @@ struct Toeplitz {
       for (int i = 0; i < kKernelH; ++i)
 #pragma unroll
         for (int h = 0; h < kBand; ++h)
-          band[i][h] = shared<uint32_t>(weights + filter + kBandHeadBytes + i * kBandRowBytes + 16 * h);
+          band[i][h] = shared<uint32_t>(weights + filter + kBandHeadBytes + i * kRowBytes + 16 * h);
       uint32_t source = (inside ? ring.wrap(slot) : 0) * ring.row_bytes;
       uint32_t next[kWords];
       const auto load = [&](int r) {
@@ -224,7 +232,7 @@ struct Toeplitz {
           if (reach < 0 || reach % kStride != 0 || o >= kRows) continue;
           multiply(sum[o], kSum || i > 0 ? std::as_const(sum[o]) : before, {x[0], x[kStride], x[1], x[1 + kStride]},
                    {band[i][0], band[i][1]}, T{});
-          if constexpr (kStride == 2) multiply(sum[o], {x[2], x[4]}, band[i][2], T{});
+          if constexpr (kBand == 3) multiply(sum[o], {x[2], x[2 + kStride]}, band[i][2], T{});
         }
         const int done = r - kKernelH;  // the output row that the row before was the last for
         if (!kSum && done >= 0 && done % kStride == 0)
@@ -243,12 +251,16 @@ void choose_rows(const Stream& a, Go&& go) {
     if (a.fan_in > 1) return go(Toeplitz<kKernelH, 1, 4, true>{});
   if constexpr (kStride == 1 && (kKernelH == 5 || kKernelH == 7))
     if (a.out_height >= 112 && a.source.row_bytes <= 4096) return go(Toeplitz<kKernelH, 1, 14, false>{});
+  if constexpr (kStride == 1 && kKernelH == 11) {  // tall tiles, unless they waste more of a plane
+    const bool fit = ceil_div(a.out_height, 14) * 2 == ceil_div(a.out_height, 7);
+    if (a.out_height >= 28 && fit && a.source.row_bytes <= 4096) return go(Toeplitz<11, 1, 14, false>{});
+  }
   const auto cost = [&](int rows) {
     constexpr int kSetUp = 80 + 2 * kKernelH;  // instructions, about
     const int64_t tiles = ceil_div(a.out_height, rows) * ceil_div(a.out_width, 16);
     return ceil_div(tiles, 8) * (12 * ((rows - 1) * kStride + kKernelH) + rows * (8 + kKernelH * kStride) + kSetUp);
   };
-  if (cost(2) < cost(7) || (kStride == 1 && kKernelH == 11))
+  if (cost(2) < cost(7))
     go(Toeplitz<kKernelH, kStride, 2, false>{});
   else
     go(Toeplitz<kKernelH, kStride, 7, false>{});
@@ -264,8 +276,13 @@ void launch_toeplitz_nchw(const Problem& p, bool bulk, cudaStream_t stream) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
       const auto go = [&](auto tile) { launch<T, decltype(tile)>(a, images, stream); };
+      const int rows = (a.kernel_h - 1) * a.dilation_h + 1, columns = (a.kernel_w - 1) * a.dilation_w + 1;
+      if (columns > kMaxBandColumns) {
+        if (a.fan_in > 1) return go(Toeplitz<1, 1, 4, true, true>{});
+        return go(Toeplitz<1, 1, 7, false, true>{});
+      }
       if (a.stride_h == 1) {
-        switch (a.kernel_h) {
+        switch (rows) {
           case 1: return choose_rows<1, 1>(a, go);
           case 2: return choose_rows<2, 1>(a, go);
           case 3: return choose_rows<3, 1>(a, go);
@@ -273,11 +290,12 @@ void launch_toeplitz_nchw(const Problem& p, bool bulk, cudaStream_t stream) {
           case 5: return choose_rows<5, 1>(a, go);
           case 6: return choose_rows<6, 1>(a, go);
           case 7: return choose_rows<7, 1>(a, go);
+          case 9: return choose_rows<9, 1>(a, go);
           case 11: return choose_rows<11, 1>(a, go);
           default: break;
         }
       } else {
-        switch (a.kernel_h) {
+        switch (rows) {
           case 3: return choose_rows<3, 2>(a, go);
           case 5: return choose_rows<5, 2>(a, go);
           case 7: return choose_rows<7, 2>(a, go);

@@ -1,0 +1,447 @@
+// grad_weight (and the bias gradient) of small kernels in 16 bits on contiguous planes of many images, on tensor cores.
+//
+// Images are what is summed over: with A[m][n] = input[n][y][x + m] and B[n][k] = gradient[n][r][x + padding + k], the
+// product has, for row y + padding - r of the kernel, the sums for its columns m - k on the diagonals: of 16 images, of
+// 8 columns of the gradient and the 16 columns of the input that their windows meet. Whichever columns these are, the
+// diagonals are the same, so a warp keeps one product for each row of the kernel. It works on tiles of 7 rows and 8
+// columns, whose gradients stay in registers while the rows of the input go by. At stride 2 there is a product for the
+// even columns of the input and one for the odd ones.
+//
+// A block has some channels of whole planes, or one of bands of rows, of 16 images at a time (image_runs.cuh), and
+// works through a part of the images. Diagonals are summed up at the end, parts by a second kernel, in a fixed order.
+//
+// What lies beside the image is made zero, which is exact unless the other factor is Inf or NaN. So sums that are
+// finite are right, and the others are taken again, product by product.
+#include <algorithm>
+#include <cmath>
+
+#include "image_runs.cuh"
+#include "launch.h"
+#include "partial_sums.cuh"
+#include "stream.cuh"
+#include "tensor_cores.cuh"
+
+namespace dwconv {
+namespace {
+
+constexpr int kImages = 16;  // that are multiplied together
+constexpr int kMaxWarps = 8;
+constexpr int kRows = 7, kColumns = 8;  // of a tile
+constexpr int kPitch = kColumns + 1;    // of the products that a warp sums up at the end, in floats
+
+struct Batch {
+  ImageRuns source, grad;
+  int height, width, out_height, out_width;
+  int kernel_h, kernel_w, padding_h, padding_w, dilation_h, dilation_w, stride;
+  int images, filters, multiplier;
+  int block_filters, share;  // warps that share a filter
+  int chunk_rows, bands;     // of the gradient; bands of whole planes: 1
+  int groups, splits, stage_bytes;
+  int strips;  // tiles side by side
+  bool bulk;
+  int shift;  // windows begin so many columns earlier, so that pairs of columns are words
+  Divider by_bands, by_strips;
+  float* partial;  // [split][tap, or bias behind the last tap][filter]
+  void *grad_weight, *grad_bias;
+};
+
+// The rows that a step of a block works on, of 16 images.
+struct Step {
+  int image, images;
+  int row, rows;                 // of the gradient
+  int source_begin, source_end;  // of the input
+};
+
+__device__ inline Step step_of(const Batch& a, int number) {
+  uint32_t images = number;
+  Step s;
+  s.row = static_cast<int>(a.by_bands.split(images)) * a.chunk_rows;
+  s.rows = min(a.chunk_rows, a.out_height - s.row);
+  s.image = static_cast<int>(images) * kImages;
+  s.images = min(kImages, a.images - s.image);
+  s.source_begin = 0, s.source_end = a.height;
+  if (a.bands > 1) {
+    const int begin = s.row * a.stride - a.padding_h;
+    s.source_begin = min(max(begin, 0), a.height);
+    s.source_end =
+        max(min(begin + (s.rows - 1) * a.stride + (a.kernel_h - 1) * a.dilation_h + 1, a.height), s.source_begin);
+  }
+  return s;
+}
+
+// The sum of one tap over a warp's tiles of the block's part of the images, of products inside the image only.
+template <typename T>
+__device__ __noinline__ float sum_by_products(const Batch& a, int filter, int first, int last, int first_tile,
+                                              int tap) {
+  const int i = tap / a.kernel_w * a.dilation_h - a.padding_h, j = tap % a.kernel_w * a.dilation_w - a.padding_w;
+  float sum = 0;
+  for (int number = first; number < last; ++number) {
+    const Step s = step_of(a, number);
+    const int tiles = (s.rows + kRows - 1) / kRows * a.strips;
+    for (int tile = first_tile; tile < tiles; tile += a.share)
+      for (int at = threadIdx.x % 32; at < kImages * kRows * kColumns; at += 32) {
+        const int n = at / (kRows * kColumns), r = tile / a.strips * kRows + at / kColumns % kRows;
+        const int v = tile % a.strips * kColumns + at % kColumns, y = (s.row + r) * a.stride + i, x = v * a.stride + j;
+        if (n >= s.images || r >= s.rows || v >= a.out_width || y < 0 || y >= a.height || x < 0 || x >= a.width)
+          continue;
+        const auto* from = reinterpret_cast<const T*>(a.source.base + (s.image + n) * a.source.image_bytes);
+        const auto* grad = reinterpret_cast<const T*>(a.grad.base + (s.image + n) * a.grad.image_bytes);
+        sum = fmaf(widen(from[(filter / a.multiplier * a.height + y) * a.width + x]),
+                   widen(grad[(filter * a.out_height + s.row + r) * a.out_width + v]), sum);
+      }
+  }
+  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+  return sum;
+}
+
+template <typename T>
+__device__ void store(const Batch& a, int filter, int split, int tap, float total) {
+  const int taps = a.kernel_h * a.kernel_w;
+  if (a.splits * a.share > 1)
+    a.partial[(int64_t{split} * (taps + (a.grad_bias != nullptr)) + tap) * a.filters + filter] = total;
+  else if (tap < taps)
+    static_cast<T*>(a.grad_weight)[int64_t{filter} * taps + tap] = narrow<T>(total);
+  else
+    static_cast<T*>(a.grad_bias)[filter] = narrow<T>(total);
+}
+
+// What a warp sums up. kKernelH: with what dilation puts between the rows. kPairs: whether pairs of columns are words.
+template <typename T, int kKernelH, int kStride, bool kPairs>
+struct Products {
+  static constexpr int kBytes = 4 * kKernelH * kStride * 2 * kColumns * kPitch;
+
+  float sum[kKernelH][kStride][4] = {}, bias[4] = {};
+
+  // Of the 16 columns of a window (at stride 2, of either parity), the thread has these two: h is 0 or 1.
+  static __device__ int column(int h) {
+    const int g = threadIdx.x % 32 / 4;
+    return kPairs && kStride == 1 ? 2 * g + h : g + 8 * h;
+  }
+  // Two images' elements at the same place.
+  static __device__ uint32_t pair(int first, int second) {
+    return __byte_perm(shared<uint16_t>(first), shared<uint16_t>(second), 0x5410);
+  }
+
+  // Adds a tile of 16 images. `from` and `grad`: where the thread's four images have, or would have, the first row and
+  // the thread's first column, of the window and of the tile. `inside`: a bit for every source row that is inside the
+  // image. kFull: all rows of the tile are there.
+  template <bool kFull>
+  __device__ void add(const Batch& a, const int (&from)[4], const int (&grad)[4], uint32_t inside, int rows,
+                      const uint32_t (&source_mask)[kStride][2], uint32_t grad_mask) {
+    const int source_row = 2 * a.width, grad_row = 2 * a.out_width;
+    uint32_t g[kRows][2];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (!kFull && r >= rows) continue;
+#pragma unroll
+      for (int k = 0; k < 2; ++k)
+        g[r][k] = pair(grad[2 * k] + r * grad_row, grad[2 * k + 1] + r * grad_row) & grad_mask;
+    }
+    if (a.grad_bias != nullptr) {
+      constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+        if (kFull || r < rows) multiply(bias, bias, {kOnes, kOnes, kOnes, kOnes}, g[r], T{});
+    }
+#pragma unroll
+    for (int s = 0; s < (kRows - 1) * kStride + kKernelH; ++s) {
+      if (!(inside >> s & 1)) continue;
+      uint32_t x[kStride][4];
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const int first = from[2 * k] + s * source_row, second = from[2 * k + 1] + s * source_row;
+        if constexpr (kPairs) {
+#pragma unroll
+          for (int w = 0; w < kStride; ++w) {
+            const uint32_t low = shared<uint32_t>(first + 32 * w), high = shared<uint32_t>(second + 32 * w);
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const int c = kStride == 1 ? 0 : e, h = kStride == 1 ? e : w;
+              x[c][2 * k + h] = __byte_perm(low, high, e == 0 ? 0x5410 : 0x7632) & source_mask[c][h];
+            }
+          }
+        } else {
+#pragma unroll
+          for (int c = 0; c < kStride; ++c)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+              const int at = 2 * (8 * kStride * h + c);
+              x[c][2 * k + h] = pair(first + at, second + at) & source_mask[c][h];
+            }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kKernelH; ++i) {
+        const int r = (s - i) / kStride;
+        if (s < i || (s - i) % kStride != 0 || r >= kRows || (!kFull && r >= rows)) continue;
+#pragma unroll
+        for (int c = 0; c < kStride; ++c) multiply(sum[i][c], sum[i][c], x[c], g[r], T{});
+      }
+    }
+  }
+
+  // Sums up the diagonals, in shared memory from `place` on.
+  __device__ void finish(const Batch& a, int place, int filter, int split, int first, int last, int first_tile) const {
+    const int lane = threadIdx.x % 32, taps = a.kernel_h * a.kernel_w;
+    const auto at = [&](int product, int m, int k) { return place + 4 * ((product * 2 * kColumns + m) * kPitch + k); };
+#pragma unroll
+    for (int i = 0; i < kKernelH; ++i)
+#pragma unroll
+      for (int c = 0; c < kStride; ++c)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          shared<float>(at(i * kStride + c, column(e / 2), lane % 4 * 2 + e % 2)) = sum[i][c][e];
+    __syncwarp();
+    for (int begin = 0; begin < taps; begin += 32) {
+      const int tap = begin + lane;
+      float total = 0;
+      if (tap < taps) {
+        const int i = tap / a.kernel_w * a.dilation_h, j = tap % a.kernel_w * a.dilation_w + a.shift;
+#pragma unroll
+        for (int k = 0; k < kColumns; ++k) total += shared<float>(at(i * kStride + j % kStride, j / kStride + k, k));
+        store<T>(a, filter, split, tap, total);
+      }
+      uint32_t again = __ballot_sync(~0u, !is_finite(total));
+      for (; again; again &= again - 1) {
+        const int which = begin + __ffs(again) - 1;
+        const float exact = sum_by_products<T>(a, filter, first, last, first_tile, which);
+        if (tap == which) store<T>(a, filter, split, tap, exact);
+      }
+    }
+    if (a.grad_bias == nullptr) return;
+    float total = bias[0] + bias[1];  // every row of the product is the same
+    total += __shfl_xor_sync(~0u, total, 1);
+    total += __shfl_xor_sync(~0u, total, 2);
+    if (lane == 0) store<T>(a, filter, split, taps, total);
+  }
+};
+
+template <typename T, int kKernelH, int kStride, bool kPairs>
+__global__ void __launch_bounds__(32 * kMaxWarps + 32, kStride > 1 ? 1 : 3)
+    batch_grad_weight_nchw(const __grid_constant__ Batch a) {
+  using Sums = Products<T, kKernelH, kStride, kPairs>;
+  const Copier copier(a.bulk, true);
+  copier.init();
+  let_next_kernel_start();
+  __syncthreads();
+  const int first_filter = blockIdx.x % a.groups * a.block_filters, split = blockIdx.x / a.groups;
+  const int filters = min(a.block_filters, a.filters - first_filter);
+  const int first_channel = first_filter / a.multiplier;
+  const int channels = (first_filter + filters - 1) / a.multiplier - first_channel + 1;
+  const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  const int filter = warp / a.share, first_tile = warp % a.share;
+  const int steps = (a.images + kImages - 1) / kImages * a.bands;
+  const int first = static_cast<int>(int64_t{steps} * split / a.splits);
+  const int last = static_cast<int>(int64_t{steps} * (split + 1) / a.splits);
+  const int source_row = 2 * a.width, grad_row = 2 * a.out_width;
+  const int source_plane = a.height * source_row, grad_plane = a.out_height * grad_row;
+  // Where the block's part of an image begins. Whole planes follow each other, and bands are of one plane.
+  const auto source_offset = [&](const Step& s) {
+    return first_channel * int64_t{source_plane} + s.source_begin * source_row;
+  };
+  const auto grad_offset = [&](const Step& s) { return first_filter * int64_t{grad_plane} + s.row * grad_row; };
+  const auto load = [&](int number, int stage) {
+    const Step s = step_of(a, number);
+    const int source_bytes = (channels - 1) * source_plane + (s.source_end - s.source_begin) * source_row;
+    const int grad_bytes = (filters - 1) * grad_plane + s.rows * grad_row, place = stage * a.stage_bytes;
+    if (copier.bulk) {
+      const auto& v = lane < kImages ? a.source : a.grad;
+      load_run(v, place, lane % kImages, s.image, s.images, lane < kImages ? source_offset(s) : grad_offset(s),
+               lane < kImages ? source_bytes : grad_bytes, Barriers::full(stage));
+      __syncwarp();
+      if (lane == 0) arrive(Barriers::full(stage));
+    } else {
+      load_runs(a.source, place, s.image, s.images, source_offset(s), source_bytes);
+      load_runs(a.grad, place, s.image, s.images, grad_offset(s), grad_bytes);
+      commit_copies();
+    }
+  };
+
+  Sums sums;
+  if (!copier.is_worker()) {
+    for (int number = first; number < last; ++number) {
+      const int turn = (number - first) / 2, stage = (number - first) % 2;
+      if (turn > 0) wait(Barriers::done(stage), (turn - 1) & 1);
+      load(number, stage);
+    }
+  } else {
+    if (!copier.bulk && first < last) load(first, 0);
+    for (int number = first; number < last; ++number) {
+      const int turn = (number - first) / 2, stage = (number - first) % 2;
+      if (copier.bulk) {
+        wait(Barriers::full(stage), turn & 1);
+      } else {
+        wait_copies<0>();
+        __syncthreads();
+        if (number + 1 < last) load(number + 1, 1 - stage);
+      }
+      const Step s = step_of(a, number);
+      const int tiles = filter < filters ? (s.rows + kRows - 1) / kRows * a.strips : 0;
+      const int channel = (first_filter + filter) / a.multiplier - first_channel;
+      int source_slots[4], grad_slots[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const int n = lane % 4 * 2 + k % 2 + k / 2 * 8, place = stage * a.stage_bytes;
+        source_slots[k] = a.source.slot(place, n, s.image + n, source_offset(s)) + channel * source_plane +
+                          2 * (Sums::column(0) * kStride - a.padding_w - a.shift);
+        grad_slots[k] = a.grad.slot(place, n, s.image + n, grad_offset(s)) + filter * grad_plane + lane / 4 * 2;
+      }
+      for (int tile = first_tile; tile < tiles; tile += a.share) {
+        uint32_t segment = tile;
+        const int v0 = static_cast<int>(a.by_strips.split(segment)) * kColumns, r0 = static_cast<int>(segment) * kRows;
+        uint32_t source_mask[kStride][2];
+#pragma unroll
+        for (int c = 0; c < kStride; ++c)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const int x = (v0 + Sums::column(h)) * kStride + c - a.padding_w - a.shift;
+            source_mask[c][h] = static_cast<uint32_t>(x) < static_cast<uint32_t>(a.width) ? ~0u : 0;
+          }
+        const uint32_t grad_mask = v0 + lane / 4 < a.out_width ? ~0u : 0;
+        const int y0 = (s.row + r0) * kStride - a.padding_h, rows = s.rows - r0;
+        const int begin = max(-y0, 0), end = min(a.height - y0, 32);
+        const uint32_t inside = end > begin ? ~0u >> (32 - end) & ~0u << begin : 0;
+        int from[4], grad[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          from[k] = source_slots[k] + (y0 - s.source_begin) * source_row + 2 * kStride * v0;
+          grad[k] = grad_slots[k] + r0 * grad_row + 2 * v0;
+        }
+        if (rows >= kRows)
+          sums.template add<true>(a, from, grad, inside, rows, source_mask, grad_mask);
+        else
+          sums.template add<false>(a, from, grad, inside, rows, source_mask, grad_mask);
+      }
+      if (copier.bulk) copier.finish(stage);
+    }
+  }
+  __syncthreads();
+  if (copier.is_worker() && filter < filters)
+    sums.finish(a, kHead + warp * Sums::kBytes, first_filter + filter, split * a.share + first_tile, first, last,
+                first_tile);
+}
+
+// So many splits that the last wave of blocks is full, and that no sum is so long that it loses digits.
+int splits_for(int64_t groups, int64_t steps, int64_t slots) {
+  constexpr int64_t kLongest = 64;  // steps
+  int best = 1;
+  double least = INFINITY;
+  for (int64_t splits = ceil_div(steps, kLongest); splits <= std::min<int64_t>(steps, 1 << 16); ++splits) {
+    const double cost =
+        static_cast<double>(ceil_div(groups * splits, slots)) * (static_cast<double>(ceil_div(steps, splits)) + 1.);
+    if (cost < least * 0.98) least = cost, best = static_cast<int>(splits);
+    if (groups * splits > 8 * slots) break;
+  }
+  return best;
+}
+
+// Whole planes of as many channels as leave room for another block, or bands of rows of one channel. Returns the bytes
+// of shared memory.
+int64_t lay_out(Batch& a, int64_t shared_per_multiprocessor) {
+  const int64_t source_row = 2 * a.width, grad_row = 2 * a.out_width;
+  const int extent = (a.kernel_h - 1) * a.dilation_h + 1;
+  const auto stage = [&](int filters, int64_t source_rows, int64_t rows) {
+    const int64_t channels = a.multiplier == 1 || filters == 1 ? filters : (filters - 1) / a.multiplier + 2;
+    a.source.pitch = slot_pitch(channels * source_rows * source_row),
+    a.grad.pitch = slot_pitch(filters * rows * grad_row);
+    a.source.memory = kHead, a.grad.memory = kHead + kImages * a.source.pitch;
+    return int64_t{kImages} * (a.source.pitch + a.grad.pitch);
+  };
+  const int64_t room = shared_per_multiprocessor / 4 - 1024;  // two stages of two blocks
+  a.strips = static_cast<int>(ceil_div(a.out_width, kColumns));
+  a.block_filters = 1, a.chunk_rows = a.out_height;
+  const int64_t plane_tiles = ceil_div(a.out_height, kRows) * a.strips;
+  while (2 * a.block_filters <= kMaxWarps && a.block_filters < a.filters &&
+         stage(2 * a.block_filters, a.height, a.out_height) <= room)
+    a.block_filters *= 2;
+  int64_t bytes = stage(a.block_filters, a.height, a.out_height);
+  for (int64_t rows = ceil_div(a.out_height, kRows) * kRows; bytes > room && a.chunk_rows > kRows;) {
+    rows -= kRows;
+    a.chunk_rows = static_cast<int>(rows);
+    bytes = stage(1, std::min<int64_t>((rows - 1) * a.stride + extent, a.height), rows);
+  }
+  a.bands = static_cast<int>(ceil_div(a.out_height, a.chunk_rows));
+  // As many warps for a filter as keep all of them busy.
+  const int64_t tiles = a.bands > 1 ? a.chunk_rows / kRows * a.strips : plane_tiles;
+  a.share = 1;
+  double busy = 0;
+  for (int share = 1; share <= kMaxWarps / a.block_filters; ++share) {
+    const double now = static_cast<double>(tiles) / ceil_div(tiles, share);
+    if (now > busy * 1.1) busy = now, a.share = share;
+  }
+  a.stage_bytes = static_cast<int>(bytes);
+  a.groups = static_cast<int>(ceil_div(a.filters, a.block_filters));
+  a.by_bands = Divider(a.bands), a.by_strips = Divider(a.strips);
+  return kHead + 2 * bytes + kTail;
+}
+
+template <typename T, int kKernelH, int kStride, bool kPairs>
+void launch_kernel(const Problem& p, Batch a, const Allocate& allocate, cudaStream_t stream) {
+  using Sums = Products<T, kKernelH, kStride, kPairs>;
+  const auto kernel = batch_grad_weight_nchw<T, kKernelH, kStride, kPairs>;
+  const Device& device = current_device();
+  a.bulk = a.bulk && device.capability >= 90;
+  const int64_t room = lay_out(a, device.shared_per_multiprocessor);
+  const int threads = 32 * a.share * a.block_filters + (a.bulk ? 32 : 0);
+  const int64_t bytes = std::max<int64_t>(room, kHead + a.share * a.block_filters * Sums::kBytes);
+  const int64_t steps = ceil_div(a.images, kImages) * a.bands;
+  struct Decision {
+    int splits;
+    bool sum_early;
+  };
+  static thread_local Decisions<5, Decision> decisions;
+  const Decision decision = decisions({device.id, steps, a.groups, threads, bytes}, [&] {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+    int resident = 0;
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, bytes);
+    return Decision{splits_for(a.groups, steps, int64_t{std::max(resident, 1)} * device.multiprocessors),
+                    waits_for_kernel_before<T>()};
+  });
+  a.splits = decision.splits;
+  const int64_t parts = int64_t{a.splits} * a.share, sums = (p.taps() + (p.bias != nullptr)) * p.filters();
+  if (parts > 1) a.partial = static_cast<float*>(allocate(parts * sums * int64_t{sizeof(float)}));
+  kernel<<<static_cast<unsigned>(int64_t{a.groups} * a.splits), threads, bytes, stream>>>(a);
+  check_launch("batch_grad_weight_nchw");
+  if (parts > 1) launch_add_partial_sums<T>(p, a.partial, parts, decision.sum_early, stream);
+}
+
+}  // namespace
+
+void launch_batch_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& allocate, cudaStream_t stream) {
+  Batch a{};
+  a.source.base = static_cast<char*>(p.input.data), a.source.image_bytes = 2 * p.input.stride[0];
+  a.grad.base = static_cast<char*>(p.output.data), a.grad.image_bytes = 2 * p.output.stride[0];
+  a.height = static_cast<int>(p.height), a.width = static_cast<int>(p.width);
+  a.out_height = static_cast<int>(p.out_height), a.out_width = static_cast<int>(p.out_width);
+  a.grad_weight = p.weight.data, a.grad_bias = p.bias;
+  a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
+  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+  a.dilation_h = static_cast<int>(p.dilation_h), a.dilation_w = static_cast<int>(p.dilation_w);
+  a.images = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());
+  a.multiplier = static_cast<int>(p.multiplier), a.stride = static_cast<int>(p.stride_h);
+  a.bulk = bulk;
+  const int rows = (a.kernel_h - 1) * a.dilation_h + 1, columns = (a.kernel_w - 1) * a.dilation_w + 1;
+  // All rows of the input begin at an even place, or all at an odd one.
+  const int shift = static_cast<int>(reinterpret_cast<uintptr_t>(p.input.data) / 2 + p.padding_w) & 1;
+  const bool pairs =
+      a.width % 2 == 0 && (p.input.stride[0] % 2 == 0 || p.batch == 1) && (columns - 1 + shift) / a.stride <= kColumns;
+  a.shift = pairs ? shift : 0;
+  visit_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (sizeof(T) == 2) {
+      const auto go = [&](auto kernel_h) {
+        constexpr int kKernelH = decltype(kernel_h)::value;
+        if (a.stride == 1)
+          return pairs ? launch_kernel<T, kKernelH, 1, true>(p, a, allocate, stream)
+                       : launch_kernel<T, kKernelH, 1, false>(p, a, allocate, stream);
+        return pairs ? launch_kernel<T, kKernelH, 2, true>(p, a, allocate, stream)
+                     : launch_kernel<T, kKernelH, 2, false>(p, a, allocate, stream);
+      };
+      if (rows <= 3) return go(std::integral_constant<int, 3>{});
+      if (rows <= 5) return go(std::integral_constant<int, 5>{});
+      return go(std::integral_constant<int, 7>{});
+    }
+  });
+}
+
+}  // namespace dwconv
