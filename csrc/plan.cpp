@@ -296,12 +296,10 @@ bool claims_toeplitz_grad_weight_channels_last(const Problem& p) {
   const auto is_aligned = [&](const View& view) {
     return (view.stride[0] | view.stride[2] | view.stride[3] | p.channels) * size_of(p.dtype) % kUnit == 0;
   };
-  // Where CUDA cores have the kernel, they lose by how much there is to multiply: for 3 rows on narrow images only; and
-  // from more rows on where pixels are not of whole units, which they copy by rows.
-  constexpr int64_t kFewRows = 3, kNarrow = 16, kManyRows = 6;
-  const bool aligned = is_aligned(p.input) && is_aligned(p.output);
-  const bool pays = !is_small_kernel(p) ||
-                    (aligned ? p.kernel_h > kFewRows || p.out_width <= kNarrow : p.kernel_h >= kManyRows);
+  // For 3 rows there is little to multiply: CUDA cores, where they have the kernel, lose on narrow images only.
+  constexpr int64_t kFewRows = 3, kNarrow = 16;
+  const bool pays = p.kernel_h > kFewRows || !is_small_kernel(p) ||
+                    (p.out_width <= kNarrow && is_aligned(p.input) && is_aligned(p.output));
   // The bytes of a pixel, columns, and rows of all images in spans of at least 8 columns are counted in 32 bits.
   constexpr int64_t kMany = 1 << 20, kMost = 1 << 30;
   const auto fits = [&](const View& view, int64_t height, int64_t width) {
