@@ -20,8 +20,10 @@ formats = pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "channe
 
 
 @pytest.fixture(autouse=True)
-def forget() -> None:
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
+    # Compiled or not, the networks' other layers are to round alike.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 class Graphs:
