@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -103,6 +104,16 @@ def _(input: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding:
 _TO_TELL = {"torch.utils.flop_counter": _tell_flop_counter, "torch.distributed.tensor": _tell_dtensor}
 
 
+def _tell(name: str, tell: Callable[[], None]) -> None:
+    """Some of what is told goes by ways that a release of torch may change: that must not break its own modules."""
+    try:
+        tell()
+    except Exception as error:
+        warnings.warn(
+            f"dwconv: {name} of torch {torch.__version__} does not know its operators: {error!r}", stacklevel=2
+        )
+
+
 class _Finder(MetaPathFinder):
     """Finds nothing itself; it is asked for a module on its first import."""
 
@@ -114,12 +125,12 @@ class _Finder(MetaPathFinder):
 
             def execute_and_tell(module: ModuleType) -> None:
                 execute(module)
-                tell()
+                _tell(name, tell)
 
             spec.loader.exec_module = execute_and_tell  # type: ignore[method-assign]
         return spec
 
 
 for _name in [name for name in _TO_TELL if name in sys.modules]:
-    _TO_TELL.pop(_name)()
+    _tell(_name, _TO_TELL.pop(_name))
 sys.meta_path.insert(0, _Finder())

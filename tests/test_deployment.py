@@ -51,6 +51,22 @@ def test_flops_of_a_late_import() -> None:
         assert int(done.stdout) == 2 * 18 * 9
 
 
+def test_a_torch_that_does_not_take_what_it_is_told(tmp_path: Path) -> None:
+    """Its own module is imported all the same."""
+    code = """
+import torch, warnings, dwconv
+from dwconv import _integrations
+def fail(): raise AttributeError("gone")
+_integrations._TO_TELL["torch.utils.flop_counter"] = fail
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import torch.utils.flop_counter
+print(torch.utils.flop_counter.FlopCounterMode.__name__, *[w.message for w in caught if "gone" in str(w.message)])
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    assert said.startswith("FlopCounterMode dwconv: torch.utils.flop_counter of torch") and "gone" in said
+
+
 def test_profiler(device: str) -> None:
     layer = dwconv.DepthwiseConv2d(6, 3, device=device)
     input = torch.randn(2, 6, 9, 8, device=device, requires_grad=True)
