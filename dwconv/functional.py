@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import autograd
 from ._ops import DTYPES, dtype_complaint
@@ -79,7 +80,10 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype)
 
 
-def _not_a_tensor(value: object, name: str) -> TypeError:
+def _not_a_tensor(input: object, weight: object, bias: object) -> TypeError:
+    """Of the first that is none."""
+    values = {"input": input, "weight": weight} | ({} if bias is None else {"bias": bias})
+    name, value = next((name, value) for name, value in values.items() if not isinstance(value, Tensor))
     return TypeError(f"conv2d(): argument '{name}' must be Tensor, not {type(value).__name__}")
 
 
@@ -122,12 +126,11 @@ def conv2d(
 
     Under autocast the tensors are cast as F.conv2d casts them.
     """
-    if not isinstance(input, Tensor):
-        raise _not_a_tensor(input, "input")
-    if not isinstance(weight, Tensor):
-        raise _not_a_tensor(weight, "weight")
-    if bias is not None and not isinstance(bias, Tensor):
-        raise _not_a_tensor(bias, "bias")
+    if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
+        tensors = input, weight, bias
+        if has_torch_function(tensors):  # what stands for a tensor, such as a proxy of torch.fx
+            return handle_torch_function(conv2d, tensors, *tensors, stride, padding, dilation)
+        raise _not_a_tensor(*tensors)
 
     if _is_any_autocast_enabled():
         autocast = _autocast_dtype(input)

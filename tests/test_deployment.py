@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,32 @@ print(torch.utils.flop_counter.FlopCounterMode.__name__, *[w.message for w in ca
 """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
     assert said.startswith("FlopCounterMode dwconv: torch.utils.flop_counter of torch") and "gone" in said
+
+
+def test_fx(device: str) -> None:
+    """torch.fx records a call of conv2d; what it makes of a model computes the same, and so does its code."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1),
+        dwconv.DepthwiseConv2d(4, 3, padding="same", bias=True),
+        dwconv.DepthwiseConv2d(4, (3, 2), stride=2, padding=1, padding_mode="reflect", channel_multiplier=2),
+    ).to(device)
+    traced = torch.fx.symbolic_trace(model)
+    calls = [node for node in traced.graph.nodes if node.op == "call_function" and node.target is dwconv.conv2d]
+    assert len(calls) == 2 and "dwconv" in traced.code
+    input = torch.randn(2, 3, 9, 8, device=device)
+    results = []
+    for function in (model, traced, pickle.loads(pickle.dumps(traced))):
+        output = function(input)
+        results.append((output, *torch.autograd.grad(output.sum(), function.parameters())))
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], result))
+
+    class Function(nn.Module):
+        def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            return dwconv.conv2d(x, weight, padding=1).relu()
+
+    x, weight = torch.randn(2, 4, 6, 5, device=device), torch.randn(4, 1, 3, 3, device=device)
+    assert torch.equal(torch.fx.symbolic_trace(Function())(x, weight), Function()(x, weight))
 
 
 def test_profiler(device: str) -> None:
