@@ -42,9 +42,9 @@ if _build_info()["cuda"] is not None and _torch.version.cuda is None and _torch.
     )
 
 from . import _integrations as _integrations
-from .convert import convert
+from .convert import convert, revert
 from .explain import explain
 from .functional import conv2d
 from .modules import DepthwiseConv2d
 
-__all__ = ["DepthwiseConv2d", "__version__", "conv2d", "convert", "explain"]
+__all__ = ["DepthwiseConv2d", "__version__", "conv2d", "convert", "explain", "revert"]

@@ -1,16 +1,16 @@
-"""``convert``: DepthwiseConv2d in place of every depthwise nn.Conv2d of a model."""
+"""``convert``: DepthwiseConv2d in place of every depthwise nn.Conv2d of a model; ``revert``: the way back."""
 
 from __future__ import annotations
 
 import logging
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from .modules import DepthwiseConv2d
 
-__all__ = ["convert"]
+__all__ = ["convert", "revert"]
 
 logger = logging.getLogger("dwconv")
 
@@ -30,6 +30,11 @@ def _is_served(module: nn.Module) -> bool:
     return weight.dtype in _DTYPES and module.groups == module.in_channels > 1
 
 
+def _check_module(model: Any, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}(): argument 'model' must be nn.Module, not {type(model).__name__}")
+
+
 def convert(model: Model) -> Model:
     """Lets dwconv compute every depthwise nn.Conv2d of ``model``, in place, and returns ``model``.
 
@@ -47,11 +52,31 @@ def convert(model: Model) -> Model:
     Raises:
         TypeError: if ``model`` is not an nn.Module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"convert(): argument 'model' must be nn.Module, not {type(model).__name__}")
+    _check_module(model, "convert")
     served = [module for module in model.modules() if _is_served(module)]
     for module in served:
         module.__class__ = DepthwiseConv2d
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
     logger.info("%s: %d of %d convolutions are now computed by dwconv", type(model).__name__, len(served), convolutions)
+    return model
+
+
+def revert(model: Model) -> Model:
+    """Makes every DepthwiseConv2d of ``model`` an nn.Conv2d again, in place, and returns ``model``.
+
+    For what looks for that very class rather than for an instance of it, such as TorchScript and eager-mode
+    quantisation. Like :func:`convert` it changes the class of the layers and nothing else; subclasses of
+    DepthwiseConv2d are left alone.
+
+    Args:
+        model: any nn.Module; it may be a DepthwiseConv2d itself.
+
+    Raises:
+        TypeError: if ``model`` is not an nn.Module.
+    """
+    _check_module(model, "revert")
+    ours: list[nn.Module] = [module for module in model.modules() if type(module) is DepthwiseConv2d]
+    for module in ours:
+        module.__class__ = nn.Conv2d
+    logger.info("%s: %d convolutions are no longer computed by dwconv", type(model).__name__, len(ours))
     return model

@@ -7,6 +7,7 @@ import functools
 import logging
 import pickle
 import statistics
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -18,7 +19,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.testing._internal.two_tensor import TwoTensor
 
 import dwconv
-from dwconv import DepthwiseConv2d, convert
+from dwconv import DepthwiseConv2d, convert, revert
 
 
 def depthwise(channels: int = 8, kernel_size: int = 3, **arguments) -> nn.Conv2d:
@@ -114,10 +115,12 @@ def test_model_without_convolutions(caplog: pytest.LogCaptureFixture) -> None:
     assert "0 of 0" in caplog.text
 
 
+@pytest.mark.parametrize("function", [convert, revert])
 @pytest.mark.parametrize("model", [None, torch.ones(1), nn.Conv2d, [depthwise()]], ids=lambda m: type(m).__name__)
-def test_not_a_module(model: object) -> None:
-    with pytest.raises(TypeError, match=f"'model' must be nn.Module, not {type(model).__name__}"):
-        convert(model)
+def test_not_a_module(model: object, function: Callable) -> None:
+    said = rf"{function.__name__}\(\): argument 'model' must be nn.Module, not {type(model).__name__}"
+    with pytest.raises(TypeError, match=said):
+        function(model)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -474,5 +477,41 @@ def test_assert_as_exact_tells_wrong_from_rounded(monkeypatch: pytest.MonkeyPatc
                 assert_as_exact(ours, theirs, exact)
 
 
+def test_revert(caplog: pytest.LogCaptureFixture) -> None:
+    """The same layers, of the class that they had; those that were made as DepthwiseConv2d, too."""
+    model = Model()
+    expected = [(name, type(module)) for name, module in model.named_modules()]
+    modules, state = list(model.modules()), copy.deepcopy(model.state_dict())
+    with caplog.at_level(logging.INFO, "dwconv"):
+        assert revert(convert(model)) is model
+    assert f"{len(DEPTHWISE)} convolutions are no longer" in caplog.text
+    assert [(name, type(module)) for name, module in model.named_modules()] == expected
+    assert all(a is b for a, b in zip(model.modules(), modules))
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.values()))
+
+    layer = DepthwiseConv2d(4, (3, 2), 2, (1, 0), True, dilation=2, channel_multiplier=2, padding_mode="circular")
+    input = torch.randn(2, 4, 9, 8)
+    ours, theirs = layer(input), revert(layer)(input)
+    assert type(layer) is nn.Conv2d
+    torch.testing.assert_close(theirs, ours)
+
+    class Mine(DepthwiseConv2d):
+        pass
+
+    assert type(revert(Mine(4, 3))) is Mine
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_what_looks_for_the_very_class_finds_it_after_revert() -> None:
+    model = revert(convert(nn.Sequential(depthwise(padding=1), nn.BatchNorm2d(8), nn.ReLU()).eval()))
+    input = torch.randn(2, 8, 6, 5)
+    expected = model(input)
+    torch.testing.assert_close(torch.jit.script(model)(input), expected)
+    quantization = pytest.importorskip("torch.ao.quantization")
+    fused = quantization.fuse_modules(model, [["0", "1", "2"]])
+    assert type(fused[0]).__name__ == "ConvReLU2d"
+    torch.testing.assert_close(fused(input), expected)
+
+
 def test_is_exported() -> None:
-    assert dwconv.convert is convert
+    assert dwconv.convert is convert and dwconv.revert is revert
