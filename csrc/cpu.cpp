@@ -104,8 +104,8 @@ std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad_output, const Tensor& 
   return {contiguous(std::get<1>(gradients), false), grad_bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward_packed(const Tensor& grad_output, const Tensor& input,
-                                                   const Tensor& weight, int64_t geometry) {
+std::tuple<Tensor, Tensor, Tensor> backward_packed(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                                   int64_t geometry) {
   const PackedGeometry packed(geometry);
   const Problem problem = check_grad_input(grad_output, weight, input.sizes(), packed.unpack());
   check_grad_weight(grad_output, input, {weight.sizes().data() + 2, 2}, packed.unpack());

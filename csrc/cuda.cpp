@@ -139,11 +139,11 @@ std::tuple<Tensor, Tensor> grad_weight_plan(const Tensor& grad_output, const Ten
   return run_grad_weight(grad_output, input, kernel_size, {stride, padding, dilation}, bias, plan);
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward_packed(const Tensor& grad_output, const Tensor& input,
-                                                   const Tensor& weight, int64_t geometry) {
+std::tuple<Tensor, Tensor, Tensor> backward_packed(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                                   int64_t geometry) {
   const PackedGeometry packed(geometry);
-  const Tensor grad_input = run_grad_input(grad_output, weight, input.sizes(), packed.unpack(),
-                                           output_is_channels_last(input, weight));
+  const Tensor grad_input =
+      run_grad_input(grad_output, weight, input.sizes(), packed.unpack(), output_is_channels_last(input, weight));
   const auto [grad_weight, grad_bias] =
       run_grad_weight(grad_output, input, {weight.sizes().data() + 2, 2}, packed.unpack(), packed.wants_bias);
   return {grad_input, grad_weight, grad_bias};

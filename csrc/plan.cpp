@@ -290,7 +290,7 @@ bool claims_toeplitz_grad_weight_channels_last(const Problem& p) {
   if (p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
   constexpr int64_t kMostRows = 7, kMostColumns = 9;  // of a kernel
   if (p.kernel_h > kMostRows || p.kernel_w > kMostColumns || p.taps() == 1) return false;
-  constexpr int64_t kFewChannels = 32;          // fewer leave a block's warps idle
+  constexpr int64_t kFewChannels = 32;        // fewer leave a block's warps idle
   constexpr int64_t kLeastMemory = 96 << 10;  // of a ring of 3 stages
   if (p.channels < kFewChannels || p.shared_memory < kLeastMemory) return false;
   const auto is_aligned = [&](const View& view) {
@@ -429,8 +429,7 @@ const std::vector<Plan>& plans() {
        "cores",
        claims_toeplitz_grad_weight_nchw},
       {PlanId::kMarchNchw, "march_nchw",
-       "7x7 in float32 on contiguous planes: warps march down the rows, sums stay in registers",
-       claims_march_nchw},
+       "7x7 in float32 on contiguous planes: warps march down the rows, sums stay in registers", claims_march_nchw},
       {PlanId::kStreamNchw, "stream_nchw", "a small kernel on contiguous planes: rows stream through shared memory",
        claims_stream_nchw},
       {PlanId::kMarchGradWeightNchw, "march_grad_weight_nchw",

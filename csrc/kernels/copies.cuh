@@ -113,8 +113,8 @@ __device__ void copy_unit(uint32_t to, const void* from) {
   }
 }
 
-// Copies `size` bytes of the array [begin, end) in units of 16, by `threads` threads of which this is number `rank`. Both
-// addresses are multiples of 16. What lies outside the array is not touched, and becomes zeros.
+// Copies `size` bytes of the array [begin, end) in units of 16, by `threads` threads of which this is number `rank`.
+// Both addresses are multiples of 16. What lies outside the array is not touched, and becomes zeros.
 __device__ inline void copy_run(int to, const char* from, int size, const char* begin, const char* end, int rank,
                                 int threads) {
 #pragma unroll 1

@@ -146,8 +146,8 @@ __device__ float sum_of_taps(float sum, const T* pixels, int64_t row_bytes, int 
     for (int j = 0; j < kernel_w; ++j) {
       const int row = row_of(i), column = column_of(j);
       if (row < 0 || row >= height || column < 0 || column >= width) continue;
-      const char* from = reinterpret_cast<const char*>(pixels) + row * row_bytes +
-                         static_cast<int64_t>(column) * pixel_bytes;
+      const char* from =
+          reinterpret_cast<const char*>(pixels) + row * row_bytes + static_cast<int64_t>(column) * pixel_bytes;
       sum = fmaf(widen(*reinterpret_cast<const T*>(from)), widen(weight[i * weight_row + j * weight_column]), sum);
     }
   return sum;

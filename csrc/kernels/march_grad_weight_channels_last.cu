@@ -210,8 +210,8 @@ class Loader {
   }
 };
 
-// kPairs: what two neighbouring filters read, and their gradients, are pairs of elements in shared memory. Otherwise both
-// read the same channel, or pixels may begin at any element, with other pixels instead of zeros beside the image.
+// kPairs: what two neighbouring filters read, and their gradients, are pairs of elements in shared memory. Otherwise
+// both read the same channel, or pixels may begin at any element, with other pixels instead of zeros beside the image.
 template <typename T, class W, bool kPairs>
 __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
     march_grad_weight_channels_last(const __grid_constant__ March a) {
@@ -260,9 +260,10 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
   const int column_g = part.column + strip * W::kColumns, column_x = column_g * W::kStride - a.padding_w;
   // Where a row of a joined array begins within 16 bytes.
   const auto phase = [&](const Pixels& p, int image, int row, int column) {
-    return kPairs ? 0
-                  : phase_of(p, image * static_cast<uint32_t>(p.image_bytes) + row * static_cast<uint32_t>(p.row_bytes) +
-                                    static_cast<uint32_t>(column * p.pixel_bytes));
+    return kPairs
+               ? 0
+               : phase_of(p, image * static_cast<uint32_t>(p.image_bytes) + row * static_cast<uint32_t>(p.row_bytes) +
+                                 static_cast<uint32_t>(column * p.pixel_bytes));
   };
 
   float sum[W::kTapsH][W::kTapsW][2] = {}, g[W::kRows][W::kColumns][2];
@@ -411,8 +412,7 @@ double cycles_of(const March& a, const Cut& cut, const WindowSize& w, const Devi
   const double source_columns = std::min<double>((columns - 1) * w.stride + w.extent_w, a.width);
   const int element = a.grad.slab_bytes / (2 * cut.pairs);
   const double reads = (element == 4 ? 1 : 2) * (a.joined ? 2.0 : a.multiplier == 2 ? 1.5 : 1.0);
-  const double instructions =
-      2.0 * w.taps * w.columns + 4.2 * reads * (w.stride * w.source_columns + w.columns) + 144;
+  const double instructions = 2.0 * w.taps * w.columns + 4.2 * reads * (w.stride * w.source_columns + w.columns) + 144;
   double bytes = 0, copies = 0, loading = 140;
   const auto load = [&](const Pixels& p, double pixels) {
     const bool whole = p.slab_bytes >= p.bytes;

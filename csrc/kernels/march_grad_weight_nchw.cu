@@ -53,8 +53,8 @@ class Feed {
   }
 
  private:
-  const CopyShare share_;  // of both
-  int begin_, end_;  // rows of the gradient that were not yet begun
+  const CopyShare share_;                            // of both
+  int begin_, end_;                                  // rows of the gradient that were not yet begun
   int y_ = 0, stop_ = 0, first_ = 0, grad_end_ = 0;  // steps: the next one, their end, the first with a source row, the
                                                      // end of those with a gradient row
   int planes_ = 0, source_bytes_ = 0, grad_bytes_ = 0;
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(32 * kMarchWarps, kMarchBlocks)
   uint32_t split = blockIdx.x * kMarchWarps + threadIdx.x / 32;
   if (static_cast<int>(split) >= cut.workers) return;
   const int part = a.by_parts.split(split);  // `split` is now the group and the span
-  const auto row_of = [&](int part) {  // where a part of the group and the span begins
+  const auto row_of = [&](int part) {        // where a part of the group and the span begins
     const int64_t unit = static_cast<int64_t>(cut.units) * part / a.parts;
     return (static_cast<int>(split) * cut.units + static_cast<int>(unit)) * cut.unit_rows;
   };

@@ -130,8 +130,7 @@ __global__ void __launch_bounds__(32 * kMarchWarps, kMarchBlocks) march_nchw(con
     ColumnMasks<kColumns, kMargin> masks;
     masks.set(x0, a.source.width);
     const int piece = r.channel + (a.target.whole ? 0 : own);
-    const uint32_t source_low =
-        a.source.phase(r.image, r.channel + (a.source.whole ? 0 : own), 0, r.source_column);
+    const uint32_t source_low = a.source.phase(r.image, r.channel + (a.source.whole ? 0 : own), 0, r.source_column);
     const uint32_t target_low = a.target.phase(r.image, piece, 0, r.column);
     const int source_lane = own * a.source.piece_pitch + (x0 - r.source_column) * 4;
     const uint32_t target_lane = shared_address(stage) + own * a.target.piece_pitch + (column - r.column) * 4;

@@ -48,10 +48,10 @@ struct Stream {
   int phase, capacity, period, ring_bytes;
   Divider by_sub, by_bands, by_chunks_per_image, by_strips, by_units, by_fan_out, by_filters;
   // Of tiles that a warp computes together:
-  bool down;        // they are numbered down the columns
-  int warps_side;   // warps that share a plane
-  int plane_step;   // planes that a block works on at a time
-  int chunks_at;    // what is known of the chunks under way, in shared memory
+  bool down;       // they are numbered down the columns
+  int warps_side;  // warps that share a plane
+  int plane_step;  // planes that a block works on at a time
+  int chunks_at;   // what is known of the chunks under way, in shared memory
   Divider by_tile_rows, by_warps_side, by_kernel_w, by_weights;
 };
 
@@ -273,8 +273,9 @@ inline int64_t shared_bytes(const Stream& a) {
   return a.filters_at + a.filters_bytes + (a.filters_bytes > 0 ? kChunkBytes : 0);
 }
 
-// Cuts the planes so that as many threads as possible have work on a multiprocessor at a time, since it takes many to
-// hide the latency of shared memory and of the barriers, and so that every block has about as much to do.
+// Cuts the planes so that as many threads as it takes to hide the latency of shared memory and of the barriers have
+// work on a multiprocessor at a time, and so that every block has about as much to do. The numbers were found by
+// measuring.
 inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device& d) {
   Cut best{};
   double best_score = -1;
@@ -312,7 +313,8 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
       };
       const bool lines = in_lines(a.source, a.height, a.fan_in) && in_lines(a.target, a.out_height, a.fan_out);
       const double parts = static_cast<double>(std::max(blocks, rounds));
-      score = cut.bands > 1 ? enough * 0.65 * blocks / (blocks + 0.25) : enough * (lines ? 1 : 0.9) * parts / (parts + 0.5);
+      score =
+          cut.bands > 1 ? enough * 0.65 * blocks / (blocks + 0.25) : enough * (lines ? 1 : 0.9) * parts / (parts + 0.5);
     }
     if (score > best_score * (tile.lanes > 1 ? 1.02 : 1)) best_score = score, best = cut;
     return true;
@@ -338,8 +340,9 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
 // As many blocks as there is room for, or a few less if each then keeps its filters from chunk to chunk.
 inline int blocks_for(const Stream& a, int room) {
   const int64_t parts = int64_t{a.bands} * (a.bands > 1 ? a.fan_out : 1);
-  const int64_t chunks_of_filters = parts * (a.groups == a.channels ? ceil_div(a.channels, a.chunk_groups)
-                                                                    : a.channels / std::gcd(a.channels, a.chunk_groups));
+  const int64_t chunks_of_filters =
+      parts * (a.groups == a.channels ? ceil_div(a.channels, a.chunk_groups)
+                                      : a.channels / std::gcd(a.channels, a.chunk_groups));
   const int64_t less = room / chunks_of_filters * chunks_of_filters;
   return static_cast<int>(std::min<int64_t>(a.chunks, less >= 0.9 * room ? less : room));
 }

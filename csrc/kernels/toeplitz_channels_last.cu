@@ -285,8 +285,8 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
     const int entry = pair - number;  // of the thread's first pair in a row of weights
-    const int at = a.stage_at + (quad * kChannels + c) * kRows * kBandRowBytes + 2 * (kMiddle + entry) +
-                   (entry & 1) * kCopy;
+    const int at =
+        a.stage_at + (quad * kChannels + c) * kRows * kBandRowBytes + 2 * (kMiddle + entry) + (entry & 1) * kCopy;
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
 #pragma unroll

@@ -345,7 +345,7 @@ __global__ void __launch_bounds__(kThreads, Size::kBlocks)
       for (int c = 0; c < kQuad; ++c)
 #pragma unroll
         for (int i = 0; i < kRows; ++i) {
-          float(&to)[4] = sum[c][i];
+          float (&to)[4] = sum[c][i];
           multiply(to, to, x[c], g[(u - i + kRows) % kRows][c], T{});
         }
       if (a.with_bias)  // channel c in row c
@@ -458,9 +458,9 @@ void launch(const Problem& p, Toeplitz a, const Allocate& allocate, cudaStream_t
     cut.sum_early = waits_for_kernel_before<T>();
     return cut;
   };
-  Cut cut = decisions({device.id, a.images, a.channels, a.height, a.source.width, a.padding_h, a.padding_w, a.kernel_h,
-                       a.kernel_w},
-                      decide);
+  Cut cut = decisions(
+      {device.id, a.images, a.channels, a.height, a.source.width, a.padding_h, a.padding_w, a.kernel_h, a.kernel_w},
+      decide);
   apply<Size>(a, cut);
   a.partial = static_cast<float*>(
       allocate(a.splits * (p.taps() + a.with_bias) * a.channels * static_cast<int64_t>(sizeof(float))));
