@@ -95,13 +95,31 @@ def _tell_dtensor() -> None:
         return rules
 
 
-@torch._decomp.register_decomposition(_ops.forward)
-def _(input: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
-    """For those who know PyTorch's own operators alone, such as the exporter to ONNX."""
-    return torch.ops.aten.convolution(input, weight, bias, stride, padding, dilation, False, [0, 0], input.shape[1])
+def _tell_onnx() -> None:
+    """Its exporter knows PyTorch's own operators alone.
+
+    It would find a decomposition in torch's table, too, but so would Inductor, which is to keep the operators.
+    """
+    from torch.onnx._internal.exporter import _decomp
+
+    def forward(
+        input: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
+    ) -> Tensor:
+        return torch.ops.aten.convolution(input, weight, bias, stride, padding, dilation, False, [0, 0], input.shape[1])
+
+    table = _decomp.create_onnx_friendly_decomposition_table
+
+    def table_with_ours(*arguments: Any, **options: Any) -> dict[Any, Any]:
+        return {**table(*arguments, **options), _ops.forward: forward}
+
+    _decomp.create_onnx_friendly_decomposition_table = table_with_ours
 
 
-_TO_TELL = {"torch.utils.flop_counter": _tell_flop_counter, "torch.distributed.tensor": _tell_dtensor}
+_TO_TELL = {
+    "torch.utils.flop_counter": _tell_flop_counter,
+    "torch.distributed.tensor": _tell_dtensor,
+    "torch.onnx._internal.exporter._decomp": _tell_onnx,
+}
 
 
 def _tell(name: str, tell: Callable[[], None]) -> None:

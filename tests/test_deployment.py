@@ -15,8 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dwconv
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.mark.parametrize("padding", [1, "same"])
 @pytest.mark.parametrize("multiplier", [1, 2])
@@ -42,13 +40,13 @@ def test_flops(device: str, multiplier: int, padding: int | str) -> None:
     assert frozen.get_total_flops() == 2 * forward.get_total_flops()
 
 
-def test_flops_of_a_late_import() -> None:
+def test_flops_of_a_late_import(tmp_path: Path) -> None:
     """The counter may be imported after dwconv, or before it."""
     count = "with FlopCounterMode(display=False) as mode: dwconv.conv2d(torch.ones(1, 2, 5, 5), torch.ones(2, 1, 3, 3))"
     imports = ["import dwconv", "from torch.utils.flop_counter import FlopCounterMode"]
     for order in (imports, imports[::-1]):
         code = "\n".join(["import torch", *order, count, "print(mode.get_total_flops())"])
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
         assert int(done.stdout) == 2 * 18 * 9
 
 
