@@ -1,15 +1,20 @@
 """Times whole models before and after dwconv.convert: the training step, and inference at batch 1 and at batch 128.
 
-A step is timed as its user sees it, by the host's clock until the device is done, with cuDNN's benchmark mode on, as
-training scripts have it, and everything else as PyTorch has it. How much of it is depthwise convolution comes from
-timing each depthwise layer that a step runs, with the sizes and strides it has there, on its own, with cold L2: at
-batch 1, where tensors stay in L2 from layer to layer, that is an upper bound. What remains possible is the step after
-`convert` with a copy of the same bytes in place of every depthwise pass.
+A step is timed as its user sees it, by the host's clock until the device is done, with everything as PyTorch has it by
+default. The model before and the model after take turns, step by step, so that what else keeps the host busy meets
+both. The peak of memory is what is asked of the allocator, less what was there before the model; the allocator rounds
+up, differently each time.
+
+How much of a step is depthwise convolution comes from timing each depthwise layer that it runs, with the sizes and
+strides it has there, on its own, with cold L2: at batch 1, where tensors stay in L2 from layer to layer, that is an
+upper bound. What remains possible is the step after `convert` with a copy of the same bytes in place of every depthwise
+pass.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from collections import Counter
@@ -172,21 +177,66 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def time_steps(step: Callable[[], object], budget_s: float) -> dict[str, float | None]:
-    for _ in range(2):  # cuDNN's search; the allocator's steady state
-        step()
-    synchronize()
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    times: list[float] = []
-    while len(times) < 5 or (sum(times) < budget_s and len(times) < 200):
-        begin = time.perf_counter()
-        step()
+def requested_bytes(which: str) -> int:
+    """Of the device's memory, `current` or `peak`."""
+    return torch.cuda.memory_stats()[f"requested_bytes.all.{which}"] if DEVICE == "cuda" else 0
+
+
+class Contestant:
+    """A model, ready to be timed."""
+
+    def __init__(self, setting: Setting, convert: bool) -> None:
+        held = requested_bytes("current")
+        torch.manual_seed(0)  # the same parameters and images for all
+        model = create(setting.model).to(DEVICE, memory_format=LAYOUTS[setting.layout])
+        if convert:
+            dwconv.convert(model)
+        images = torch.randn(setting.batch, 3, setting.image_size, setting.image_size, device=DEVICE)
+        images = images.contiguous(memory_format=LAYOUTS[setting.layout])
+        model.eval()
+        with torch.inference_mode(), setting.autocast():
+            self.output = model(images).double().clone()
+        model.train(setting.mode == "train")
+        self.step = step_of(setting, model, images)
+        self.step()  # cuDNN's choices, lazy initialisation
         synchronize()
-        times.append(time.perf_counter() - begin)
-    lower, median, upper = statistics.quantiles(times, n=4, method="inclusive")
-    peak = torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else None
-    return {"ms": median * 1e3, "spread_ms": (upper - lower) / 2 * 1e3, "peak_MiB": peak}
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self.step()
+        synchronize()
+        self.peak_MiB = (requested_bytes("peak") - held) / 2**20 if DEVICE == "cuda" else None
+        self.layers = layers_of(model, self.step)
+        self.times: list[float] = []
+
+    def time_step(self) -> None:
+        begin = time.perf_counter()
+        self.step()
+        synchronize()
+        self.times.append(time.perf_counter() - begin)
+
+    def figures(self, batch: int) -> dict[str, float | None]:
+        lower, median, upper = statistics.quantiles(self.times, n=4, method="inclusive")
+        return {
+            "ms": median * 1e3,
+            "spread_ms": (upper - lower) / 2 * 1e3,
+            "peak_MiB": self.peak_MiB,
+            "images_per_s": batch / median,
+        }
+
+
+def take_turns(contestants: Sequence[Contestant], budget_s: float) -> None:
+    for contestant in contestants:  # the allocator's steady state
+        contestant.step()
+    synchronize()
+    gc.collect()
+    gc.disable()  # or it would meet one of them only
+    begin = time.perf_counter()
+    for i in range(200):
+        if i >= 5 and time.perf_counter() - begin > budget_s:
+            break
+        for contestant in contestants:
+            contestant.time_step()
+    gc.enable()
 
 
 @dataclass(frozen=True)
@@ -289,29 +339,13 @@ def layer_copy_ms(traffic: int, dtype: torch.dtype) -> float:
     return copy_time(traffic, dtype, number_of_sets(traffic), LAYER_BUDGET_US).us / 1e3
 
 
-def run_model(setting: Setting, convert: bool, budget_s: float) -> tuple[dict[str, Any], Tensor, Counter[Layer]]:
-    """Times a model; returns also its output before the first step, and its depthwise layers if converted."""
-    torch.manual_seed(0)  # the same parameters and images both times
-    model = create(setting.model).to(DEVICE, memory_format=LAYOUTS[setting.layout])
-    if convert:
-        dwconv.convert(model)
-    images = torch.randn(setting.batch, 3, setting.image_size, setting.image_size, device=DEVICE)
-    images = images.contiguous(memory_format=LAYOUTS[setting.layout])
-    model.eval()
-    with torch.inference_mode(), setting.autocast():
-        output = model(images).double().clone()
-    model.train(setting.mode == "train")
-    step = step_of(setting, model, images)
-    figures = time_steps(step, budget_s)
-    figures["images_per_s"] = setting.batch / figures["ms"] * 1e3
-    return figures, output, layers_of(model, step)
-
-
 def run_setting(setting: Setting, quick: bool) -> dict[str, Any]:
-    budget_s = 0.3 if quick else 1.5
-    before, expected, _ = run_model(setting, False, budget_s)
-    release_memory()
-    after, found, layers = run_model(setting, True, budget_s)
+    contestants = [Contestant(setting, convert) for convert in (False, True)]
+    take_turns(contestants, 0.6 if quick else 3.0)
+    before, after = (contestant.figures(setting.batch) for contestant in contestants)
+    expected, found = (contestant.output for contestant in contestants)
+    layers = contestants[1].layers
+    del contestants
     release_memory()
 
     difference = float(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected))
@@ -333,6 +367,7 @@ def run_setting(setting: Setting, quick: bool) -> dict[str, Any]:
         "layout": setting.layout,
         "batch": setting.batch,
         "image_size": setting.image_size,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "depthwise_layers": layers.total(),
         "before": before,
         "after": after,
@@ -368,6 +403,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="default: both")
     parser.add_argument("--batch", type=int, metavar="N", help="other than 128, for training and throughput")
     parser.add_argument("--image-size", type=int, default=224, metavar="PIXELS")
+    parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN search; takes minutes a model")
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--output", type=Path, help="write JSON here, and Markdown beside it; rows it holds are kept")
     parser.add_argument("--missing", action="store_true", help="only rows that --output does not hold yet")
@@ -377,7 +413,7 @@ def main(args: argparse.Namespace) -> None:
     unknown = [name for name in args.models if name != REPLKNET and not timm.is_model(name)]
     if unknown:
         raise SystemExit(f"timm has no model {', '.join(unknown)}")
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = args.cudnn_benchmark
     meta = machine()
     key = ("model", "mode", "dtype", "layout")
     rows = {tuple(row[name] for name in key): row for row in report.earlier(args.output, meta, "models")}

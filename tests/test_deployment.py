@@ -82,7 +82,7 @@ def test_fx(device: str) -> None:
         output = function(input)
         results.append((output, *torch.autograd.grad(output.sum(), function.parameters())))
     for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], result))
+        torch.testing.assert_close(results[0], result)  # to rounding: a backward of PyTorch's padding adds in any order
 
     class Function(nn.Module):
         def forward(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
