@@ -448,3 +448,31 @@ def test_second_order_under_autocast(device: str, low: torch.dtype) -> None:
     grad.pow(2).sum().backward()
     assert grad.dtype == x.grad.dtype == w.grad.dtype == torch.float32
     assert x.grad.any() and w.grad.any() and b.grad.any()
+
+
+@pytest.mark.parametrize(("device", "low"), AUTOCAST, ids=str)
+def test_grad_scaler(device: str, low: torch.dtype) -> None:
+    """Steps of automatic mixed precision are those of nn.Conv2d; one that overflows is left out."""
+    layers = [
+        dwconv.DepthwiseConv2d(6, 3, padding=1, bias=True, device=device),
+        torch.nn.Conv2d(6, 6, 3, padding=1, groups=6, device=device),
+    ]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = draw_like(torch.empty(4, 6, 9, 8, device=device))
+    optimizers = [torch.optim.SGD(layer.parameters(), 0.1) for layer in layers]
+    scalers = [torch.amp.GradScaler(device, init_scale=1024.0) for _ in layers]
+    for factor, steps in ((1.0, True), (float("inf"), False), (1.0, True)):
+        before = [parameter.clone() for parameter in layers[0].parameters()]
+        for layer, optimizer, scaler in zip(layers, optimizers, scalers):
+            optimizer.zero_grad()
+            with torch.autocast(device, low):
+                loss = layer(x).float().square().mean() * factor
+            scaler.scale(loss).backward()
+            assert all(parameter.grad.dtype == torch.float32 for parameter in layer.parameters())
+            scaler.step(optimizer)
+            scaler.update()
+        assert scalers[0].get_scale() == scalers[1].get_scale()
+        for old, ours, theirs in zip(before, *(layer.parameters() for layer in layers)):
+            assert torch.equal(old, ours) is not steps
+            torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
+    assert scalers[0].get_scale() == 512

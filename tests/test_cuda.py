@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import subprocess
 import sys
@@ -165,3 +166,32 @@ def test_other_gpu(memory_format: torch.memory_format) -> None:
         assert torch.cuda.current_device() == 0
     assert {tensor.device.index for tensor in got} == {1}
     assert_equal([tensor.cpu() for tensor in got], [tensor.cpu() for tensor in expected])
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_100", "efficientnet_b0", "convnext_tiny"])
+@pytest.mark.parametrize("low", [None, torch.bfloat16], ids=["float32", "autocast"])
+@formats
+def test_peak_memory(name: str, low: torch.dtype | None, memory_format: torch.memory_format) -> None:
+    """A training step asks for no more memory than with nn.Conv2d."""
+    timm = pytest.importorskip("timm")
+    images = torch.randn(8, 3, 96, 96, device="cuda").contiguous(memory_format=memory_format)
+
+    def requested(which: str) -> int:
+        return torch.cuda.memory_stats()[f"requested_bytes.all.{which}"]
+
+    peaks = []
+    for convert in (False, True):
+        gc.collect()
+        held = requested("current")
+        torch.manual_seed(0)
+        model = timm.create_model(name).to("cuda", memory_format=memory_format)
+        if convert:
+            dwconv.convert(model)
+        for _ in range(2):  # the first one makes the gradients
+            torch.cuda.reset_peak_memory_stats()
+            with torch.autocast("cuda", low, enabled=low is not None):
+                loss = model(images).float().square().mean()
+            loss.backward()
+        peaks.append(requested("peak") - held)
+        del model, loss
+    assert 0 < peaks[1] <= peaks[0]
