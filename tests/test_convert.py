@@ -511,6 +511,13 @@ def test_what_looks_for_the_very_class_finds_it_after_revert() -> None:
     fused = quantization.fuse_modules(model, [["0", "1", "2"]])
     assert type(fused[0]).__name__ == "ConvReLU2d"
     torch.testing.assert_close(fused(input), expected)
+    if "x86" in torch.backends.quantized.supported_engines:
+        quantize_fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
+        prepared = quantize_fx.prepare_fx(model, quantization.get_default_qconfig_mapping("x86"), (input,))
+        prepared(input)
+        quantised = quantize_fx.convert_fx(prepared)
+        assert isinstance(getattr(quantised, "0"), torch.ao.nn.intrinsic.quantized.ConvReLU2d)
+        assert (quantised(input) - expected).abs().max() < 0.1 * expected.abs().max()
 
 
 def test_is_exported() -> None:
