@@ -136,7 +136,7 @@ def main() -> None:
         "DWCONV_TORCH_VERSION": f'"{torch.__version__}"',
         "DWCONV_CUDA_ARCHITECTURES": '""',
     }
-    sources = [f"csrc/{name}.cpp" for name in ("library", "cpu", "conv2d", "plan", "python")]
+    sources = [f"csrc/{name}.cpp" for name in ("library", "cpu", "conv2d", "plan", "python", "short_way")]
     # Of torch only the C shim (libtorch_cpu; libtorch brings libtorch_cuda where there is one), and CUDA's runtime
     # inside: the binary then loads under any build of torch, with any version of CUDA or none.
     libraries = ["torch", "torch_cpu"]

@@ -20,15 +20,13 @@ struct Geometry {
 };
 
 // A geometry of small numbers in one, since each argument of an operator costs the host some 0.3 us: 9 bits for each of
-// stride, padding and dilation, vertical and horizontal; then whether a gradient of the bias is wanted. autograd.py
-// packs it.
+// stride, padding and dilation, vertical and horizontal. short_way.cpp packs it.
 class PackedGeometry {
  public:
-  explicit PackedGeometry(int64_t packed) : wants_bias((packed >> 54 & 1) != 0) {
+  explicit PackedGeometry(int64_t packed) {
     for (int i = 0; i < 6; ++i) number_[i] = packed >> 9 * i & 511;
   }
   Geometry unpack() const { return {{&number_[0], 2}, {&number_[2], 2}, {&number_[4], 2}}; }
-  const bool wants_bias;
 
  private:
   std::array<int64_t, 6> number_;

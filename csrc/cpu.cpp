@@ -104,16 +104,27 @@ std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad_output, const Tensor& 
   return {contiguous(std::get<1>(gradients), false), grad_bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward_packed(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                                                   int64_t geometry) {
-  const PackedGeometry packed(geometry);
-  const Problem problem = check_grad_input(grad_output, weight, input.sizes(), packed.unpack());
-  check_grad_weight(grad_output, input, {weight.sizes().data() + 2, 2}, packed.unpack());
+std::tuple<Tensor, Tensor, Tensor> run_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                                const Geometry& geometry, bool bias) {
+  const Problem problem = check_grad_input(grad_output, weight, input.sizes(), geometry);
+  check_grad_weight(grad_output, input, {weight.sizes().data() + 2, 2}, geometry);
   const bool channels_last = output_is_channels_last(input, weight), fails = fails_in_channels_last(problem);
   const auto gradients = backward(grad_output, fails ? in_nchw(input) : input, fails ? in_nchw(weight) : weight,
-                                  problem, packed.unpack(), {true, true, packed.wants_bias});
+                                  problem, geometry, {true, true, bias});
   return {contiguous(std::get<0>(gradients), channels_last), contiguous(std::get<1>(gradients), false),
-          packed.wants_bias ? std::get<2>(gradients) : empty({0}, false, input)};
+          std::get<2>(gradients)};
+}
+
+std::tuple<Tensor, Tensor> backward_packed(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                           int64_t geometry) {
+  const auto [grad_input, grad_weight, _] =
+      run_backward(grad_output, input, weight, PackedGeometry(geometry).unpack(), false);
+  return {grad_input, grad_weight};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_packed_bias(const Tensor& grad_output, const Tensor& input,
+                                                        const Tensor& weight, int64_t geometry) {
+  return run_backward(grad_output, input, weight, PackedGeometry(geometry).unpack(), true);
 }
 
 }  // namespace
@@ -124,6 +135,7 @@ STABLE_TORCH_LIBRARY_IMPL(dwconv, CPU, m) {
   m.impl("grad_weight", TORCH_BOX(&grad_weight));
   m.impl("forward.packed", TORCH_BOX(&forward_packed));
   m.impl("backward.packed", TORCH_BOX(&backward_packed));
+  m.impl("backward.packed_bias", TORCH_BOX(&backward_packed_bias));
 }
 
 }  // namespace dwconv

@@ -93,15 +93,28 @@ Tensor run_grad_input(const Tensor& grad_output, const Tensor& weight, IntsRef i
   return grad_input;
 }
 
-std::tuple<Tensor, Tensor> run_grad_weight(const Tensor& grad_output, const Tensor& input, IntsRef kernel_size,
-                                           const Geometry& geometry, bool bias, const std::string& plan = {}) {
+// The gradient of the bias is there only if it is wanted.
+std::tuple<Tensor, std::optional<Tensor>> run_grad_weight(const Tensor& grad_output, const Tensor& input,
+                                                          IntsRef kernel_size, const Geometry& geometry, bool bias,
+                                                          const std::string& plan = {}) {
   Problem problem = check_grad_weight(grad_output, input, kernel_size, geometry);
   Tensor grad_weight = empty({problem.filters(), 1, problem.kernel_h, problem.kernel_w}, false, input);
-  Tensor grad_bias = empty({bias ? problem.filters() : 0}, false, input);
+  std::optional<Tensor> grad_bias;
+  if (bias) grad_bias = empty({problem.filters()}, false, input);
   problem.weight = view_of(grad_weight);
-  if (bias) problem.bias = grad_bias.data_ptr();
+  if (bias) problem.bias = grad_bias->data_ptr();
   run(problem, input, plan);
   return {grad_weight, grad_bias};
+}
+
+std::tuple<Tensor, Tensor, std::optional<Tensor>> run_backward(const Tensor& grad_output, const Tensor& input,
+                                                               const Tensor& weight, const Geometry& geometry,
+                                                               bool bias) {
+  const Tensor grad_input =
+      run_grad_input(grad_output, weight, input.sizes(), geometry, output_is_channels_last(input, weight));
+  const auto [grad_weight, grad_bias] =
+      run_grad_weight(grad_output, input, {weight.sizes().data() + 2, 2}, geometry, bias);
+  return {grad_input, grad_weight, grad_bias};
 }
 
 Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
@@ -128,25 +141,31 @@ Tensor grad_input_plan(const Tensor& grad_output, const Tensor& weight, const In
   return run_grad_input(grad_output, weight, input_size, {stride, padding, dilation}, channels_last, plan);
 }
 
-std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad_output, const Tensor& input, const Ints& kernel_size,
-                                       const Ints& stride, const Ints& padding, const Ints& dilation, bool bias) {
-  return run_grad_weight(grad_output, input, kernel_size, {stride, padding, dilation}, bias);
-}
-
 std::tuple<Tensor, Tensor> grad_weight_plan(const Tensor& grad_output, const Tensor& input, const Ints& kernel_size,
                                             const Ints& stride, const Ints& padding, const Ints& dilation, bool bias,
                                             const std::string& plan) {
-  return run_grad_weight(grad_output, input, kernel_size, {stride, padding, dilation}, bias, plan);
+  const auto [grad_weight, grad_bias] =
+      run_grad_weight(grad_output, input, kernel_size, {stride, padding, dilation}, bias, plan);
+  return {grad_weight, grad_bias ? *grad_bias : empty({0}, false, input)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward_packed(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                                                   int64_t geometry) {
-  const PackedGeometry packed(geometry);
-  const Tensor grad_input =
-      run_grad_input(grad_output, weight, input.sizes(), packed.unpack(), output_is_channels_last(input, weight));
-  const auto [grad_weight, grad_bias] =
-      run_grad_weight(grad_output, input, {weight.sizes().data() + 2, 2}, packed.unpack(), packed.wants_bias);
-  return {grad_input, grad_weight, grad_bias};
+std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad_output, const Tensor& input, const Ints& kernel_size,
+                                       const Ints& stride, const Ints& padding, const Ints& dilation, bool bias) {
+  return grad_weight_plan(grad_output, input, kernel_size, stride, padding, dilation, bias, {});
+}
+
+std::tuple<Tensor, Tensor> backward_packed(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                           int64_t geometry) {
+  const auto [grad_input, grad_weight, _] =
+      run_backward(grad_output, input, weight, PackedGeometry(geometry).unpack(), false);
+  return {grad_input, grad_weight};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_packed_bias(const Tensor& grad_output, const Tensor& input,
+                                                        const Tensor& weight, int64_t geometry) {
+  const auto [grad_input, grad_weight, grad_bias] =
+      run_backward(grad_output, input, weight, PackedGeometry(geometry).unpack(), true);
+  return {grad_input, grad_weight, *grad_bias};
 }
 
 }  // namespace
@@ -157,6 +176,7 @@ STABLE_TORCH_LIBRARY_IMPL(dwconv, CUDA, m) {
   m.impl("grad_weight", TORCH_BOX(&grad_weight));
   m.impl("forward.packed", TORCH_BOX(&forward_packed));
   m.impl("backward.packed", TORCH_BOX(&backward_packed));
+  m.impl("backward.packed_bias", TORCH_BOX(&backward_packed_bias));
   m.impl("forward.plan", TORCH_BOX(&forward_plan));
   m.impl("grad_input.plan", TORCH_BOX(&grad_input_plan));
   m.impl("grad_weight.plan", TORCH_BOX(&grad_weight_plan));

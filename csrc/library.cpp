@@ -1,10 +1,10 @@
 // The operators' schemas. Their implementations: cpu.cpp, cuda.cpp, and dwconv/_ops.py (fake tensors, autograd).
 #include <torch/csrc/stable/library.h>
 
-// grad_weight returns the bias's gradient with the weight's, empty unless `bias`. The `packed` overloads
-// are those of eager calls with nothing unusual about them (autograd.py): one argument for the geometry, and one call
-// for all gradients. The `plan` overloads take a plan by
-// name instead of the one the table chooses; they exist for tests, on CUDA only.
+// grad_weight returns the bias's gradient with the weight's, empty unless `bias`. The `packed` overloads are those of
+// eager calls with nothing unusual about them (autograd.py): one argument for the geometry, and one call for all
+// gradients. The `plan` overloads take a plan by name instead of the one the table chooses; they exist for tests, on
+// CUDA only.
 STABLE_TORCH_LIBRARY(dwconv, m) {
   m.def("forward(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
   m.def(
@@ -15,7 +15,10 @@ STABLE_TORCH_LIBRARY(dwconv, m) {
       "int[2] dilation, bool bias) -> (Tensor, Tensor)");
 
   m.def("forward.packed(Tensor input, Tensor weight, Tensor? bias, int geometry) -> Tensor");
-  m.def("backward.packed(Tensor grad_output, Tensor input, Tensor weight, int geometry) -> (Tensor, Tensor, Tensor)");
+  m.def("backward.packed(Tensor grad_output, Tensor input, Tensor weight, int geometry) -> (Tensor, Tensor)");
+  m.def(
+      "backward.packed_bias(Tensor grad_output, Tensor input, Tensor weight, int geometry) -> "
+      "(Tensor, Tensor, Tensor)");
 
   m.def(
       "forward.plan(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, "

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "plan.h"
+#include "short_way.h"
 
 namespace py = pybind11;
 
@@ -78,6 +79,7 @@ Problem make_problem(const std::string& pass, const std::string& dtype, const Qu
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  if (!dwconv::add_short_way(m.ptr())) throw py::error_already_set();
   m.def("build_info", &build_info, "What this binary was built with and for.");
   m.def(
       "plans",

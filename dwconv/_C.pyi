@@ -1,5 +1,8 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
+
+from torch import Tensor, dtype
 
 def build_info() -> dict[str, Any]:
     """What this binary was built with and for: version, cuda (None without), cuda_architectures, torch."""
@@ -19,3 +22,20 @@ def plans(
 ) -> list[tuple[str, str]]:
     """Name and reason of every plan that can serve a problem on a GPU of that compute capability (90 is 9.0, the
     default) with that much shared memory a block (bytes); the first one does."""
+
+def prepare_short_way(
+    tensor_types: tuple[type[Tensor], ...],
+    dtypes: tuple[dtype, ...],
+    occasions: tuple[Callable[[], object], ...],
+    forward_ad: ModuleType,
+    is_grad_enabled: Callable[[], bool],
+    without_grad: Callable[..., Tensor],
+    with_grad: Callable[..., Tensor],
+    /,
+) -> None:
+    """What short_way asks, and whom it calls with (input, weight, bias, packed geometry)."""
+
+def short_way(
+    input: object, weight: object, bias: object, stride: object, padding: object, dilation: object, /
+) -> Tensor | None:
+    """conv2d of plain tensors and numbers; None where something about the call is unusual."""

@@ -16,12 +16,14 @@ from torch import Tensor
 from . import _C
 
 BUILD: dict[str, Any] = _C.build_info()
+prepare_short_way, short_way = _C.prepare_short_way, _C.short_way
 
 forward = torch.ops.dwconv.forward.default
 grad_input = torch.ops.dwconv.grad_input.default
 grad_weight = torch.ops.dwconv.grad_weight.default
 forward_packed = torch.ops.dwconv.forward.packed
 backward_packed = torch.ops.dwconv.backward.packed
+backward_packed_bias = torch.ops.dwconv.backward.packed_bias
 
 
 DTYPES = torch.float32, torch.float64, torch.float16, torch.bfloat16

@@ -15,8 +15,7 @@ Each is linear in either of its tensors, so that its tangent is the sum of itsel
 one's tangent.
 
 All of it is registered with the dispatcher, which finds its way through torch.func, torch.compile and the like; an
-operator called by its name is differentiable too. ``forward`` of this module takes a shorter way where nothing of the
-kind is going on.
+operator called by its name is differentiable too. ``short_way`` is for where nothing of the kind is going on.
 """
 
 from __future__ import annotations
@@ -237,28 +236,15 @@ class DepthwiseConv2dGradWeight(_Function):
 #
 # An eager call on plain tensors goes to operators of fewer arguments: each costs the host some 0.3 us.
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
-_LARGEST = 511  # csrc/conv2d.h: PackedGeometry
-_BIAS = 1 << 54
+_NUMBER = 511  # csrc/conv2d.h: PackedGeometry
 
 _forward_packed = _ops.forward_packed._op
-_backward_packed = _ops.backward_packed._op
+_backward_packed, _backward_packed_bias = _ops.backward_packed._op, _ops.backward_packed_bias._op
 _count_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
-@functools.lru_cache(maxsize=4096)
-def _pack(stride: Pair, padding: Pair, dilation: Pair) -> int:
-    """The geometry in one number, or -1 where it does not fit or is none."""
-    packed = 0
-    for shift, number in enumerate((*stride, *padding, *dilation)):
-        if not 0 <= number <= _LARGEST:
-            return -1
-        packed |= number << 9 * shift
-    return packed
-
-
 def _unpack(packed: int) -> Geometry:
-    numbers = [packed >> 9 * shift & _LARGEST for shift in range(6)]
+    numbers = [packed >> 9 * shift & _NUMBER for shift in range(6)]
     return numbers[:2], numbers[2:4], numbers[4:]
 
 
@@ -266,10 +252,13 @@ def _unpacked_forward(input: Tensor, weight: Tensor, bias: Tensor | None, packed
     return _ops.forward(input, weight, bias, *_unpack(packed))
 
 
-def _unpacked_backward(grad_output: Tensor, input: Tensor, weight: Tensor, packed: int) -> tuple[Tensor, ...]:
+def _unpacked_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, packed: int, bias: bool = False
+) -> tuple[Tensor, ...]:
     geometry, channels_last = _unpack(packed), _ops.output_is_channels_last(input, weight)
     d_input = _call(_ops.grad_input, grad_output, weight, input.shape, *geometry, channels_last)
-    return d_input, *_call(_ops.grad_weight, grad_output, input, weight.shape[2:], *geometry, bool(packed & _BIAS))
+    d_weight, d_bias = _call(_ops.grad_weight, grad_output, input, weight.shape[2:], *geometry, bias)
+    return (d_input, d_weight, d_bias) if bias else (d_input, d_weight)
 
 
 class DepthwiseConv2dPackedFunction(_Function):
@@ -285,12 +274,28 @@ class DepthwiseConv2dPackedFunction(_Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         needs_bias = ctx.needs_input_grad[2]
-        packed = ctx.packed | _BIAS if needs_bias else ctx.packed
         if _is_grad_enabled() or _is_transformed() or _count_dispatch_modes() or type(grad_output) is not Tensor:
-            d_input, d_weight, d_bias = _unpacked_backward(grad_output, input, weight, packed)
+            gradients = _unpacked_backward(grad_output, input, weight, ctx.packed, needs_bias)
+        elif needs_bias:
+            gradients = _backward_packed_bias(grad_output, input, weight, ctx.packed)
         else:
-            d_input, d_weight, d_bias = _backward_packed(grad_output, input, weight, packed)
-        return d_input, d_weight, d_bias if needs_bias else None, None
+            gradients = _backward_packed(grad_output, input, weight, ctx.packed)
+        return (*gradients, None) if needs_bias else (*gradients, None, None)
+
+
+# short_way(input, weight, bias, stride, padding, dilation) is the output, or None where something is unusual: a tensor,
+# a number (none of 0 to 511), a dtype, a rank, or the occasion; also where of input and weight one alone needs a
+# gradient.
+_ops.prepare_short_way(
+    (Tensor, torch.nn.Parameter),
+    _ops.DTYPES,
+    (_in_torch_func, _count_dispatch_modes),
+    forward_ad,
+    _is_grad_enabled,
+    _forward_packed,
+    DepthwiseConv2dPackedFunction.apply,
+)
+short_way = _ops.short_way
 
 
 def forward(
@@ -302,23 +307,8 @@ def forward(
     dilation: tuple[int, ...],
 ) -> Tensor:
     """(N, C, H, W) * (C·m, 1, kH, kW) -> (N, C·m, H_out, W_out)."""
-    if (
-        not _is_compiling()
-        and type(input) in _PLAIN
-        and type(weight) in _PLAIN
-        and (bias is None or type(bias) in _PLAIN)
-        and not _in_torch_func()
-        and forward_ad._current_level < 0
-        and not _count_dispatch_modes()
-    ):
-        packed = _pack(stride, padding, dilation)
-        if packed >= 0:
-            needs_input, needs_weight = input.requires_grad, weight.requires_grad
-            if not _is_grad_enabled() or not (needs_input or needs_weight or (bias is not None and bias.requires_grad)):
-                return _forward_packed(input, weight, bias, packed)
-            if needs_input and needs_weight:
-                return DepthwiseConv2dPackedFunction.apply(input, weight, bias, packed)
-    return _ops.forward(input, weight, bias, stride, padding, dilation)
+    output = None if _is_compiling() else short_way(input, weight, bias, stride, padding, dilation)
+    return _ops.forward(input, weight, bias, stride, padding, dilation) if output is None else output
 
 
 # ---------------------------------------------------------------------------- with the dispatcher
@@ -346,7 +336,11 @@ _registrations = torch.library.Library("dwconv", "IMPL")
 _registrations.impl("forward", _apply(DepthwiseConv2dFunction), "Autograd")
 _registrations.impl("grad_input", _apply(DepthwiseConv2dGradInput), "Autograd")
 _registrations.impl("grad_weight", _apply(DepthwiseConv2dGradWeight), "Autograd")
-for _op, _unpacked in ((_ops.forward_packed, _unpacked_forward), (_ops.backward_packed, _unpacked_backward)):
+for _op, _unpacked in (
+    (_ops.forward_packed, _unpacked_forward),
+    (_ops.backward_packed, _unpacked_backward),
+    (_ops.backward_packed_bias, functools.partial(_unpacked_backward, bias=True)),
+):
     _registrations.impl(_op, torch.library.fallthrough_kernel, "Autograd")
     _registrations.impl(_op, _unpacked, "CompositeExplicitAutograd")  # neither on the CPU nor on CUDA
 

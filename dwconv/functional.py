@@ -63,7 +63,7 @@ def same_padding(kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[t
     return begin, (total[0] - begin[0], total[1] - begin[1])
 
 
-_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_is_any_autocast_enabled, _is_compiling = torch._C._is_any_autocast_enabled, torch.compiler.is_dynamo_compiling
 
 
 def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -126,6 +126,11 @@ def conv2d(
 
     Under autocast the tensors are cast as F.conv2d casts them.
     """
+    if not _is_compiling() and not _is_any_autocast_enabled():
+        output = autograd.short_way(input, weight, bias, stride, padding, dilation)
+        if output is not None:
+            return output
+
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
         tensors = input, weight, bias
         if has_torch_function(tensors):  # what stands for a tensor, such as a proxy of torch.fx
