@@ -249,7 +249,9 @@ bool have_channels(const Problem& p) {
 }
 
 bool can_march(const Problem& p) {
-  return p.dtype != DType::kFloat64 && is_small_kernel(p) && p.padding_h <= (p.kernel_h - 1) * p.dilation_h &&
+  const bool is_compiled =
+      is_small_kernel(p) || (p.pass != Pass::kGradWeight && p.dtype == DType::kFloat32 && March9x9::is_of(p));
+  return p.dtype != DType::kFloat64 && is_compiled && p.padding_h <= (p.kernel_h - 1) * p.dilation_h &&
          p.padding_w <= (p.kernel_w - 1) * p.dilation_w && have_channels(p);
 }
 
@@ -277,7 +279,7 @@ bool claims_march_channels_last(const Problem& p) {
   if (p.pass == Pass::kForward) return p.multiplier <= 8;
   // Sums over two filters are compiled for squares only.
   const bool square = p.kernel_h == p.kernel_w && p.kernel_h > 1 && p.dilation_h == 1;
-  return p.multiplier == 1 || (p.multiplier == 2 && square);
+  return p.multiplier == 1 || (p.multiplier == 2 && square && is_small_kernel(p));
 }
 
 bool claims_march_grad_weight_channels_last(const Problem& p) {

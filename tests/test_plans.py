@@ -392,6 +392,31 @@ def test_what_can_march(name: str) -> None:
         assert not marches(far), str(far)
 
 
+def test_nine_by_nine() -> None:
+    """In float32 and channels_last its output and its input's gradient march, whatever serves the rest."""
+    case = Case(64, 192, (28, 28), (9, 9), padding=(4, 4))
+    for name, dtype, memory_format in product(PASSES, FAST, FORMATS):
+        plans = plan_of(name, case, dtype, memory_format)
+        marches = name != "grad_weight" and dtype == torch.float32 and memory_format == torch.channels_last
+        assert (plans == "march_channels_last") == marches
+    assert plan_of("grad_input", case._replace(multiplier=2), memory_format=torch.channels_last) == "generic"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(9, 9), (7, 30), (31, 8), (28, 28)], ids=str)
+@pytest.mark.parametrize("padding", [(4, 4), (0, 1), (8, 8)], ids=str)
+def test_nine_by_nine_is_exact(size: tuple[int, int], padding: tuple[int, int]) -> None:
+    for channels, multiplier in ((5, 1), (64, 1), (3, 2)):
+        case = Case(3, channels, size, (9, 9), padding=padding, multiplier=multiplier)
+        if size[0] + 2 * padding[0] < 9 or size[1] + 2 * padding[1] < 9:
+            continue
+        tensors = make_inputs(case, torch.float32, "cuda", torch.channels_last, make=integers)
+        grad_output = integers(*output_size(case)).cuda().contiguous(memory_format=torch.channels_last)
+        exact = run_float64(tensors, grad_output, **case.geometry)._asdict()
+        for field, plan, result in results_of_plans(case, tensors, grad_output, channels_last=True):
+            assert not wrong_numbers(result, exact[field].round()), (field, plan)
+
+
 def test_multipliers() -> None:
     case = Case(16, 64, (56, 56), (3, 3), padding=(1, 1), multiplier=3)
     assert [plan_of(name, case) for name in PASSES] == [*STREAM.values()]

@@ -623,10 +623,14 @@ March march_of(const Problem& p) {
   return a;
 }
 
+template <typename T>
+using Kernels = std::conditional_t<std::is_same_v<T, float>,
+                                   decltype(std::tuple_cat(SmallKernels{}, std::tuple<March9x9>{})), SmallKernels>;
+
 template <typename T, class Kernel, bool kSpread>
 void launch_kernel(const March& a, cudaStream_t stream) {
-  constexpr bool kSums =
-      Kernel::kSquare && Kernel::kKernelH > 1 && Kernel::kDilation == 1 && kSpread == (Kernel::kStride > 1);
+  constexpr bool kSums = Kernel::kSquare && Kernel::kKernelH > 1 && Kernel::kKernelH <= 7 && Kernel::kDilation == 1 &&
+                         kSpread == (Kernel::kStride > 1);
   if constexpr (kSums)
     if (a.fan_in > 1) return launch<T, Tile<Kernel, kSpread, 1, 2>>(a, stream);
   if constexpr (Kernel::kKernelH <= 3)
@@ -642,7 +646,7 @@ void launch_march_channels_last(const Problem& p, cudaStream_t stream) {
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) <= 4)
-      visit_small_kernel(p, [&](auto kernel) {
+      visit_small_kernel<Kernels<T>>(p, [&](auto kernel) {
         using Kernel = decltype(kernel);
         if constexpr (Kernel::kStride > 1)
           if (spread) return launch_kernel<T, Kernel, true>(a, stream);

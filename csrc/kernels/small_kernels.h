@@ -24,11 +24,14 @@ using SmallKernels =
                SmallKernel<5, 5, 1, 1>, SmallKernel<5, 5, 2, 1>, SmallKernel<7, 7, 1, 1>, SmallKernel<7, 7, 2, 1>,
                SmallKernel<1, 11, 1, 1>, SmallKernel<11, 1, 1, 1>>;
 
-// Calls visit(SmallKernel) with the one that the problem has. Returns whether there is one.
-template <typename Visitor>
+// One more in float32 and channels_last, for the output and the gradient of the input.
+using March9x9 = SmallKernel<9, 9, 1, 1>;
+
+// Calls visit(SmallKernel) with the one of `Kernels` that the problem has. Returns whether there is one.
+template <typename Kernels = SmallKernels, typename Visitor>
 bool visit_small_kernel(const Problem& p, Visitor&& visit) {
   const auto visit_if = [&](auto kernel) { return kernel.is_of(p) && (visit(kernel), true); };
-  return std::apply([&](auto... kernel) { return (visit_if(kernel) || ...); }, SmallKernels{});
+  return std::apply([&](auto... kernel) { return (visit_if(kernel) || ...); }, Kernels{});
 }
 
 inline bool is_small_kernel(const Problem& p) {
