@@ -1022,6 +1022,27 @@ def test_toeplitz_channels_last_is_exact(kernel: tuple, dtype: torch.dtype) -> N
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("side", [5, 7])
+@pytest.mark.parametrize(
+    ("batch", "size"),
+    [(128, (7, 7)), (131, (7, 7)), (41, (14, 14)), (18, (28, 28)), (7, (20, 60)), (3, (9, 140))],
+    ids=str,
+)
+def test_toeplitz_channels_last_shares_many_images(batch: int, size: tuple, side: int, dtype: torch.dtype) -> None:
+    """Blocks that go from image to image, in whole groups of them and cut anywhere, the last group lacking some."""
+    case = Case(batch, 1032, size, (side, side), padding=(side // 2, side // 2))
+    input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
+    grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=torch.channels_last)
+    exact = run_float64((input, weight, bias), grad_output, **case.geometry)
+    ops, arguments = torch.ops.dwconv, arguments_of(case)
+    output = ops.forward.plan(input, weight, bias, *arguments, BAND)
+    grad_input = ops.grad_input.plan(grad_output, weight, input.shape, *arguments, True, BAND)
+    assert wrong_numbers(output, exact.output.round()) == 0
+    assert wrong_numbers(grad_input, exact.grad_input.round()) == 0
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("tile", [((3, 3), 1, 1), ((5, 5), 2, 1), ((5, 5), 1, 1)], ids=str)
 def test_the_same_sizes_in_other_layouts(tile: tuple, dtype: torch.dtype) -> None:

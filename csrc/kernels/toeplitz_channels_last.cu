@@ -10,6 +10,10 @@
 // added to all the output rows that it reaches, whose sums are in registers; the oldest of them is then complete.
 // Outputs go through shared memory, from where they are stored as they lie side by side.
 //
+// A row is a step. A warp arrives at the step's barrier as soon as it has read its pixels, and the outputs of two steps
+// before, from shared memory; what it writes later it writes for the next step. It waits for the others when it begins
+// that one, so that some load and store while others multiply.
+//
 // Banks: what a warp reads at once are 8 bytes of pixels 2 apart, of 8 tiles. Pixels at an odd multiple of 16 bytes,
 // and 16 bytes more after every tile, also from one image to the next, spread them as evenly as copies of 16 bytes
 // allow.
@@ -32,8 +36,10 @@ constexpr int kTiles = 8;     // of a warp
 constexpr int kReach = 8;     // columns of the source that a tile reads beyond its own number
 constexpr int kChannels = 4;  // of a warp
 constexpr int kDepth = 8;     // rows of the ring: one to work on, the others on their way
+constexpr int kStages = 3;    // rows of outputs: one that is written, one that is waited for, one that is stored
 constexpr int kMaxQuads = 8;  // warps of a block, as the registers of the sums allow
 constexpr int kMiddle = 8;    // zeros before the weights of a band matrix
+constexpr int kBarrier = 0, kRing = kUnit;  // where they are in shared memory
 // Bytes to the same weight in a copy that is a column further on: with both, any two neighbours are one word.
 constexpr int kCopy = 46;
 constexpr int kPitch = 2 * kChannels * kMaxQuads + kUnit;  // bytes from pixel to pixel in shared memory
@@ -80,7 +86,8 @@ struct Toeplitz {
   int slab;                               // channels of a block
   int slot_bytes, stage_bytes, stage_at;  // rows of the ring, and of outputs behind it
   int rows, spans;                        // rows of all groups of images; spans of columns
-  int workers;                            // blocks that share the rows of a slab
+  int whole_rows;                         // those of groups that lack no image
+  int workers, grain;                     // blocks that share the rows of a slab, and how many rows they share at least
   bool clear;                             // whether there is something outside the images, which is never loaded
   Divider by_slabs, by_height, by_kernel_w, by_taps;
 };
@@ -94,43 +101,89 @@ __host__ __device__ constexpr int place_of(int column) {
 template <class Shape>
 class Share {
  public:
-  // `slab`: the block's first channel; `first_column`: of the image, may lie outside.
-  __device__ Share(const Toeplitz& a, const Rows& r, int slab, int first_column) {
-    uint32_t rest = threadIdx.x;
+  static constexpr int kCopies = 2;  // aligned ones of a row: always enough for outputs, and for most sources
+  using Units = uint4[kCopies];
+
+  // Goes to a row of a group of images. `slab`: the block's first channel; `first_column`: of the image, may lie
+  // outside. All that it takes is worked out again each time: there are no registers to keep it in.
+  __device__ void seek(const Toeplitz& a, const Rows& r, int slab, int first_column, int group, int row) {
+    uint32_t rest;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(rest));  // or else the compiler keeps what follows from it
     const int part = r.by_units.split(rest) * r.unit, before = max(-first_column, 0);
     begin_ = before + r.by_columns.split(rest);
-    stream_ = rest;
-    const bool any = stream_ < min(r.streams_at_once, a.streams) && slab * 2 + part < r.bytes;
+    const int stream = rest, image = group * a.streams + stream;
+    const bool any = stream < r.streams_at_once && slab * 2 + part < r.bytes;
     end_ = any ? min(r.columns, r.width - first_column) : 0;
-    place_ = stream_ * r.stream_bytes + part + (Shape::kAligned ? place_of(begin_) : 0);
-    offset_ = static_cast<int64_t>(first_column + begin_) * r.pixel_bytes + slab * 2 + part;
+    const int images = begin_ < end_ ? min(a.streams - stream, a.batch - image) : 0;
+    left_ = 0;
+#pragma unroll 1
+    for (int i = 0; i < images; i += r.streams_at_once) ++left_;
+    if (Shape::kAligned && left_ == 1)  // there are either more images or more columns
+#pragma unroll 1
+      for (int i = begin_ + r.columns_at_once; i < end_; i += r.columns_at_once) ++left_;
+    place_ = stream * r.stream_bytes + part + (Shape::kAligned ? place_of(begin_) : 0);
+    at_ = r.base + (image * r.image_bytes + row * r.row_bytes +
+                    static_cast<int64_t>(first_column + begin_) * r.pixel_bytes + slab * 2 + part);
   }
 
-  // Goes to a row of a group of images.
-  __device__ void seek(const Toeplitz& a, const Rows& r, int group, int row) {
-    const int image = group * a.streams + stream_, streams = max(min(a.streams - stream_, a.batch - image), 0);
-    left_ = begin_ < end_ ? (streams + r.streams_at_once - 1) / r.streams_at_once : 0;
-    if (Shape::kAligned) left_ *= (end_ - begin_ + r.columns_at_once - 1) / r.columns_at_once;
-    at_ = r.base + (image * r.image_bytes + row * r.row_bytes + offset_);
+  // Goes from a group of images to the next one, `rows` further down. Neither lacks an image.
+  __device__ void advance(const Toeplitz& a, const Rows& r, int rows) {
+    at_ += a.streams * r.image_bytes + rows * r.row_bytes;
   }
 
   // Begins to load the row to offset `to` in shared memory, and goes to the next one.
   __device__ void load(const Rows& r, int to) {
-    visit(r, to, [](char* at, int place, auto word) { copy_unit<sizeof(word)>(shared_address(place), at); });
+    if constexpr (Shape::kAligned) {
+      to += place_;
+#pragma unroll
+      for (int t = 0; t < kCopies; ++t)
+        copy_unit_if(t < left_, shared_address(to + t * r.place_step), at_ + t * r.step);
+#pragma unroll 1
+      for (int t = kCopies; t < left_; ++t) copy_unit<kUnit>(shared_address(to + t * r.place_step), at_ + t * r.step);
+      at_ += r.row_bytes;
+    } else {
+      visit(r, to, [](char* at, int place, auto word) { copy_unit<sizeof(word)>(shared_address(place), at); });
+    }
   }
 
-  // Stores the row from offset `from` in shared memory, and goes to the next one.
-  __device__ void store(const Rows& r, int from) {
-    visit(r, from, [](char* at, int place, auto word) {
-      *reinterpret_cast<decltype(word)*>(at) = shared<decltype(word)>(place);
-    });
+  // Takes the row from offset `from` in shared memory, to store it. What is not aligned is stored at once.
+  __device__ void take(const Rows& r, int from, Units& units) {
+    if constexpr (Shape::kAligned) {
+#pragma unroll
+      for (int t = 0; t < kCopies; ++t)
+        if (t < left_) units[t] = shared<uint4>(from + place_ + t * r.place_step);
+    } else {
+      visit(r, from, [](char* at, int place, auto word) {
+        *reinterpret_cast<decltype(word)*>(at) = shared<decltype(word)>(place);
+      });
+    }
+  }
+
+  // Stores what was taken, and goes to the next row.
+  __device__ void store(const Rows& r, const Units& units) {
+    if constexpr (Shape::kAligned) {
+#pragma unroll
+      for (int t = 0; t < kCopies; ++t)
+        if (t < left_) *reinterpret_cast<uint4*>(at_ + t * r.step) = units[t];
+      at_ += r.row_bytes;
+    }
   }
 
  private:
-  int stream_, begin_, end_, place_;
+  int begin_, end_, place_;
   int left_ = 0;  // aligned copies, or images to copy from
-  int64_t offset_;
   char* at_ = nullptr;
+
+  // Without a branch, and with a line of 128 bytes as the least to fetch: another slab's block has use for the rest.
+  static __device__ void copy_unit_if(bool copy, uint32_t to, const char* from) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile(
+        "{\n.reg .pred copy;\nsetp.ne.s32 copy, %2, 0;\n"
+        "@copy cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n}" ::"r"(to),
+        "l"(from), "r"(static_cast<int>(copy))
+        : "memory");
+#endif
+  }
 
   template <typename Visit>
   __device__ void visit(const Rows& r, int place, Visit&& visit) {
@@ -145,16 +198,11 @@ class Share {
           visit(pixel, place + place_of(column), word);
       }
     };
-    if constexpr (Shape::kAligned) {
-#pragma unroll 1
-      for (int left = left_; left > 0; --left, at += r.step, place += r.place_step) visit(at, place, uint4{});
-    } else {
-      switch (r.unit) {
-        case 16: visit_words(uint4{}); break;
-        case 8: visit_words(uint2{}); break;
-        case 4: visit_words(uint32_t{}); break;
-        default: visit_words(uint16_t{});
-      }
+    switch (r.unit) {
+      case 16: visit_words(uint4{}); break;
+      case 8: visit_words(uint2{}); break;
+      case 4: visit_words(uint32_t{}); break;
+      default: visit_words(uint16_t{});
     }
     at_ += r.row_bytes;
   }
@@ -184,18 +232,21 @@ template <class Shape>
 class Feed {
  public:
   __device__ Feed(const Toeplitz& a, int slab, int first_column, int begin, int end)
-      : share_(a, a.source, slab, first_column), begin_(begin), end_(end) {}
+      : slab_(slab), first_column_(first_column), begin_(begin), end_(end) {}
 
   // Begins to load the next row, if there is one.
   __device__ void load(const Toeplitz& a) {
     if (left_ == 0 && begin_ < end_) {
       const Run r = run_of<Shape>(a, begin_, end_);
+      if (row_ >= 0 && begin_ < a.whole_rows)
+        share_.advance(a, a.source, r.row - row_);
+      else
+        share_.seek(a, a.source, slab_, first_column_, r.group, r.row);
       begin_ += r.end - r.begin;
-      left_ = r.row_end - r.row;
-      share_.seek(a, a.source, r.group, r.row);
+      left_ = r.row_end - r.row, row_ = r.row_end;
     }
     if (left_ > 0) {
-      share_.load(a.source, slot_);
+      share_.load(a.source, kRing + slot_);
       --left_;
       slot_ += a.slot_bytes;
       if (slot_ == kDepth * a.slot_bytes) slot_ = 0;
@@ -205,8 +256,47 @@ class Feed {
 
  private:
   Share<Shape> share_;
+  int slab_, first_column_;
   int begin_, end_;          // output rows that no source row was loaded for
+  int row_ = -1;             // behind the run
   int left_ = 0, slot_ = 0;  // source rows of the run, and the next one's place in the ring
+};
+
+// Outputs of a block on their way from shared memory.
+template <class Shape>
+class Drain {
+ public:
+  using Units = typename Share<Shape>::Units;
+
+  __device__ Drain(const Toeplitz& a, int slab, int first_column, int begin, int end)
+      : slab_(slab), first_column_(first_column), begin_(begin), end_(end) {}
+
+  // Takes the next row from shared memory.
+  __device__ void take(const Toeplitz& a, Units& units) {
+    if (left_ == 0) {
+      const Run r = run_of<Shape>(a, begin_, end_);
+      if (row_ >= 0 && begin_ < a.whole_rows)
+        share_.advance(a, a.target, r.begin - row_);
+      else
+        share_.seek(a, a.target, slab_, first_column_, r.group, r.begin);
+      left_ = r.end - r.begin, row_ = r.end;
+      begin_ += left_;
+    }
+    --left_;
+    share_.take(a.target, a.stage_at + stage_, units);
+    stage_ += a.stage_bytes;
+    if (stage_ == kStages * a.stage_bytes) stage_ = 0;
+  }
+
+  // Stores it.
+  __device__ void store(const Toeplitz& a, const Units& units) { share_.store(a.target, units); }
+
+ private:
+  Share<Shape> share_;
+  int slab_, first_column_;
+  int begin_, end_;           // rows that are not yet begun with
+  int row_ = -1;              // behind the run
+  int left_ = 0, stage_ = 0;  // rows of the run, and where the next one is
 };
 
 // The weights of a slab on their way to shared memory.
@@ -261,20 +351,39 @@ __device__ __noinline__ void column_by_taps(const Toeplitz& a, int begin, int en
   }
 }
 
+// Fills those columns of the ring with zeros that lie outside the image.
+__device__ void clear_edges(const Toeplitz& a, int first_column) {
+  const Rows& r = a.source;
+  const int before = max(-first_column, 0), end = max(min(r.columns, r.width - first_column), before);
+  const int units = (before + r.columns - end) * static_cast<int>(r.by_units.divisor);
+  for (int row = threadIdx.x / 32; row < kDepth * a.streams; row += blockDim.x / 32)
+    for (int i = threadIdx.x % 32; i < units; i += 32) {
+      uint32_t column = i;
+      const int part = r.by_units.split(column) * kUnit;
+      const int at = static_cast<int>(column) < before ? column : column - before + end;
+      shared<uint4>(kRing + row * r.stream_bytes + place_of(at) + part) = {};
+    }
+}
+
 // Rows [begin, end) of all groups of images, from `slab` and `first_column` on.
 template <typename T, class Shape>
-__device__ void march(const Toeplitz& a, int slab, int first_column, int begin, int end) {
+__device__ void march(const Toeplitz& a, int slab, int first_column, int begin, int end, uint32_t& parity) {
   constexpr int kRows = Shape::kRows;
   constexpr bool kSplit = Shape::kSplit;
   const Weights<T, Shape> weights(a, slab);
-  if (a.clear)
-    for (int i = threadIdx.x * kUnit; i < a.stage_at; i += blockDim.x * kUnit) shared<uint4>(i) = {};
-  for (int i = threadIdx.x * kUnit; i < a.slab * kRows * kBandRowBytes; i += blockDim.x * kUnit)
-    shared<uint4>(a.stage_at + i) = {};
-  __syncthreads();
+  // Zeros for all that is never loaded: if that is but the columns beside the images, the first loads go before.
+  const bool edges = Shape::kAligned && slab + a.slab <= a.channels && end <= a.whole_rows;
+  if (a.clear && !edges) {
+    for (int i = kRing + threadIdx.x * kUnit; i < a.stage_at; i += blockDim.x * kUnit) shared<uint4>(i) = {};
+    __syncthreads();
+  }
   Feed<Shape> feed(a, slab, first_column - a.padding_w, begin, end);
 #pragma unroll 1
   for (int i = 0; i < kDepth - 1; ++i) feed.load(a);
+  if (a.clear && edges) clear_edges(a, first_column - a.padding_w);
+  for (int i = threadIdx.x * kUnit; i < a.slab * kRows * kBandRowBytes; i += blockDim.x * kUnit)
+    shared<uint4>(a.stage_at + i) = {};
+  __syncthreads();
   weights.write();
   __syncthreads();
 
@@ -300,16 +409,19 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
   const bool live = number < a.tiles * a.streams, lower_live = kSplit ? number + kTiles < a.streams : live;
   const int stream = live ? number / a.tiles : 0, tile = live ? number % a.tiles : 0;
   const int column = place_of(tile * Shape::kColumns + pair) + quad * kChannels * 2;
-  const int from = stream * a.source.stream_bytes + column, to = a.stage_at + stream * a.target.stream_bytes + column;
+  const int from = kRing + stream * a.source.stream_bytes + column;
+  const int to = a.stage_at + stream * a.target.stream_bytes + column;
   const int from_lower = kSplit && lower_live ? from + kTiles * a.source.stream_bytes : from;
   const int to_lower = kSplit ? to + kTiles * a.target.stream_bytes : to + place_of(8);
 
-  Share<Shape> out(a, a.target, slab, first_column);
+  Drain<Shape> drain(a, slab, first_column, begin, end);
+  typename Share<Shape>::Units units;
   const auto none = narrow_pair(0.f, 0.f, T{});
   auto zero = none, also_zero = none;
   int slot = 0, stage = 0;  // of the next source row in the ring, and of the outputs to come
-  // Puts outputs where all threads can store them, between two barriers.
-  const auto put = [&](const float (&sum)[kChannels][4]) {
+  int written = 0;          // whether outputs were written in the last step (1), and in the one before (2)
+  // Writes outputs to where all threads can take them two steps later.
+  const auto write = [&](const float (&sum)[kChannels][4]) {
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
       const auto low = narrow_pair(sum[0][v] + bias[0], sum[1][v] + bias[1], T{});
@@ -321,18 +433,34 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
         shared<uint2>((v < 2 ? to : to_lower) + stage + place_of(v % 2)) = {reinterpret_cast<const uint32_t&>(low),
                                                                             reinterpret_cast<const uint32_t&>(high)};
     }
-    stage = a.stage_bytes - stage;
+    stage += a.stage_bytes;
+    if (stage == kStages * a.stage_bytes) stage = 0;
+    written |= 1;
   };
+  const auto begin_step = [&] {
+    wait(kBarrier, parity);
+    parity ^= 1;
+  };
+  // Returns whether there are outputs to store.
+  const auto take = [&] {
+    const bool stores = written & 2;
+    written = written << 1 & 2;
+    if (stores) drain.take(a, units);
+    return stores;
+  };
+  const auto arrive_step = [&] {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive(kBarrier);
+  };
+  wait_copies<kDepth - 2>();
+  arrive_step();
   for (int at = begin; at < end;) {
     const Run r = run_of<Shape>(a, at, end);
     at += r.end - r.begin;
-    out.seek(a, a.target, r.group, r.begin);
-    const auto store = [&] { out.store(a.target, a.stage_at + (a.stage_bytes - stage)); };
     float sum[kRows][kChannels][4] = {};        // of the output rows under way, the oldest first
     int y = r.row + a.padding_h - (kRows - 1);  // the oldest, which a source row completes
     for (int row = r.row; row < r.row_end; ++row, ++y) {
-      wait_copies<kDepth - 2>();
-      __syncthreads();
+      begin_step();
       uint2 x[2 * Shape::kPairs];
 #pragma unroll
       for (int j = 0; j < 2 * Shape::kPairs; ++j) {
@@ -343,35 +471,47 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
       }
       slot += a.slot_bytes;
       if (slot == kDepth * a.slot_bytes) slot = 0;
+      const bool stores = take();
+      wait_copies<kDepth - 3>();  // the next row
+      arrive_step();
       feed.load(a);
-      if (y > r.begin) store();
+      if (stores) drain.store(a, units);
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
-        uint32_t pairs[Shape::kPairs];
-#pragma unroll
-        for (int j = 0; j < Shape::kPairs; ++j)
-          pairs[j] = __byte_perm(c < 2 ? x[2 * j].x : x[2 * j].y, c < 2 ? x[2 * j + 1].x : x[2 * j + 1].y,
-                                 c % 2 == 0 ? 0x5410 : 0x7632);
+        const auto pair = [&](int j) {
+          return __byte_perm(c < 2 ? x[2 * j].x : x[2 * j].y, c < 2 ? x[2 * j + 1].x : x[2 * j + 1].y,
+                             c % 2 == 0 ? 0x5410 : 0x7632);
+        };
+        // The same by another instruction: of a copy, a move would be left before every multiplication.
+        const auto same_pair = [&](int j) {
+          return __byte_perm(c < 2 ? x[2 * j + 1].x : x[2 * j + 1].y, c < 2 ? x[2 * j].x : x[2 * j].y,
+                             c % 2 == 0 ? 0x1054 : 0x3276);
+        };
+        const uint32_t pairs[4] = {pair(0), kSplit ? pair(2) : same_pair(1), pair(1), pair(Shape::kPairs - 1)};
         const float nothing[4] = {};
 #pragma unroll
         for (int o = 0; o < kRows; ++o)
-          multiply(sum[o][c], o + 1 < kRows ? std::as_const(sum[o + 1][c]) : nothing,
-                   {pairs[0], pairs[kSplit ? 2 : 1], pairs[1], pairs[Shape::kPairs - 1]},
+          multiply(sum[o][c], o + 1 < kRows ? std::as_const(sum[o + 1][c]) : nothing, pairs,
                    {band[c][kRows - 1 - o][0], band[c][kRows - 1 - o][1]}, T{});
       }
-      if (y >= r.begin) put(sum[0]);
+      if (y >= r.begin) write(sum[0]);
     }
     // What no further row of the image reaches is complete as it is.
 #pragma unroll
     for (int o = 1; o < kRows; ++o, ++y) {
       if (y >= r.end) break;
-      __syncthreads();
-      if (y > r.begin) store();
-      if (y >= r.begin) put(sum[o]);
+      begin_step();
+      const bool stores = take();
+      arrive_step();
+      if (stores) drain.store(a, units);
+      if (y >= r.begin) write(sum[o]);
     }
-    __syncthreads();
-    store();
   }
+  begin_step();
+  if (take()) drain.store(a, units);
+  arrive_step();
+  begin_step();
+  if (take()) drain.store(a, units);
   __syncthreads();  // the next part's zeros, and the outputs that are read now, come behind
   if (!(__low2float(zero) == 0 && __high2float(zero) == 0 && __low2float(also_zero) == 0 &&
         __high2float(also_zero) == 0))  // NaN: an output is not finite
@@ -387,13 +527,15 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
 // Those of all slabs for the same rows are neighbours, and so use what they read of a pixel's sectors at the same time.
 template <typename T, class Shape>
 __global__ void __launch_bounds__(32 * kMaxQuads, 1) toeplitz_channels_last(const __grid_constant__ Toeplitz a) {
-  uint32_t worker = blockIdx.x;
+  uint32_t worker = blockIdx.x, parity = 0;
+  if (threadIdx.x == 0) init_barrier(kBarrier, blockDim.x / 32);
+  __syncthreads();
   const int slab = a.by_slabs.split(worker) * a.slab;
-  const int64_t all = int64_t{a.rows} * a.spans, last = all * (worker + 1) / a.workers;
-  for (int64_t first = all * worker / a.workers; first < last;) {
+  const int64_t all = int64_t{a.rows / a.grain} * a.spans, last = all * (worker + 1) / a.workers * a.grain;
+  for (int64_t first = all * worker / a.workers * a.grain; first < last;) {
     const int span = static_cast<int>(first / a.rows), begin = static_cast<int>(first - int64_t{span} * a.rows);
     const int end = static_cast<int>(min(int64_t{a.rows}, begin + last - first));
-    march<T, Shape>(a, slab, span * a.tiles * Shape::kColumns, begin, end);
+    march<T, Shape>(a, slab, span * a.tiles * Shape::kColumns, begin, end, parity);
     first += end - begin;
   }
 }
@@ -423,9 +565,10 @@ void cut_rows(Rows& r, const Toeplitz& a, int columns) {
   r.by_units = Divider(2 * a.slab / r.unit), r.by_columns = Divider(r.columns_at_once);
 }
 
-// Cuts a problem into slabs and spans. Returns the bytes of shared memory that a block needs.
+// Cuts a problem into slabs and spans, for blocks of at most `most_streams` images. Returns the bytes of shared memory
+// that a block needs.
 template <class Shape>
-int cut(Toeplitz& a, int64_t room) {
+int cut(Toeplitz& a, int64_t room, int most_streams) {
   // Slabs begin at a multiple of a sector of 32 bytes.
   const int64_t quads = ceil_div(a.channels, kChannels), slabs = ceil_div(quads, kMaxQuads);
   a.slab = static_cast<int>(slabs == 1 ? quads : round_up(ceil_div(quads, slabs), 4)) * kChannels;
@@ -433,25 +576,42 @@ int cut(Toeplitz& a, int64_t room) {
   const int64_t tiles = ceil_div(a.target.width, Shape::kColumns);
   for (int most = kTiles;; --most) {  // as many tiles as fit
     a.spans = static_cast<int>(ceil_div(tiles, most)), a.tiles = static_cast<int>(ceil_div(tiles, a.spans));
-    a.streams = std::min((Shape::kSplit ? 2 : 1) * most / a.tiles, a.batch);
+    a.streams = std::min({(Shape::kSplit ? 2 : 1) * most / a.tiles, a.batch, most_streams});
     if (Shape::kAligned && a.source.width > 4 * kUnit) a.streams = 1;  // see Rows
     cut_rows(a.source, a, a.tiles * Shape::kColumns + kReach);
     cut_rows(a.target, a, a.tiles * Shape::kColumns);
     a.slot_bytes = a.streams * a.source.stream_bytes, a.stage_bytes = a.streams * a.target.stream_bytes;
-    a.stage_at = kDepth * a.slot_bytes;
+    a.stage_at = kRing + kDepth * a.slot_bytes;
     a.rows = static_cast<int>(ceil_div(a.batch, a.streams) * a.target.height);
+    a.whole_rows = a.batch / a.streams * a.target.height;
     a.clear = a.batch % a.streams != 0 || a.channels % a.slab != 0 || a.padding_w > 0 ||
               a.source.width < tiles * Shape::kColumns + kReach;
-    const int bytes = a.stage_at + std::max(2 * a.stage_bytes, a.slab * Shape::kRows * kBandRowBytes);
+    const int bytes = a.stage_at + std::max(kStages * a.stage_bytes, a.slab * Shape::kRows * kBandRowBytes);
     if (bytes <= room || most == 1) return bytes;
   }
+}
+
+// The number of images for which whole groups of them make even shares, if these cost less than shares cut anywhere,
+// which load the rows around a cut twice; or else 0. The costs are estimates in steps of a block with all its images; a
+// quarter of a step does not depend on how many there are.
+int even_streams(const Toeplitz& a, int rows) {
+  const double part = static_cast<double>(a.rows) * a.spans / a.workers;
+  if (part < a.target.height) return 0;
+  const int groups = a.rows / a.target.height * a.spans, share = static_cast<int>(ceil_div(groups, a.workers));
+  const int streams = static_cast<int>(ceil_div(a.batch, std::max(a.workers * share / a.spans, 1)));
+  if (streams > a.streams || ceil_div(a.batch, streams) * a.spans > int64_t{a.workers} * share) return 0;
+  const double behind = (rows - 1) / 2.;  // rows that complete an image
+  const double whole = share * (a.target.height + behind) * (0.25 + 0.75 * streams / a.streams);
+  const double any = part * (1 + behind / a.target.height) + rows - 1;
+  return whole < any ? streams : 0;
 }
 
 template <typename T, class Shape>
 void launch(Toeplitz a, cudaStream_t stream) {
   const Device& device = current_device();
   const auto kernel = toeplitz_channels_last<T, Shape>;
-  const int bytes = cut<Shape>(a, device.shared_per_block), threads = a.slab / kChannels * 32;
+  int bytes = cut<Shape>(a, device.shared_per_block, a.batch);
+  const int threads = a.slab / kChannels * 32;
   static thread_local Decisions<3, int> decisions;  // blocks on a multiprocessor
   const int resident = decisions({device.id, threads, bytes}, [&] {
     int blocks = 0;
@@ -461,6 +621,12 @@ void launch(Toeplitz a, cudaStream_t stream) {
   });
   const int64_t slabs = a.by_slabs.divisor, slots = int64_t{resident} * device.multiprocessors;
   a.workers = static_cast<int>(std::min(std::max<int64_t>(slots / slabs, 1), int64_t{a.rows} * a.spans));
+  a.grain = 1;
+  if (const int streams = even_streams(a, Shape::kRows)) {
+    bytes = cut<Shape>(a, device.shared_per_block, streams);
+    a.grain = a.target.height;
+    a.workers = static_cast<int>(std::min<int64_t>(a.workers, int64_t{a.rows / a.grain} * a.spans));
+  }
   kernel<<<static_cast<unsigned>(slabs * a.workers), threads, bytes, stream>>>(a);
   check_launch("toeplitz_channels_last");
 }
