@@ -44,7 +44,8 @@ void run(Problem& problem, const Tensor& like, const std::string& plan) {
     case PlanId::kScale: return launch_scale(problem, stream);
     case PlanId::kDirect: return launch_direct(problem, stream);
     case PlanId::kDirectGradWeight: return launch_direct_grad_weight(problem, stream);
-    case PlanId::kToeplitzSmallPlanes: return launch_toeplitz_small_planes(problem, stream);
+    case PlanId::kToeplitzSmallPlanes: return launch_toeplitz_small_planes(problem, true, stream);
+    case PlanId::kToeplitzSmallPlanesPortable: return launch_toeplitz_small_planes(problem, false, stream);
     case PlanId::kToeplitzNchw: return launch_toeplitz_nchw(problem, true, stream);
     case PlanId::kToeplitzNchwPortable: return launch_toeplitz_nchw(problem, false, stream);
     case PlanId::kMarchNchw: return launch_march_nchw(problem, true, stream);

@@ -470,6 +470,8 @@ const std::vector<Plan>& plans() {
        "a kernel in float32 of a size that has no plan of its own: input and gradient in shared memory, sums in "
        "registers",
        claims_large_float32_grad_weight},
+      {PlanId::kToeplitzSmallPlanesPortable, "toeplitz_small_planes_portable",
+       "toeplitz_small_planes as GPUs before sm_90 run it", claims_toeplitz_small_planes},
       {PlanId::kToeplitzNchwPortable, "toeplitz_nchw_portable", "toeplitz_nchw as GPUs before sm_90 run it",
        claims_toeplitz_nchw},
       {PlanId::kBatchGradWeightNchwPortable, "batch_grad_weight_nchw_portable",

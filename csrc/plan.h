@@ -13,6 +13,7 @@ enum class PlanId : int {
   kDirect,
   kDirectGradWeight,
   kToeplitzSmallPlanes,
+  kToeplitzSmallPlanesPortable,
   kToeplitzNchw,
   kToeplitzNchwPortable,
   kMarchNchw,

@@ -3,9 +3,9 @@
 // A row of the kernel is a matrix B, B[u][v] = weight[u + padding - v * stride], with a row for every column of the
 // source and a column for every column of the target (B[u][v] = weight[v + padding - u * stride] for the gradient of
 // the input at a stride): multiplied from the left by the same row of pixels of 16 images, it gives a row of outputs of
-// as many, without any column of zeros beside the image. A block loads the planes of some channels of 16 images
-// (image_runs.cuh), a warp takes a channel at a time, whose matrices stay in registers, and outputs leave by way of
-// shared memory. Many blocks are under way on a multiprocessor, and hide each other's copies.
+// as many, without any column of zeros beside the image. A block works through parts of the problem, the planes of some
+// channels of 16 images (image_runs.cuh): one is computed while the next one arrives. One warp has a channel, or two
+// that take its tiles of rows in turn; the matrices stay in registers, and outputs leave by way of shared memory.
 //
 // The zeros of B spoil an output if they meet Inf or NaN, which then is NaN. So outputs that are finite are right, and
 // the others are computed again, tap by tap.
@@ -21,7 +21,7 @@ namespace dwconv {
 namespace {
 
 constexpr int kImages = 16;  // that are multiplied together
-constexpr int kMaxWarps = 4;
+constexpr int kMaxWarps = 8;
 constexpr int kEntries = 32;  // of a row of the kernel between zeros
 constexpr int kMiddle = 15;   // of them, where column 0 of the input meets column 0 of the output
 
@@ -33,9 +33,40 @@ struct Small {
   int kernel_h, kernel_w, padding_h, padding_w, dilation_h, dilation_w, stride;
   bool spread;  // the stride is that of the target
   int images, channels;
-  int block_channels, groups;
-  int weights_at;
+  int block_channels, groups, batches;  // channels of a part; how many parts these make, and the images 16 by 16
+  int share;                            // warps that share a channel
+  int stages, stage_bytes, weights_at;
+  bool bulk, bulk_stores;
+  Divider by_groups;
 };
+
+struct Part {
+  int image, images, channel, channels;
+};
+
+// Shared memory by addresses: with references it is looked up at every branch where shared memory begins.
+__device__ inline uint32_t read_word(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+__device__ inline uint32_t read_element(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+// Reads it even if it was read before: into another register.
+__device__ inline uint32_t read_word_again(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.volatile.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+__device__ inline void write_word(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+__device__ inline void write_element(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
 
 // Outputs of one image, by the taps that meet it.
 template <typename T>
@@ -88,188 +119,265 @@ struct Rows<kKernelH, -2> {
 // kKernelH: with what dilation puts between the rows. kStride: -2 where it is that of the target. kIn, kOut: columns of
 // the source and the target, in units of 8. kPairs: whether every row of both begins at a multiple of 4 bytes.
 template <typename T, int kKernelH, int kStride, int kIn, int kOut, bool kPairs>
-__global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 4 : 6)
+__global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
     toeplitz_small_planes(const __grid_constant__ Small a) {
   using Tile = Rows<kKernelH, kStride>;
   constexpr bool kSpread = kStride < 0;
   static_assert(kIn <= 2 && kOut <= 2 && (kStride == 1 ? kIn == kOut : kSpread ? kIn == 1 : kOut == 1));
-  constexpr int kDiagonals = kIn + kOut - 1;  // matrices of 8 x 8 of which B consists
-  const int first_channel = blockIdx.x % a.groups * a.block_channels, first_image = blockIdx.x / a.groups * kImages;
-  const int channels = min(a.block_channels, a.channels - first_channel);
-  const int images = min(kImages, a.images - first_image);
+  const Copier copier(a.bulk, false);
+  copier.init();
+  __syncthreads();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row_of_a = lane / 4, pair = lane % 4 * 2;
+  const int own = warp / a.share, first_tile = warp % a.share;  // the warp's channel of the part, and its tiles
   const int source_plane = 2 * a.height * a.width, target_plane = 2 * a.out_height * a.out_width;
-  const int64_t source_offset = int64_t{first_channel} * source_plane,
-                target_offset = int64_t{first_channel} * target_plane;
-  copy_runs<true>(a.source, 0, first_image, images, source_offset, channels * source_plane);
-  commit_copies();
+  // Memory likes to be read and written in one place at a time: blocks side by side take channels side by side.
+  const int first = blockIdx.x, step = gridDim.x, last = a.groups * a.batches;
+  const auto part_of = [&](int number) {
+    uint32_t batch = number;
+    const int group = static_cast<int>(a.by_groups.split(batch));
+    Part part;
+    part.image = static_cast<int>(batch) * kImages;
+    part.images = min(kImages, a.images - part.image);
+    part.channel = group * a.block_channels;
+    part.channels = min(a.block_channels, a.channels - part.channel);
+    return part;
+  };
+  const auto source_offset = [&](const Part& part) { return int64_t{part.channel} * source_plane; };
+  const auto target_offset = [&](const Part& part) { return int64_t{part.channel} * target_plane; };
+  const auto load = [&](int number, int stage) {
+    if (number < last) {
+      const Part part = part_of(number);
+      const int place = stage * a.stage_bytes, bytes = part.channels * source_plane;
+      if (!copier.bulk) {
+        copy_runs<true>(a.source, place, part.image, part.images, source_offset(part), bytes);
+      } else if (warp == 0) {
+        if (lane < part.images)
+          load_units(a.source, place, lane, part.image + lane, source_offset(part), bytes, Barriers::full(stage));
+        __syncwarp();
+        if (lane == 0) arrive(Barriers::full(stage));
+      }
+    }
+    if (!copier.bulk) commit_copies();
+  };
+  for (int stage = 0; stage < a.stages; ++stage) load(first + stage * step, stage);
 
-  uint32_t mask[kIn];  // of the columns inside the image
+  // What keeps the columns of a pair that are inside the image: a mask, or how two elements are put together.
+  uint32_t inside[kIn];
 #pragma unroll
   for (int k = 0; k < kIn; ++k) {
     const int left = a.width - pair - 8 * k;
-    mask[k] = left > 1 ? ~0u : left > 0 ? 0xffffu : 0;
+    inside[k] = kPairs ? (left > 1 ? ~0u : left > 0 ? 0xffffu : 0) : left > 1 ? 0x5410 : left > 0 ? 0x3210 : 0x3232;
   }
+  const uint32_t memory = shared_address(0);
   // The thread's pair in a row of weights.
   const int entry = kMiddle + (kSpread ? row_of_a - 2 * pair : pair - row_of_a * kStride);
   const int weights = a.weights_at + warp * (kKernelH * kEntries * 4);
   const int weights_from = weights + (!kSpread && entry % 2 ? 2 * kEntries + 2 * (entry - 1) : 2 * entry);
-  bool arrived = false;
-  for (int channel = warp; channel < channels || !arrived; channel += blockDim.x / 32) {
-    // The weights between zeros, and once more one entry earlier, so that any two neighbours are a word.
-    uint32_t band[kKernelH][kDiagonals];  // by columns of the input less columns of the output
-    float start = 0;
-    if (channel < channels) {
-      const T* taps = static_cast<const T*>(a.weight) + (first_channel + channel) * a.weight_filter;
+  // The parts of B, for each multiplication its own: it takes registers side by side.
+  uint32_t band[kKernelH][kOut][kIn];
+  float start = 0;
+  int prepared = -1, stage = 0;
+  uint32_t parity = 0;
+#pragma unroll 1
+  for (int number = first; number < last; number += step) {
+    const Part part = part_of(number);
+    if (part.channel != prepared && own < part.channels) {
+      prepared = part.channel;
+      // The weights between zeros, and once more one entry earlier, so that any two neighbours are a word.
+      const T* taps = static_cast<const T*>(a.weight) + (part.channel + own) * a.weight_filter;
       const int at = lane - kMiddle + a.padding_w, j = at / a.dilation_w;
       const bool has_column = at >= 0 && j * a.dilation_w == at && j < a.kernel_w;
-      const int last = has_column ? (a.kernel_h - 1) * a.dilation_h : -1;
+      const int last_row = has_column ? (a.kernel_h - 1) * a.dilation_h : -1;
       const T* from = taps + j * a.weight_column;
       int next = 0;  // row with weights
       __syncwarp();
 #pragma unroll
       for (int i = 0; i < kKernelH; ++i) {
         T w = narrow<T>(0.f);
-        if (i == next && i <= last) w = __ldg(from);
+        if (i == next && i <= last_row) w = __ldg(from);
         if (i == next) next += a.dilation_h, from += a.weight_row;
         shared<T>(weights + i * (4 * kEntries) + 2 * lane) = w;
         if (lane > 0) shared<T>(weights + i * (4 * kEntries) + 2 * kEntries + 2 * (lane - 1)) = w;
       }
-      if (a.bias) start = widen(__ldg(static_cast<const T*>(a.bias) + (first_channel + channel) * a.bias_stride));
+      if (a.bias) start = widen(__ldg(static_cast<const T*>(a.bias) + (part.channel + own) * a.bias_stride));
       __syncwarp();
 #pragma unroll
       for (int i = 0; i < kKernelH; ++i)
 #pragma unroll
-        for (int d = 0; d < kDiagonals; ++d) {
-          const int at = weights_from + i * (4 * kEntries) + 16 * (kSpread ? kOut - 1 - d : d - (kOut - 1));
-          band[i][d] =
-              kSpread ? __byte_perm(shared<uint16_t>(at), shared<uint16_t>(at - 4), 0x5410) : shared<uint32_t>(at);
-        }
-    }
-    if (!arrived) {
-      wait_copies<0>();
-      __syncthreads();
-      arrived = true;
-      if (channel >= channels) break;
-    }
-
-    int from[2], to[2];  // of the thread's two images; what there is not is computed from the last one, in vain
-    bool there[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int index = min(row_of_a + 8 * h, images - 1);
-      there[h] = row_of_a + 8 * h < images;
-      from[h] = a.source.slot(0, index, first_image + index, source_offset) + channel * source_plane;
-      to[h] = a.target.slot(0, index, first_image + index, target_offset) + channel * target_plane;
-    }
-    for (int tile = 0; Tile::first_target(a, tile) < a.out_height; ++tile) {
-      const int first_row = Tile::first_target(a, tile), y0 = Tile::first_source(a, tile);
-      float sum[Tile::kTarget][kOut][4];
-#pragma unroll
-      for (int r = 0; r < Tile::kTarget; ++r)
-#pragma unroll
         for (int v = 0; v < kOut; ++v)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) sum[r][v][e] = start;
-      auto zero = narrow_pair(0.f, 0.f, T{});
-      const auto none = zero;
+          for (int k = 0; k < kIn; ++k) {
+            const uint32_t at = memory + weights_from + i * (4 * kEntries) + 16 * (kSpread ? v : k - v);
+            band[i][v][k] = kSpread ? __byte_perm(read_element(at), read_element(at - 4), 0x5410) : read_word_again(at);
+          }
+    }
+    const int place = stage * a.stage_bytes;
+    if (copier.bulk) {
+      wait_bulk_stores();
+      wait(Barriers::full(stage), parity);
+    } else if (a.stages > 1) {
+      wait_copies<1>();
+    } else {
+      wait_copies<0>();
+    }
+    __syncthreads();
+
+    if (own < part.channels) {
+      // Where the thread's two images are; what there is not is computed from the last one, and not stored.
+      uint32_t from[2], to[2];
 #pragma unroll
-      for (int s = 0; s < Tile::kSource; ++s) {
-        const int y = y0 + s;
-        if (y >= 0 && y < a.height) {
-          uint32_t x[2][2];  // by image, by columns
+      for (int h = 0; h < 2; ++h) {
+        const int index = row_of_a + 8 * h, known = min(index, part.images - 1);
+        from[h] = memory + 2 * pair + own * source_plane +
+                  a.source.slot(place, known, part.image + known, source_offset(part));
+        to[h] = memory + 2 * pair + own * target_plane +
+                a.target.slot(0, index, part.image + index, target_offset(part));
+      }
+      for (int tile = first_tile; Tile::first_target(a, tile) < a.out_height; tile += a.share) {
+        const int first_row = Tile::first_target(a, tile), y0 = Tile::first_source(a, tile);
+        float sum[Tile::kTarget][kOut][4];
+#pragma unroll
+        for (int r = 0; r < Tile::kTarget; ++r)
+#pragma unroll
+          for (int v = 0; v < kOut; ++v)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sum[r][v][e] = start;
+        auto zero = narrow_pair(0.f, 0.f, T{});
+        const auto none = zero;
+        uint32_t next[2][2], beside[2][2];  // of the row to come, by image, by columns
+        const auto read = [&](int y) {
+          if (y < 0 || y >= a.height) return;
+          const int row = y * 2 * a.width;
 #pragma unroll
           for (int h = 0; h < 2; ++h)
 #pragma unroll
             for (int k = 0; k < kIn; ++k) {
-              const int at = from[h] + 2 * (y * a.width + pair + 8 * k);
+              const uint32_t at = from[h] + row + 16 * k;
               if (kPairs)
-                x[h][k] = shared<uint32_t>(at);
+                next[h][k] = read_word(at);
               else
-                x[h][k] = __funnelshift_r(shared<uint32_t>(at & ~3), shared<uint32_t>((at & ~3) + 4), (at & 2) * 8);
-              x[h][k] &= mask[k];
+                next[h][k] = read_element(at), beside[h][k] = read_element(at + 2);
             }
+        };
+        read(y0);
 #pragma unroll
-          for (int i = kKernelH - 1; i >= 0; --i) {
-            const int r = Tile::target(s, i);
-            if (r < 0) continue;
+        for (int s = 0; s < Tile::kSource; ++s) {
+          uint32_t x[2][2];
 #pragma unroll
-            for (int v = 0; v < kOut; ++v) {
-              const auto& b = band[i];
-              const int d = kOut - 1 - v;
-              if constexpr (kIn == 2)
-                multiply(sum[r][v], sum[r][v], {x[0][0], x[1][0], x[0][1], x[1][1]}, {b[d], b[d + 1]}, T{});
-              else
-                multiply(sum[r][v], {x[0][0], x[1][0]}, b[d], T{});
-            }
-          }
-        }
+          for (int h = 0; h < 2; ++h)
 #pragma unroll
-        for (int r = 0; r < Tile::kTarget; ++r) {
-          if (Tile::last(r) != s || first_row + r < 0 || first_row + r >= a.out_height) continue;
+            for (int k = 0; k < kIn; ++k)
+              x[h][k] = kPairs ? next[h][k] & inside[k] : __byte_perm(next[h][k], beside[h][k], inside[k]);
+          const int y = y0 + s;
+          if (s + 1 < Tile::kSource) read(y + 1);
+          if (y >= 0 && y < a.height) {
 #pragma unroll
-          for (int v = 0; v < kOut; ++v)
+            for (int i = kKernelH - 1; i >= 0; --i) {
+              const int r = Tile::target(s, i);
+              if (r < 0) continue;
 #pragma unroll
-            for (int h = 0; h < 2; ++h) {
-              const auto values = narrow_pair(sum[r][v][2 * h], sum[r][v][2 * h + 1], T{});
-#if __CUDA_ARCH__ >= 800
-              zero = __hfma2(values, none, zero);
-#endif
-              const int column = pair + 8 * v, at = to[h] + 2 * ((first_row + r) * a.out_width + column);
-              if (kPairs) {
-                if (there[h] && column < a.out_width) shared<Pair<T>>(at) = values;
-              } else {
-                if (there[h] && column < a.out_width) shared<T>(at) = values.x;
-                if (there[h] && column + 1 < a.out_width) shared<T>(at + 2) = values.y;
+              for (int v = 0; v < kOut; ++v) {
+                if constexpr (kIn == 2)
+                  multiply(sum[r][v], sum[r][v], {x[0][0], x[1][0], x[0][1], x[1][1]}, band[i][v], T{});
+                else
+                  multiply(sum[r][v], {x[0][0], x[1][0]}, band[i][v][0], T{});
               }
             }
+          }
+#pragma unroll
+          for (int r = 0; r < Tile::kTarget; ++r) {
+            if (Tile::last(r) != s || first_row + r < 0 || first_row + r >= a.out_height) continue;
+#pragma unroll
+            for (int v = 0; v < kOut; ++v)
+#pragma unroll
+              for (int h = 0; h < 2; ++h) {
+                const auto values = narrow_pair(sum[r][v][2 * h], sum[r][v][2 * h + 1], T{});
+#if __CUDA_ARCH__ >= 800
+                zero = __hfma2(values, none, zero);
+#endif
+                const uint32_t word = *reinterpret_cast<const uint32_t*>(&values);
+                const uint32_t at = to[h] + (first_row + r) * 2 * a.out_width + 16 * v;
+                const int columns = a.out_width - pair - 8 * v;
+                if (kPairs) {
+                  if (columns > 0) write_word(at, word);
+                } else {
+                  if (columns > 0) write_element(at, word);
+                  if (columns > 1) write_element(at + 2, word >> 16);
+                }
+              }
+          }
         }
-      }
-      if (!(__low2float(zero) == 0 && __high2float(zero) == 0)) {  // NaN: an output is not finite
-        const int begin = max(first_row, 0), end = min(first_row + Tile::kTarget, a.out_height);
-        for (int e = 0; e < 4 * kOut; ++e) {
-          const int h = e / 2 % 2, column = pair + e % 2 + e / 4 * 8;
-          if (there[h] && column < a.out_width)
-            outputs_by_taps<T>(a, from[h], to[h], first_channel + channel, begin, end - begin, column);
+        if (!(__low2float(zero) == 0 && __high2float(zero) == 0)) {  // NaN: an output is not finite
+          const int begin = max(first_row, 0), end = min(first_row + Tile::kTarget, a.out_height);
+          for (int e = 0; e < 4 * kOut; ++e) {
+            const int h = e / 2 % 2, column = pair + e % 2 + e / 4 * 8;
+            if (row_of_a + 8 * h < part.images && column < a.out_width)
+              outputs_by_taps<T>(a, from[h] - 2 * pair - memory, to[h] - 2 * pair - memory, part.channel + own, begin,
+                                 end - begin, column);
+          }
         }
       }
     }
+    copier.before_store();
+    __syncthreads();
+    if (!copier.bulk || !a.bulk_stores) {
+      copy_runs<false>(a.target, 0, part.image, part.images, target_offset(part), part.channels * target_plane);
+    } else if (warp == 0) {
+      if (lane < part.images)
+        store_units(a.target, lane, part.image + lane, target_offset(part), part.channels * target_plane);
+      commit_bulk_stores();
+    }
+    load(number + a.stages * step, stage);
+    if (++stage == a.stages) stage = 0, parity ^= 1;
   }
-  __syncthreads();
-  copy_runs<false>(a.target, 0, first_image, images, target_offset, channels * target_plane);
+  if (copier.bulk) wait_bulk_stores();
 }
 
 template <typename T, int kKernelH, int kStride, int kIn, int kOut, bool kPairs>
 void launch_kernel(Small a, cudaStream_t stream) {
   const auto kernel = toeplitz_small_planes<T, kKernelH, kStride, kIn, kOut, kPairs>;
   const Device& device = current_device();
-  constexpr int kWeightBytes = kKernelH * kEntries * 4;
-  // As many channels as let several blocks share a multiprocessor, in multiples of a block's warps if there are many.
-  const auto lay_out = [&](int channels) {
-    a.block_channels = channels;
+  a.bulk = a.bulk && device.capability >= 90;
+  a.batches = static_cast<int>(ceil_div(a.images, kImages));
+  // Where sums take so many registers that few warps fit, two of them share a channel if it has work for both.
+  constexpr int kRows = Rows<kKernelH, kStride>::kTarget;
+  a.share = kIn + kOut > 3 && a.out_height >= 2 * kRows ? 2 : 1;
+  const auto lay_out = [&](int channels, int stages) {
+    a.block_channels = channels, a.stages = stages;
     a.source.pitch = slot_pitch(int64_t{channels} * 2 * a.height * a.width);
     a.target.pitch = slot_pitch(int64_t{channels} * 2 * a.out_height * a.out_width);
-    a.source.memory = 0;
-    a.target.memory = kImages * a.source.pitch;
+    a.stage_bytes = kImages * a.source.pitch;
+    a.source.memory = kHead, a.target.memory = kHead + stages * a.stage_bytes;
     a.weights_at = a.target.memory + kImages * a.target.pitch;
-    return a.weights_at + std::min(channels, kMaxWarps) * kWeightBytes;
+    a.groups = static_cast<int>(ceil_div(a.channels, channels));
+    return a.weights_at + channels * a.share * (kKernelH * kEntries * 4);
   };
-  constexpr int kMostBytes = 54 << 10, kMostChannels = 2 * kMaxWarps;
-  int channels = 1;
-  while (channels < std::min(a.channels, kMostChannels) && lay_out(channels + 1) <= kMostBytes) ++channels;
-  if (channels > kMaxWarps) channels = channels / kMaxWarps * kMaxWarps;
-  const int bytes = lay_out(channels);
-  a.groups = static_cast<int>(ceil_div(a.channels, channels));
-  if (bytes > 48 << 10)  // what a kernel may have unless it is allowed more
+  // As many channels as leave room for a second block, and every multiprocessor something to do.
+  constexpr int kReserved = 1 << 10;  // bytes that CUDA takes for a block
+  int channels = std::min(kIn + kOut > 2 ? kMaxWarps / 2 : kMaxWarps, a.channels), bytes = lay_out(channels, 2);
+  while (channels > 1 && (2 * (bytes + kReserved) > device.shared_per_multiprocessor ||
+                          int64_t{a.groups} * a.batches < device.multiprocessors))
+    channels /= 2, bytes = lay_out(channels, 2);
+  if (bytes > device.shared_per_block) bytes = lay_out(channels, 1);
+  a.by_groups = Divider(a.groups);
+  a.bulk_stores = a.bulk_stores && channels * 2 * a.out_height * a.out_width % kUnit == 0;
+  const int threads = 32 * channels * a.share;
+  const int64_t parts = int64_t{a.groups} * a.batches;
+  static thread_local Decisions<4, int64_t> decisions;
+  // So many blocks that all of them have as many parts, if possible, and run at once.
+  const int64_t blocks = decisions({device.id, threads, bytes, parts}, [&] {
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
-  const int64_t blocks = a.groups * ceil_div(a.images, kImages);
-  kernel<<<static_cast<unsigned>(blocks), 32 * std::min(channels, kMaxWarps), bytes, stream>>>(a);
+    int resident = 0;
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, bytes);
+    return ceil_div(parts, ceil_div(parts, int64_t{std::max(resident, 1)} * device.multiprocessors));
+  });
+  kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(a);
   check_launch("toeplitz_small_planes");
 }
 
 }  // namespace
 
-void launch_toeplitz_small_planes(const Problem& p, cudaStream_t stream) {
+void launch_toeplitz_small_planes(const Problem& p, bool bulk, cudaStream_t stream) {
   const Mapping map(p);
   Small a{};
   bool pairs = true;
@@ -281,6 +389,13 @@ void launch_toeplitz_small_planes(const Problem& p, cudaStream_t stream) {
   };
   arrange(map.source, a.width, a.source);
   arrange(map.target, a.out_width, a.target);
+  // Bulk copies are of whole units, which must not reach out of an image; units that are shared are not stored.
+  const auto whole = [&](const ImageRuns& v, int height, int width) {
+    return reinterpret_cast<uintptr_t>(v.base) % kUnit == 0 && v.image_bytes % kUnit == 0 &&
+           2 * p.channels * height * width % kUnit == 0;
+  };
+  a.bulk = bulk && whole(a.source, a.height, a.width);
+  a.bulk_stores = whole(a.target, a.out_height, a.out_width);
   a.weight = map.weight.data, a.bias = map.bias, a.bias_stride = map.bias_stride;
   a.weight_filter = map.weight.stride[0], a.weight_row = map.weight.stride[2], a.weight_column = map.weight.stride[3];
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
