@@ -298,10 +298,12 @@ bool claims_toeplitz_grad_weight_channels_last(const Problem& p) {
   const auto is_aligned = [&](const View& view) {
     return (view.stride[0] | view.stride[2] | view.stride[3] | p.channels) * size_of(p.dtype) % kUnit == 0;
   };
-  // For 3 rows there is little to multiply: CUDA cores, where they have the kernel, lose on narrow images only.
-  constexpr int64_t kFewRows = 3, kNarrow = 16;
-  const bool pays = p.kernel_h > kFewRows || !is_small_kernel(p) ||
-                    (p.out_width <= kNarrow && is_aligned(p.input) && is_aligned(p.output));
+  // For 3 rows there is little to multiply: CUDA cores, where they have the kernel, lose on narrow images only; up to 5
+  // where pixels are no whole units of 16 bytes, which are loaded 2 bytes at a time here.
+  constexpr int64_t kFewRows = 3, kMoreRows = 5, kNarrow = 16;
+  const bool aligned = is_aligned(p.input) && is_aligned(p.output);
+  const bool pays = p.kernel_h > (aligned ? kFewRows : kMoreRows) || !is_small_kernel(p) ||
+                    (p.out_width <= kNarrow && aligned && p.kernel_h <= kFewRows);
   // The bytes of a pixel, columns, and rows of all images in spans of at least 8 columns are counted in 32 bits.
   constexpr int64_t kMany = 1 << 20, kMost = 1 << 30;
   const auto fits = [&](const View& view, int64_t height, int64_t width) {
@@ -358,7 +360,10 @@ bool can_go_direct(const Problem& p) {
   const auto fits = [&](const View& view, int64_t planes, int64_t height, int64_t width) {
     return p.batch * planes * height * width < kLimit && (p.batch - 1) * view.stride[0] < kLimit &&
            (planes - 1) * view.stride[1] < kLimit &&
-           (height + 2 * p.padding_h) * view.stride[2] + (width + 2 * p.padding_w) * view.stride[3] < kLimit;
+           (height + 2 * p.padding_h) * view.stride[2] + (width + 2 * p.padding_w) * view.stride[3] < kLimit &&
+           (p.batch - 1) * view.stride[0] + (planes - 1) * view.stride[1] +
+                   (height + 2 * p.padding_h) * view.stride[2] + (width + 2 * p.padding_w) * view.stride[3] <
+               2 * kLimit;
   };
   const auto& weight = p.weight.stride;
   return fits(p.input, p.channels, p.height, p.width) && fits(p.output, p.filters(), p.out_height, p.out_width) &&
@@ -376,10 +381,17 @@ bool claims_direct(const Problem& p) {
 }
 
 bool claims_direct_grad_weight(const Problem& p) {
-  const int64_t gradients = p.batch * p.out_height * p.out_width;  // of a filter, which a block sums
-  constexpr int64_t kFewProductsOfFilter = 10 << 10, kFewProducts = 8 << 20;
-  return p.pass == Pass::kGradWeight && can_go_direct(p) && gradients > 0 &&
-         gradients * p.taps() <= kFewProductsOfFilter && p.filters() * gradients * p.taps() <= kFewProducts &&
+  const int64_t gradients = p.batch * p.out_height * p.out_width;  // of a filter
+  if (p.pass != Pass::kGradWeight || !can_go_direct(p) || gradients == 0) return false;
+  const int64_t products = p.filters() * gradients * p.taps();
+  // Blocks of a cluster share a filter, for 3x3 alone.
+  constexpr int64_t kFewProducts = 4 << 20;
+  if (p.capability >= 90 && p.taps() == 9 && p.kernel_h == 3 && p.stride_h == 1 && p.dilation_h == 1 &&
+      products <= kFewProducts)
+    return true;
+  // One block sums a filter.
+  constexpr int64_t kFewProductsOfFilter = 10 << 10, kMoreProducts = 8 << 20;
+  return gradients * p.taps() <= kFewProductsOfFilter && products <= kMoreProducts &&
          (gradients <= 64 || !claims_march_grad_weight_channels_last(p));
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 
 import pytest
@@ -232,6 +232,22 @@ def test_little_to_do(name: str, tile: tuple, dtype: torch.dtype, memory_format:
     assert plan_of(name, tile_case(tile, 64, 960, (14, 14)), dtype, memory_format) != DIRECT[name]
 
 
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+def test_few_gradients(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """Of 3x3, blocks of a cluster share a filter's gradients; of other kernels there are as many as a block sums."""
+    one = Case(1, 32, (112, 112), (3, 3), padding=(1, 1))
+    for case, expected in (
+        (one, True),
+        (one._replace(batch=2), False),
+        (one._replace(batch=8, channels=64, size=(28, 28)), True),
+        (one._replace(kernel=(5, 5), padding=(2, 2)), False),
+        (one._replace(stride=(2, 2)), False),
+        (one._replace(dilation=(2, 2), padding=(2, 2)), False),
+    ):
+        assert (plan_of("grad_weight", case, dtype, memory_format) == "direct_grad_weight") == expected, str(case)
+
+
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("name", PASSES[:2])
 def test_what_does_not_stream(name: str, dtype: torch.dtype) -> None:
@@ -256,8 +272,9 @@ def test_small_kernels_in_channels_last(name: str, tile: tuple, dtype: torch.dty
         for size in ((512, 512), (226, 190), (20, 9000)):
             case = tile_case(tile, 32, channels, size)
             expected = BAND if square and channels % 8 == 0 else MARCH[name]
-            if name == "grad_weight" and dtype != torch.float32 and tile in TILES[2:4] and channels >= 32:
-                expected = MATRIX
+            if name == "grad_weight" and dtype != torch.float32 and channels >= 32:
+                if tile == TILES[3] or (tile == TILES[2] and channels % 8 == 0):
+                    expected = MATRIX
             assert plan_of(name, case, dtype, torch.channels_last) == serves(name, expected, case), str(case)
 
 
@@ -315,9 +332,12 @@ def test_grad_weight_in_channels_last_on_tensor_cores(dtype: torch.dtype) -> Non
     for kernel in ((7, 7), (7, 9), (4, 1), (6, 3), (3, 5), (2, 3), (1, 7), (3, 2)):
         small = case._replace(kernel=kernel, padding=tuple(side // 2 for side in kernel))
         assert serves(small) and not serves(small, False), kernel
-    # 3x3 on rows of up to 16 columns, if 16 bytes can be loaded at a time.
+    # 3x3 on rows of up to 16 columns, if 16 bytes can be loaded at a time; 5x5 if they can.
     for width, channels, expected in ((16, 64, True), (17, 64, False), (16, 68, False)):
         assert serves(case._replace(size=(40, width), kernel=(3, 3), padding=(1, 1), channels=channels)) == expected
+    for kernel, expected in (((5, 5), False), ((7, 7), True), ((4, 5), True)):
+        padding = tuple(side // 2 for side in kernel)
+        assert serves(case._replace(kernel=kernel, padding=padding, channels=68)) == expected
     for change in (
         {"kernel": (8, 5)},
         {"kernel": (5, 10)},
@@ -755,6 +775,94 @@ def test_direct_on_every_size(width: int) -> None:
             forced.add((name, plan))
         assert {("output", "direct"), ("grad_input", "direct")} <= forced, str(case)
         assert (("grad_weight", "direct_grad_weight") in forced) or grad_output[:, 0].numel() > 64, str(case)
+
+
+def direct_results(case: Case, tensors: tuple, grad_output: Tensor, last: bool) -> Iterator[tuple[str, Tensor]]:
+    """What the direct plans compute, of problems with little to do."""
+    input, weight, bias = tensors
+    ops, arguments = torch.ops.dwconv, arguments_of(case)
+    yield "output", ops.forward.plan(input, weight, bias, *arguments, "direct")
+    yield "grad_input", ops.grad_input.plan(grad_output, weight, input.shape, *arguments, last, "direct")
+    if "direct_grad_weight" in claims("grad_weight", case, input, grad_output):
+        args = grad_output, input, case.kernel, *arguments, True, "direct_grad_weight"
+        yield from zip(("grad_weight", "grad_bias"), ops.grad_weight.plan(*args))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("side", [3, 5, 7])
+def test_direct_in_vectors(side: int, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """Columns or channels in whole vectors and not, any padding, with and without gaps, at addresses of every sort."""
+    last = memory_format == torch.channels_last
+    order = (0, 2, 3, 1) if last else (0, 1, 2, 3)
+    for number, (channels, size) in enumerate(
+        product((4, 6, 8, 16, 24, 40), [(7, 7), (5, 8), (8, 12), (14, 14), (9, 16), (13, 24), (16, 40)])
+    ):
+        padding = (number % side, side // 2 if number % 4 else number % 3)
+        case = Case(1 + number % 3, channels, size, (side, side), padding=padding, bias=number % 2 == 0)
+        if min(output_size(case)) < 1:
+            continue
+        input, weight, bias = make_inputs(case, dtype, "cuda", memory_format, integers)
+        grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=memory_format)
+        exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+        steps = [(1, 1, 1, 1), (2, 1, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2) if last else (1, 2, 1, 1)][number % 4]
+        for offset in (0, 1, 4, 8):
+            tensors = lay(input, order, steps, offset), lay(weight, offset=offset // 2), bias
+            for name, result in direct_results(case, tensors, lay(grad_output, order, steps, offset), last):
+                if exact[name] is not None:
+                    assert wrong_numbers(result, exact[name].round()) == 0, (name, str(case), steps, offset)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+def test_direct_grad_weight_in_clusters(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """Filters of 1 to 12544 gradients, in pairs of channels and not; the same bits every time."""
+    last = memory_format == torch.channels_last
+    order = (0, 2, 3, 1) if last else (0, 1, 2, 3)
+    for number, (batch, channels, size) in enumerate(
+        [
+            (1, 32, (112, 112)),
+            (8, 64, (28, 28)),
+            (3, 7, (61, 53)),
+            (1, 2, (225, 130)),
+            (2, 40, (33, 30)),
+            (70, 5, (3, 3)),
+        ]
+    ):
+        for padding in ((1, 1), (0, 2)):
+            case = Case(batch, channels, size, (3, 3), padding=padding)
+            input, weight, bias = make_inputs(case, dtype, "cuda", memory_format, integers)
+            grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=memory_format)
+            exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+            for offset in (0, 1):
+                args = lay(grad_output, order, offset=offset), lay(input, order, offset=number * offset)
+                call = *args, case.kernel, *arguments_of(case), True, "direct_grad_weight"
+                first = torch.ops.dwconv.grad_weight.plan(*call)
+                for name, result in zip(("grad_weight", "grad_bias"), first):
+                    assert wrong_numbers(result, exact[name].round()) == 0, (name, str(case), offset)
+                for _ in range(20):
+                    assert all(torch.equal(a, b) for a, b in zip(first, torch.ops.dwconv.grad_weight.plan(*call)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_direct_beside_infinities(tile: tuple, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """NaN where F.conv2d has it: of products, but not of what lies outside the image."""
+    for channels, size in ((8, (9, 16)), (16, (7, 7)), (40, (12, 24)), (3, (8, 8))):
+        case = tile_case(tile, 2, channels, size)
+        input, weight, bias = make_inputs(case, dtype, "cuda", memory_format, integers)
+        grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=memory_format)
+        for tensor in (input, grad_output):
+            tensor[0, 1, 3, 2], tensor[1, 0, -1, -1], tensor[1, 2, 0, 0] = torch.inf, torch.nan, -torch.inf
+        weight[0, 0, 0, 0], weight[-1, 0, -1, -1] = -torch.inf, torch.nan
+        exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+        last = memory_format == torch.channels_last
+        for name, result in direct_results(case, (input, weight, bias), grad_output, last):
+            assert torch.equal(result.nan_to_num(nan=12345.0), exact[name].to(result).nan_to_num(nan=12345.0)), name
 
 
 @pytest.mark.gpu

@@ -1,12 +1,15 @@
 // Forward and grad_input of small kernels, straight from memory: for problems so small that latency is all that counts,
 // and for layouts that nothing streams. All loads of a thread are independent of each other and in flight together;
-// what neighbouring threads share is found in L1.
+// what neighbouring threads share is found in L1. Where memory and sizes allow, several elements are loaded at once.
 //
-// Only taps that meet the image are multiplied: a weight that is Inf or NaN does not meet the padding.
+// Only taps that meet the image are multiplied: a weight that is Inf or NaN does not meet the padding. Threads that
+// load vectors multiply zeros there, and compute again what has become NaN.
 #include "common.cuh"
 #include "device.h"
+#include "direct.cuh"
 #include "launch.h"
 #include "mapping.h"
+#include "overlap.cuh"
 #include "small_kernels.h"
 
 namespace dwconv {
@@ -17,6 +20,9 @@ constexpr int kThreads = 128;
 // Rows that a thread computes where there is work for enough threads, as registers allow.
 template <class Kernel>
 constexpr int kManyRows = Kernel::kKernelH * Kernel::kKernelW < 25 ? 4 : 2;
+
+// Threads of a block that load vectors, and rows that each of them computes.
+constexpr int kVectorThreads = 64, kVectorRows = 2;
 
 // A pass as a map from source planes to target planes.
 struct Arguments {
@@ -30,6 +36,8 @@ struct Arguments {
   int padding_h, padding_w;
   int fan_in;  // source planes that a target plane is summed over
   bool channels_last;
+  bool flipped;  // the weights, of kernels that know them by their number
+  int images;
   uint32_t units;
   Divider by_planes, by_strips, by_columns, by_fan_out;
 };
@@ -50,6 +58,8 @@ __global__ void __launch_bounds__(kThreads) direct(const __grid_constant__ Argum
   constexpr int kStep = kSpread ? 1 : Kernel::kDilation;  // from one tap to the next
   constexpr int kSourceRows = (kRows - 1) * Kernel::kStride + (kKernelH - 1) * kStep + 1;
   uint32_t unit = blockIdx.x * kThreads + threadIdx.x;
+  wait_for_kernel_before();
+  let_next_kernel_start();
   if (unit >= a.units) return;
   uint32_t plane = a.channels_last ? a.by_planes.split(unit) : 0;
   const int column = a.by_columns.split(unit), row = a.by_strips.split(unit) * kRows;
@@ -104,13 +114,242 @@ __global__ void __launch_bounds__(kThreads) direct(const __grid_constant__ Argum
     if (row + o < a.out_height) target[(row + o) * a.target_stride[2]] = narrow<T>(sum[o]);
 }
 
+// One output, tap by tap: where zeros beside the image met a weight that is Inf or NaN. `source` and `weight` are of
+// its plane, y0 and x0 where its window begins.
+template <typename T, class Kernel>
+__device__ float exact(const Arguments& a, const T* source, const T* weight, int y0, int x0) {
+  float sum = 0;
+#pragma unroll 1
+  for (int t = 0; t < Kernel::kKernelH * Kernel::kKernelW; ++t) {
+    const int y = y0 + t / Kernel::kKernelW, x = x0 + t % Kernel::kKernelW;
+    if (static_cast<uint32_t>(y) < static_cast<uint32_t>(a.height) &&
+        static_cast<uint32_t>(x) < static_cast<uint32_t>(a.width))
+      sum = fmaf(widen(source[y * a.source_stride[2] + x * a.source_stride[3]]),
+                 widen(weight[a.flipped ? Kernel::kKernelH * Kernel::kKernelW - 1 - t : t]), sum);
+  }
+  return sum;
+}
+
+template <int kRows, int kColumns>
+__device__ bool are_finite(const float (&values)[kRows][kColumns]) {
+  float sum = 0;  // of zeros, or NaN
+#pragma unroll
+  for (int o = 0; o < kRows; ++o)
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) sum = fmaf(values[o][c], 0.f, sum);
+  return sum == 0;
+}
+
+// In channels_last a thread computes kVector channels of a pixel, and of the one below it. The
+// filters of these channels lie side by side.
+template <typename T, class Kernel, int kVector>
+__global__ void __launch_bounds__(kVectorThreads) direct_pixels(const __grid_constant__ Arguments a) {
+  constexpr int kKernelH = Kernel::kKernelH, kKernelW = Kernel::kKernelW, kTaps = kKernelH * kKernelW;
+  constexpr int kSourceRows = kVectorRows + kKernelH - 1;
+  using Pixel = Vector<T, kVector>;
+  uint32_t unit = blockIdx.x * kVectorThreads + threadIdx.x;
+  const int channel = a.by_planes.split(unit) * kVector;
+  const int column = a.by_columns.split(unit), row = a.by_strips.split(unit) * kVectorRows;
+  const int image = unit;
+  const int y0 = row - a.padding_h, x0 = column - a.padding_w;
+  const T* source = static_cast<const T*>(a.source);
+  const T* weight = static_cast<const T*>(a.weight) + channel * kTaps;
+  int down[kSourceRows], across[kKernelW];
+#pragma unroll
+  for (int r = 0; r < kSourceRows; ++r) down[r] = image * a.source_stride[0] + channel + (y0 + r) * a.source_stride[2];
+#pragma unroll
+  for (int j = 0; j < kKernelW; ++j) across[j] = (x0 + j) * a.source_stride[3];
+  const bool exists = image < a.images;
+  wait_for_kernel_before();
+  let_next_kernel_start();
+
+  Pixel w[kTaps], x[kSourceRows][kKernelW];
+#pragma unroll
+  for (int t = 0; t < kTaps; ++t) w[t] = load<T, kVector>(weight + t * kVector, exists);
+#pragma unroll
+  for (int r = 0; r < kSourceRows; ++r)
+#pragma unroll
+    for (int j = 0; j < kKernelW; ++j) {
+      const bool inside = exists && static_cast<uint32_t>(y0 + r) < static_cast<uint32_t>(a.height) &&
+                          static_cast<uint32_t>(x0 + j) < static_cast<uint32_t>(a.width);
+      x[r][j] = load<T, kVector>(source + (down[r] + across[j]), inside);
+    }
+  uint32_t bias[kVector] = {};
+  if (a.bias)
+#pragma unroll
+    for (int c = 0; c < kVector; ++c)
+      bias[c] = load_one(static_cast<const T*>(a.bias) + (channel + c) * a.bias_stride, exists);
+  if (!exists) return;
+
+  float sum[kVectorRows][kVector] = {};
+#pragma unroll
+  for (int r = 0; r < kSourceRows; ++r)
+#pragma unroll
+    for (int j = 0; j < kKernelW; ++j)
+#pragma unroll
+      for (int o = 0; o < kVectorRows; ++o) {
+        const int i = r - o;
+        if (i < 0 || i >= kKernelH) continue;
+#pragma unroll
+        for (int c = 0; c < kVector; ++c) {
+          const int at = c * kTaps + i * kKernelW + j;
+          sum[o][c] = fmaf(x[r][j][c], w[at / kVector][at % kVector], sum[o][c]);
+        }
+      }
+  T* target = static_cast<T*>(a.target) +
+              (image * a.target_stride[0] + channel + row * a.target_stride[2] + column * a.target_stride[3]);
+  if (!are_finite(sum)) {
+    source += image * a.source_stride[0] + channel;
+#pragma unroll 1
+    for (int at = 0; at < kVectorRows * kVector; ++at) {
+      const int o = at / kVector, c = at % kVector;
+      if (row + o < a.out_height)
+        target[o * a.target_stride[2] + c] =
+            narrow<T>(exact<T, Kernel>(a, source + c, weight + c * kTaps, y0 + o, x0) +
+                      (a.bias ? widen(static_cast<const T*>(a.bias)[(channel + c) * a.bias_stride]) : 0.f));
+    }
+    return;
+  }
+#pragma unroll
+  for (int o = 0; o < kVectorRows; ++o)
+#pragma unroll
+    for (int c = 0; c < kVector; ++c) sum[o][c] += widen_one<T>(bias[c]);
+#pragma unroll
+  for (int o = 0; o < kVectorRows; ++o)
+    if (row + o < a.out_height) *reinterpret_cast<Pixel*>(target + o * a.target_stride[2]) = Pixel::of(sum[o]);
+}
+
+// In NCHW, where as many columns as the kernel reaches out are padded, a thread computes kVector columns of kVectorRows
+// rows.
+template <typename T, class Kernel, int kVector>
+__global__ void __launch_bounds__(kVectorThreads) direct_columns(const __grid_constant__ Arguments a) {
+  constexpr int kKernelH = Kernel::kKernelH, kKernelW = Kernel::kKernelW, kReach = kKernelW / 2;
+  constexpr int kSourceRows = kVectorRows + kKernelH - 1, kTaps = kKernelH * kKernelW;
+  using Run = Vector<T, kVector>;
+  uint32_t unit = blockIdx.x * kVectorThreads + threadIdx.x;
+  const int column = a.by_columns.split(unit) * kVector, row = a.by_strips.split(unit) * kVectorRows;
+  const int plane = a.by_planes.split(unit), image = unit;
+  const int y0 = row - a.padding_h;
+  uint32_t source_plane = plane;
+  a.by_fan_out.split(source_plane);
+  const T* source = static_cast<const T*>(a.source);
+  const int offset = image * a.source_stride[0] + static_cast<int>(source_plane) * a.source_stride[1];
+  const T* weight = static_cast<const T*>(a.weight) + plane * kTaps;
+  const bool exists = image < a.images;
+  wait_for_kernel_before();
+  let_next_kernel_start();
+
+  uint32_t w[kTaps];
+#pragma unroll
+  for (int t = 0; t < kTaps; ++t) w[t] = load_one(weight + t, exists);
+  Run x[kSourceRows];
+  uint32_t before[kSourceRows][kReach], behind[kSourceRows][kReach];
+#pragma unroll
+  for (int r = 0; r < kSourceRows; ++r) {
+    const bool inside = exists && static_cast<uint32_t>(y0 + r) < static_cast<uint32_t>(a.height);
+    const T* from = source + (offset + (y0 + r) * a.source_stride[2] + column);
+    x[r] = load<T, kVector>(from, inside);
+#pragma unroll
+    for (int j = 0; j < kReach; ++j) {
+      before[r][j] = load_one(from - 1 - j, inside && column > j);
+      behind[r][j] = load_one(from + kVector + j, inside && column + kVector + j < a.width);
+    }
+  }
+  uint32_t b = 0;
+  if (a.bias) b = load_one(static_cast<const T*>(a.bias) + plane * a.bias_stride, exists);
+  if (!exists) return;
+
+  float factor[kTaps], sum[kVectorRows][kVector] = {};
+#pragma unroll
+  for (int t = 0; t < kTaps; ++t) factor[t] = widen_one<T>(a.flipped ? w[kTaps - 1 - t] : w[t]);
+#pragma unroll
+  for (int r = 0; r < kSourceRows; ++r)
+#pragma unroll
+    for (int at = -kReach; at < kVector + kReach; ++at) {  // columns, from the thread's first one on
+      const float pixel = at < 0          ? widen_one<T>(before[r][-1 - at])
+                          : at >= kVector ? widen_one<T>(behind[r][at - kVector])
+                                          : x[r][at];
+#pragma unroll
+      for (int o = 0; o < kVectorRows; ++o)
+#pragma unroll
+        for (int c = 0; c < kVector; ++c) {
+          const int i = r - o, j = at - c + kReach;
+          if (i < 0 || i >= kKernelH || j < 0 || j >= kKernelW) continue;
+          sum[o][c] = fmaf(pixel, factor[i * kKernelW + j], sum[o][c]);
+        }
+    }
+  T* target = static_cast<T*>(a.target) +
+              (image * a.target_stride[0] + plane * a.target_stride[1] + row * a.target_stride[2] + column);
+  const float bias = widen_one<T>(b);
+  if (!are_finite(sum)) {
+    source += offset;
+#pragma unroll 1
+    for (int at = 0; at < kVectorRows * kVector; ++at) {
+      const int o = at / kVector, c = at % kVector;
+      if (row + o < a.out_height)
+        target[o * a.target_stride[2] + c] =
+            narrow<T>(exact<T, Kernel>(a, source, weight, y0 + o, column + c - kReach) + bias);
+    }
+    return;
+  }
+#pragma unroll
+  for (int o = 0; o < kVectorRows; ++o) {
+#pragma unroll
+    for (int c = 0; c < kVector; ++c) sum[o][c] += bias;
+    if (row + o < a.out_height) *reinterpret_cast<Run*>(target + o * a.target_stride[2]) = Run::of(sum[o]);
+  }
+}
+
 template <typename T, class Kernel, bool kSpread, int kRows>
 void launch(Arguments a, int64_t images, int64_t planes, cudaStream_t stream) {
   const int64_t strips = ceil_div(a.out_height, kRows);
   a.by_planes = Divider(planes), a.by_strips = Divider(strips), a.by_columns = Divider(a.out_width);
   a.units = static_cast<uint32_t>(images * planes * strips * a.out_width);
-  direct<T, Kernel, kSpread, kRows><<<static_cast<unsigned>(ceil_div(a.units, kThreads)), kThreads, 0, stream>>>(a);
+  launch_early(direct<T, Kernel, kSpread, kRows>, a, ceil_div(a.units, kThreads), kThreads, stream);
   check_launch("direct");
+}
+
+// Launches a kernel that loads kVector elements at once, if all of them lie at multiples of that. Returns whether it
+// did.
+template <typename T, class Kernel, int kVector>
+bool launch_vectors(const Problem& p, const Mapping& map, Arguments a, cudaStream_t stream) {
+  const auto is_aligned = [](const void* data) {
+    return reinterpret_cast<uintptr_t>(data) % (kVector * sizeof(T)) == 0;
+  };
+  const auto has_vectors = [&](const View& view) {
+    const int along = a.channels_last ? 1 : 3, across = 4 - along;
+    return is_aligned(view.data) && view.stride[along] == 1 &&
+           ((p.batch > 1 ? view.stride[0] : 0) | view.stride[2] | view.stride[across]) % kVector == 0;
+  };
+  const auto& filter = p.weight.stride;
+  if (filter[0] != p.taps() || filter[2] != p.kernel_w || filter[3] != 1) return false;
+  if (!has_vectors(map.source) || !has_vectors(map.target)) return false;
+  a.weight = p.weight.data, a.images = static_cast<int>(p.batch);
+  const int64_t strips = ceil_div(a.out_height, kVectorRows);
+  a.by_strips = Divider(strips);
+  if (a.channels_last) {
+    const int64_t groups = map.targets / kVector;
+    if (p.multiplier > 1 || map.targets % kVector != 0 || !is_aligned(p.weight.data)) return false;
+    if (p.pass == Pass::kGradInput) {  // the filters as they lie, on images from the last pixel backwards
+      a.source = static_cast<const T*>(a.source) + (a.height - 1) * map.source.stride[2] +
+                 (a.width - 1) * map.source.stride[3];
+      a.target = static_cast<T*>(a.target) + (a.out_height - 1) * map.target.stride[2] +
+                 (a.out_width - 1) * map.target.stride[3];
+      for (int d = 2; d < 4; ++d) a.source_stride[d] *= -1, a.target_stride[d] *= -1;
+    }
+    a.by_planes = Divider(groups), a.by_columns = Divider(a.out_width);
+    launch_early(direct_pixels<T, Kernel, kVector>, a,
+                 ceil_div(p.batch * groups * strips * a.out_width, kVectorThreads), kVectorThreads, stream);
+  } else {
+    const int64_t runs = a.out_width / kVector;
+    if (a.fan_in > 1 || a.padding_w != Kernel::kKernelW / 2 || a.width % kVector != 0) return false;
+    a.flipped = p.pass == Pass::kGradInput;
+    a.by_planes = Divider(map.targets), a.by_columns = Divider(runs);
+    launch_early(direct_columns<T, Kernel, kVector>, a, ceil_div(p.batch * map.targets * strips * runs, kVectorThreads),
+                 kVectorThreads, stream);
+  }
+  check_launch("direct");
+  return true;
 }
 
 }  // namespace
@@ -137,6 +376,11 @@ void launch_direct(const Problem& p, cudaStream_t stream) {
     if constexpr (sizeof(T) <= 4)
       visit_small_kernel(p, [&](auto kernel) {
         using Kernel = decltype(kernel);
+        if constexpr (Kernel::kStride == 1 && Kernel::kDilation == 1 && Kernel::kSquare && Kernel::kKernelH > 1) {
+          if (launch_vectors<T, Kernel, 8 / sizeof(T)>(p, map, a, stream)) return;
+          if constexpr (sizeof(T) == 2)
+            if (launch_vectors<T, Kernel, 4 / sizeof(T)>(p, map, a, stream)) return;
+        }
         if constexpr (Kernel::kStride > 1)
           if (map.spread) return launch<T, Kernel, true, 1>(a, p.batch, map.targets, stream);
         if (outputs > threads * kManyRows<Kernel>)
