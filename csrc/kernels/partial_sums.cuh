@@ -2,24 +2,11 @@
 #pragma once
 
 #include "common.cuh"
+#include "next_kernel.cuh"
 
 namespace dwconv {
 
 constexpr int kSumsPerBlock = 32, kSumLanes = 8;
-
-// Called by the kernel before: the blocks that add up may take their places as soon as no block of its own is waiting.
-__device__ inline void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-// Waits until the kernel before is done, and what it wrote is there.
-__device__ inline void wait_for_kernel_before() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 // `partial` lies as [split][tap, or bias behind the last tap][filter]. The order of a sum is always the same.
 template <typename T>
@@ -44,11 +31,10 @@ __global__ void __launch_bounds__(kSumsPerBlock* kSumLanes)
   *to = narrow<T>(static_cast<Accumulator<T>>(total));
 }
 
-// Whether the code at hand waits for the kernel before: it may be of an architecture before the device's.
+// Whether the code at hand waits for the kernel before.
 template <typename T>
 bool waits_for_kernel_before() {
-  cudaFuncAttributes attributes{};
-  return cudaFuncGetAttributes(&attributes, add_partial_sums<T>) == cudaSuccess && attributes.ptxVersion >= 90;
+  return waits_for_kernel_before(add_partial_sums<T>);
 }
 
 // Launches it behind the kernel that writes the partial sums; `early`: its blocks start beside that kernel's last ones.
