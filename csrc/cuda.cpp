@@ -46,12 +46,12 @@ void run(Problem& problem, const Tensor& like, const std::string& plan) {
     case PlanId::kDirectGradWeight: return launch_direct_grad_weight(problem, stream);
     case PlanId::kToeplitzSmallPlanes: return launch_toeplitz_small_planes(problem, true, stream);
     case PlanId::kToeplitzSmallPlanesPortable: return launch_toeplitz_small_planes(problem, false, stream);
-    case PlanId::kToeplitzNchw: return launch_toeplitz_nchw(problem, true, stream);
-    case PlanId::kToeplitzNchwPortable: return launch_toeplitz_nchw(problem, false, stream);
+    case PlanId::kToeplitzNchw: return launch_toeplitz_nchw(problem, true, allocate, stream);
+    case PlanId::kToeplitzNchwPortable: return launch_toeplitz_nchw(problem, false, allocate, stream);
     case PlanId::kMarchNchw: return launch_march_nchw(problem, true, stream);
     case PlanId::kMarchNchwPortable: return launch_march_nchw(problem, false, stream);
-    case PlanId::kStreamNchw: return launch_stream_nchw(problem, true, stream);
-    case PlanId::kStreamNchwPortable: return launch_stream_nchw(problem, false, stream);
+    case PlanId::kStreamNchw: return launch_stream_nchw(problem, true, allocate, stream);
+    case PlanId::kStreamNchwPortable: return launch_stream_nchw(problem, false, allocate, stream);
     case PlanId::kBatchGradWeightNchw: return launch_batch_grad_weight_nchw(problem, true, allocate, stream);
     case PlanId::kBatchGradWeightNchwPortable: return launch_batch_grad_weight_nchw(problem, false, allocate, stream);
     case PlanId::kToeplitzGradWeightNchw: return launch_toeplitz_grad_weight_nchw(problem, true, allocate, stream);

@@ -207,7 +207,7 @@ void launch(const Problem& p, Arguments a, cudaStream_t stream) {
     while (a.splits < kMaxSplits && a.units > a.splits * (kThreads / kLanes) &&
            4 * a.splits * blocks <= 3 * current_device().multiprocessors)
       a.splits *= 2;
-  launch_early(kernel, a, blocks * a.splits, kThreads, stream, a.splits);
+  launch_early(kernel, a, blocks * a.splits, kThreads, stream, {.cluster = a.splits});
 }
 
 // Whether channels lie side by side in vectors of kVector elements.

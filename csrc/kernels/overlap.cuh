@@ -40,21 +40,26 @@ bool can_overlap(Function* kernel) {
   return answer > 0;
 }
 
-// Launches a kernel that waits for the kernel before: early, where the device can do that, and there in clusters of
-// `cluster` blocks.
+struct EarlyLaunch {
+  int cluster = 1;  // blocks of a cluster, where there are clusters
+  int shared_bytes = 0;
+};
+
+// Launches a kernel that waits for the kernel before: early, where the device can do that.
 template <typename Parameter>
 void launch_early(void (*kernel)(Parameter), const Parameter& parameter, int64_t blocks, int threads,
-                  cudaStream_t stream, int cluster = 1) {
+                  cudaStream_t stream, const EarlyLaunch& more = {}) {
   cudaLaunchAttribute attributes[2]{};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attributes[0].val.programmaticStreamSerializationAllowed = 1;
   attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  attributes[1].val.clusterDim = {static_cast<unsigned>(more.cluster), 1, 1};
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(blocks);
   config.blockDim = static_cast<unsigned>(threads);
+  config.dynamicSmemBytes = static_cast<size_t>(more.shared_bytes);
   config.stream = stream;
-  config.attrs = attributes, config.numAttrs = !can_overlap(kernel) ? 0 : cluster == 1 ? 1 : 2;
+  config.attrs = attributes, config.numAttrs = !can_overlap(kernel) ? 0 : more.cluster == 1 ? 1 : 2;
   cudaLaunchKernelEx(&config, kernel, parameter);
 }
 

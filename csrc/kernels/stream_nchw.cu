@@ -14,8 +14,13 @@ template <class Tile>
 struct TileOfThread {
   static constexpr int kTiles = 1, kLanes = 1, kLoaders = 0, kFilterBytes = 0;
 
+  // The weights that the thread needs first are on their way while the chunk is.
   template <typename T>
-  __device__ void prepare(const Stream&, const Chunk&) {}
+  __device__ void prepare(const Stream& a, const Chunk& c) {
+    uint32_t plane = threadIdx.x;
+    a.by_units.split(plane);
+    if (plane < static_cast<uint32_t>(c.targets)) static_cast<Tile*>(this)->template know<T>(a, c.target + plane);
+  }
 
   template <typename T>
   __device__ void compute(const Stream& a, const RowRing& ring, const Chunk& c, int out) {
@@ -23,7 +28,7 @@ struct TileOfThread {
     for (uint32_t unit = threadIdx.x; unit < units; unit += blockDim.x) {
       uint32_t plane = unit;
       const uint32_t tile = a.by_units.split(plane);
-      Tile::template compute_tile<T>(a, ring, c, out, plane, tile);
+      static_cast<Tile*>(this)->template compute_tile<T>(a, ring, c, out, plane, tile);
     }
   }
 };
@@ -55,9 +60,23 @@ struct Window : TileOfThread<Window<Kernel, kSum, kRows_>> {
   static constexpr int kMaxThreads = kKernelH * kKernelW < 25 || kRows < 7 ? 256 : 128;
   static constexpr int kBlocks = kRows < 7 ? 2 : kKernelH * kKernelW == 25 ? 4 : 3;
 
+  // The filter that the thread knows: the first of those a target plane is summed over.
+  int known = -1;
+  bool finite;
+  float weight[kKernelH][kKernelW], bias;
+
   template <typename T>
-  static __device__ void compute_tile(const Stream& a, const RowRing& ring, const Chunk& c, int out, int plane,
-                                      uint32_t tile) {
+  __device__ void know(const Stream& a, uint32_t target) {
+    const int filter = a.by_filters.split(target) * a.fan_in;
+    if (filter == known) return;
+    known = filter;
+    bias = a.bias ? widen(static_cast<const T*>(a.bias)[filter * a.bias_stride]) : 0.f;
+    finite = read_weight<kKernelH, kKernelW, T>(a, filter, weight);
+  }
+
+  template <typename T>
+  __device__ void compute_tile(const Stream& a, const RowRing& ring, const Chunk& c, int out, int plane,
+                               uint32_t tile) {
     constexpr int kExtentH = (kKernelH - 1) * kDilation + 1, kExtentW = (kKernelW - 1) * kDilation + 1;
     constexpr int kSourceRows = (kRows - 1) * kStride + kExtentH, kSourceColumns = (kColumns - 1) * kStride + kExtentW;
     uint32_t filter = c.target + plane;
@@ -67,7 +86,6 @@ struct Window : TileOfThread<Window<Kernel, kSum, kRows_>> {
     const int column = min(strip * kColumns, a.out_width - kColumns);  // the last strip overlaps the one before
     const int overlap = strip * kColumns - column;
     const int y0 = (c.row + row) * kStride - a.padding_h, x0 = column * kStride - a.padding_w;
-    const float bias = a.bias ? widen(static_cast<const T*>(a.bias)[filter * a.bias_stride]) : 0.f;
     constexpr int kSize = sizeof(T);
     const auto store = [&](int r, const float (&values)[kColumns]) {
       if (r >= rows) return;
@@ -88,9 +106,11 @@ struct Window : TileOfThread<Window<Kernel, kSum, kRows_>> {
 #pragma unroll
         for (int v = 0; v < kColumns; ++v) sum[r][v] = 0;
     for (int q = 0; q < (kSum ? a.fan_in : 1); ++q) {
-      float weight[kKernelH][kKernelW];
-      if (!read_weight<kKernelH, kKernelW, T>(a, filter + q, weight))
-        return tile_by_taps<T>(a, ring, c, out, plane, row, rows, column + overlap, kColumns - overlap);
+      if (kSum && q > 0)
+        known = -1, finite = read_weight<kKernelH, kKernelW, T>(a, filter + q, weight);
+      else
+        know<T>(a, c.target + plane);
+      if (!finite) return tile_by_taps<T>(a, ring, c, out, plane, row, rows, column + overlap, kColumns - overlap);
       const int top = ((c.group + group_of(a, plane)) * a.fan_in + q) * a.height - c.source_begin;
       RowWalk walk(ring, c.source_slot + top + y0);
 #pragma unroll
@@ -129,8 +149,11 @@ struct Spread : TileOfThread<Spread<kKernel, kOdd>> {
   static constexpr int kMaxThreads = 128, kBlocks = 3;
 
   template <typename T>
-  static __device__ void compute_tile(const Stream& a, const RowRing& ring, const Chunk& c, int out, int plane,
-                                      uint32_t tile) {
+  __device__ void know(const Stream&, uint32_t) {}
+
+  template <typename T>
+  __device__ void compute_tile(const Stream& a, const RowRing& ring, const Chunk& c, int out, int plane,
+                               uint32_t tile) {
     constexpr int kLow = (kOdd - kKernel + 1) / 2, kSpan = kOdd - kLow;  // source rows from kLow to kOdd off
     constexpr int kSourceRows = kPairs + kSpan, kSourceColumns = kColumns / 2 + kSpan;
     uint32_t filter = c.target + plane;
@@ -185,7 +208,7 @@ struct Spread : TileOfThread<Spread<kKernel, kOdd>> {
 
 }  // namespace
 
-void launch_stream_nchw(const Problem& p, bool bulk, cudaStream_t stream) {
+void launch_stream_nchw(const Problem& p, bool bulk, const Allocate& allocate, cudaStream_t stream) {
   Stream a;
   int64_t images;
   std::tie(a, images) = stream_of(p, bulk);
@@ -198,15 +221,15 @@ void launch_stream_nchw(const Problem& p, bool bulk, cudaStream_t stream) {
         constexpr int kLongRow = 2800;  // bytes
         if constexpr (sizeof(T) == 4 && Kernel::kKernelH == 7 && Kernel::kStride == 1)
           if (a.fan_in == 1 && a.source.row_bytes > kLongRow)
-            return launch<T, Window<Kernel, false, 4>>(a, images, stream);
-        if (!a.spread && a.fan_in == 1) return launch<T, Window<Kernel, false>>(a, images, stream);
+            return launch<T, Window<Kernel, false, 4>>(a, images, allocate, stream);
+        if (!a.spread && a.fan_in == 1) return launch<T, Window<Kernel, false>>(a, images, allocate, stream);
         if constexpr (Kernel::kSquare && Kernel::kKernelH > 1 && Kernel::kDilation == 1) {
           if constexpr (Kernel::kStride == 1)
-            launch<T, Window<Kernel, true>>(a, images, stream);
+            launch<T, Window<Kernel, true>>(a, images, allocate, stream);
           else if (a.padding_h % 2 == 0)
-            launch<T, Spread<Kernel::kKernelH, 0>>(a, images, stream);
+            launch<T, Spread<Kernel::kKernelH, 0>>(a, images, allocate, stream);
           else
-            launch<T, Spread<Kernel::kKernelH, 1>>(a, images, stream);
+            launch<T, Spread<Kernel::kKernelH, 1>>(a, images, allocate, stream);
         }
       });
       if (!compiled) throw std::runtime_error("dwconv: no tile of stream_nchw is compiled for this kernel");

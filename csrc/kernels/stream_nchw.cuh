@@ -23,6 +23,7 @@
 
 #include "launch.h"
 #include "mapping.h"
+#include "overlap.cuh"
 #include "stream.cuh"
 
 namespace dwconv {
@@ -46,6 +47,8 @@ struct Stream {
   bool spread;        // grad_input at stride 2: the stride is that of the target
   bool bulk;
   int phase, capacity, period, ring_bytes;
+  int run, runs;  // chunks that follow each other in memory and stay in one block, and the number of such runs
+  int* counter;   // of the runs that were taken, or null: then blocks take every so many of them
   Divider by_sub, by_bands, by_chunks_per_image, by_strips, by_units, by_fan_out, by_filters;
   // Of tiles that a warp computes together:
   bool down;       // they are numbered down the columns
@@ -54,6 +57,10 @@ struct Stream {
   int chunks_at;   // what is known of the chunks under way, in shared memory
   Divider by_tile_rows, by_warps_side, by_kernel_w, by_weights;
 };
+
+// Where the numbers of the chunks under way lie in shared memory: in place of barriers of stages that there are not.
+constexpr int kNumbers = 48;
+static_assert(kDepth == 2 && Barriers::kStages == 4);
 
 // What a chunk reads and writes. Whole planes, or (bands > 1) rows of one target plane.
 struct __align__(16) Chunk {
@@ -142,6 +149,49 @@ __device__ __noinline__ void tile_by_taps(const Stream& a, const RowRing& ring, 
     }
 }
 
+// The chunks of a block in their order. Some multiprocessors get less of the memory's bandwidth than others, by a
+// quarter on an H100: with equal shares all would wait for those. So a block takes its third run and all that follow
+// from a counter. The results do not depend on who computes them. Memory likes to be read and written in one place at a
+// time: blocks side by side take runs side by side.
+class Schedule {
+ public:
+  __device__ explicit Schedule(const Stream& a) : a_(a), run_(blockIdx.x) {}
+
+  // Asks for the run after this one, if it is not known: some time before it is needed.
+  __device__ void ask() {
+    if (a_.counter == nullptr || !asks_) return;
+    wait_for_kernel_before();
+    run_ = atomicAdd(a_.counter, 1);
+    asks_ = false;
+  }
+
+  // The next chunk's number; a_.chunks or more: there is none.
+  __device__ int next() {
+    if (left_ == 0) {
+      number_ = run_ < a_.runs ? run_ * a_.run : a_.chunks;
+      left_ = a_.run;
+      asks_ = run_ >= static_cast<int>(gridDim.x);
+      run_ += gridDim.x;
+    } else {
+      ++number_;
+    }
+    --left_;
+    return number_;
+  }
+
+ private:
+  const Stream& a_;
+  int run_;  // the one to be taken next
+  int number_ = 0, left_ = 0;
+  bool asks_ = false;
+};
+
+// Sets the counter to the first run that is not a block's first or second one.
+static __global__ void set_counter(int* counter, int value) {
+  let_next_kernel_start();
+  *counter = value;
+}
+
 template <typename T, class Tile>
 __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlocks)
     stream_nchw(const __grid_constant__ Stream a) {
@@ -152,21 +202,20 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
   static_assert(2 * sizeof(Chunk) + 16 <= kChunkBytes);
   const Copier copier(a.bulk, kByWarps);
   copier.init();
-  __syncthreads();
 
-  // Memory likes to be read and written in one place at a time: blocks side by side take whole planes side by side.
-  // Bands come in runs, since those that follow each other share rows.
-  const bool runs = a.bands > 1;
-  const int step = runs ? 1 : gridDim.x;
-  const int first = runs ? static_cast<int>(static_cast<int64_t>(a.chunks) * blockIdx.x / gridDim.x) : blockIdx.x;
-  const int last = runs ? static_cast<int>(static_cast<int64_t>(a.chunks) * (blockIdx.x + 1) / gridDim.x) : a.chunks;
+  // What the stages hold is decided by the thread that begins copies, and known to the others after a barrier.
+  Schedule schedule(a);
+  const auto number_in = [](int stage) -> int& { return shared<int>(kNumbers + 4 * stage); };
+  if (copier.rank() == 0)
+    for (int d = 0; d < kDepth; ++d) number_in(d) = schedule.next();
+  __syncthreads();
   Tile tiles;
   Cursor loaded, read;
   const auto known = [&](int stage) -> Chunk& {
     return shared<Chunk>(a.chunks_at + stage * static_cast<int>(sizeof(Chunk)));
   };
   const auto load = [&](int number, int stage) {
-    if (number < last && copier.loads()) {
+    if (number < a.chunks && copier.loads()) {
       Chunk c = chunk_of(a, number);
       const int begin = c.image * a.source.rows + c.source_begin;
       load_rows<T>(copier, ring, a.source, loaded, c.image, c.source_begin, c.source_end, Barriers::full(stage));
@@ -178,12 +227,13 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
     copier.commit(stage);
   };
   if (!copier.dedicated || !copier.is_worker())
-    for (int d = 0; d < kDepth; ++d) load(first + d * step, d);
+    for (int d = 0; d < kDepth; ++d) load(number_in(d), d);
   if (kByWarps) __syncthreads();
 
   int stage = 0;
   uint32_t parity = 0;
-  for (int number = first; number < last; number += step) {
+  bool first = true;
+  for (int number; (number = number_in(stage)) < a.chunks; first = false) {
     Chunk own;
     if (!kByWarps) {
       own = chunk_of(a, number);
@@ -198,16 +248,20 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
     copier.wait_full(stage, parity);
     copier.stored();
     __syncthreads();
-    if (copier.is_worker())
+    if (!copier.dedicated && copier.rank() == 0) schedule.ask();
+    if (copier.is_worker()) {
       tiles.template compute<T>(a, ring, c, out);
-    else if (number > first)  // in place of the chunk before
-      load(number + (kDepth - 1) * step, 1 - stage);
+    } else if (copier.rank() == 0) {
+      if (!first) load(number_in(1 - stage) = schedule.next(), 1 - stage);  // in place of the chunk before
+      schedule.ask();
+    }
+    if (!copier.dedicated && copier.rank() == 0) number_in(stage) = schedule.next();
     const auto to = reinterpret_cast<T*>(c.target_row);  // read before the barrier: another chunk may take c's place
     const int count = c.targets * c.rows * a.out_width;
     copier.before_store();
     __syncthreads();
     copier.store(to, &shared<T>(out), count);
-    if (!copier.dedicated) load(number + kDepth * step, stage);
+    if (!copier.dedicated) load(number_in(stage), stage);
     if (++stage == kDepth) stage = 0, parity ^= 1;
   }
   copier.stored();
@@ -315,6 +369,7 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
       const double parts = static_cast<double>(std::max(blocks, rounds));
       score =
           cut.bands > 1 ? enough * 0.65 * blocks / (blocks + 0.25) : enough * (lines ? 1 : 0.9) * parts / (parts + 0.5);
+      if (!a.bulk) score *= blocks / (blocks + 1.);  // threads that copy do not compute: others should
     }
     if (score > best_score * (tile.lanes > 1 ? 1.02 : 1)) best_score = score, best = cut;
     return true;
@@ -347,8 +402,16 @@ inline int blocks_for(const Stream& a, int room) {
   return static_cast<int>(std::min<int64_t>(a.chunks, less >= 0.9 * room ? less : room));
 }
 
+// Whether a counter saves more than it costs: blocks that take a few chunks each end together anyway.
+inline bool pays_to_count(const Stream& a, int64_t images, int blocks) {
+  constexpr int64_t kLeastBytes = int64_t{48} << 20;
+  const auto bytes_of = [](const Planes& array) { return int64_t{array.rows} * array.row_bytes; };
+  const int64_t least_chunks = int64_t{a.bands > 1 ? 3 : 6} * blocks;
+  return images * (bytes_of(a.source) + bytes_of(a.target)) >= kLeastBytes && a.chunks >= least_chunks;
+}
+
 template <typename T, class Tile>
-void launch(Stream a, int64_t images, cudaStream_t stream) {
+void launch(Stream a, int64_t images, const Allocate& allocate, cudaStream_t stream) {
   constexpr TileSize kTile{
       Tile::kRows,    Tile::kColumns,     Tile::kTiles,      Tile::kLanes,
       Tile::kLoaders, Tile::kFilterBytes, Tile::kMaxThreads, (Tile::kMaxThreads + Tile::kLoaders) * Tile::kBlocks};
@@ -359,9 +422,9 @@ void launch(Stream a, int64_t images, cudaStream_t stream) {
     Cut cut;
     int resident;  // blocks on a multiprocessor
   };
-  static thread_local Decisions<9, Decision> decisions;
-  const Decision& decision =
-      decisions({device.id, images, a.groups, a.fan_in, a.fan_out, a.height, a.width, a.out_height, a.out_width}, [&] {
+  static thread_local Decisions<10, Decision> decisions;
+  const Decision& decision = decisions(
+      {device.id, a.bulk, images, a.groups, a.fan_in, a.fan_out, a.height, a.width, a.out_height, a.out_width}, [&] {
         Decision made{cut_for(a, kTile, images, device), 0};
         apply(a, made.cut, kTile, images);
         const int bytes = static_cast<int>(shared_bytes(a));
@@ -371,7 +434,21 @@ void launch(Stream a, int64_t images, cudaStream_t stream) {
       });
   apply(a, decision.cut, kTile, images);
   const int blocks = blocks_for(a, std::max(decision.resident, 1) * device.multiprocessors);
-  kernel<<<blocks, decision.cut.threads + (a.bulk ? Tile::kLoaders : 0), shared_bytes(a), stream>>>(a);
+  // Without a counter bands come in runs, since those that follow each other share rows. With one, neighbours are in
+  // work at the same time, and find these rows in L2.
+  const bool counts = pays_to_count(a, images, blocks);
+  a.run = counts || a.bands == 1 ? 1 : static_cast<int>(ceil_div(a.chunks, blocks));
+  a.runs = static_cast<int>(ceil_div(a.chunks, a.run));
+  if (counts) {
+    a.counter = static_cast<int*>(allocate(sizeof(int)));
+    set_counter<<<1, 1, 0, stream>>>(a.counter, 2 * blocks);
+    check_launch("set_counter");
+  }
+  const int threads = decision.cut.threads + (a.bulk ? Tile::kLoaders : 0);
+  if (counts)
+    launch_early(kernel, a, blocks, threads, stream, {.shared_bytes = shared_bytes(a)});
+  else
+    kernel<<<blocks, threads, shared_bytes(a), stream>>>(a);
   check_launch("stream_nchw");
 }
 

@@ -268,14 +268,14 @@ void choose_rows(const Stream& a, Go&& go) {
 
 }  // namespace
 
-void launch_toeplitz_nchw(const Problem& p, bool bulk, cudaStream_t stream) {
+void launch_toeplitz_nchw(const Problem& p, bool bulk, const Allocate& allocate, cudaStream_t stream) {
   Stream a;
   int64_t images;
   std::tie(a, images) = stream_of(p, bulk);
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
-      const auto go = [&](auto tile) { launch<T, decltype(tile)>(a, images, stream); };
+      const auto go = [&](auto tile) { launch<T, decltype(tile)>(a, images, allocate, stream); };
       const int rows = (a.kernel_h - 1) * a.dilation_h + 1, columns = (a.kernel_w - 1) * a.dilation_w + 1;
       if (columns > kMaxBandColumns) {
         if (a.fan_in > 1) return go(Toeplitz<1, 1, 4, true, true>{});
