@@ -42,7 +42,7 @@ bool can_overlap(Function* kernel) {
 
 struct EarlyLaunch {
   int cluster = 1;  // blocks of a cluster, where there are clusters
-  int shared_bytes = 0;
+  int64_t shared_bytes = 0;
 };
 
 // Launches a kernel that waits for the kernel before: early, where the device can do that.

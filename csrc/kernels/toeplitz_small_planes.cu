@@ -230,8 +230,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
         const int index = row_of_a + 8 * h, known = min(index, part.images - 1);
         from[h] = memory + 2 * pair + own * source_plane +
                   a.source.slot(place, known, part.image + known, source_offset(part));
-        to[h] = memory + 2 * pair + own * target_plane +
-                a.target.slot(0, index, part.image + index, target_offset(part));
+        to[h] =
+            memory + 2 * pair + own * target_plane + a.target.slot(0, index, part.image + index, target_offset(part));
       }
       for (int tile = first_tile; Tile::first_target(a, tile) < a.out_height; tile += a.share) {
         const int first_row = Tile::first_target(a, tile), y0 = Tile::first_source(a, tile);
