@@ -1063,6 +1063,25 @@ def test_batch_grad_weight_is_exact(kernel: tuple, dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("tile", TILES, ids=str)
+def test_marches_over_many_images_are_exact(tile: tuple, dtype: torch.dtype) -> None:
+    """Blocks that take whole images, one after the other; rows that leave as one, and in slabs of channels."""
+    kernel, stride, dilation = tile
+    for channels, batch, size in ((40, 1500, (7, 7)), (528, 300, (5, 9)), (1040, 3, (14, 30)), (4, 3, (40, 300))):
+        for multiplier in (1, 2):
+            if any(side < dilation * (k - 1) + 1 for side, k in zip(size, kernel)):
+                continue
+            case = tile_case(tile, batch, channels, size, multiplier=multiplier, bias=multiplier == 1)
+            input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
+            grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=torch.channels_last)
+            exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output, True):
+                if plan == "march_channels_last":
+                    assert wrong_numbers(result, exact[name].round()) == 0, (name, str(case))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
 def test_marches_are_exact(tile: tuple, dtype: torch.dtype) -> None:
     """Any number of channels, images of every sort, pixels, rows and images apart, at any address."""
     kernel, stride, dilation = tile

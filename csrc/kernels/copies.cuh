@@ -93,6 +93,28 @@ __device__ inline void copy_bulk(uint32_t to, const void* from, int bytes, int b
 #endif
 }
 
+// Begins a bulk copy from shared memory, likewise.
+__device__ inline void store_bulk(void* to, uint32_t from, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
+               : "memory");
+#endif
+}
+
+// Ends a group of those that the thread has begun.
+__device__ inline void commit_stores() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until the thread's groups have read shared memory.
+__device__ inline void wait_stores() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+#endif
+}
+
 // Copies one unit: under way on return where there is cp.async, but for units of 2 bytes.
 template <int kBytes>
 __device__ void copy_unit(uint32_t to, const void* from) {
