@@ -93,7 +93,8 @@ __device__ inline void copy_bulk(uint32_t to, const void* from, int bytes, int b
 #endif
 }
 
-// Begins a bulk copy from shared memory, likewise.
+// Begins a bulk copy from shared memory, likewise. Those that a thread has committed it can wait for, until they have
+// read their bytes.
 __device__ inline void store_bulk(void* to, uint32_t from, int bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
@@ -101,14 +102,12 @@ __device__ inline void store_bulk(void* to, uint32_t from, int bytes) {
 #endif
 }
 
-// Ends a group of those that the thread has begun.
 __device__ inline void commit_stores() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 #endif
 }
 
-// Waits until the thread's groups have read shared memory.
 __device__ inline void wait_stores() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");

@@ -64,26 +64,6 @@ __device__ inline void load_units(const ImageRuns& v, int stage, int index, int 
   copy_bulk(shared_address(slot - before), v.base + image * v.image_bytes + offset - before, size, barrier);
 }
 
-// Begins a bulk copy to memory. Committed ones can be waited for, by the same thread, until they have read their bytes.
-__device__ inline void store_bulk(void* to, uint32_t from, int bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
-               : "memory");
-#endif
-}
-
-__device__ inline void commit_bulk_stores() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-#endif
-}
-
-__device__ inline void wait_bulk_stores() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-#endif
-}
-
 // A lane stores a slot by a bulk copy, where it begins and ends with a unit.
 __device__ inline void store_units(const ImageRuns& v, int index, int image, int64_t offset, int bytes) {
   store_bulk(v.base + image * v.image_bytes + offset, shared_address(v.slot(0, index, image, offset)), bytes);

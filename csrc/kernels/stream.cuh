@@ -97,11 +97,8 @@ struct Copier {
 #if __CUDA_ARCH__ >= 900
     if (bulk) {
       if (rank() == 0) {
-        if (body > 0)
-          asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to + head),
-                       "r"(shared_address(from + head)), "r"(body * static_cast<int>(sizeof(T)))
-                       : "memory");
-        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+        if (body > 0) store_bulk(to + head, shared_address(from + head), body * static_cast<int>(sizeof(T)));
+        commit_stores();
       }
     } else
 #endif
@@ -116,9 +113,7 @@ struct Copier {
 
   // Waits until all stores have read their buffers.
   __device__ void stored() const {
-#if __CUDA_ARCH__ >= 900
-    if (bulk && rank() == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-#endif
+    if (bulk && rank() == 0) wait_stores();
   }
 };
 

@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
     }
     const int place = stage * a.stage_bytes;
     if (copier.bulk) {
-      wait_bulk_stores();
+      wait_stores();
       wait(Barriers::full(stage), parity);
     } else if (a.stages > 1) {
       wait_copies<1>();
@@ -325,12 +325,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
     } else if (warp == 0) {
       if (lane < part.images)
         store_units(a.target, lane, part.image + lane, target_offset(part), part.channels * target_plane);
-      commit_bulk_stores();
+      commit_stores();
     }
     load(number + a.stages * step, stage);
     if (++stage == a.stages) stage = 0, parity ^= 1;
   }
-  if (copier.bulk) wait_bulk_stores();
+  if (copier.bulk) wait_stores();
 }
 
 template <typename T, int kKernelH, int kStride, int kIn, int kOut, bool kPairs>
