@@ -44,10 +44,13 @@ struct March {
   int stage_bytes;  // behind the ring, for the outputs of a warp
   int workers;      // blocks that share the rows of a slab and a span
   int grain;        // of their shares, in rows
-  bool bulk;        // whether rows come by bulk copies
-  bool pairs;       // whether a thread may own two channels
-  bool twins;       // whether it may own both filters of one
-  bool wide;        // whether all of the target is a multiple of 16 bytes
+  // Rows at the end that more blocks share, small shares each, which multiprocessors take as they become free: some of
+  // them get less of the memory's bandwidth than others.
+  int late_rows, late_workers;
+  bool bulk;   // whether rows come by bulk copies
+  bool pairs;  // whether a thread may own two channels
+  bool twins;  // whether it may own both filters of one
+  bool wide;   // whether all of the target is a multiple of 16 bytes
   Divider by_lanes, by_slabs, by_spans, by_units, by_fan_out;
 };
 
@@ -286,9 +289,13 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
   uint32_t worker = blockIdx.x, strip = a.warp_strips ? threadIdx.x % 32 : threadIdx.x;
   const int slab = a.by_slabs.split(worker) * a.lanes;
   const int first_column = a.by_spans.split(worker) * a.strips * kStrip;
-  const int64_t grains = a.all_units / a.grain;
-  const int begin = static_cast<int>(grains * worker / a.workers) * a.grain;
-  const int end = static_cast<int>(grains * (worker + 1) / a.workers) * a.grain;
+  const bool late = worker >= a.workers;
+  const int early_rows = a.all_units - a.late_rows, before = late ? early_rows : 0;
+  const int64_t grains = (late ? a.late_rows : early_rows) / a.grain;
+  const int sharers = late ? a.late_workers : a.workers;
+  if (late) worker -= a.workers;
+  const int begin = before + static_cast<int>(grains * worker / sharers) * a.grain;
+  const int end = before + static_cast<int>(grains * (worker + 1) / sharers) * a.grain;
   int lane = a.by_lanes.split(strip);
   bool live = true;
   if (a.warp_strips) {
@@ -586,6 +593,20 @@ void deal(March& a, bool whole, int64_t resident, const Device& d) {
   a.grain = whole ? a.units : 1;
 }
 
+// Cuts half of the rows into small shares, where there is so much to move that it saves more than the rows cost that
+// two shares need both.
+void deal_late(March& a, const TileSize& tile, int64_t element) {
+  constexpr int64_t kMuch = 112 << 20;
+  const int64_t images = a.all_units / a.units;
+  const int64_t pixels = int64_t{a.height} * a.width * a.source.bytes;
+  const int64_t outputs = int64_t{a.target_height} * a.target_width * a.filters * element;
+  const int share = static_cast<int>(28 / element);
+  if (a.grain > 1 || tile.extent_h > 3 || tile.step > 1 || tile.pair > 1 || images * (pixels + outputs) < kMuch ||
+      a.all_units < 2 * share * a.workers)
+    return;
+  a.late_rows = a.all_units / 2, a.late_workers = static_cast<int>(ceil_div(a.late_rows, share));
+}
+
 // Estimates how long a cut takes, in nanoseconds, from what memory, instructions and latency cost. The numbers are
 // fitted to measurements on an H200. Returns infinity for a cut that is not possible.
 double time_of(const March& whole, const Cut& cut, const TileSize& tile, int64_t element, const Device& d) {
@@ -700,7 +721,8 @@ void launch(March a, cudaStream_t stream) {
   a.bulk = decision.bulk;
   apply(a, decision.cut, kTile, sizeof(T));
   deal(a, decision.cut.whole, std::max(decision.resident, 1), device);
-  const int blocks = static_cast<int>(a.by_slabs.divisor * a.by_spans.divisor) * a.workers;
+  deal_late(a, kTile, sizeof(T));
+  const int blocks = static_cast<int>(a.by_slabs.divisor * a.by_spans.divisor) * (a.workers + a.late_workers);
   kernel_for(a)<<<blocks, threads_of(a), shared_bytes(a), stream>>>(a);
   check_launch("march_channels_last");
 }
