@@ -1,7 +1,6 @@
 // Forward and grad_input of small kernels in channels_last (march.cuh). A thread owns one channel, or two neighbouring
 // ones, of a strip of columns. It marches down the image: each source row, read once, is added to all the output rows
-// that it reaches, whose sums are in registers; the oldest of them is then complete. Outputs go to memory directly, or,
-// where they are many to a source row, by way of shared memory, from which bulk copies take them.
+// that it reaches, whose sums are in registers; the oldest of them is then complete.
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -36,21 +35,12 @@ struct March {
   int threads;        // without the warp that loads
   // If not 0: a warp owns that many strips, of all channels, and puts their outputs side by side before it stores them.
   int warp_strips;
-  // If not 0: rows of outputs are put together in shared memory and leave by bulk copies, from two buffers in turn of
-  // so many bytes each, behind the ring.
-  int row_bytes;
   int group;  // source rows that are loaded together
   int slot_bytes, ring_bytes;
   int stage_bytes;  // behind the ring, for the outputs of a warp
   int workers;      // blocks that share the rows of a slab and a span
-  int grain;        // of their shares, in rows
-  // Rows at the end that more blocks share, small shares each, which multiprocessors take as they become free: some of
-  // them get less of the memory's bandwidth than others.
-  int late_rows, late_workers;
-  bool bulk;   // whether rows come by bulk copies
-  bool pairs;  // whether a thread may own two channels
-  bool twins;  // whether it may own both filters of one
-  bool wide;   // whether all of the target is a multiple of 16 bytes
+  bool bulk;        // whether rows come by bulk copies
+  bool pairs;       // whether a thread may own two channels
   Divider by_lanes, by_slabs, by_spans, by_units, by_fan_out;
 };
 
@@ -149,15 +139,13 @@ __device__ __noinline__ void strip_by_taps(const March& a, int begin, int end, i
 }
 
 // What a kernel is compiled for. kSpread: grad_input at stride 2. kFan: source channels that a filter sums over, if
-// kChannels, those that a thread owns side by side, is 1. kTwins: the two that a thread owns are filters of one
-// channel.
-template <class Kernel, bool kSpread_, int kChannels_, int kFan_, bool kTwins_ = false>
+// kChannels, those that a thread owns side by side, is 1.
+template <class Kernel, bool kSpread_, int kChannels_, int kFan_>
 struct Tile {
   static constexpr int kKernelH = Kernel::kKernelH, kKernelW = Kernel::kKernelW;
   static constexpr int kStride = Kernel::kStride, kDilation = Kernel::kDilation;
   static constexpr bool kSpread = kSpread_;
   static constexpr int kChannels = kChannels_, kFan = kFan_;
-  static constexpr bool kTwins = kTwins_;
 
   static constexpr int kPair = kSpread ? 2 : 1;               // outputs of a unit, along a side
   static constexpr int kStep = kSpread ? 1 : kStride;         // source rows from unit to unit
@@ -168,9 +156,7 @@ struct Tile {
   static constexpr int kColumns = (kStrip - 1) * kStep + kExtentW;  // of the source, for a strip
   static constexpr int kRowsPerStep = kStep * kDilation;
 
-  static constexpr bool kBulk = kChannels == 2 || kFan == 2 || kKernelH > 3;  // whether it is compiled for bulk copies
-  // Whether outputs leave by bulk copies where rows come by them: it pays where there are four times as many.
-  static constexpr bool kLeaves = kSpread && kChannels == 2;
+  static constexpr bool kBulk = kChannels == 2 || kKernelH > 3;  // whether it is compiled for bulk copies
   // As many threads as registers allow.
   static constexpr int kRegisters = kDilation * (kSpread ? kKernelH : kLive) * kPair * kStrip * kChannels +
                                     kKernelH * kKernelW * kChannels * kFan + kColumns * kChannels + 16 + 16 * kFan;
@@ -230,52 +216,13 @@ __device__ void store_staged(const March& a, char* pixel, int x, bool live,
       reinterpret_cast<Word*>(pixel)[at] = shared<Word>(stage + at * kWord);
 }
 
-// Waits for the others of so many threads of a block, whole warps.
-__device__ inline void sync_warps(int threads) {
-  asm volatile("barrier.sync 1, %0;" ::"r"(threads) : "memory");
-}
-
-// Lets them go on as for sync_warps, and does not wait.
-__device__ inline void arrive_warps(int threads) {
-  asm volatile("barrier.arrive 1, %0;" ::"r"(threads) : "memory");
-}
-
-// Waits, too. Returns whether `value` is true for all of them.
-__device__ inline bool all_of(int threads, bool value) {
-  int all;
-  asm volatile(
-      "{\n"
-      ".reg .pred mine, all;\n"
-      "setp.ne.s32 mine, %2, 0;\n"
-      "barrier.red.and.pred all, 1, %1, mine;\n"
-      "selp.s32 %0, 1, 0, all;\n"
-      "}"
-      : "=r"(all)
-      : "r"(threads), "r"(static_cast<int>(value))
-      : "memory");
-  return all;
-}
-
-// A warp begins to store a row of so many pixels, `part` bytes of each, by bulk copies.
-__device__ inline void store_row(const March& a, char* to, int from, int pitch, int columns, int part) {
-  const int lane = threadIdx.x % 32;
-  if (part == a.target_pixel_bytes) part *= columns, columns = 1;
-#pragma unroll 1
-  for (int i = lane; i < columns; i += 32)
-    store_bulk(to + static_cast<int64_t>(i) * a.target_pixel_bytes, shared_address(from + i * pitch), part);
-  commit_stores();
-}
-
-// The warp that loads prepares the barriers.
 __device__ inline void init_barriers(int warps) {
-  if (threadIdx.x % 32 == 0)
+  if (threadIdx.x == 0)
     for (int i = 0; i < kGroups; ++i) init_barrier(Barriers::full(i), 1), init_barrier(Barriers::done(i), warps);
-  before_bulk_copies();
-  __syncwarp();
+  before_bulk_copies();  // of all threads: they may have written zeros
 }
 
-// kBulk: rows come by bulk copies, which the last warp begins. The others then wait for each other only where rows of
-// outputs leave by bulk copies, too.
+// kBulk: rows come by bulk copies, which the last warp begins; the others then never wait for each other.
 template <typename T, class Tile, bool kBulk>
 __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
     march_channels_last(const __grid_constant__ March a) {
@@ -289,13 +236,8 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
   uint32_t worker = blockIdx.x, strip = a.warp_strips ? threadIdx.x % 32 : threadIdx.x;
   const int slab = a.by_slabs.split(worker) * a.lanes;
   const int first_column = a.by_spans.split(worker) * a.strips * kStrip;
-  const bool late = worker >= a.workers;
-  const int early_rows = a.all_units - a.late_rows, before = late ? early_rows : 0;
-  const int64_t grains = (late ? a.late_rows : early_rows) / a.grain;
-  const int sharers = late ? a.late_workers : a.workers;
-  if (late) worker -= a.workers;
-  const int begin = before + static_cast<int>(grains * worker / sharers) * a.grain;
-  const int end = before + static_cast<int>(grains * (worker + 1) / sharers) * a.grain;
+  const int begin = static_cast<int>(static_cast<int64_t>(a.all_units) * worker / a.workers);
+  const int end = static_cast<int>(static_cast<int64_t>(a.all_units) * (worker + 1) / a.workers);
   int lane = a.by_lanes.split(strip);
   bool live = true;
   if (a.warp_strips) {
@@ -304,10 +246,8 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
     live = live && strip < a.strips;
     if (!live) strip = threadIdx.x / 32 * a.warp_strips, lane = 0;
   }
-  if (kBulk && threadIdx.x >= a.threads) live = false, strip = 0, lane = 0;
-  live = live && (slab + lane) * kChannels < a.filters;
-  if (!live) lane = 0;
   const int filter = (slab + lane) * kChannels;
+  live = live && filter < a.filters;
   const auto source_of = [&](int target) {  // the first source channel of a filter
     uint32_t channel = target;
     a.by_fan_out.split(channel);
@@ -318,11 +258,12 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
 
   const int warps = (a.threads + 31) / 32;  // without the one that loads
   Feed<Tile, std::conditional_t<kBulk, BulkLoader, RowLoader>> feed(a, slab_channel * kSize, source_column, begin, end);
+  clear_ring(a.source, slab_channel * kSize, source_column, a.width, kRing, a.ring_bytes);
   if constexpr (kBulk) {
+    init_barriers(warps);
+    __syncthreads();
     if (threadIdx.x >= 32 * warps) {
-      init_barriers(warps);
-      arrive_warps(blockDim.x);
-      for (uint32_t i = 0; feed.find(a); ++i) {
+      for (int i = 0; feed.find(a); ++i) {
         const int stage = i % kGroups;
         if (i >= kGroups) wait(Barriers::done(stage), (i / kGroups - 1) % 2);
         feed.load(a, Barriers::full(stage));
@@ -330,15 +271,9 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
       }
       return;
     }
-    clear_columns(a.source, source_column, a.width, kRing, a.slot_bytes, a.ring_bytes, 32 * warps);
-    sync_warps(blockDim.x);
+    if (threadIdx.x >= a.threads) return;
   } else {
-    if (a.source.unit == kUnit) {
-      clear_columns(a.source, source_column, a.width, kRing, a.slot_bytes, a.ring_bytes, blockDim.x);
-    } else {
-      clear_ring(a.source, source_column, a.width, kRing, a.ring_bytes);
-      __syncthreads();
-    }
+    __syncthreads();
     for (int i = 0; i < kGroups - 1; ++i) feed.load(a), commit_copies();
   }
 
@@ -364,10 +299,6 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
       for (int c = 0; c < kChannels; ++c) bias[c] = widen(static_cast<const T*>(a.bias)[(filter + c) * a.bias_stride]);
   }
 
-  // What has to be computed again is stored again, which nothing would order behind a bulk copy.
-  bool rows_leave = false;
-  if constexpr (kBulk && Tile::kLeaves) rows_leave = a.row_bytes > 0 && all_of(32 * warps, finite);
-
   // Sums of the rows of units under way, the oldest first. Rows of either parity have sums of their own where there is
   // dilation, and so have both rows of a pair.
   constexpr int kSets = Tile::kSpread ? 2 : kDilation;
@@ -390,46 +321,22 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
   const int column = first_column + static_cast<int>(strip) * kStrip;
   const int x0 = column * kStep - a.lead_w;        // where the strip begins in the source
   const int target_x = column * kPair - a.skew_w;  // and in the target
-  const bool inner =
-      kBulk || !a.source.joined || (x0 >= 0 && x0 + Tile::kColumns <= a.width);  // or else it has to mask
+  const bool inner = !a.source.joined || (x0 >= 0 && x0 + Tile::kColumns <= a.width);  // or else it has to mask
   const bool whole = live && target_x >= 0 && target_x + kWidth <= a.target_width;
-  // Rows of outputs that leave together, as far as they lie inside the image.
-  const int row_pitch = a.lanes * kChannels * kSize;
-  const int row_place = static_cast<int>(strip) * kWidth * row_pitch + lane * kChannels * kSize;
-  const int row_x = first_column * kPair - a.skew_w;
-  const int row_before = max(-row_x, 0);
-  const int row_columns = min(a.strips * kWidth, a.target_width - row_x) - row_before;
-  const int64_t row_offset =  // of the thread's pixels in the row
-      (static_cast<int64_t>(strip) * kWidth - row_before) * a.target_pixel_bytes + lane * kChannels * kSize;
-  const int row_part = min(row_pitch, (a.filters - slab * kChannels) * kSize);
-  int slot = 0, fresh = 0;            // the next row in the ring; how many rows of its group are left
-  uint32_t groups = 0;                // that have been waited for
-  int buffer = kRing + a.ring_bytes;  // for the next row of outputs
+  int slot = 0, fresh = 0;  // the next row in the ring; how many rows of its group are left
+  int groups = 0;           // that have been waited for
   for (int at = begin; at < end;) {
     const Run t = run_of<Tile>(a, at, end);
     const int count = t.end - t.begin;
-    char* to = a.target +
-               (t.image * a.target_image_bytes + (t.begin * kPair - a.skew_h) * a.target_row_bytes +
-                static_cast<int64_t>(target_x) * a.target_pixel_bytes + (!kBulk && a.warp_strips ? 0 : filter * kSize));
+    char* to =
+        a.target + (t.image * a.target_image_bytes + (t.begin * kPair - a.skew_h) * a.target_row_bytes +
+                    static_cast<int64_t>(target_x) * a.target_pixel_bytes + (a.warp_strips ? 0 : filter * kSize));
 
     const auto store = [&](int y, const float (&values)[kWidth][kChannels]) {
       char* pixel = to;
       to += a.target_row_bytes;
       if (Tile::kSpread && static_cast<uint32_t>(y) >= static_cast<uint32_t>(a.target_height)) return;
-      if (kBulk && Tile::kLeaves && rows_leave) {
-        // Two buffers: the first warp sees to it that the other one is free before anybody may go on to it.
-        if (live)
-#pragma unroll
-          for (int v = 0; v < kWidth; ++v) write_pixel<T>(&shared<char>(buffer + row_place + v * row_pitch), values[v]);
-        before_bulk_copies();
-        if (threadIdx.x < 32) wait_stores();
-        sync_warps(32 * warps);
-        if (threadIdx.x < 32)
-          store_row(a, pixel - row_offset, buffer + row_before * row_pitch, row_pitch, row_columns, row_part);
-        buffer = buffer == kRing + a.ring_bytes ? buffer + a.row_bytes : kRing + a.ring_bytes;
-        return;
-      }
-      if (!kBulk && a.warp_strips) {
+      if (a.warp_strips) {
         store_staged<T, Tile>(a, pixel, target_x, live, values);
       } else if (whole) {
 #pragma unroll
@@ -464,7 +371,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
           }
           --fresh;
           int from = kRing + slot + place;
-          if (!kBulk && a.source.joined)
+          if (a.source.joined)
             from += phase_of(a.source, static_cast<uint32_t>(reinterpret_cast<uintptr_t>(a.source.base)) +
                                            t.image * static_cast<uint32_t>(a.source.image_bytes) +
                                            row * static_cast<uint32_t>(a.source.row_bytes) +
@@ -475,14 +382,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
           for (int q = 0; q < kFan; ++q) {
             float x[Tile::kColumns][kChannels];
 #pragma unroll
-            for (int j = 0; j < Tile::kColumns; ++j)
-              if constexpr (Tile::kTwins) {
-                float both[1];
-                read_pixel<T>(from + j * pitch, both);
-                x[j][0] = x[j][1] = both[0];
-              } else {
-                read_pixel<T>(from + j * pitch + q * kSize, x[j]);
-              }
+            for (int j = 0; j < Tile::kColumns; ++j) read_pixel<T>(from + j * pitch + q * kSize, x[j]);
             if (!inner)
 #pragma unroll
               for (int j = 0; j < Tile::kColumns; ++j)
@@ -530,7 +430,6 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
     }
     at += count;
   }
-  if (kBulk && Tile::kLeaves && rows_leave && threadIdx.x < 32) wait_stores();
   if (live && !finite)
     for (int c = 0; c < kChannels; ++c) strip_by_taps<T, Tile>(a, begin, end, filter + c, column);
 }
@@ -538,14 +437,12 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
 // How a pass is cut: see March.
 struct Cut {
   int lanes, strips, group;
-  bool whole;  // whether blocks share whole images
 };
 
 // What there is to know of a class of tiles.
 struct TileSize {
   int kernel_h, kernel_w, channels, fan, pair, step, strip, live, extent_h, extent_w;
   int threads_per_block, threads_per_multiprocessor;  // as the registers allow
-  bool leaves;
 };
 
 // Fills in what follows from a cut.
@@ -563,14 +460,7 @@ void apply(March& a, const Cut& cut, const TileSize& tile, int64_t element) {
   a.bulk = a.bulk && a.source.unit == kUnit && (gapless || a.source.slab_bytes >= 512);
   a.slot_bytes = a.source.ring_row_bytes(), a.ring_bytes = kGroups * cut.group * a.slot_bytes;
   const int pixel_bytes = static_cast<int>(cut.lanes * tile.channels * element);
-  const int64_t part = std::min<int64_t>(cut.lanes * tile.channels, a.filters) * element;
-  const bool leaves =
-      tile.leaves && a.bulk && a.wide && pixel_bytes % kUnit == 0 && (part == a.target_pixel_bytes || part >= 512);
-  const int row_bytes = static_cast<int>(round_up(cut.strips * tile.strip * tile.pair * pixel_bytes, kUnit));
-  a.row_bytes = leaves ? row_bytes : 0;
-  const bool staged =
-      !leaves && pixel_bytes < 32 && a.target_pixel_bytes == pixel_bytes && a.filters == cut.lanes * tile.channels;
-  a.bulk = a.bulk && !staged;
+  const bool staged = pixel_bytes < 32 && a.target_pixel_bytes == pixel_bytes && a.filters == cut.lanes * tile.channels;
   a.warp_strips = staged ? 32 / cut.lanes : 0;
   a.threads = staged ? static_cast<int>(ceil_div(cut.strips, a.warp_strips)) * 32 : cut.lanes * cut.strips;
   a.stage_bytes = staged ? static_cast<int>(round_up(a.warp_strips * tile.strip * tile.pair * pixel_bytes, kUnit)) : 0;
@@ -581,30 +471,13 @@ int threads_of(const March& a) {
   return a.bulk ? static_cast<int>(round_up(a.threads, 32)) + 32 : a.threads;
 }
 int shared_bytes(const March& a) {
-  return kRing + a.ring_bytes + a.threads / 32 * a.stage_bytes + 2 * a.row_bytes;
+  return kRing + a.ring_bytes + a.threads / 32 * a.stage_bytes;
 }
 
-// Shares the rows of a slab and a span, or whole images, among the blocks that run at once, where `resident` fit a
-// multiprocessor.
-void deal(March& a, bool whole, int64_t resident, const Device& d) {
-  const int64_t parts = int64_t{a.by_slabs.divisor} * a.by_spans.divisor, images = a.all_units / a.units;
-  const int64_t most = std::max<int64_t>(resident * d.multiprocessors / parts, 1);
-  a.workers = static_cast<int>(whole ? ceil_div(images, ceil_div(images, most)) : std::min<int64_t>(most, a.all_units));
-  a.grain = whole ? a.units : 1;
-}
-
-// Cuts half of the rows into small shares, where there is so much to move that it saves more than the rows cost that
-// two shares need both.
-void deal_late(March& a, const TileSize& tile, int64_t element) {
-  constexpr int64_t kMuch = 112 << 20;
-  const int64_t images = a.all_units / a.units;
-  const int64_t pixels = int64_t{a.height} * a.width * a.source.bytes;
-  const int64_t outputs = int64_t{a.target_height} * a.target_width * a.filters * element;
-  const int share = static_cast<int>(28 / element);
-  if (a.grain > 1 || tile.extent_h > 3 || tile.step > 1 || tile.pair > 1 || images * (pixels + outputs) < kMuch ||
-      a.all_units < 2 * share * a.workers)
-    return;
-  a.late_rows = a.all_units / 2, a.late_workers = static_cast<int>(ceil_div(a.late_rows, share));
+// The blocks that share the rows of a slab and a span, where `resident` blocks fit a multiprocessor.
+int workers_for(const March& a, int64_t resident, const Device& d) {
+  const int64_t parts = int64_t{a.by_slabs.divisor} * a.by_spans.divisor;
+  return static_cast<int>(std::min<int64_t>(std::max<int64_t>(resident * d.multiprocessors / parts, 1), a.all_units));
 }
 
 // Estimates how long a cut takes, in nanoseconds, from what memory, instructions and latency cost. The numbers are
@@ -620,16 +493,13 @@ double time_of(const March& whole, const Cut& cut, const TileSize& tile, int64_t
   const int64_t blocks = std::min<int64_t>({d.shared_per_multiprocessor / (shared_bytes(a) + 1024),
                                             tile.threads_per_multiprocessor / round_up(threads_of(a), 32), 32});
   if (blocks == 0) return kNever;
-  deal(a, cut.whole, blocks, d);
-  const int64_t slabs = a.by_slabs.divisor, grid = slabs * a.by_spans.divisor * a.workers;
+  const int64_t slabs = a.by_slabs.divisor, workers = workers_for(a, blocks, d);
+  const int64_t grid = slabs * a.by_spans.divisor * workers;
   const double waves = static_cast<double>(ceil_div(grid, blocks * d.multiprocessors));
   const double active = static_cast<double>(std::min(blocks, ceil_div(grid, d.multiprocessors)));
 
-  const double units = static_cast<double>(ceil_div(a.all_units / a.grain, a.workers) * a.grain);
-  // Even shares begin and end within an image, if they do not happen to be of whole ones.
-  const int share = a.all_units / a.workers;
-  const bool aligned = a.grain > 1 || (a.all_units % a.workers == 0 && (share % a.units == 0 || a.units % share == 0));
-  const double images = aligned ? std::max(units / a.units, 1.) : units / a.units + 1;
+  const double units = static_cast<double>(ceil_div(a.all_units, workers));
+  const double images = std::max(units / a.units + (std::fmod(units, a.units) > 0), 1.);
   const double rolls = images * (tile.live - 1);  // rows that do not count for all outputs
 
   const double outputs = tile.strip * tile.pair * tile.pair * tile.channels, unpack = element == 2;
@@ -643,8 +513,7 @@ double time_of(const March& whole, const Cut& cut, const TileSize& tile, int64_t
   const double rate = std::min(0.6, 0.2 * active * warps / 4) * 4 * kCycles;
   const double instructions = active * warps * (units * row + rolls * (tile.live * outputs + 15)) / rate;
 
-  const double rows = std::min<double>(units * tile.step + images * (tile.extent_h - tile.step),
-                                       std::max(images, units / a.units) * a.height);
+  const double rows = std::min<double>(units * tile.step + images * (tile.extent_h - tile.step), images * a.height);
   const double width = std::min<double>(a.width, cut.strips * tile.strip * tile.step);
   double bytes = rows * (width + 0.25 * (tile.extent_w - tile.step)) * a.source.slab_bytes +
                  units * tile.pair * std::min<double>(cut.strips * tile.strip * tile.pair, a.target_width) *
@@ -665,7 +534,7 @@ Cut cut_for(const March& whole, const TileSize& tile, int64_t element, const Dev
   const int room = tile.threads_per_block - (whole.bulk ? 32 : 0);
   // Slabs begin at a multiple of 16 bytes in both arrays, and with the first filter of a channel.
   const int64_t granule =
-      std::lcm(std::max<int64_t>(kUnit * whole.fan_out / (element * tile.channels), 1), whole.fan_out);
+      std::lcm(std::max<int64_t>(kUnit * whole.fan_out / (element * tile.channels * whole.fan_in), 1), whole.fan_out);
   Cut best{};
   double best_time = std::numeric_limits<double>::infinity();
   int64_t before = 0;
@@ -675,12 +544,11 @@ Cut cut_for(const March& whole, const TileSize& tile, int64_t element, const Dev
     if (lanes < 16 && slabs > 1 && best.lanes > 0) break;
     before = lanes;
     for (int64_t strips = 1; strips <= std::min(room / lanes, std::max<int64_t>(strips_w, 2)); ++strips)
-      for (const int group : {1, 2, 3, 4, 6})
-        for (const bool images : {true, false}) {
-          const Cut cut{static_cast<int>(lanes), static_cast<int>(strips), group, images};
-          const double time = time_of(whole, cut, tile, element, d);
-          if (time < best_time * 0.995) best_time = time, best = cut;
-        }
+      for (const int group : {1, 2, 3, 4, 6}) {
+        const Cut cut{static_cast<int>(lanes), static_cast<int>(strips), group};
+        const double time = time_of(whole, cut, tile, element, d);
+        if (time < best_time * 0.995) best_time = time, best = cut;
+      }
   }
   if (best.lanes == 0) throw std::runtime_error("dwconv: rows of this size do not fit the GPU's shared memory");
   return best;
@@ -690,8 +558,7 @@ template <typename T, class Tile>
 void launch(March a, cudaStream_t stream) {
   constexpr TileSize kTile{Tile::kKernelH, Tile::kKernelW, Tile::kChannels,   Tile::kFan,
                            Tile::kPair,    Tile::kStep,    Tile::kStrip,      Tile::kLive,
-                           Tile::kExtentH, Tile::kExtentW, Tile::kMaxThreads, Tile::kMaxThreads * Tile::kBlocks,
-                           Tile::kLeaves};
+                           Tile::kExtentH, Tile::kExtentW, Tile::kMaxThreads, Tile::kMaxThreads * Tile::kBlocks};
   const Device& device = current_device();
   const auto kernel_for = [](const March& a) {
     return a.bulk ? march_channels_last<T, Tile, Tile::kBulk> : march_channels_last<T, Tile, false>;
@@ -701,10 +568,10 @@ void launch(March a, cudaStream_t stream) {
     bool bulk;
     int resident;  // blocks on a multiprocessor
   };
-  static thread_local Decisions<14, Decision> decisions;
+  static thread_local Decisions<13, Decision> decisions;
   const Decision& decision = decisions(
       {device.id, a.all_units, a.units, a.filters, a.fan_out, a.height, a.width, a.target_width, a.lead_w,
-       a.source.unit, a.source.joined, a.source.pixel_bytes, a.target_pixel_bytes, a.wide},
+       a.source.unit, a.source.joined, a.source.pixel_bytes, a.target_pixel_bytes},
       [&] {
         March now = a;
         // The code at hand may be of an architecture before the device's.
@@ -720,9 +587,8 @@ void launch(March a, cudaStream_t stream) {
       });
   a.bulk = decision.bulk;
   apply(a, decision.cut, kTile, sizeof(T));
-  deal(a, decision.cut.whole, std::max(decision.resident, 1), device);
-  deal_late(a, kTile, sizeof(T));
-  const int blocks = static_cast<int>(a.by_slabs.divisor * a.by_spans.divisor) * (a.workers + a.late_workers);
+  a.workers = workers_for(a, std::max(decision.resident, 1), device);
+  const int blocks = static_cast<int>(a.by_slabs.divisor * a.by_spans.divisor) * a.workers;
   kernel_for(a)<<<blocks, threads_of(a), shared_bytes(a), stream>>>(a);
   check_launch("march_channels_last");
 }
@@ -752,10 +618,8 @@ March march_of(const Problem& p) {
   a.all_units = static_cast<int>(p.batch) * a.units;
   // Two channels of a thread lie in one word of either array.
   const int64_t pair = 2 * element;
-  const int unit = alignment_of(map.target, element, map.targets, a.target_height, a.target_width, p.batch);
-  a.pairs = p.multiplier == 1 && a.source.unit >= pair && unit >= pair;
-  a.twins = map.fan_out == 2 && unit >= pair;
-  a.wide = unit == kUnit;
+  a.pairs = p.multiplier == 1 && a.source.unit >= pair &&
+            alignment_of(map.target, element, map.targets, a.target_height, a.target_width, p.batch) >= pair;
   return a;
 }
 
@@ -769,8 +633,6 @@ void launch_kernel(const March& a, cudaStream_t stream) {
                          kSpread == (Kernel::kStride > 1);
   if constexpr (kSums)
     if (a.fan_in > 1) return launch<T, Tile<Kernel, kSpread, 1, 2>>(a, stream);
-  if constexpr (Kernel::kKernelH == 3 && Kernel::kDilation == 1 && !kSpread)
-    if (a.twins) return launch<T, Tile<Kernel, kSpread, 2, 1, true>>(a, stream);
   if constexpr (Kernel::kKernelH <= 3)
     if (a.pairs) return launch<T, Tile<Kernel, kSpread, 2, 1>>(a, stream);
   launch<T, Tile<Kernel, kSpread, 1, 1>>(a, stream);
