@@ -608,7 +608,11 @@ def test_layer_error_of_its_call(device: str, arguments: dict[str, Any], says: s
     assert_next_call_works(device)
 
 
-@pytest.mark.parametrize("model", [None, 3, "model", torch.relu, nn.Conv2d, [nn.Conv2d(2, 2, 1, groups=2)]], ids=str)
+@pytest.mark.parametrize(
+    "model",
+    [None, 3, "model", torch.relu, nn.Conv2d, [nn.Conv2d(2, 2, 1, groups=2)]],
+    ids=lambda model: type(model).__name__,  # no address in it: parallel runs compare names
+)
 def test_convert_error(model: object) -> None:
     with pytest.raises(TypeError, match=f"'model' must be nn.Module, not {type(model).__name__}"):
         dwconv.convert(model)
