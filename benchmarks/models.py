@@ -230,13 +230,15 @@ def take_turns(contestants: Sequence[Contestant], budget_s: float) -> None:
     synchronize()
     gc.collect()
     gc.disable()  # or it would meet one of them only
-    begin = time.perf_counter()
-    for i in range(200):
-        if i >= 5 and time.perf_counter() - begin > budget_s:
-            break
-        for contestant in contestants:
-            contestant.time_step()
-    gc.enable()
+    try:
+        begin = time.perf_counter()
+        for i in range(200):
+            if i >= 5 and time.perf_counter() - begin > budget_s:
+                break
+            for contestant in contestants:
+                contestant.time_step()
+    finally:
+        gc.enable()
 
 
 @dataclass(frozen=True)

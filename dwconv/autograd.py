@@ -236,7 +236,7 @@ class DepthwiseConv2dGradWeight(_Function):
 #
 # An eager call on plain tensors goes to operators of fewer arguments: each costs the host some 0.3 us.
 
-_NUMBER = 511  # csrc/conv2d.h: PackedGeometry
+_LARGEST = 511  # of the numbers in csrc/conv2d.h: PackedGeometry
 
 _forward_packed = _ops.forward_packed._op
 _backward_packed, _backward_packed_bias = _ops.backward_packed._op, _ops.backward_packed_bias._op
@@ -244,7 +244,7 @@ _count_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def _unpack(packed: int) -> Geometry:
-    numbers = [packed >> 9 * shift & _NUMBER for shift in range(6)]
+    numbers = [packed >> 9 * shift & _LARGEST for shift in range(6)]
     return numbers[:2], numbers[2:4], numbers[4:]
 
 

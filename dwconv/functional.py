@@ -63,7 +63,7 @@ def same_padding(kernel_size: Sequence[int], dilation: Sequence[int]) -> tuple[t
     return begin, (total[0] - begin[0], total[1] - begin[1])
 
 
-_is_any_autocast_enabled, _is_compiling = torch._C._is_any_autocast_enabled, torch.compiler.is_dynamo_compiling
+_is_any_autocast_enabled, _is_dynamo_compiling = torch._C._is_any_autocast_enabled, torch.compiler.is_dynamo_compiling
 
 
 def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
@@ -126,7 +126,7 @@ def conv2d(
 
     Under autocast the tensors are cast as F.conv2d casts them.
     """
-    if not _is_compiling() and not _is_any_autocast_enabled():
+    if not _is_dynamo_compiling() and not _is_any_autocast_enabled():  # most eager calls need none of what follows
         output = autograd.short_way(input, weight, bias, stride, padding, dilation)
         if output is not None:
             return output

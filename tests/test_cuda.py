@@ -117,6 +117,27 @@ def test_side_stream(memory_format: torch.memory_format) -> None:
     assert_equal(got, expected)
 
 
+@formats
+def test_record_stream(memory_format: torch.memory_format) -> None:
+    """Memory that a side stream still reads goes to nobody else, if recorded there; workspaces are its own."""
+    model = network(memory_format)
+    fresh = images(memory_format)
+    expected = results(model, fresh)
+    side = torch.cuda.Stream()
+    for _ in range(5):
+        input = fresh.clone(memory_format=torch.preserve_format)
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(10_000_000)  # some 5 ms
+            got = results(model, input)
+            input.record_stream(side)
+        del input
+        others = [torch.full_like(fresh, float("nan")) for _ in range(20)]  # where the input was, were it free
+        side.synchronize()
+        assert_equal(got, expected)
+        del others
+
+
 def test_threads() -> None:
     """Eight at once, each on a stream of its own."""
     models = [network(memory_format) for memory_format in FORMATS] * 4

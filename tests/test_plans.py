@@ -416,9 +416,9 @@ def test_nine_by_nine() -> None:
     """In float32 and channels_last its output and its input's gradient march, whatever serves the rest."""
     case = Case(64, 192, (28, 28), (9, 9), padding=(4, 4))
     for name, dtype, memory_format in product(PASSES, FAST, FORMATS):
-        plans = plan_of(name, case, dtype, memory_format)
+        plan = plan_of(name, case, dtype, memory_format)
         marches = name != "grad_weight" and dtype == torch.float32 and memory_format == torch.channels_last
-        assert (plans == "march_channels_last") == marches
+        assert (plan == "march_channels_last") == marches
     assert plan_of("grad_input", case._replace(multiplier=2), memory_format=torch.channels_last) == "generic"
 
 
