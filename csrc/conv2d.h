@@ -3,10 +3,11 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include <array>
 #include <optional>
+#include <tuple>
 #include <vector>
 
+#include "packed_geometry.h"
 #include "problem.h"
 
 namespace dwconv {
@@ -19,17 +20,14 @@ struct Geometry {
   IntsRef stride, padding, dilation;
 };
 
-// A geometry of small numbers in one, since each argument of an operator costs the host some 0.3 us: 9 bits for each of
-// stride, padding and dilation, vertical and horizontal. short_way.cpp packs it.
-class PackedGeometry {
+// The numbers that its Geometry refers to.
+class UnpackedGeometry {
  public:
-  explicit PackedGeometry(int64_t packed) {
-    for (int i = 0; i < 6; ++i) number_[i] = packed >> 9 * i & 511;
-  }
-  Geometry unpack() const { return {{&number_[0], 2}, {&number_[2], 2}, {&number_[4], 2}}; }
+  explicit UnpackedGeometry(int64_t packed) : numbers_(PackedGeometry(packed).numbers()) {}
+  operator Geometry() const { return {{&numbers_[0], 2}, {&numbers_[2], 2}, {&numbers_[4], 2}}; }
 
  private:
-  std::array<int64_t, 6> number_;
+  PackedGeometry::Numbers numbers_;
 };
 
 // Each throws std::runtime_error, naming the argument and what was got, unless the pass is well defined.
@@ -46,5 +44,22 @@ bool output_is_channels_last(const Tensor& input, const Tensor& weight);
 Tensor empty(IntsRef size, bool channels_last, const Tensor& like);
 
 View view_of(const Tensor& tensor);
+
+// The gradients that the `packed` operators return, by a device's run_backward(grad_output, input, weight, geometry,
+// bias), where `bias` is whether the third one is wanted.
+template <auto run_backward>
+std::tuple<Tensor, Tensor> backward_packed(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
+                                           int64_t packed) {
+  const auto [grad_input, grad_weight, _] = run_backward(grad_output, input, weight, UnpackedGeometry(packed), false);
+  return {grad_input, grad_weight};
+}
+
+template <auto run_backward>
+std::tuple<Tensor, Tensor, Tensor> backward_packed_bias(const Tensor& grad_output, const Tensor& input,
+                                                        const Tensor& weight, int64_t packed) {
+  const auto [grad_input, grad_weight, grad_bias] =
+      run_backward(grad_output, input, weight, UnpackedGeometry(packed), true);
+  return {grad_input, grad_weight, *grad_bias};
+}
 
 }  // namespace dwconv

@@ -77,8 +77,8 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
   return run_forward(input, weight, bias, {stride, padding, dilation});
 }
 
-Tensor forward_packed(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t geometry) {
-  return run_forward(input, weight, bias, PackedGeometry(geometry).unpack());
+Tensor forward_packed(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t packed) {
+  return run_forward(input, weight, bias, UnpackedGeometry(packed));
 }
 
 Tensor grad_input(const Tensor& grad_output, const Tensor& weight, const Ints& input_size, const Ints& stride,
@@ -104,8 +104,9 @@ std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad_output, const Tensor& 
   return {contiguous(std::get<1>(gradients), false), grad_bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor> run_backward(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                                                const Geometry& geometry, bool bias) {
+std::tuple<Tensor, Tensor, std::optional<Tensor>> run_backward(const Tensor& grad_output, const Tensor& input,
+                                                               const Tensor& weight, const Geometry& geometry,
+                                                               bool bias) {
   const Problem problem = check_grad_input(grad_output, weight, input.sizes(), geometry);
   check_grad_weight(grad_output, input, {weight.sizes().data() + 2, 2}, geometry);
   const bool channels_last = output_is_channels_last(input, weight), fails = fails_in_channels_last(problem);
@@ -115,18 +116,6 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Tensor& grad_output, const
           std::get<2>(gradients)};
 }
 
-std::tuple<Tensor, Tensor> backward_packed(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                                           int64_t geometry) {
-  const auto [grad_input, grad_weight, _] =
-      run_backward(grad_output, input, weight, PackedGeometry(geometry).unpack(), false);
-  return {grad_input, grad_weight};
-}
-
-std::tuple<Tensor, Tensor, Tensor> backward_packed_bias(const Tensor& grad_output, const Tensor& input,
-                                                        const Tensor& weight, int64_t geometry) {
-  return run_backward(grad_output, input, weight, PackedGeometry(geometry).unpack(), true);
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dwconv, CPU, m) {
@@ -134,8 +123,8 @@ STABLE_TORCH_LIBRARY_IMPL(dwconv, CPU, m) {
   m.impl("grad_input", TORCH_BOX(&grad_input));
   m.impl("grad_weight", TORCH_BOX(&grad_weight));
   m.impl("forward.packed", TORCH_BOX(&forward_packed));
-  m.impl("backward.packed", TORCH_BOX(&backward_packed));
-  m.impl("backward.packed_bias", TORCH_BOX(&backward_packed_bias));
+  m.impl("backward.packed", TORCH_BOX(&backward_packed<run_backward>));
+  m.impl("backward.packed_bias", TORCH_BOX(&backward_packed_bias<run_backward>));
 }
 
 }  // namespace dwconv

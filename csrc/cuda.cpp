@@ -123,8 +123,8 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
   return run_forward(input, weight, bias, {stride, padding, dilation});
 }
 
-Tensor forward_packed(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t geometry) {
-  return run_forward(input, weight, bias, PackedGeometry(geometry).unpack());
+Tensor forward_packed(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t packed) {
+  return run_forward(input, weight, bias, UnpackedGeometry(packed));
 }
 
 Tensor forward_plan(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
@@ -155,20 +155,6 @@ std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad_output, const Tensor& 
   return grad_weight_plan(grad_output, input, kernel_size, stride, padding, dilation, bias, {});
 }
 
-std::tuple<Tensor, Tensor> backward_packed(const Tensor& grad_output, const Tensor& input, const Tensor& weight,
-                                           int64_t geometry) {
-  const auto [grad_input, grad_weight, _] =
-      run_backward(grad_output, input, weight, PackedGeometry(geometry).unpack(), false);
-  return {grad_input, grad_weight};
-}
-
-std::tuple<Tensor, Tensor, Tensor> backward_packed_bias(const Tensor& grad_output, const Tensor& input,
-                                                        const Tensor& weight, int64_t geometry) {
-  const auto [grad_input, grad_weight, grad_bias] =
-      run_backward(grad_output, input, weight, PackedGeometry(geometry).unpack(), true);
-  return {grad_input, grad_weight, *grad_bias};
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dwconv, CUDA, m) {
@@ -176,8 +162,8 @@ STABLE_TORCH_LIBRARY_IMPL(dwconv, CUDA, m) {
   m.impl("grad_input", TORCH_BOX(&grad_input));
   m.impl("grad_weight", TORCH_BOX(&grad_weight));
   m.impl("forward.packed", TORCH_BOX(&forward_packed));
-  m.impl("backward.packed", TORCH_BOX(&backward_packed));
-  m.impl("backward.packed_bias", TORCH_BOX(&backward_packed_bias));
+  m.impl("backward.packed", TORCH_BOX(&backward_packed<run_backward>));
+  m.impl("backward.packed_bias", TORCH_BOX(&backward_packed_bias<run_backward>));
   m.impl("forward.plan", TORCH_BOX(&forward_plan));
   m.impl("grad_input.plan", TORCH_BOX(&grad_input_plan));
   m.impl("grad_weight.plan", TORCH_BOX(&grad_weight_plan));

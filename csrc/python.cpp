@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "packed_geometry.h"
 #include "plan.h"
 #include "short_way.h"
 
@@ -81,6 +82,9 @@ Problem make_problem(const std::string& pass, const std::string& dtype, const Qu
 PYBIND11_MODULE(_C, m) {
   if (!dwconv::add_short_way(m.ptr())) throw py::error_already_set();
   m.def("build_info", &build_info, "What this binary was built with and for.");
+  m.def(
+      "unpack_geometry", [](int64_t packed) { return dwconv::PackedGeometry(packed).numbers(); }, py::arg("packed"),
+      "Of stride, padding and dilation the vertical and the horizontal number.");
   m.def(
       "plans",
       [](const std::string& pass, const std::string& dtype, const Quad& input_size, const Quad& input_stride,

@@ -3,12 +3,13 @@
 #include "short_way.h"
 
 #include <array>
-#include <cstdint>
+
+#include "packed_geometry.h"
 
 namespace dwconv {
 namespace {
 
-// What `prepare` was given, in its order; alive for good.
+// What `prepare` was given; alive for good.
 struct ShortWay {
   PyObject *tensor_types, *dtypes;  // the plain ones, in tuples
   PyObject* occasions;              // functions: where one says so, other things than tensors have a say
@@ -69,16 +70,15 @@ long integer(PyObject* object, PyObject* attribute) {
   return number;
 }
 
-// Two sides of PackedGeometry (conv2d.h): whether `value` is a small int or a pair of them.
-bool pack(PyObject* value, int shift, uint64_t& packed) {
+// Whether `value` is an int or a pair of them, as small as PackedGeometry has them.
+bool read_pair(PyObject* value, int64_t* pair) {
   const bool is_pair = PyTuple_CheckExact(value) && PyTuple_GET_SIZE(value) == 2;
   for (int side = 0; side < 2; ++side) {
     PyObject* const number = is_pair ? PyTuple_GET_ITEM(value, side) : value;
     if (!PyLong_CheckExact(number)) return false;
     int overflow = 0;
-    const long found = PyLong_AsLongAndOverflow(number, &overflow);
-    if (overflow != 0 || found < 0 || found > 511) return false;
-    packed |= static_cast<uint64_t>(found) << (shift + 9 * side);
+    pair[side] = PyLong_AsLongAndOverflow(number, &overflow);
+    if (overflow != 0 || pair[side] < 0 || pair[side] > PackedGeometry::kLargest) return false;
   }
   return true;
 }
@@ -89,9 +89,9 @@ PyObject* call(PyObject* input, PyObject* weight, PyObject* bias, PyObject* stri
   static PyObject* const dtype = name("dtype");
   static PyObject* const current_level = name("_current_level");
   const bool has_bias = bias != Py_None;
-  uint64_t packed = 0;
-  if (!is_plain(input) || !is_plain(weight) || (has_bias && !is_plain(bias)) || !pack(stride, 0, packed) ||
-      !pack(padding, 18, packed) || !pack(dilation, 36, packed))
+  PackedGeometry::Numbers numbers{};
+  if (!is_plain(input) || !is_plain(weight) || (has_bias && !is_plain(bias)) || !read_pair(stride, &numbers[0]) ||
+      !read_pair(padding, &numbers[2]) || !read_pair(dilation, &numbers[4]))
     Py_RETURN_NONE;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(known.occasions); ++i)
     if (says(PyTuple_GET_ITEM(known.occasions, i))) Py_RETURN_NONE;
@@ -108,7 +108,7 @@ PyObject* call(PyObject* input, PyObject* weight, PyObject* bias, PyObject* stri
     else if (of_input || of_weight || (has_bias && requires_grad(bias)))
       Py_RETURN_NONE;
   }
-  const Owned geometry(PyLong_FromUnsignedLongLong(packed));
+  const Owned geometry(PyLong_FromLongLong(PackedGeometry(numbers).packed()));
   if (!geometry.get()) throw PythonError();
   const std::array<PyObject*, 4> arguments = {input, weight, bias, geometry.get()};
   return PyObject_Vectorcall(function, arguments.data(), arguments.size(), nullptr);
@@ -126,20 +126,23 @@ PyObject* short_way(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   }
 }
 
-PyObject* prepare(PyObject*, PyObject* arguments) {
+PyObject* prepare(PyObject*, PyObject* none, PyObject* keywords) {
+  static const char* names[] = {"tensor_types",    "dtypes",       "occasions", "forward_ad",
+                                "is_grad_enabled", "without_grad", "with_grad", nullptr};
   ShortWay given{};
-  if (!PyArg_ParseTuple(arguments, "O!O!O!OOOO:prepare", &PyTuple_Type, &given.tensor_types, &PyTuple_Type,
-                        &given.dtypes, &PyTuple_Type, &given.occasions, &given.forward_ad, &given.is_grad_enabled,
-                        &given.without_grad, &given.with_grad))
+  if (!PyArg_ParseTupleAndKeywords(none, keywords, "$O!O!O!OOOO:prepare_short_way", const_cast<char**>(names),
+                                   &PyTuple_Type, &given.tensor_types, &PyTuple_Type, &given.dtypes, &PyTuple_Type,
+                                   &given.occasions, &given.forward_ad, &given.is_grad_enabled, &given.without_grad,
+                                   &given.with_grad))
     return nullptr;
-  Py_INCREF(arguments);
+  Py_INCREF(keywords);
   known = given;
   Py_RETURN_NONE;
 }
 
 PyMethodDef methods[] = {
-    {"prepare_short_way", prepare, METH_VARARGS,
-     "Of autograd.py: (plain tensor types, dtypes, occasions, forward_ad, is_grad_enabled, without_grad, with_grad)."},
+    {"prepare_short_way", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(prepare)),
+     METH_VARARGS | METH_KEYWORDS, "What short_way asks, and whom it calls: see ShortWay."},
     {"short_way", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(short_way)), METH_FASTCALL,
      "The output for (input, weight, bias, stride, padding, dilation), or None where the call is not a plain one."},
     {nullptr, nullptr, 0, nullptr},

@@ -23,7 +23,11 @@ def plans(
     """Name and reason of every plan that can serve a problem on a GPU of that compute capability (90 is 9.0, the
     default) with that much shared memory a block (bytes); the first one does."""
 
+def unpack_geometry(packed: int) -> list[int]:
+    """Of stride, padding and dilation, packed in one for few arguments, the vertical and the horizontal number."""
+
 def prepare_short_way(
+    *,
     tensor_types: tuple[type[Tensor], ...],
     dtypes: tuple[dtype, ...],
     occasions: tuple[Callable[[], object], ...],
@@ -31,7 +35,6 @@ def prepare_short_way(
     is_grad_enabled: Callable[[], bool],
     without_grad: Callable[..., Tensor],
     with_grad: Callable[..., Tensor],
-    /,
 ) -> None:
     """What short_way asks, and whom it calls with (input, weight, bias, packed geometry)."""
 

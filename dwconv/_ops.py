@@ -16,7 +16,7 @@ from torch import Tensor
 from . import _C
 
 BUILD: dict[str, Any] = _C.build_info()
-prepare_short_way, short_way = _C.prepare_short_way, _C.short_way
+prepare_short_way, short_way, unpack_geometry = _C.prepare_short_way, _C.short_way, _C.unpack_geometry
 
 forward = torch.ops.dwconv.forward.default
 grad_input = torch.ops.dwconv.grad_input.default

@@ -236,15 +236,13 @@ class DepthwiseConv2dGradWeight(_Function):
 #
 # An eager call on plain tensors goes to operators of fewer arguments: each costs the host some 0.3 us.
 
-_LARGEST = 511  # of the numbers in csrc/conv2d.h: PackedGeometry
-
 _forward_packed = _ops.forward_packed._op
 _backward_packed, _backward_packed_bias = _ops.backward_packed._op, _ops.backward_packed_bias._op
 _count_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def _unpack(packed: int) -> Geometry:
-    numbers = [packed >> 9 * shift & _LARGEST for shift in range(6)]
+    numbers = _ops.unpack_geometry(packed)
     return numbers[:2], numbers[2:4], numbers[4:]
 
 
@@ -284,16 +282,16 @@ class DepthwiseConv2dPackedFunction(_Function):
 
 
 # short_way(input, weight, bias, stride, padding, dilation) is the output, or None where something is unusual: a tensor,
-# a number (none of 0 to 511), a dtype, a rank, or the occasion; also where of input and weight one alone needs a
-# gradient.
+# a number (packed_geometry.h has small ones only), a dtype, a rank, or the occasion; also where of input and weight one
+# alone needs a gradient.
 _ops.prepare_short_way(
-    (Tensor, torch.nn.Parameter),
-    _ops.DTYPES,
-    (_in_torch_func, _count_dispatch_modes),
-    forward_ad,
-    _is_grad_enabled,
-    _forward_packed,
-    DepthwiseConv2dPackedFunction.apply,
+    tensor_types=(Tensor, torch.nn.Parameter),
+    dtypes=_ops.DTYPES,
+    occasions=(_in_torch_func, _count_dispatch_modes),
+    forward_ad=forward_ad,
+    is_grad_enabled=_is_grad_enabled,
+    without_grad=_forward_packed,
+    with_grad=DepthwiseConv2dPackedFunction.apply,
 )
 short_way = _ops.short_way
 

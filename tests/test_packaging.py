@@ -531,7 +531,7 @@ def test_cpu_build_of_torch(tmp_path: Path, cuda: str | None) -> None:
         from importlib.util import module_from_spec, spec_from_loader
         binary = module_from_spec(spec_from_loader("_C", ExtensionFileLoader("_C", {_C.__file__!r})))
         binary.__loader__.exec_module(binary)
-        plans, prepare_short_way, short_way = binary.plans, binary.prepare_short_way, binary.short_way
+        globals().update({{name: value for name, value in vars(binary).items() if not name.startswith("__")}})
         build_info = lambda: {{**binary.build_info(), "cuda": {cuda!r}}}
     """
     site = copy_package(tmp_path / "site", dedent(stand_in), ".py")
