@@ -1,0 +1,71 @@
+"""Every plan on small problems, for NVIDIA's compute-sanitizer to watch. Results are compared with the exact ones.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/sanitize.py
+
+(or racecheck, initcheck, synccheck). Without the caching allocator every tensor is an allocation of its own, so that
+nothing next to it can be touched unseen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+
+import torch
+from common import Case, integers, make_inputs, run_float64
+from exact import output_size, results_of_plans, wrong_numbers
+
+CASES = [
+    Case(3, 8, (14, 14), (3, 3), padding=(1, 1)),
+    Case(2, 5, (9, 13), (3, 3), padding=(1, 1)),
+    Case(2, 3, (20, 21), (3, 3), (2, 2), (1, 1)),
+    Case(2, 16, (28, 28), (5, 5), padding=(2, 2)),
+    Case(17, 8, (7, 7), (5, 5), (2, 2), (2, 2)),
+    Case(33, 16, (7, 7), (7, 7), padding=(3, 3)),
+    Case(2, 16, (30, 32), (7, 7), padding=(3, 3)),
+    Case(2, 8, (16, 18), (7, 7), (2, 2), (3, 3), multiplier=2),
+    Case(2, 4, (12, 16), (3, 3), padding=(1, 1), multiplier=2),
+    Case(2, 4, (16, 16), (3, 3), padding=(2, 2), dilation=(2, 2)),
+    Case(2, 8, (16, 24), (1, 11), padding=(0, 5)),
+    Case(2, 8, (24, 16), (11, 1), padding=(5, 0)),
+    Case(2, 8, (12, 10), (1, 1)),
+    Case(2, 16, (15, 16), (9, 9), padding=(4, 4)),
+    Case(17, 8, (14, 14), (13, 13), padding=(6, 6)),
+    Case(2, 8, (27, 28), (21, 21), padding=(10, 10)),
+    Case(2, 4, (24, 24), (5, 25), padding=(2, 12)),
+    Case(2, 4, (24, 24), (25, 5), padding=(12, 2)),
+]
+DTYPES = torch.float32, torch.bfloat16
+FORMATS = torch.contiguous_format, torch.channels_last
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--share", type=int, nargs=2, metavar=("I", "N"), default=(0, 1), help="every N-th case, from I on"
+    )
+    args = parser.parse_args()
+    ran: Counter[str] = Counter()
+    wrong = 0
+    for case in CASES[args.share[0] :: args.share[1]]:
+        for dtype in DTYPES:
+            for memory_format in FORMATS:
+                drawn = make_inputs(case, dtype, "cpu", memory_format, integers)
+                grad = integers(*output_size(case)).to(dtype).contiguous(memory_format=memory_format)
+                exact = run_float64(drawn, grad, **case.geometry)._asdict()
+                tensors = tuple(tensor.cuda() for tensor in drawn)
+                channels_last = memory_format == torch.channels_last
+                for name, plan, result in results_of_plans(case, tensors, grad.cuda(), channels_last):
+                    ran[plan] += 1
+                    bad = wrong_numbers(result.cpu(), exact[name].round())
+                    wrong += bad > 0
+                    if bad:
+                        print(f"{plan}: {name} of {case}, {dtype}, {memory_format}: {bad} wrong numbers")
+    torch.cuda.synchronize()
+    print(f"{ran.total()} results of {len(ran)} plans, {wrong} of them wrong: {dict(sorted(ran.items()))}")
+    sys.exit(wrong > 0)
+
+
+if __name__ == "__main__":
+    main()
