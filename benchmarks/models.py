@@ -188,7 +188,8 @@ class Contestant:
     def __init__(self, setting: Setting, convert: bool) -> None:
         held = requested_bytes("current")
         torch.manual_seed(0)  # the same parameters and images for all
-        model = create(setting.model).to(DEVICE, memory_format=LAYOUTS[setting.layout])
+        with torch.device(DEVICE):
+            model = create(setting.model).to(memory_format=LAYOUTS[setting.layout])
         if convert:
             dwconv.convert(model)
         images = torch.randn(setting.batch, 3, setting.image_size, setting.image_size, device=DEVICE)
