@@ -259,7 +259,7 @@ bool claims_toeplitz_channels_last(const Problem& p) {
   if (size_of(p.dtype) != 2 || p.capability < 80 || p.pass == Pass::kGradWeight || p.multiplier > 1) return false;
   if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
   // The rows that it is compiled for, and the columns of a band matrix. CUDA cores are as fast for 3x3.
-  if (p.kernel_h > 7 || p.kernel_w > kMaxBandColumns || p.taps() == 1) return false;
+  if (p.kernel_h > 9 || p.kernel_w > kMaxBandColumns || p.taps() == 1) return false;
   if (p.taps() <= 9 && is_small_kernel(p)) return false;
   if (p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
   // Pixels of whole units of 16 bytes: of others CUDA cores make more.

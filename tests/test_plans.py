@@ -302,10 +302,10 @@ def test_toeplitz_channels_last_claims(name: str, dtype: torch.dtype) -> None:
         input = meta((case.batch, case.channels, *case.size), dtype, torch.channels_last)
         return BAND in claims(name, case, input, meta(output_size(case), dtype, torch.channels_last))
 
-    for kernel in ((5, 5), (7, 7), (7, 9), (2, 2), (1, 9), (6, 1)):
+    for kernel in ((5, 5), (7, 7), (9, 9), (8, 3), (7, 9), (2, 2), (1, 9), (6, 1)):
         assert claimed(case._replace(kernel=kernel, padding=tuple(k - 1 for k in kernel))), kernel
     for change in (
-        {"kernel": (8, 7)},
+        {"kernel": (10, 7)},
         {"kernel": (7, 10)},
         {"kernel": (3, 3)},  # bound by bytes without tensor cores, too
         {"kernel": (1, 1), "padding": (0, 0)},
@@ -413,12 +413,13 @@ def test_what_can_march(name: str) -> None:
 
 
 def test_nine_by_nine() -> None:
-    """In float32 and channels_last its output and its input's gradient march, whatever serves the rest."""
+    """In channels_last its output and its input's gradient march in float32, and have tensor cores in 16 bits."""
     case = Case(64, 192, (28, 28), (9, 9), padding=(4, 4))
     for name, dtype, memory_format in product(PASSES, FAST, FORMATS):
         plan = plan_of(name, case, dtype, memory_format)
-        marches = name != "grad_weight" and dtype == torch.float32 and memory_format == torch.channels_last
-        assert (plan == "march_channels_last") == marches
+        serves = name != "grad_weight" and memory_format == torch.channels_last
+        assert (plan == "march_channels_last") == (serves and dtype == torch.float32)
+        assert (plan == BAND) == (serves and dtype != torch.float32)
     assert plan_of("grad_input", case._replace(multiplier=2), memory_format=torch.channels_last) == "generic"
 
 
@@ -1035,6 +1036,25 @@ def test_small_planes_are_exact(width: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FAST[1:], ids=str)
+@pytest.mark.parametrize(("size", "stride"), [((7, 7), 1), ((14, 14), 1), ((14, 14), 2), ((9, 12), 1)], ids=str)
+@pytest.mark.parametrize("side", [3, 7])
+def test_small_planes_of_many_images(side: int, size: tuple, stride: int, dtype: torch.dtype) -> None:
+    """Blocks that have several parts each, the last ones of fewer images and channels."""
+    for batch, channels in ((121, 1030), (128, 768)):
+        case = Case(batch, channels, size, (side, side), (stride, stride), padding=(side // 2, side // 2))
+        input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+        grad_output = integers(*output_size(case)).to(input)
+        exact = run_float64((input, weight, bias), grad_output, **case.geometry)
+        ops, arguments = torch.ops.dwconv, arguments_of(case)
+        for plan in ("toeplitz_small_planes", "toeplitz_small_planes_portable"):
+            output = ops.forward.plan(input, weight, bias, *arguments, plan)
+            grad_input = ops.grad_input.plan(grad_output, weight, input.shape, *arguments, False, plan)
+            assert wrong_numbers(output, exact.output.round()) == 0, plan
+            assert wrong_numbers(grad_input, exact.grad_input.round()) == 0, plan
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST[1:], ids=str)
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7), (2, 3), (4, 9), (7, 1), (1, 6)], ids=str)
 def test_batch_grad_weight_is_exact(kernel: tuple, dtype: torch.dtype) -> None:
     """Whole planes of several channels and of one, bands of rows, any widths and strides, at any address."""
@@ -1124,7 +1144,7 @@ def test_marches_are_exact(tile: tuple, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kernel", [(5, 5), (7, 7), (7, 9), (2, 3), (1, 9), (6, 1)], ids=str)
+@pytest.mark.parametrize("kernel", [(5, 5), (7, 7), (9, 9), (8, 3), (7, 9), (2, 3), (1, 9), (6, 1)], ids=str)
 def test_toeplitz_channels_last_is_exact(kernel: tuple, dtype: torch.dtype) -> None:
     """Tiles of several images and of one, slabs and spans of all sorts, pixels, rows and images apart, any address."""
     sizes = [(7, 7), (1, 8), (14, 14), (13, 29), (28, 28), (31, 57), (9, 1), (56, 80), (40, 301), (301, 40)]
@@ -1157,7 +1177,7 @@ def test_toeplitz_channels_last_is_exact(kernel: tuple, dtype: torch.dtype) -> N
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("side", [5, 7])
+@pytest.mark.parametrize("side", [5, 7, 9])
 @pytest.mark.parametrize(
     ("batch", "size"),
     [(128, (7, 7)), (131, (7, 7)), (41, (14, 14)), (18, (28, 28)), (7, (20, 60)), (3, (9, 140))],
@@ -1194,7 +1214,7 @@ def test_the_same_sizes_in_other_layouts(tile: tuple, dtype: torch.dtype) -> Non
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FAST, ids=str)
-@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("tile", [*TILES, ((9, 9), 1, 1)], ids=str)
 def test_marches_beside_infinities(tile: tuple, dtype: torch.dtype) -> None:
     """NaN where F.conv2d has it: of products, but not of what lies outside the image."""
     for channels, multiplier in ((3, 1), (16, 1), (8, 2), (40, 1), (35, 1)):
@@ -1418,7 +1438,7 @@ def test_marches_repeat_bit_for_bit(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [(14, 14), (56, 60)], ids=str)
 def test_toeplitz_channels_last_repeats_bit_for_bit(size: tuple, dtype: torch.dtype) -> None:
-    for side in (5, 7):
+    for side in (5, 7, 9):
         case = Case(16, 200, size, (side, side), padding=(side // 2, side // 2))
         input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last)
         first = torch.ops.dwconv.forward.plan(input, weight, bias, *arguments_of(case), BAND)

@@ -27,6 +27,7 @@
 #include "launch.h"
 #include "mapping.h"
 #include "march_channels_last.cuh"
+#include "overlap.cuh"
 #include "tensor_cores.cuh"
 
 namespace dwconv {
@@ -39,20 +40,26 @@ constexpr int kDepth = 8;     // rows of the ring: one to work on, the others on
 constexpr int kStages = 3;    // rows of outputs: one that is written, one that is waited for, one that is stored
 constexpr int kMaxQuads = 8;  // warps of a block, as the registers of the sums allow
 constexpr int kMiddle = 8;    // zeros before the weights of a band matrix
+constexpr int kTogether = 32 / kChannels;   // threads that load a channel's weights
 constexpr int kBarrier = 0, kRing = kUnit;  // where they are in shared memory
 // Bytes to the same weight in a copy that is a column further on: with both, any two neighbours are one word.
 constexpr int kCopy = 46;
+// Where matrices are read from shared memory each time: 8 bytes for an entry, its two neighbours and those 8 further
+// on, between as many entries as leave room for all that are written.
+constexpr int kPairEntries = 18, kPairMiddle = 9;
 constexpr int kPitch = 2 * kChannels * kMaxQuads + kUnit;  // bytes from pixel to pixel in shared memory
 
 // What a kernel is compiled for. kSplit: the lower 8 rows of a multiplication are not the next 8 columns, but those of
-// 8 more images, for images of at most 8 columns. kAligned: whether all copies are of 16 bytes.
+// 8 more images, for images of at most 8 columns. kAligned: whether all copies are of 16 bytes. kKept: whether band
+// matrices stay in registers. The sums of 9 rows leave no room: their matrices are read from shared memory each time.
 template <int kKernelRows, bool kSplit_, bool kAligned_>
 struct Shape {
   static constexpr int kRows = kKernelRows;
-  static constexpr bool kSplit = kSplit_, kAligned = kAligned_;
-  static constexpr int kColumns = kSplit ? 8 : 16;                  // of a tile
-  static constexpr int kPairs = kSplit ? 4 : 3;                     // of pixels, 8 columns apart, that a thread reads
-  static constexpr int kTurns = (kRows * kMaxBandColumns + 7) / 8;  // weights that a thread loads
+  static constexpr bool kSplit = kSplit_, kAligned = kAligned_, kKept = kRows < 9;
+  static constexpr int kColumns = kSplit ? 8 : 16;  // of a tile
+  static constexpr int kPairs = kSplit ? 4 : 3;     // of pixels, 8 columns apart, that a thread reads
+  static constexpr int kBandBytes = kKept ? kBandRowBytes : 8 * kPairEntries;   // of a row of weights
+  static constexpr int kTurns = (kRows * kMaxBandColumns - 1) / kTogether + 1;  // weights that a thread loads
 };
 
 // An array (N, height, width, channels), and how the threads of a block copy a row of it.
@@ -85,11 +92,14 @@ struct Toeplitz {
   int tiles, streams;
   int slab;                               // channels of a block
   int slot_bytes, stage_bytes, stage_at;  // rows of the ring, and of outputs behind it
+  int bands_at;                           // weights between zeros; outputs take their place if they are in registers
   int rows, spans;                        // rows of all groups of images; spans of columns
   int whole_rows;                         // those of groups that lack no image
-  int workers, grain;                     // blocks that share the rows of a slab, and how many rows they share at least
+  int workers, grain;                     // blocks that share the rows of a slab; how many rows are not parted
   bool clear;                             // whether there is something outside the images, which is never loaded
-  Divider by_slabs, by_height, by_kernel_w, by_taps;
+  int64_t least;                          // grains that each of them has
+  int more;                               // of them that have one more, the first ones
+  Divider by_slabs, by_height, by_kernel_w;
 };
 
 // Where a column lies in a row in shared memory.
@@ -304,25 +314,32 @@ template <typename T, class Shape>
 class Weights {
  public:
   __device__ Weights(const Toeplitz& a, int slab) {
-    const int count = min(a.slab, a.channels - slab) * a.kernel_h * a.kernel_w;
+    const int channel = threadIdx.x / kTogether;
+    const T* from = static_cast<const T*>(a.weight) + (slab + channel) * a.weight_filter;
+    const int taps = slab + channel < a.channels ? a.kernel_h * a.kernel_w : 0;
 #pragma unroll
     for (int t = 0; t < Shape::kTurns; ++t) {
-      const int i = threadIdx.x + t * blockDim.x;
-      uint32_t channel = i;
-      uint32_t row = a.by_taps.split(channel);
+      const int tap = threadIdx.x % kTogether + t * kTogether;
+      uint32_t row = tap;
       const int column = a.by_kernel_w.split(row);
-      to_[t] = i < count ? a.stage_at + (channel * Shape::kRows + row) * kBandRowBytes + 2 * (kMiddle + column) : 0;
-      if (to_[t] > 0)
-        value_[t] = __ldg(static_cast<const T*>(a.weight) + (slab + static_cast<int>(channel)) * a.weight_filter +
-                          static_cast<int>(row) * a.weight_row + column * a.weight_column);
+      const int place = Shape::kKept ? 2 * (kMiddle + column) : 8 * (kPairMiddle + column);
+      to_[t] = tap < taps ? a.bands_at + (channel * Shape::kRows + row) * Shape::kBandBytes + place : 0;
+      if (to_[t] > 0) value_[t] = __ldg(from + static_cast<int>(row) * a.weight_row + column * a.weight_column);
     }
   }
 
   // Writes them between zeros that are there already.
   __device__ void write() const {
 #pragma unroll
-    for (int t = 0; t < Shape::kTurns; ++t)
-      if (to_[t] > 0) shared<T>(to_[t]) = value_[t], shared<T>(to_[t] + kCopy) = value_[t];
+    for (int t = 0; t < Shape::kTurns; ++t) {
+      if (to_[t] == 0) continue;
+      const auto write = [&](int offset) { shared<T>(to_[t] + offset) = value_[t]; };
+      write(0);
+      if (Shape::kKept)
+        write(kCopy);
+      else  // the entry before has it as its second neighbour, those 8 and 9 before in their second words
+        write(2 - 8 * 1), write(4 - 8 * 8), write(6 - 8 * 9);
+    }
   }
 
  private:
@@ -381,25 +398,28 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
 #pragma unroll 1
   for (int i = 0; i < kDepth - 1; ++i) feed.load(a);
   if (a.clear && edges) clear_edges(a, first_column - a.padding_w);
-  for (int i = threadIdx.x * kUnit; i < a.slab * kRows * kBandRowBytes; i += blockDim.x * kUnit)
-    shared<uint4>(a.stage_at + i) = {};
+  for (int i = threadIdx.x * kUnit; i < a.slab * kRows * Shape::kBandBytes; i += blockDim.x * kUnit)
+    shared<uint4>(a.bands_at + i) = {};
   __syncthreads();
   weights.write();
   __syncthreads();
 
   const int lane = threadIdx.x % 32, quad = threadIdx.x / 32, number = lane / 4, pair = lane % 4 * 2;
   const int channel = slab + quad * kChannels;
-  uint32_t band[kChannels][kRows][2];
+  const int entry = pair - number;  // of the thread's first pair in a row of weights
+  const int bands = a.bands_at + quad * kChannels * kRows * Shape::kBandBytes +
+                    (Shape::kKept ? 2 * (kMiddle + entry) + (entry & 1) * kCopy : 8 * (kPairMiddle + entry));
+  const auto read_band = [&](int c, int i) {
+    const int at = bands + (c * kRows + i) * Shape::kBandBytes;
+    return Shape::kKept ? uint2{shared<uint32_t>(at), shared<uint32_t>(at + 16)} : shared<uint2>(at);
+  };
+  uint2 kept[kChannels][kRows];
   float bias[kChannels];
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
-    const int entry = pair - number;  // of the thread's first pair in a row of weights
-    const int at =
-        a.stage_at + (quad * kChannels + c) * kRows * kBandRowBytes + 2 * (kMiddle + entry) + (entry & 1) * kCopy;
+    if constexpr (Shape::kKept)
 #pragma unroll
-    for (int i = 0; i < kRows; ++i)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) band[c][i][h] = shared<uint32_t>(at + i * kBandRowBytes + 16 * h);
+      for (int i = 0; i < kRows; ++i) kept[c][i] = read_band(c, i);
     bias[c] = 0;
     if (a.bias && channel + c < a.channels)
       bias[c] = widen(__ldg(static_cast<const T*>(a.bias) + (channel + c) * a.bias_stride));
@@ -490,9 +510,11 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
         const uint32_t pairs[4] = {pair(0), kSplit ? pair(2) : same_pair(1), pair(1), pair(Shape::kPairs - 1)};
         const float nothing[4] = {};
 #pragma unroll
-        for (int o = 0; o < kRows; ++o)
-          multiply(sum[o][c], o + 1 < kRows ? std::as_const(sum[o + 1][c]) : nothing, pairs,
-                   {band[c][kRows - 1 - o][0], band[c][kRows - 1 - o][1]}, T{});
+        for (int o = 0; o < kRows; ++o) {
+          const int i = kRows - 1 - o;
+          const uint2 band = Shape::kKept ? kept[c][i] : read_band(c, i);
+          multiply(sum[o][c], o + 1 < kRows ? std::as_const(sum[o + 1][c]) : nothing, pairs, {band.x, band.y}, T{});
+        }
       }
       if (y >= r.begin) write(sum[0]);
     }
@@ -531,9 +553,13 @@ __global__ void __launch_bounds__(32 * kMaxQuads, 1) toeplitz_channels_last(cons
   if (threadIdx.x == 0) init_barrier(kBarrier, blockDim.x / 32);
   __syncthreads();
   const int slab = a.by_slabs.split(worker) * a.slab;
-  const int64_t all = int64_t{a.rows / a.grain} * a.spans, last = all * (worker + 1) / a.workers * a.grain;
-  for (int64_t first = all * worker / a.workers * a.grain; first < last;) {
-    const int span = static_cast<int>(first / a.rows), begin = static_cast<int>(first - int64_t{span} * a.rows);
+  const auto share = [&](int before) { return (before * a.least + min(before, a.more)) * a.grain; };
+  const int64_t last = share(worker + 1);
+  wait_for_kernel_before();
+  let_next_kernel_start();
+  for (int64_t first = share(worker); first < last;) {
+    const int span = a.spans > 1 ? static_cast<int>(first / a.rows) : 0;
+    const int begin = static_cast<int>(first - int64_t{span} * a.rows);
     const int end = static_cast<int>(min(int64_t{a.rows}, begin + last - first));
     march<T, Shape>(a, slab, span * a.tiles * Shape::kColumns, begin, end, parity);
     first += end - begin;
@@ -586,7 +612,9 @@ int cut(Toeplitz& a, int64_t room, int most_streams) {
     a.whole_rows = a.batch / a.streams * a.target.height;
     a.clear = a.batch % a.streams != 0 || a.channels % a.slab != 0 || a.padding_w > 0 ||
               a.source.width < tiles * Shape::kColumns + kReach;
-    const int bytes = a.stage_at + std::max(kStages * a.stage_bytes, a.slab * Shape::kRows * kBandRowBytes);
+    const int stages = kStages * a.stage_bytes, weights = a.slab * Shape::kRows * Shape::kBandBytes;
+    a.bands_at = a.stage_at + (Shape::kKept ? 0 : stages);
+    const int bytes = std::max(a.stage_at + stages, a.bands_at + weights);
     if (bytes <= room || most == 1) return bytes;
   }
 }
@@ -596,7 +624,6 @@ int cut(Toeplitz& a, int64_t room, int most_streams) {
 // quarter of a step does not depend on how many there are.
 int even_streams(const Toeplitz& a, int rows) {
   const double part = static_cast<double>(a.rows) * a.spans / a.workers;
-  if (part < a.target.height) return 0;
   const int groups = a.rows / a.target.height * a.spans, share = static_cast<int>(ceil_div(groups, a.workers));
   const int streams = static_cast<int>(ceil_div(a.batch, std::max(a.workers * share / a.spans, 1)));
   if (streams > a.streams || ceil_div(a.batch, streams) * a.spans > int64_t{a.workers} * share) return 0;
@@ -627,7 +654,9 @@ void launch(Toeplitz a, cudaStream_t stream) {
     a.grain = a.target.height;
     a.workers = static_cast<int>(std::min<int64_t>(a.workers, int64_t{a.rows / a.grain} * a.spans));
   }
-  kernel<<<static_cast<unsigned>(slabs * a.workers), threads, bytes, stream>>>(a);
+  const int64_t all = int64_t{a.rows / a.grain} * a.spans;
+  a.least = all / a.workers, a.more = static_cast<int>(all % a.workers);
+  launch_early(kernel, a, slabs * a.workers, threads, stream, {.shared_bytes = bytes});
   check_launch("toeplitz_channels_last");
 }
 
@@ -644,7 +673,7 @@ void launch_toeplitz_channels_last(const Problem& p, cudaStream_t stream) {
   a.weight_row = map.weight.stride[2], a.weight_column = map.weight.stride[3];
   a.bias = map.bias, a.bias_stride = map.bias_stride;
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
-  a.by_height = Divider(map.out_height), a.by_kernel_w = Divider(p.kernel_w), a.by_taps = Divider(p.taps());
+  a.by_height = Divider(map.out_height), a.by_kernel_w = Divider(p.kernel_w);
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
@@ -658,8 +687,10 @@ void launch_toeplitz_channels_last(const Problem& p, cudaStream_t stream) {
       };
       if (p.kernel_h <= 5)
         launch_rows(std::integral_constant<int, 5>{});
-      else
+      else if (p.kernel_h <= 7)
         launch_rows(std::integral_constant<int, 7>{});
+      else
+        launch_rows(std::integral_constant<int, 9>{});
     }
   });
 }

@@ -14,6 +14,7 @@
 #include "image_runs.cuh"
 #include "launch.h"
 #include "mapping.h"
+#include "overlap.cuh"
 #include "stream_nchw.cuh"
 #include "tensor_cores.cuh"
 
@@ -36,6 +37,7 @@ struct Small {
   int block_channels, groups, batches;  // channels of a part; how many parts these make, and the images 16 by 16
   int share;                            // warps that share a channel
   int stages, stage_bytes, weights_at;
+  int copiers;  // warps that begin bulk copies
   bool bulk, bulk_stores;
   Divider by_groups;
 };
@@ -125,9 +127,15 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
   constexpr bool kSpread = kStride < 0;
   static_assert(kIn <= 2 && kOut <= 2 && (kStride == 1 ? kIn == kOut : kSpread ? kIn == 1 : kOut == 1));
   const Copier copier(a.bulk, false);
-  copier.init();
-  __syncthreads();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row_of_a = lane / 4, pair = lane % 4 * 2;
+  const int copied = warp + lane * a.copiers;  // the image that a lane copies in bulk, if its warp does
+  if (copier.bulk && threadIdx.x == 0) {
+    for (int stage = 0; stage < a.stages; ++stage) init_barrier(Barriers::full(stage), a.copiers);
+    before_bulk_copies();
+  }
+  __syncthreads();
+  wait_for_kernel_before();
+  let_next_kernel_start();
   const int own = warp / a.share, first_tile = warp % a.share;  // the warp's channel of the part, and its tiles
   const int source_plane = 2 * a.height * a.width, target_plane = 2 * a.out_height * a.out_width;
   // Memory likes to be read and written in one place at a time: blocks side by side take channels side by side.
@@ -150,9 +158,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
       const int place = stage * a.stage_bytes, bytes = part.channels * source_plane;
       if (!copier.bulk) {
         copy_runs<true>(a.source, place, part.image, part.images, source_offset(part), bytes);
-      } else if (warp == 0) {
-        if (lane < part.images)
-          load_units(a.source, place, lane, part.image + lane, source_offset(part), bytes, Barriers::full(stage));
+      } else if (warp < a.copiers) {
+        if (copied < part.images)
+          load_units(a.source, place, copied, part.image + copied, source_offset(part), bytes, Barriers::full(stage));
         __syncwarp();
         if (lane == 0) arrive(Barriers::full(stage));
       }
@@ -322,9 +330,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
     __syncthreads();
     if (!copier.bulk || !a.bulk_stores) {
       copy_runs<false>(a.target, 0, part.image, part.images, target_offset(part), part.channels * target_plane);
-    } else if (warp == 0) {
-      if (lane < part.images)
-        store_units(a.target, lane, part.image + lane, target_offset(part), part.channels * target_plane);
+    } else if (warp < a.copiers) {
+      if (copied < part.images)
+        store_units(a.target, copied, part.image + copied, target_offset(part), part.channels * target_plane);
       commit_stores();
     }
     load(number + a.stages * step, stage);
@@ -342,6 +350,10 @@ void launch_kernel(Small a, cudaStream_t stream) {
   // Where sums take so many registers that few warps fit, two of them share a channel if it has work for both.
   constexpr int kRows = Rows<kKernelH, kStride>::kTarget;
   a.share = kIn + kOut > 3 && a.out_height >= 2 * kRows ? 2 : 1;
+  // At stride 2 sources are large and targets small: blocks of one part each, of more channels, beat those that have
+  // several. Where it is that of the target sources are small, and one more can be under way.
+  const bool single = a.bulk && kStride == 2;
+  const int stages = single ? 1 : a.bulk && kStride < 0 ? 3 : 2;
   const auto lay_out = [&](int channels, int stages) {
     a.block_channels = channels, a.stages = stages;
     a.source.pitch = slot_pitch(int64_t{channels} * 2 * a.height * a.width);
@@ -354,24 +366,28 @@ void launch_kernel(Small a, cudaStream_t stream) {
   };
   // As many channels as leave room for a second block, and every multiprocessor something to do.
   constexpr int kReserved = 1 << 10;  // bytes that CUDA takes for a block
-  int channels = std::min(kIn + kOut > 2 ? kMaxWarps / 2 : kMaxWarps, a.channels), bytes = lay_out(channels, 2);
+  const int most = kIn + kOut > 2 && !single ? kMaxWarps / 2 : kMaxWarps;
+  int channels = std::min(most, a.channels), bytes = lay_out(channels, stages);
   while (channels > 1 && (2 * (bytes + kReserved) > device.shared_per_multiprocessor ||
                           int64_t{a.groups} * a.batches < device.multiprocessors))
-    channels /= 2, bytes = lay_out(channels, 2);
+    channels /= 2, bytes = lay_out(channels, stages);
   if (bytes > device.shared_per_block) bytes = lay_out(channels, 1);
   a.by_groups = Divider(a.groups);
   a.bulk_stores = a.bulk_stores && channels * 2 * a.out_height * a.out_width % kUnit == 0;
   const int threads = 32 * channels * a.share;
+  // To begin 16 copies takes a warp some time, but on wide planes it was slower to have all warps do it.
+  a.copiers = kStride == 1 && kIn > 1 ? 1 : threads / 32;
   const int64_t parts = int64_t{a.groups} * a.batches;
-  static thread_local Decisions<4, int64_t> decisions;
-  // So many blocks that all of them have as many parts, if possible, and run at once.
-  const int64_t blocks = decisions({device.id, threads, bytes, parts}, [&] {
+  static thread_local Decisions<5, int64_t> decisions;
+  // Else so many blocks that all of them run at once and, at stride 1, have as many parts, if possible.
+  const int64_t blocks = decisions({device.id, threads, bytes, parts, single}, [&] {
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
     int resident = 0;
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, bytes);
-    return ceil_div(parts, ceil_div(parts, int64_t{std::max(resident, 1)} * device.multiprocessors));
+    const int64_t slots = int64_t{std::max(resident, 1)} * device.multiprocessors;
+    return single ? parts : kStride < 0 ? std::min(parts, slots) : ceil_div(parts, ceil_div(parts, slots));
   });
-  kernel<<<static_cast<unsigned>(blocks), threads, bytes, stream>>>(a);
+  launch_early(kernel, a, blocks, threads, stream, {.shared_bytes = bytes});
   check_launch("toeplitz_small_planes");
 }
 
