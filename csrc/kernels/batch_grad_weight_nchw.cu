@@ -122,6 +122,45 @@ struct Products {
     return __byte_perm(shared<uint16_t>(first), shared<uint16_t>(second), 0x5410);
   }
 
+  uint32_t source_slots[4], grad_slots[4];  // of the thread's four images
+
+  // Before the tiles of a step: where the images lie. `channel`: of the block's.
+  __device__ void place(const Batch& a, const Step& s, int stage, int64_t source_offset, int64_t grad_offset,
+                        int channel, int filter) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int n = lane % 4 * 2 + k % 2 + k / 2 * 8;
+      source_slots[k] = a.source.slot(stage, n, s.image + n, source_offset) + channel * a.height * 2 * a.width +
+                        2 * (column(0) * kStride - a.padding_w - a.shift);
+      grad_slots[k] =
+          a.grad.slot(stage, n, s.image + n, grad_offset) + filter * a.out_height * 2 * a.out_width + lane / 4 * 2;
+    }
+  }
+
+  __device__ void add(const Batch& a, const Step& s, int v0, int r0, uint32_t inside) {
+    uint32_t source_mask[kStride][2];
+#pragma unroll
+    for (int c = 0; c < kStride; ++c)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int x = (v0 + column(h)) * kStride + c - a.padding_w - a.shift;
+        source_mask[c][h] = static_cast<uint32_t>(x) < static_cast<uint32_t>(a.width) ? ~0u : 0;
+      }
+    const uint32_t grad_mask = v0 + static_cast<int>(threadIdx.x % 32 / 4) < a.out_width ? ~0u : 0;
+    const int y0 = (s.row + r0) * kStride - a.padding_h, rows = s.rows - r0;
+    int from[4], grad[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      from[k] = source_slots[k] + (y0 - s.source_begin) * 2 * a.width + 2 * kStride * v0;
+      grad[k] = grad_slots[k] + r0 * 2 * a.out_width + 2 * v0;
+    }
+    if (rows >= kRows)
+      add<true>(a, from, grad, inside, rows, source_mask, grad_mask);
+    else
+      add<false>(a, from, grad, inside, rows, source_mask, grad_mask);
+  }
+
   // Adds a tile of 16 images. `from` and `grad`: where the thread's four images have, or would have, the first row and
   // the thread's first column, of the window and of the tile. `inside`: a bit for every source row that is inside the
   // image. kFull: all rows of the tile are there.
@@ -180,49 +219,142 @@ struct Products {
     }
   }
 
-  // Sums up the diagonals, in shared memory from `place` on.
-  __device__ void finish(const Batch& a, int place, int filter, int split, int first, int last, int first_tile) const {
-    const int lane = threadIdx.x % 32, taps = a.kernel_h * a.kernel_w;
-    const auto at = [&](int product, int m, int k) { return place + 4 * ((product * 2 * kColumns + m) * kPitch + k); };
+  // Puts the products to shared memory from `place` on.
+  __device__ void put(const Batch& a, int place) const {
+    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < kKernelH; ++i)
 #pragma unroll
       for (int c = 0; c < kStride; ++c)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-          shared<float>(at(i * kStride + c, column(e / 2), lane % 4 * 2 + e % 2)) = sum[i][c][e];
-    __syncwarp();
-    for (int begin = 0; begin < taps; begin += 32) {
-      const int tap = begin + lane;
-      float total = 0;
-      if (tap < taps) {
-        const int i = tap / a.kernel_w * a.dilation_h, j = tap % a.kernel_w * a.dilation_w + a.shift;
-#pragma unroll
-        for (int k = 0; k < kColumns; ++k) total += shared<float>(at(i * kStride + j % kStride, j / kStride + k, k));
-        store<T>(a, filter, split, tap, total);
-      }
-      uint32_t again = __ballot_sync(~0u, !is_finite(total));
-      for (; again; again &= again - 1) {
-        const int which = begin + __ffs(again) - 1;
-        const float exact = sum_by_products<T>(a, filter, first, last, first_tile, which);
-        if (tap == which) store<T>(a, filter, split, tap, exact);
-      }
-    }
-    if (a.grad_bias == nullptr) return;
-    float total = bias[0] + bias[1];  // every row of the product is the same
-    total += __shfl_xor_sync(~0u, total, 1);
-    total += __shfl_xor_sync(~0u, total, 2);
-    if (lane == 0) store<T>(a, filter, split, taps, total);
+          shared<float>(place_of(place, i * kStride + c, column(e / 2), lane % 4 * 2 + e % 2)) = sum[i][c][e];
+  }
+  static __device__ int place_of(int place, int product, int m, int k) {
+    return place + 4 * ((product * 2 * kColumns + m) * kPitch + k);
+  }
+  // Where the first of a tap's products is: the others follow down the diagonal.
+  static __device__ int place_of_tap(const Batch& a, int place, int i, int j) {
+    j += a.shift;
+    return place_of(place, i * kStride + j % kStride, j / kStride, 0);
   }
 };
 
-template <typename T, int kKernelH, int kStride, bool kPairs>
-__global__ void __launch_bounds__(32 * kMaxWarps + 32, kStride > 1 ? 1 : 3)
+// The same at stride 1 where rows begin with 16 bytes in both arrays: matrices of 8 images and 8 columns are loaded at
+// once. A product is of 8 columns of the gradient and 24 of the input: the same ones, and 8 on either side of them.
+template <typename T, int kKernelH>
+struct AlignedProducts {
+  static constexpr int kWindow = 3 * kColumns;
+  static constexpr int kBytes = 4 * kKernelH * kWindow * kPitch;
+
+  float sum[kKernelH][2][4] = {}, bias[4] = {};
+
+  // Where the lane's rows of matrices begin, for a tile at the image's first pixel: of the columns to the left and of
+  // the tile's own ones, of those to the right, and of two rows of the gradient.
+  uint32_t source_slot, right_slot, grad_slot;
+
+  __device__ void place(const Batch& a, const Step& s, int stage, int64_t source_offset, int64_t grad_offset,
+                        int channel, int filter) {
+    const int lane = threadIdx.x % 32;
+    const auto slot = [&](const ImageRuns& v, int n, int64_t offset) {
+      return shared_address(v.slot(stage, n, s.image + n, offset));
+    };
+    const int source = channel * a.height * 2 * a.width, grad = filter * a.out_height * 2 * a.out_width;
+    source_slot = slot(a.source, lane % 8 + lane / 16 * 8, source_offset) + source + (lane / 8 % 2 - 1) * kUnit;
+    right_slot = slot(a.source, lane % 16, source_offset) + source + kUnit;
+    grad_slot = slot(a.grad, lane % 16, grad_offset) + grad + lane / 16 * 2 * a.out_width;
+  }
+
+  __device__ void add(const Batch& a, const Step& s, int v0, int r0, uint32_t inside) {
+    const int lane = threadIdx.x % 32;
+    const int y0 = s.row + r0 - a.padding_h, rows = s.rows - r0;
+    const uint32_t zeros = shared_address(kZeros), source_row = 2 * a.width, grad_row = 2 * a.out_width;
+    const uint32_t top = (y0 - s.source_begin) * source_row + 2 * v0;
+    // What is beside the image is read from zeros.
+    const int x = v0 + (lane / 8 % 2 - 1) * kColumns;
+    const uint32_t mine = x >= 0 && x < a.width ? inside : 0, right = v0 + kColumns < a.width ? inside : 0;
+    const uint32_t from = source_slot + top, from_right = right_slot + top, grad = grad_slot + r0 * grad_row + 2 * v0;
+    uint32_t g[kRows + 1][2];
+#pragma unroll
+    for (int r = 0; r < kRows; r += 2) {
+      uint32_t both[4];
+      load_matrices_transposed(both, r + lane / 16 < min(rows, kRows) ? grad + r * grad_row : zeros);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) g[r + e / 2][e % 2] = both[e];
+    }
+    if (a.grad_bias != nullptr) {
+      constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) multiply(bias, bias, {kOnes, kOnes, kOnes, kOnes}, g[r], T{});
+    }
+#pragma unroll
+    for (int r = 0; r < kRows - 1 + kKernelH; ++r) {
+      uint32_t above[4], beside[4] = {};
+      load_matrices_transposed(above, mine >> r & 1 ? from + r * source_row : zeros);
+      load_two_transposed(beside[0], beside[2], right >> r & 1 ? from_right + r * source_row : zeros);
+#pragma unroll
+      for (int i = 0; i < kKernelH; ++i) {
+        if (r < i || r - i >= kRows) continue;
+        multiply(sum[i][0], sum[i][0], above, g[r - i], T{});
+        multiply(sum[i][1], sum[i][1], beside, g[r - i], T{});
+      }
+    }
+  }
+
+  __device__ void put(const Batch& a, int place) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kKernelH; ++i)
+#pragma unroll
+      for (int e = 0; e < 6; ++e)
+        shared<float>(place_of(place, i, lane / 4 + e / 2 * kColumns, lane % 4 * 2 + e % 2)) = sum[i][e / 4][e % 4];
+  }
+  static __device__ int place_of(int place, int product, int m, int k) {
+    return place + 4 * ((product * kWindow + m) * kPitch + k);
+  }
+  static __device__ int place_of_tap(const Batch& a, int place, int i, int j) {
+    return place_of(place, i, kColumns + j - a.padding_w, 0);
+  }
+};
+
+// Sums up the diagonals, in shared memory from `place` on.
+template <typename T, class Sums>
+__device__ void finish(const Sums& sums, const Batch& a, int place, int filter, int split, int first, int last,
+                       int first_tile) {
+  const int lane = threadIdx.x % 32, taps = a.kernel_h * a.kernel_w;
+  sums.put(a, place);
+  __syncwarp();
+  for (int begin = 0; begin < taps; begin += 32) {
+    const int tap = begin + lane;
+    float total = 0;
+    if (tap < taps) {
+      const int from = Sums::place_of_tap(a, place, tap / a.kernel_w * a.dilation_h, tap % a.kernel_w * a.dilation_w);
+#pragma unroll
+      for (int k = 0; k < kColumns; ++k) total += shared<float>(from + 4 * k * (kPitch + 1));
+      store<T>(a, filter, split, tap, total);
+    }
+    uint32_t again = __ballot_sync(~0u, !is_finite(total));
+    for (; again; again &= again - 1) {
+      const int which = begin + __ffs(again) - 1;
+      const float exact = sum_by_products<T>(a, filter, first, last, first_tile, which);
+      if (tap == which) store<T>(a, filter, split, tap, exact);
+    }
+  }
+  if (a.grad_bias == nullptr) return;
+  float total = sums.bias[0] + sums.bias[1];  // every row of the product is the same
+  total += __shfl_xor_sync(~0u, total, 1);
+  total += __shfl_xor_sync(~0u, total, 2);
+  if (lane == 0) store<T>(a, filter, split, taps, total);
+}
+
+template <typename T, class Sums, int kStride, int kBlocks>
+__global__ void __launch_bounds__(32 * kMaxWarps + 32, kBlocks)
     batch_grad_weight_nchw(const __grid_constant__ Batch a) {
-  using Sums = Products<T, kKernelH, kStride, kPairs>;
   const Copier copier(a.bulk, true);
   copier.init();
+  if (threadIdx.x < kUnit / 4) shared<uint32_t>(kZeros + 4 * threadIdx.x) = 0;
   let_next_kernel_start();
+  wait_for_kernel_before();
   __syncthreads();
   const int first_filter = blockIdx.x % a.groups * a.block_filters, split = blockIdx.x / a.groups;
   const int filters = min(a.block_filters, a.filters - first_filter);
@@ -278,47 +410,21 @@ __global__ void __launch_bounds__(32 * kMaxWarps + 32, kStride > 1 ? 1 : 3)
       const Step s = step_of(a, number);
       const int tiles = filter < filters ? (s.rows + kRows - 1) / kRows * a.strips : 0;
       const int channel = (first_filter + filter) / a.multiplier - first_channel;
-      int source_slots[4], grad_slots[4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const int n = lane % 4 * 2 + k % 2 + k / 2 * 8, place = stage * a.stage_bytes;
-        source_slots[k] = a.source.slot(place, n, s.image + n, source_offset(s)) + channel * source_plane +
-                          2 * (Sums::column(0) * kStride - a.padding_w - a.shift);
-        grad_slots[k] = a.grad.slot(place, n, s.image + n, grad_offset(s)) + filter * grad_plane + lane / 4 * 2;
-      }
+      sums.place(a, s, stage * a.stage_bytes, source_offset(s), grad_offset(s), channel, filter);
       for (int tile = first_tile; tile < tiles; tile += a.share) {
         uint32_t segment = tile;
         const int v0 = static_cast<int>(a.by_strips.split(segment)) * kColumns, r0 = static_cast<int>(segment) * kRows;
-        uint32_t source_mask[kStride][2];
-#pragma unroll
-        for (int c = 0; c < kStride; ++c)
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const int x = (v0 + Sums::column(h)) * kStride + c - a.padding_w - a.shift;
-            source_mask[c][h] = static_cast<uint32_t>(x) < static_cast<uint32_t>(a.width) ? ~0u : 0;
-          }
-        const uint32_t grad_mask = v0 + lane / 4 < a.out_width ? ~0u : 0;
-        const int y0 = (s.row + r0) * kStride - a.padding_h, rows = s.rows - r0;
-        const int begin = max(-y0, 0), end = min(a.height - y0, 32);
-        const uint32_t inside = end > begin ? ~0u >> (32 - end) & ~0u << begin : 0;
-        int from[4], grad[4];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          from[k] = source_slots[k] + (y0 - s.source_begin) * source_row + 2 * kStride * v0;
-          grad[k] = grad_slots[k] + r0 * grad_row + 2 * v0;
-        }
-        if (rows >= kRows)
-          sums.template add<true>(a, from, grad, inside, rows, source_mask, grad_mask);
-        else
-          sums.template add<false>(a, from, grad, inside, rows, source_mask, grad_mask);
+        const int y0 = (s.row + r0) * kStride - a.padding_h;
+        const int begin = max(-y0, 0), end = min(s.source_end - y0, 32);
+        sums.add(a, s, v0, r0, end > begin ? ~0u >> (32 - end) & ~0u << begin : 0);
       }
       if (copier.bulk) copier.finish(stage);
     }
   }
   __syncthreads();
   if (copier.is_worker() && filter < filters)
-    sums.finish(a, kHead + warp * Sums::kBytes, first_filter + filter, split * a.share + first_tile, first, last,
-                first_tile);
+    finish<T>(sums, a, kHead + warp * Sums::kBytes, first_filter + filter, split * a.share + first_tile, first, last,
+              first_tile);
 }
 
 // So many splits that the last wave of blocks is full, and that no sum is so long that it loses digits.
@@ -375,10 +481,9 @@ int64_t lay_out(Batch& a, int64_t shared_per_multiprocessor) {
   return kHead + 2 * bytes + kTail;
 }
 
-template <typename T, int kKernelH, int kStride, bool kPairs>
+template <typename T, class Sums, int kStride, int kBlocks>
 void launch_kernel(const Problem& p, Batch a, const Allocate& allocate, cudaStream_t stream) {
-  using Sums = Products<T, kKernelH, kStride, kPairs>;
-  const auto kernel = batch_grad_weight_nchw<T, kKernelH, kStride, kPairs>;
+  const auto kernel = batch_grad_weight_nchw<T, Sums, kStride, kBlocks>;
   const Device& device = current_device();
   a.bulk = a.bulk && device.capability >= 90;
   const int64_t room = lay_out(a, device.shared_per_multiprocessor);
@@ -400,7 +505,7 @@ void launch_kernel(const Problem& p, Batch a, const Allocate& allocate, cudaStre
   a.splits = decision.splits;
   const int64_t parts = int64_t{a.splits} * a.share, sums = (p.taps() + (p.bias != nullptr)) * p.filters();
   if (parts > 1) a.partial = static_cast<float*>(allocate(parts * sums * int64_t{sizeof(float)}));
-  kernel<<<static_cast<unsigned>(int64_t{a.groups} * a.splits), threads, bytes, stream>>>(a);
+  launch_early(kernel, a, int64_t{a.groups} * a.splits, threads, stream, {.shared_bytes = bytes});
   check_launch("batch_grad_weight_nchw");
   if (parts > 1) launch_add_partial_sums<T>(p, a.partial, parts, decision.sum_early, stream);
 }
@@ -426,16 +531,26 @@ void launch_batch_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& 
   const bool pairs =
       a.width % 2 == 0 && (p.input.stride[0] % 2 == 0 || p.batch == 1) && (columns - 1 + shift) / a.stride <= kColumns;
   a.shift = pairs ? shift : 0;
+  // Whether all rows begin with 16 bytes, and windows reach no further than 8 columns beside a tile.
+  const auto begins_with_units = [&](const View& view, int width) {
+    return 2 * width % kUnit == 0 && reinterpret_cast<uintptr_t>(view.data) % kUnit == 0 &&
+           (p.batch == 1 || 2 * view.stride[0] % kUnit == 0);
+  };
+  const bool aligned = a.stride == 1 && begins_with_units(p.input, a.width) &&
+                       begins_with_units(p.output, a.out_width) && a.padding_w <= kColumns &&
+                       columns - 1 - a.padding_w <= kColumns;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
       const auto go = [&](auto kernel_h) {
         constexpr int kKernelH = decltype(kernel_h)::value;
+        if constexpr (kKernelH < 7)  // which multiplies more than it loads
+          if (aligned) return launch_kernel<T, AlignedProducts<T, kKernelH>, 1, 2>(p, a, allocate, stream);
         if (a.stride == 1)
-          return pairs ? launch_kernel<T, kKernelH, 1, true>(p, a, allocate, stream)
-                       : launch_kernel<T, kKernelH, 1, false>(p, a, allocate, stream);
-        return pairs ? launch_kernel<T, kKernelH, 2, true>(p, a, allocate, stream)
-                     : launch_kernel<T, kKernelH, 2, false>(p, a, allocate, stream);
+          return pairs ? launch_kernel<T, Products<T, kKernelH, 1, true>, 1, 3>(p, a, allocate, stream)
+                       : launch_kernel<T, Products<T, kKernelH, 1, false>, 1, 3>(p, a, allocate, stream);
+        return pairs ? launch_kernel<T, Products<T, kKernelH, 2, true>, 2, 1>(p, a, allocate, stream)
+                     : launch_kernel<T, Products<T, kKernelH, 2, false>, 2, 1>(p, a, allocate, stream);
       };
       if (rows <= 3) return go(std::integral_constant<int, 3>{});
       if (rows <= 5) return go(std::integral_constant<int, 5>{});

@@ -20,6 +20,14 @@ __device__ inline void load_matrices_transposed(uint32_t (&a)[4], uint32_t addre
                : "memory");
 }
 
+// Two of them, by what lanes 0 to 15 name.
+__device__ inline void load_two_transposed(uint32_t& first, uint32_t& second, uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+               : "=r"(first), "=r"(second)
+               : "r"(address)
+               : "memory");
+}
+
 // sum = before + a * b, of 16 x 16 by 16 x 8.
 __device__ inline void multiply(float (&sum)[4], const float (&before)[4], const uint32_t (&a)[4],
                                 const uint32_t (&b)[2], __half) {
