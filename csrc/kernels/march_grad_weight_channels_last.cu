@@ -23,6 +23,7 @@ namespace {
 constexpr int kRing = StageBarriers::kBytes;  // where it begins in shared memory
 
 struct March {
+  CUtensorMap source_map, grad_map;  // if rows are boxes
   Pixels source, grad;
   float* partial;  // [split][tap, or bias behind the last tap][filter]
   void *grad_weight, *grad_bias;
@@ -33,7 +34,7 @@ struct March {
   int pairs, strips;  // of a block: pairs of filters, and strips of columns
   int loaders;        // warps that load
   int depth, stage_bytes, source_row_bytes;
-  bool bulk;    // whether they do so by bulk copies
+  bool boxes;   // whether rows are loaded as boxes
   bool joined;  // whether both arrays are: see Pixels
   bool with_bias;
 };
@@ -151,19 +152,21 @@ __device__ __noinline__ void finish(const March& a, bool finite) {
     }
   __syncthreads();
 
+  // Sums lie as [tap][which of a pair][pair]. A thread takes every so-manieth of them, or a warp, of many strips.
   const int taps = W::kTaps + a.with_bias, parts = a.splits * a.spans;
-  const int sums = taps * 2 * a.pairs, lanes = a.strips < 32 ? 1 : 32;
+  const int row = 2 * a.pairs, lanes = a.strips < 32 ? 1 : 32, lane = thread % lanes;
+  const int step = blockDim.x / lanes, step_taps = step / row, step_rest = step % row;
   float* partial = a.partial + static_cast<int64_t>(part.split * a.spans + part.span) * taps * a.filters;
-  for (int begin = 0; begin < sums; begin += blockDim.x / lanes) {
-    const int number = begin + thread / lanes, lane = thread % lanes;
-    const int pair = number % a.pairs, half = number / a.pairs % 2, tap = number / a.pairs / 2;
+  for (int tap = thread / lanes / row, rest = thread / lanes % row;; tap += step_taps, rest += step_rest) {
+    if (rest >= row) rest -= row, ++tap;
+    if (tap >= taps) break;
+    const int half = rest >= a.pairs, pair = rest - half * a.pairs;
     float total = 0;
-    if (number < sums)
-      for (int strip = lane; strip < a.strips; strip += lanes)
-        total += shared<float>(sum_at(tap, half, strip * a.pairs + pair));
+    for (int strip = lane; strip < a.strips; strip += lanes)
+      total += shared<float>(sum_at(tap, half, strip * a.pairs + pair));
     for (int offset = lanes / 2; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
     const int filter = part.filter + pair * 2 + half;
-    if (number >= sums || lane > 0 || filter >= a.filters) continue;
+    if (lane > 0 || filter >= a.filters) continue;
     if (parts > 1)
       partial[static_cast<int64_t>(tap) * a.filters + filter] = total;
     else if (tap < W::kTaps)
@@ -177,10 +180,10 @@ __device__ __noinline__ void finish(const March& a, bool finite) {
 template <class W>
 class Loader {
  public:
-  __device__ Loader(const March& a, const Part& part, int rank, int threads, bool bulk)
+  __device__ Loader(const March& a, const Part& part, int rank, int threads)
       : steps_(a, part.split),
-        source_(a.source, part.slab, part.column * W::kStride - a.padding_w, a.width, rank, threads, bulk),
-        grad_(a.grad, part.slab, part.column, a.out_width, rank, threads, bulk) {
+        source_(a.source, part.slab, part.column * W::kStride - a.padding_w, a.width, rank, threads),
+        grad_(a.grad, part.slab, part.column, a.out_width, rank, threads) {
     seek(a);
   }
   __device__ bool done() const { return steps_.done(); }
@@ -188,14 +191,13 @@ class Loader {
   // Begins to load the rows of a step, if there is one.
   __device__ void load(const March& a, int stage) {
     if (done()) return;
-    const int barrier = StageBarriers::full(stage);
     int to = kRing + stage * a.stage_bytes;
 #pragma unroll
     for (int e = 0; e < W::kStride; ++e) {
-      if (W::meets(a, steps_.end, steps_.row * W::kStride - a.padding_h + e)) source_.load(a.source, to, barrier);
+      if (W::meets(a, steps_.end, steps_.row * W::kStride - a.padding_h + e)) source_.load(a.source, to);
       source_.next(a.source), to += a.source_row_bytes;
     }
-    if (steps_.row < steps_.end) grad_.load(a.grad, to, barrier);
+    if (steps_.row < steps_.end) grad_.load(a.grad, to);
     grad_.next(a.grad);
     if (steps_.next(a, W::kHeld)) seek(a);
   }
@@ -210,6 +212,38 @@ class Loader {
   }
 };
 
+// The same by one warp that loads boxes.
+template <class W>
+class BoxLoader {
+ public:
+  __device__ BoxLoader(const March& a, const Part& part) : steps_(a, part.split), part_(part) {}
+  __device__ bool done() const { return steps_.done(); }
+
+  __device__ void load(const March& a, int stage) {
+    if (threadIdx.x % 32 == 0) {
+      const int barrier = StageBarriers::full(stage), first = steps_.row * W::kStride - a.padding_h;
+      const auto copy = [&](int to, const Pixels& p, const CUtensorMap& map, int channel, int column, int row) {
+        expect_bytes(barrier, p.pitch * p.columns);
+        copy_box(to, map, channel, column, row, steps_.image, barrier);
+      };
+      int to = kRing + stage * a.stage_bytes;
+#pragma unroll
+      for (int e = 0; e < W::kStride; ++e) {
+        if (W::meets(a, steps_.end, first + e))
+          copy(to, a.source, a.source_map, part_.filter / a.multiplier, part_.column * W::kStride - a.padding_w,
+               first + e);
+        to += a.source_row_bytes;
+      }
+      if (steps_.row < steps_.end) copy(to, a.grad, a.grad_map, part_.filter, part_.column, steps_.row);
+    }
+    steps_.next(a, W::kHeld);
+  }
+
+ private:
+  Steps steps_;
+  Part part_;
+};
+
 // kPairs: what two neighbouring filters read, and their gradients, are pairs of elements in shared memory. Otherwise
 // both read the same channel, or pixels may begin at any element, with other pixels instead of zeros beside the image.
 template <typename T, class W, bool kPairs>
@@ -218,27 +252,36 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
   constexpr int kSize = sizeof(T);
   let_next_kernel_start();
   const int workers = blockDim.x - (kLoaderWarps ? 32 * a.loaders : 0);
-  const bool is_worker = static_cast<int>(threadIdx.x) < workers;
-  for (int i = threadIdx.x * kUnit; i < a.depth * a.stage_bytes; i += blockDim.x * kUnit)
-    shared<uint4>(kRing + i) = uint4{};
-  const bool bulk = kBulkCopies && a.bulk;
-  StageBarriers::init(32 * a.loaders, workers / 32, bulk);
-  if (bulk) before_bulk_copies();
+  const bool is_worker = static_cast<int>(threadIdx.x) < workers, boxes = kBoxes && a.boxes;
+  if (!boxes)
+    for (int i = threadIdx.x * kUnit; i < a.depth * a.stage_bytes; i += blockDim.x * kUnit)
+      shared<uint4>(kRing + i) = uint4{};
+  StageBarriers::init(32 * a.loaders, workers / 32, boxes);
+  if (boxes) {
+    if (threadIdx.x == 0) prefetch(a.source_map), prefetch(a.grad_map);
+    before_bulk_copies();
+  }
   __syncthreads();
+  wait_for_kernel_before();
 
   const Part part = Part::of(a, W{});
-  const int rank = threadIdx.x - (kLoaderWarps ? workers : 0), loaders = blockDim.x - (kLoaderWarps ? workers : 0);
-  Loader<W> loader(a, part, rank, loaders, bulk);
-  if (kLoaderWarps && !is_worker) {
+  const auto load_all = [&](auto loader) {
     int stage = 0;
     uint32_t parity = 1;
     while (!loader.done()) {
       wait(StageBarriers::done(stage), parity);
       loader.load(a, stage);
-      StageBarriers::arrive_full(stage, bulk);
+      StageBarriers::arrive_full(stage, boxes);
       if (++stage == a.depth) stage = 0, parity ^= 1;
     }
+  };
+  if (kLoaderWarps && !is_worker) {
+    if (boxes)
+      load_all(BoxLoader<W>(a, part));
+    else
+      load_all(Loader<W>(a, part, threadIdx.x - workers, blockDim.x - workers));
   }
+  Loader<W> loader(a, part, threadIdx.x, blockDim.x);  // if all threads load
   if (!kLoaderWarps)
     for (int d = 0; d < a.depth - 1; ++d) loader.load(a, d);
 
@@ -326,13 +369,15 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
           if (threadIdx.x % 32 == 0) arrive(StageBarriers::done(stage));
         }
         if (++stage == a.depth) stage = 0, parity ^= 1;
-#pragma unroll
-        for (int v = 0; v < W::kColumns; ++v) bias[0] += row[v][0], bias[1] += row[v][1];
         more = !at.next(a, W::kHeld);
-        if (a.with_bias && (at.row % 4 == 0 || !more)) {  // long sums lose digits
-          double2& total = shared<double2>(bias_at);
-          total.x += bias[0], total.y += bias[1];
-          bias[0] = bias[1] = 0;
+        if (a.with_bias) {
+#pragma unroll
+          for (int v = 0; v < W::kColumns; ++v) bias[0] += row[v][0], bias[1] += row[v][1];
+          if (at.row % 4 == 0 || !more) {  // long sums lose digits
+            double2& total = shared<double2>(bias_at);
+            total.x += bias[0], total.y += bias[1];
+            bias[0] = bias[1] = 0;
+          }
         }
       }
       if constexpr (!W::kTurns)
@@ -365,7 +410,7 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
 // How the work is cut; the rest follows from it.
 struct Cut {
   int pairs, strips, loaders, depth, splits;
-  bool bulk;
+  bool boxes;
   bool whole_images;
   int threads;
   int64_t shared_bytes;
@@ -380,79 +425,88 @@ struct WindowSize {
 
 // Fills in what follows from a cut.
 void apply(March& a, Cut& cut, const WindowSize& w, int element) {
-  a.pairs = cut.pairs, a.strips = cut.strips, a.loaders = cut.loaders, a.bulk = cut.bulk, a.depth = cut.depth,
+  a.pairs = cut.pairs, a.strips = cut.strips, a.loaders = cut.loaders, a.boxes = cut.boxes, a.depth = cut.depth,
   a.splits = cut.splits;
   a.whole_images = cut.whole_images;
   a.slabs = static_cast<int>(ceil_div(a.filters, 2 * cut.pairs));
   a.spans = static_cast<int>(ceil_div(a.out_width, cut.strips * w.columns));
   const int columns = cut.strips * w.columns;
   cut_pixels(a.source, cut.pairs * (a.multiplier == 2 ? 1 : 2) * element, (columns - 1) * w.stride + w.extent_w,
-             w.columns * w.stride, cut.bulk);
-  cut_pixels(a.grad, cut.pairs * 2 * element, columns, w.columns, cut.bulk);
-  a.source_row_bytes = a.source.ring_row_bytes();
-  a.stage_bytes = w.stride * a.source_row_bytes + a.grad.ring_row_bytes();
+             w.columns * w.stride, cut.boxes);
+  cut_pixels(a.grad, cut.pairs * 2 * element, columns, w.columns, cut.boxes);
+  a.source_row_bytes = a.source.ring_row_bytes(cut.boxes);
+  a.stage_bytes = w.stride * a.source_row_bytes + a.grad.ring_row_bytes(cut.boxes);
   cut.threads = static_cast<int>(round_up(int64_t{cut.pairs} * cut.strips, 32)) + 32 * cut.loaders;
   cut.shared_bytes = kRing + std::max<int64_t>(int64_t{cut.depth} * a.stage_bytes + int64_t{cut.threads} * 16,
                                                int64_t{w.taps + 1} * 2 * cut.threads * 4);
 }
 
 // An estimate, in cycles, of how long a cut takes, with `resident` blocks on a multiprocessor. Only comparisons matter;
-// the constants are fitted to measurements.
+// the constants are fitted to measurements on an H100, most of them with boxes.
 double cycles_of(const March& a, const Cut& cut, const WindowSize& w, const Device& device, int64_t resident) {
-  const int64_t blocks = int64_t{a.slabs} * a.spans * cut.splits;
-  const int64_t waves = ceil_div(blocks, resident * device.multiprocessors);
+  const int64_t blocks = int64_t{a.slabs} * a.spans * cut.splits, slots = resident * device.multiprocessors;
+  const double share = static_cast<double>(blocks) / static_cast<double>(slots);
+  const double waves = share <= 1 ? 1 : share + 0.8 * (std::ceil(share) - share);
   const double side_by_side = static_cast<double>(std::min(resident, ceil_div(blocks, device.multiprocessors)));
   const int64_t longest = cut.whole_images ? ceil_div(a.images, cut.splits) * a.out_height
                                            : ceil_div(int64_t{a.images} * a.out_height, cut.splits);
   const int64_t images = cut.whole_images ? longest / a.out_height : (longest + a.out_height - 2) / a.out_height + 1;
-  const double steps = static_cast<double>(longest + (w.held - 1) * images);
+  const int64_t steps = longest + (w.held - 1) * images;
+  const int64_t full_steps = std::min(steps, longest + (cut.whole_images ? 0 : w.held - 1));  // others lack a row
 
   // Of a step: instructions of a warp, bytes, units that are copied.
   const double columns = std::min(a.out_width, cut.strips * w.columns);
   const double source_columns = std::min<double>((columns - 1) * w.stride + w.extent_w, a.width);
   const int element = a.grad.slab_bytes / (2 * cut.pairs);
   const double reads = (element == 4 ? 1 : 2) * (a.joined ? 2.0 : a.multiplier == 2 ? 1.5 : 1.0);
-  const double instructions = 2.0 * w.taps * w.columns + 4.2 * reads * (w.stride * w.source_columns + w.columns) + 144;
+  const double instructions = 2.4 * w.taps * w.columns + 6.1 * reads * (w.stride * w.source_columns + w.columns) + 10;
   double bytes = 0, copies = 0, loading = 140;
+  bool aligned = true;  // whether slabs are lines of 128 bytes
   const auto load = [&](const Pixels& p, double pixels) {
     const bool whole = p.slab_bytes >= p.bytes;
-    bytes += pixels * (whole ? p.bytes : p.slab_bytes + 7);
+    aligned = aligned && (whole || p.slab_bytes % 128 == 0);
+    bytes += pixels * std::min(p.slab_bytes, p.bytes);
+    if (cut.boxes) return;
     const double units = pixels * std::min(p.slab_bytes, p.bytes) / (p.joined ? kUnit : p.unit) / 32;
-    if (cut.bulk) return;
-    loading += units / cut.loaders * (p.unit == 2 && !p.joined ? 44 : 48);
+    loading += units / cut.loaders * 48;
     copies += units;
   };
   load(a.source, w.stride * source_columns), load(a.grad, columns);
   const double warps = cut.threads / 32 - cut.loaders;
-  const double issue = side_by_side * (warps * instructions + 6 * copies + 40 * cut.loaders) / 4 * 1.37;
-  const double memory = side_by_side * bytes / 17;
-  const double alone = 1.8 * instructions + 270;
-  const double arrival = 1200.0 / (cut.depth - 1);
-  const auto cube = [](double value) { return value * value * value; };
-  const double step = std::cbrt(cube(issue) + cube(memory) + cube(alone) + cube(arrival) + cube(loading));
+  const double issue = side_by_side * (warps * instructions + 6 * copies + 40 * cut.loaders) / 4 * 0.9;
+  // Memory likes to be read in few places at a time.
+  const double memory = side_by_side * bytes / 14.5 * (1 + 0.08 * std::log2(side_by_side));
+  const double alone = 2.05 * instructions, arrival = 3000.0 / (cut.depth - 1);
+  double step = 0;
+  for (const double term : {issue, memory, alone, arrival, loading}) step += term * term * term * term;
+  step = std::sqrt(std::sqrt(step)) * (aligned ? 1 : 1.1);
 
   const int64_t parts = int64_t{cut.splits} * a.spans;
   const double sums = static_cast<double>(w.taps + 1) * a.filters;
-  const double total = parts > 1 ? 8400 + 8 * static_cast<double>(parts) * sums / device.multiprocessors / 17 : 0;
-  const double zeros = 0.3 * static_cast<double>(cut.shared_bytes) / cut.threads;
-  return waves * (3800 + zeros + steps * step + 2.0 * w.taps * (cut.strips + 10)) + total;
+  const double total = parts > 1 ? 6600 + 8 * static_cast<double>(parts) * sums / device.multiprocessors / 17 : 0;
+  const double zeros = cut.boxes ? 0 : 0.3 * static_cast<double>(cut.shared_bytes) / cut.threads;
+  const double finish = 16 * w.taps * (2 + cut.strips / std::max(1.0, cut.threads / (2.0 * cut.pairs)));
+  return waves * (3900 + zeros + static_cast<double>(full_steps) * step +
+                  565 * static_cast<double>(steps - full_steps) + finish) +
+         total;
 }
 
-Cut cut_for(March a, const WindowSize& w, int element, const Device& device) {
+// `boxes`: whether rows can be boxes.
+Cut cut_for(March a, const WindowSize& w, int element, bool boxes, const Device& device) {
   // A slab begins at a multiple of the unit that is copied at once.
   const int source_pair = a.multiplier == 2 ? element : 2 * element;
   const int all_pairs = static_cast<int>(ceil_div(a.filters, 2));
   const int least = a.joined ? all_pairs : std::max({1, a.source.unit / source_pair, a.grad.unit / (2 * element)});
   const int all_strips = static_cast<int>(ceil_div(a.out_width, w.columns));
   const int64_t rows = int64_t{a.images} * a.out_height;
-  const bool bulk = device.capability >= 90 && has_whole_rows(a.source) && has_whole_rows(a.grad);
   constexpr int64_t kLongest = 512;  // rows of a split: longer sums lose digits
   const int64_t fewest = std::min<int64_t>(w.max_threads, int64_t{all_pairs} * all_strips) / 20;
   Cut best{};
   double best_cycles = INFINITY;
-  const auto consider = [&](int pairs, int strips, int loaders, bool bulk, int depth) {
-    Cut cut{pairs, strips, loaders, depth, 1, bulk, false, 0, 0, false};
+  const auto consider = [&](int pairs, int strips, int loaders, bool boxes, int depth) {
+    Cut cut{pairs, strips, loaders, depth, 1, boxes, false, 0, 0, false};
     apply(a, cut, w, element);
+    if (boxes && !(fits_box(a.source, w.columns * w.stride, element) && fits_box(a.grad, w.columns, element))) return;
     if (cut.shared_bytes > device.shared_per_block || cut.threads > w.max_threads + 32) return;
     const int64_t resident =
         std::clamp<int64_t>(std::min<int64_t>(device.shared_per_multiprocessor / (cut.shared_bytes + 1024),
@@ -482,17 +536,19 @@ Cut cut_for(March a, const WindowSize& w, int element, const Device& device) {
       const int strips = static_cast<int>(ceil_div(all_strips, ceil_div(all_strips, most_strips)));
       if (pairs * strips < fewest || strips == last_strips) continue;
       last_strips = strips;
-      for (const int depth : {2, 3, 4, 6, 8}) {
-        for (const int loaders : {1, 2, 4}) consider(pairs, strips, loaders, false, depth);
-        if (bulk && pairs == all_pairs) consider(pairs, strips, 1, true, depth);
-      }
+      const int whole_warps = std::min(static_cast<int>(round_up(pairs, 32)), all_pairs);
+      for (const int depth : {2, 3, 4, 6, 8})
+        if (boxes)
+          for (const int some_pairs : {pairs, whole_warps}) consider(some_pairs, strips, 1, true, depth);
+        else
+          for (const int loaders : {1, 2, 4}) consider(pairs, strips, loaders, false, depth);
     }
   }
-  return best;
+  return boxes && best_cycles == INFINITY ? cut_for(a, w, element, false, device) : best;
 }
 
 template <typename T, class W, bool kPairs>
-void launch(const Problem& p, March a, const Allocate& allocate, cudaStream_t stream) {
+void launch(const Problem& p, March a, bool boxes, const Allocate& allocate, cudaStream_t stream) {
   constexpr WindowSize kWindow{W::kTaps,    W::kExtentW,       W::kStride,     W::kHeld,
                                W::kColumns, W::kSourceColumns, W::kMaxThreads, W::kBlocks};
   constexpr int kElement = sizeof(T);
@@ -501,19 +557,24 @@ void launch(const Problem& p, March a, const Allocate& allocate, cudaStream_t st
   static thread_local Decisions<11, Cut> decisions;
   Cut cut =
       decisions({device.id, a.images, a.filters, a.multiplier, a.height, a.width, a.out_height, a.out_width,
-                 a.source.unit * kUnit + a.grad.unit, has_whole_rows(a.source) && has_whole_rows(a.grad), a.joined},
+                 a.source.unit * kUnit + a.grad.unit, boxes, a.joined},
                 [&] {
                   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
-                  Cut made = cut_for(a, kWindow, kElement, device);
+                  Cut made = cut_for(a, kWindow, kElement, boxes, device);
                   made.sum_early = waits_for_kernel_before<T>();
                   return made;
                 });
   apply(a, cut, kWindow, kElement);
+  if (cut.boxes && !(describe_boxes(a.source_map, p.input, p.batch, p.channels, p.height, p.width, kElement,
+                                    a.source.slab_bytes / kElement, a.source.columns) &&
+                     describe_boxes(a.grad_map, p.output, p.batch, p.filters(), p.out_height, p.out_width, kElement,
+                                    a.grad.slab_bytes / kElement, a.grad.columns)))
+    return launch<T, W, kPairs>(p, a, false, allocate, stream);
   const int64_t blocks = int64_t{a.slabs} * a.spans * a.splits, parts = int64_t{a.spans} * a.splits;
   if (parts > 1)
     a.partial = static_cast<float*>(
         allocate(parts * (W::kTaps + a.with_bias) * a.filters * static_cast<int64_t>(sizeof(float))));
-  kernel<<<static_cast<unsigned>(blocks), cut.threads, cut.shared_bytes, stream>>>(a);
+  launch_early(kernel, a, blocks, cut.threads, stream, {.shared_bytes = cut.shared_bytes});
   check_launch("march_grad_weight_channels_last");
   if (parts > 1) launch_add_partial_sums<T>(p, a.partial, parts, cut.sum_early, stream);
 }
@@ -531,6 +592,8 @@ void launch_march_grad_weight_channels_last(const Problem& p, const Allocate& al
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
   a.images = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());
   a.multiplier = static_cast<int>(p.multiplier);
+  const bool boxes = current_device().capability >= 90 && has_boxes(p.input, element, a.source.unit) &&
+                     has_boxes(p.output, element, a.grad.unit);
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) <= 4)
@@ -540,9 +603,9 @@ void launch_march_grad_weight_channels_last(const Problem& p, const Allocate& al
         a.joined = a.source.joined && a.grad.joined && a.filters <= 2 * W::kMaxThreads;
         a.source.joined = a.grad.joined = a.joined;
         if (a.joined || a.multiplier == 2)
-          launch<T, W, false>(p, a, allocate, stream);
+          launch<T, W, false>(p, a, boxes, allocate, stream);
         else
-          launch<T, W, true>(p, a, allocate, stream);
+          launch<T, W, true>(p, a, boxes, allocate, stream);
       });
   });
 }

@@ -4,9 +4,11 @@
 // A block owns a slab of neighbouring channels and a span of neighbouring columns, and goes down the rows of its part
 // of the images. The rows to come are loaded while it computes: by warps that do nothing else, by cp.async, on sm_80
 // and later; by plain loads of all threads before. Columns outside the image are never loaded: their place in the ring
-// is zero from the beginning.
+// is zero from the beginning. On sm_90 and later one instruction loads a row where it can be described as a box, with
+// zeros for what is outside.
 #pragma once
 
+#include "boxes.cuh"
 #include "stream.cuh"
 
 namespace dwconv {
@@ -26,8 +28,8 @@ struct Pixels {
   bool joined;
   const char* end;  // of the array, if it is joined
 
-  int ring_row_bytes() const {
-    return static_cast<int>(round_up(int64_t{pitch} * columns + (joined ? kUnit : 0), kUnit));
+  int ring_row_bytes(bool boxes) const {
+    return static_cast<int>(round_up(int64_t{pitch} * columns + (joined ? kUnit : 0), boxes ? kBoxUnit : kUnit));
   }
 };
 
@@ -55,20 +57,27 @@ inline Pixels pixels_of(const View& view, int64_t batch, int64_t channels, int64
   return p;
 }
 
-// Fills in what a block has of it. Strips begin `step` columns apart; unless rows are copied in one piece, a warp that
-// reads several of them at once finds them in different banks.
-inline void cut_pixels(Pixels& p, int64_t slab_bytes, int columns, int step, bool bulk) {
+// Fills in what a block has of it. Strips begin `step` columns apart; unless rows are boxes, a warp that reads several
+// of them at once finds them in different banks.
+inline void cut_pixels(Pixels& p, int64_t slab_bytes, int columns, int step, bool boxes) {
   p.slab_bytes = static_cast<int>(slab_bytes), p.columns = columns;
   p.pitch = p.joined ? p.pixel_bytes : static_cast<int>(round_up(slab_bytes, p.unit));
-  if (!bulk && !p.joined && p.pitch < 128 && p.pitch * step % 128 == 0) p.pitch += kUnit;
+  if (!boxes && !p.joined && p.pitch < 128 && p.pitch * step % 128 == 0) p.pitch += kUnit;
+}
+
+// Whether a row of it can be a box: threads that read several strips at once, which boxes cannot spread, find them in
+// different banks.
+inline bool fits_box(const Pixels& p, int step, int64_t element) {
+  return std::max<int64_t>(p.slab_bytes / element, p.columns) <= kMostBoxSide &&
+         (p.pitch >= 128 || p.pitch * step % 128 != 0);
 }
 
 #if __CUDA_ARCH__ >= 900
-constexpr bool kLoaderWarps = true, kBulkCopies = true;
+constexpr bool kLoaderWarps = true, kBoxes = true;
 #elif __CUDA_ARCH__ >= 800
-constexpr bool kLoaderWarps = true, kBulkCopies = false;
+constexpr bool kLoaderWarps = true, kBoxes = false;
 #else
-constexpr bool kLoaderWarps = false, kBulkCopies = false;
+constexpr bool kLoaderWarps = false, kBoxes = false;
 #endif
 
 constexpr int kMaxStages = 8;  // of a ring
@@ -79,39 +88,32 @@ struct StageBarriers {
   static __device__ int full(int stage) { return 8 * stage; }                 // its rows have arrived
   static __device__ int done(int stage) { return 8 * (kMaxStages + stage); }  // all warps that compute are done with it
 
-  static __device__ void init(int loaders, int warps, bool bulk) {
+  static __device__ void init(int loaders, int warps, bool boxes) {
     if (threadIdx.x > 0) return;
     for (int i = 0; i < kMaxStages; ++i)
-      init_barrier(full(i), bulk ? loaders : 2 * loaders), init_barrier(done(i), warps);
+      init_barrier(full(i), boxes ? loaders : 2 * loaders), init_barrier(done(i), warps);
   }
   // Each thread that loads arrives twice: now, for what it stored itself, and when its copies under way are there. The
-  // barrier knows of bulk copies.
-  static __device__ void arrive_full(int stage, bool bulk) {
-    if (!bulk) arrive_after_copies(full(stage));
+  // barrier knows of boxes.
+  static __device__ void arrive_full(int stage, bool boxes) {
+    if (!boxes) arrive_after_copies(full(stage));
     arrive(full(stage));
   }
 };
 
-// Whether rows can be copied in one piece, if blocks take all channels.
-inline bool has_whole_rows(const Pixels& p) {
-  return p.unit == kUnit && p.pixel_bytes == p.bytes;
-}
-
 // A thread's part in loading rows of a block's slab and span, one after the other. It is thread `rank` of `threads`.
 class RowLoader {
  public:
-  // `bulk`: by one thread, each row in one piece.
-  __device__ RowLoader(const Pixels& p, int slab, int first_column, int width, int rank, int threads, bool bulk)
-      : bulk_(bulk), rank_(rank), threads_(threads) {
+  __device__ RowLoader(const Pixels& p, int slab, int first_column, int width, int rank, int threads)
+      : rank_(rank), threads_(threads) {
     offset_ = int64_t{first_column} * p.pixel_bytes;
     if (p.joined) return;
     const int begin = max(first_column, 0), pixels = max(min(first_column + p.columns, width) - begin, 0);
     units_ = min(p.slab_bytes, p.bytes - slab * p.slab_bytes) / p.unit;
     lanes_ = min(units_, threads), step_ = threads / lanes_;
-    part_ = bulk ? 0 : rank % lanes_;
-    const int pixel = bulk ? 0 : rank / lanes_;
+    part_ = rank % lanes_;
+    const int pixel = rank / lanes_;
     pixels_ = pixel < step_ ? max(pixels - pixel + step_ - 1, 0) / step_ : 0;
-    piece_ = bulk && rank == 0 ? pixels * p.pitch : 0;
     to_ = (begin - first_column + pixel) * p.pitch + part_ * p.unit;
     offset_ = int64_t{begin + pixel} * p.pixel_bytes + slab * p.slab_bytes + part_ * p.unit;
   }
@@ -123,17 +125,13 @@ class RowLoader {
   __device__ void next(const Pixels& p) { from_ += p.row_bytes; }
 
   // Begins to load the row to offset `to` in shared memory.
-  __device__ void load(const Pixels& p, int to, int barrier) const {
+  __device__ void load(const Pixels& p, int to) const {
     const char* from = from_;
     if (p.joined) {
       const int phase = phase_of(p, static_cast<uint32_t>(from - p.base));
       return copy_run(to, from - phase, p.columns * p.pitch + phase, p.base, p.end, rank_, threads_);
     }
     to += to_;
-    if (bulk_) {
-      if (piece_ > 0) expect_bytes(barrier, piece_), copy_bulk(shared_address(to), from, piece_, barrier);
-      return;
-    }
     for (int part = part_; part < units_; part += lanes_) {
       switch (p.unit) {
         case 16: load_units<16>(p, to, from); break;
@@ -146,11 +144,9 @@ class RowLoader {
   }
 
  private:
-  bool bulk_;
   int rank_, threads_;
   int units_, lanes_, step_;  // units of a pixel; threads that load a pixel together; pixels that are loaded together
   int part_, pixels_;         // the thread's first unit, and of how many pixels it loads one
-  int piece_;                 // bytes of a bulk copy, if it is the thread's
   int to_;
   int64_t offset_;
   const char* from_;

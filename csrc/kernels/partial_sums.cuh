@@ -14,6 +14,7 @@ __global__ void __launch_bounds__(kSumsPerBlock* kSumLanes)
     add_partial_sums(const Accumulator<T>* __restrict__ partial, T* __restrict__ grad_weight, T* __restrict__ grad_bias,
                      int64_t filters, int64_t taps, int64_t splits) {
   __shared__ double shared[kSumLanes][kSumsPerBlock];
+  let_next_kernel_start();
   const int64_t sums = (taps + (grad_bias != nullptr)) * filters;
   const int column = threadIdx.x % kSumsPerBlock, lane = threadIdx.x / kSumsPerBlock;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kSumsPerBlock + column;

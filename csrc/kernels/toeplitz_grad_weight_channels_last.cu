@@ -172,7 +172,7 @@ class StreamLoader {
 #if __CUDA_ARCH__ >= 800
       asm volatile(
           "{\n.reg .pred clear;\nsetp.eq.s32 clear, %2, 0;\n"
-          "cp.async.cg.shared.global [%0], [%1], 16, clear;\n}" ::"r"(to),
+          "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, clear;\n}" ::"r"(to),
           "l"(from), "r"(static_cast<int>(copy))
           : "memory");
 #endif
@@ -180,18 +180,16 @@ class StreamLoader {
   }
 };
 
-// Waits until a thread's copies are there for the step after this one, or for this one if the ring has 3 stages.
-__device__ inline void wait_for_copies(int depth) {
-  if (depth == 8) return wait_copies<4>();
-  if (depth == 6) return wait_copies<2>();
-  wait_copies<0>();
+// Waits until a thread's copies are there for the step after this one; `kMore` may be under way besides.
+template <int kMore>
+__device__ void wait_for_copies(int depth) {
+  if (depth == 8) return wait_copies<4 + kMore>();
+  if (depth == 6) return wait_copies<2 + kMore>();
+  wait_copies<kMore>();
 }
 
-// Sums of a block in shared memory: [tap, or bias behind the last tap][channel], and behind them, for each warp and row
-// of the kernel, those of 16 by 8 columns of a channel.
-constexpr int kSumPitch = kRun + 1, kRowSums = kTileColumns * kSumPitch;
-
-__host__ __device__ constexpr int first_row_sum(int taps) {
+// Sums of a block in shared memory: [tap, or bias behind the last tap][channel], and behind them one for each warp.
+__host__ __device__ constexpr int block_sums(int taps) {
   return (taps + 1) * kSlab;
 }
 
@@ -225,7 +223,7 @@ __device__ float sum_by_products(const Toeplitz& a, int split, int channel, int 
 template <typename T>
 __device__ __noinline__ void sum_again(const Toeplitz& a, int slab, int split, float* partial) {
   const int taps = a.kernel_h * a.kernel_w;
-  const int scratch = kRing + first_row_sum(taps) * 4;
+  const int scratch = kRing + block_sums(taps) * 4;
   for (int at = 0; at < (taps + a.with_bias) * kSlab; ++at) {
     const int slot = at / kSlab, channel = slab * kSlab + at % kSlab;
     if (is_finite(shared<float>(kRing + 4 * at)) || channel >= a.channels) continue;
@@ -260,9 +258,16 @@ __device__ inline void arrive_all(int barrier) {
   if (threadIdx.x % 32 == 0) arrive(barrier);
 }
 
-template <class Size>
-int64_t sum_bytes(int taps) {
-  return (first_row_sum(taps) + kWarps * Size::kRows * kRowSums) * int64_t{sizeof(float)};
+// Adds up what the 4 threads of a row have for 4 channels; each returns the sum of channel `place`.
+__device__ inline float add_up(const float (&part)[kQuad], int place) {
+  const bool odd = place % 2 != 0, high = place / 2 != 0;
+  float half[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float kept = odd ? part[2 * h + 1] : part[2 * h], sent = odd ? part[2 * h] : part[2 * h + 1];
+    half[h] = kept + __shfl_xor_sync(~0u, sent, 1);
+  }
+  return (high ? half[1] : half[0]) + __shfl_xor_sync(~0u, high ? half[0] : half[1], 2);
 }
 
 template <typename T, class Size>
@@ -275,8 +280,9 @@ __global__ void __launch_bounds__(kThreads, Size::kBlocks)
   if (threadIdx.x < kMaxStages)
     init_barrier(StageBarriers::full(threadIdx.x), kWarps), init_barrier(StageBarriers::done(threadIdx.x), kWarps);
   __syncthreads();
-  const int ahead = a.depth - 2;
+  const int ahead = a.depth > 3 ? a.depth - 2 : 2;  // stages that are loaded, or under way
   StreamLoader<Size> loader(a, slab, split);
+  wait_for_kernel_before();
 #pragma unroll 1
   for (int step = 0; step < ahead; ++step) {
     if (step < a.steps) loader.load(a, step);
@@ -294,20 +300,17 @@ __global__ void __launch_bounds__(kThreads, Size::kBlocks)
     const int at = group * 2 * kRunBytes + lane / 4 * kPixelBytes + warp * kQuad * 2 + kRing;
     source_at[h] = stream * a.source.ring_bytes() + at, grad_at[h] = a.grad_at + stream * a.grad.ring_bytes() + at;
   }
-  const bool early = a.depth > 3;  // whether a warp knows of its copies a step before they are needed
-  if (early) {
-    wait_copies<0>();
-    arrive_all(StageBarriers::full(0));
-  }
+  wait_for_copies<1>(a.depth);  // a warp knows of its copies a step before they are needed
+  arrive_all(StageBarriers::full(0));
   int stage = 0, free_stage = ahead;
   uint32_t parity = 0, free_parity = 1;
   for (int step = 0; step < a.steps;) {
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {  // the row of the gradient that came `age` steps before is g[(u - age) mod kRows]
       if (step == a.steps) break;
-      wait_for_copies(a.depth);
+      wait_for_copies<0>(a.depth);
       const int next_stage = stage + 1 == a.depth ? 0 : stage + 1;
-      arrive_all(StageBarriers::full(early ? next_stage : stage));
+      arrive_all(StageBarriers::full(next_stage));
       wait(StageBarriers::full(stage), parity);
       const int at = stage * a.stage_bytes;
       uint32_t x[kQuad][4];  // of a half of the tiles, and of the 8 columns behind
@@ -361,22 +364,29 @@ __global__ void __launch_bounds__(kThreads, Size::kBlocks)
   // The ring has served: its memory takes the sums.
   const int taps = a.kernel_h * a.kernel_w;
   const auto sum_at = [](int number) -> float& { return shared<float>(kRing + 4 * number); };
-  const int first = first_row_sum(taps) + warp * kRows * kRowSums, mine = first + lane / 4 * kSumPitch + lane % 4 * 2;
+  const int row = lane / 4, place = lane % 4;
 #pragma unroll
-  for (int c = 0; c < kQuad; ++c) {
+  for (int i = 0; i < kRows; ++i) {
+    float diagonal[kQuad];  // of column `row` of the kernel: the thread's part, of two columns n
 #pragma unroll
-    for (int i = 0; i < kRows; ++i)
+    for (int c = 0; c < kQuad; ++c) {
+      diagonal[c] = 0;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sum_at(mine + i * kRowSums + e / 2 * 8 * kSumPitch + e % 2) = sum[c][i][e];
-    __syncwarp();
-    for (int tap = lane; tap < taps; tap += 32) {
-      const int i = tap / a.kernel_w, j = tap - i * a.kernel_w;
-      float total = 0;
-#pragma unroll
-      for (int n = 0; n < kRun; ++n) total += sum_at(first + i * kRowSums + (n + j) * kSumPitch + n);
-      sum_at(tap * kSlab + warp * kQuad + c) = total;
+      for (int e = 0; e < 2; ++e) {  // the thread has row m = row + n, or m - 8, of column n for another one
+        const int n = 2 * place + e;
+        const float sent = row >= n ? sum[c][i][e] : sum[c][i][2 + e];
+        diagonal[c] += __shfl_sync(~0u, sent, (row + n) % kRun * 4 + place);
+      }
     }
-    __syncwarp();
+    const float total = add_up(diagonal, place);
+    if (row < a.kernel_w && i < a.kernel_h) sum_at((i * a.kernel_w + row) * kSlab + warp * kQuad + place) = total;
+    if (a.kernel_w > kRun) {  // one more, m = n + 8
+#pragma unroll
+      for (int c = 0; c < kQuad; ++c) diagonal[c] = row / 2 != place ? 0 : row % 2 ? sum[c][i][3] : sum[c][i][2];
+      float last = add_up(diagonal, place);
+      for (int offset = 4; offset < 32; offset *= 2) last += __shfl_xor_sync(~0u, last, offset);
+      if (row == 0 && i < a.kernel_h) sum_at((i * a.kernel_w + kRun) * kSlab + warp * kQuad + place) = last;
+    }
   }
   float bias_total = bias[0] + bias[1];
   for (const int offset : {1, 2}) bias_total += __shfl_xor_sync(~0u, bias_total, offset);
@@ -414,7 +424,8 @@ void apply(Toeplitz& a, Cut& cut) {
   a.steps = static_cast<int>(ceil_div(a.rows, int64_t{a.splits} * a.streams)) + a.kernel_h - 1;
   a.grad_at = a.streams * a.source.ring_bytes();
   a.stage_bytes = a.grad_at + a.streams * a.grad.ring_bytes();
-  cut.shared_bytes = kRing + std::max(int64_t{cut.depth} * a.stage_bytes, sum_bytes<Size>(a.kernel_h * a.kernel_w));
+  cut.shared_bytes = kRing + std::max(int64_t{cut.depth} * a.stage_bytes,
+                                      int64_t{block_sums(a.kernel_h * a.kernel_w) + kWarps} * int64_t{sizeof(float)});
 }
 
 template <class Size>
@@ -464,7 +475,7 @@ void launch(const Problem& p, Toeplitz a, const Allocate& allocate, cudaStream_t
   apply<Size>(a, cut);
   a.partial = static_cast<float*>(
       allocate(a.splits * (p.taps() + a.with_bias) * a.channels * static_cast<int64_t>(sizeof(float))));
-  kernel<<<static_cast<unsigned>(int64_t{a.slabs} * a.splits), kThreads, cut.shared_bytes, stream>>>(a);
+  launch_early(kernel, a, int64_t{a.slabs} * a.splits, kThreads, stream, {.shared_bytes = cut.shared_bytes});
   check_launch("toeplitz_grad_weight_channels_last");
   launch_add_partial_sums<T>(p, a.partial, a.splits, cut.sum_early, stream);
 }

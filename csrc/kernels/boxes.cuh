@@ -1,0 +1,69 @@
+// Boxes of channels_last arrays: some channels of some neighbouring pixels of a row, which one instruction copies to
+// shared memory, with zeros for what is outside of the array. From sm_90 on.
+#pragma once
+
+#include <cuda.h>
+
+#include <algorithm>
+
+#include "copies.cuh"
+
+namespace dwconv {
+
+constexpr int kMostBoxSide = 256;  // channels, or pixels
+constexpr int kBoxUnit = 128;      // where a box begins in shared memory is a multiple of
+
+// Whether boxes can be described of an array (N, height, width, channels) whose channels lie side by side, of which
+// all of `alignment` is a multiple: its address, the bytes of a pixel, and the steps to the next pixel, row and image.
+inline bool has_boxes(const View& view, int64_t element, int64_t alignment) {
+  constexpr int64_t kFar = int64_t{1} << 40;
+  const auto [least, most] = std::minmax({view.stride[0], view.stride[2], view.stride[3]});
+  return alignment % kUnit == 0 && least > 0 && most * element < kFar;
+}
+
+// Describes boxes of some channels, a multiple of 16 bytes, of some pixels. Returns whether CUDA can.
+inline bool describe_boxes(CUtensorMap& map, const View& view, int64_t batch, int64_t channels, int64_t height,
+                           int64_t width, int64_t element, int box_channels, int box_pixels) {
+  static const auto encode = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    constexpr unsigned kSince = 12000;
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, kSince, cudaEnableDefault, &found) !=
+            cudaSuccess ||
+        found != cudaDriverEntryPointSuccess)
+      function = nullptr;
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
+  const cuuint64_t sizes[] = {size(channels), size(width), size(height), size(batch)};
+  const cuuint64_t strides[] = {size(view.stride[3] * element), size(view.stride[2] * element),
+                                size(view.stride[0] * element)};
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_channels), static_cast<cuuint32_t>(box_pixels), 1, 1};
+  const cuuint32_t steps[] = {1, 1, 1, 1};
+  return encode != nullptr &&
+         encode(&map, element == 4 ? CU_TENSOR_MAP_DATA_TYPE_UINT32 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, view.data,
+                sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// Fetches a description, which lies in memory, so that the first copy need not wait for it.
+__device__ inline void prefetch(const CUtensorMap& map) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+#endif
+}
+
+// Begins to copy a box, whose first element may be outside of the array, to a multiple of 128 bytes in shared memory. A
+// barrier expects all of its bytes.
+__device__ inline void copy_box(int to, const CUtensorMap& map, int channel, int column, int row, int image,
+                                int barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(channel), "r"(column), "r"(row), "r"(image)
+      : "memory");
+#endif
+}
+
+}  // namespace dwconv
