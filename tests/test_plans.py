@@ -1294,8 +1294,10 @@ LARGE = [
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("kernel", "size", "batch"), LARGE, ids=str)
 def test_large_kernels_are_exact(kernel: tuple, size: tuple, batch: int, stride: int, dtype: torch.dtype) -> None:
-    for turn in range(5):
+    for turn in range(7):
         case = Case(batch, 5, size, kernel, (stride, stride), multiplier=1 + turn % 3 // 2, bias=turn != 1)
+        if turn > 4:  # whole vectors of channels
+            case = case._replace(channels=[64, 24][turn - 5], multiplier=turn - 4)
         padding = [(0, 0), tuple(k // 2 for k in kernel), tuple(k - 1 for k in kernel), (0, kernel[1] // 3)]
         case = case._replace(padding=padding[turn % 4])
         if any(side + 2 * p < k for side, k, p in zip(size, kernel, case.padding)):
@@ -1306,7 +1308,7 @@ def test_large_kernels_are_exact(kernel: tuple, size: tuple, batch: int, stride:
             input, grad_output, weight = lay(input, offset=3), lay(grad_output, offset=5), lay(weight, (2, 3, 0, 1))
         elif turn == 2:
             input, grad_output = lay(input, steps=(2, 1, 3, 1), offset=4), lay(grad_output, (1, 0, 2, 3), (1, 2, 1, 1))
-        elif turn == 3:
+        elif turn == 3 or turn > 4:
             input, grad_output = (t.contiguous(memory_format=torch.channels_last) for t in (input, grad_output))
         elif turn == 4:
             input, grad_output = lay(input, (0, 2, 3, 1), (1, 1, 2, 1), 1), lay(grad_output, (0, 2, 3, 1), (1, 1, 1, 3))
