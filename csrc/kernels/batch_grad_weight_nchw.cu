@@ -217,7 +217,9 @@ struct Products {
 };
 
 template <typename T, int kKernelH, int kStride, bool kPairs>
-__global__ void __launch_bounds__(32 * kMaxWarps + 32, kStride > 1 ? 1 : 3)
+__global__ void __launch_bounds__(32 * kMaxWarps + 32, kStride > 1    ? 1
+                                                       : kKernelH > 7 ? 2
+                                                                      : 3)
     batch_grad_weight_nchw(const __grid_constant__ Batch a) {
   using Sums = Products<T, kKernelH, kStride, kPairs>;
   const Copier copier(a.bulk, true);
@@ -439,7 +441,11 @@ void launch_batch_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& 
       };
       if (rows <= 3) return go(std::integral_constant<int, 3>{});
       if (rows <= 5) return go(std::integral_constant<int, 5>{});
-      return go(std::integral_constant<int, 7>{});
+      if (rows <= 7) return go(std::integral_constant<int, 7>{});
+      if (pairs)
+        launch_kernel<T, 9, 1, true>(p, a, allocate, stream);
+      else
+        launch_kernel<T, 9, 1, false>(p, a, allocate, stream);
     }
   });
 }
