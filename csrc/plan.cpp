@@ -156,7 +156,8 @@ bool has_runs(const Problem& p) {
          lies(p.input, p.channels, p.height, p.width) && lies(p.output, p.filters(), p.out_height, p.out_width);
 }
 
-constexpr int64_t kMaxBatchRows = 7;  // of a kernel, with what dilation puts between them
+// Rows of a kernel, with what dilation puts between them; without any, and at stride 1.
+constexpr int64_t kMaxBatchRows = 7, kMoreBatchRows = 9;
 
 bool claims_toeplitz_small_planes(const Problem& p) {
   constexpr int64_t kMaxWidth = 16, kMaxHeight = 64;
@@ -181,7 +182,8 @@ bool claims_stream_grad_weight_nchw(const Problem& p) {
 bool claims_batch_grad_weight_nchw(const Problem& p) {
   if (p.pass != Pass::kGradWeight || !has_runs(p)) return false;
   const int64_t rows = (p.kernel_h - 1) * p.dilation_h + 1, columns = (p.kernel_w - 1) * p.dilation_w + 1;
-  if (rows > kMaxBatchRows || columns > kMaxBandColumns || p.padding_w >= columns) return false;
+  const int64_t most_rows = p.stride_h == 1 && p.dilation_h == 1 ? kMoreBatchRows : kMaxBatchRows;
+  if (rows > most_rows || columns > kMaxBandColumns || p.padding_w >= columns) return false;
   // 16 images are multiplied together: where few of them are there it does not pay, nor for a few taps at a stride.
   if (4 * p.batch < 3 * round_up(p.batch, 16)) return false;
   if (p.stride_h > 1 && p.taps() < 25 && claims_stream_grad_weight_nchw(p)) return false;

@@ -473,7 +473,8 @@ def test_small_kernels_without_a_plan_of_their_own(name: str) -> None:
         ((3, 5), torch.float32, FORMATS[1], ("generic", "large_float32_grad_weight")),
         ((2, 3), torch.float32, FORMATS[1], ("generic", "generic")),
         ((3, 5), torch.float16, FORMATS[0], ("toeplitz_nchw", "batch_grad_weight_nchw")),
-        ((8, 5), torch.float16, FORMATS[0], ("toeplitz_large", "hankel_grad_weight")),
+        ((8, 5), torch.float16, FORMATS[0], ("toeplitz_large", "batch_grad_weight_nchw")),
+        ((10, 5), torch.float16, FORMATS[0], ("toeplitz_large", "hankel_grad_weight")),
         ((3, 5), torch.float16, FORMATS[1], (BAND, MATRIX)),
         ((2, 3), torch.float16, FORMATS[1], (BAND, MATRIX)),
     ):
@@ -1055,7 +1056,7 @@ def test_small_planes_of_many_images(side: int, size: tuple, stride: int, dtype:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FAST[1:], ids=str)
-@pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7), (2, 3), (4, 9), (7, 1), (1, 6)], ids=str)
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7), (9, 9), (2, 3), (4, 9), (8, 4), (7, 1), (1, 6)], ids=str)
 def test_batch_grad_weight_is_exact(kernel: tuple, dtype: torch.dtype) -> None:
     """Whole planes of several channels and of one, bands of rows, any widths and strides, at any address."""
     for number, size in enumerate([(7, 7), (14, 14), (13, 29), (28, 28), (31, 57), (56, 56), (50, 95), (113, 64)]):
@@ -1081,7 +1082,7 @@ def test_batch_grad_weight_is_exact(kernel: tuple, dtype: torch.dtype) -> None:
             for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
                 assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, str(case), input.stride())
                 forced.add((name, plan))
-            if stride == 1 or kernel != (3, 3):
+            if stride == 1 or (kernel != (3, 3) and kernel[0] < 8):
                 plans = {"batch_grad_weight_nchw", "batch_grad_weight_nchw_portable"}
                 assert {("grad_weight", plan) for plan in plans} <= forced, str(case)
 
@@ -1369,8 +1370,10 @@ LARGE = [
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize(("kernel", "size", "batch"), LARGE, ids=str)
 def test_large_kernels_are_exact(kernel: tuple, size: tuple, batch: int, stride: int, dtype: torch.dtype) -> None:
-    for turn in range(5):
+    for turn in range(7):
         case = Case(batch, 5, size, kernel, (stride, stride), multiplier=1 + turn % 3 // 2, bias=turn != 1)
+        if turn > 4:  # whole vectors of channels
+            case = case._replace(channels=[64, 24][turn - 5], multiplier=turn - 4)
         padding = [(0, 0), tuple(k // 2 for k in kernel), tuple(k - 1 for k in kernel), (0, kernel[1] // 3)]
         case = case._replace(padding=padding[turn % 4])
         if any(side + 2 * p < k for side, k, p in zip(size, kernel, case.padding)):
@@ -1381,7 +1384,7 @@ def test_large_kernels_are_exact(kernel: tuple, size: tuple, batch: int, stride:
             input, grad_output, weight = lay(input, offset=3), lay(grad_output, offset=5), lay(weight, (2, 3, 0, 1))
         elif turn == 2:
             input, grad_output = lay(input, steps=(2, 1, 3, 1), offset=4), lay(grad_output, (1, 0, 2, 3), (1, 2, 1, 1))
-        elif turn == 3:
+        elif turn == 3 or turn > 4:
             input, grad_output = (t.contiguous(memory_format=torch.channels_last) for t in (input, grad_output))
         elif turn == 4:
             input, grad_output = lay(input, (0, 2, 3, 1), (1, 1, 2, 1), 1), lay(grad_output, (0, 2, 3, 1), (1, 1, 1, 3))

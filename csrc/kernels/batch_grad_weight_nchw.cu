@@ -554,7 +554,9 @@ void launch_batch_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& 
       };
       if (rows <= 3) return go(std::integral_constant<int, 3>{});
       if (rows <= 5) return go(std::integral_constant<int, 5>{});
-      return go(std::integral_constant<int, 7>{});
+      if (rows <= 7) return go(std::integral_constant<int, 7>{});
+      return pairs ? launch_kernel<T, Products<T, 9, 1, true>, 1, 2>(p, a, allocate, stream)
+                   : launch_kernel<T, Products<T, 9, 1, false>, 1, 2>(p, a, allocate, stream);
     }
   });
 }

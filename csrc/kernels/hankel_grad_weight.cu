@@ -70,6 +70,7 @@ struct Hankel {
   float* partial;  // [split][tap, or bias behind the last tap][filter]
   void *grad_weight, *grad_bias;
   int kernel_h, kernel_w, padding_h, padding_w;
+  int tap_row, tap_column;  // taps from one row of the kernel to the next, and from a column to the next
   int images, filters, multiplier;
   int tiles_h, tiles_w, splits;
   int units;          // of which a split has a run: images that are loaded together, or a piece of one
@@ -464,7 +465,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks) hankel_grad_weight(co
     for (int w = 0; w < kWarps; ++w)
       total += shared<float>(4 * ((w * Tile::kRows + row) * Tile::kSumPitch + index % Tile::kColumns));
     if (!is_finite(total)) total = sum_by_products<T, Tile>(a, part, i, j);
-    store<T>(a, part, i * a.kernel_w + j, total);
+    store<T>(a, part, i * a.tap_row + j * a.tap_column, total);
   }
   if (with_bias && threadIdx.x == 0) {
     float total = 0;
@@ -605,31 +606,67 @@ void launch(const Problem& p, Hankel a, const Allocate& allocate, cudaStream_t s
   if (a.splits > 1) launch_add_partial_sums<T>(p, a.partial, a.splits, cut.sum_early, stream);
 }
 
-// Takes the tile for which shared memory and tensor cores have the least to do.
+template <int kBeside>
+using Square = Tile<4, 2, kBeside, 2>;
+template <int kBeside>
+using Small = Tile<2, 1, kBeside, 3>;
+template <int kBeside>
+using Wide = Tile<1, 4, kBeside, 2>;
+template <int kBeside>
+using Tall = Tile<8, 1, kBeside, 2>;
+
+// What shared memory and tensor cores have to do for 8 rows of the input and a step along them.
+template <class Tile>
+double cost_of(int64_t kernel_h, int64_t kernel_w, Tile) {
+  const int64_t tiles = ceil_div(kernel_h, Tile::kRows) * ceil_div(kernel_w, Tile::kColumns);
+  const int64_t multiplications =
+      ceil_div(kernel_h, 8) * ceil_div(kernel_w, Tile::kColumns) * Tile::kColumnTiles * Tile::kSteps;
+  return std::max(1.5 * multiplications, 1.0 * tiles * (Tile::kWords + 2 * Tile::kSteps)) + 6.0 * tiles;
+}
+
+template <int kBeside>
+double least_cost(int64_t kernel_h, int64_t kernel_w) {
+  const auto cost = [&](auto tile) { return cost_of(kernel_h, kernel_w, tile); };
+  return std::min({cost(Square<kBeside>{}), cost(Small<kBeside>{}), cost(Wide<kBeside>{}), cost(Tall<kBeside>{})});
+}
+
+// Takes the tile that costs least.
 template <typename T, int kBeside>
 void launch_tile(const Problem& p, const Hankel& a, const Allocate& allocate, cudaStream_t stream) {
-  const auto cost = [&](auto tile) {
-    using Tile = decltype(tile);
-    const int64_t tiles = ceil_div(a.kernel_h, Tile::kRows) * ceil_div(a.kernel_w, Tile::kColumns);
-    const int64_t multiplications =
-        ceil_div(a.kernel_h, 8) * ceil_div(a.kernel_w, Tile::kColumns) * Tile::kColumnTiles * Tile::kSteps;
-    return std::max(1.5 * multiplications, 1.0 * tiles * (Tile::kWords + 2 * Tile::kSteps)) + 6.0 * tiles;
-  };
-  using Square = Tile<4, 2, kBeside, 2>;
-  using Small = Tile<2, 1, kBeside, 3>;
-  using Wide = Tile<1, 4, kBeside, 2>;
-  using Tall = Tile<8, 1, kBeside, 2>;
-  const double least = std::min({cost(Square{}), cost(Small{}), cost(Wide{}), cost(Tall{})});
-  if (cost(Small{}) == least) return launch<T, Small>(p, a, allocate, stream);
-  if (cost(Square{}) == least) return launch<T, Square>(p, a, allocate, stream);
-  if (cost(Wide{}) == least) return launch<T, Wide>(p, a, allocate, stream);
-  launch<T, Tall>(p, a, allocate, stream);
+  const double least = least_cost<kBeside>(a.kernel_h, a.kernel_w);
+  const auto is_best = [&](auto tile) { return cost_of(a.kernel_h, a.kernel_w, tile) == least; };
+  if (is_best(Small<kBeside>{})) return launch<T, Small<kBeside>>(p, a, allocate, stream);
+  if (is_best(Square<kBeside>{})) return launch<T, Square<kBeside>>(p, a, allocate, stream);
+  if (is_best(Wide<kBeside>{})) return launch<T, Wide<kBeside>>(p, a, allocate, stream);
+  launch<T, Tall<kBeside>>(p, a, allocate, stream);
+}
+
+// Whether images lie side by side.
+bool is_narrow(const Problem& p) {
+  constexpr int64_t kNarrow = 16;
+  return p.out_width <= kNarrow && p.batch > 1;
+}
+
+double cost_of(const Problem& p) {
+  const bool narrow = is_narrow(p);
+  const int64_t pixels = round_up(p.height, 8) * round_up(p.out_width, narrow ? 16 : 32);
+  return static_cast<double>(pixels) *
+         (narrow ? least_cost<2>(p.kernel_h, p.kernel_w) : least_cost<1>(p.kernel_h, p.kernel_w));
 }
 
 }  // namespace
 
-void launch_hankel_grad_weight(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
+void launch_hankel_grad_weight(const Problem& problem, const Allocate& allocate, cudaStream_t stream) {
+  // Copies may as well have columns for rows, but rows of an odd length are loaded element by element.
+  constexpr double kLess = 0.9;
+  const Problem other = exchange(problem);
+  const auto odd = [](const Problem& p) { return p.width % 2 + p.out_width % 2; };
+  const bool exchanged =
+      can_exchange(problem) && odd(other) <= odd(problem) && cost_of(other) < kLess * cost_of(problem);
+  const Problem& p = exchanged ? other : problem;
   Hankel a{};
+  a.tap_row = static_cast<int>(exchanged ? 1 : problem.kernel_w);
+  a.tap_column = static_cast<int>(exchanged ? problem.kernel_w : 1);
   const auto arrange = [&](const View& view, int64_t channels, int64_t height, int64_t width, Images& v) {
     const View planes = to_planes(view, p.batch, channels, height, width, allocate, stream);
     v.base = static_cast<const char*>(planes.data);
@@ -647,7 +684,7 @@ void launch_hankel_grad_weight(const Problem& p, const Allocate& allocate, cudaS
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
-      if (p.out_width <= 16 && p.batch > 1)
+      if (is_narrow(p))
         launch_tile<T, 2>(p, a, allocate, stream);
       else
         launch_tile<T, 1>(p, a, allocate, stream);

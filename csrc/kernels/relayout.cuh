@@ -5,6 +5,7 @@
 
 #include "common.cuh"
 #include "launch.h"
+#include "overlap.cuh"
 
 namespace dwconv {
 
@@ -56,6 +57,8 @@ __global__ void __launch_bounds__(kRelayoutThreads) relayout(const __grid_consta
       }
     }
   };
+  let_next_kernel_start();
+  wait_for_kernel_before();
   if constexpr (kToPlanes) {
     visit_pixels([&](int channel, int pixel, const Vector& from) {
       alignas(Vector) uint16_t values[kVector];
@@ -77,25 +80,35 @@ __global__ void __launch_bounds__(kRelayoutThreads) relayout(const __grid_consta
   }
 }
 
-// Copies between images in channels_last, whose pixels and rows may lie apart, and planes without gaps.
-template <bool kToPlanes>
-void launch_relayout(const View& pixels, const View& planes, int64_t batch, int64_t channels, int64_t height,
-                     int64_t width, cudaStream_t stream) {
+// Planes have no gaps.
+inline Relayout relayout_of(const View& pixels, const View& planes, int64_t channels, int64_t height, int64_t width) {
   Relayout a{};
   a.pixels = static_cast<uint16_t*>(pixels.data), a.planes = static_cast<uint16_t*>(planes.data);
   a.pixels_image = pixels.stride[0], a.pixels_row = pixels.stride[2], a.pixels_column = pixels.stride[3];
   a.channels = static_cast<int>(channels), a.size = static_cast<int>(height * width);
-  const int64_t channel_tiles = ceil_div(channels, kTileChannels), pixel_tiles = ceil_div(a.size, kTilePixels);
-  a.by_width = Divider(width), a.by_channel_tiles = Divider(channel_tiles), a.by_pixel_tiles = Divider(pixel_tiles);
+  a.by_width = Divider(width), a.by_channel_tiles = Divider(ceil_div(channels, kTileChannels));
+  a.by_pixel_tiles = Divider(ceil_div(a.size, kTilePixels));
+  return a;
+}
+
+// Whether 8 channels can be copied at once.
+inline bool has_vectors(const View& pixels, int64_t batch, int64_t channels, int64_t height, int64_t width) {
   int64_t places = 2 * channels | static_cast<int64_t>(reinterpret_cast<intptr_t>(pixels.data));
   if (batch > 1) places |= 2 * pixels.stride[0];
   if (height > 1) places |= 2 * pixels.stride[2];
   if (width > 1) places |= 2 * pixels.stride[3];
-  const auto blocks = static_cast<unsigned>(batch * channel_tiles * pixel_tiles);
-  if (places % 16 == 0)
-    relayout<kToPlanes, 8><<<blocks, kRelayoutThreads, 0, stream>>>(a);
-  else
-    relayout<kToPlanes, 1><<<blocks, kRelayoutThreads, 0, stream>>>(a);
+  return places % 16 == 0;
+}
+
+// Copies between images in channels_last, whose pixels and rows may lie apart, and planes without gaps.
+template <bool kToPlanes>
+void launch_relayout(const View& pixels, const View& planes, int64_t batch, int64_t channels, int64_t height,
+                     int64_t width, cudaStream_t stream) {
+  const Relayout a = relayout_of(pixels, planes, channels, height, width);
+  const auto kernel =
+      has_vectors(pixels, batch, channels, height, width) ? relayout<kToPlanes, 8> : relayout<kToPlanes, 1>;
+  const int64_t tiles = int64_t{a.by_channel_tiles.divisor} * a.by_pixel_tiles.divisor;
+  launch_early(kernel, a, batch * tiles, kRelayoutThreads, stream);
   check_launch("relayout");
 }
 
@@ -104,6 +117,20 @@ inline int unit_of(const View& planes) {
   const int64_t all = static_cast<int64_t>(reinterpret_cast<uintptr_t>(planes.data)) | 2 * planes.stride[0] |
                       2 * planes.stride[1] | 2 * planes.stride[2] | 16;
   return static_cast<int>(all & -all);
+}
+
+// The same problem with rows and columns exchanged: copies to planes can have either of them side by side.
+inline Problem exchange(Problem p) {
+  for (View* view : {&p.input, &p.weight, &p.output}) std::swap(view->stride[2], view->stride[3]);
+  std::swap(p.height, p.width), std::swap(p.out_height, p.out_width), std::swap(p.kernel_h, p.kernel_w);
+  std::swap(p.padding_h, p.padding_w), std::swap(p.stride_h, p.stride_w), std::swap(p.dilation_h, p.dilation_w);
+  return p;
+}
+
+// Whether both images of a problem are copied to planes, with rows and columns exchanged or not.
+inline bool can_exchange(const Problem& p) {
+  return !has_rows(p.input, p.width) && !has_rows(p.output, p.out_width) && p.input.stride[2] != 1 &&
+         p.output.stride[2] != 1 && p.height > 1 && p.out_height > 1;
 }
 
 // Planes without gaps in scratch memory.

@@ -25,6 +25,7 @@ struct Cut {
   int rows_log = 0;                       // these are 1 << rows_log rows of an image
   int images = 0, rows = 0, columns = 0;  // of a block; `columns` counts tiles of a warp side by side
   int threads = 0;
+  double time = std::numeric_limits<double>::infinity();  // expected, in cycles
 };
 
 Large arguments_of(const Problem& p) {
@@ -195,7 +196,6 @@ Cut choose_cut(Large a, int64_t shared_bytes, int multiprocessors) {
   const Bands bands(a.kernel_w, a.stride, a.padding_w, a.width, a.out_width);
   const int64_t tiles = ceil_div(a.out_width, kLargeGroup);
   Cut best;
-  double least = std::numeric_limits<double>::infinity();
   const auto next = [](int64_t parts, int64_t most) { return parts == most ? most + 1 : std::min(2 * parts, most); };
   visit_variants([&](int stride, int cut_tiles, int depth, int blocks_m) {
     if (stride != a.stride) return false;
@@ -217,8 +217,8 @@ Cut choose_cut(Large a, int64_t shared_bytes, int multiprocessors) {
             const int units = a.row_tiles * a.column_tiles * a.image_tiles;
             for (; cut.threads >= 32; cut.threads /= 2) {
               if (cut.threads > 32 * units && cut.threads > 32) continue;  // a warp would have nothing to do
-              const double time = time_of(a, cut, effort, pairs, bytes, multiprocessors);
-              if (time < least) least = time, best = cut;
+              cut.time = time_of(a, cut, effort, pairs, bytes, multiprocessors);
+              if (cut.time < best.time) best = cut;
             }
           }
         }
@@ -257,9 +257,13 @@ Decision decide(Large a, const Cut& cut, const Device& device) {
 
 template <typename T>
 void launch(Large a, const Decision& decision, cudaStream_t stream) {
-  const auto bytes = static_cast<size_t>(apply(a, decision.cut));
+  const int64_t bytes = apply(a, decision.cut);
+  // Long tasks are better shared out as blocks end; blocks of short ones take runs of them, all as many.
+  constexpr double kLong = 40e3;  // cycles
+  const bool is_long = decision.cut.time * decision.blocks > kLong * a.tasks;
+  const int64_t blocks = is_long ? a.tasks : ceil_div(a.tasks, ceil_div(a.tasks, decision.blocks));
   visit_kernel<T>(a, decision.cut, [&](auto kernel) {
-    kernel<<<std::min(a.tasks, decision.blocks), decision.cut.threads, bytes, stream>>>(a);
+    launch_early(kernel, a, blocks, decision.cut.threads, stream, {.shared_bytes = bytes});
   });
   check_launch("toeplitz_large");
 }
@@ -279,11 +283,28 @@ void launch(const Problem& p, cudaStream_t stream) {
             stream);
 }
 
+// Whether copies of images are better made with rows and columns exchanged.
+bool exchange_pays(const Problem& problem) {
+  if (!can_exchange(problem)) return false;
+  const Device& device = current_device();
+  static thread_local Decisions<12, bool> decisions;
+  const auto time = [&](Problem p) {
+    p.input = {nullptr, {p.channels * p.height * p.width, p.height * p.width, p.width, 1}};
+    p.output = {nullptr, {p.filters() * p.out_height * p.out_width, p.out_height * p.out_width, p.out_width, 1}};
+    return choose_cut(arguments_of(p), p.shared_memory, device.multiprocessors).time;
+  };
+  constexpr double kLess = 0.9;
+  return decisions({device.id, problem.shared_memory, problem.batch, problem.channels, problem.filters(),
+                    problem.height, problem.width, problem.kernel_h, problem.kernel_w, problem.padding_h,
+                    problem.padding_w, 4 * problem.stride_h + static_cast<int64_t>(problem.pass)},
+                   [&] { return time(exchange(problem)) < kLess * time(problem); });
+}
+
 }  // namespace
 
 void launch_toeplitz_large(const Problem& problem, const Allocate& allocate, cudaStream_t stream) {
-  const Mapping map(problem);
-  Problem p = problem;
+  Problem p = exchange_pays(problem) ? exchange(problem) : problem;
+  const Mapping map(p);
   View& source = p.pass == Pass::kForward ? p.input : p.output;
   View& target = p.pass == Pass::kForward ? p.output : p.input;
   const View result = target;

@@ -25,6 +25,7 @@
 
 #include "common.cuh"
 #include "copies.cuh"
+#include "overlap.cuh"
 #include "tensor_cores.cuh"
 
 namespace dwconv {
@@ -411,7 +412,9 @@ template <typename T, int kStride, int kTiles, int kDepth, int kBlocksM>
 __global__ void __launch_bounds__(kMaxLargeThreads, 2) toeplitz_large(const __grid_constant__ Large a) {
   const int first = static_cast<int>(static_cast<int64_t>(a.tasks) * blockIdx.x / gridDim.x);
   const int last = static_cast<int>(static_cast<int64_t>(a.tasks) * (blockIdx.x + 1) / gridDim.x);
+  let_next_kernel_start();
   for (int i = 4 * threadIdx.x; i < a.source_at; i += 4 * blockDim.x) shared<uint32_t>(i) = 0;
+  wait_for_kernel_before();
   float bias = 0;
   LargeTask t{};
   for (int number = first, filter = -1; number <= last; ++number) {
