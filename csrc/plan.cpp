@@ -93,9 +93,8 @@ bool claims_stream_nchw(const Problem& p) {
 // every warp of a GPU has some.
 bool can_march_planes(const Problem& p, int64_t least_rows) {
   if (p.dtype != DType::kFloat32 || p.multiplier > 1) return false;
-  if (p.kernel_h != kMarchKernel || p.kernel_w != kMarchKernel || p.stride_h != 1 || p.stride_w != 1 ||
-      p.dilation_h != 1 || p.dilation_w != 1)
-    return false;
+  const bool nine = p.pass != Pass::kGradWeight && March9x9::is_of(p);
+  if (!nine && !SmallKernel<kMarchKernel, kMarchKernel, 1, 1>::is_of(p)) return false;
   constexpr int64_t kShared = 96 << 10;  // what the least that a block loads takes up
   const int64_t width = target_width(p), height = p.pass == Pass::kGradInput ? p.height : p.out_height;
   if (p.shared_memory < kShared || width < kStrip || !can_stream(p)) return false;
@@ -106,10 +105,17 @@ bool can_march_planes(const Problem& p, int64_t least_rows) {
   return rows >= least_rows && rows <= std::numeric_limits<int32_t>::max();
 }
 
+// Whether stream_nchw has a tile that knows what lies outside of the plane, and does not multiply it.
+bool has_known_bounds(const Problem& p) {
+  return p.kernel_h <= kMarchKernel && p.height == p.width && p.out_height == p.height && p.out_width == p.height &&
+         (p.height == kTileColumns || p.height == 2 * kTileColumns) && p.padding_h == p.kernel_h / 2 &&
+         p.padding_w == p.padding_h && claims_stream_nchw(p);
+}
+
 bool claims_march_nchw(const Problem& p) {
   constexpr int64_t kFar = 1 << 27;  // offsets of weights are counted in 32 bits
   if (p.pass == Pass::kGradWeight || std::max(p.weight.stride[2], p.weight.stride[3]) >= kFar) return false;
-  return can_march_planes(p, 16 << 10);
+  return !has_known_bounds(p) && can_march_planes(p, 16 << 10);
 }
 
 bool claims_march_grad_weight_nchw(const Problem& p) {
@@ -121,7 +127,7 @@ bool claims_march_grad_weight_nchw(const Problem& p) {
 
 bool claims_toeplitz_nchw(const Problem& p) {
   if (size_of(p.dtype) != 2 || p.capability < 80 || p.pass == Pass::kGradWeight) return false;
-  if (p.stride_h != p.stride_w || p.stride_h > 2 || (p.stride_h == 2 && p.pass == Pass::kGradInput)) return false;
+  if (p.stride_h != p.stride_w || p.stride_h > 2) return false;
   // The columns of a band matrix, and the rows that it is compiled for.
   const int64_t rows = (p.kernel_h - 1) * p.dilation_h + 1, columns = (p.kernel_w - 1) * p.dilation_w + 1;
   const bool wide = columns > kMaxBandColumns;
@@ -134,7 +140,9 @@ bool claims_toeplitz_nchw(const Problem& p) {
   const int64_t pixels = target_width(p) * (p.pass == Pass::kForward ? p.out_height : p.height);
   if (pixels < (p.stride_h == 1 ? 196 : 512)) return false;
   const int64_t area = rows * columns;
-  const bool pays = area >= (p.stride_h > 1 ? 36 : pixels < 2048 ? 25 : 9) && p.taps() >= 9;
+  if (p.stride_h == 2 && p.pass == Pass::kGradInput && !SmallKernel<7, 7, 2, 1>::is_of(p)) return false;
+  const int64_t few = p.kernel_h == p.kernel_w ? 784 : 2048;
+  const bool pays = area >= (p.stride_h > 1 ? 36 : pixels < few ? 25 : 9) && p.taps() >= 9;
   if (!pays && claims_stream_nchw(p)) return false;
   return can_stream(p) &&
          fits_stream_nchw(p, kChunkBytes + kBandHeadBytes + rows * (wide ? kWideRowBytes : kBandRowBytes));
@@ -449,7 +457,8 @@ const std::vector<Plan>& plans() {
        "cores",
        claims_toeplitz_grad_weight_nchw},
       {PlanId::kMarchNchw, "march_nchw",
-       "7x7 in float32 on contiguous planes: warps march down the rows, sums stay in registers", claims_march_nchw},
+       "7x7 or 9x9 in float32 on contiguous planes: warps march down the rows, sums stay in registers",
+       claims_march_nchw},
       {PlanId::kStreamNchw, "stream_nchw", "a small kernel on contiguous planes: rows stream through shared memory",
        claims_stream_nchw},
       {PlanId::kMarchGradWeightNchw, "march_grad_weight_nchw",

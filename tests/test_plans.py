@@ -83,11 +83,11 @@ def test_small_kernels_in_nchw(name: str, tile: tuple, dtype: torch.dtype) -> No
     if name == "grad_weight":
         least = 784 if square and kernel[0] >= 5 and stride == 1 else None
     elif stride == 2:
-        least = 512 if kernel[0] == 7 and name == "forward" else None
+        least = 512 if kernel[0] == 7 else None
     else:
-        least = None if area == 1 else 2048 if area < 25 else 196
+        least = None if area == 1 else 196 if area >= 25 else 784 if square else 2048
     for size in ((512, 512), (7, 13), (113, 95), (20, 900)):
-        pixels = size[0] * size[1] // stride**2
+        pixels = size[0] * size[1] // (1 if name == "grad_input" else stride**2)
         marches = kernel == (7, 7) and stride == 1 and dtype == torch.float32 and size != (7, 13)
         expected = MARCH_NCHW[name] if marches else STREAM[name]
         if dtype != torch.float32 and least is not None and pixels >= least:
@@ -122,6 +122,8 @@ def test_tensor_cores(name: str, dtype: torch.dtype) -> None:
         assert plan_of(name, Case(2, 4, (40, 36), kernel, dilation=dilation), dtype) == expected, kernel
     strided = Case(2, 4, (64, 64), (5, 3), (2, 2))
     assert plan_of(name, strided, dtype) == ("toeplitz_nchw" if name == "forward" else "generic")
+    for side, expected in ((28, "toeplitz_nchw"), (27, "stream_nchw")):
+        assert plan_of(name, Case(64, 192, (side, side), (3, 3), padding=(1, 1)), dtype) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -413,13 +415,16 @@ def test_what_can_march(name: str) -> None:
 
 
 def test_nine_by_nine() -> None:
-    """In channels_last its output and its input's gradient march in float32, and have tensor cores in 16 bits."""
+    """Its output and its input's gradient march in float32, and have tensor cores in 16 bits."""
     case = Case(64, 192, (28, 28), (9, 9), padding=(4, 4))
-    for name, dtype, memory_format in product(PASSES, FAST, FORMATS):
-        plan = plan_of(name, case, dtype, memory_format)
-        serves = name != "grad_weight" and memory_format == torch.channels_last
-        assert (plan == "march_channels_last") == (serves and dtype == torch.float32)
-        assert (plan == BAND) == (serves and dtype != torch.float32)
+    for name, dtype, memory_format in product(PASSES[:2], FAST, FORMATS):
+        last = memory_format == torch.channels_last
+        if dtype == torch.float32:
+            expected = "march_channels_last" if last else "march_nchw"
+        else:
+            expected = BAND if last else "toeplitz_nchw"
+        assert plan_of(name, case, dtype, memory_format) == expected
+    assert plan_of("forward", case._replace(batch=2)) == "large_float32"
     assert plan_of("grad_input", case._replace(multiplier=2), memory_format=torch.channels_last) == "generic"
 
 
@@ -943,11 +948,42 @@ def test_streams_are_exact(tile: tuple, dtype: torch.dtype) -> None:
                     assert {("grad_weight", plan) for plan in plans} <= forced, str(case)
 
 
-# Of 7x7 in float32: batch, channels, size; so much of it that warps march, in grad_weight where the flag says so.
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+def test_streams_with_much_to_do(dtype: torch.dtype) -> None:
+    """So many chunks that blocks take them from a counter, call after call; whole planes, bands, images apart."""
+    for tile, batch, channels, size in (
+        (((3, 3), 1, 1), 61, 96, (56, 56)),
+        (((3, 3), 1, 1), 16, 8, (513, 510)),
+        (((3, 3), 2, 1), 30, 64, (112, 112)),
+        (((5, 5), 1, 1), 200, 96, (28, 28)),
+        (((7, 7), 1, 1), 300, 260, (14, 14)),
+        (((7, 7), 1, 1), 900, 320, (7, 7)),
+        (((1, 11), 1, 1), 61, 96, (56, 56)),
+    ):
+        case = tile_case(tile, batch, channels, size)
+        input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+        grad_output = integers(*output_size(case)).to(input)
+        exact = run_float64((input, weight, bias), grad_output, **case.geometry)
+        ops, arguments = torch.ops.dwconv, arguments_of(case)
+        apart = lay(input, steps=(2, 1, 1, 1))
+        for plan in ("stream_nchw", "stream_nchw_portable", "toeplitz_nchw", "toeplitz_nchw_portable"):
+            for tensor in (input, apart, input):
+                if plan in claims("forward", case, tensor, grad_output):
+                    result = ops.forward.plan(tensor, weight, bias, *arguments, plan)
+                    assert wrong_numbers(result, exact.output.round()) == 0, (plan, str(case), tensor.stride())
+                else:
+                    assert plan.startswith("toeplitz")
+            if plan in claims("grad_input", case, input, grad_output):
+                result = ops.grad_input.plan(grad_output, weight, input.shape, *arguments, False, plan)
+                assert wrong_numbers(result, exact.grad_input.round()) == 0, (plan, str(case))
+
+
+# Of 7x7 in float32, and of 9x9 but for grad_weight: batch, channels, size; so much of it that warps march, in grad_weight where the flag says so.
 PLANES = [
     (128, 64, (28, 28), False),
-    (512, 37, (14, 14), False),
-    (1200, 64, (7, 7), False),
+    (512, 37, (14, 13), False),
+    (1200, 64, (8, 7), False),
     (600, 40, (14, 15), False),
     (3, 3, (301, 1921), False),
     (50, 96, (56, 56), True),
@@ -964,17 +1000,32 @@ def test_planes_to_march_down(batch: int, channels: int, size: tuple[int, int], 
     assert plan_of("forward", case._replace(batch=1, channels=2)) != "march_nchw"
     assert plan_of("forward", case._replace(multiplier=2)) != "march_nchw"
     assert plan_of("forward", case, torch.float16) != "march_nchw"
+    nine = case._replace(kernel=(9, 9), padding=(4, 4))
+    assert [plan_of(name, nine) == MARCH_NCHW[name] for name in PASSES] == [True, True, False]
+
+
+@pytest.mark.parametrize("name", PASSES[:2])
+def test_planes_whose_bounds_are_known(name: str) -> None:
+    """They stream, if the kernel lies over the middle."""
+    for side in (7, 14):
+        case = Case(1024, 256, (side, side), (7, 7), padding=(3, 3))
+        assert plan_of(name, case) == "stream_nchw"
+        for change in ({"padding": (4, 3)}, {"padding": (4, 4)}, {"size": (side + 1, side)}):
+            assert plan_of(name, case._replace(**change)) == "march_nchw", change
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("side", [7, 9])
 @pytest.mark.parametrize(("batch", "channels", "size", "weight"), PLANES, ids=str)
-def test_marches_down_planes_are_exact(batch: int, channels: int, size: tuple[int, int], weight: bool) -> None:
+def test_marches_down_planes_are_exact(
+    batch: int, channels: int, size: tuple[int, int], weight: bool, side: int
+) -> None:
     """Any padding, addresses and images apart; what is not finite stays with the outputs that it reaches."""
     for turn in range(4):
-        padding = [(3, 3), (0, 0), (6, 6), (3, 3)][turn]
-        if min(size) + 2 * min(padding) < 14:
+        padding = [(side // 2, side // 2), (0, 0), (side - 1, side - 1), (side // 2, side // 2)][turn]
+        if min(size) + 2 * min(padding) < 2 * side - 1:
             continue
-        case = Case(batch, channels, size, (7, 7), padding=padding, bias=turn % 2 == 0)
+        case = Case(batch, channels, size, (side, side), padding=padding, bias=turn % 2 == 0)
         input, filters, bias = make_inputs(case, torch.float32, "cuda", make=integers)
         grad_output = integers(*output_size(case)).to(input)
         if turn == 1:
@@ -996,7 +1047,7 @@ def test_marches_down_planes_are_exact(batch: int, channels: int, size: tuple[in
             forced.add((name, plan))
         if turn == 0:
             plans = [("output", "march_nchw"), ("grad_input", "march_nchw")]
-            plans += [("grad_weight", "march_grad_weight_nchw")] if weight else []
+            plans += [("grad_weight", "march_grad_weight_nchw")] if weight and side == 7 else []
             assert {(name, plan + end) for name, plan in plans for end in ("", "_portable")} <= forced, str(case)
 
 
@@ -1305,8 +1356,11 @@ def test_tensor_cores_are_exact(kernel: tuple, stride: int, dtype: torch.dtype) 
                 assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, str(case), input.stride())
                 forced.add((name, plan))
             *_, height, width = output_size(case)
+            plans = {"toeplitz_nchw", "toeplitz_nchw_portable"}
             if height * width >= 512 and (stride == 1 or kernel[0] in (3, 5, 7)):
-                assert {("output", "toeplitz_nchw"), ("output", "toeplitz_nchw_portable")} <= forced, str(case)
+                assert {("output", plan) for plan in plans} <= forced, str(case)
+            if stride == 2 and kernel == (7, 7) and case.multiplier == 1:
+                assert {("grad_input", plan) for plan in plans} <= forced, str(case)
 
 
 @pytest.mark.gpu

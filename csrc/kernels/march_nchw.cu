@@ -1,17 +1,17 @@
-// Forward and grad_input of 7x7 in float32 on contiguous planes (march_nchw.cuh). A lane marches down a strip of
-// 7 columns: each source row, read once, is added to all the output rows that it reaches, whose sums are in registers;
-// the oldest of them is then complete. The loop is one row, so that it stays in the instruction cache.
+// Forward and grad_input of 7x7 and 9x9 in float32 on contiguous planes (march_nchw.cuh). A lane marches down a strip
+// of 7 columns: each source row, read once, is added to all the output rows that it reaches, whose sums are in
+// registers; the oldest of them is then complete. The loop is one row, so that it stays in the instruction cache.
 #include <algorithm>
 #include <cmath>
 
 #include "launch.h"
 #include "mapping.h"
 #include "march_nchw.cuh"
+#include "overlap.cuh"
+#include "small_kernels.h"
 
 namespace dwconv {
 namespace {
-
-constexpr int kKernel = kMarchKernel;
 
 struct March {
   MarchCut cut;
@@ -26,6 +26,7 @@ struct March {
 
 // The outputs of a strip by the taps that meet the image. For kernels with a tap that is Inf or NaN, which must not
 // meet padding.
+template <int kKernel>
 __device__ __noinline__ void strip_by_taps(const March& a, int image, int plane, int begin, int end, int column) {
   const float* weight = a.weight + plane * a.weight_filter;
   const char* source = a.source.base + image * a.source.image_bytes + plane * a.source.plane_bytes;
@@ -45,6 +46,7 @@ __device__ __noinline__ void strip_by_taps(const March& a, int image, int plane,
 }
 
 // A warp's source rows on their way to its ring, through all of its runs.
+template <int kKernel>
 class Feed {
  public:
   __device__ Feed(const CopyShare& share, int begin, int end) : share_(share), begin_(begin), end_(end) {}
@@ -52,7 +54,7 @@ class Feed {
   // Begins to load the next group, if there is one.
   __device__ void load(const MarchCut& a, const PlaneRows& rows, MarchRing& ring) {
     if (left_ == 0 && begin_ < end_) {
-      const MarchRun r = run_of(a, rows.height, rows.width, begin_, end_);
+      const MarchRun r = run_of(a, rows.height, rows.width, begin_, end_, kKernel);
       begin_ += r.end - r.begin;
       left_ = r.last - r.first + 1, planes_ = r.planes;
       bytes_ = (r.source_end - r.source_column) * 4;
@@ -72,9 +74,14 @@ class Feed {
   const char *from_ = nullptr, *image_ = nullptr;
 };
 
+// Blocks on a multiprocessor, as registers allow.
+constexpr int blocks_of(int kernel) {
+  return kernel > kMarchKernel ? 2 : kMarchBlocks;
+}
+
 // kMargin: how many columns at most lie outside the image on either side of a strip.
-template <int kMargin>
-__global__ void __launch_bounds__(32 * kMarchWarps, kMarchBlocks) march_nchw(const __grid_constant__ March a) {
+template <int kKernel, int kMargin>
+__global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nchw(const __grid_constant__ March a) {
   constexpr int kColumns = kStrip + kKernel - 1, kTaps = kKernel * kKernel;
   const MarchCut& cut = a.cut;
   const int lane = threadIdx.x % 32, worker = blockIdx.x * kMarchWarps + threadIdx.x / 32;
@@ -85,8 +92,10 @@ __global__ void __launch_bounds__(32 * kMarchWarps, kMarchBlocks) march_nchw(con
   const int strip = cut.by_strips.split(plane);
 
   MarchRing ring(cut, stage + cut.stage_bytes);
-  Feed feed(CopyShare(cut, a.source), begin, end);
+  Feed<kKernel> feed(CopyShare(cut, a.source), begin, end);
   const CopyShare share(cut, a.target);
+  let_next_kernel_start();
+  wait_for_kernel_before();
   feed.load(cut, a.source, ring);
 
   const uint32_t weights = shared_address(stage);
@@ -94,7 +103,7 @@ __global__ void __launch_bounds__(32 * kMarchWarps, kMarchBlocks) march_nchw(con
   bool finite = true;  // then a product with a zero is a zero
   int channel = -1;
   for (int at = begin; at < end;) {
-    const MarchRun r = run_of(cut, a.source.height, a.source.width, at, end);
+    const MarchRun r = run_of(cut, a.source.height, a.source.width, at, end, kKernel);
     at += r.end - r.begin;
     const bool live = static_cast<int>(plane) < r.planes;
     const int own = live ? static_cast<int>(plane) : 0;  // lanes to spare do what another one does, and store nothing
@@ -209,7 +218,7 @@ __global__ void __launch_bounds__(32 * kMarchWarps, kMarchBlocks) march_nchw(con
       staged = 0;
       target.begin(target_lane, target_low + (row + 1) * a.target.row_bytes);
     }
-    if (!finite && live) strip_by_taps(a, r.image, r.channel + own, r.begin, r.end, column);
+    if (!finite && live) strip_by_taps<kKernel>(a, r.image, r.channel + own, r.begin, r.end, column);
   }
 }
 
@@ -222,14 +231,14 @@ struct Decision {
   int blocks, shared_bytes;
 };
 
-Decision decide(const March& a, int64_t images, Kernel kernel, const Device& device) {
+Decision decide(const March& a, int64_t images, int side, Kernel kernel, const Device& device) {
   Decision d{a.cut, a.source, a.target, 0, 0};
   MarchCut& cut = d.cut;
   choose_lanes(cut);
-  const int budget = march_budget(device);
-  const int taps = static_cast<int>(round_up(cut.planes * kMarchKernel * kMarchKernel * 4, kUnit));
+  const int budget = march_budget(device, blocks_of(side));
+  const int taps = static_cast<int>(round_up(cut.planes * side * side * 4, kUnit));
   const auto fill = [&](bool whole, int rows, int target_rows) {
-    arrange(d.source, cut, cut.columns + kMarchKernel - 1, rows, whole);
+    arrange(d.source, cut, cut.columns + side - 1, rows, whole);
     arrange(d.target, cut, cut.columns, target_rows, whole);
     cut.stage_bytes = std::max(taps, static_cast<int>(round_up(d.target.group_bytes, kUnit)));
     cut.group_bytes = d.source.group_bytes;
@@ -260,16 +269,16 @@ Decision decide(const March& a, int64_t images, Kernel kernel, const Device& dev
   return d;
 }
 
-void launch(March a, int64_t images, Kernel kernel, cudaStream_t stream) {
+void launch(March a, int64_t images, int side, Kernel kernel, cudaStream_t stream) {
   const Device& device = current_device();
-  static thread_local Decisions<7, Decision> decisions;
-  const Decision& d =
-      decisions({device.id, images, a.cut.channels, a.source.height, a.source.width, a.target.height, a.target.width},
-                [&] { return decide(a, images, kernel, device); });
+  static thread_local Decisions<8, Decision> decisions;
+  const Decision& d = decisions(
+      {device.id, side, images, a.cut.channels, a.source.height, a.source.width, a.target.height, a.target.width},
+      [&] { return decide(a, images, side, kernel, device); });
   const bool bulk = a.cut.bulk;
   a.cut = d.cut, a.cut.bulk = bulk;
   a.source.arrange_as(d.source), a.target.arrange_as(d.target);
-  kernel<<<d.blocks, 32 * kMarchWarps, d.shared_bytes, stream>>>(a);
+  launch_early(kernel, a, d.blocks, 32 * kMarchWarps, stream, {.shared_bytes = d.shared_bytes});
   check_launch("march_nchw");
 }
 
@@ -289,8 +298,13 @@ void launch_march_nchw(const Problem& p, bool bulk, cudaStream_t stream) {
   a.cut.bulk = bulk && current_device().capability >= 90;
   a.cut.channels = map.targets, a.cut.target_height = map.out_height, a.cut.target_width = map.out_width;
   a.cut.padding_h = map.padding_h, a.cut.padding_w = map.padding_w;
-  const bool wide = map.padding_w > kMarchKernel / 2;
-  launch(a, p.batch, wide ? march_nchw<kMarchKernel - 1> : march_nchw<kMarchKernel / 2>, stream);
+  static_assert(kMarchKernel == 7 && March9x9::kKernelH == 9);
+  const int side = static_cast<int>(p.kernel_h);
+  const bool wide = map.padding_w > side / 2;
+  if (side == kMarchKernel)
+    launch(a, p.batch, side, wide ? march_nchw<7, 6> : march_nchw<7, 3>, stream);
+  else
+    launch(a, p.batch, side, wide ? march_nchw<9, 8> : march_nchw<9, 4>, stream);
 }
 
 }  // namespace dwconv

@@ -65,7 +65,8 @@ struct MarchRun {
   int source_column, source_end;  // what it reaches
 };
 
-__device__ inline MarchRun run_of(const MarchCut& a, int height, int width, int begin, int end) {
+__device__ inline MarchRun run_of(const MarchCut& a, int height, int width, int begin, int end,
+                                  int kernel = kMarchKernel) {
   MarchRun r;
   uint32_t column = begin;
   r.begin = a.by_height.split(column);
@@ -75,13 +76,13 @@ __device__ inline MarchRun run_of(const MarchCut& a, int height, int width, int 
   r.channel = static_cast<int>(column) * a.planes;
   r.planes = min(a.planes, a.channels - r.channel);
   r.first = max(r.begin - a.padding_h, 0);
-  r.last = min(r.end - 1 - a.padding_h + kMarchKernel - 1, height - 1);
+  r.last = min(r.end - 1 - a.padding_h + kernel - 1, height - 1);
   r.own_column = span * a.columns;
   r.column = min(r.own_column, a.target_width - kStrip);
   r.column_end = min(r.own_column + a.columns, a.target_width);
   const bool all = a.spans == 1;
   r.source_column = all ? 0 : max(r.column - a.padding_w, 0);
-  r.source_end = all ? width : min(r.column_end + kMarchKernel - 1 - a.padding_w, width);
+  r.source_end = all ? width : min(r.column_end + kernel - 1 - a.padding_w, width);
   return r;
 }
 
@@ -283,8 +284,8 @@ inline void choose_lanes(MarchCut& cut) {
 }
 
 // What a warp may have of shared memory.
-inline int march_budget(const Device& device) {
-  const int block = std::min(device.shared_per_multiprocessor / kMarchBlocks - 1024, device.shared_per_block);
+inline int march_budget(const Device& device, int blocks = kMarchBlocks) {
+  const int block = std::min(device.shared_per_multiprocessor / blocks - 1024, device.shared_per_block);
   return (block - 2 * kRowMargin) / kMarchWarps / kUnit * kUnit;
 }
 

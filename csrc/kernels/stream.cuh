@@ -23,15 +23,21 @@ struct Barriers {
   static __device__ int done(int stage) { return 8 * (kStages + stage); }  // all warps are done with it
 };
 
-// The ways to copy between global and shared memory. Bulk copies are begun by one thread, the others are everybody's.
-// That thread's warp may be a dedicated one, the last, which does nothing else: then the others never wait for it.
+// The ways to copy between global and shared memory. Bulk copies are begun by one thread, the others are everybody's,
+// or a dedicated warp's. That is the last one, which does nothing else: then the others never wait for it.
 struct Copier {
 #if __CUDA_ARCH__ >= 900
   const bool bulk, dedicated;
-  __device__ Copier(bool bulk, bool dedicated) : bulk(bulk), dedicated(bulk && dedicated) {}
+  // `always`: there is a dedicated warp even where copies are not bulk copies.
+  __device__ Copier(bool bulk, bool dedicated, bool always = false)
+      : bulk(bulk), dedicated(dedicated && (bulk || always)) {}
+#elif __CUDA_ARCH__ >= 800
+  static constexpr bool bulk = false;
+  const bool dedicated;
+  __device__ Copier(bool, bool dedicated, bool always = false) : dedicated(dedicated && always) {}
 #else
   static constexpr bool bulk = false, dedicated = false;
-  __device__ Copier(bool, bool) {}
+  __device__ Copier(bool, bool, bool = false) {}
 #endif
 
   __device__ int workers() const { return blockDim.x - (dedicated ? 32 : 0); }  // threads that compute
@@ -41,13 +47,11 @@ struct Copier {
   __device__ bool loads() const { return bulk ? rank() == 0 : true; }  // whether the thread has to do with loads
 
   __device__ void init() const {
-#if __CUDA_ARCH__ >= 900
-    if (bulk && threadIdx.x == 0) {
+    if ((bulk || dedicated) && threadIdx.x == 0) {
       for (int i = 0; i < kDepth; ++i)
-        init_barrier(Barriers::full(i), 1), init_barrier(Barriers::done(i), workers() / 32);
+        init_barrier(Barriers::full(i), bulk ? 1 : 32), init_barrier(Barriers::done(i), workers() / 32);
       before_bulk_copies();
     }
-#endif
   }
 
   // Begins a copy; both addresses and `bytes` are multiples of 16.
@@ -57,7 +61,8 @@ struct Copier {
       expect_bytes(barrier, bytes);
       return copy_bulk(shared_address(to), from, bytes, barrier);
     }
-    for (int i = threadIdx.x * kUnit; i < bytes; i += blockDim.x * kUnit)
+    const int step = (dedicated ? 32 : blockDim.x) * kUnit;
+    for (int i = rank() * kUnit; i < bytes; i += step)
       copy_unit<kUnit>(shared_address(static_cast<char*>(to) + i), static_cast<const char*>(from) + i);
   }
 
@@ -67,12 +72,15 @@ struct Copier {
       if (rank() == 0) arrive(Barriers::full(stage));
       return;
     }
-    commit_copies();
+    if (dedicated)
+      arrive_after_copies(Barriers::full(stage));
+    else
+      commit_copies();
   }
 
   // Waits for the older of the chunks under way. What others loaded is there after the next __syncthreads().
   __device__ void wait_full(int stage, uint32_t parity) const {
-    if (bulk) return wait(Barriers::full(stage), parity);
+    if (bulk || dedicated) return wait(Barriers::full(stage), parity);
     wait_copies<kDepth - 1>();
   }
 

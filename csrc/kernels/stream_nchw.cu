@@ -13,6 +13,7 @@ namespace {
 template <class Tile>
 struct TileOfThread {
   static constexpr int kTiles = 1, kLanes = 1, kLoaders = 0, kFilterBytes = 0;
+  static constexpr bool kWhole = false, kSoon = true;
 
   // The weights that the thread needs first are on their way while the chunk is.
   template <typename T>
@@ -58,7 +59,7 @@ struct Window : TileOfThread<Window<Kernel, kSum, kRows_>> {
   static constexpr int kStride = Kernel::kStride, kDilation = Kernel::kDilation;
   static constexpr int kRows = kRows_, kColumns = 7;
   static constexpr int kMaxThreads = kKernelH * kKernelW < 25 || kRows < 7 ? 256 : 128;
-  static constexpr int kBlocks = kRows < 7 ? 2 : kKernelH * kKernelW == 25 ? 4 : 3;
+  static constexpr int kBlocks = kMaxThreads > 128 ? 2 : kKernelH * kKernelW == 25 ? 4 : 3;
 
   // The filter that the thread knows: the first of those a target plane is summed over.
   int known = -1;
@@ -82,21 +83,16 @@ struct Window : TileOfThread<Window<Kernel, kSum, kRows_>> {
     uint32_t filter = c.target + plane;
     filter = a.by_filters.split(filter) * a.fan_in;
     const int strip = a.by_strips.split(tile), row = tile * kRows, rows = min(kRows, c.rows - row);
-    if (rows <= 0) return;                                             // the last band is shorter
-    const int column = min(strip * kColumns, a.out_width - kColumns);  // the last strip overlaps the one before
-    const int overlap = strip * kColumns - column;
+    if (rows <= 0) return;  // the last band is shorter
+    // The last strip overlaps the one before, where two threads compute the same.
+    const int column = min(strip * kColumns, a.out_width - kColumns);
     const int y0 = (c.row + row) * kStride - a.padding_h, x0 = column * kStride - a.padding_w;
     constexpr int kSize = sizeof(T);
     const auto store = [&](int r, const float (&values)[kColumns]) {
       if (r >= rows) return;
       const int to = out + ((plane * c.rows + row + r) * a.out_width + column) * kSize;
-      if (overlap == 0)
 #pragma unroll
-        for (int v = 0; v < kColumns; ++v) shared<T>(to + v * kSize) = narrow<T>(values[v]);
-      else
-#pragma unroll
-        for (int v = 0; v < kColumns; ++v)
-          if (v >= overlap) shared<T>(to + v * kSize) = narrow<T>(values[v]);
+      for (int v = 0; v < kColumns; ++v) shared<T>(to + v * kSize) = narrow<T>(values[v]);
     };
 
     float sum[kRows][kColumns];
@@ -110,7 +106,7 @@ struct Window : TileOfThread<Window<Kernel, kSum, kRows_>> {
         known = -1, finite = read_weight<kKernelH, kKernelW, T>(a, filter + q, weight);
       else
         know<T>(a, c.target + plane);
-      if (!finite) return tile_by_taps<T>(a, ring, c, out, plane, row, rows, column + overlap, kColumns - overlap);
+      if (!finite) return tile_by_taps<T>(a, ring, c, out, plane, row, rows, column, kColumns);
       const int top = ((c.group + group_of(a, plane)) * a.fan_in + q) * a.height - c.source_begin;
       RowWalk walk(ring, c.source_slot + top + y0);
 #pragma unroll
@@ -140,10 +136,96 @@ struct Window : TileOfThread<Window<Kernel, kSum, kRows_>> {
   }
 };
 
+// A tile of 7 x 7 outputs in a corner of a plane of 7 x 7 or 14 x 14 that a kernel is laid over the middle of: what
+// lies outside is known at compile time, and is not computed. Other corners are mirror images of the upper left one.
+template <int kKernel, int kSide>
+struct Corner : TileOfThread<Corner<kKernel, kSide>> {
+  static constexpr int kRows = 7, kColumns = 7;
+  static constexpr int kMaxThreads = kKernel == 3 ? 256 : 128, kBlocks = kKernel == 5 ? 4 : 3;
+  static constexpr int kReach = kKernel / 2;
+  static constexpr int kSource = kSide == 7 ? 7 : 7 + kReach;  // rows and columns that it reads
+  static constexpr bool kMirrors = kSide > 7, kWhole = true, kSoon = kKernel > 3;
+
+  int known = -1;  // the filter, and the corner, that the thread knows
+  float weight[kKernel][kKernel], bias;
+
+  template <typename T>
+  __device__ void know(const Stream& a, uint32_t target, bool up, bool left) {
+    const int filter = a.by_filters.split(target), key = filter * 4 + up * 2 + left;
+    if (key == known) return;
+    known = key;
+    bias = a.bias ? widen(static_cast<const T*>(a.bias)[filter * a.bias_stride]) : 0.f;
+    const T* row = static_cast<const T*>(a.weight) + filter * a.weight_filter;
+    const int rows = up ? -a.weight_row : a.weight_row, columns = left ? -a.weight_column : a.weight_column;
+    if (up) row += (kKernel - 1) * a.weight_row;
+    if (left) row += (kKernel - 1) * a.weight_column;
+#pragma unroll
+    for (int i = 0; i < kKernel; ++i, row += rows) {
+      const T* tap = row;
+#pragma unroll
+      for (int j = 0; j < kKernel; ++j, tap += columns) weight[i][j] = widen(*tap);
+    }
+  }
+
+  template <typename T>
+  __device__ void prepare(const Stream& a, const Chunk& c) {
+    uint32_t plane = threadIdx.x;
+    const uint32_t tile = a.by_units.split(plane);
+    if (plane < static_cast<uint32_t>(c.targets)) know<T>(a, c.target + plane, tile > 1, tile & 1);
+  }
+
+  template <typename T>
+  __device__ void compute_tile(const Stream& a, const RowRing& ring, const Chunk& c, int out, int plane,
+                               uint32_t tile) {
+    const bool up = kMirrors && tile > 1, left = kMirrors && tile & 1;
+    know<T>(a, c.target + plane, up, left);
+    constexpr int kSize = sizeof(T);
+    const int step = left ? -kSize : kSize, down = up ? -kSide * kSize : kSide * kSize;
+    const int first = left ? (kSide - 1) * kSize : 0, top = group_of(a, plane) * kSide + (up ? kSide - 1 : 0);
+    const int begin = ring.at(0) + first, ring_bytes = a.ring_bytes;
+    int from = begin + ring.wrap(c.source_slot + top) * (kSide * kSize);
+    int to = out + (plane * kSide + (up ? kSide - 1 : 0)) * (kSide * kSize) + first;
+
+    float sum[kRows][kColumns];
+#pragma unroll
+    for (int r = 0; r < kSource; ++r) {
+      float x[kSource];
+#pragma unroll
+      for (int s = 0; s < kSource; ++s) x[s] = widen(shared<T>(kMirrors ? from + s * step : from + s * kSize));
+      from += kMirrors ? down : kSide * kSize;
+      if (from >= begin + ring_bytes) from -= ring_bytes;
+      if (kMirrors && from < begin) from += ring_bytes;
+#pragma unroll
+      for (int i = kKernel - 1; i >= 0; --i) {
+        const int o = r - i + kReach;
+        if (o < 0 || o >= kRows) continue;
+#pragma unroll
+        for (int j = 0; j < kKernel; ++j)
+#pragma unroll
+          for (int v = 0; v < kColumns; ++v) {
+            const int s = v + j - kReach;
+            if (s < 0 || s >= kSource) continue;
+            const bool starts = (r == 0 || i == 0) && (j == 0 || s == 0);
+            sum[o][v] = fmaf(x[s], weight[i][j], starts ? bias : sum[o][v]);
+          }
+      }
+#pragma unroll
+      for (int o = 0; o < kRows; ++o)
+        if (r == (o + kReach < kSource ? o + kReach : kSource - 1)) {
+#pragma unroll
+          for (int v = 0; v < kColumns; ++v)
+            shared<T>(kMirrors ? to + v * step : to + v * kSize) = narrow<T>(sum[o][v]);
+          to += kMirrors ? down : kSide * kSize;
+        }
+    }
+  }
+};
+
 // grad_input at stride 2: a tile of kPairs x 7 pairs of rows and columns. Which taps reach a row depends on whether the
 // row plus the padding is even: known at compile time, given whether the padding is (kOdd).
 template <int kKernel, int kOdd>
 struct Spread : TileOfThread<Spread<kKernel, kOdd>> {
+  static constexpr bool kSoon = false;
   static constexpr int kPairs = kKernel == 3 ? 3 : 2;
   static constexpr int kRows = 2 * kPairs, kColumns = 14;
   static constexpr int kMaxThreads = 128, kBlocks = 3;
@@ -206,7 +288,23 @@ struct Spread : TileOfThread<Spread<kKernel, kOdd>> {
   }
 };
 
+struct Setting {
+  int* counter;
+  int value;
+};
+
+__global__ void write_counter(const __grid_constant__ Setting setting) {
+  let_next_kernel_start();
+  wait_for_kernel_before();
+  *setting.counter = setting.value;
+}
+
 }  // namespace
+
+void set_counter(int* counter, int value, cudaStream_t stream) {
+  launch_early(write_counter, Setting{counter, value}, 1, 1, stream);
+  check_launch("set_counter");
+}
 
 void launch_stream_nchw(const Problem& p, bool bulk, const Allocate& allocate, cudaStream_t stream) {
   Stream a;
@@ -221,6 +319,16 @@ void launch_stream_nchw(const Problem& p, bool bulk, const Allocate& allocate, c
         constexpr int kLongRow = 2800;  // bytes
         if constexpr (sizeof(T) == 4 && Kernel::kKernelH == 7 && Kernel::kStride == 1)
           if (a.fan_in == 1 && a.source.row_bytes > kLongRow)
+            return launch<T, Window<Kernel, false, 4>>(a, images, allocate, stream);
+        constexpr int kSide = Kernel::kKernelH;
+        if constexpr (sizeof(T) == 4 && Kernel::kSquare && kSide > 1 && Kernel::kStride == 1 && Kernel::kDilation == 1)
+          if (a.fan_in == 1 && a.padding_h == kSide / 2 && a.padding_w == kSide / 2 && a.height == a.width) {
+            if (a.height == 7) return launch<T, Corner<kSide, 7>>(a, images, allocate, stream);
+            if (a.height == 14) return launch<T, Corner<kSide, 14>>(a, images, allocate, stream);
+          }
+        // Where planes are one tile, shared memory holds too few of them to keep a multiprocessor's threads busy.
+        if constexpr (sizeof(T) == 4 && kSide == 5 && Kernel::kStride == 2)
+          if (!a.spread && a.fan_in == 1 && a.out_height <= 7 && a.out_width == 7)
             return launch<T, Window<Kernel, false, 4>>(a, images, allocate, stream);
         if (!a.spread && a.fan_in == 1) return launch<T, Window<Kernel, false>>(a, images, allocate, stream);
         if constexpr (Kernel::kSquare && Kernel::kKernelH > 1 && Kernel::kDilation == 1) {

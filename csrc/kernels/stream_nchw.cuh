@@ -8,6 +8,8 @@
 //   kTiles, kLanes           how many of them are computed together, and by how many threads: 1 by 1, or 8 by a warp
 //   kMaxThreads, kBlocks     of a block, and blocks of that size on a multiprocessor, as its registers allow
 //   kLoaders                 threads besides them that load: 0, or 32 where tiles are computed by warps
+//   kWhole                   whether it computes whole planes only
+//   kSoon                    whether a block asks for one chunk at first, which then is there sooner
 //   kFilterBytes             of shared memory, zeros at first, for each filter of a chunk
 //   prepare<T>(stream, chunk)             fills that, while the chunk is under way
 //   compute<T>(stream, ring, chunk, out)  computes the chunk, by all threads; may remember what it knows of its tiles
@@ -160,7 +162,6 @@ class Schedule {
   // Asks for the run after this one, if it is not known: some time before it is needed.
   __device__ void ask() {
     if (a_.counter == nullptr || !asks_) return;
-    wait_for_kernel_before();
     run_ = atomicAdd(a_.counter, 1);
     asks_ = false;
   }
@@ -186,12 +187,6 @@ class Schedule {
   bool asks_ = false;
 };
 
-// Sets the counter to the first run that is not a block's first or second one.
-static __global__ void set_counter(int* counter, int value) {
-  let_next_kernel_start();
-  *counter = value;
-}
-
 template <typename T, class Tile>
 __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlocks)
     stream_nchw(const __grid_constant__ Stream a) {
@@ -200,7 +195,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
   for (int i = 4 * threadIdx.x; i < a.filters_bytes; i += 4 * blockDim.x) shared<uint32_t>(a.filters_at + i) = 0;
   constexpr bool kByWarps = Tile::kLanes > 1;  // then a warp of its own looks chunks up and loads them
   static_assert(2 * sizeof(Chunk) + 16 <= kChunkBytes);
-  const Copier copier(a.bulk, kByWarps);
+  const Copier copier(a.bulk, kByWarps, true);
   copier.init();
 
   // What the stages hold is decided by the thread that begins copies, and known to the others after a barrier.
@@ -208,6 +203,8 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
   const auto number_in = [](int stage) -> int& { return shared<int>(kNumbers + 4 * stage); };
   if (copier.rank() == 0)
     for (int d = 0; d < kDepth; ++d) number_in(d) = schedule.next();
+  let_next_kernel_start();
+  wait_for_kernel_before();
   __syncthreads();
   Tile tiles;
   Cursor loaded, read;
@@ -226,8 +223,11 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
     }
     copier.commit(stage);
   };
+  // Memory has enough to do with a chunk for every block, and if each asked for two, some would wait long for the
+  // first.
+  const int at_first = Tile::kSoon && (copier.bulk || copier.dedicated) ? 1 : kDepth;
   if (!copier.dedicated || !copier.is_worker())
-    for (int d = 0; d < kDepth; ++d) load(number_in(d), d);
+    for (int d = 0; d < at_first; ++d) load(number_in(d), d);
   if (kByWarps) __syncthreads();
 
   int stage = 0;
@@ -248,12 +248,15 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
     copier.wait_full(stage, parity);
     copier.stored();
     __syncthreads();
+    if (Tile::kSoon && !copier.dedicated && first && at_first < kDepth) load(number_in(1), 1);
     if (!copier.dedicated && copier.rank() == 0) schedule.ask();
     if (copier.is_worker()) {
       tiles.template compute<T>(a, ring, c, out);
-    } else if (copier.rank() == 0) {
-      if (!first) load(number_in(1 - stage) = schedule.next(), 1 - stage);  // in place of the chunk before
-      schedule.ask();
+    } else {
+      if (!first && copier.rank() == 0) number_in(1 - stage) = schedule.next();
+      __syncwarp();
+      if (!first || at_first < kDepth) load(number_in(1 - stage), 1 - stage);  // in place of the chunk before, if any
+      if (copier.rank() == 0) schedule.ask();
     }
     if (!copier.dedicated && copier.rank() == 0) number_in(stage) = schedule.next();
     const auto to = reinterpret_cast<T*>(c.target_row);  // read before the barrier: another chunk may take c's place
@@ -275,6 +278,7 @@ struct Cut {
 // What there is to know of a class of tiles.
 struct TileSize {
   int rows, columns, together, lanes, loaders, filter_bytes;
+  bool whole;
   int threads_per_block, threads_per_multiprocessor;  // as the registers allow
 };
 
@@ -285,7 +289,12 @@ inline int conflicts(const Stream& a, const TileSize& tile, int tile_rows, bool 
   for (int t = 0; t < std::min(tile.together, a.tiles); ++t) {
     const int strip = down ? t / tile_rows : t % a.strips, row = down ? t % tile_rows : t / a.strips;
     const int column = std::max(std::min(strip * tile.columns, a.out_width - tile.columns), 0);
-    const int word = (row * tile.rows * a.stride_h * a.source.row_bytes + column * a.stride_w * 2) / 4;
+    int y = row * tile.rows, x = column;  // of the source
+    if (a.spread)
+      y /= a.stride_h, x /= a.stride_w;
+    else
+      y *= a.stride_h, x *= a.stride_w;
+    const int word = (y * a.source.row_bytes + x * 2) / 4;
     for (int w = word; w < word + 4; ++w) most = std::max(most, ++readers[w % 32]);
   }
   return most;
@@ -357,7 +366,11 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
     double score;
     if (tile.lanes > 1) {
       const double apart = blocks / (blocks + 2.);  // while one waits at a barrier, others compute
-      score = apart * even * std::min(busy, 768.) * chunk_bytes / (chunk_bytes + 6000);
+      score = apart * even * std::min(busy, 768.) * chunk_bytes / (chunk_bytes + 5500);
+      if (cut.bands > 1)
+        score *= chunk_rows / (chunk_rows + (a.kernel_h - 1.) * a.dilation_h);  // rows that bands share
+      // The warps of a block that is alone share four schedulers, which have as much to do as the busiest of them.
+      if (blocks == 1) score *= static_cast<double>(cut.threads) / round_up(cut.threads, 128);
     } else {
       // As many threads as keep up with memory are enough. Work should come in several parts: blocks, or rounds of a
       // thread. Whole lines of memory are better than parts of them, and planes than bands, which share rows.
@@ -369,7 +382,10 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
       const double parts = static_cast<double>(std::max(blocks, rounds));
       score =
           cut.bands > 1 ? enough * 0.65 * blocks / (blocks + 0.25) : enough * (lines ? 1 : 0.9) * parts / (parts + 0.5);
-      if (!a.bulk) score *= blocks / (blocks + 1.);  // threads that copy do not compute: others should
+      // In blocks of two chunks each little goes on at the same time.
+      if (cut.bands == 1 && turns > 1 && turns <= kDepth) score *= 0.6;
+      // Threads that copy do not compute: others should, and each for longer than it looks chunks up.
+      if (!a.bulk) score *= blocks / (blocks + 1.) * rounds / (rounds + 0.45) * (blocks == 1 ? 0.6 : 1);
     }
     if (score > best_score * (tile.lanes > 1 ? 1.02 : 1)) best_score = score, best = cut;
     return true;
@@ -380,10 +396,10 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
   const auto search = [&](int threads) {
     for (int64_t groups = 1; groups <= many; ++groups)
       if (!consider(groups, a.out_height, threads)) break;
-    if (a.fan_in == 1)
-      for (int64_t rows = tile.rows; rows < a.out_height; rows += tile.rows)
-        if (!consider(1, rows, threads)) break;
-    if (best_score < 0 && a.fan_in == 1) consider(1, kLeastRows, threads);
+    if (a.fan_in > 1 || tile.whole) return;
+    for (int64_t rows = tile.rows; rows < a.out_height; rows += tile.rows)
+      if (!consider(1, rows, threads)) break;
+    if (best_score < 0) consider(1, kLeastRows, threads);
   };
   if (tile.threads_per_block > 128 && tile.lanes == 1) search(tile.threads_per_block);
   search(128);
@@ -402,19 +418,21 @@ inline int blocks_for(const Stream& a, int room) {
   return static_cast<int>(std::min<int64_t>(a.chunks, less >= 0.9 * room ? less : room));
 }
 
-// Whether a counter saves more than it costs: blocks that take a few chunks each end together anyway.
+// Whether a counter saves more than it costs, a launch: blocks that take few chunks each cannot share them better.
 inline bool pays_to_count(const Stream& a, int64_t images, int blocks) {
   constexpr int64_t kLeastBytes = int64_t{48} << 20;
   const auto bytes_of = [](const Planes& array) { return int64_t{array.rows} * array.row_bytes; };
-  const int64_t least_chunks = int64_t{a.bands > 1 ? 3 : 6} * blocks;
-  return images * (bytes_of(a.source) + bytes_of(a.target)) >= kLeastBytes && a.chunks >= least_chunks;
+  return images * (bytes_of(a.source) + bytes_of(a.target)) >= kLeastBytes && a.chunks >= int64_t{3} * blocks;
 }
+
+// Sets a counter to the first run that is not a block's first or second one (stream_nchw.cu).
+void set_counter(int* counter, int value, cudaStream_t stream);
 
 template <typename T, class Tile>
 void launch(Stream a, int64_t images, const Allocate& allocate, cudaStream_t stream) {
-  constexpr TileSize kTile{
-      Tile::kRows,    Tile::kColumns,     Tile::kTiles,      Tile::kLanes,
-      Tile::kLoaders, Tile::kFilterBytes, Tile::kMaxThreads, (Tile::kMaxThreads + Tile::kLoaders) * Tile::kBlocks};
+  constexpr TileSize kTile{Tile::kRows,  Tile::kColumns,    Tile::kTiles,
+                           Tile::kLanes, Tile::kLoaders,    Tile::kFilterBytes,
+                           Tile::kWhole, Tile::kMaxThreads, (Tile::kMaxThreads + Tile::kLoaders) * Tile::kBlocks};
   const Device& device = current_device();
   const auto kernel = stream_nchw<T, Tile>;
   a.bulk = a.bulk && device.capability >= 90;
@@ -441,14 +459,9 @@ void launch(Stream a, int64_t images, const Allocate& allocate, cudaStream_t str
   a.runs = static_cast<int>(ceil_div(a.chunks, a.run));
   if (counts) {
     a.counter = static_cast<int*>(allocate(sizeof(int)));
-    set_counter<<<1, 1, 0, stream>>>(a.counter, 2 * blocks);
-    check_launch("set_counter");
+    set_counter(a.counter, 2 * blocks, stream);
   }
-  const int threads = decision.cut.threads + (a.bulk ? Tile::kLoaders : 0);
-  if (counts)
-    launch_early(kernel, a, blocks, threads, stream, {.shared_bytes = shared_bytes(a)});
-  else
-    kernel<<<blocks, threads, shared_bytes(a), stream>>>(a);
+  launch_early(kernel, a, blocks, decision.cut.threads + Tile::kLoaders, stream, {.shared_bytes = shared_bytes(a)});
   check_launch("stream_nchw");
 }
 

@@ -29,6 +29,7 @@ template <int kKernelH, int kStride, int kTileRows, bool kSum, bool kWide = fals
 struct Toeplitz {
   static_assert(!kWide || kStride == 1);
   static constexpr int kRows = kTileRows, kColumns = 16, kTiles = 8, kLanes = 32, kLoaders = 32;
+  static constexpr bool kWhole = false, kSoon = true;
   static constexpr int kMaxThreads = kStride == 1 && kRows < 14 && !kSum ? 288 : 224, kBlocks = 2;
   static constexpr int kRowBytes = kWide ? kWideRowBytes : kBandRowBytes;
   static constexpr int kFilterBytes = kBandHeadBytes + kRowBytes * kKernelH;
@@ -244,6 +245,181 @@ struct Toeplitz {
   }
 };
 
+// grad_input at stride 2. Every other tap reaches an output: B[k][n] = weight[n - 2 k + what follows from the padding],
+// 8 columns in and 8 columns out, where the lower 8 rows of pixels are the same tiles 4 source columns on. kOdd:
+// whether the padding above is odd, which says by which rows of the kernel a row is reached.
+template <int kKernel, int kOdd>
+struct ToeplitzSpread {
+  static constexpr int kRows = 8, kColumns = 16, kTiles = 8, kLanes = 32, kLoaders = 32;
+  static constexpr bool kWhole = false, kSoon = true;
+  static constexpr int kMaxThreads = 288, kBlocks = 2;
+  static constexpr int kMiddle = 16;  // zeros before the weights of a row, and 9 or more behind them
+  static constexpr int kFilterBytes = kSpreadRowBytes * kKernel;
+  // Source rows that a tile reads, from its first one's on.
+  static constexpr int kLow = -((kKernel - 1 - kOdd) / 2), kSourceRows = (kOdd + kRows - 1) / 2 - kLow + 1;
+
+  // Where windows begin: source columns from half the first target column, an even place if all rows begin alike.
+  struct Window {
+    bool fit;
+    int odd, low, shift;
+  };
+  static __device__ Window window_of(const Stream& a) {
+    const int odd = a.padding_w & 1, low = (a.padding_w - odd) / 2 - (kKernel - 1 - odd) / 2;
+    const bool fit = a.width % 2 == 0;
+    return {fit, odd, low, fit ? (a.phase / 2 + low) & 1 : 0};
+  }
+
+  int first_filter = -1;  // of those that are prepared
+
+  template <typename T>
+  __device__ void prepare(const Stream& a, const Chunk& c) {
+    uint32_t first = c.target * a.fan_in;
+    first = a.by_weights.split(first);
+    if (first_filter == static_cast<int>(first)) return;
+    first_filter = first;
+    constexpr int kTaps = kKernel * kKernel;
+    const int lane = threadIdx.x % 32, filters = c.targets * a.fan_in;
+    for (int f = threadIdx.x / 32; f < filters; f += blockDim.x / 32) {
+      uint32_t filter = c.target * a.fan_in + f;
+      filter = a.by_weights.split(filter);
+      const T* taps = static_cast<const T*>(a.weight) + filter * a.weight_filter;
+#pragma unroll
+      for (int t = 0; t < kTaps; t += 32)
+        if (t + lane < kTaps) {
+          const int i = (t + lane) / kKernel, j = (t + lane) % kKernel;
+          shared<T>(a.filters_at + f * kFilterBytes + i * kSpreadRowBytes + 2 * (kMiddle + j)) =
+              __ldg(taps + i * a.weight_row + j * a.weight_column);
+        }
+    }
+  }
+
+  // The warp's 8 tiles of a plane, as far as they are the thread's.
+  int unit = -1;
+  int row, column, weights;  // of the tile: its place in the plane, and of its weights
+  int source_row, source_column;
+  uint32_t inside;   // a bit for each source row that is inside the image, or the chunk's part of it
+  uint32_t mask[2];  // of the pixels inside the image
+  uint32_t heights;  // for each of the thread's 4 columns a byte: how many rows are to be written
+
+  __device__ void place(const Stream& a, const Chunk& c, int unit) {
+    this->unit = unit;
+    const int lane = threadIdx.x % 32, pair = lane % 4 * 2;
+    uint32_t tile = unit * kTiles + lane / 4;
+    int strip = (a.down ? a.by_tile_rows : a.by_strips).split(tile);
+    row = tile;
+    if (a.down) row = strip, strip = tile;
+    row *= kRows;
+    const int rows = strip < a.strips ? max(min(kRows, c.rows - row), 0) : 0;  // there may be less than 8 tiles left
+    // The last strip overlaps the others. It begins at a multiple of 4, of which half is even.
+    column = max(min(strip * kColumns, (a.out_width - kColumns + 3) & ~3), 0);
+    const auto [fit, odd, low, shift] = window_of(a);
+    source_column = column / 2 + low - shift + pair;
+    const int first = strip * kColumns - column - pair, last = a.out_width - column - pair;
+    column += pair;
+    heights = 0;
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+      const int at = v / 2 * 8 + v % 2;
+      heights |= (at >= first && at < last ? rows : 0) << 8 * v;
+    }
+#pragma unroll
+    for (int w = 0; w < 2; ++w) {
+      const auto inside = [&](int x) { return static_cast<uint32_t>(x) < static_cast<uint32_t>(a.width); };
+      const int x = source_column + 4 * w;
+      mask[w] = (inside(x) ? 0xffffu : 0) | (inside(x + 1) ? 0xffff0000u : 0);
+    }
+    const int y = (c.row + row + a.padding_h - kOdd) / 2 + kLow, top = c.group * a.fan_in * a.height - c.source_begin;
+    // Of each of the planes that are summed over.
+    const int begin = max(-y, 0),
+              end = min((a.bands > 1 ? min(a.height, c.source_end - c.source_begin - top) : a.height) - y, 32);
+    inside = rows > 0 && end > begin ? ~0u >> (32 - end) & ~0u << begin : 0;
+    source_row = top + y;
+    // The tap of the thread's first weight: that of the source column `low` less than half the target's is the last.
+    const int tap = odd + 2 * ((kKernel - 1 - odd) / 2) + 2 * shift + lane / 4 - 2 * pair;
+    weights = a.filters_at + 2 * (kMiddle + tap);
+  }
+
+  template <typename T>
+  __device__ void compute(const Stream& a, const RowRing& ring, const Chunk& c, int out) {
+    uint32_t first_plane = threadIdx.x / 32;
+    const int first_unit = a.by_warps_side.split(first_plane), targets = c.targets, chunk_rows = c.rows,
+              source_slot = c.source_slot;
+    for (int u = first_unit; u < a.units; u += a.warps_side) {
+      if (unit != u || a.bands > 1) place(a, c, u);
+      for (int plane = first_plane; plane < targets; plane += a.plane_step) {
+        const int slot = source_slot + source_row + group_of(a, plane) * a.fan_in * a.height;
+        float sum[kRows][4] = {};
+        if (window_of(a).fit)
+          add<T, true>(a, ring, slot, plane * a.fan_in * kFilterBytes, sum);
+        else
+          add<T, false>(a, ring, slot, plane * a.fan_in * kFilterBytes, sum);
+        const int to = out + 2 * ((plane * chunk_rows + row) * a.out_width + column);
+        const auto height = [&](int v) { return static_cast<int>(heights >> 8 * v & 255); };
+        const bool pairs = a.out_width % 2 == 0 && out % 4 == 0;
+        auto zero = narrow_pair(0.f, 0.f, T{});
+        const auto none = zero;
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const auto values = narrow_pair(sum[r][2 * h], sum[r][2 * h + 1], T{});
+#if __CUDA_ARCH__ >= 800
+            zero = __hfma2(values, none, zero);
+#endif
+            const int at = to + r * a.target.row_bytes + 16 * h;
+            if (pairs) {
+              if (r < height(2 * h)) shared<Pair<T>>(at) = values;
+            } else {
+              if (r < height(2 * h)) shared<T>(at) = values.x;
+              if (r < height(2 * h + 1)) shared<T>(at + 2) = values.y;
+            }
+          }
+        if (!(__low2float(zero) == 0 && __high2float(zero) == 0))  // NaN: an output is not finite
+          for (int v = 0; v < 4; ++v)
+            if (height(v) > 0) tile_by_taps<T>(a, ring, c, out, plane, row, height(v), column + v / 2 * 8 + v % 2, 1);
+      }
+    }
+  }
+
+  // Adds up 8 tiles of which the first source row is, or would be, in the ring's `slot`.
+  template <typename T, bool kPairs>
+  __device__ void add(const Stream& a, const RowRing& ring, int slot, int filter, float (&sum)[kRows][4]) const {
+    const uint32_t ring_bytes = a.ring_bytes;
+    const int origin = ring.at(0) + 2 * source_column;
+    for (int q = 0; q < a.fan_in; ++q, filter += kFilterBytes, slot += a.height) {
+      uint32_t band[kKernel];
+#pragma unroll
+      for (int i = 0; i < kKernel; ++i) {
+        const int at = weights + filter + i * kSpreadRowBytes;
+        band[i] = shared<uint16_t>(at) | static_cast<uint32_t>(shared<uint16_t>(at - 4)) << 16;
+      }
+      uint32_t source = (inside ? ring.wrap(slot) : 0) * ring.row_bytes;
+#pragma unroll
+      for (int r = 0; r < kSourceRows; ++r) {
+        const int from = (inside >> r & 1 ? static_cast<int>(source) : kZeros - origin) + origin;
+        uint32_t x[2];
+#pragma unroll
+        for (int w = 0; w < 2; ++w) {
+          if (kPairs) {
+            x[w] = shared<uint32_t>(from + 8 * w);
+          } else {
+            const int at = (from & ~3) + 8 * w;  // zeros are that many too
+            x[w] = __funnelshift_r(shared<uint32_t>(at), shared<uint32_t>(at + 4), (from & 2) * 8);
+          }
+          x[w] &= mask[w];
+        }
+        source += ring.row_bytes;
+        source = min(source, source - ring_bytes);
+#pragma unroll
+        for (int i = 0; i < kKernel; ++i) {
+          const int o = 2 * (r + kLow) + i - kOdd;
+          if (o >= 0 && o < kRows) multiply(sum[o], x, band[i], T{});
+        }
+      }
+    }
+  }
+};
+
 // The rows of a tile that waste least: tiles that a plane does not fill, and rows that two tiles read.
 template <int kKernelH, int kStride, typename Go>
 void choose_rows(const Stream& a, Go&& go) {
@@ -277,6 +453,10 @@ void launch_toeplitz_nchw(const Problem& p, bool bulk, const Allocate& allocate,
     if constexpr (sizeof(T) == 2) {
       const auto go = [&](auto tile) { launch<T, decltype(tile)>(a, images, allocate, stream); };
       const int rows = (a.kernel_h - 1) * a.dilation_h + 1, columns = (a.kernel_w - 1) * a.dilation_w + 1;
+      if (a.spread) {
+        if (a.padding_h % 2 == 0) return go(ToeplitzSpread<7, 0>{});
+        return go(ToeplitzSpread<7, 1>{});
+      }
       if (columns > kMaxBandColumns) {
         if (a.fan_in > 1) return go(Toeplitz<1, 1, 4, true, true>{});
         return go(Toeplitz<1, 1, 7, false, true>{});
