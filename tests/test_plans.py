@@ -1085,6 +1085,39 @@ def test_marches_over_many_images_are_exact(tile: tuple, dtype: torch.dtype) -> 
                     assert wrong_numbers(result, exact[name].round()) == 0, (name, str(case))
 
 
+def check_march(case: Case, dtype: torch.dtype) -> None:
+    """March_channels_last against float64, where it can march: the output and the gradient of the input."""
+    tensors = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
+    grad_output = integers(*output_size(case)).to(tensors[0]).contiguous(memory_format=torch.channels_last)
+    exact = run_float64(tensors, grad_output, **case.geometry)._asdict()
+    marched = set()
+    for name, plan, result in results_of_plans(case, tensors, grad_output, True):
+        if plan == "march_channels_last":
+            assert wrong_numbers(result, exact[name].round()) == 0, (name, str(case))
+            marched.add(name)
+    assert marched == {"output", "grad_input"}, str(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+def test_marches_share_rows(dtype: torch.dtype) -> None:
+    """Even shares, bands of images, and half of the rows in small shares where there is much to move."""
+    for channels, batch, size in ((64, 2, (700, 520)), (144, 40, (56, 56)), (8, 3, (1000, 37)), (24, 1, (2, 3000))):
+        check_march(tile_case(((3, 3), 1, 1), batch, channels, size), dtype)
+    check_march(tile_case(((3, 3), 2, 1), 30, 96, (112, 112)), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+def test_march_of_three_channels(dtype: torch.dtype) -> None:
+    """Rows of whole words and others, more columns than a block has, and few."""
+    for width in (1, 4, 7, 28, 60, 128, 132, 516, 1028, 1030):
+        for padding in ((1, 1), (0, 0), (2, 1)):
+            if width + 2 * padding[1] >= 3:
+                case = tile_case(((3, 3), 1, 1), 3, 3, (19, width), bias=width % 8 == 4)
+                check_march(case._replace(padding=padding), dtype)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("tile", TILES, ids=str)

@@ -1,6 +1,8 @@
-// Forward and grad_input of small kernels in channels_last (march.cuh). A thread owns one channel, or two neighbouring
-// ones, of a strip of columns. It marches down the image: each source row, read once, is added to all the output rows
-// that it reaches, whose sums are in registers; the oldest of them is then complete.
+// Forward and grad_input of small kernels in channels_last (march_channels_last.cuh). A thread owns one channel, or two
+// neighbouring ones, or all three of an image that has three, of a strip of columns. It marches down the image: each
+// source row, read once, is added to all the output rows that it reaches, whose sums are in registers; the oldest of
+// them is then complete. Outputs go to memory directly, or, where they are many to a source row, by way of shared
+// memory, from which bulk copies take them.
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -8,6 +10,7 @@
 #include "launch.h"
 #include "mapping.h"
 #include "march_channels_last.cuh"
+#include "overlap.cuh"
 #include "small_kernels.h"
 
 namespace dwconv {
@@ -35,12 +38,21 @@ struct March {
   int threads;        // without the warp that loads
   // If not 0: a warp owns that many strips, of all channels, and puts their outputs side by side before it stores them.
   int warp_strips;
+  // If not 0: rows of outputs are put together in shared memory and leave by bulk copies, from two buffers in turn of
+  // so many bytes each, behind the ring.
+  int row_bytes;
   int group;  // source rows that are loaded together
   int slot_bytes, ring_bytes;
   int stage_bytes;  // behind the ring, for the outputs of a warp
   int workers;      // blocks that share the rows of a slab and a span
+  int grain;        // of their shares, in rows
   bool bulk;        // whether rows come by bulk copies
   bool pairs;       // whether a thread may own two channels
+  bool twins;       // whether it may own both filters of one
+  bool wide;        // whether all of the target is a multiple of 16 bytes
+  // With three channels: whether outputs of a strip are whole words of four elements, and what it reads begins with the
+  // second element of one.
+  bool fours;
   Divider by_lanes, by_slabs, by_spans, by_units, by_fan_out;
 };
 
@@ -139,24 +151,28 @@ __device__ __noinline__ void strip_by_taps(const March& a, int begin, int end, i
 }
 
 // What a kernel is compiled for. kSpread: grad_input at stride 2. kFan: source channels that a filter sums over, if
-// kChannels, those that a thread owns side by side, is 1.
-template <class Kernel, bool kSpread_, int kChannels_, int kFan_>
+// kChannels, those that a thread owns side by side, is 1. kTwins: the two that a thread owns are filters of one
+// channel.
+template <class Kernel, bool kSpread_, int kChannels_, int kFan_, bool kTwins_ = false>
 struct Tile {
   static constexpr int kKernelH = Kernel::kKernelH, kKernelW = Kernel::kKernelW;
   static constexpr int kStride = Kernel::kStride, kDilation = Kernel::kDilation;
   static constexpr bool kSpread = kSpread_;
   static constexpr int kChannels = kChannels_, kFan = kFan_;
+  static constexpr bool kTwins = kTwins_;
 
-  static constexpr int kPair = kSpread ? 2 : 1;               // outputs of a unit, along a side
-  static constexpr int kStep = kSpread ? 1 : kStride;         // source rows from unit to unit
-  static constexpr int kStrip = kSpread ? 4 : 7;              // units of a thread
-  static constexpr int kLive = (kKernelH - 1) / kStride + 1;  // rows of units under way
+  static constexpr int kPair = kSpread ? 2 : 1;                     // outputs of a unit, along a side
+  static constexpr int kStep = kSpread ? 1 : kStride;               // source rows from unit to unit
+  static constexpr int kStrip = kSpread || kChannels == 3 ? 4 : 7;  // units of a thread
+  static constexpr int kLive = (kKernelH - 1) / kStride + 1;        // rows of units under way
   static constexpr int kExtentH = kSpread ? kLive : (kKernelH - 1) * kDilation + 1;
   static constexpr int kExtentW = kSpread ? (kKernelW - 1) / 2 + 1 : (kKernelW - 1) * kDilation + 1;
   static constexpr int kColumns = (kStrip - 1) * kStep + kExtentW;  // of the source, for a strip
   static constexpr int kRowsPerStep = kStep * kDilation;
 
-  static constexpr bool kBulk = kChannels == 2 || kKernelH > 3;  // whether it is compiled for bulk copies
+  static constexpr bool kBulk = kChannels == 2 || kFan == 2 || kKernelH > 3;  // whether it is compiled for bulk copies
+  // Whether outputs leave by bulk copies where rows come by them: it pays where there are four times as many.
+  static constexpr bool kLeaves = kSpread && kChannels == 2;
   // As many threads as registers allow.
   static constexpr int kRegisters = kDilation * (kSpread ? kKernelH : kLive) * kPair * kStrip * kChannels +
                                     kKernelH * kKernelW * kChannels * kFan + kColumns * kChannels + 16 + 16 * kFan;
@@ -168,8 +184,9 @@ struct Tile {
 // Neighbouring channels of a pixel in shared memory.
 template <typename T, int kChannels>
 __device__ void read_pixel(int offset, float (&x)[kChannels]) {
-  if constexpr (kChannels == 1) {
-    x[0] = widen(shared<T>(offset));
+  if constexpr (kChannels == 1 || kChannels == 3) {
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) x[c] = widen(shared<T>(offset + c * static_cast<int>(sizeof(T))));
   } else if constexpr (sizeof(T) == 4) {
     const float2 both = shared<float2>(offset);
     x[0] = both.x, x[1] = both.y;
@@ -180,12 +197,44 @@ __device__ void read_pixel(int offset, float (&x)[kChannels]) {
 
 template <typename T, int kChannels>
 __device__ void write_pixel(char* to, const float (&x)[kChannels]) {
-  if constexpr (kChannels == 1)
-    *reinterpret_cast<T*>(to) = narrow<T>(x[0]);
+  if constexpr (kChannels == 1 || kChannels == 3)
+#pragma unroll
+    for (int c = 0; c < kChannels; ++c) reinterpret_cast<T*>(to)[c] = narrow<T>(x[c]);
   else if constexpr (sizeof(T) == 4)
     *reinterpret_cast<float2*>(to) = make_float2(x[0], x[1]);
   else
     *reinterpret_cast<Pair<T>*>(to) = narrow_pair(x[0], x[1], T{});
+}
+
+// Four neighbouring elements.
+template <typename T>
+using Four = std::conditional_t<sizeof(T) == 4, float4, uint2>;
+
+template <typename T>
+__device__ Four<T> narrow_four(float a, float b, float c, float d) {
+  if constexpr (sizeof(T) == 4) {
+    return make_float4(a, b, c, d);
+  } else {
+    const Pair<T> low = narrow_pair(a, b, T{}), high = narrow_pair(c, d, T{});
+    return make_uint2(*reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high));
+  }
+}
+
+// Pixels of three channels in shared memory, the first of which is the second one of four neighbouring elements.
+template <typename T, int kPixels>
+__device__ void read_fours(int offset, float (&x)[kPixels][3]) {
+#pragma unroll
+  for (int i = 0; i < 3 * kPixels + 1; i += 4) {
+    const Four<T> word = shared<Four<T>>(offset + (i - 1) * static_cast<int>(sizeof(T)));
+    float four[4];
+    if constexpr (sizeof(T) == 4)
+      four[0] = word.x, four[1] = word.y, four[2] = word.z, four[3] = word.w;
+    else
+      widen_pair(word.x, four[0], four[1], T{}), widen_pair(word.y, four[2], four[3], T{});
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if (const int at = i + j - 1; at >= 0 && at < 3 * kPixels) x[at / 3][at % 3] = four[j];
+  }
 }
 
 // Stores a row of a warp's strips. Pixels of less than a sector of 32 bytes, written one by one, would write every
@@ -194,7 +243,8 @@ __device__ void write_pixel(char* to, const float (&x)[kChannels]) {
 template <typename T, class Tile>
 __device__ void store_staged(const March& a, char* pixel, int x, bool live,
                              const float (&values)[Tile::kStrip * Tile::kPair][Tile::kChannels]) {
-  constexpr int kWidth = Tile::kStrip * Tile::kPair, kWord = sizeof(T) * Tile::kChannels;
+  constexpr int kWidth = Tile::kStrip * Tile::kPair, kChannels = Tile::kChannels, kSize = sizeof(T);
+  constexpr int kWord = kChannels == 3 ? kSize : kSize * kChannels, kWords = kWidth * kSize * kChannels / kWord;
   using Word = std::conditional_t<kWord == 8, float2, std::conditional_t<kWord == 4, uint32_t, uint16_t>>;
   uint32_t thread;  // read anew for every row: what follows from it is not worth registers of all kernels
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
@@ -202,27 +252,85 @@ __device__ void store_staged(const March& a, char* pixel, int x, bool live,
   const int warp = static_cast<int>(thread / 32), first = static_cast<int>(strip), lane = a.by_lanes.split(strip);
   const int before = live ? static_cast<int>(strip) * kWidth : 0, stage = kRing + a.ring_bytes + warp * a.stage_bytes;
   __syncwarp();
-  if (live)
+  if constexpr (kChannels == 3) {
+    if (live)
+#pragma unroll
+      for (int i = 0; i < kWords; i += 4)
+        shared<Four<T>>(stage + (before * 3 + i) * kSize) =
+            narrow_four<T>(values[i / 3][i % 3], values[(i + 1) / 3][(i + 1) % 3], values[(i + 2) / 3][(i + 2) % 3],
+                           values[(i + 3) / 3][(i + 3) % 3]);
+  } else if (live) {
 #pragma unroll
     for (int v = 0; v < kWidth; ++v)
       write_pixel<T>(&shared<char>(stage + ((before + v) * a.lanes + lane) * kWord), values[v]);
+  }
   __syncwarp();
   x -= before, pixel -= before * a.target_pixel_bytes;
-  const int begin = max(-x, 0) * a.lanes;
-  const int end = min(min(a.warp_strips, a.strips - warp * a.warp_strips) * kWidth, a.target_width - x) * a.lanes;
+  const int pixel_words = kChannels == 3 ? 3 : a.lanes;
+  const int begin = max(-x, 0) * pixel_words;
+  const int end = min(min(a.warp_strips, a.strips - warp * a.warp_strips) * kWidth, a.target_width - x) * pixel_words;
+  if (kChannels == 3 && a.fours) {
 #pragma unroll
-  for (int v = 0; v < kWidth; ++v)
+    for (int v = 0; v < kWords; v += 4)
+      if (const int at = 32 * v + 4 * first; at < end)
+        *reinterpret_cast<Four<T>*>(pixel + at * kSize) = shared<Four<T>>(stage + at * kSize);
+    return;
+  }
+#pragma unroll
+  for (int v = 0; v < kWords; ++v)
     if (const int at = first + 32 * v; at >= begin && at < end)
       reinterpret_cast<Word*>(pixel)[at] = shared<Word>(stage + at * kWord);
 }
 
-__device__ inline void init_barriers(int warps) {
-  if (threadIdx.x == 0)
-    for (int i = 0; i < kGroups; ++i) init_barrier(Barriers::full(i), 1), init_barrier(Barriers::done(i), warps);
-  before_bulk_copies();  // of all threads: they may have written zeros
+// Waits for the others of so many threads of a block, whole warps.
+__device__ inline void sync_warps(int threads) {
+  __syncwarp();
+  asm volatile("barrier.sync.aligned 1, %0;" ::"r"(threads) : "memory");
 }
 
-// kBulk: rows come by bulk copies, which the last warp begins; the others then never wait for each other.
+// Lets them go on as for sync_warps, and does not wait.
+__device__ inline void arrive_warps(int threads) {
+  __syncwarp();
+  asm volatile("barrier.arrive.aligned 1, %0;" ::"r"(threads) : "memory");
+}
+
+// Waits, too. Returns whether `value` is true for all of them.
+__device__ inline bool all_of(int threads, bool value) {
+  int all;
+  __syncwarp();
+  asm volatile(
+      "{\n"
+      ".reg .pred mine, all;\n"
+      "setp.ne.s32 mine, %2, 0;\n"
+      "barrier.red.and.pred.aligned all, 1, %1, mine;\n"
+      "selp.s32 %0, 1, 0, all;\n"
+      "}"
+      : "=r"(all)
+      : "r"(threads), "r"(static_cast<int>(value))
+      : "memory");
+  return all;
+}
+
+// A warp begins to store a row of so many pixels, `part` bytes of each, by bulk copies.
+__device__ inline void store_row(const March& a, char* to, int from, int pitch, int columns, int part) {
+  const int lane = threadIdx.x % 32;
+  if (part == a.target_pixel_bytes) part *= columns, columns = 1;
+#pragma unroll 1
+  for (int i = lane; i < columns; i += 32)
+    store_bulk(to + static_cast<int64_t>(i) * a.target_pixel_bytes, shared_address(from + i * pitch), part);
+  commit_stores();
+}
+
+// The warp that loads prepares the barriers.
+__device__ inline void init_barriers(int warps) {
+  if (threadIdx.x % 32 == 0)
+    for (int i = 0; i < kGroups; ++i) init_barrier(Barriers::full(i), 1), init_barrier(Barriers::done(i), warps);
+  before_bulk_copies();
+  __syncwarp();
+}
+
+// kBulk: rows come by bulk copies, which the last warp begins. The others then wait for each other only where rows of
+// outputs leave by bulk copies, too.
 template <typename T, class Tile, bool kBulk>
 __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
     march_channels_last(const __grid_constant__ March a) {
@@ -236,8 +344,9 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
   uint32_t worker = blockIdx.x, strip = a.warp_strips ? threadIdx.x % 32 : threadIdx.x;
   const int slab = a.by_slabs.split(worker) * a.lanes;
   const int first_column = a.by_spans.split(worker) * a.strips * kStrip;
-  const int begin = static_cast<int>(static_cast<int64_t>(a.all_units) * worker / a.workers);
-  const int end = static_cast<int>(static_cast<int64_t>(a.all_units) * (worker + 1) / a.workers);
+  const int64_t grains = a.all_units / a.grain;
+  const int begin = static_cast<int>(grains * worker / a.workers) * a.grain;
+  const int end = static_cast<int>(grains * (worker + 1) / a.workers) * a.grain;
   int lane = a.by_lanes.split(strip);
   bool live = true;
   if (a.warp_strips) {
@@ -246,8 +355,10 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
     live = live && strip < a.strips;
     if (!live) strip = threadIdx.x / 32 * a.warp_strips, lane = 0;
   }
+  if (kBulk && threadIdx.x >= a.threads) live = false, strip = 0, lane = 0;
+  live = live && (slab + lane) * kChannels < a.filters;
+  if (!live) lane = 0;
   const int filter = (slab + lane) * kChannels;
-  live = live && filter < a.filters;
   const auto source_of = [&](int target) {  // the first source channel of a filter
     uint32_t channel = target;
     a.by_fan_out.split(channel);
@@ -258,12 +369,13 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
 
   const int warps = (a.threads + 31) / 32;  // without the one that loads
   Feed<Tile, std::conditional_t<kBulk, BulkLoader, RowLoader>> feed(a, slab_channel * kSize, source_column, begin, end);
-  clear_ring(a.source, slab_channel * kSize, source_column, a.width, kRing, a.ring_bytes);
   if constexpr (kBulk) {
-    init_barriers(warps);
-    __syncthreads();
     if (threadIdx.x >= 32 * warps) {
-      for (int i = 0; feed.find(a); ++i) {
+      init_barriers(warps);
+      arrive_warps(blockDim.x);
+      wait_for_kernel_before();
+      let_next_kernel_start();
+      for (uint32_t i = 0; feed.find(a); ++i) {
         const int stage = i % kGroups;
         if (i >= kGroups) wait(Barriers::done(stage), (i / kGroups - 1) % 2);
         feed.load(a, Barriers::full(stage));
@@ -271,9 +383,19 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
       }
       return;
     }
-    if (threadIdx.x >= a.threads) return;
+    clear_columns(a.source, source_column, a.width, kRing, a.slot_bytes, a.ring_bytes, 32 * warps);
+    sync_warps(blockDim.x);
+    wait_for_kernel_before();
+    let_next_kernel_start();
   } else {
-    __syncthreads();
+    if (a.source.unit == kUnit) {
+      clear_columns(a.source, source_column, a.width, kRing, a.slot_bytes, a.ring_bytes, blockDim.x);
+    } else {
+      clear_ring(a.source, source_column, a.width, kRing, a.ring_bytes);
+      __syncthreads();
+    }
+    wait_for_kernel_before();
+    let_next_kernel_start();
     for (int i = 0; i < kGroups - 1; ++i) feed.load(a), commit_copies();
   }
 
@@ -299,6 +421,10 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
       for (int c = 0; c < kChannels; ++c) bias[c] = widen(static_cast<const T*>(a.bias)[(filter + c) * a.bias_stride]);
   }
 
+  // What has to be computed again is stored again, which nothing would order behind a bulk copy.
+  bool rows_leave = false;
+  if constexpr (kBulk && Tile::kLeaves) rows_leave = a.row_bytes > 0 && all_of(32 * warps, finite);
+
   // Sums of the rows of units under way, the oldest first. Rows of either parity have sums of their own where there is
   // dilation, and so have both rows of a pair.
   constexpr int kSets = Tile::kSpread ? 2 : kDilation;
@@ -321,22 +447,46 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
   const int column = first_column + static_cast<int>(strip) * kStrip;
   const int x0 = column * kStep - a.lead_w;        // where the strip begins in the source
   const int target_x = column * kPair - a.skew_w;  // and in the target
-  const bool inner = !a.source.joined || (x0 >= 0 && x0 + Tile::kColumns <= a.width);  // or else it has to mask
+  const bool inner =
+      kBulk || !a.source.joined || (x0 >= 0 && x0 + Tile::kColumns <= a.width);  // or else it has to mask
   const bool whole = live && target_x >= 0 && target_x + kWidth <= a.target_width;
-  int slot = 0, fresh = 0;  // the next row in the ring; how many rows of its group are left
-  int groups = 0;           // that have been waited for
+  // Rows of outputs that leave together, as far as they lie inside the image.
+  const int row_pitch = a.lanes * kChannels * kSize;
+  const int row_place = static_cast<int>(strip) * kWidth * row_pitch + lane * kChannels * kSize;
+  const int row_x = first_column * kPair - a.skew_w;
+  const int row_before = max(-row_x, 0);
+  const int row_columns = min(a.strips * kWidth, a.target_width - row_x) - row_before;
+  const int64_t row_offset =  // of the thread's pixels in the row
+      (static_cast<int64_t>(strip) * kWidth - row_before) * a.target_pixel_bytes + lane * kChannels * kSize;
+  const int row_part = min(row_pitch, (a.filters - slab * kChannels) * kSize);
+  int slot = 0, fresh = 0;            // the next row in the ring; how many rows of its group are left
+  uint32_t groups = 0;                // that have been waited for
+  int buffer = kRing + a.ring_bytes;  // for the next row of outputs
   for (int at = begin; at < end;) {
     const Run t = run_of<Tile>(a, at, end);
     const int count = t.end - t.begin;
-    char* to =
-        a.target + (t.image * a.target_image_bytes + (t.begin * kPair - a.skew_h) * a.target_row_bytes +
-                    static_cast<int64_t>(target_x) * a.target_pixel_bytes + (a.warp_strips ? 0 : filter * kSize));
+    char* to = a.target +
+               (t.image * a.target_image_bytes + (t.begin * kPair - a.skew_h) * a.target_row_bytes +
+                static_cast<int64_t>(target_x) * a.target_pixel_bytes + (!kBulk && a.warp_strips ? 0 : filter * kSize));
 
     const auto store = [&](int y, const float (&values)[kWidth][kChannels]) {
       char* pixel = to;
       to += a.target_row_bytes;
       if (Tile::kSpread && static_cast<uint32_t>(y) >= static_cast<uint32_t>(a.target_height)) return;
-      if (a.warp_strips) {
+      if (kBulk && Tile::kLeaves && rows_leave) {
+        // Two buffers: the first warp sees to it that the other one is free before anybody may go on to it.
+        if (live)
+#pragma unroll
+          for (int v = 0; v < kWidth; ++v) write_pixel<T>(&shared<char>(buffer + row_place + v * row_pitch), values[v]);
+        before_bulk_copies();
+        if (threadIdx.x < 32) wait_stores();
+        sync_warps(32 * warps);
+        if (threadIdx.x < 32)
+          store_row(a, pixel - row_offset, buffer + row_before * row_pitch, row_pitch, row_columns, row_part);
+        buffer = buffer == kRing + a.ring_bytes ? buffer + a.row_bytes : kRing + a.ring_bytes;
+        return;
+      }
+      if (!kBulk && a.warp_strips) {
         store_staged<T, Tile>(a, pixel, target_x, live, values);
       } else if (whole) {
 #pragma unroll
@@ -371,7 +521,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
           }
           --fresh;
           int from = kRing + slot + place;
-          if (a.source.joined)
+          if (!kBulk && a.source.joined)
             from += phase_of(a.source, static_cast<uint32_t>(reinterpret_cast<uintptr_t>(a.source.base)) +
                                            t.image * static_cast<uint32_t>(a.source.image_bytes) +
                                            row * static_cast<uint32_t>(a.source.row_bytes) +
@@ -381,8 +531,19 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
 #pragma unroll
           for (int q = 0; q < kFan; ++q) {
             float x[Tile::kColumns][kChannels];
+            bool have = false;
+            if constexpr (kChannels == 3)
+              if (a.fours) read_fours<T>(from, x), have = true;
+            if (!have)
 #pragma unroll
-            for (int j = 0; j < Tile::kColumns; ++j) read_pixel<T>(from + j * pitch + q * kSize, x[j]);
+              for (int j = 0; j < Tile::kColumns; ++j)
+                if constexpr (Tile::kTwins) {
+                  float both[1];
+                  read_pixel<T>(from + j * pitch, both);
+                  x[j][0] = x[j][1] = both[0];
+                } else {
+                  read_pixel<T>(from + j * pitch + q * kSize, x[j]);
+                }
             if (!inner)
 #pragma unroll
               for (int j = 0; j < Tile::kColumns; ++j)
@@ -430,40 +591,60 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
     }
     at += count;
   }
+  if (kBulk && Tile::kLeaves && rows_leave && threadIdx.x < 32) wait_stores();
   if (live && !finite)
     for (int c = 0; c < kChannels; ++c) strip_by_taps<T, Tile>(a, begin, end, filter + c, column);
 }
 
+// How the rows of a slab and a span are shared: see March.
+struct Deal {
+  int workers = 0, grain = 1;
+};
+
 // How a pass is cut: see March.
 struct Cut {
   int lanes, strips, group;
+  Deal deal;
 };
 
 // What there is to know of a class of tiles.
 struct TileSize {
   int kernel_h, kernel_w, channels, fan, pair, step, strip, live, extent_h, extent_w;
-  int threads_per_block, threads_per_multiprocessor;  // as the registers allow
+  int threads_per_block;
+  bool leaves;
+  int registers[2] = {128, 128};  // of a thread, where rows come without bulk copies and with them
 };
+
+// Fills in how rows are shared.
+void take(March& a, const Deal& deal) {
+  a.workers = deal.workers, a.grain = deal.grain;
+}
 
 // Fills in what follows from a cut.
 void apply(March& a, const Cut& cut, const TileSize& tile, int64_t element) {
   a.lanes = cut.lanes, a.strips = cut.strips, a.group = cut.group;
+  take(a, cut.deal);
   const int64_t units_w = ceil_div(a.target_width + a.skew_w, tile.pair);
   a.by_lanes = Divider(cut.lanes), a.by_slabs = Divider(ceil_div(a.filters, cut.lanes * tile.channels));
   a.by_spans = Divider(ceil_div(units_w, cut.strips * tile.strip));
   a.by_units = Divider(a.units), a.by_fan_out = Divider(a.fan_out);
-  const int64_t slab = std::min<int64_t>(cut.lanes * tile.channels, a.filters) * a.fan_in / a.fan_out;
-  cut_pixels(a.source, slab * element, (cut.strips * tile.strip - 1) * tile.step + tile.extent_w,
-             cut.lanes * cut.strips);
-  // A bulk copy of less than some 500 bytes takes longer than its bytes do.
-  const bool gapless = a.source.pixel_bytes == a.source.slab_bytes;
-  a.bulk = a.bulk && a.source.unit == kUnit && (gapless || a.source.slab_bytes >= 512);
-  a.slot_bytes = a.source.ring_row_bytes(), a.ring_bytes = kGroups * cut.group * a.slot_bytes;
   const int pixel_bytes = static_cast<int>(cut.lanes * tile.channels * element);
-  const bool staged = pixel_bytes < 32 && a.target_pixel_bytes == pixel_bytes && a.filters == cut.lanes * tile.channels;
-  a.warp_strips = staged ? 32 / cut.lanes : 0;
-  a.threads = staged ? static_cast<int>(ceil_div(cut.strips, a.warp_strips)) * 32 : cut.lanes * cut.strips;
-  a.stage_bytes = staged ? static_cast<int>(round_up(a.warp_strips * tile.strip * tile.pair * pixel_bytes, kUnit)) : 0;
+  const int64_t part = std::min<int64_t>(cut.lanes * tile.channels, a.filters) * element;
+  const bool narrow = pixel_bytes < 32 && a.target_pixel_bytes == pixel_bytes && a.filters == cut.lanes * tile.channels;
+  a.warp_strips = narrow ? 32 / cut.lanes : 0;
+  a.threads = narrow ? static_cast<int>(ceil_div(cut.strips, a.warp_strips)) * 32 : cut.lanes * cut.strips;
+  cut_pixels(a.source, part * a.fan_in / a.fan_out, (cut.strips * tile.strip - 1) * tile.step + tile.extent_w,
+             a.threads);
+  // A bulk copy of less than some 500 bytes takes longer than its bytes do.
+  const auto pays = [](int64_t bytes, int64_t pixel) { return bytes == pixel || bytes >= 512; };
+  a.bulk = a.bulk && a.source.unit == kUnit && pays(a.source.slab_bytes, a.source.pixel_bytes);
+  a.slot_bytes = a.source.ring_row_bytes(), a.ring_bytes = kGroups * cut.group * a.slot_bytes;
+  const int row_bytes = static_cast<int>(round_up(cut.strips * tile.strip * tile.pair * pixel_bytes, kUnit));
+  const bool leaves = tile.leaves && a.bulk && a.wide && pixel_bytes % kUnit == 0 && pays(part, a.target_pixel_bytes);
+  a.row_bytes = leaves ? row_bytes : 0;
+  if (leaves) a.warp_strips = 0, a.threads = cut.lanes * cut.strips;
+  a.bulk = a.bulk && a.warp_strips == 0;
+  a.stage_bytes = static_cast<int>(round_up(a.warp_strips * tile.strip * tile.pair * pixel_bytes, kUnit));
 }
 
 // Threads of a block, and bytes of shared memory.
@@ -471,61 +652,92 @@ int threads_of(const March& a) {
   return a.bulk ? static_cast<int>(round_up(a.threads, 32)) + 32 : a.threads;
 }
 int shared_bytes(const March& a) {
-  return kRing + a.ring_bytes + a.threads / 32 * a.stage_bytes;
+  return kRing + a.ring_bytes + a.threads / 32 * a.stage_bytes + 2 * a.row_bytes;
 }
 
-// The blocks that share the rows of a slab and a span, where `resident` blocks fit a multiprocessor.
-int workers_for(const March& a, int64_t resident, const Device& d) {
-  const int64_t parts = int64_t{a.by_slabs.divisor} * a.by_spans.divisor;
-  return static_cast<int>(std::min<int64_t>(std::max<int64_t>(resident * d.multiprocessors / parts, 1), a.all_units));
+// Blocks that fit a multiprocessor, none if a cut is not possible.
+int64_t resident_blocks(const March& a, const TileSize& tile, const Device& d) {
+  if (threads_of(a) > tile.threads_per_block || shared_bytes(a) > d.shared_per_block) return 0;
+  if (!a.bulk && !a.source.joined && a.source.units > a.threads) return 0;
+  const int64_t threads = round_up(threads_of(a), 32), registers = round_up(tile.registers[a.bulk], 8);
+  return std::min<int64_t>(
+      {d.shared_per_multiprocessor / (shared_bytes(a) + 1024), (64 << 10) / (registers * threads), 2048 / threads, 32});
 }
 
-// Estimates how long a cut takes, in nanoseconds, from what memory, instructions and latency cost. The numbers are
-// fitted to measurements on an H200. Returns infinity for a cut that is not possible.
-double time_of(const March& whole, const Cut& cut, const TileSize& tile, int64_t element, const Device& d) {
-  constexpr double kNever = std::numeric_limits<double>::infinity();
-  constexpr double kBytes = 31, kCycles = 1.75;  // of a multiprocessor, in a nanosecond
-  March a = whole;
-  apply(a, cut, tile, element);
-  const double threads = cut.lanes * cut.strips, warps = std::ceil(threads / 32);
-  if (threads_of(a) > tile.threads_per_block || shared_bytes(a) > d.shared_per_block) return kNever;
-  if (!a.bulk && !a.source.joined && a.source.units > threads) return kNever;
-  const int64_t blocks = std::min<int64_t>({d.shared_per_multiprocessor / (shared_bytes(a) + 1024),
-                                            tile.threads_per_multiprocessor / round_up(threads_of(a), 32), 32});
-  if (blocks == 0) return kNever;
-  const int64_t slabs = a.by_slabs.divisor, workers = workers_for(a, blocks, d);
-  const int64_t grid = slabs * a.by_spans.divisor * workers;
-  const double waves = static_cast<double>(ceil_div(grid, blocks * d.multiprocessors));
-  const double active = static_cast<double>(std::min(blocks, ceil_div(grid, d.multiprocessors)));
+// Calls visit(Deal) with the ways to share rows, where `resident` blocks fit a multiprocessor: as many even shares as
+// blocks run at once, or so many of whole images; bands of images, more than run at once.
+template <typename Visit>
+void for_each_deal(const March& a, const TileSize& tile, int64_t resident, const Device& d, Visit&& visit) {
+  const int64_t parts = int64_t{a.by_slabs.divisor} * a.by_spans.divisor, images = a.all_units / a.units;
+  const int64_t most = std::max<int64_t>(resident * d.multiprocessors / parts, 1);
+  visit(Deal{static_cast<int>(std::min<int64_t>(most, a.all_units)), 1});
+  visit(Deal{static_cast<int>(ceil_div(images, ceil_div(images, most))), a.units});
+  // Three times as many rows as two bands need both.
+  const double least = std::max(3., 3. * (tile.extent_h - tile.step) / tile.step);
+  for (int64_t bands = 1; bands * least <= a.units; bands *= 2)
+    if (images * bands > most) visit(Deal{static_cast<int>(images * bands), 1});
+}
 
-  const double units = static_cast<double>(ceil_div(a.all_units, workers));
-  const double images = std::max(units / a.units + (std::fmod(units, a.units) > 0), 1.);
-  const double rolls = images * (tile.live - 1);  // rows that do not count for all outputs
+// What a block has to do that has the largest share of the rows.
+struct Work {
+  double rows, rolls;         // that are multiplied, and that are not; counted as units
+  double source_rows, again;  // that are loaded; and more of them, which another share loads, too
+};
 
-  const double outputs = tile.strip * tile.pair * tile.pair * tile.channels, unpack = element == 2;
+Work work_of(const March& a, const TileSize& tile) {
+  const double units = static_cast<double>(ceil_div(a.all_units / a.grain, a.workers) * a.grain);
+  // Even shares begin and end within an image, if they do not happen to be of whole ones.
+  const int share = a.all_units / a.workers;
+  const bool aligned = a.grain > 1 || (a.all_units % a.workers == 0 && (share % a.units == 0 || a.units % share == 0));
+  const double images = aligned ? std::max(units / a.units, 1.) : units / a.units + 1;
+  const double most = std::max(images, units / a.units) * a.height, own = std::min(units * tile.step, most);
+  const double again = std::min(units * tile.step + images * (tile.extent_h - tile.step), most) - own;
+  return {units + again / tile.step, images * (tile.live - 1), own, again};
+}
+
+// Estimates how long a cut takes, in nanoseconds, from what instructions, memory and latency cost. The numbers are
+// fitted to 2,400 timings of cuts on an H100, with each of the three felt beside the others.
+double time_of(const March& a, const TileSize& tile, int64_t element, int64_t resident, const Device& d) {
+  const Work work = work_of(a, tile);
+  const double multiprocessors = d.multiprocessors;
+  const double parts = static_cast<double>(a.by_slabs.divisor) * a.by_spans.divisor;
+  const double grid = parts * a.workers, places = static_cast<double>(resident) * multiprocessors;
+  const double waves = std::max(grid / places, 1.);
+  const bool many = grid > places;  // blocks begin as others end
+
+  const double warps = std::ceil(a.threads / 32.), unpack = element == 2;
+  const double outputs = tile.strip * tile.pair * tile.pair * tile.channels;
   const double columns = (tile.strip - 1) * tile.step + tile.extent_w;
-  double load = 0;
-  if (!a.bulk)
-    load = 35 + (a.source.joined ? 16 : 12) * a.slot_bytes / (threads * (a.source.joined ? kUnit : a.source.unit));
-  const double row = tile.kernel_h * tile.kernel_w * tile.strip * tile.channels * tile.fan +
-                     tile.step * (28 + load + tile.fan * columns * (2 + unpack * tile.channels)) +
-                     outputs / tile.channels * (4 + unpack);
-  const double rate = std::min(0.6, 0.2 * active * warps / 4) * 4 * kCycles;
-  const double instructions = active * warps * (units * row + rolls * (tile.live * outputs + 15)) / rate;
+  const double load = a.bulk ? 0 : 140 + 131 * a.slot_bytes / (a.threads * (a.source.joined ? kUnit : a.source.unit));
+  const double row = tile.kernel_h * tile.kernel_w * tile.strip * tile.channels * tile.fan + tile.step * (20 + load) +
+                     tile.step * tile.fan * columns * (2 + 0.57 * unpack * tile.channels) +
+                     outputs / tile.channels * unpack;
+  const double roll = 0.43 * tile.live * outputs + 15;
+  const double blocks = many ? grid / multiprocessors : std::ceil(grid / multiprocessors);  // of a multiprocessor
+  const double instructions = blocks * warps * (2675 + work.rows * row + work.rolls * roll) / 9.9;
 
-  const double rows = std::min<double>(units * tile.step + images * (tile.extent_h - tile.step), images * a.height);
-  const double width = std::min<double>(a.width, cut.strips * tile.strip * tile.step);
-  double bytes = rows * (width + 0.25 * (tile.extent_w - tile.step)) * a.source.slab_bytes +
-                 units * tile.pair * std::min<double>(cut.strips * tile.strip * tile.pair, a.target_width) *
-                     std::min<double>(cut.lanes * tile.channels, a.filters) * element;
-  if (slabs > 1 && a.source.slab_bytes < 128) bytes *= 1 + 0.6 * (128 - a.source.slab_bytes) / 128;
-  const double on_the_way = active * (kGroups - 1) * cut.group * a.slot_bytes;
+  const double pixel = a.source.bytes, outer = (a.by_spans.divisor - 1.) * std::max(tile.extent_w - tile.step, 0);
+  const double in = pixel * a.width * work.source_rows * a.workers;
+  const double out =
+      static_cast<double>(a.all_units / a.units) * a.target_height * a.target_width * a.filters * element;
+  const double again = pixel * a.width * work.again * a.workers;
+  const double beside = pixel * outer * (work.source_rows + work.again) * a.workers;
+  double bytes = in + out + 0.012 * again + 0.88 * beside;
+  if (a.by_slabs.divisor > 1 && a.source.slab_bytes < 128) bytes *= 1 + 0.1 * (128 - a.source.slab_bytes) / 128;
+  const double on_the_way = std::min(grid, places) / multiprocessors * (kGroups - 1) * a.group * a.slot_bytes;
+  // The more pages of memory are in use at a time, the slower it gets: blocks side by side had better be neighbours.
+  constexpr double kPage = 2 << 20;
+  const double pages = std::min<double>(a.workers, places / parts) * std::min((in + out) / a.workers / kPage, 2.);
   const double memory =
-      active * bytes / kBytes * (1 + 0.125 * std::pow(34e3 / on_the_way, 2) + 0.0225 * on_the_way / 1e5);
+      bytes / 4217 * (1 + 0.111 * std::pow(34e3 / on_the_way, 2)) * (1 + 0.371 * pages / (pages + 37));
 
-  const double latency = (units + rolls) * (3 * row + 150) / kCycles;
-  const double all = std::cbrt(std::pow(instructions, 3) + std::pow(memory, 3) + std::pow(latency, 3));
-  return waves * all + 800 + 200 * cut.group;
+  const double latency = waves * (3413 + (work.rows + work.rolls) * (0.98 * row + 56 + 315 / a.group) / 1.75);
+  // Multiprocessors that all have as much to do wait for those that get the least of memory's bandwidth, and others for
+  // the blocks that end last, or for each block's first rows, if there is no other block meanwhile.
+  const double tail = !many ? 0 : 0.237 / waves + (resident == 1 ? 0.179 : 0);
+  const auto fourth = [](double x) { return x * x * x * x; };
+  return 1680 * a.group + std::sqrt(std::sqrt(fourth(instructions * (1 + tail)) +
+                                              fourth(memory * (1 + (many ? tail : 0.184))) + fourth(latency)));
 }
 
 Cut cut_for(const March& whole, const TileSize& tile, int64_t element, const Device& d) {
@@ -534,7 +746,8 @@ Cut cut_for(const March& whole, const TileSize& tile, int64_t element, const Dev
   const int room = tile.threads_per_block - (whole.bulk ? 32 : 0);
   // Slabs begin at a multiple of 16 bytes in both arrays, and with the first filter of a channel.
   const int64_t granule =
-      std::lcm(std::max<int64_t>(kUnit * whole.fan_out / (element * tile.channels * whole.fan_in), 1), whole.fan_out);
+      std::lcm(std::max<int64_t>(kUnit * whole.fan_out / (element * tile.channels), 1), whole.fan_out);
+  constexpr int kFewThreads = 64;  // fewer were never timed: only where there is nothing else
   Cut best{};
   double best_time = std::numeric_limits<double>::infinity();
   int64_t before = 0;
@@ -543,12 +756,22 @@ Cut cut_for(const March& whole, const TileSize& tile, int64_t element, const Dev
     if (lanes > room || lanes == before) continue;
     if (lanes < 16 && slabs > 1 && best.lanes > 0) break;
     before = lanes;
-    for (int64_t strips = 1; strips <= std::min(room / lanes, std::max<int64_t>(strips_w, 2)); ++strips)
-      for (const int group : {1, 2, 3, 4, 6}) {
-        const Cut cut{static_cast<int>(lanes), static_cast<int>(strips), group};
-        const double time = time_of(whole, cut, tile, element, d);
-        if (time < best_time * 0.995) best_time = time, best = cut;
+    for (int64_t strips = 1; strips <= std::min(room / lanes, std::max<int64_t>(strips_w, 2)); ++strips) {
+      // As few strips as make so many spans.
+      if (strips > 1 && strips < strips_w && ceil_div(strips_w, strips) == ceil_div(strips_w, strips - 1)) continue;
+      for (const int group : {1, 2, 3}) {
+        March a = whole;
+        apply(a, {static_cast<int>(lanes), static_cast<int>(strips), group}, tile, element);
+        const int64_t resident = resident_blocks(a, tile, d);
+        if (resident == 0) continue;
+        const bool few = a.threads < kFewThreads && a.warp_strips == 0;
+        for_each_deal(a, tile, resident, d, [&](const Deal& deal) {
+          take(a, deal);
+          const double time = time_of(a, tile, element, resident, d) * (few ? 4 : 1);
+          if (time < best_time * 0.995) best_time = time, best = {a.lanes, a.strips, group, deal};
+        });
       }
+    }
   }
   if (best.lanes == 0) throw std::runtime_error("dwconv: rows of this size do not fit the GPU's shared memory");
   return best;
@@ -558,38 +781,39 @@ template <typename T, class Tile>
 void launch(March a, cudaStream_t stream) {
   constexpr TileSize kTile{Tile::kKernelH, Tile::kKernelW, Tile::kChannels,   Tile::kFan,
                            Tile::kPair,    Tile::kStep,    Tile::kStrip,      Tile::kLive,
-                           Tile::kExtentH, Tile::kExtentW, Tile::kMaxThreads, Tile::kMaxThreads * Tile::kBlocks};
+                           Tile::kExtentH, Tile::kExtentW, Tile::kMaxThreads, Tile::kLeaves};
   const Device& device = current_device();
-  const auto kernel_for = [](const March& a) {
-    return a.bulk ? march_channels_last<T, Tile, Tile::kBulk> : march_channels_last<T, Tile, false>;
+  const auto kernel_for = [](bool bulk) {
+    return bulk ? march_channels_last<T, Tile, Tile::kBulk> : march_channels_last<T, Tile, false>;
   };
   struct Decision {
     Cut cut;
     bool bulk;
-    int resident;  // blocks on a multiprocessor
   };
-  static thread_local Decisions<13, Decision> decisions;
-  const Decision& decision = decisions(
-      {device.id, a.all_units, a.units, a.filters, a.fan_out, a.height, a.width, a.target_width, a.lead_w,
-       a.source.unit, a.source.joined, a.source.pixel_bytes, a.target_pixel_bytes},
-      [&] {
-        March now = a;
-        // The code at hand may be of an architecture before the device's.
-        cudaFuncAttributes attributes{};
-        cudaFuncGetAttributes(&attributes, march_channels_last<T, Tile, Tile::kBulk>);
-        now.bulk = Tile::kBulk && device.capability >= 90 && attributes.ptxVersion >= 90;
-        Decision made{cut_for(now, kTile, sizeof(T), device), now.bulk, 0};
-        apply(now, made.cut, kTile, sizeof(T));
-        const auto kernel = kernel_for(now);
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&made.resident, kernel, threads_of(now), shared_bytes(now));
-        return made;
-      });
+  static thread_local Decisions<14, Decision> decisions;
+  const Decision& decision =
+      decisions({device.id, a.all_units, a.units, a.filters, a.fan_out, a.height, a.width, a.target_width, a.lead_w,
+                 a.source.unit, a.source.joined, a.source.pixel_bytes, a.target_pixel_bytes, a.wide},
+                [&] {
+                  March now = a;
+                  TileSize tile = kTile;
+                  for (const bool bulk : {false, true}) {
+                    cudaFuncAttributes attributes{};
+                    cudaFuncGetAttributes(&attributes, kernel_for(bulk));
+                    tile.registers[bulk] = std::max(attributes.numRegs, 32);
+                    // The code at hand may be of an architecture before the device's.
+                    now.bulk = Tile::kBulk && device.capability >= 90 && attributes.ptxVersion >= 90;
+                  }
+                  const Decision made{cut_for(now, tile, sizeof(T), device), now.bulk};
+                  apply(now, made.cut, tile, sizeof(T));
+                  cudaFuncSetAttribute(kernel_for(now.bulk), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                       device.shared_per_block);
+                  return made;
+                });
   a.bulk = decision.bulk;
   apply(a, decision.cut, kTile, sizeof(T));
-  a.workers = workers_for(a, std::max(decision.resident, 1), device);
-  const int blocks = static_cast<int>(a.by_slabs.divisor * a.by_spans.divisor) * a.workers;
-  kernel_for(a)<<<blocks, threads_of(a), shared_bytes(a), stream>>>(a);
+  const int64_t blocks = int64_t{a.by_slabs.divisor} * a.by_spans.divisor * a.workers;
+  launch_early<March>(kernel_for(a.bulk), a, blocks, threads_of(a), stream, {.shared_bytes = shared_bytes(a)});
   check_launch("march_channels_last");
 }
 
@@ -618,8 +842,14 @@ March march_of(const Problem& p) {
   a.all_units = static_cast<int>(p.batch) * a.units;
   // Two channels of a thread lie in one word of either array.
   const int64_t pair = 2 * element;
-  a.pairs = p.multiplier == 1 && a.source.unit >= pair &&
-            alignment_of(map.target, element, map.targets, a.target_height, a.target_width, p.batch) >= pair;
+  const int unit = alignment_of(map.target, element, map.targets, a.target_height, a.target_width, p.batch);
+  a.pairs = p.multiplier == 1 && a.source.unit >= pair && unit >= pair;
+  a.twins = map.fan_out == 2 && unit >= pair;
+  a.wide = unit == kUnit;
+  const uint64_t rows = reinterpret_cast<uintptr_t>(a.target) | (a.target_height > 1 ? a.target_row_bytes : 0) |
+                        (p.batch > 1 ? a.target_image_bytes : 0);
+  a.fours = map.targets == 3 && a.lead_w == 1 && a.source.joined && a.width % 4 == 0 && a.target_width % 4 == 0 &&
+            a.target_pixel_bytes == 3 * element && rows % (4 * element) == 0;
   return a;
 }
 
@@ -633,6 +863,10 @@ void launch_kernel(const March& a, cudaStream_t stream) {
                          kSpread == (Kernel::kStride > 1);
   if constexpr (kSums)
     if (a.fan_in > 1) return launch<T, Tile<Kernel, kSpread, 1, 2>>(a, stream);
+  if constexpr (Kernel::kKernelH == 3 && Kernel::kDilation == 1 && !kSpread)
+    if (a.twins) return launch<T, Tile<Kernel, kSpread, 2, 1, true>>(a, stream);
+  if constexpr (Kernel::kKernelH == 3 && Kernel::kStride == 1 && Kernel::kDilation == 1)
+    if (a.filters == 3 && a.fan_in == 1 && a.fan_out == 1) return launch<T, Tile<Kernel, false, 3, 1>>(a, stream);
   if constexpr (Kernel::kKernelH <= 3)
     if (a.pairs) return launch<T, Tile<Kernel, kSpread, 2, 1>>(a, stream);
   launch<T, Tile<Kernel, kSpread, 1, 1>>(a, stream);

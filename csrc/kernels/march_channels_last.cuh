@@ -38,11 +38,21 @@ __device__ inline int phase_of(const Pixels& p, uint32_t address) {
   return p.joined ? address % kUnit : 0;
 }
 
-// Fills a ring with zeros if there are columns or channels outside the image, which are never loaded.
-__device__ inline void clear_ring(const Pixels& p, int slab, int first_column, int width, int to, int bytes) {
-  const bool whole = first_column >= 0 && first_column + p.columns <= width && slab + p.slab_bytes <= p.bytes;
+// Fills a ring with zeros if there are columns outside the image, which are never loaded.
+__device__ inline void clear_ring(const Pixels& p, int first_column, int width, int to, int bytes) {
+  const bool whole = first_column >= 0 && first_column + p.columns <= width;
   if (!whole && !p.joined)
     for (int i = threadIdx.x * kUnit; i < bytes; i += blockDim.x * kUnit) shared<uint4>(to + i) = {};
+}
+
+// Fills those columns alone, of all rows of a ring of units of 16 bytes, by the first `threads` threads.
+__device__ inline void clear_columns(const Pixels& p, int first_column, int width, int to, int row_bytes, int bytes,
+                                     int threads) {
+  const int before = max(-first_column, 0) * p.pitch, behind = min(p.columns, width - first_column) * p.pitch;
+  const int size = before + p.columns * p.pitch - behind;
+  for (; bytes > 0 && size > 0; bytes -= row_bytes, to += row_bytes)
+    for (int i = threadIdx.x * kUnit; i < size; i += threads * kUnit)
+      shared<uint4>(to + (i < before ? i : i - before + behind)) = {};
 }
 
 // A thread's part in loading rows of a block's slab and span, one after the other. Rows outside the image cannot be
@@ -124,6 +134,7 @@ class BulkLoader {
   __device__ void load(const Pixels& p, int to, int barrier) const {
     const int lane = threadIdx.x % 32;
     if (lane == 0) expect_bytes(barrier, pixels_ * bytes_);
+#pragma unroll 1
     for (int i = lane; i < pixels_; i += 32)
       copy_bulk(shared_address(to + to_ + i * p.pitch), from_ + static_cast<int64_t>(i) * p.pixel_bytes, bytes_,
                 barrier);
