@@ -193,7 +193,11 @@ bool claims_batch_grad_weight_nchw(const Problem& p) {
 
 bool claims_toeplitz_grad_weight_nchw(const Problem& p) {
   if (size_of(p.dtype) != 2 || p.capability < 80 || p.kernel_h != p.kernel_w) return false;
-  if (p.kernel_h != 5 && p.kernel_h != 7) return false;
+  if (p.kernel_h != 3 && p.kernel_h != 5 && p.kernel_h != 7) return false;
+  // For 3x3 it pays on long rows that begin with 16 bytes.
+  constexpr int64_t kLong = 1024;
+  if (p.kernel_h == 3 && (p.dilation_h > 1 || p.out_width < kLong || p.width % 8 > 0 || p.out_width % 8 > 0))
+    return false;
   // A warp adds up 4 tiles of 16 columns at once: small planes do not fill it.
   return p.stride_h == 1 && p.out_height * p.out_width >= 784 && claims_stream_grad_weight_nchw(p);
 }

@@ -1067,6 +1067,28 @@ def test_batch_grad_weight_is_exact(kernel: tuple, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST[1:], ids=str)
+@pytest.mark.parametrize("side", [3, 5, 7])
+def test_grad_weight_of_long_rows_is_exact(side: int, dtype: torch.dtype) -> None:
+    """Rows of whole 16 bytes, in 16 segments, the last of them empty or cut; at addresses that are none, too."""
+    for number, size in enumerate([(9, 256), (23, 264), (30, 512), (16, 1032), (14, 1048), (50, 1920)]):
+        for turn, padding in enumerate([side // 2, side - 1, 0]):
+            case = Case([3, 1, 2][turn], 3, size, (side, side), padding=(padding, side // 2))
+            case = case._replace(multiplier=1 + (number + turn) % 2, bias=turn != 1)
+            input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+            grad_output = integers(*output_size(case)).to(input)
+            if turn == 2 and number % 2 == 0:
+                input, grad_output = lay(input, offset=8), lay(grad_output, offset=3)
+            exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+            forced = set()
+            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
+                assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, str(case), input.stride())
+                forced.add((name, plan))
+            if math.prod(output_size(case)[2:]) >= 784 and (side > 3 or size[1] > 1000):
+                assert ("grad_weight", "toeplitz_grad_weight_nchw") in forced, str(case)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_marches_over_many_images_are_exact(tile: tuple, dtype: torch.dtype) -> None:

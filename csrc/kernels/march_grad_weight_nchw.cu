@@ -88,6 +88,8 @@ __global__ void __launch_bounds__(32 * kMarchWarps, kMarchBlocks)
   constexpr int kColumns = kStrip + kKernel - 1, kTaps = kKernel * kKernel;
   const MarchCut& cut = a.cut;
   const int lane = threadIdx.x % 32;
+  let_next_kernel_start();
+  wait_for_kernel_before();
   uint32_t split = blockIdx.x * kMarchWarps + threadIdx.x / 32;
   if (static_cast<int>(split) >= cut.workers) return;
   const int part = a.by_parts.split(split);  // `split` is now the group and the span
@@ -268,9 +270,10 @@ void launch(const Problem& p, MarchGrad a, Kernel kernel, const Allocate& alloca
   a.source.arrange_as(d.source), a.grad.arrange_as(d.grad);
   const int64_t splits = int64_t{a.cut.spans} * a.parts, sums = (p.taps() + a.with_bias) * p.filters();
   a.partial = static_cast<float*>(allocate(splits * sums * static_cast<int64_t>(sizeof(float))));
-  kernel<<<static_cast<unsigned>(ceil_div(a.cut.workers, kMarchWarps)), 32 * kMarchWarps, d.shared_bytes, stream>>>(a);
+  launch_early(kernel, a, ceil_div(a.cut.workers, kMarchWarps), 32 * kMarchWarps, stream,
+               {.shared_bytes = d.shared_bytes});
   check_launch("march_grad_weight_nchw");
-  launch_add_partial_sums<float>(p, a.partial, splits, false, stream);
+  launch_add_partial_sums<float>(p, a.partial, splits, can_overlap(add_partial_sums<float>), stream);
 }
 
 }  // namespace

@@ -14,6 +14,7 @@ struct Window {
   static constexpr int kKernelH = Kernel::kKernelH, kKernelW = Kernel::kKernelW;
   static constexpr int kStride = Kernel::kStride, kDilation = Kernel::kDilation;
   static constexpr int kRows = 7, kColumns = 7, kTiles = 1, kLanes = 1;
+  static constexpr bool kOddStrips = false;
   static constexpr int kMaxThreads = kKernelH * kKernelW < 25 ? 224 : 128, kBlocks = 2;
 
   float sum[kKernelH][kKernelW] = {};

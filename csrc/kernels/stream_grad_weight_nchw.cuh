@@ -38,7 +38,7 @@ struct GradStream {
   int strips, segments;
   int filter_warps;  // where tiles are added by warps: how many work for a filter
   Divider by_strips;
-  bool with_bias, bulk;
+  bool with_bias, bulk, float32;
   RowRing source_ring, grad_ring;
   int chunks_at;  // what the block knows of the chunks under way, in shared memory
 };
@@ -118,9 +118,12 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
   if (threadIdx.x < 32) shared<uint32_t>(kZeros + 4 * threadIdx.x) = 0;
   const Copier copier(a.bulk, true);
   copier.init();
+  let_next_kernel_start();
+  wait_for_kernel_before();
   __syncthreads();
 
-  const int group = blockIdx.x / a.splits, split = blockIdx.x % a.splits;
+  const int groups = (a.filters + a.block_filters - 1) / a.block_filters;
+  const int group = blockIdx.x % groups, split = blockIdx.x / groups;
   const int filters = min(a.block_filters, a.filters - group * a.block_filters);
   const int64_t steps = static_cast<int64_t>(a.images) * a.bands;
   const int first = static_cast<int>(steps * split / a.splits), last = static_cast<int>(steps * (split + 1) / a.splits);
@@ -225,6 +228,9 @@ struct GradCut {
 struct GradTileSize {
   int rows, columns, together, lanes, taps;
   int threads_per_block, blocks_per_multiprocessor;  // as the registers allow, besides a warp that copies
+  bool odd_strips;                                   // an odd number of tiles side by side
+
+  int64_t strips(int64_t width) const { return ceil_div(width, columns) | (odd_strips ? 1 : 0); }
 };
 
 // Fills in what follows from a cut.
@@ -233,7 +239,7 @@ inline void apply(GradStream& a, GradCut& cut, const GradTileSize& tile) {
   a.block_filters = cut.single ? 1 : cut.block_channels * a.multiplier;
   a.bands = static_cast<int>(ceil_div(a.out_height, cut.chunk_rows));
   a.filter_warps = cut.filter_warps;
-  a.strips = static_cast<int>(ceil_div(a.out_width, tile.columns));
+  a.strips = static_cast<int>(tile.strips(a.out_width));
   a.by_strips = Divider(a.strips);
   a.segments = static_cast<int>(ceil_div(cut.chunk_rows, tile.rows));
   const int extent = (a.kernel_h - 1) * a.dilation + 1;
@@ -258,7 +264,7 @@ inline GradCut cut_for(GradStream a, const GradTileSize& tile, const Device& dev
   GradCut best{};
   double best_score = -1;
   const auto consider = [&](bool single, int channels, int rows) {
-    const int64_t tiles = ceil_div(a.out_width, tile.columns) * ceil_div(rows, tile.rows);
+    const int64_t tiles = tile.strips(a.out_width) * ceil_div(rows, tile.rows);
     const int64_t filters = single ? 1 : channels * a.multiplier;
     const int64_t each = ceil_div(tiles, tile.together), units = each * filters * tile.lanes;
     GradCut cut{single, channels, rows, 0, 1, 0, 0};
@@ -267,7 +273,8 @@ inline GradCut cut_for(GradStream a, const GradTileSize& tile, const Device& dev
       cut.threads = threads_for(units, tile.threads_per_block), rounds = ceil_div(units, cut.threads);
       if (!single && units > cut.threads) return false;  // a thread works for one filter only
     } else {
-      const int64_t most = tile.threads_per_block / tile.lanes;
+      const int64_t sums = (device.shared_per_block - kHead) / (4 * (tile.taps + 1)) - 32;  // that there is room for
+      const int64_t most = std::min<int64_t>(tile.threads_per_block, sums) / tile.lanes;
       if (filters > most) return false;  // so does a warp
       rounds = ceil_div(each, std::min(each, most / filters));
       cut.filter_warps = static_cast<int>(ceil_div(each, rounds));
@@ -283,7 +290,20 @@ inline GradCut cut_for(GradStream a, const GradTileSize& tile, const Device& dev
     const int64_t splits = std::min(steps, std::max<int64_t>(1, slots / groups));
     const double turns = static_cast<double>(groups * splits) / slots;
     const double even = turns / std::ceil(turns) * (static_cast<double>(steps) / splits) / ceil_div(steps, splits);
-    const double busy = static_cast<double>(resident * units) / rounds;
+    double busy = static_cast<double>(resident * units) / rounds;
+    if (tile.lanes == 1 && tile.taps < 25 && a.bulk && a.float32) {
+      // Bytes bound: as many threads as keep up with memory are enough, and memory is faster where less is on its way
+      // at once, in whole lines. Bands share rows, and the last one may be short.
+      constexpr int64_t kEnoughBytes = 160 << 10;
+      busy = std::min(busy, 14. * tile.taps);
+      if (resident * cut.shared_bytes > kEnoughBytes) busy *= 0.85;
+      const auto in_lines = [&](const RowRing& ring, int64_t planes, int height) {
+        return planes * height * ring.row_bytes % 128 == 0;
+      };
+      const bool lines = in_lines(a.source_ring, channels, a.height) && in_lines(a.grad_ring, filters, a.out_height);
+      if (a.bands > 1 || !lines) busy *= 0.9;
+      busy *= static_cast<double>(a.out_height) / (a.bands * rows);
+    }
     const double chunk_bytes = static_cast<double>(cut.shared_bytes - kHead) / kDepth;  // a chunk costs some barriers
     const double score = busy * even * chunk_bytes / (chunk_bytes + 3000);
     if (score > best_score * 1.02) best_score = score, cut.splits = static_cast<int>(splits), best = cut;
@@ -302,14 +322,14 @@ inline GradCut cut_for(GradStream a, const GradTileSize& tile, const Device& dev
 template <typename T, class Tile>
 void launch(const Problem& p, GradStream a, const Allocate& allocate, cudaStream_t stream) {
   constexpr int kTaps = Tile::kKernelH * Tile::kKernelW;
-  constexpr GradTileSize kTile{Tile::kRows, Tile::kColumns,    Tile::kTiles, Tile::kLanes,
-                               kTaps,       Tile::kMaxThreads, Tile::kBlocks};
+  constexpr GradTileSize kTile{Tile::kRows, Tile::kColumns,    Tile::kTiles,  Tile::kLanes,
+                               kTaps,       Tile::kMaxThreads, Tile::kBlocks, Tile::kOddStrips};
   const Device& device = current_device();
   const auto kernel = stream_grad_weight_nchw<T, Tile>;
   a.bulk = a.bulk && device.capability >= 90;
-  static thread_local Decisions<8, GradCut> decisions;
-  GradCut cut =
-      decisions({device.id, a.images, a.channels, a.multiplier, a.height, a.width, a.out_height, a.out_width}, [&] {
+  static thread_local Decisions<9, GradCut> decisions;
+  GradCut cut = decisions(
+      {device.id, a.bulk, a.images, a.channels, a.multiplier, a.height, a.width, a.out_height, a.out_width}, [&] {
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
         return cut_for(a, kTile, device);
       });
@@ -317,9 +337,9 @@ void launch(const Problem& p, GradStream a, const Allocate& allocate, cudaStream
   const int64_t blocks = ceil_div(a.filters, a.block_filters) * a.splits;
   const int64_t sums = int64_t{kTaps + a.with_bias} * a.filters;
   a.partial = static_cast<float*>(allocate(a.splits * sums * static_cast<int64_t>(sizeof(float))));
-  kernel<<<static_cast<unsigned>(blocks), cut.threads + (a.bulk ? 32 : 0), cut.shared_bytes, stream>>>(a);
+  launch_early(kernel, a, blocks, cut.threads + (a.bulk ? 32 : 0), stream, {.shared_bytes = cut.shared_bytes});
   check_launch("stream_grad_weight_nchw");
-  launch_add_partial_sums<T>(p, a.partial, a.splits, false, stream);
+  launch_add_partial_sums<T>(p, a.partial, a.splits, can_overlap(add_partial_sums<T>), stream);
 }
 
 // The arguments that follow from a problem.
@@ -333,7 +353,7 @@ inline GradStream grad_stream_of(const Problem& p, bool bulk) {
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
   a.images = static_cast<int>(p.batch), a.channels = static_cast<int>(p.channels);
   a.multiplier = static_cast<int>(p.multiplier), a.filters = static_cast<int>(p.filters());
-  a.with_bias = p.bias != nullptr, a.bulk = bulk;
+  a.with_bias = p.bias != nullptr, a.bulk = bulk, a.float32 = p.dtype == DType::kFloat32;
   const auto arrange = [&](const View& view, int planes, int h, int w, Planes& array, RowRing& ring, bool& joined) {
     joined = p.batch == 1 || view.stride[0] == int64_t{planes} * h * w;
     array.base = static_cast<char*>(view.data), array.image_bytes = view.stride[0] * size;

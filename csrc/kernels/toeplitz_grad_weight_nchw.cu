@@ -22,6 +22,7 @@ __device__ inline uint32_t ones(__nv_bfloat16) {
 template <int kKernel, int kTileRows>
 struct Toeplitz {
   static constexpr int kRows = kTileRows, kColumns = 16, kTiles = 4, kLanes = 32;
+  static constexpr bool kOddStrips = false;
   static constexpr int kKernelH = kKernel, kKernelW = kKernel;
   static constexpr int kMaxThreads = 224, kBlocks = 2;
 
@@ -135,6 +136,87 @@ struct Toeplitz {
   }
 };
 
+// Long rows that begin with 16 bytes fall into 16 segments, which are what is summed over: with A[k][m] = input[y + i]
+// [column m - 8 of segment k] and B[k][n] = gradient[y][column n of segment k], the product of A transposed and B has
+// the sums for row i of the kernel on its diagonals, here of 8 columns n of the gradient and 24 columns m of the input.
+// Matrices of 8 segments and 8 columns are loaded at once. A segment is an odd number of 16 bytes, so that their rows
+// are in different banks.
+template <int kKernel>
+struct Segments {
+  static constexpr int kRows = 7, kColumns = 128, kTiles = 1, kLanes = 32;
+  static constexpr bool kOddStrips = true;
+  static constexpr int kKernelH = kKernel, kKernelW = kKernel;
+  static constexpr int kMaxThreads = 480, kBlocks = 1;
+
+  float sum[kKernel][2][4] = {}, bias[4] = {};
+  const int padding;
+
+  __device__ explicit Segments(const GradStream& a) : padding(a.padding_w) {}
+
+  // A thread has columns m = g, g + 8 and g + 16 of the input, and columns n = 2 t and 2 t + 1 of the gradient.
+  __device__ float total(int i, int j) const {
+    const int lane = threadIdx.x % 32, middle = lane / 4 - lane % 4 * 2 - 8 + padding;
+    float total = 0;
+#pragma unroll
+    for (int e = 0; e < 6; ++e) total = middle + e / 2 * 8 - e % 2 == j ? total + sum[i][e / 4][e % 4] : total;
+    return total;
+  }
+  __device__ float total_bias() const { return threadIdx.x % 32 < 4 ? bias[0] + bias[1] : 0.f; }
+
+  template <typename T>
+  __device__ void add(const GradStream& a, const GradChunk& c, int filter, int tile) {
+    const RowRing &xs = a.source_ring, &gs = a.grad_ring;
+    const int lane = threadIdx.x % 32;
+    uint32_t segment = tile;
+    const int column = static_cast<int>(a.by_strips.split(segment)) * 8, width = a.strips * 8;  // of a segment
+    const int row = static_cast<int>(segment) * kRows, rows = min(kRows, c.rows - row);
+    if (rows <= 0) return;
+    // The columns where the lane's rows of matrices begin: to the left or those of the tile, those of the tile (of the
+    // gradient), and to the right. What is beside the image is read from zeros.
+    const int x = (lane % 8 + lane / 16 * 8) * width + column + (lane / 8 % 2 - 1) * 8;
+    const int v = lane % 16 * width + column, beside = v + 8;
+    const int plane = c.source_plane + filter / a.multiplier * a.height, y = c.row + row - a.padding_h;
+    const int begin = max(-y, 0), end = min(min(a.height, c.source_end - plane) - y, 32);
+    const uint32_t inside = end > begin ? ~0u >> (32 - end) & ~0u << begin : 0;
+    const uint32_t mine = x >= 0 && x < a.width ? inside : 0, right = beside < a.width ? inside : 0;
+    const uint32_t zeros = shared_address(kZeros);
+    const uint32_t source = shared_address(xs.at(0)) + 2 * x, source_right = shared_address(xs.at(0)) + 2 * beside;
+    const uint32_t grad = shared_address(gs.at(0)) + 2 * v;
+    const uint32_t source_bytes = xs.capacity * xs.row_bytes, grad_bytes = gs.capacity * gs.row_bytes;
+
+    uint32_t g[kRows + 1][2];
+    uint32_t at =
+        gs.wrap(gs.wrap(c.grad_slot + (a.single ? 0 : filter * a.out_height) + row) + lane / 16) * gs.row_bytes;
+#pragma unroll
+    for (int r = 0; r < kRows; r += 2) {
+      uint32_t both[4];
+      load_matrices_transposed(both, r + lane / 16 < rows && v < a.out_width ? grad + at : zeros);
+      at += 2 * gs.row_bytes;
+      at = min(at, at - grad_bytes);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) g[r + e / 2][e % 2] = both[e];
+    }
+    if (a.with_bias)
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) multiply(bias, bias, {ones(T{}), ones(T{}), ones(T{}), ones(T{})}, g[r], T{});
+    at = (inside ? xs.wrap(c.source_slot + plane + y - c.source_begin) : 0) * xs.row_bytes;
+#pragma unroll
+    for (int r = 0; r < kRows - 1 + kKernel; ++r) {
+      uint32_t above[4], next[4] = {};
+      load_matrices_transposed(above, mine >> r & 1 ? source + at : zeros);
+      load_two_transposed(next[0], next[2], right >> r & 1 ? source_right + at : zeros);
+      at += xs.row_bytes;
+      at = min(at, at - source_bytes);
+#pragma unroll
+      for (int i = 0; i < kKernel; ++i) {
+        if (r < i || r - i >= kRows) continue;
+        multiply(sum[i][0], sum[i][0], above, g[r - i], T{});
+        multiply(sum[i][1], sum[i][1], next, g[r - i], T{});
+      }
+    }
+  }
+};
+
 // Tall tiles share more rows, but may not fill a plane, or shared memory.
 template <typename T, int kKernel>
 void launch_kernel(const Problem& p, const GradStream& a, const Allocate& allocate, cudaStream_t stream) {
@@ -143,7 +225,12 @@ void launch_kernel(const Problem& p, const GradStream& a, const Allocate& alloca
     return ceil_div(tiles, 4) * (60 + 13 * (rows + kKernel - 1) + 13 * rows);
   };
   constexpr int kWide = 256;  // rows of which few fit
-  if (a.out_width > kWide || cost(4) < cost(14))
+  const auto begins_with_units = [](const RowRing& ring) { return ring.phase == 0 && ring.row_bytes % kUnit == 0; };
+  if (a.out_width >= kWide && begins_with_units(a.source_ring) && begins_with_units(a.grad_ring))
+    return launch<T, Segments<kKernel>>(p, a, allocate, stream);
+  if constexpr (kKernel == 3)
+    launch_stream_grad_weight_nchw(p, a.bulk, allocate, stream);
+  else if (a.out_width > kWide || cost(4) < cost(14))
     launch<T, Toeplitz<kKernel, 4>>(p, a, allocate, stream);
   else
     launch<T, Toeplitz<kKernel, 14>>(p, a, allocate, stream);
@@ -156,6 +243,7 @@ void launch_toeplitz_grad_weight_nchw(const Problem& p, bool bulk, const Allocat
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
+      if (p.kernel_h == 3) launch_kernel<T, 3>(p, a, allocate, stream);
       if (p.kernel_h == 5) launch_kernel<T, 5>(p, a, allocate, stream);
       if (p.kernel_h == 7) launch_kernel<T, 7>(p, a, allocate, stream);
     }
