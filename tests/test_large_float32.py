@@ -81,7 +81,9 @@ def test_exact(kernel: tuple) -> None:
                 (0, 0),
                 tuple(k * 2 // 3 for k in kernel),
             ]
-            case = Case([1, 3, 5, 33][(number + turn) % 4], 3, size, kernel, padding=paddings[(number + turn) % 4])
+            channels = 12 if turn == 2 else 3  # in channels_last, lanes of a warp lie on neighbouring channels
+            batch, padding = [1, 3, 5, 33][(number + turn) % 4], paddings[(number + turn) % 4]
+            case = Case(batch, channels, size, kernel, padding=padding)
             case = case._replace(multiplier=1 + (number + turn) % 2, bias=turn % 2 == 0)
             if any(side + 2 * p < k for side, p, k in zip(size, case.padding, kernel)):
                 case = case._replace(padding=paddings[1])
@@ -98,6 +100,23 @@ def test_exact(kernel: tuple) -> None:
                 forced.add((name, plan))
             assert {("output", "large_float32"), ("grad_weight", "large_float32_grad_weight")} <= forced, str(case)
             assert (("grad_input", "large_float32") in forced) == (case.multiplier == 1), str(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("kernel", [(13, 13), (29, 29), (9, 9), (51, 5), (5, 51)], ids=str)
+def test_exact_on_whole_layers(kernel: tuple, memory_format: torch.memory_format) -> None:
+    """As many images and channels as fill a GPU: blocks of columns serve where smaller problems are cut into strips."""
+    channels, size = (256, (28, 28)) if max(kernel) < 40 else (128, (56, 56))
+    case = Case(32, channels, size, kernel, padding=tuple(k // 2 for k in kernel))
+    input, weight, bias = make_inputs(case, torch.float32, "cuda", make=integers)
+    input = input.contiguous(memory_format=memory_format)
+    grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=memory_format)
+    exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+    for name, plan, result in results_of_plans(
+        case, (input, weight, bias), grad_output, memory_format == torch.channels_last
+    ):
+        assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, str(case))
 
 
 NONFINITE = [

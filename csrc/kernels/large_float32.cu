@@ -2,13 +2,16 @@
 // of a tap and a pixel, and little besides.
 //
 // A block has one filter (some in channels_last), some images and a tile of their planes in shared memory. A thread
-// computes 16 columns of a row; all lanes of a warp share the columns, and so the weights, and lie on neighbouring
-// images first and rows then. They walk together over the kernel rows that meet the image for any of them, and along
-// each over the taps that do: taps above, below and beside the image cost nothing where they are outside of it for the
-// whole warp. Which images, rows and columns make a block is decided at run time, by an estimate of the time.
+// computes some columns of a row; all lanes of a warp share the columns, and lie on neighbouring filters first, images
+// then and rows then. They walk together over the kernel rows that meet the image for any of them, and along each over
+// the taps that do: taps above, below and beside the image cost nothing where they are outside of it for the whole
+// warp. Which filters, images, rows and columns make a block is decided at run time, by an estimate of the time.
 //
-// Along a row, a thread keeps a window of the source in registers and reads the weights one after the other. In images
-// of at most 14 columns every pixel of a row meets every output of a row: both stay in registers as a whole.
+// Along a row, a thread multiplies blocks of 28 columns where those fit: 28 pixels of the source and as many outputs
+// stay in registers, and each weight of the kernel, read once, is one diagonal of the square between them. Diagonals
+// that the kernel does not have are jumped over. Elsewhere, strips of up to 16 outputs keep a window of the source in
+// registers and read the weights one after the other. In images of at most 14 columns every pixel of a row meets every
+// output of a row: both, and the weights, stay in registers as a whole.
 //
 // Zeros that surround the image, or the kernel, give NaN where they meet Inf or NaN. So outputs that are not finite are
 // computed again, tap by tap, where that may have happened.
@@ -24,8 +27,21 @@ namespace {
 
 constexpr int64_t kNone = std::numeric_limits<int64_t>::min();  // no offset
 
-constexpr int kWide = 16;                     // columns of a strip
-constexpr int kStagePitch = 4 * (kWide + 4);  // bytes between the lanes' sums on their way out: no bank conflicts
+constexpr int kWide = 16;   // columns of a strip
+constexpr int kBlock = 28;  // columns of a block
+// What of the costs of strips is a cycle of those of blocks: where an image is one block wide, or more. In
+// channels_last strips take longer than estimated.
+constexpr double kBlockCycles = 1.27, kBlocksCycles = 1.46, kBlockCyclesChannelsLast = 1.1;
+
+// Lanes whose sums are in shared memory at once, on their way out.
+constexpr int staged_lanes(int side) {
+  return side == kBlock ? 8 : 32;
+}
+
+// Bytes between the lanes' sums on their way out: no bank conflicts.
+constexpr int stage_pitch(int side) {
+  return side == kBlock ? 4 * kBlock : 4 * (kWide + 4);
+}
 
 struct Arguments {
   const float* source;
@@ -37,7 +53,9 @@ struct Arguments {
   int filters;
 
   // The tile of a block.
-  int planes, images, rows, columns, bands, slices;  // planes: the most filters
+  int planes, images, rows, columns, bands, slices;  // planes: the most filters, a power of two
+  int plane_bits;                                    // their binary logarithm
+  int unit;                                          // outputs that are written at once
   int shift;                                         // where a tile's first column lies in its row, in elements
   int weight_shift;                                  // the same of a kernel row's first weight
   int row_bytes, image_bytes, weight_bytes;  // from row to row, from image to image, from kernel row to kernel row
@@ -86,35 +104,78 @@ __device__ __noinline__ float sum_by_taps(const Arguments& a, int filter, int im
   return sum;
 }
 
-// One task of a warp: a strip of columns, of 32 rows. kSide: of narrow images, or 0.
+// sum[o] += x[o + d] * weight[d] for all d from `low` to `high`, between -kBlock and kBlock, where o and o + d are
+// columns of a block. `low` and `high` are counted from -kBlock, and so are the weights, which are read four at once, a
+// step ahead.
+//
+// All products of a weight follow each other, and the sums for even and for odd d are apart: see correlate().
+__device__ __forceinline__ void multiply_block(float (&sum)[2][kBlock], uint32_t source, uint32_t weight, int low,
+                                               int high) {
+  float x[kBlock], w[2][4];
+  load_four(w[0], weight + 16 * ((low + 4) / 8 * 2));  // whether the first step is even is not known
+  load_four(w[1], weight + 16 * (low / 4 | 1));
+  load_row(x, source);
+  const auto multiply = [&](auto number) {
+    constexpr int kIndex = decltype(number)::value, d = kIndex - kBlock, kCount = kBlock - (d < 0 ? -d : d);
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      const int o = (d < 0 ? -d : 0) + (kIndex % 2 == 0 ? n : kCount - 1 - n);
+      sum[kIndex % 2][o] = fmaf(x[o + d], w[kIndex / 4 % 2][kIndex % 4], sum[kIndex % 2][o]);
+    }
+  };
+  visit_from<kBlock / 2>(low / 4, [&](auto number) {
+    constexpr int k = 4 * decltype(number)::value;
+    load_four(w[(k / 4 + 1) % 2], weight + 4 * (k + 4));
+    if (k >= low && k + 3 <= high) {
+      multiply(std::integral_constant<int, k>{});
+      multiply(std::integral_constant<int, k + 1>{});
+      multiply(std::integral_constant<int, k + 2>{});
+      multiply(std::integral_constant<int, k + 3>{});
+    } else {
+      if (k >= low) multiply(std::integral_constant<int, k>{});
+      if (k + 1 >= low && k + 1 <= high) multiply(std::integral_constant<int, k + 1>{});
+      if (k + 2 >= low && k + 2 <= high) multiply(std::integral_constant<int, k + 2>{});
+      if (k + 3 <= high) multiply(std::integral_constant<int, k + 3>{});
+    }
+    return high < k + 4;
+  });
+}
+
+// One task of a warp: a strip of columns, of 32 rows. kSide: of narrow images, or kBlock, or 0.
 template <int kSide, int kStrip>
-__device__ void compute(const Arguments& a, const Tile& tile, int plane, int column, int chunk, bool check) {
-  const int lane = threadIdx.x % 32, items = tile.rows * a.images, item = 32 * chunk + lane;
-  const int filter = tile.filter + plane;
+__device__ void compute(const Arguments& a, const Tile& tile, int column, int chunk, bool check) {
+  constexpr int kPitch = stage_pitch(kSide), kStagedLanes = staged_lanes(kSide);
+  constexpr bool kBlocks = kSide == kBlock, kNarrow = kSide > 0 && !kBlocks;
+  const int lane = threadIdx.x % 32, items = tile.rows * a.images * a.planes, item = 32 * chunk + lane;
   struct Place {
-    int row, image;
+    int row, image, plane;
   };
   const auto place_of = [&](int item) {
     uint32_t row = min(item, items - 1);
+    const int plane = row & (a.planes - 1);
+    row >>= a.plane_bits;
     const int image = a.by_images.split(row);
-    return Place{tile.row + static_cast<int>(row), image};
+    return Place{tile.row + static_cast<int>(row), image, plane};
   };
   const Place own = place_of(item);
   const Walk walk(a.kernel_w, a.padding_w, a.width, column, kStrip);
   const int origin = kSide > 0 ? 0 : 4 * (a.shift - tile.source_column) + walk.source;
   Rows r;
   r.y = own.row - a.padding_h, r.height = a.height;
-  r.source =
-      a.planes_at + origin + plane * a.plane_bytes + own.image * a.image_bytes + (r.y - tile.source_row) * a.row_bytes;
+  r.source = a.planes_at + origin + own.plane * a.plane_bytes + own.image * a.image_bytes +
+             (r.y - tile.source_row) * a.row_bytes;
   r.zeros = a.zeros_at + origin, r.source_bytes = a.row_bytes;
-  r.weight = plane * a.kernel_bytes + 4 * a.weight_shift + (kSide > 0 ? 4 * (a.padding_w - (kSide - 1)) : walk.weight);
+  r.weight = own.plane * a.kernel_bytes + 4 * a.weight_shift +
+             (kNarrow   ? 4 * (a.padding_w - (kSide - 1))
+              : kBlocks ? 4 * (a.padding_w - kBlock - column)
+                        : walk.weight);
   r.weight_bytes = a.weight_bytes;
   // Steps in which any lane meets the image.
   r.begin = max(a.padding_h - place_of(32 * chunk + 31).row, 0);
   r.end = min(a.height + a.padding_h - place_of(32 * chunk).row, a.kernel_h);
 
   float sum[2][kStrip] = {};
-  if constexpr (kSide > 0) {
+  if constexpr (kNarrow) {
     const auto add = [&](uint32_t source, uint32_t weight) {
       float x[(kSide + 3) / 4 * 4], w[(2 * kSide + 2) / 4 * 4];
       load_row(x, source);
@@ -128,41 +189,92 @@ __device__ void compute(const Arguments& a, const Tile& tile, int plane, int col
         }
     };
     walk_rows(r, a.kernel_h, add, [] {});
+  } else if constexpr (kBlocks) {
+    const uint32_t base = shared_address(0), zeros = once(base + r.zeros);
+    for (int block = 0; block < a.width; block += kBlock) {
+      // Column u of the block meets output o of the strip through weight u - o + offset.
+      const int offset = block - column + a.padding_w;
+      const int low = max(kBlock - offset, 1), high = min(kBlock - 1 + a.kernel_w - offset, 2 * kBlock - 1);
+      if (low > high) continue;
+      uint32_t source = once(base + r.source + 4 * block + r.begin * r.source_bytes);
+      uint32_t weight = once(base + r.weight + 4 * block + r.begin * r.weight_bytes);
+      for (int y = r.y + r.begin, left = r.end - r.begin; left > 0; --left) {
+        multiply_block(sum, static_cast<uint32_t>(y) < static_cast<uint32_t>(r.height) ? source : zeros, weight, low,
+                       high);
+        ++y, source += r.source_bytes, weight += r.weight_bytes;
+      }
+    }
   } else {
     correlate_rows(sum, r, walk, a.kernel_h, [] {});
   }
 
-  // Out through shared memory, so that neighbouring lanes write neighbouring columns.
-  const float bias = a.bias ? a.bias[filter * a.bias_stride] : 0;
-  const int stage = a.planes_at - (blockDim.x - threadIdx.x / 32 * 32) * kStagePitch, o = lane % kStrip;
-  float* target = a.target + tile.first_image * a.target_stride[0] + filter * a.target_stride[1] +
-                  (column + o) * a.target_stride[3];
-  const bool valid = item < items && own.image < tile.images;
-  const int64_t offset = valid ? own.image * a.target_stride[0] + own.row * a.target_stride[2] : kNone;
-  __syncwarp();
-#pragma unroll
-  for (int n = 0; n < kStrip; n += 4)
-    shared<float4>(stage + lane * kStagePitch + 4 * n) = {
-        sum[0][n] + sum[1][n] + bias, sum[0][n + 1] + sum[1][n + 1] + bias, sum[0][n + 2] + sum[1][n + 2] + bias,
-        sum[0][n + 3] + sum[1][n + 3] + bias};
-  __syncwarp();
-  constexpr int kOwners = 32 / kStrip;  // whose sums are written at once
-#pragma unroll
-  for (int first = 0; first < 32; first += kOwners) {
-    const int owner = first + lane / kStrip;
-    const int64_t to = __shfl_sync(~0u, offset, owner);
-    if (to == kNone || lane >= kOwners * kStrip || owner > 31 || column + o >= a.out_width) continue;
-    float value = shared<float>(stage + owner * kStagePitch + 4 * o);
-    if (check && !is_finite(value)) {
-      const Place at = place_of(32 * chunk + owner);
-      value = sum_by_taps(a, filter, tile.first_image + at.image, at.row, column + o) + bias;
+  const int filter = tile.filter + own.plane;
+  const bool valid = item < items && own.image < tile.images && own.plane < tile.filters;
+  const float bias = a.bias && valid ? a.bias[filter * a.bias_stride] : 0;
+  float* target = a.target + tile.first_image * a.target_stride[0] + column * a.target_stride[3];
+  const int64_t offset =
+      valid ? own.image * a.target_stride[0] + filter * a.target_stride[1] + own.row * a.target_stride[2] : kNone;
+  const auto checked = [&](float value, const Place& at, int o) {
+    if (check && !is_finite(value) && column + o < a.out_width) {
+      const int filter = tile.filter + at.plane;
+      value = sum_by_taps(a, filter, tile.first_image + at.image, at.row, column + o);
+      if (a.bias) value += a.bias[filter * a.bias_stride];
     }
-    target[to] = value;
+    return value;
+  };
+  if (a.planes > 1) {  // neighbouring lanes write neighbouring channels
+    if (!valid) return;
+    float* to = target + offset;
+#pragma unroll
+    for (int o = 0; o < kStrip; ++o, to += a.target_stride[3])
+      if (column + o < a.out_width) *to = checked(sum[0][o] + sum[1][o] + bias, own, o);
+    return;
+  }
+
+  // Out through shared memory, some lanes' sums at once, so that neighbouring lanes write neighbouring columns.
+  const int stage = a.planes_at - (blockDim.x / 32 - threadIdx.x / 32) * kStagedLanes * kPitch;
+  const int width = kStrip / a.unit, owners = 32 / width, o = lane % width * a.unit;  // owners: whose sums are written
+#pragma unroll 1
+  for (int first = 0; first < 32; first += kStagedLanes) {
+    __syncwarp();
+    if (lane / kStagedLanes == first / kStagedLanes)
+#pragma unroll
+      for (int n = 0; n < kStrip; n += 4)
+        shared<float4>(stage + lane % kStagedLanes * kPitch + 4 * n) = {
+            sum[0][n] + sum[1][n] + bias, sum[0][n + 1] + sum[1][n + 1] + bias, sum[0][n + 2] + sum[1][n + 2] + bias,
+            sum[0][n + 3] + sum[1][n + 3] + bias};
+    __syncwarp();
+    for (int staged = 0; staged < kStagedLanes; staged += owners) {
+      const int at = staged + lane / width, owner = first + at;
+      const int64_t to = __shfl_sync(~0u, offset, owner);
+      if (to == kNone || lane >= owners * width || at >= kStagedLanes || column + o >= a.out_width) continue;
+      const int from = stage + at * kPitch + 4 * o;
+      if (check) {
+        const Place place = place_of(32 * chunk + owner);
+        for (int n = 0; n < a.unit; ++n)
+          target[to + (o + n) * a.target_stride[3]] = checked(shared<float>(from + 4 * n), place, o + n);
+      } else if (a.unit == 4) {
+        *reinterpret_cast<float4*>(target + to + o) = shared<float4>(from);
+      } else if (a.unit == 2) {
+        *reinterpret_cast<float2*>(target + to + o) = shared<float2>(from);
+      } else {
+        target[to + o * a.target_stride[3]] = shared<float>(from);
+      }
+    }
   }
 }
 
+// Threads of a block, at most, and blocks of a multiprocessor, at least.
+constexpr int threads_for(int side) {
+  return side == 0 || side == kBlock ? kLargeThreads : 160;
+}
+constexpr int blocks_for(int side) {
+  return side == 0 || side == kBlock ? 2 : 4;
+}
+
 template <int kSide>
-__global__ void __launch_bounds__(kLargeThreads, 2) large_float32(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(threads_for(kSide), blocks_for(kSide))
+    large_float32(const __grid_constant__ Arguments a) {
   __shared__ int next_task;
   const Tile tile(a);
   if (threadIdx.x == 0) next_task = blockDim.x / 32;
@@ -176,7 +288,7 @@ __global__ void __launch_bounds__(kLargeThreads, 2) large_float32(const __grid_c
                {tile.images, tile.filters, tile.source_rows, tile.source_columns, a.planes, a.planes_at + 4 * a.shift,
                 a.image_bytes, a.plane_bytes, a.row_bytes});
   // Weights of Inf meet zeros beside the image; where images are narrow, pixels of Inf meet zeros beside the kernel.
-  bool finite = kSide == 0;
+  bool finite = kSide == 0 || kSide == kBlock;
   for (int plane = 0; plane < tile.filters; ++plane) {
     const float* weights = a.weight + (tile.filter + plane) * a.weight_stride[0];
     for (int tap = threadIdx.x; tap < a.kernel_h * a.kernel_w; tap += blockDim.x) {
@@ -190,15 +302,19 @@ __global__ void __launch_bounds__(kLargeThreads, 2) large_float32(const __grid_c
   finish_copies();
   const bool check = __syncthreads_or(!finite);
 
-  const int chunks = (tile.rows * a.images + 31) / 32, tasks = chunks * ((tile.columns + kWide - 1) / kWide);
-  for (int task = threadIdx.x / 32; task < tasks * tile.filters;) {
-    const int plane = task / tasks, strip = (task - plane * tasks) / chunks, column = strip * kWide;
-    const int chunk = task - plane * tasks - strip * chunks;
-    if constexpr (kSide > 0)
-      compute<kSide, kSide <= 8 ? 8 : 16>(a, tile, plane, tile.column, chunk, check);
+  constexpr int kStrip = kSide == kBlock ? kBlock : kWide;
+  const int chunks = (tile.rows * a.images * a.planes + 31) / 32;
+  const int strips = (tile.columns + kStrip - 1) / kStrip, tasks = chunks * strips;
+  for (int task = __shfl_sync(~0u, threadIdx.x / 32, 0); task < tasks;) {
+    const int rank = task / strips, column = (task - rank * strips) * kStrip;
+    const int chunk = middle_first(rank, chunks);
+    if constexpr (kSide == kBlock)
+      compute<kSide, kSide>(a, tile, column, chunk, check);
+    else if constexpr (kSide > 0)
+      compute<kSide, kSide <= 8 ? 8 : 16>(a, tile, tile.column, chunk, check);
     else
       visit_strip(width_of_strip(tile.columns, column),
-                  [&](auto width) { compute<0, width>(a, tile, plane, tile.column + column, chunk, check); });
+                  [&](auto width) { compute<0, width>(a, tile, tile.column + column, chunk, check); });
     if (threadIdx.x % 32 == 0) task = atomicAdd(&next_task, 1);
     task = __shfl_sync(~0u, task, 0);
   }
@@ -206,7 +322,7 @@ __global__ void __launch_bounds__(kLargeThreads, 2) large_float32(const __grid_c
 
 // How a problem is cut into blocks: the tile, and the warps of a block.
 struct Cut {
-  int side;  // of narrow images, or 0
+  int side;  // of narrow images, or kBlock, or 0
   int planes, images, rows, columns, warps;
 };
 
@@ -224,7 +340,11 @@ int64_t place(Arguments& a, const Cut& cut) {
   int source_columns = std::min(a.slices > 1 ? a.columns + a.kernel_w + 2 : a.width, a.width), weight_columns;
   // Numbers may be read, unused, some places before the first that counts. Zeros lie between the rows of the source, as
   // far as a strip reaches beyond the image and as its steps end behind it; or between the rows of weights.
-  if (cut.side > 0) {
+  if (cut.side == kBlock) {
+    a.shift = 0, a.weight_shift = modulo(kBlock - a.padding_w);
+    weight_columns = a.kernel_w + a.weight_shift;
+    source_columns = static_cast<int>(round_up(a.width, kBlock));
+  } else if (cut.side > 0) {
     a.shift = 0, a.weight_shift = 16 + modulo(cut.side - 1 - a.padding_w);
     weight_columns = a.kernel_w + 16, source_columns = cut.side;
   } else {
@@ -232,14 +352,18 @@ int64_t place(Arguments& a, const Cut& cut) {
     weight_columns = a.kernel_w + a.weight_shift;
     source_columns += kWide - 1 + modulo(a.kernel_w - a.width - a.padding_w);
   }
-  // Eight lanes, on neighbouring images first and rows then, meet in different banks.
-  a.row_bytes = static_cast<int>(spread(4 * source_columns, a.images < 8 ? a.images : 0));
-  const int64_t image_bytes = spread(int64_t{source_rows} * a.row_bytes, 1);
+  // Eight lanes, on neighbouring filters first, images then and rows then, meet in different banks.
+  a.plane_bits = 0;
+  while (1 << a.plane_bits < a.planes) ++a.plane_bits;
+  const int lanes = a.planes * a.images;
+  a.row_bytes = static_cast<int>(spread(4 * source_columns, lanes < 8 ? lanes : 0));
+  const int64_t image_bytes = spread(int64_t{source_rows} * a.row_bytes, a.planes < 8 ? a.planes : 0);
   a.weight_bytes = static_cast<int>(round_up(4 * weight_columns, 16));
-  a.kernel_bytes = a.kernel_h * a.weight_bytes;
+  a.kernel_bytes = static_cast<int>(spread(a.kernel_h * a.weight_bytes, a.planes > 1 ? 1 : 0));
   a.planes_at = static_cast<int>(round_up(a.planes * a.kernel_bytes + 4 * (a.weight_shift + kWide + 16), 16)) +
-                32 * cut.warps * kStagePitch;
-  const int64_t plane_bytes = a.images * image_bytes, zeros_at = a.planes_at + a.planes * plane_bytes;
+                (a.planes > 1 ? 0 : staged_lanes(cut.side) * cut.warps * stage_pitch(cut.side));
+  const int64_t plane_bytes = spread(a.images * image_bytes, a.planes > 1 ? 1 : 0);
+  const int64_t zeros_at = a.planes_at + a.planes * plane_bytes;
   const int64_t bytes = zeros_at + round_up(4 * (a.shift + kWide + 24), 16) + a.row_bytes;
   a.image_bytes = static_cast<int>(image_bytes), a.plane_bytes = static_cast<int>(plane_bytes);
   a.zeros_at = static_cast<int>(zeros_at);
@@ -248,32 +372,41 @@ int64_t place(Arguments& a, const Cut& cut) {
 }
 
 double cost_of(const Arguments& a, const Cut& cut, bool channels_last, int64_t bytes, const Device& device) {
+  const bool blocks = cut.side == kBlock;
   double row_cycles = 0.43 * cut.side * cut.side + 24;  // along a source row, of all strips
-  if (cut.side == 0) {
+  if (blocks) {
+    row_cycles = row_cycles_of_blocks(kBlock, a.width, a.out_width, a.kernel_w, a.padding_w, 0.78, 61);
+  } else if (cut.side == 0) {
     row_cycles = 0;
     for (int column = 0; column < a.out_width; column += kWide) {
       const int width = width_of_strip(a.out_width, column);
       row_cycles += Walk(a.kernel_w, a.padding_w, a.width, column, width).steps * (9 + 2 * width) + 43;
     }
   }
-  const double strips = static_cast<double>(ceil_div(a.out_width, kWide));
+  const double strips = static_cast<double>(ceil_div(a.out_width, blocks ? kBlock : kWide));
   double rows = 0, chunks = 0;  // that warps walk along
   int bands = 0;
   for (int band = 0; band < a.out_height; band += a.rows * std::max(a.bands / 16, 1), ++bands) {  // some stand for all
-    const int items = std::min(a.rows, a.out_height - band) * a.images;
+    const int lanes = a.images * a.planes, items = std::min(a.rows, a.out_height - band) * lanes;
     for (int item = 0; item < items; item += 32, ++chunks) {
-      const int highest = band + item / a.images, lowest = band + std::min(item + 31, items - 1) / a.images;
+      const int highest = band + item / lanes, lowest = band + std::min(item + 31, items - 1) / lanes;
       const int begin = std::max(a.padding_h - lowest, 0);
       rows += std::max(std::min(a.height + a.padding_h - highest, a.kernel_h) - begin, 0);
     }
   }
   Work work{};
-  work.cycles = a.planes * (rows * row_cycles + chunks * strips * 1100) / (bands * a.slices);
-  work.tasks = a.planes * chunks * strips / (bands * a.slices);
-  work.scattered = channels_last ? a.plane_bytes / a.row_bytes * (a.width + 16.0) : 0;
-  work.bytes = bytes, work.warps = cut.warps;
+  work.cycles = (rows * row_cycles + chunks * strips * (blocks ? 230 : 1100)) / (bands * a.slices);
+  work.tasks = chunks * strips / (bands * a.slices);
+  const double of_channel = a.plane_bytes / a.row_bytes * (a.width + (blocks ? 0 : 16.0));
+  work.scattered = channels_last ? of_channel * (blocks ? a.planes : 1) : 0;
+  work.bytes = bytes, work.warps = cut.warps, work.registers = blocks ? 128 : 102;
   work.blocks = static_cast<double>(a.bands) * a.slices * ceil_div(a.filters, a.planes) * ceil_div(a.batch, a.images);
-  return estimate(work, {1100, 0.083, 0.83, 1.86, 0.6, 0.032}, device);
+  if (blocks) {
+    const bool single = std::max(a.width, a.out_width) <= kBlock;
+    const double cycle = channels_last ? kBlockCyclesChannelsLast : single ? kBlockCycles : kBlocksCycles;
+    return cycle * estimate(work, {6900, 0.074, 0.56, 2.69, 0.51, 0, 0.26}, device);
+  }
+  return estimate(work, {1100, 0.083, 0.83, 1.86, 0.6, 0.032, 0.5}, device);
 }
 
 // The cut that is thought to be the fastest of those that fit.
@@ -288,16 +421,20 @@ Cut choose_cut(Arguments& a, bool channels_last, int64_t shared_memory) {
     if (least == 0 || cost < least) best = cut, least = cost;
   };
   const int whole = static_cast<int>(round_up(a.out_width, kWide));
+  const int side = std::max(a.width, a.out_width), all_blocks = static_cast<int>(round_up(a.out_width, kBlock));
+  const int few = channels_last ? std::min(8, a.filters) : 1;  // fewer channels are less than what memory reads at once
   for (int columns = whole; columns >= kWide && (least == 0 || columns >= 64);
        columns = columns > 64 ? 64 : columns / 2)
     for (int images = 1; images < 2 * a.batch && images <= kMostImages; images *= 2)
       for (int bands = 1; bands <= a.out_height; bands = bands < 6 ? bands + 1 : 2 * bands)
         for (const int warps : {8, 5, 4}) {
           const int rows = static_cast<int>(ceil_div(a.out_height, bands)), some = std::min(images, a.batch);
-          const int side = std::max(a.width, a.out_width);
           for (int planes = 1; planes == 1 || (channels_last && planes <= 8); planes *= 2) {
             consider({0, planes, some, rows, columns, warps});
-            if (side <= 14 && columns == whole) consider({side <= 7 ? 7 : 14, planes, some, rows, columns, warps});
+            if (columns < whole) continue;
+            if (side > 14 && planes >= few) consider({kBlock, planes, some, rows, all_blocks, warps});
+            if (side <= 14 && 32 * warps <= threads_for(7))
+              consider({side <= 7 ? 7 : 14, planes, some, rows, columns, warps});
           }
         }
   return best;
@@ -325,14 +462,20 @@ void launch_large_float32(const Problem& p, cudaStream_t stream) {
   const Cut cut = decisions({current_device().id, p.shared_memory, channels_last, a.batch, a.filters, a.height, a.width,
                              a.out_height, a.out_width, a.kernel_h, a.kernel_w, a.padding_h, a.padding_w},
                             [&] { return choose_cut(a, channels_last, p.shared_memory); });
-  place(a, cut);
+  const int bytes = static_cast<int>(place(a, cut));
+  const uint32_t low = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(a.target) / 4 | a.target_stride[0] |
+                                             a.target_stride[1] | a.target_stride[2] | a.out_width);
+  a.unit = a.target_stride[3] != 1 ? 1 : low % 4 == 0 ? 4 : low % 2 == 0 ? 2 : 1;
   const int64_t groups = ceil_div(a.filters, a.planes);
   a.by_groups = Divider(groups), a.by_bands = Divider(a.bands), a.by_slices = Divider(a.slices);
   a.by_images = Divider(a.images), a.by_kernel_w = Divider(a.kernel_w);
   const int64_t blocks = groups * a.bands * a.slices * ceil_div(a.batch, a.images);
-  const auto kernel = cut.side == 7 ? large_float32<7> : cut.side == 14 ? large_float32<14> : large_float32<0>;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, a.bytes);
-  kernel<<<static_cast<unsigned>(blocks), 32 * cut.warps, a.bytes, stream>>>(a);
+  const auto kernel = cut.side == 7        ? large_float32<7>
+                      : cut.side == 14     ? large_float32<14>
+                      : cut.side == kBlock ? large_float32<kBlock>
+                                           : large_float32<0>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  kernel<<<static_cast<unsigned>(blocks), 32 * cut.warps, bytes, stream>>>(a);
   check_launch("large_float32");
 }
 

@@ -18,6 +18,12 @@ __device__ __forceinline__ void load_four(float* to, uint32_t from) {
                : "r"(from));
 }
 
+// A number that is not worked out again, as addresses of shared memory are wherever they are needed, slowly.
+__device__ __forceinline__ uint32_t once(uint32_t value) {
+  asm("" : "+r"(value));
+  return value;
+}
+
 template <int kCount>
 __device__ __forceinline__ void load_row(float (&to)[kCount], uint32_t from) {
 #pragma unroll
@@ -143,6 +149,31 @@ __device__ __forceinline__ void correlate_rows(float (&sum)[2][kColumns], const 
         flush);
 }
 
+// Calls visit() with `first` and the numbers behind it, as types, until it returns true. Straight code that is entered
+// and left by a jump: what is visited may have all its numbers in registers.
+template <int kCount, typename Visitor>
+__device__ __forceinline__ void visit_from(int first, Visitor&& visit) {
+  static_assert(kCount <= 28);
+#define DWCONV_CASE(n)                                     \
+  case n:                                                  \
+    if constexpr (n < kCount)                              \
+      if (visit(std::integral_constant<int, n>{})) return; \
+    [[fallthrough]];
+#define DWCONV_CASES(n) DWCONV_CASE(n) DWCONV_CASE(n + 1) DWCONV_CASE(n + 2) DWCONV_CASE(n + 3)
+  switch (first) {
+    DWCONV_CASES(0)
+    DWCONV_CASES(4) DWCONV_CASES(8) DWCONV_CASES(12) DWCONV_CASES(16) DWCONV_CASES(20) DWCONV_CASES(24) default
+        : return;
+  }
+#undef DWCONV_CASES
+#undef DWCONV_CASE
+}
+
+// The order in which chunks are computed: those in the middle, which meet the most rows, first.
+__device__ inline int middle_first(int rank, int chunks) {
+  return chunks / 2 + (rank % 2 == 1 ? -(rank + 1) / 2 : rank / 2);
+}
+
 // Copies that are under way until they are waited for, where the GPU has such.
 template <int kBytes>
 __device__ inline void begin_copy(int to, const void* from) {
@@ -204,26 +235,42 @@ struct Work {
   double cycles, tasks;  // of all its warps together; what they divide among themselves
   double scattered;      // elements of one channel, if it reads channels_last
   int64_t bytes;         // of shared memory
-  int warps;
+  int warps, registers;  // registers: of a thread
   double blocks;
 };
 
 // Fitted, with what takes how many cycles, to timings of some hundred cuts on an H200: they choose cuts that lose 1 %
 // to the best, though they say what a cut takes with an error of 12 %.
 struct Costs {
-  double load, byte, scattered, few_warps, idle_warps, other_blocks;
+  double load, byte, scattered, few_warps, idle_warps, other_blocks, last_wave;
 };
 
 // An estimate of the time that a cut takes, in cycles.
 inline double estimate(const Work& work, const Costs& cost, const Device& device) {
-  const int64_t fit = std::min<int64_t>(device.shared_per_multiprocessor / (work.bytes + 1152), 20 / work.warps);
+  constexpr int kRegisters = 64 << 10;  // of a multiprocessor
+  const int64_t fit = std::min<int64_t>(device.shared_per_multiprocessor / (work.bytes + 1152),
+                                        kRegisters / (32 * work.warps * work.registers));
   const double resident = static_cast<double>(std::max<int64_t>(fit, 1)), warps = resident * work.warps / 4;
   const double idle = std::ceil(work.tasks / work.warps) * work.warps / work.tasks - 1;
   const double wave = work.cycles / 4 * resident * (1 + cost.few_warps / warps) *
                           (1 + idle * cost.idle_warps / resident) * (1 + cost.other_blocks * (resident - 1)) +
                       cost.load + resident * (work.bytes * cost.byte + work.scattered * cost.scattered);
   const double waves = work.blocks / (device.multiprocessors * resident);
-  return (waves < 2 ? std::ceil(waves) : waves + 0.5) * wave;
+  return (waves < 2 ? std::ceil(waves) : waves + cost.last_wave) * wave;
+}
+
+// The cycles that a warp takes along a row, block of columns by block of columns: for each product, and each block.
+inline double row_cycles_of_blocks(int side, int width, int out_width, int kernel_w, int padding_w, double product,
+                                   double block) {
+  double cycles = 0;
+  for (int column = 0; column < out_width; column += side)
+    for (int at = 0; at < width; at += side) {
+      const int first = std::max(column - at - padding_w, 1 - side);
+      const int last = std::min(column - at - padding_w + kernel_w, side) - 1;
+      for (int d = first; d <= last; ++d) cycles += product * (side - std::abs(d));
+      if (first <= last) cycles += block;
+    }
+  return cycles;
 }
 
 // The least bytes, not below `bytes`, that are `units` times 16 more than a multiple of 128; of 16 where `units` is 0.

@@ -7,6 +7,10 @@
 // together over the rows, and along each over the columns, in which any of their taps meets the image. The sums of the
 // images are added up in shared memory, those of the blocks by a second kernel, always in the same order.
 //
+// Where blocks of 28 columns fit the image, a thread sums all taps of a row: 28 pixels of the input and as many of the
+// gradient are in registers, and a tap is a diagonal of the square between them. In channels_last the lanes of a warp
+// then lie on neighbouring filters first.
+//
 // The zeros around the image give NaN where they meet Inf or NaN. So sums that are not finite are computed again.
 #include <algorithm>
 
@@ -17,7 +21,10 @@
 namespace dwconv {
 namespace {
 
-constexpr int kWide = 16;           // columns of a strip
+constexpr int kWide = 16;   // columns of a strip
+constexpr int kBlock = 28;  // columns of a block
+// What of the costs of strips is a cycle of those of blocks. In channels_last strips take longer than estimated.
+constexpr double kBlockCycles = 1.45, kBlockCyclesChannelsLast = 1.25;
 constexpr int kRun = 128;           // gradients that are summed before they are added to a sum
 constexpr int kSlotPitch = 33 * 4;  // bytes between the sums of a lane: neighbouring taps are in different banks
 
@@ -32,8 +39,10 @@ struct Arguments {
 
   // A block goes through units: some images' tiles of the gradient.
   int planes, images, rows, columns, bands, slices, units, splits;  // planes: the most filters
-  int side;                                                         // of Diagonals, or 0
-  int strips, chunks;  // of taps: strips of columns, and what warps take of the rows of all images
+  int side;                                                         // of Diagonals, or kBlock, or 0
+  int lane_planes, plane_bits, image_bits;  // of Blocks: planes that lanes lie on, and binary logarithms
+  int parts;                                // of Blocks: that the rows are cut into
+  int strips, chunks;                       // of taps: strips of columns, and what warps take of the rows of all images
   int input_row_bytes, input_image_bytes, grad_row_bytes, grad_image_bytes;
   int input_plane_bytes, grad_plane_bytes;            // from filter to filter
   int bias_at, grads_at, inputs_at, zeros_at, bytes;  // in shared memory, behind the sums
@@ -89,13 +98,15 @@ __device__ __noinline__ float sum_by_taps(const Arguments& a, int filter, int sp
 
 // The rows that a lane, and with it the warp, walks over.
 __device__ inline Rows rows_of(const Arguments& a, const Unit& unit, int plane, int chunk, int input_at, int grad_at) {
-  const int items = a.kernel_h * a.images;
+  const int items = a.kernel_h * a.images * a.lane_planes;
   const auto place_of = [&](int item) {  // the row of taps, and the image
-    uint32_t row = min(item, items - 1);
+    uint32_t row = static_cast<uint32_t>(min(item, items - 1)) >> a.plane_bits;
     const int image = a.by_images.split(row);
     return int2{static_cast<int>(row), image};
   };
-  const int2 own = place_of(32 * chunk + static_cast<int>(threadIdx.x) % 32);
+  const int item = 32 * chunk + static_cast<int>(threadIdx.x) % 32;
+  const int2 own = place_of(item);
+  plane += min(item, items - 1) & (a.lane_planes - 1);
   Rows r;
   r.y = own.x - unit.padding_h, r.height = a.height;
   r.source = a.inputs_at + input_at + plane * a.input_plane_bytes + own.y * a.input_image_bytes +
@@ -171,9 +182,118 @@ struct Diagonals {
   static __device__ int2 find(const Arguments& a, int j) { return {0, kSide - 1 + j - a.padding_w}; }
 };
 
+// All taps of a row, block of columns by block of columns.
+struct Blocks {
+  static constexpr int kSums = 2 * kBlock;
+
+  static __device__ int place_of_sum(const Arguments& a, int part, int plane, int i, int j) {
+    return 4 * (((part * a.planes + plane) * a.kernel_h + i) * a.kernel_w + j);
+  }
+
+  // Adds up what the lanes of a filter have for the taps of a row, in different images, and then to the block's sums.
+  // Lanes that differ in one bit of the image's number divide the taps between them, bit by bit.
+  static __device__ __forceinline__ void flush(float (&sum)[2][kSums], const Arguments& a, int part, int chunk, int low,
+                                               int high, int offset) {
+    constexpr int kGroup = 16;
+    __syncwarp();  // another lane may have added to these sums before
+    const int lane = threadIdx.x % 32, item = 32 * chunk + lane;
+    const int plane = item & (a.planes - 1), i = item >> (a.plane_bits + a.image_bits);
+    const int to = place_of_sum(a, part, plane, i, offset - kBlock);
+    const auto add_group = [&](auto number) {
+      constexpr int kFirst = kGroup * decltype(number)::value;
+      if (kFirst + kGroup <= low || kFirst > high) return;
+      float v[kGroup];
+#pragma unroll
+      for (int k = 0; k < kGroup; ++k) {
+        constexpr int kEnd = kSums - 1;
+        v[k] = kFirst + k <= kEnd ? sum[0][min(kFirst + k, kEnd)] + sum[1][min(kFirst + k, kEnd)] : 0;
+        if (kFirst + k <= kEnd) sum[0][kFirst + k] = sum[1][kFirst + k] = 0;
+      }
+      int first = kFirst;
+      const auto write = [&](auto count) {
+#pragma unroll
+        for (int k = 0; k < decltype(count)::value; ++k)
+          if (i < a.kernel_h && first + k >= low && first + k <= high) shared<float>(to + 4 * (first + k)) += v[k];
+      };
+      const auto divide = [&](auto count, int bit) {
+        constexpr int kHalf = decltype(count)::value;
+        const bool upper = lane >> (a.plane_bits + bit) & 1;
+#pragma unroll
+        for (int k = 0; k < kHalf; ++k) {
+          const float sent = upper ? v[k] : v[k + kHalf], kept = upper ? v[k + kHalf] : v[k];
+          v[k] = kept + __shfl_xor_sync(~0u, sent, 1 << (a.plane_bits + bit));
+        }
+        if (upper) first += kHalf;
+      };
+      if (a.image_bits == 0) return write(std::integral_constant<int, 16>{});
+      divide(std::integral_constant<int, 8>{}, 0);
+      if (a.image_bits == 1) return write(std::integral_constant<int, 8>{});
+      divide(std::integral_constant<int, 4>{}, 1);
+      if (a.image_bits == 2) return write(std::integral_constant<int, 4>{});
+      divide(std::integral_constant<int, 2>{}, 2);
+      if (a.image_bits == 3) return write(std::integral_constant<int, 2>{});
+      divide(std::integral_constant<int, 1>{}, 3);
+      if (a.image_bits == 5) v[0] += __shfl_xor_sync(~0u, v[0], 16);
+      if (a.image_bits < 5 || lane < 16) write(std::integral_constant<int, 1>{});
+    };
+    [&]<int... group>(std::integer_sequence<int, group...>) {
+      (add_group(std::integral_constant<int, group>{}), ...);
+    }(std::make_integer_sequence<int, (kSums + kGroup - 1) / kGroup>{});
+  }
+
+  static __device__ float total(const Arguments& a, int plane, int i, int j) {
+    float sum = 0;
+    for (int part = 0; part < a.parts; ++part) sum += shared<float>(place_of_sum(a, part, plane, i, j));
+    return sum;
+  }
+
+  static __device__ void compute(const Arguments& a, const Unit& unit, int task) {
+    const int part = task / a.chunks, chunk = middle_first(task - part * a.chunks, a.chunks);
+    const Rows rows = rows_of(a, unit, 0, chunk, 0, 0);
+    const int count = max(rows.end - rows.begin, 0), begin = rows.begin + count * part / a.parts;
+    const int end = rows.begin + count * (part + 1) / a.parts;
+    const uint32_t base = shared_address(0), zeros = once(base + rows.zeros);
+    const int reach = max(a.width, a.columns) - 1;
+    for (int shift = -reach / kBlock * kBlock; shift <= reach; shift += kBlock) {
+      // Column u of a block of the input meets gradient o of one that begins `shift` before it for tap u - o + offset.
+      const int offset = shift + unit.padding_w, first = max(-shift, 0), last = min(a.columns, a.width - shift);
+      const int low = max(kBlock - offset, 1), high = min(kBlock - 1 + a.kernel_w - offset, 2 * kBlock - 1);
+      if (low > high || first >= last) continue;
+      float sum[2][kSums] = {};
+      const int run = max(2 * kRun / (last - first), 1);  // each sum has half of them
+      uint32_t source = once(base + rows.source + begin * rows.source_bytes);
+      uint32_t grad = once(base + rows.weight + begin * rows.weight_bytes);
+      int y = once(rows.y + begin);
+      for (int k = begin; k < end;) {
+        for (const int stop = min(k + run, end); k < stop; ++k) {
+          const uint32_t from = static_cast<uint32_t>(y) < static_cast<uint32_t>(a.height) ? source : zeros;
+          for (int column = first; column < last; column += kBlock) {
+            float x[kBlock], g[kBlock];
+            load_row(x, from + 4 * (column + shift));
+            load_row(g, grad + 4 * column);
+            visit_from<kBlock>(low / 2, [&](auto number) {  // two taps, so that each FMA has a number of the one before
+              constexpr int kIndex = 2 * decltype(number)::value;
+              const auto add = [&](int u, int index) {
+                const int o = u - (index - kBlock);
+                if (o >= 0 && o < kBlock) sum[u % 2][index] = fmaf(x[u], g[o], sum[u % 2][index]);
+              };
+#pragma unroll
+              for (int u = 0; u < kBlock; ++u) add(u, kIndex + 1), add(u, kIndex);
+              return high < kIndex + 2;
+            });
+          }
+          ++y, source += a.input_row_bytes, grad += a.grad_row_bytes;
+        }
+        flush(sum, a, part, chunk, low, high, offset);
+      }
+    }
+  }
+};
+
 template <class Taps>
-__global__ void __launch_bounds__(kLargeThreads, 2) large_float32_grad_weight(const __grid_constant__ Arguments a) {
-  constexpr int kTaskBytes = Taps::kSlots * kSlotPitch;
+__global__ void __launch_bounds__(kLargeThreads, std::is_same_v<Taps, Blocks> ? 1 : 2)
+    large_float32_grad_weight(const __grid_constant__ Arguments a) {
+  __shared__ int next_task;
   uint32_t split = blockIdx.x;
   const int filter = a.by_groups.split(split) * a.planes, filters = min(a.planes, a.filters - filter);
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, tasks = a.strips * a.chunks;
@@ -194,11 +314,20 @@ __global__ void __launch_bounds__(kLargeThreads, 2) large_float32_grad_weight(co
                  {unit.images, filters, unit.rows, unit.columns, a.planes, a.grads_at + 4 * unit.grad_shift,
                   a.grad_image_bytes, a.grad_plane_bytes, a.grad_row_bytes});
     finish_copies();
+    if (threadIdx.x == 0) next_task = warps;
     __syncthreads();
 
-    for (int task = warp; task < tasks * filters; task += warps) {
-      const int plane = task / tasks;
-      Taps::compute(a, unit, plane, task - plane * tasks, task * kTaskBytes);
+    if constexpr (std::is_same_v<Taps, Blocks>) {
+      for (int task = __shfl_sync(~0u, warp, 0); task < a.chunks * a.parts;) {
+        Blocks::compute(a, unit, task);
+        if (threadIdx.x % 32 == 0) task = atomicAdd(&next_task, 1);
+        task = __shfl_sync(~0u, task, 0);
+      }
+    } else {
+      for (int task = warp; task < tasks * filters; task += warps) {
+        const int plane = task / tasks;
+        Taps::compute(a, unit, plane, task - plane * tasks, task * Taps::kSlots * kSlotPitch);
+      }
     }
     for (int plane = 0; a.with_bias && plane < filters; ++plane) {
       float sum = 0;
@@ -219,13 +348,17 @@ __global__ void __launch_bounds__(kLargeThreads, 2) large_float32_grad_weight(co
   float* partial = a.partial + static_cast<int64_t>(split) * (taps + a.with_bias) * a.filters + filter;
   for (int index = threadIdx.x; index < taps * filters; index += blockDim.x) {
     const int tap = index / filters, plane = index - tap * filters, i = tap / a.kernel_w, j = tap - i * a.kernel_w;
-    const int2 found = Taps::find(a, j);
     float sum = 0;
-    if (found.y >= 0 && found.y < Taps::kSlots)  // or the tap meets no image
-      for (int image = 0; image < a.images; ++image) {
-        const int item = i * a.images + image, task = plane * tasks + found.x + item / 32;
-        sum += shared<float>(task * kTaskBytes + found.y * kSlotPitch + item % 32 * 4);
-      }
+    if constexpr (std::is_same_v<Taps, Blocks>) {
+      sum = Blocks::total(a, plane, i, j);
+    } else {
+      const int2 found = Taps::find(a, j);
+      if (found.y >= 0 && found.y < Taps::kSlots)  // or the tap meets no image
+        for (int image = 0; image < a.images; ++image) {
+          const int item = i * a.images + image, task = plane * tasks + found.x + item / 32;
+          sum += shared<float>((task * Taps::kSlots + found.y) * kSlotPitch + item % 32 * 4);
+        }
+    }
     if (!is_finite(sum)) sum = sum_by_taps(a, filter + plane, split, i, j);
     partial[static_cast<int64_t>(tap) * a.filters + plane] = sum;
   }
@@ -238,8 +371,8 @@ __global__ void __launch_bounds__(kLargeThreads, 2) large_float32_grad_weight(co
 
 // How a problem is cut into units, and how many warps a block has.
 struct Cut {
-  int side;  // of Diagonals, or 0
-  int planes, images, rows, columns, warps;
+  int side;  // of Diagonals, or kBlock, or 0
+  int planes, images, rows, columns, warps, parts = 1;
 
   int slots() const { return side > 0 ? 2 * side - 1 : kWide; }
 };
@@ -252,7 +385,11 @@ int64_t place(Arguments& a, const Cut& cut) {
   a.units = static_cast<int>(ceil_div(a.batch, a.images)) * a.bands * a.slices;
   a.side = cut.side;
   a.strips = cut.side > 0 ? 1 : static_cast<int>(ceil_div(a.kernel_w, kWide));
-  a.chunks = static_cast<int>(ceil_div(a.kernel_h * a.images, 32));
+  const bool blocks = cut.side == kBlock;
+  a.lane_planes = blocks ? a.planes : 1, a.parts = cut.parts, a.plane_bits = a.image_bits = 0;
+  while (1 << a.plane_bits < a.lane_planes) ++a.plane_bits;
+  while (1 << a.image_bits < a.images) ++a.image_bits;
+  a.chunks = static_cast<int>(ceil_div(a.kernel_h * a.images * a.lane_planes, 32));
   int source_rows = 1;
   for (int row = 0; row < a.out_height; row += a.rows) {
     const int end = row + std::min(a.rows, a.out_height - row) + a.kernel_h - 1;
@@ -260,20 +397,25 @@ int64_t place(Arguments& a, const Cut& cut) {
   }
   // Behind a row lie zeros, as far as a strip reaches beyond the image and as its steps end behind it.
   const int source_columns = std::min(a.slices > 1 ? a.columns + a.kernel_w + 2 : a.width, a.width);
-  const int whole = static_cast<int>(round_up(4 * cut.side, 16));
-  const int wanted = cut.side > 0 ? whole : 4 * (source_columns + kWide + 2);
-  // Eight lanes, on neighbouring images first and rows then, meet in different banks.
-  a.input_row_bytes = static_cast<int>(spread(wanted, a.images < 8 ? a.images : 0));
-  a.grad_row_bytes = cut.side > 0 ? whole : static_cast<int>(round_up(4 * (a.columns + 3), 16));
-  const int64_t input_bytes = spread(int64_t{source_rows} * a.input_row_bytes, 1);
-  const int64_t grad_bytes = spread(int64_t{a.rows} * a.grad_row_bytes, 1);
-  a.bias_at = a.planes * a.strips * a.chunks * cut.slots() * kSlotPitch;
+  const int whole_input = static_cast<int>(round_up(4 * (blocks ? round_up(a.width, kBlock) : cut.side), 16));
+  const int whole_grad = static_cast<int>(round_up(4 * (blocks ? round_up(a.columns, kBlock) : cut.side), 16));
+  const int wanted = cut.side > 0 ? whole_input : 4 * (source_columns + kWide + 2);
+  // Eight lanes, on neighbouring filters first, images then and rows then, meet in different banks.
+  const int lanes = a.images * a.lane_planes, units = blocks ? (a.planes < 8 ? a.planes : 0) : 1;
+  a.input_row_bytes = static_cast<int>(spread(wanted, lanes < 8 ? lanes : 0));
+  a.grad_row_bytes = cut.side > 0 ? whole_grad : static_cast<int>(round_up(4 * (a.columns + 3), 16));
+  const int64_t input_bytes = spread(int64_t{source_rows} * a.input_row_bytes, units);
+  const int64_t grad_bytes = spread(int64_t{a.rows} * a.grad_row_bytes, units);
+  const int64_t input_plane = spread(a.images * input_bytes, a.lane_planes > 1 ? 1 : 0);
+  const int64_t grad_plane = spread(a.images * grad_bytes, a.lane_planes > 1 ? 1 : 0);
+  a.bias_at = blocks ? 4 * a.parts * a.planes * a.kernel_h * a.kernel_w
+                     : a.planes * a.strips * a.chunks * cut.slots() * kSlotPitch;
   a.grads_at = static_cast<int>(round_up(a.bias_at + 4 * a.planes * cut.warps, 16));
-  const int64_t inputs_at = a.grads_at + a.planes * a.images * grad_bytes + 64;
-  const int64_t zeros_at = inputs_at + a.planes * a.images * input_bytes;
+  const int64_t inputs_at = a.grads_at + a.planes * grad_plane + 64;
+  const int64_t zeros_at = inputs_at + a.planes * input_plane;
   const int64_t bytes = zeros_at + a.input_row_bytes + 4 * (24 + kWide + 16);
   a.grad_image_bytes = static_cast<int>(grad_bytes), a.input_image_bytes = static_cast<int>(input_bytes);
-  a.grad_plane_bytes = a.images * a.grad_image_bytes, a.input_plane_bytes = a.images * a.input_image_bytes;
+  a.grad_plane_bytes = static_cast<int>(grad_plane), a.input_plane_bytes = static_cast<int>(input_plane);
   a.inputs_at = static_cast<int>(inputs_at), a.zeros_at = static_cast<int>(zeros_at);
   a.bytes = static_cast<int>(bytes);
   return bytes;
@@ -281,32 +423,42 @@ int64_t place(Arguments& a, const Cut& cut) {
 
 double cost_of(const Arguments& a, const Cut& cut, bool channels_last, int64_t bytes, const Device& device) {
   double row_cycles = 1.1 * cut.side * cut.side + 40;  // along a row of the input, of all strips
-  if (cut.side == 0) {
+  const bool blocks = cut.side == kBlock;
+  if (blocks) {
+    row_cycles = row_cycles_of_blocks(kBlock, a.width, a.out_width, a.kernel_w, a.padding_w, 0.58, 113);
+  } else if (cut.side == 0) {
     row_cycles = 0;
     for (int column = 0; column < a.kernel_w; column += kWide) {
       const int width = width_of_strip(a.kernel_w, column);
       row_cycles += Walk(a.out_width, a.padding_w, a.width, column, width).steps * 2.07 * width + 230;
     }
   }
-  double rows = 0;  // that warps walk along
+  double rows = 0, flushes = 0;  // rows that warps walk along
   int bands = 0;
   for (int band = 0; band < a.out_height; band += a.rows * std::max(a.bands / 16, 1), ++bands) {  // some stand for all
-    const int items = a.kernel_h * a.images, padding = a.padding_h - band;
+    const int lanes = a.images * a.lane_planes, items = a.kernel_h * lanes, padding = a.padding_h - band;
     for (int item = 0; item < items; item += 32) {
-      const int highest = item / a.images;
-      const int lowest = std::min(item + 31, items - 1) / a.images;
+      const int highest = item / lanes;
+      const int lowest = std::min(item + 31, items - 1) / lanes;
       const int end = std::min(a.height + padding - highest, std::min(a.rows, a.out_height - band));
-      rows += std::max(end - std::max(padding - lowest, 0), 0);
+      const int count = std::max(end - std::max(padding - lowest, 0), 0);
+      rows += count;
+      flushes += a.parts * ceil_div(ceil_div(count, a.parts), std::max(2 * kRun / a.out_width, 1));
     }
   }
-  const double input = a.input_plane_bytes / a.input_row_bytes * (a.width + 16.0);
+  const double input = a.input_plane_bytes / a.input_row_bytes * (a.width + (blocks ? 0 : 16.0));
   Work work{};
-  work.tasks = a.planes * a.strips * a.chunks;
-  work.cycles = a.planes * rows * row_cycles / (bands * a.slices) + work.tasks * 21;
+  work.tasks = blocks ? a.chunks * a.parts : a.planes * a.strips * a.chunks;
+  work.cycles = (blocks ? 1 : a.planes) * rows * row_cycles / (bands * a.slices) + work.tasks * (blocks ? 300 : 21);
+  if (blocks) work.cycles += flushes * 100 / bands;
   work.scattered = channels_last ? input + a.images * a.rows * a.columns : 0;
-  work.bytes = bytes, work.warps = cut.warps;
+  if (blocks) work.scattered *= a.planes;
+  work.bytes = bytes, work.warps = cut.warps, work.registers = blocks ? 248 : 102;
   work.blocks = static_cast<double>(ceil_div(a.filters, a.planes)) * a.units;
-  return estimate(work, {2500, 0.089, 0.59, 2.6, 0.6, 0.025}, device);
+  if (blocks)
+    return (channels_last ? kBlockCyclesChannelsLast : kBlockCycles) *
+           estimate(work, {8300, 0.083, 0.63, 2.8, 0.5, 0, 0.13}, device);
+  return estimate(work, {2500, 0.089, 0.59, 2.6, 0.6, 0.025, 0.5}, device);
 }
 
 // The cut that is thought to be the fastest of those that fit.
@@ -314,7 +466,8 @@ Cut choose_cut(Arguments& a, bool channels_last, int64_t shared_memory) {
   Cut best{};
   double least = 0;
   const Device& device = current_device();
-  const int most = std::max(a.width, a.out_width), narrow = most <= 7 ? 7 : most <= 14 ? 14 : 0;
+  const int most = std::max(a.width, a.out_width), narrow = most <= 7 ? 7 : most <= 14 ? 14 : kBlock;
+  const int few = channels_last ? std::min(8, a.filters) : 1;  // fewer channels are less than what memory reads at once
   for (int columns = a.out_width; columns >= 1 && (least == 0 || columns >= 64); columns = columns > 64 ? 64
                                                                                            : columns > 32
                                                                                                ? 32
@@ -323,15 +476,18 @@ Cut choose_cut(Arguments& a, bool channels_last, int64_t shared_memory) {
       for (int bands = 1; bands <= a.out_height; bands = bands < 6 ? bands + 1 : 2 * bands)
         for (const int warps : {8, 5, 4})
           for (const int side : {0, narrow})
-            for (int planes = 1; planes == 1 || (channels_last && planes <= 8); planes *= 2) {
-              if (side > 0 && columns < a.out_width) continue;
-              const int rows = static_cast<int>(ceil_div(a.out_height, bands));
-              const Cut cut{side, planes, std::min(images, a.batch), rows, columns, warps};
-              const int64_t bytes = place(a, cut);
-              if (bytes > shared_memory) continue;
-              const double cost = cost_of(a, cut, channels_last, bytes, device);
-              if (least == 0 || cost < least) best = cut, least = cost;
-            }
+            for (int planes = 1; planes == 1 || (channels_last && planes <= 8); planes *= 2)
+              for (int parts = 1; parts <= (side == kBlock ? 4 : 1); parts *= 2) {
+                if (side > 0 && columns < a.out_width) continue;
+                // Blocks add up by powers of two.
+                if (side == kBlock && (planes < few || images > a.batch || images * planes > 32)) continue;
+                const int rows = static_cast<int>(ceil_div(a.out_height, bands));
+                const Cut cut{side, planes, std::min(images, a.batch), rows, columns, warps, parts};
+                const int64_t bytes = place(a, cut);
+                if (bytes + 128 > shared_memory) continue;
+                const double cost = cost_of(a, cut, channels_last, bytes, device);
+                if (least == 0 || cost < least) best = cut, least = cost;
+              }
   return best;
 }
 
@@ -361,9 +517,10 @@ void launch_large_float32_grad_weight(const Problem& p, const Allocate& allocate
   a.by_groups = Divider(groups), a.by_bands = Divider(a.bands), a.by_slices = Divider(a.slices);
   a.by_images = Divider(a.images);
   a.partial = static_cast<float*>(allocate(a.splits * (p.taps() + a.with_bias) * a.filters * sizeof(float)));
-  const auto kernel = cut.side == 7    ? large_float32_grad_weight<Diagonals<7>>
-                      : cut.side == 14 ? large_float32_grad_weight<Diagonals<14>>
-                                       : large_float32_grad_weight<Strips>;
+  const auto kernel = cut.side == 7        ? large_float32_grad_weight<Diagonals<7>>
+                      : cut.side == 14     ? large_float32_grad_weight<Diagonals<14>>
+                      : cut.side == kBlock ? large_float32_grad_weight<Blocks>
+                                           : large_float32_grad_weight<Strips>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, a.bytes);
   kernel<<<static_cast<unsigned>(groups * a.splits), 32 * cut.warps, a.bytes, stream>>>(a);
   check_launch("large_float32_grad_weight");
