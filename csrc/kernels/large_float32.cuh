@@ -161,9 +161,10 @@ __device__ __forceinline__ void visit_from(int first, Visitor&& visit) {
     [[fallthrough]];
 #define DWCONV_CASES(n) DWCONV_CASE(n) DWCONV_CASE(n + 1) DWCONV_CASE(n + 2) DWCONV_CASE(n + 3)
   switch (first) {
-    DWCONV_CASES(0)
-    DWCONV_CASES(4) DWCONV_CASES(8) DWCONV_CASES(12) DWCONV_CASES(16) DWCONV_CASES(20) DWCONV_CASES(24) default
-        : return;
+    // clang-format off
+    DWCONV_CASES(0) DWCONV_CASES(4) DWCONV_CASES(8) DWCONV_CASES(12) DWCONV_CASES(16) DWCONV_CASES(20) DWCONV_CASES(24)
+    default: return;
+    // clang-format on
   }
 #undef DWCONV_CASES
 #undef DWCONV_CASE
