@@ -979,8 +979,8 @@ def test_streams_with_much_to_do(dtype: torch.dtype) -> None:
                 assert wrong_numbers(result, exact.grad_input.round()) == 0, (plan, str(case))
 
 
-# Of 7x7 in float32, and of 9x9 but for grad_weight: batch, channels, size; so much of it that warps march, in grad_weight
-# where the flag says so.
+# Of 7x7 in float32, and of 9x9 but for grad_weight: batch, channels, size; so much of it that warps march, in
+# grad_weight where the flag says so.
 PLANES = [
     (128, 64, (28, 28), False),
     (512, 37, (14, 13), False),

@@ -122,7 +122,7 @@ struct Products {
     return __byte_perm(shared<uint16_t>(first), shared<uint16_t>(second), 0x5410);
   }
 
-  uint32_t source_slots[4], grad_slots[4];  // of the thread's four images
+  int source_slots[4], grad_slots[4];  // of the thread's four images
 
   // Before the tiles of a step: where the images lie. `channel`: of the block's.
   __device__ void place(const Batch& a, const Step& s, int stage, int64_t source_offset, int64_t grad_offset,

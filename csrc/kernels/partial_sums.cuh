@@ -19,7 +19,6 @@ __global__ void __launch_bounds__(kSumsPerBlock* kSumLanes)
   const int column = threadIdx.x % kSumsPerBlock, lane = threadIdx.x / kSumsPerBlock;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kSumsPerBlock + column;
   wait_for_kernel_before();
-  let_next_kernel_start();
   double total = 0;  // a long sum, of which there are few
   if (index < sums)
 #pragma unroll 4

@@ -16,6 +16,7 @@ struct Window {
   static constexpr int kRows = 7, kColumns = 7, kTiles = 1, kLanes = 1;
   static constexpr bool kOddStrips = false;
   static constexpr int kMaxThreads = kKernelH * kKernelW < 25 ? 224 : 128, kBlocks = 2;
+  static constexpr bool kInParts = kKernelH * kKernelW < 25;  // long sums lose digits; of more taps there is no room
 
   float sum[kKernelH][kKernelW] = {};
   double bias = 0;
@@ -41,6 +42,11 @@ struct Window {
     RowWalk source(a.source_ring, c.source_slot + y0 - c.source_begin);
     RowWalk grad(a.grad_ring, c.grad_slot + (a.single ? 0 : filter * a.out_height) + row);
 
+    float part[kKernelH][kKernelW] = {};
+    const auto add = [&](int i, int j, float x, float g) {
+      float& total = kInParts ? part[i][j] : sum[i][j];
+      total = fmaf(x, g, total);
+    };
     float g[kRows][kColumns], bias_part = 0;
 #pragma unroll
     for (int r = 0; r < kSourceRows; ++r) {
@@ -65,9 +71,14 @@ struct Window {
 #pragma unroll
         for (int v = 0; v < kColumns; ++v)
 #pragma unroll
-          for (int j = 0; j < kKernelW; ++j) sum[i][j] = fmaf(x[v * kStride + j * kDilation], g[o][v], sum[i][j]);
+          for (int j = 0; j < kKernelW; ++j) add(i, j, x[v * kStride + j * kDilation], g[o][v]);
       }
     }
+    if constexpr (kInParts)
+#pragma unroll
+      for (int i = 0; i < kKernelH; ++i)
+#pragma unroll
+        for (int j = 0; j < kKernelW; ++j) sum[i][j] += part[i][j];
     bias += bias_part;
   }
 };
