@@ -180,7 +180,9 @@ def work(device: str, report: Path) -> None:
             failures[function.__name__] = traceback.format_exc()
             print(failures[function.__name__], flush=True)
     report.with_suffix(f".{rank}").write_text(json.dumps(failures))
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may outlive the interpreter, which then aborts, though all is done and written
 
 
 def free_port() -> int:
