@@ -1,4 +1,5 @@
-"""Every plan on small problems, for NVIDIA's compute-sanitizer to watch. Results are compared with the exact ones.
+"""All plans that small problems can have, for NVIDIA's compute-sanitizer to watch. Results are compared with the exact
+ones.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/sanitize.py
 

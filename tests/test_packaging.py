@@ -255,7 +255,7 @@ def test_stub_is_of_the_binary() -> None:
     stub = ast.parse((PACKAGE / "_C.pyi").read_text())
     typed = {node.name: [argument.arg for argument in node.args.args] for node in stub.body if hasattr(node, "args")}
     signatures = {name: getattr(_C, name).__doc__.splitlines()[0] for name in dir(_C) if not name.startswith("_")}
-    # Functions of the C API take arguments by position alone, and tell no names.
+    # Functions of the C API tell no names; the stub has theirs as by position, or by keyword, alone.
     named = {name: signature if signature.startswith(f"{name}(") else "" for name, signature in signatures.items()}
     assert typed == {name: re.findall(r"(\w+): ", signature) for name, signature in named.items()}
 
