@@ -108,4 +108,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    # Not sys.exit: gloo's threads outlive their group, and one that then releases a tensor aborts the closing interpreter.
+    os._exit(status)

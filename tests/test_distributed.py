@@ -182,7 +182,7 @@ def work(device: str, report: Path) -> None:
     report.with_suffix(f".{rank}").write_text(json.dumps(failures))
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)  # gloo's threads may outlive the interpreter, which then aborts, though all is done and written
+    os._exit(0)  # gloo's threads outlive their group: one that then releases a tensor aborts the closing interpreter
 
 
 def free_port() -> int:
