@@ -33,7 +33,7 @@ class Cell:
     dtype: str
     layout: str
     pass_name: str
-    target_x_copy: float
+    target_x_copy: float | None = None
 
     @property
     def channels(self) -> int:

@@ -6,7 +6,7 @@ import argparse
 import datetime
 import gc
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -188,6 +188,19 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def timed(cells: Sequence[Cell], quick: bool) -> Iterator[dict[str, Any]]:
+    """Runs cell after cell and prints a line for each, once who asked for it has had it."""
+    print(report.CELL_HEADER)
+    with tqdm(total=len(cells), unit="cell", dynamic_ncols=True, smoothing=0.1) as progress:
+        for cell in cells:
+            progress.set_postfix_str(str(cell))
+            result = run_cell(cell, quick)
+            yield result
+            progress.write(report.cell_line(result))
+            progress.update()
+            release_memory()
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", nargs="+", metavar="NAME", help="default: all of layers.csv")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: all")
@@ -241,18 +254,11 @@ def main(args: argparse.Namespace) -> None:
             report.write_layers({"meta": meta, "cells": list(results.values())}, args.output)
 
     print(report.headline(meta))
-    print(report.CELL_HEADER)
-    with tqdm(total=len(cells), unit="cell", dynamic_ncols=True, smoothing=0.1) as progress:
-        for i, cell in enumerate(cells):
-            progress.set_postfix_str(str(cell))
-            result = run_cell(cell, args.quick)
-            results[report.identity(result)] = result
-            add_any_layout(results.values())
-            progress.write(report.cell_line(result))
-            progress.update()
-            release_memory()
-            if cell.layer != cells[(i + 1) % len(cells)].layer:
-                write()  # what is measured stays, should the run be cut short
+    for result, following in zip(timed(cells, args.quick), [*cells[1:], None]):
+        results[report.identity(result)] = result
+        add_any_layout(results.values())
+        if following is not None and following.layer != result["layer"]:
+            write()  # what is measured stays, should the run be cut short
     print(report.summary(list(results.values())))
     write()
     if args.output:

@@ -1,4 +1,4 @@
-"""Draws the results: roofline.png, speedup.png, x_copy.png and, with --models, models.png.
+"""Draws the results: roofline.png, speedup.png, x_copy.png, with --models models.png, with --sweep sweep.png.
 
 The peaks of the roofline are given, not measured: by default what a plain FMA kernel and mma.sync reach on an H100 or
 H200. Depthwise convolution on tensor cores multiplies zeros too; useful operations are what is shown.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Sequence
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,6 +30,7 @@ from report import Cell
 PASSES = {"forward": "#0072B2", "grad_input": "#E69F00", "grad_weight": "#009E73"}
 LAYOUTS = {"NCHW": "o", "channels_last": "^"}
 DTYPES = ("float32", "float16", "bfloat16", "float64")
+SWEEP_COLOURS = {"float32": "#0072B2", "float16": "#CC79A7", "bfloat16": "#E69F00", "float64": "#009E73"}
 MODES = {"train": "training step", "latency": "inference", "throughput": "inference"}
 GREY, DARK, RED = "#9A9A9A", "#333333", "#D55E00"
 STYLE = {
@@ -276,6 +277,42 @@ def model_times(meta: dict[str, Any], rows: Sequence[dict[str, Any]], path: Path
     save(figure, path)
 
 
+def sweep(meta: dict[str, Any], cells: Sequence[Cell], path: Path) -> None:
+    """Time over kernel size, ours and PyTorch's, a row per plane and layout; a tick where the plan changes."""
+    lines = report.sweep_lines(cells)
+    rows = list(dict.fromkeys((plane, layout) for plane, layout, _, _ in lines))
+    passes = present(cells, "pass", PASSES)
+    figure, panels = plt.subplots(
+        len(rows), len(passes), figsize=(1 + 4.6 * len(passes), 1.4 + 3.6 * len(rows)), sharex=True, sharey=True,
+        squeeze=False,
+    )  # fmt: skip
+    for (plane, layout, dtype, name), line in lines.items():
+        axes = panels[rows.index((plane, layout)), passes.index(name)]
+        for key, style in {"us": "-", "pytorch_us": "--", "copy_us": ":"}.items():
+            timed = [cell for cell in line if cell[key]]
+            sizes, times = [cell["kernel_size"] for cell in timed], [cell[key] for cell in timed]
+            axes.plot(sizes, times, style, color=SWEEP_COLOURS[dtype], linewidth=1.8 if key == "us" else 1.2)
+        changes = [new for old, new in pairwise(line) if new["us"] and new["plan"] != old["plan"]]
+        where, times = [cell["kernel_size"] for cell in changes], [cell["us"] for cell in changes]
+        axes.plot(where, times, "|", color=SWEEP_COLOURS[dtype], markersize=11, markeredgewidth=1.6)
+        axes.set_title(f"{plane}, {layout}, {name}")
+    for axes in panels.flat:
+        log_axis(axes, "y")
+    for axes in panels[-1]:
+        axes.set_xlabel("K, of a K x K kernel")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("microseconds")
+    handles = [Line2D([], [], color=SWEEP_COLOURS[name], label=name) for name in present(cells, "dtype", DTYPES)]
+    handles += [
+        Line2D([], [], color=DARK, linestyle=style, label=label)
+        for style, label in (("-", "dwconv"), ("--", "F.conv2d at its best"), (":", "copy"))
+    ]
+    handles.append(dot(DARK, "another plan from here on", "|", markersize=11, markeredgewidth=1.6))
+    figure.suptitle(title(meta, "Cost of a kernel by its size"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    save(figure, path)
+
+
 def milliseconds(value: float | None) -> str:
     return "wrong" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
@@ -283,6 +320,7 @@ def milliseconds(value: float | None) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("results", type=Path, help="JSON written by layers")
     parser.add_argument("--models", type=Path, metavar="JSON", help="written by models")
+    parser.add_argument("--sweep", type=Path, metavar="JSON", help="written by sweep")
     parser.add_argument("--output-dir", type=Path, default=Path("."), metavar="DIR", help="default: here")
     parser.add_argument("--fp32-tflops", type=float, default=60, metavar="TFLOPS", help="peak; default: %(default)s")
     parser.add_argument("--tensor-tflops", type=float, default=640, metavar="TFLOPS", help="peak; default: %(default)s")
@@ -300,3 +338,6 @@ def main(args: argparse.Namespace) -> None:
         if args.models:
             models = report.load(args.models, "models")
             model_times(models["meta"], models["models"], args.output_dir / "models.png")
+        if args.sweep:
+            swept = report.load(args.sweep, "sweep")
+            sweep(swept["meta"], swept["sweep"], args.output_dir / "sweep.png")

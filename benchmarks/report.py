@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,8 @@ def teraflops(cell: Cell) -> float | None:
 
 
 def meets_target(cell: Cell) -> bool:
-    times = x_copy(cell)
-    return times is not None and times <= cell["target_x_copy"]
+    times, target = x_copy(cell), cell["target_x_copy"]
+    return times is not None and target is not None and times <= target
 
 
 def show(value: float | None, form: str = ".2f") -> str:
@@ -136,7 +137,7 @@ def cell_line(cell: Cell) -> str:
     return (
         f"{cell['layer']:<13} {cell['dtype']:<9} {cell['layout']:<13} {cell['pass']:<11} {cell['plan']:<14} "
         f"{show(us, '.1f'):>9} {show(cell['spread_us'], '.1f'):>6} {show(x_copy(cell)):>7} "
-        f"{cell['target_x_copy']:>6.2f} {'ok' if meets_target(cell) else '  '} "
+        f"{show(cell['target_x_copy']):>6} {'ok' if meets_target(cell) else '  '} "
         f"{show(speedup(cell)):>7} {show(speedup_any_layout(cell)):>6} {show(gigabytes_per_second(cell), '.0f'):>6} "
         f"{show(teraflops(cell), '.1f'):>8} {show(cell['relative_error'], '.1e'):>8}  {', '.join(notes)}"
     ).rstrip()
@@ -244,6 +245,46 @@ def write_layers(result: dict[str, Any], path: Path) -> None:
     write_json(path, result)
     text = f"# {headline(result['meta'])}{older_sources(result['cells'])}{summary(result['cells'], None)}\n"
     write_text(path.with_suffix(".md"), f"{text}\n## Every cell\n\n{cells_table(result['cells'])}\n")
+
+
+def sweep_lines(cells: Iterable[Cell]) -> dict[tuple[str, str, str, str], list[Cell]]:
+    """The cells of a sweep by plane, layout, dtype and pass, each with its kernels in ascending order."""
+    lines: dict[tuple[str, str, str, str], list[Cell]] = {}
+    for cell in sorted(cells, key=lambda cell: cell["kernel_size"]):
+        lines.setdefault((cell["plane"], cell["layout"], cell["dtype"], cell["pass"]), []).append(cell)
+    return lines
+
+
+CLIFF = 1.2
+
+
+def cliffs(line: Sequence[Cell]) -> Iterator[tuple[Cell, Cell]]:
+    """Pairs of neighbouring kernels in whose times there is a step that their sizes do not explain.
+
+    Either the larger one costs more than CLIFF times what its useful operations add, or it is cheaper by as much: then
+    the smaller one should have been served as it is.
+    """
+    for smaller, larger in pairwise(cell for cell in line if cell["us"]):
+        step = larger["us"] / smaller["us"]
+        if step > CLIFF * max(larger["flops"] / smaller["flops"], 1) or step < 1 / CLIFF:
+            yield smaller, larger
+
+
+def sweep_summary(cells: Iterable[Cell]) -> str:
+    lines = sweep_lines(cells)
+    found = [(key, pair) for key, line in lines.items() for pair in cliffs(line)]
+    rows = [(*key, *(f"{cell['kernel']}: {cell['us']:.1f} us, {cell['plan']}" for cell in pair)) for key, pair in found]
+    slower = [cell for line in lines.values() for cell in line if (speedup(cell) or 1) < 1]
+    means = [(*key, show(geometric_mean(map(speedup, line)), ".1f")) for key, line in lines.items()]
+    header = ("plane", "layout", "dtype", "pass")
+    return "\n".join(
+        (
+            f"\n## Geometric means\n\n{table((*header, 'x F.conv2d'), means)}",
+            f"\n## Cliffs: {len(rows) or 'none'}",
+            *([f"\n{table((*header, 'smaller', 'larger'), rows)}"] if rows else []),
+            section("Slower than PyTorch in the same layout", slower, 20),
+        )
+    )
 
 
 def model_speedup(row: dict[str, Any]) -> float | None:

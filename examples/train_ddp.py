@@ -110,5 +110,5 @@ def main() -> int:
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    # Not sys.exit: gloo's threads outlive their group, and one that then releases a tensor aborts the closing interpreter.
+    # Not sys.exit: gloo's threads outlive their group, and one that then releases a tensor aborts the process.
     os._exit(status)

@@ -63,6 +63,15 @@ def models_json(table: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def sweep_json(table: Path) -> Path:
+    path = table.with_name("sweep.json")
+    small = ("--sides", 14, "--largest", 7, "--images", 1, "--dtype", "float32", "--pass", "forward", "grad_weight")
+    printed = run("sweep", *small, "--quick", "--output", path)
+    assert "14x14-k7" in printed and "Cliffs: " in printed
+    return path
+
+
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch):
     """Imports a module of benchmarks/."""
@@ -76,7 +85,7 @@ def module(monkeypatch: pytest.MonkeyPatch):
 
 def test_help_of_all_commands():
     printed = run("--help")
-    for command in ("layers", "models", "overhead", "compare", "plot", "readme"):
+    for command in ("layers", "models", "sweep", "overhead", "compare", "plot", "readme"):
         assert f"    {command} " in printed
 
 
@@ -305,6 +314,34 @@ def test_depthwise_layers_are_timed_as_the_model_runs_them(module):
     torch.testing.assert_close((d_input, d_weight, d_bias), tuple(theirs))
 
 
+def test_sweep(sweep_json: Path):
+    result = json.loads(sweep_json.read_text())
+    assert set(result) == {"meta", "sweep"} and set(result["meta"]) == META_KEYS
+    found = [(cell["pass"], cell["kernel"], cell["relative_error"] < 1e-5) for cell in result["sweep"]]
+    assert found == [(name, f"{k}x{k}", True) for name in ("forward", "grad_weight") for k in (3, 5, 7)]
+    others = {(cell["plane"], cell["layout"], cell["dtype"]) for cell in result["sweep"]}
+    assert others == {("14x14", "NCHW", "float32")}
+    run("sweep", "--step", 3, status=1)
+
+
+def test_cliffs_of_a_sweep(module, sweep_json: Path):
+    report = module("report")
+    forward = json.loads(sweep_json.read_text())["sweep"][:3]
+
+    def cells(*microseconds: float | None) -> list[dict[str, object]]:
+        return [cell | {"us": us, "flops": cell["kernel_size"] ** 2} for cell, us in zip(forward, microseconds)]
+
+    def steps(*microseconds: float | None) -> list[tuple[str, str]]:
+        return [(smaller["kernel"], larger["kernel"]) for smaller, larger in report.cliffs(cells(*microseconds))]
+
+    assert steps(10, 10, 10 * 49 / 25) == []  # what memory, or the operations, explain
+    assert steps(10, 10 * 25 / 9 * 1.25, 35) == [("3x3", "5x5")]
+    assert steps(10, 8, 8) == [("3x3", "5x5")]
+    assert steps(10, None, 10 * 49 / 9 * 1.25) == [("3x3", "7x7")]  # what is wrong has no time
+    assert "Cliffs: 1" in report.sweep_summary(cells(10, 8, 8)[::-1])
+    assert "Cliffs: none" in report.sweep_summary(cells(10, 10, 10))
+
+
 def test_overhead(tmp_path: Path):
     path = tmp_path / "overhead.json"
     run("overhead", "--calls", 10, "--rounds", 2, "--output", path)
@@ -375,15 +412,16 @@ def test_compare_lists_new_and_missing_cells(before: Path):
     assert "New: 1\n  seed float32 NCHW forward" in run("compare", after, before)
 
 
-def test_pictures(layers_json: Path, models_json: Path, tmp_path: Path):
+def test_pictures(layers_json: Path, models_json: Path, sweep_json: Path, tmp_path: Path):
     def wrong(cells):
         cells[0]["us"] = None
 
     results = tmp_path / "results.json"
     shutil.copy(layers_json, results)
-    run("plot", changed(results, wrong), "--models", models_json, "--output-dir", tmp_path / "pictures")
+    further = ("--models", models_json, "--sweep", sweep_json)
+    run("plot", changed(results, wrong), *further, "--output-dir", tmp_path / "pictures")
     pictures = {path.name: path for path in (tmp_path / "pictures").iterdir()}
-    assert set(pictures) == {"roofline.png", "speedup.png", "x_copy.png", "models.png"}
+    assert set(pictures) == {"roofline.png", "speedup.png", "x_copy.png", "models.png", "sweep.png"}
     for path in pictures.values():
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
 

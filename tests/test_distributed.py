@@ -182,7 +182,7 @@ def work(device: str, report: Path) -> None:
     report.with_suffix(f".{rank}").write_text(json.dumps(failures))
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)  # gloo's threads outlive their group: one that then releases a tensor aborts the closing interpreter
+    os._exit(0)  # gloo's threads outlive their group: one that releases a tensor while Python ends aborts
 
 
 def free_port() -> int:
