@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from itertools import product
 
 import pytest
+import sanitize
 import torch
 from common import FORMATS, Case, integers, make_inputs, run_float64
+from conftest import ROOT
 from exact import arguments_of, claims, lay, output_size, results_of_plans, wrong_numbers
 from torch import Tensor
 
@@ -538,6 +541,21 @@ def test_reasons() -> None:
     found = dwconv._C.plans("forward", "float32", size, strides, (64, 1, 3, 3), strides, (1, 1), (1, 1), (1, 1))
     assert [plan for plan, _ in found] == ["stream_nchw", "large_float32", "stream_nchw_portable", "generic"]
     assert all(isinstance(reason, str) and reason for _, reason in found)
+
+
+def test_sanitizer_watches_every_plan() -> None:
+    found = {
+        plan
+        for case, dtype, memory_format in sanitize.RUNS
+        for name in PASSES
+        for plan in claims(
+            name,
+            case,
+            meta((case.batch, case.channels, *case.size), dtype, memory_format),
+            meta(output_size(case), dtype, memory_format),
+        )
+    }
+    assert found == set(re.findall(r'{PlanId::k\w+,\s*"(\w+)"', (ROOT / "csrc" / "plan.cpp").read_text()))
 
 
 @pytest.mark.parametrize(
