@@ -33,7 +33,7 @@ class Cell:
     dtype: str
     layout: str
     pass_name: str
-    target_x_copy: float | None = None
+    target_x_copy: float | None = None  # of the layers in layers.csv alone
 
     @property
     def channels(self) -> int:

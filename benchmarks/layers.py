@@ -189,7 +189,7 @@ def release_memory() -> None:
 
 
 def timed(cells: Sequence[Cell], quick: bool) -> Iterator[dict[str, Any]]:
-    """Runs cell after cell and prints a line for each, once who asked for it has had it."""
+    """Runs cell after cell. A line is printed when the next result is asked for: until then one may add to the last."""
     print(report.CELL_HEADER)
     with tqdm(total=len(cells), unit="cell", dynamic_ncols=True, smoothing=0.1) as progress:
         for cell in cells:

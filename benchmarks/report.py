@@ -261,8 +261,8 @@ CLIFF = 1.2
 def cliffs(line: Sequence[Cell]) -> Iterator[tuple[Cell, Cell]]:
     """Pairs of neighbouring kernels in whose times there is a step that their sizes do not explain.
 
-    Either the larger one costs more than CLIFF times what its useful operations add, or it is cheaper by as much: then
-    the smaller one should have been served as it is.
+    Either the larger kernel costs more than CLIFF times what its useful operations explain, or it is cheaper by as
+    much: then what served it would have served the smaller one better.
     """
     for smaller, larger in pairwise(cell for cell in line if cell["us"]):
         step = larger["us"] / smaller["us"]

@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.step % 2:
-        raise SystemExit(f"--step {args.step}: even kernels would change the size of the plane")
+    if args.step < 2 or args.step % 2:
+        raise SystemExit(f"--step {args.step}: expected 2, 4, ..., since even kernels change the size of a plane")
     meta, cells = machine(), sweep_cells(args)
     results: list[dict[str, Any]] = []
     print(report.headline(meta))

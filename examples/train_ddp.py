@@ -85,8 +85,8 @@ def main() -> int:
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where each process has a GPU, or cpu")
     options = parser.parse_args()
 
-    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29400}.items():
-        os.environ.setdefault(name, str(value))  # torchrun sets them; without it there is one process
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}.items():
+        os.environ.setdefault(name, str(value))  # torchrun sets them; without it there is one process, at any free port
     local_rank, local_processes = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     on_cuda = (options.device or "cuda") == "cuda" and torch.cuda.device_count() >= local_processes
     if options.device == "cuda" and not on_cuda:

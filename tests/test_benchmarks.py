@@ -321,7 +321,8 @@ def test_sweep(sweep_json: Path):
     assert found == [(name, f"{k}x{k}", True) for name in ("forward", "grad_weight") for k in (3, 5, 7)]
     others = {(cell["plane"], cell["layout"], cell["dtype"]) for cell in result["sweep"]}
     assert others == {("14x14", "NCHW", "float32")}
-    run("sweep", "--step", 3, status=1)
+    for step in (3, 0, -2):
+        run("sweep", f"--step={step}", status=1)
 
 
 def test_cliffs_of_a_sweep(module, sweep_json: Path):
