@@ -45,24 +45,15 @@ void check(bool condition, const Parts&... parts) {
   throw std::runtime_error(text.str());
 }
 
-DType dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    default: break;
-  }
-  check(false, "expected ", name, " to be of dtype float32, float64, float16 or bfloat16, but got ",
-        torch::headeronly::toString(tensor.scalar_type()));
-  return DType::kFloat32;
+void check_same_device(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) {
+  check(a.device() == b.device(), a_name, " and ", b_name, " should be on the same device, but got ", DeviceOf{a},
+        " and ", DeviceOf{b});
 }
 
 void check_same(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) {
   check(a.scalar_type() == b.scalar_type(), a_name, " (", torch::headeronly::toString(a.scalar_type()), ") and ",
         b_name, " (", torch::headeronly::toString(b.scalar_type()), ") should be of the same dtype");
-  check(a.device() == b.device(), a_name, " and ", b_name, " should be on the same device, but got ", DeviceOf{a},
-        " and ", DeviceOf{b});
+  check_same_device(a, a_name, b, b_name);
 }
 
 void check_rank(const Tensor& tensor, const char* name) {
@@ -139,6 +130,19 @@ bool is_channels_last(const Tensor& tensor) {
 
 }  // namespace
 
+DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::Double: return DType::kFloat64;
+    case ScalarType::Half: return DType::kFloat16;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    default: break;
+  }
+  check(false, "expected ", name, " to be of dtype float32, float64, float16 or bfloat16, but got ",
+        torch::headeronly::toString(tensor.scalar_type()));
+  return DType::kFloat32;
+}
+
 Problem check_forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                       const Geometry& geometry) {
   check(input.dim() == 4,
@@ -151,10 +155,10 @@ Problem check_forward(const Tensor& input, const Tensor& weight, const std::opti
   p.input = view_of(input);
   p.weight = view_of(weight);
   if (bias) {
-    check_same(input, "Input", *bias, "bias");
     check(bias->dim() == 1 && bias->size(0) == p.filters(), "Given weight of size ", listed(weight.sizes()),
           ", expected bias to be 1-dimensional with ", p.filters(), " elements, but got bias of size ",
           listed(bias->sizes()), " instead");
+    check_same(input, "Input", *bias, "bias");
     p.bias = bias->data_ptr();
     p.bias_stride = bias->stride(0);
   }
@@ -195,6 +199,16 @@ Problem check_grad_weight(const Tensor& grad_output, const Tensor& input, IntsRe
 
 bool output_is_channels_last(const Tensor& input, const Tensor& weight) {
   return input.size(0) > 0 && (is_channels_last(input) || is_channels_last(weight));
+}
+
+std::optional<Tensor> room_for_cast(const Tensor& tensor, const char* name, const Tensor& like) {
+  check_same_device(like, "Input", tensor, name);
+  const auto is_cast = [](ScalarType type) {
+    return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
+  };
+  const ScalarType from = tensor.scalar_type(), to = like.scalar_type();
+  if (from == to || !is_cast(from) || !is_cast(to) || tensor.dim() > 4) return std::nullopt;
+  return empty(tensor.sizes(), is_channels_last(tensor), like);
 }
 
 // Below the dispatcher's boxed calls, which cost the host as much as a launch.

@@ -18,16 +18,19 @@ using IntsRef = torch::headeronly::HeaderOnlyArrayRef<int64_t>;
 
 struct Geometry {
   IntsRef stride, padding, dilation;
+  bool casts = false;  // whether weight and bias, of whatever dtype, are to be of the input's
 };
 
 // The numbers that its Geometry refers to.
 class UnpackedGeometry {
  public:
-  explicit UnpackedGeometry(int64_t packed) : numbers_(PackedGeometry(packed).numbers()) {}
-  operator Geometry() const { return {{&numbers_[0], 2}, {&numbers_[2], 2}, {&numbers_[4], 2}}; }
+  explicit UnpackedGeometry(int64_t packed)
+      : numbers_(PackedGeometry(packed).numbers()), casts_(PackedGeometry(packed).casts()) {}
+  operator Geometry() const { return {{&numbers_[0], 2}, {&numbers_[2], 2}, {&numbers_[4], 2}, casts_}; }
 
  private:
   PackedGeometry::Numbers numbers_;
+  bool casts_;
 };
 
 // Each throws std::runtime_error, naming the argument and what was got, unless the pass is well defined.
@@ -40,10 +43,16 @@ Problem check_grad_weight(const Tensor& grad_output, const Tensor& input, IntsRe
 // batch is empty.
 bool output_is_channels_last(const Tensor& input, const Tensor& weight);
 
+// Where a cast of `tensor` to the dtype of `like` is to be written, in its memory format; none where it has that dtype,
+// or one that autocast leaves alone, or a rank that no argument has. Throws std::runtime_error unless both are on the
+// same device.
+std::optional<Tensor> room_for_cast(const Tensor& tensor, const char* name, const Tensor& like);
+
 // Uninitialised, of the dtype and device of `like`.
 Tensor empty(IntsRef size, bool channels_last, const Tensor& like);
 
 View view_of(const Tensor& tensor);
+DType dtype_of(const Tensor& tensor, const char* name);  // throws std::runtime_error unless it is served
 
 // The gradients that the `packed` operators return, by a device's run_backward(grad_output, input, weight, geometry,
 // bias), where `bias` is whether the third one is wanted.

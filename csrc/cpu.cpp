@@ -36,8 +36,15 @@ Tensor in_nchw(const Tensor& tensor) {
   return torch::stable::copy_(copy, tensor);
 }
 
-Tensor run_forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+Tensor cast(const Tensor& tensor, const char* name, const Tensor& like) {
+  std::optional<Tensor> room = room_for_cast(tensor, name, like);
+  return room ? torch::stable::copy_(*room, tensor) : tensor;
+}
+
+Tensor run_forward(const Tensor& input, const Tensor& given_weight, const std::optional<Tensor>& given_bias,
                    const Geometry& geometry) {
+  const Tensor weight = geometry.casts ? cast(given_weight, "weight", input) : given_weight;
+  const std::optional<Tensor> bias = geometry.casts && given_bias ? cast(*given_bias, "bias", input) : given_bias;
   const Problem problem = check_forward(input, weight, bias, geometry);
   const bool in_place = !fails_in_channels_last(problem) || !output_is_channels_last(input, weight);
   std::array<StableIValue, 9> stack{from(in_place ? input : in_nchw(input)),
@@ -105,8 +112,9 @@ std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad_output, const Tensor& 
 }
 
 std::tuple<Tensor, Tensor, std::optional<Tensor>> run_backward(const Tensor& grad_output, const Tensor& input,
-                                                               const Tensor& weight, const Geometry& geometry,
+                                                               const Tensor& given_weight, const Geometry& geometry,
                                                                bool bias) {
+  const Tensor weight = geometry.casts ? cast(given_weight, "weight", input) : given_weight;
   const Problem problem = check_grad_input(grad_output, weight, input.sizes(), geometry);
   check_grad_weight(grad_output, input, {weight.sizes().data() + 2, 2}, geometry);
   const bool channels_last = output_is_channels_last(input, weight), fails = fails_in_channels_last(problem);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "conv2d.h"
+#include "kernels/cast.h"
 #include "kernels/device.h"
 #include "kernels/launch.h"
 #include "plan.h"
@@ -25,6 +26,34 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// What is launched as long as it lives goes to the tensor's device.
+class On {
+ public:
+  explicit On(const Tensor& tensor) {
+    const int32_t device = tensor.get_device_index();
+    int current = -1;
+    if (cudaGetDevice(&current) != cudaSuccess || current != device) guard_.emplace(device);
+    stream_ = current_stream(device);
+  }
+  cudaStream_t stream() const { return stream_; }
+
+ private:
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+  cudaStream_t stream_;
+};
+
+// `tensor` in the dtype of `like`.
+Tensor cast(const Tensor& tensor, const char* name, const Tensor& like) {
+  std::optional<Tensor> room = room_for_cast(tensor, name, like);
+  if (!room) return tensor;
+  Cast c;
+  c.from = dtype_of(tensor, name), c.to = dtype_of(like, "input");
+  c.source = view_of(tensor), c.target = view_of(*room);
+  for (int64_t d = 0; d < tensor.dim(); ++d) c.size[d] = tensor.size(d);
+  launch_cast(c, On(like).stream());
+  return *room;
+}
+
 // Launches what the problem asks for; `plan` forces one by name unless it is empty.
 void run(Problem& problem, const Tensor& like, const std::string& plan) {
   const int32_t device = like.get_device_index();
@@ -32,10 +61,8 @@ void run(Problem& problem, const Tensor& like, const std::string& plan) {
   problem.shared_memory = device_of(device).shared_per_block;
   const Plan& chosen = plan.empty() ? choose(problem) : choose(problem, plan);
   if (problem.pass != Pass::kGradWeight && problem.batch == 0) return;  // nothing to write
-  std::optional<torch::stable::accelerator::DeviceGuard> guard;
-  int current = -1;
-  if (cudaGetDevice(&current) != cudaSuccess || current != device) guard.emplace(device);
-  const cudaStream_t stream = current_stream(device);
+  const On on(like);
+  const cudaStream_t stream = on.stream();
   std::vector<Tensor> scratch;
   const auto allocate = [&](int64_t bytes) {
     return scratch.emplace_back(empty({bytes / size_of(problem.dtype) + 1}, false, like)).data_ptr();
@@ -75,8 +102,10 @@ void run(Problem& problem, const Tensor& like, const std::string& plan) {
   }
 }
 
-Tensor run_forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+Tensor run_forward(const Tensor& input, const Tensor& given_weight, const std::optional<Tensor>& given_bias,
                    const Geometry& geometry, const std::string& plan = {}) {
+  const Tensor weight = geometry.casts ? cast(given_weight, "weight", input) : given_weight;
+  const std::optional<Tensor> bias = geometry.casts && given_bias ? cast(*given_bias, "bias", input) : given_bias;
   Problem problem = check_forward(input, weight, bias, geometry);
   Tensor output = empty({problem.batch, problem.filters(), problem.out_height, problem.out_width},
                         output_is_channels_last(input, weight), input);
@@ -109,8 +138,9 @@ std::tuple<Tensor, std::optional<Tensor>> run_grad_weight(const Tensor& grad_out
 }
 
 std::tuple<Tensor, Tensor, std::optional<Tensor>> run_backward(const Tensor& grad_output, const Tensor& input,
-                                                               const Tensor& weight, const Geometry& geometry,
+                                                               const Tensor& given_weight, const Geometry& geometry,
                                                                bool bias) {
+  const Tensor weight = geometry.casts ? cast(given_weight, "weight", input) : given_weight;
   const Tensor grad_input =
       run_grad_input(grad_output, weight, input.sizes(), geometry, output_is_channels_last(input, weight));
   const auto [grad_weight, grad_bias] =

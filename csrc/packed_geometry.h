@@ -1,4 +1,5 @@
-// stride, padding and dilation in one number: each argument of an operator costs the host some 0.3 us.
+// stride, padding and dilation in one number, and whether the weights have to be cast, as under autocast: each argument
+// of an operator costs the host some 0.3 us.
 #pragma once
 
 #include <array>
@@ -13,8 +14,9 @@ class PackedGeometry {
   static constexpr int64_t kLargest = (1 << kBits) - 1;  // none is negative
 
   explicit constexpr PackedGeometry(int64_t packed) : packed_(packed) {}
-  explicit constexpr PackedGeometry(const Numbers& numbers) {
+  explicit constexpr PackedGeometry(const Numbers& numbers, bool casts = false) {
     for (size_t i = 0; i < numbers.size(); ++i) packed_ |= numbers[i] << kBits * i;
+    packed_ |= int64_t{casts} << kCasts;
   }
 
   constexpr int64_t packed() const { return packed_; }
@@ -23,8 +25,11 @@ class PackedGeometry {
     for (size_t i = 0; i < numbers.size(); ++i) numbers[i] = packed_ >> kBits * i & kLargest;
     return numbers;
   }
+  // Whether weight and bias, of whatever dtype, are to be of the input's.
+  constexpr bool casts() const { return packed_ >> kCasts & 1; }
 
  private:
+  static constexpr int kCasts = 6 * kBits;
   int64_t packed_ = 0;
 };
 

@@ -83,8 +83,13 @@ PYBIND11_MODULE(_C, m) {
   if (!dwconv::add_short_way(m.ptr())) throw py::error_already_set();
   m.def("build_info", &build_info, "What this binary was built with and for.");
   m.def(
-      "unpack_geometry", [](int64_t packed) { return dwconv::PackedGeometry(packed).numbers(); }, py::arg("packed"),
-      "Of stride, padding and dilation the vertical and the horizontal number.");
+      "unpack_geometry",
+      [](int64_t packed) {
+        const dwconv::PackedGeometry geometry(packed);
+        return std::pair(geometry.numbers(), geometry.casts());
+      },
+      py::arg("packed"),
+      "Of stride, padding and dilation the vertical and the horizontal number; and whether weights are cast.");
   m.def(
       "plans",
       [](const std::string& pass, const std::string& dtype, const Quad& input_size, const Quad& input_stride,

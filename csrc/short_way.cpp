@@ -12,6 +12,7 @@ namespace {
 // What `prepare` was given; alive for good.
 struct ShortWay {
   PyObject *tensor_types, *dtypes;  // the plain ones, in tuples
+  PyObject* cast_dtypes;            // those of weights that are cast
   PyObject* occasions;              // functions: where one says so, other things than tensors have a say
   PyObject* forward_ad;             // the module that knows the level of forward-mode AD
   PyObject* is_grad_enabled;
@@ -83,10 +84,16 @@ bool read_pair(PyObject* value, int64_t* pair) {
   return true;
 }
 
-PyObject* call(PyObject* input, PyObject* weight, PyObject* bias, PyObject* stride, PyObject* padding,
-               PyObject* dilation) {
-  static PyObject* const ndim = name("ndim");
+bool has_dtype_of(PyObject* tensor, PyObject* tuple) {
   static PyObject* const dtype = name("dtype");
+  const Owned found(PyObject_GetAttr(tensor, dtype));
+  if (!found.get()) throw PythonError();
+  return is_one_of(found.get(), tuple);
+}
+
+PyObject* call(PyObject* input, PyObject* weight, PyObject* bias, PyObject* stride, PyObject* padding,
+               PyObject* dilation, bool casts) {
+  static PyObject* const ndim = name("ndim");
   static PyObject* const current_level = name("_current_level");
   const bool has_bias = bias != Py_None;
   PackedGeometry::Numbers numbers{};
@@ -96,9 +103,9 @@ PyObject* call(PyObject* input, PyObject* weight, PyObject* bias, PyObject* stri
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(known.occasions); ++i)
     if (says(PyTuple_GET_ITEM(known.occasions, i))) Py_RETURN_NONE;
   if (integer(known.forward_ad, current_level) >= 0 || integer(input, ndim) != 4) Py_RETURN_NONE;
-  const Owned input_dtype(PyObject_GetAttr(input, dtype));
-  if (!input_dtype.get()) throw PythonError();
-  if (!is_one_of(input_dtype.get(), known.dtypes)) Py_RETURN_NONE;
+  if (!has_dtype_of(input, known.dtypes)) Py_RETURN_NONE;
+  if (casts && (!has_dtype_of(weight, known.cast_dtypes) || (has_bias && !has_dtype_of(bias, known.cast_dtypes))))
+    Py_RETURN_NONE;
 
   PyObject* function = known.without_grad;
   if (says(known.is_grad_enabled)) {
@@ -108,32 +115,34 @@ PyObject* call(PyObject* input, PyObject* weight, PyObject* bias, PyObject* stri
     else if (of_input || of_weight || (has_bias && requires_grad(bias)))
       Py_RETURN_NONE;
   }
-  const Owned geometry(PyLong_FromLongLong(PackedGeometry(numbers).packed()));
+  const Owned geometry(PyLong_FromLongLong(PackedGeometry(numbers, casts).packed()));
   if (!geometry.get()) throw PythonError();
   const std::array<PyObject*, 4> arguments = {input, weight, bias, geometry.get()};
   return PyObject_Vectorcall(function, arguments.data(), arguments.size(), nullptr);
 }
 
 PyObject* short_way(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != 6 || known.with_grad == nullptr) {
-    PyErr_SetString(PyExc_TypeError, "expected input, weight, bias, stride, padding and dilation, after prepare");
+  if (count < 6 || count > 7 || known.with_grad == nullptr) {
+    PyErr_SetString(PyExc_TypeError,
+                    "expected input, weight, bias, stride, padding, dilation and perhaps casts, after prepare");
     return nullptr;
   }
   try {
-    return call(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[5]);
+    return call(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[5],
+                count == 7 && arguments[6] == Py_True);
   } catch (const PythonError&) {
     return nullptr;
   }
 }
 
 PyObject* prepare(PyObject*, PyObject* none, PyObject* keywords) {
-  static const char* names[] = {"tensor_types",    "dtypes",       "occasions", "forward_ad",
-                                "is_grad_enabled", "without_grad", "with_grad", nullptr};
+  static const char* names[] = {"tensor_types",    "dtypes",       "cast_dtypes", "occasions", "forward_ad",
+                                "is_grad_enabled", "without_grad", "with_grad",   nullptr};
   ShortWay given{};
-  if (!PyArg_ParseTupleAndKeywords(none, keywords, "$O!O!O!OOOO:prepare_short_way", const_cast<char**>(names),
+  if (!PyArg_ParseTupleAndKeywords(none, keywords, "$O!O!O!O!OOOO:prepare_short_way", const_cast<char**>(names),
                                    &PyTuple_Type, &given.tensor_types, &PyTuple_Type, &given.dtypes, &PyTuple_Type,
-                                   &given.occasions, &given.forward_ad, &given.is_grad_enabled, &given.without_grad,
-                                   &given.with_grad))
+                                   &given.cast_dtypes, &PyTuple_Type, &given.occasions, &given.forward_ad,
+                                   &given.is_grad_enabled, &given.without_grad, &given.with_grad))
     return nullptr;
   Py_INCREF(keywords);
   known = given;
@@ -144,7 +153,8 @@ PyMethodDef methods[] = {
     {"prepare_short_way", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(prepare)),
      METH_VARARGS | METH_KEYWORDS, "What short_way asks, and whom it calls: see ShortWay."},
     {"short_way", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(short_way)), METH_FASTCALL,
-     "The output for (input, weight, bias, stride, padding, dilation), or None where the call is not a plain one."},
+     "The output for (input, weight, bias, stride, padding, dilation, casts=False), or None where the call is not a\n"
+     "plain one."},
     {nullptr, nullptr, 0, nullptr},
 };
 

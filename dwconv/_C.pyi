@@ -23,13 +23,15 @@ def plans(
     """Name and reason of every plan that can serve a problem on a GPU of that compute capability (90 is 9.0, the
     default) with that much shared memory a block (bytes); the first one does."""
 
-def unpack_geometry(packed: int) -> list[int]:
-    """Of stride, padding and dilation, packed in one for few arguments, the vertical and the horizontal number."""
+def unpack_geometry(packed: int) -> tuple[list[int], bool]:
+    """Of stride, padding and dilation, packed in one for few arguments, the vertical and the horizontal number; and
+    whether weight and bias are cast to the input's dtype."""
 
 def prepare_short_way(
     *,
     tensor_types: tuple[type[Tensor], ...],
     dtypes: tuple[dtype, ...],
+    cast_dtypes: tuple[dtype, ...],
     occasions: tuple[Callable[[], object], ...],
     forward_ad: ModuleType,
     is_grad_enabled: Callable[[], bool],
@@ -39,6 +41,16 @@ def prepare_short_way(
     """What short_way asks, and whom it calls with (input, weight, bias, packed geometry)."""
 
 def short_way(
-    input: object, weight: object, bias: object, stride: object, padding: object, dilation: object, /
+    input: object,
+    weight: object,
+    bias: object,
+    stride: object,
+    padding: object,
+    dilation: object,
+    casts: bool = False,
+    /,
 ) -> Tensor | None:
-    """conv2d of plain tensors and numbers; None where something about the call is unusual."""
+    """conv2d of plain tensors and numbers; None where something about the call is unusual.
+
+    `casts`: whether weight and bias are cast to the input's dtype, if they are not of float64.
+    """

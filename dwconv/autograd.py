@@ -241,19 +241,25 @@ _backward_packed, _backward_packed_bias = _ops.backward_packed._op, _ops.backwar
 _count_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
-def _unpack(packed: int) -> Geometry:
-    numbers = _ops.unpack_geometry(packed)
-    return numbers[:2], numbers[2:4], numbers[4:]
+def _unpack(packed: int) -> tuple[Geometry, bool]:
+    """The geometry, and whether weight and bias are to be cast to the input's dtype."""
+    numbers, casts = _ops.unpack_geometry(packed)
+    return (numbers[:2], numbers[2:4], numbers[4:]), casts
 
 
 def _unpacked_forward(input: Tensor, weight: Tensor, bias: Tensor | None, packed: int) -> Tensor:
-    return _ops.forward(input, weight, bias, *_unpack(packed))
+    geometry, casts = _unpack(packed)
+    if casts:
+        weight, bias = weight.to(input.dtype), bias if bias is None else bias.to(input.dtype)
+    return _ops.forward(input, weight, bias, *geometry)
 
 
 def _unpacked_backward(
     grad_output: Tensor, input: Tensor, weight: Tensor, packed: int, bias: bool = False
 ) -> tuple[Tensor, ...]:
-    geometry, channels_last = _unpack(packed), _ops.output_is_channels_last(input, weight)
+    (geometry, casts), channels_last = _unpack(packed), _ops.output_is_channels_last(input, weight)
+    if casts:
+        weight = weight.to(input.dtype)  # autograd casts what follows to the dtypes of weight and bias
     d_input = _call(_ops.grad_input, grad_output, weight, input.shape, *geometry, channels_last)
     d_weight, d_bias = _call(_ops.grad_weight, grad_output, input, weight.shape[2:], *geometry, bias)
     return (d_input, d_weight, d_bias) if bias else (d_input, d_weight)
@@ -281,12 +287,13 @@ class DepthwiseConv2dPackedFunction(_Function):
         return (*gradients, None) if needs_bias else (*gradients, None, None)
 
 
-# short_way(input, weight, bias, stride, padding, dilation) is the output, or None where something is unusual: a tensor,
-# a number (packed_geometry.h has small ones only), a dtype, a rank, or the occasion; also where of input and weight one
-# alone needs a gradient.
+# short_way(input, weight, bias, stride, padding, dilation, casts) is the output, or None where something is unusual: a
+# tensor, a number (packed_geometry.h has small ones only), a dtype, a rank, or the occasion; also where of input and
+# weight one alone needs a gradient. `casts`: weight and bias are cast to the input's dtype, by the operator.
 _ops.prepare_short_way(
     tensor_types=(Tensor, torch.nn.Parameter),
     dtypes=_ops.DTYPES,
+    cast_dtypes=(torch.float32, torch.float16, torch.bfloat16),
     occasions=(_in_torch_func, _count_dispatch_modes),
     forward_ad=forward_ad,
     is_grad_enabled=_is_grad_enabled,

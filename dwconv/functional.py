@@ -140,12 +140,13 @@ def conv2d(
     if _is_any_autocast_enabled():
         autocast = _autocast_dtype(input)
         if autocast is not None:
-            input, weight = _cast(input, autocast), _cast(weight, autocast)
-            bias = bias if bias is None else _cast(bias, autocast)
+            input = _cast(input, autocast)
             if not _is_dynamo_compiling():
-                output = autograd.short_way(input, weight, bias, stride, padding, dilation)
+                casts = input.dtype == autocast  # by the operator: a cast of its own costs the host another call
+                output = autograd.short_way(input, weight, bias, stride, padding, dilation, casts)
                 if output is not None:
                     return output
+            weight, bias = _cast(weight, autocast), bias if bias is None else _cast(bias, autocast)
 
     if input.dtype not in DTYPES:  # the operators say so too, but can only raise RuntimeError
         raise NotImplementedError(dtype_complaint(input, "input"))

@@ -426,6 +426,23 @@ def test_autocast(device: str, low: torch.dtype, memory_format: torch.memory_for
         assert_accurate(results, theirs, magnitude, slack=4)
 
 
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize(("device", "low"), AUTOCAST, ids=str)
+def test_autocast_of_weights(
+    device: str, low: torch.dtype, memory_format: torch.memory_format, weight_dtype: torch.dtype
+) -> None:
+    """Where the operator casts the weights, it is as if they had been cast before, to the last bit and stride."""
+    x, w, b = make_inputs(SMALL, torch.float32, device)
+    x, w, b = x.to(low), w.to(weight_dtype).contiguous(memory_format=memory_format), b.to(weight_dtype)
+    for weight in (w, w.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0)):
+        before = dwconv.conv2d(x, weight.to(low), b.to(low), **SMALL.geometry)
+        with torch.autocast(device, low):
+            under = dwconv.conv2d(x, weight, b, **SMALL.geometry)
+        assert torch.equal(under, before) and under.dtype == low
+        assert under.stride() == before.stride()
+
+
 @pytest.mark.parametrize(("device", "low"), AUTOCAST, ids=str)
 def test_autocast_leaves_float64_alone(device: str, low: torch.dtype) -> None:
     x, w, b = make_inputs(SMALL, torch.float64, device)
