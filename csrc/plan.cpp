@@ -285,7 +285,10 @@ bool claims_toeplitz_channels_last(const Problem& p) {
   if (p.channels % (kUnit / 2) != 0 || !whole(p.input, p.height, p.width) ||
       !whole(p.output, p.out_height, p.out_width))
     return false;
-  return have_channels(p);
+  // Rows of all images in spans of at least 8 columns are counted in 32 bits.
+  constexpr int64_t kMost = 1 << 30;
+  return have_channels(p) &&
+         p.batch <= kMost / std::max(p.height, p.out_height) / (std::max(p.width, p.out_width) / 8 + 1);
 }
 
 bool claims_march_channels_last(const Problem& p) {
@@ -324,7 +327,7 @@ bool claims_toeplitz_grad_weight_channels_last(const Problem& p) {
     return view.stride[1] == 1 && (width == 1 || view.stride[3] < kMany) && width < kMany && height < kMany;
   };
   return pays && fits(p.input, p.height, p.width) && fits(p.output, p.out_height, p.out_width) && p.channels < kMany &&
-         p.batch <= kMost / (2 * p.height) / (p.out_width / 8 + 1);
+         p.batch <= kMost / (p.height + p.padding_h) / (p.out_width / 8 + 1);
 }
 
 bool claims_scale(const Problem& p) {

@@ -45,11 +45,11 @@ struct March {
   int slot_bytes, ring_bytes;
   int stage_bytes;  // behind the ring, for the outputs of a warp
   int workers;      // blocks that share the rows of a slab and a span
-  int grain;        // of their shares, in rows
-  bool bulk;        // whether rows come by bulk copies
-  bool pairs;       // whether a thread may own two channels
-  bool twins;       // whether it may own both filters of one
-  bool wide;        // whether all of the target is a multiple of 16 bytes
+  Shares shares;
+  bool bulk;   // whether rows come by bulk copies
+  bool pairs;  // whether a thread may own two channels
+  bool twins;  // whether it may own both filters of one
+  bool wide;   // whether all of the target is a multiple of 16 bytes
   // With three channels: whether outputs of a strip are whole words of four elements, and what it reads begins with the
   // second element of one.
   bool fours;
@@ -59,23 +59,10 @@ struct March {
 constexpr int kGroups = Barriers::kStages;  // of rows in the ring: one to work on, the others on their way
 constexpr int kRing = 128;                  // offset of the ring, behind the barriers
 
-// Rows of units of one image.
-struct Run {
-  int image, begin, end;
-  int row, row_end;  // what they read of the source, inside the image
-};
-
-// The first of the runs that make up rows [begin, end) of all images.
+// Rows of units [begin, end) of all images, as far as they are of one image.
 template <class Tile>
 __device__ Run run_of(const March& a, int begin, int end) {
-  Run r;
-  uint32_t image = begin;
-  r.begin = a.by_units.split(image);
-  r.image = image;
-  r.end = min(a.units, r.begin + end - begin);
-  r.row = max(r.begin * Tile::kStep - a.lead_h, 0);
-  r.row_end = min((r.end - 1) * Tile::kStep - a.lead_h + Tile::kExtentH, a.height);
-  return r;
+  return run_of<Tile::kStep, Tile::kExtentH>(a.by_units, a.lead_h, a.height, begin, end);
 }
 
 // Source rows of a block on their way to the ring.
@@ -344,9 +331,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
   uint32_t worker = blockIdx.x, strip = a.warp_strips ? threadIdx.x % 32 : threadIdx.x;
   const int slab = a.by_slabs.split(worker) * a.lanes;
   const int first_column = a.by_spans.split(worker) * a.strips * kStrip;
-  const int64_t grains = a.all_units / a.grain;
-  const int begin = static_cast<int>(grains * worker / a.workers) * a.grain;
-  const int end = static_cast<int>(grains * (worker + 1) / a.workers) * a.grain;
+  const int begin = a.shares.begin(worker), end = a.shares.begin(worker + 1);
   int lane = a.by_lanes.split(strip);
   bool live = true;
   if (a.warp_strips) {
@@ -373,7 +358,8 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
     if (threadIdx.x >= 32 * warps) {
       init_barriers(warps);
       arrive_warps(blockDim.x);
-      wait_for_kernel_before();
+      feed.find(a);
+      settle_and_wait_for_kernel_before(a.group);
       let_next_kernel_start();
       for (uint32_t i = 0; feed.find(a); ++i) {
         const int stage = i % kGroups;
@@ -394,7 +380,8 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
       clear_ring(a.source, source_column, a.width, kRing, a.ring_bytes);
       __syncthreads();
     }
-    wait_for_kernel_before();
+    feed.find(a);
+    settle_and_wait_for_kernel_before(a.group);
     let_next_kernel_start();
     for (int i = 0; i < kGroups - 1; ++i) feed.load(a), commit_copies();
   }
@@ -598,7 +585,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
 
 // How the rows of a slab and a span are shared: see March.
 struct Deal {
-  int workers = 0, grain = 1;
+  int workers = 1, grain = 1;
 };
 
 // How a pass is cut: see March.
@@ -617,7 +604,7 @@ struct TileSize {
 
 // Fills in how rows are shared.
 void take(March& a, const Deal& deal) {
-  a.workers = deal.workers, a.grain = deal.grain;
+  a.workers = deal.workers, a.shares = Shares(a.all_units, deal.workers, a.all_units / a.units, deal.grain);
 }
 
 // Fills in what follows from a cut.
@@ -685,10 +672,11 @@ struct Work {
 };
 
 Work work_of(const March& a, const TileSize& tile) {
-  const double units = static_cast<double>(ceil_div(a.all_units / a.grain, a.workers) * a.grain);
+  const int grain = a.shares.grain;
+  const double units = static_cast<double>(ceil_div(a.all_units / grain, a.workers) * grain);
   // Even shares begin and end within an image, if they do not happen to be of whole ones.
   const int share = a.all_units / a.workers;
-  const bool aligned = a.grain > 1 || (a.all_units % a.workers == 0 && (share % a.units == 0 || a.units % share == 0));
+  const bool aligned = grain > 1 || (a.all_units % a.workers == 0 && (share % a.units == 0 || a.units % share == 0));
   const double images = aligned ? std::max(units / a.units, 1.) : units / a.units + 1;
   const double most = std::max(images, units / a.units) * a.height, own = std::min(units * tile.step, most);
   const double again = std::min(units * tile.step + images * (tile.extent_h - tile.step), most) - own;

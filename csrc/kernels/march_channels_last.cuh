@@ -6,6 +6,7 @@
 
 #include <type_traits>
 
+#include "shares.cuh"
 #include "stream.cuh"
 
 namespace dwconv {
@@ -32,6 +33,26 @@ struct Pixels {
     return static_cast<int>(round_up(int64_t{pitch} * columns + (joined ? kUnit - 1 : 0), kUnit));
   }
 };
+
+// Output rows of one image, or of one group of images that are worked on together.
+struct Run {
+  int image, begin, end;
+  int row, row_end;  // what they read of the source, inside the image
+};
+
+// The first of the runs that make up output rows [begin, end) of all images. A row reads the source from
+// row * kStep - lead on.
+template <int kStep, int kExtent>
+__device__ Run run_of(const Divider& by_rows, int lead, int height, int begin, int end) {
+  Run r;
+  uint32_t image = begin;
+  r.begin = by_rows.split(image);
+  r.image = image;
+  r.end = min(static_cast<int>(by_rows.divisor), r.begin + end - begin);
+  r.row = max(r.begin * kStep - lead, 0);
+  r.row_end = min((r.end - 1) * kStep - lead + kExtent, height);
+  return r;
+}
 
 // How far behind the beginning of its place in shared memory a row begins, given where it lies in memory.
 __device__ inline int phase_of(const Pixels& p, uint32_t address) {

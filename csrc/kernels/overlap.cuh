@@ -23,6 +23,13 @@ __device__ inline void wait_for_kernel_before() {
 #endif
 }
 
+// Waits as well, and everything that comes before in the code is done before: a compiler puts what takes no memory
+// behind the wait, but not behind a loop. `not_negative`: a number that it does not know.
+__device__ inline void settle_and_wait_for_kernel_before(int not_negative) {
+  do wait_for_kernel_before();
+  while (not_negative < 0);
+}
+
 // Whether the code at hand waits for the kernel before: it may be of an architecture before the device's.
 template <typename Function>
 bool waits_for_kernel_before(Function* kernel) {

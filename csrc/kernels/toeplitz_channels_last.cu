@@ -95,11 +95,10 @@ struct Toeplitz {
   int bands_at;                           // weights between zeros; outputs take their place if they are in registers
   int rows, spans;                        // rows of all groups of images; spans of columns
   int whole_rows;                         // those of groups that lack no image
-  int workers, grain;                     // blocks that share the rows of a slab; how many rows are not parted
+  int workers;                            // blocks that share the rows of a slab
+  Shares shares;                          // of the rows of all spans
   bool clear;                             // whether there is something outside the images, which is never loaded
-  int64_t least;                          // grains that each of them has
-  int more;                               // of them that have one more, the first ones
-  Divider by_slabs, by_height, by_kernel_w;
+  Divider by_slabs, by_rows, by_height, by_kernel_w;
 };
 
 // Where a column lies in a row in shared memory.
@@ -218,23 +217,10 @@ class Share {
   }
 };
 
-// Output rows of one group of images.
-struct Run {
-  int group, begin, end;
-  int row, row_end;  // what they read of the source, inside the image
-};
-
-// The first of the runs that make up rows [begin, end) of all groups.
+// Output rows [begin, end) of all groups of images, as far as they are of one group.
 template <class Shape>
 __device__ Run run_of(const Toeplitz& a, int begin, int end) {
-  Run r;
-  uint32_t group = begin;
-  r.begin = a.by_height.split(group);
-  r.group = group;
-  r.end = min(a.target.height, r.begin + end - begin);
-  r.row = max(r.begin - a.padding_h, 0);
-  r.row_end = min(r.end - 1 - a.padding_h + Shape::kRows, a.source.height);
-  return r;
+  return run_of<1, Shape::kRows>(a.by_height, a.padding_h, a.source.height, begin, end);
 }
 
 // Source rows of a block on their way to the ring.
@@ -244,17 +230,21 @@ class Feed {
   __device__ Feed(const Toeplitz& a, int slab, int first_column, int begin, int end)
       : slab_(slab), first_column_(first_column), begin_(begin), end_(end) {}
 
-  // Begins to load the next row, if there is one.
+  // Finds the next row, if there is one.
+  __device__ void find(const Toeplitz& a) {
+    if (left_ > 0 || begin_ == end_) return;
+    const Run r = run_of<Shape>(a, begin_, end_);
+    if (row_ >= 0 && begin_ < a.whole_rows)
+      share_.advance(a, a.source, r.row - row_);
+    else
+      share_.seek(a, a.source, slab_, first_column_, r.image, r.row);
+    begin_ += r.end - r.begin;
+    left_ = r.row_end - r.row, row_ = r.row_end;
+  }
+
+  // Begins to load it.
   __device__ void load(const Toeplitz& a) {
-    if (left_ == 0 && begin_ < end_) {
-      const Run r = run_of<Shape>(a, begin_, end_);
-      if (row_ >= 0 && begin_ < a.whole_rows)
-        share_.advance(a, a.source, r.row - row_);
-      else
-        share_.seek(a, a.source, slab_, first_column_, r.group, r.row);
-      begin_ += r.end - r.begin;
-      left_ = r.row_end - r.row, row_ = r.row_end;
-    }
+    find(a);
     if (left_ > 0) {
       share_.load(a.source, kRing + slot_);
       --left_;
@@ -288,7 +278,7 @@ class Drain {
       if (row_ >= 0 && begin_ < a.whole_rows)
         share_.advance(a, a.target, r.begin - row_);
       else
-        share_.seek(a, a.target, slab_, first_column_, r.group, r.begin);
+        share_.seek(a, a.target, slab_, first_column_, r.image, r.begin);
       left_ = r.end - r.begin, row_ = r.end;
       begin_ += left_;
     }
@@ -324,8 +314,15 @@ class Weights {
       const int column = a.by_kernel_w.split(row);
       const int place = Shape::kKept ? 2 * (kMiddle + column) : 8 * (kPairMiddle + column);
       to_[t] = tap < taps ? a.bands_at + (channel * Shape::kRows + row) * Shape::kBandBytes + place : 0;
-      if (to_[t] > 0) value_[t] = __ldg(from + static_cast<int>(row) * a.weight_row + column * a.weight_column);
+      from_[t] = from + static_cast<int>(row) * a.weight_row + column * a.weight_column;
     }
+  }
+
+  // Begins to load them.
+  __device__ void load() {
+#pragma unroll
+    for (int t = 0; t < Shape::kTurns; ++t)
+      if (to_[t] > 0) value_[t] = __ldg(from_[t]);
   }
 
   // Writes them between zeros that are there already.
@@ -343,6 +340,7 @@ class Weights {
   }
 
  private:
+  const T* from_[Shape::kTurns];
   T value_[Shape::kTurns];
   int to_[Shape::kTurns];
 };
@@ -387,14 +385,19 @@ template <typename T, class Shape>
 __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, int end, uint32_t& parity) {
   constexpr int kRows = Shape::kRows;
   constexpr bool kSplit = Shape::kSplit;
-  const Weights<T, Shape> weights(a, slab);
+  // What takes no memory goes before the kernel before has ended.
+  Weights<T, Shape> weights(a, slab);
+  Feed<Shape> feed(a, slab, first_column - a.padding_w, begin, end);
+  feed.find(a);
   // Zeros for all that is never loaded: if that is but the columns beside the images, the first loads go before.
   const bool edges = Shape::kAligned && slab + a.slab <= a.channels && end <= a.whole_rows;
   if (a.clear && !edges) {
     for (int i = kRing + threadIdx.x * kUnit; i < a.stage_at; i += blockDim.x * kUnit) shared<uint4>(i) = {};
     __syncthreads();
   }
-  Feed<Shape> feed(a, slab, first_column - a.padding_w, begin, end);
+  settle_and_wait_for_kernel_before(a.workers);
+  let_next_kernel_start();
+  weights.load();
 #pragma unroll 1
   for (int i = 0; i < kDepth - 1; ++i) feed.load(a);
   if (a.clear && edges) clear_edges(a, first_column - a.padding_w);
@@ -553,15 +556,11 @@ __global__ void __launch_bounds__(32 * kMaxQuads, 1) toeplitz_channels_last(cons
   if (threadIdx.x == 0) init_barrier(kBarrier, blockDim.x / 32);
   __syncthreads();
   const int slab = a.by_slabs.split(worker) * a.slab;
-  const auto share = [&](int before) { return (before * a.least + min(before, a.more)) * a.grain; };
-  const int64_t last = share(worker + 1);
-  wait_for_kernel_before();
-  let_next_kernel_start();
-  for (int64_t first = share(worker); first < last;) {
-    const int span = a.spans > 1 ? static_cast<int>(first / a.rows) : 0;
-    const int begin = static_cast<int>(first - int64_t{span} * a.rows);
-    const int end = static_cast<int>(min(int64_t{a.rows}, begin + last - first));
-    march<T, Shape>(a, slab, span * a.tiles * Shape::kColumns, begin, end, parity);
+  const int last = a.shares.begin(worker + 1);
+  for (int first = a.shares.begin(worker); first < last;) {
+    uint32_t span = first;
+    const int begin = a.by_rows.split(span), end = min(a.rows, begin + last - first);
+    march<T, Shape>(a, slab, static_cast<int>(span) * a.tiles * Shape::kColumns, begin, end, parity);
     first += end - begin;
   }
 }
@@ -648,14 +647,13 @@ void launch(Toeplitz a, cudaStream_t stream) {
   });
   const int64_t slabs = a.by_slabs.divisor, slots = int64_t{resident} * device.multiprocessors;
   a.workers = static_cast<int>(std::min(std::max<int64_t>(slots / slabs, 1), int64_t{a.rows} * a.spans));
-  a.grain = 1;
+  int grain = 1;
   if (const int streams = even_streams(a, Shape::kRows)) {
     bytes = cut<Shape>(a, device.shared_per_block, streams);
-    a.grain = a.target.height;
-    a.workers = static_cast<int>(std::min<int64_t>(a.workers, int64_t{a.rows / a.grain} * a.spans));
+    grain = a.target.height;
+    a.workers = static_cast<int>(std::min<int64_t>(a.workers, int64_t{a.rows / grain} * a.spans));
   }
-  const int64_t all = int64_t{a.rows / a.grain} * a.spans;
-  a.least = all / a.workers, a.more = static_cast<int>(all % a.workers);
+  a.by_rows = Divider(a.rows), a.shares = Shares(int64_t{a.rows} * a.spans, a.workers, 1, grain);
   launch_early(kernel, a, slabs * a.workers, threads, stream, {.shared_bytes = bytes});
   check_launch("toeplitz_channels_last");
 }
