@@ -23,6 +23,7 @@
 #include "launch.h"
 #include "march_grad_weight_channels_last.cuh"
 #include "partial_sums.cuh"
+#include "shares.cuh"
 #include "stream.cuh"
 #include "tensor_cores.cuh"
 
@@ -72,20 +73,17 @@ struct Toeplitz {
   int columns;               // of a span
   int group_shift;           // tiles of a row of a span are 1 << group_shift
   int period;                // rows from an image to the next: those of the input, and zeros between
-  int64_t rows;              // of all spans of all images, with the zeros between
+  int rows;                  // of all spans of all images, with the zeros between
   int streams;               // of a block
+  Shares shares;             // of the streams of all splits
   int steps;                 // of a block: rows of the longest stream, and what is left of windows behind
   int depth, stage_bytes;    // of the ring
   int grad_at;               // where in a stage the rows of the gradient are
   bool with_bias;
+  Divider by_slabs, by_period, by_images;
 
   __device__ int groups() const { return 1 << group_shift; }
 };
-
-// The first row of a stream, of those of all splits.
-__device__ inline int64_t first_row(const Toeplitz& a, int64_t stream) {
-  return a.rows * stream / (int64_t{a.splits} * a.streams);
-}
 
 // A thread's part in loading the streams of a block: 16 bytes of a few pixels of one of them, row by row. It writes
 // zeros for what is outside of the image.
@@ -100,12 +98,13 @@ class StreamLoader {
     const int to = kRing + place_of(pixel_) + unit * kUnit;
     source_to_ = to + stream * a.source.ring_bytes(), grad_to_ = to + a.grad_at + stream * a.grad.ring_bytes();
 
-    const int64_t number = int64_t{split} * a.streams + stream, first = first_row(a, number);
-    left_ = byte_ < a.channels * 2 ? static_cast<int>(first_row(a, number + 1) - first) : 0;
+    const int number = split * a.streams + stream, first = a.shares.begin(number);
+    left_ = byte_ < a.channels * 2 ? a.shares.begin(number + 1) - first : 0;
     ends_ = left_ == 0;
-    row_ = static_cast<int>(first % a.period);
-    const int image = static_cast<int>(first / a.period);
-    image_ = image % a.images, span_ = image / a.images;
+    uint32_t rest = first;
+    row_ = a.by_period.split(rest);
+    image_ = a.by_images.split(rest);
+    span_ = rest;
     seek(a);
   }
 
@@ -199,11 +198,11 @@ template <typename T>
 __device__ float sum_by_products(const Toeplitz& a, int split, int channel, int slot) {
   const bool is_bias = slot == a.kernel_h * a.kernel_w;
   const int i = is_bias ? 0 : slot / a.kernel_w - a.padding_h, j = is_bias ? 0 : slot % a.kernel_w - a.padding_w;
-  const int64_t last = first_row(a, int64_t{split + 1} * a.streams);
+  const int last = a.shares.begin((split + 1) * a.streams);
   float sum = 0;
-  for (int64_t at = first_row(a, int64_t{split} * a.streams) + threadIdx.x / 32; at < last; at += kWarps) {
-    const int row = static_cast<int>(at % a.period), image = static_cast<int>(at / a.period % a.images);
-    const int column = static_cast<int>(at / a.period / a.images) * a.columns, y = row + i;
+  for (int at = a.shares.begin(split * a.streams) + threadIdx.x / 32; at < last; at += kWarps) {
+    const int row = at % a.period, image = at / a.period % a.images;
+    const int column = at / a.period / a.images * a.columns, y = row + i;
     if (row >= a.out_height || (!is_bias && (y < 0 || y >= a.height))) continue;
     const char* g = a.grad.base + image * a.grad.image_bytes + row * a.grad.row_bytes + channel * sizeof(T);
     const char* x = a.source.base + image * a.source.image_bytes + y * a.source.row_bytes + channel * sizeof(T);
@@ -275,14 +274,15 @@ __global__ void __launch_bounds__(kThreads, Size::kBlocks)
     toeplitz_grad_weight_channels_last(const __grid_constant__ Toeplitz a) {
   constexpr int kRows = Size::kRows;
   let_next_kernel_start();
-  const int slab = blockIdx.x % a.slabs, split = blockIdx.x / a.slabs;
+  uint32_t rest = blockIdx.x;
+  const int slab = a.by_slabs.split(rest), split = static_cast<int>(rest);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x < kMaxStages)
     init_barrier(StageBarriers::full(threadIdx.x), kWarps), init_barrier(StageBarriers::done(threadIdx.x), kWarps);
-  __syncthreads();
   const int ahead = a.depth > 3 ? a.depth - 2 : 2;  // stages that are loaded, or under way
   StreamLoader<Size> loader(a, slab, split);
-  wait_for_kernel_before();
+  __syncthreads();
+  settle_and_wait_for_kernel_before(a.depth);
 #pragma unroll 1
   for (int step = 0; step < ahead; ++step) {
     if (step < a.steps) loader.load(a, step);
@@ -420,8 +420,10 @@ void apply(Toeplitz& a, Cut& cut) {
   a.columns = Size::kWide ? kTileColumns << a.group_shift : kRun;
   a.grad.runs = a.columns / kRun, a.source.runs = a.grad.runs + 1;
   a.spans = static_cast<int>(ceil_div(a.grad.width, a.columns));
-  a.rows = int64_t{a.spans} * a.images * a.period;
-  a.steps = static_cast<int>(ceil_div(a.rows, int64_t{a.splits} * a.streams)) + a.kernel_h - 1;
+  a.rows = a.spans * a.images * a.period;
+  const int64_t streams = int64_t{a.splits} * a.streams;  // of all blocks
+  a.shares = Shares(a.rows, streams);
+  a.steps = static_cast<int>(ceil_div(a.rows, streams)) + a.kernel_h - 1;
   a.grad_at = a.streams * a.source.ring_bytes();
   a.stage_bytes = a.grad_at + a.streams * a.grad.ring_bytes();
   cut.shared_bytes = kRing + std::max(int64_t{cut.depth} * a.stage_bytes,
@@ -500,6 +502,7 @@ void launch_toeplitz_grad_weight_channels_last(const Problem& p, const Allocate&
   a.images = static_cast<int>(p.batch), a.channels = static_cast<int>(p.channels);
   a.period = a.height + a.padding_h;
   a.slabs = static_cast<int>(ceil_div(a.channels, kSlab));
+  a.by_slabs = Divider(a.slabs), a.by_period = Divider(a.period), a.by_images = Divider(a.images);
   a.with_bias = p.bias != nullptr;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
