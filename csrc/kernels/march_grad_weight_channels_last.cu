@@ -15,6 +15,7 @@
 #include "launch.h"
 #include "march_grad_weight_channels_last.cuh"
 #include "partial_sums.cuh"
+#include "shares.cuh"
 #include "small_kernels.h"
 
 namespace dwconv {
@@ -30,13 +31,15 @@ struct March {
   int height, width, out_height, out_width, padding_h, padding_w;
   int images, filters, multiplier;
   int slabs, spans, splits;
-  bool whole_images;  // whether splits are cut between images, or between any two rows
-  int pairs, strips;  // of a block: pairs of filters, and strips of columns
-  int loaders;        // warps that load
+  Shares shares;              // of splits: they are cut between images, or between any two rows
+  int pairs, strips;          // of a block: pairs of filters, and strips of columns
+  int step_taps, step_pairs;  // threads of a block, divided by its pairs
+  int loaders;                // warps that load
   int depth, stage_bytes, source_row_bytes;
   bool boxes;   // whether rows are loaded as boxes
   bool joined;  // whether both arrays are: see Pixels
   bool with_bias;
+  Divider by_slabs, by_spans, by_height, by_pairs;
 };
 
 // The rows of a split, image by image. A step brings row `row` of the gradient, if that is before `end`; as long as
@@ -45,11 +48,10 @@ struct Steps {
   int image, row, end, left;
 
   __device__ Steps(const March& a, int split) {
-    const int64_t cuts = a.whole_images ? a.images : static_cast<int64_t>(a.images) * a.out_height;
-    const int scale = a.whole_images ? a.out_height : 1;
-    const int first = static_cast<int>(cuts * split / a.splits) * scale;
-    left = static_cast<int>(cuts * (split + 1) / a.splits) * scale - first;
-    image = first / a.out_height, row = first % a.out_height;
+    const int first = a.shares.begin(split);
+    left = a.shares.begin(split + 1) - first;
+    uint32_t rest = first;
+    row = a.by_height.split(rest), image = rest;
     end = min(a.out_height, row + left);
     left -= end - row;
   }
@@ -104,15 +106,30 @@ struct Part {
   template <class W>
   static __device__ Part of(const March& a, W) {
     Part p;
-    p.slab = blockIdx.x % a.slabs, p.span = blockIdx.x / a.slabs % a.spans, p.split = blockIdx.x / a.slabs / a.spans;
+    uint32_t rest;  // what follows from it is worked out again in the end, and takes no registers until then
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(rest));
+    p.slab = a.by_slabs.split(rest), p.span = a.by_spans.split(rest), p.split = rest;
     p.column = p.span * a.strips * W::kColumns, p.filter = p.slab * a.pairs * 2;
     return p;
   }
 };
 
-// Where in shared memory a thread leaves the sum of a tap, or the bias behind the last one.
-__device__ inline int sum_at(int tap, int half, int thread) {
-  return kRing + 4 * ((tap * 2 + half) * static_cast<int>(blockDim.x) + thread);
+// What a thread works on, and who adds up sums: its number, divided by the number of pairs.
+struct Place {
+  int strip, pair;
+
+  static __device__ Place of(const March& a) {
+    uint32_t number;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
+    Place p;
+    p.pair = a.by_pairs.split(number), p.strip = number;
+    return p;
+  }
+};
+
+// Where in shared memory a thread leaves the sums of a tap, or the bias behind the last one, for its two filters.
+__device__ inline int sums_at(int tap, int thread) {
+  return kRing + 8 * (tap * static_cast<int>(blockDim.x) + thread);
 }
 
 // The sum of one tap over a thread's part, of products inside the image only.
@@ -138,41 +155,68 @@ __device__ float sum_by_products(const March& a, int split, int filter, int colu
   return sum;
 }
 
-// Adds up the sums of a block's strips. `finite`: whether the thread's own are.
+// Takes those of a thread's sums in shared memory again that are not finite.
 template <typename T, class W>
-__device__ __noinline__ void finish(const March& a, bool finite) {
-  const Part part = Part::of(a, W{});
-  const int thread = threadIdx.x;
-  if (!finite && thread < a.pairs * a.strips)
-    for (int i = 0; i < 2 * W::kTaps; ++i) {
-      const int filter = part.filter + thread % a.pairs * 2 + i % 2;
-      float& sum = shared<float>(sum_at(i / 2, i % 2, thread));
-      if (!is_finite(sum) && filter < a.filters)
-        sum = sum_by_products<T, W>(a, part.split, filter, part.column + thread / a.pairs * W::kColumns, i / 2);
-    }
-  __syncthreads();
+__device__ __noinline__ void sum_again(const March& a, int split, int filter, int column) {
+  for (int i = 0; i < 2 * W::kTaps; ++i) {
+    float& sum = shared<float>(sums_at(i / 2, threadIdx.x) + i % 2 * 4);
+    if (!is_finite(sum) && filter + i % 2 < a.filters)
+      sum = sum_by_products<T, W>(a, split, filter + i % 2, column, i / 2);
+  }
+}
 
-  // Sums lie as [tap][which of a pair][pair]. A thread takes every so-manieth of them, or a warp, of many strips.
-  const int taps = W::kTaps + a.with_bias, parts = a.splits * a.spans;
-  const int row = 2 * a.pairs, lanes = a.strips < 32 ? 1 : 32, lane = thread % lanes;
-  const int step = blockDim.x / lanes, step_taps = step / row, step_rest = step % row;
+// Adds up the sums of a block's strips, which lie as [tap][strip][pair].
+template <typename T, class W>
+__device__ void finish(const March& a, const Part& part, const Place& place) {
+  const int taps = W::kTaps + a.with_bias;
+  const bool many = a.splits * a.spans > 1, even = a.filters % 2 == 0;
   float* partial = a.partial + static_cast<int64_t>(part.split * a.spans + part.span) * taps * a.filters;
-  for (int tap = thread / lanes / row, rest = thread / lanes % row;; tap += step_taps, rest += step_rest) {
-    if (rest >= row) rest -= row, ++tap;
-    if (tap >= taps) break;
-    const int half = rest >= a.pairs, pair = rest - half * a.pairs;
-    float total = 0;
-    for (int strip = lane; strip < a.strips; strip += lanes)
-      total += shared<float>(sum_at(tap, half, strip * a.pairs + pair));
-    for (int offset = lanes / 2; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
-    const int filter = part.filter + pair * 2 + half;
-    if (lane > 0 || filter >= a.filters) continue;
-    if (parts > 1)
-      partial[static_cast<int64_t>(tap) * a.filters + filter] = total;
-    else if (tap < W::kTaps)
-      static_cast<T*>(a.grad_weight)[static_cast<int64_t>(filter) * W::kTaps + tap] = narrow<T>(total);
-    else
-      static_cast<T*>(a.grad_bias)[filter] = narrow<T>(total);
+  const auto store = [&](int tap, int pair, float2 total) {
+    const int filter = part.filter + pair * 2;
+    float* to = partial + tap * a.filters + filter;
+    if (many && even) {
+      if (filter < a.filters) *reinterpret_cast<float2*>(to) = total;
+      return;
+    }
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float value = h == 0 ? total.x : total.y;
+      if (filter + h >= a.filters) continue;
+      if (many)
+        to[h] = value;
+      else if (tap < W::kTaps)
+        static_cast<T*>(a.grad_weight)[static_cast<int64_t>(filter + h) * W::kTaps + tap] = narrow<T>(value);
+      else
+        static_cast<T*>(a.grad_bias)[filter + h] = narrow<T>(value);
+    }
+  };
+  if (a.strips < 32) {  // a thread takes every so-manieth of the sums
+    int pair = place.pair;
+    for (int tap = place.strip; tap < taps;) {
+      float2 total{};
+#pragma unroll 4
+      for (int s = 0; s < a.strips; ++s) {
+        const float2 sum = shared<float2>(sums_at(tap, s * a.pairs + pair));
+        total.x += sum.x, total.y += sum.y;
+      }
+      store(tap, pair, total);
+      tap += a.step_taps, pair += a.step_pairs;
+      if (pair >= a.pairs) pair -= a.pairs, ++tap;
+    }
+  } else {  // a warp does
+    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    for (int i = threadIdx.x / 32; i < taps * a.pairs; i += warps) {
+      uint32_t tap = i;
+      const int pair = a.by_pairs.split(tap);
+      float2 total{};
+      for (int s = lane; s < a.strips; s += 32) {
+        const float2 sum = shared<float2>(sums_at(tap, s * a.pairs + pair));
+        total.x += sum.x, total.y += sum.y;
+      }
+      for (int offset = 16; offset > 0; offset /= 2)
+        total.x += __shfl_xor_sync(~0u, total.x, offset), total.y += __shfl_xor_sync(~0u, total.y, offset);
+      if (lane == 0) store(tap, pair, total);
+    }
   }
 }
 
@@ -216,7 +260,11 @@ class Loader {
 template <class W>
 class BoxLoader {
  public:
-  __device__ BoxLoader(const March& a, const Part& part) : steps_(a, part.split), part_(part) {}
+  __device__ BoxLoader(const March& a, const Part& part)
+      : steps_(a, part.split),
+        column_(part.column),
+        filter_(part.filter),
+        channel_(a.multiplier == 2 ? part.filter / 2 : part.filter) {}
   __device__ bool done() const { return steps_.done(); }
 
   __device__ void load(const March& a, int stage) {
@@ -230,27 +278,30 @@ class BoxLoader {
 #pragma unroll
       for (int e = 0; e < W::kStride; ++e) {
         if (W::meets(a, steps_.end, first + e))
-          copy(to, a.source, a.source_map, part_.filter / a.multiplier, part_.column * W::kStride - a.padding_w,
-               first + e);
+          copy(to, a.source, a.source_map, channel_, column_ * W::kStride - a.padding_w, first + e);
         to += a.source_row_bytes;
       }
-      if (steps_.row < steps_.end) copy(to, a.grad, a.grad_map, part_.filter, part_.column, steps_.row);
+      if (steps_.row < steps_.end) copy(to, a.grad, a.grad_map, filter_, column_, steps_.row);
     }
     steps_.next(a, W::kHeld);
   }
 
  private:
   Steps steps_;
-  Part part_;
+  int column_, filter_, channel_;
 };
 
-// kPairs: what two neighbouring filters read, and their gradients, are pairs of elements in shared memory. Otherwise
-// both read the same channel, or pixels may begin at any element, with other pixels instead of zeros beside the image.
-template <typename T, class W, bool kPairs>
+// How a thread reads what its two filters do: gradients, and what they meet, are pairs of elements in shared memory; or
+// the gradients are, and both filters read the same channel; or pixels may begin at any element, with other pixels
+// instead of zeros beside the image.
+enum class Reads { kPairs, kTwins, kElements };
+
+template <typename T, class W, Reads kReads>
 __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
     march_grad_weight_channels_last(const __grid_constant__ March a) {
   constexpr int kSize = sizeof(T);
   let_next_kernel_start();
+  const Part part = Part::of(a, W{});
   const int workers = blockDim.x - (kLoaderWarps ? 32 * a.loaders : 0);
   const bool is_worker = static_cast<int>(threadIdx.x) < workers, boxes = kBoxes && a.boxes;
   if (!boxes)
@@ -262,10 +313,9 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
     before_bulk_copies();
   }
   __syncthreads();
-  wait_for_kernel_before();
 
-  const Part part = Part::of(a, W{});
   const auto load_all = [&](auto loader) {
+    settle_and_wait_for_kernel_before(a.depth);
     int stage = 0;
     uint32_t parity = 1;
     while (!loader.done()) {
@@ -281,29 +331,30 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
     else
       load_all(Loader<W>(a, part, threadIdx.x - workers, blockDim.x - workers));
   }
+  wait_for_kernel_before();
   Loader<W> loader(a, part, threadIdx.x, blockDim.x);  // if all threads load
   if (!kLoaderWarps)
     for (int d = 0; d < a.depth - 1; ++d) loader.load(a, d);
 
-  const bool active = static_cast<int>(threadIdx.x) < a.pairs * a.strips;
-  const int pair = active ? threadIdx.x % a.pairs : 0, strip = active ? threadIdx.x / a.pairs : 0;
+  const auto is_active = [&] { return static_cast<int>(threadIdx.x) < a.pairs * a.strips; };
+  const auto [strip, pair] = is_active() ? Place::of(a) : Place{0, 0};
   const int source_second = a.multiplier == 2 ? 0 : kSize;  // from what one filter reads to what the other one does
   const int source_at = kRing + strip * W::kColumns * W::kStride * a.source.pitch + pair * (kSize + source_second);
   const int grad_at = kRing + W::kStride * a.source_row_bytes + strip * W::kColumns * a.grad.pitch + pair * 2 * kSize;
 
   // Reads what the two filters do at a column; `x` is that column in the image, of `width`.
   const auto read = [&](int at, int second, int x, int width, float (&pair)[2]) {
-    if constexpr (kPairs) {
+    if constexpr (kReads != Reads::kElements) {
       read_pair(at, pair, T{});
     } else {
-      const bool inside = !a.joined || static_cast<uint32_t>(x) < static_cast<uint32_t>(width);
+      const bool inside = static_cast<uint32_t>(x) < static_cast<uint32_t>(width);
       pair[0] = inside ? widen(shared<T>(at)) : 0.f, pair[1] = inside ? widen(shared<T>(at + second)) : 0.f;
     }
   };
   const int column_g = part.column + strip * W::kColumns, column_x = column_g * W::kStride - a.padding_w;
   // Where a row of a joined array begins within 16 bytes.
   const auto phase = [&](const Pixels& p, int image, int row, int column) {
-    return kPairs
+    return kReads != Reads::kElements
                ? 0
                : phase_of(p, image * static_cast<uint32_t>(p.image_bytes) + row * static_cast<uint32_t>(p.row_bytes) +
                                  static_cast<uint32_t>(column * p.pixel_bytes));
@@ -348,7 +399,10 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
 #pragma unroll
           for (int column = 0; column < W::kSourceColumns; ++column) {
             float x[2];
-            read(x_at + column * a.source.pitch, source_second, column_x + column, a.width, x);
+            if constexpr (kReads == Reads::kTwins)
+              x[0] = x[1] = widen(shared<T>(x_at + column * a.source.pitch));
+            else
+              read(x_at + column * a.source.pitch, source_second, column_x + column, a.width, x);
 #pragma unroll
             for (int i = 0; i < W::kTapsH; ++i) {
               const int reach = i * W::kDilation - e;
@@ -395,16 +449,19 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
   const int thread = threadIdx.x;
   float check = 0;
 #pragma unroll
-  for (int tap = 0; tap < W::kTaps; ++tap)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float value = sum[tap / W::kTapsW][tap % W::kTapsW][h];
-      shared<float>(sum_at(tap, h, thread)) = value;
-      check = fmaf(value, 0.f, check);
-    }
-  shared<float>(sum_at(W::kTaps, 0, thread)) = static_cast<float>(bias_total.x);
-  shared<float>(sum_at(W::kTaps, 1, thread)) = static_cast<float>(bias_total.y);
-  finish<T, W>(a, check == 0);
+  for (int tap = 0; tap < W::kTaps; ++tap) {
+    const float (&both)[2] = sum[tap / W::kTapsW][tap % W::kTapsW];
+    shared<float2>(sums_at(tap, thread)) = make_float2(both[0], both[1]);
+    check = fmaf(both[1], 0.f, fmaf(both[0], 0.f, check));
+  }
+  shared<float2>(sums_at(W::kTaps, thread)) =
+      make_float2(static_cast<float>(bias_total.x), static_cast<float>(bias_total.y));
+  const Part mine = Part::of(a, W{});
+  const Place place = Place::of(a);
+  if (is_active() && check != 0)
+    sum_again<T, W>(a, mine.split, mine.filter + place.pair * 2, mine.column + place.strip * W::kColumns);
+  __syncthreads();
+  finish<T, W>(a, mine, place);
 }
 
 // How the work is cut; the rest follows from it.
@@ -427,9 +484,11 @@ struct WindowSize {
 void apply(March& a, Cut& cut, const WindowSize& w, int element) {
   a.pairs = cut.pairs, a.strips = cut.strips, a.loaders = cut.loaders, a.boxes = cut.boxes, a.depth = cut.depth,
   a.splits = cut.splits;
-  a.whole_images = cut.whole_images;
+  a.shares = Shares(int64_t{a.images} * a.out_height, a.splits, a.images, cut.whole_images ? a.out_height : 1);
   a.slabs = static_cast<int>(ceil_div(a.filters, 2 * cut.pairs));
   a.spans = static_cast<int>(ceil_div(a.out_width, cut.strips * w.columns));
+  a.by_slabs = Divider(a.slabs), a.by_spans = Divider(a.spans), a.by_height = Divider(a.out_height);
+  a.by_pairs = Divider(a.pairs);
   const int columns = cut.strips * w.columns;
   cut_pixels(a.source, cut.pairs * (a.multiplier == 2 ? 1 : 2) * element, (columns - 1) * w.stride + w.extent_w,
              w.columns * w.stride, cut.boxes);
@@ -437,6 +496,7 @@ void apply(March& a, Cut& cut, const WindowSize& w, int element) {
   a.source_row_bytes = a.source.ring_row_bytes(cut.boxes);
   a.stage_bytes = w.stride * a.source_row_bytes + a.grad.ring_row_bytes(cut.boxes);
   cut.threads = static_cast<int>(round_up(int64_t{cut.pairs} * cut.strips, 32)) + 32 * cut.loaders;
+  a.step_taps = cut.threads / cut.pairs, a.step_pairs = cut.threads % cut.pairs;
   cut.shared_bytes = kRing + std::max<int64_t>(int64_t{cut.depth} * a.stage_bytes + int64_t{cut.threads} * 16,
                                                int64_t{w.taps + 1} * 2 * cut.threads * 4);
 }
@@ -547,13 +607,13 @@ Cut cut_for(March a, const WindowSize& w, int element, bool boxes, const Device&
   return boxes && best_cycles == INFINITY ? cut_for(a, w, element, false, device) : best;
 }
 
-template <typename T, class W, bool kPairs>
+template <typename T, class W, Reads kReads>
 void launch(const Problem& p, March a, bool boxes, const Allocate& allocate, cudaStream_t stream) {
   constexpr WindowSize kWindow{W::kTaps,    W::kExtentW,       W::kStride,     W::kHeld,
                                W::kColumns, W::kSourceColumns, W::kMaxThreads, W::kBlocks};
   constexpr int kElement = sizeof(T);
   const Device& device = current_device();
-  const auto kernel = march_grad_weight_channels_last<T, W, kPairs>;
+  const auto kernel = march_grad_weight_channels_last<T, W, kReads>;
   static thread_local Decisions<11, Cut> decisions;
   Cut cut =
       decisions({device.id, a.images, a.filters, a.multiplier, a.height, a.width, a.out_height, a.out_width,
@@ -569,7 +629,7 @@ void launch(const Problem& p, March a, bool boxes, const Allocate& allocate, cud
                                     a.source.slab_bytes / kElement, a.source.columns) &&
                      describe_boxes(a.grad_map, p.output, p.batch, p.filters(), p.out_height, p.out_width, kElement,
                                     a.grad.slab_bytes / kElement, a.grad.columns)))
-    return launch<T, W, kPairs>(p, a, false, allocate, stream);
+    return launch<T, W, kReads>(p, a, false, allocate, stream);
   const int64_t blocks = int64_t{a.slabs} * a.spans * a.splits, parts = int64_t{a.spans} * a.splits;
   if (parts > 1)
     a.partial = static_cast<float*>(
@@ -602,10 +662,12 @@ void launch_march_grad_weight_channels_last(const Problem& p, const Allocate& al
         // Rows that are copied as a run have all channels, and so has a block.
         a.joined = a.source.joined && a.grad.joined && a.filters <= 2 * W::kMaxThreads;
         a.source.joined = a.grad.joined = a.joined;
-        if (a.joined || a.multiplier == 2)
-          launch<T, W, false>(p, a, boxes, allocate, stream);
+        if (a.joined)
+          launch<T, W, Reads::kElements>(p, a, boxes, allocate, stream);
+        else if (a.multiplier == 2)
+          launch<T, W, Reads::kTwins>(p, a, boxes, allocate, stream);
         else
-          launch<T, W, true>(p, a, boxes, allocate, stream);
+          launch<T, W, Reads::kPairs>(p, a, boxes, allocate, stream);
       });
   });
 }
