@@ -45,34 +45,34 @@ __device__ __noinline__ void strip_by_taps(const March& a, int image, int plane,
     }
 }
 
-// A warp's source rows on their way to its ring, through all of its runs.
-template <int kKernel>
-class Feed {
- public:
-  __device__ Feed(const CopyShare& share, int begin, int end) : share_(share), begin_(begin), end_(end) {}
-
-  // Begins to load the next group, if there is one.
-  __device__ void load(const MarchCut& a, const PlaneRows& rows, MarchRing& ring) {
-    if (left_ == 0 && begin_ < end_) {
-      const MarchRun r = run_of(a, rows.height, rows.width, begin_, end_, kKernel);
-      begin_ += r.end - r.begin;
-      left_ = r.last - r.first + 1, planes_ = r.planes;
-      bytes_ = (r.source_end - r.source_column) * 4;
-      from_ = rows.at(r.image, r.channel + share_.piece, r.first, r.source_column);
-      image_ = rows.at(r.image, 0, 0, 0);
-    }
-    const int count = min(left_, rows.group_rows);
-    ring.load(a, rows, share_, planes_, count, bytes_, from_, image_, 0);
-    left_ -= count;
-    ring.commit(a);
-  }
-
- private:
-  const CopyShare share_;
-  int begin_, end_;  // rows of the target whose source was not yet loaded
-  int left_ = 0, planes_ = 0, bytes_ = 0;
-  const char *from_ = nullptr, *image_ = nullptr;
+// What a warp has to know now and then, in its shared memory: registers are short, and only if there are some to spare
+// do sums and pixels lie in different banks of them.
+struct __align__(16) Known {
+  int image, channel, planes, row, column, bytes;  // where the rows of the target go that are computed next
+  int begin;                                       // the first row of the target whose source was not yet loaded,
+  int done;                                        // and how many rows of that were
 };
+
+// Begins to load the next group of a warp's source rows, through all of its runs, if there is one.
+template <int kKernel>
+__device__ inline void load_next(const MarchCut& a, const PlaneRows& rows, int end, int span, Known& known,
+                                 MarchRing& ring) {
+  const int begin = known.begin, done = known.done;
+  __syncwarp();
+  if (begin < end) {
+    const MarchRun r = run_of(a, rows.height, rows.width, begin, end, kKernel, span);
+    const CopyShare share(a, rows);
+    const int row = r.first + done, left = r.last + 1 - row, count = min(left, rows.group_rows);
+    const char* from = rows.at(r.image, r.channel + share.piece, row, r.source_column);
+    const char* image = rows.at(r.image, 0, 0, 0);
+    ring.load(a, rows, share, r.planes, count, (r.source_end - r.source_column) * 4, from, image, 0);
+    if (threadIdx.x % 32 == 0) {
+      known.begin = count < left ? begin : begin + (r.end - r.begin);
+      known.done = count < left ? done + count : 0;
+    }
+  }
+  ring.commit(a);
+}
 
 // Blocks on a multiprocessor, as registers allow.
 constexpr int blocks_of(int kernel) {
@@ -84,26 +84,31 @@ template <int kKernel, int kMargin>
 __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nchw(const __grid_constant__ March a) {
   constexpr int kColumns = kStrip + kKernel - 1, kTaps = kKernel * kKernel;
   const MarchCut& cut = a.cut;
-  const int lane = threadIdx.x % 32, worker = blockIdx.x * kMarchWarps + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
   const int stage = kRowMargin + threadIdx.x / 32 * cut.warp_bytes;
-  const int begin = static_cast<int>(static_cast<int64_t>(cut.units) * worker / cut.workers) * cut.unit_rows;
-  const int end = static_cast<int>(static_cast<int64_t>(cut.units) * (worker + 1) / cut.workers) * cut.unit_rows;
+  uint32_t worker = blockIdx.x * kMarchWarps + threadIdx.x / 32;
+  const int span = cut.by_worker_spans.split(worker);
+  const auto row_of = [&](int worker) {
+    return static_cast<int>(static_cast<int64_t>(cut.units) * min(worker, cut.workers) / cut.workers) * cut.unit_rows;
+  };
+  const int begin = row_of(worker), end = row_of(worker + 1);
   uint32_t plane = lane;
   const int strip = cut.by_strips.split(plane);
 
-  MarchRing ring(cut, stage + cut.stage_bytes);
-  Feed<kKernel> feed(CopyShare(cut, a.source), begin, end);
-  const CopyShare share(cut, a.target);
+  Known& known = shared<Known>(stage + cut.stage_bytes);
+  if (lane == 0) known.begin = begin, known.done = 0;
+  MarchRing ring(cut, stage + cut.stage_bytes + static_cast<int>(sizeof(Known)));
+  __syncwarp();
   let_next_kernel_start();
   wait_for_kernel_before();
-  feed.load(cut, a.source, ring);
+  load_next<kKernel>(cut, a.source, end, span, known, ring);
 
   const uint32_t weights = shared_address(stage);
   float weight[kKernel][kKernel], bias = 0;
   bool finite = true;  // then a product with a zero is a zero
   int channel = -1;
   for (int at = begin; at < end;) {
-    const MarchRun r = run_of(cut, a.source.height, a.source.width, at, end, kKernel);
+    const MarchRun r = run_of(cut, a.source.height, a.source.width, at, end, kKernel, span);
     at += r.end - r.begin;
     const bool live = static_cast<int>(plane) < r.planes;
     const int own = live ? static_cast<int>(plane) : 0;  // lanes to spare do what another one does, and store nothing
@@ -138,12 +143,14 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
     const int x0 = column - cut.padding_w;
     ColumnMasks<kColumns, kMargin> masks;
     masks.set(x0, a.source.width);
-    const int piece = r.channel + (a.target.whole ? 0 : own);
     const uint32_t source_low = a.source.phase(r.image, r.channel + (a.source.whole ? 0 : own), 0, r.source_column);
-    const uint32_t target_low = a.target.phase(r.image, piece, 0, r.column);
+    const uint32_t target_low = a.target.phase(r.image, r.channel + (a.target.whole ? 0 : own), 0, r.column);
     const int source_lane = own * a.source.piece_pitch + (x0 - r.source_column) * 4;
     const uint32_t target_lane = shared_address(stage) + own * a.target.piece_pitch + (column - r.column) * 4;
-    char* to = a.target.at(r.image, piece, r.begin, r.column);
+    if (lane == 0) {
+      known.image = r.image, known.channel = r.channel, known.planes = r.planes;
+      known.row = r.begin, known.column = r.column, known.bytes = (r.column_end - r.column) * 4;
+    }
 
     RowPlace source, target;
     target.begin(target_lane, target_low + r.begin * a.target.row_bytes);
@@ -154,51 +161,25 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
 #pragma unroll
       for (int v = 0; v < kStrip; ++v) sum[o][v] = bias;
 
-    const int stop = r.end - cut.padding_h + kKernel - 1;  // rows below the image are zeros
-    for (int y = r.first; y < stop; ++y) {
-      if (y <= r.last) {
-        if (fresh == 0) {
-          const uint32_t group = ring.next(cut);
-          feed.load(cut, a.source, ring);
-          fresh = min(a.source.group_rows, r.last + 1 - y);
-          source.begin(group + source_lane, source_low + y * a.source.row_bytes);
-        }
-        --fresh;
-        float x[kColumns];
-        masks.read(source.next(a.source), x);
-#pragma unroll
-        for (int j = 0; j < kKernel; ++j)
-#pragma unroll
-          for (int o = 0; o < kKernel; ++o)
-#pragma unroll
-            for (int v = 0; v < kStrip; ++v)
-              sum[o][v] = fmaf(x[v + j], weight[kKernel - 1 - o][j],
-                               j > 0             ? sum[o][v]
-                               : o + 1 < kKernel ? sum[o + 1][v]
-                                                 : bias);
-      } else {
-#pragma unroll
-        for (int o = 0; o + 1 < kKernel; ++o)
-#pragma unroll
-          for (int v = 0; v < kStrip; ++v) sum[o][v] = sum[o + 1][v];
-      }
-
-      const int row = y + cut.padding_h - (kKernel - 1);
-      if (row < r.begin) continue;
+    // Puts a complete row beside others, and stores them when they are as many as there is room for.
+    const auto store = [&](int row) {
       const uint32_t here = target.next(a.target);
       if (live)
 #pragma unroll
         for (int v = 0; v < kStrip; ++v) at_address<float>(here + 4 * v) = sum[0][v];
-      if (++staged < a.target.group_rows && row + 1 < r.end) continue;
+      if (++staged < a.target.group_rows && row + 1 < r.end) return;
       __syncwarp();
-      if (share.piece < r.planes) {
+      const CopyShare share(cut, a.target);
+      const int planes = known.planes;
+      if (share.piece < planes) {
+        char* to = a.target.at(known.image, known.channel + share.piece, known.row, known.column);
         uint32_t from = shared_address(stage) + share.piece * a.target.piece_pitch;
-        const int bytes = a.target.whole      ? static_cast<int>(a.target.plane_bytes) * r.planes
+        const int bytes = a.target.whole      ? static_cast<int>(a.target.plane_bytes) * planes
                           : a.target.together ? staged * a.target.row_bytes
-                                              : (r.column_end - r.column) * 4;
+                                              : known.bytes;
         const int count = a.target.together ? 1 : staged;
 #pragma unroll 1
-        for (int i = 0; i < count; ++i, from += a.target.row_pitch) {
+        for (int i = 0; i < count; ++i, from += a.target.row_pitch, to += a.target.row_bytes) {
           const int phase = static_cast<int>(reinterpret_cast<uintptr_t>(to) % kUnit);
           char* base = to - phase;
           each_unit(
@@ -211,12 +192,44 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
                 if (both) *reinterpret_cast<uint4*>(base + next) = second;
               },
               [&](int u) { *reinterpret_cast<float*>(base + u) = at_address<float>(from + u); });
-          to += a.target.together ? bytes : a.target.row_bytes;
         }
       }
       __syncwarp();
+      if (lane == 0) known.row = row + 1;
       staged = 0;
       target.begin(target_lane, target_low + (row + 1) * a.target.row_bytes);
+    };
+
+    int row = r.first + cut.padding_h - (kKernel - 1);  // the oldest
+    for (int y = r.first; y <= r.last; ++y, ++row) {
+      if (fresh == 0) {
+        const uint32_t group = ring.next(cut);
+        load_next<kKernel>(cut, a.source, end, span, known, ring);
+        fresh = min(a.source.group_rows, r.last + 1 - y);
+        source.begin(group + source_lane, source_low + y * a.source.row_bytes);
+      }
+      --fresh;
+      float x[kColumns];
+      masks.read(source.next(a.source), x);
+#pragma unroll
+      for (int j = 0; j < kKernel; ++j)
+#pragma unroll
+        for (int o = 0; o < kKernel; ++o)
+#pragma unroll
+          for (int v = 0; v < kStrip; ++v)
+            sum[o][v] = fmaf(x[v + j], weight[kKernel - 1 - o][j],
+                             j > 0             ? sum[o][v]
+                             : o + 1 < kKernel ? sum[o + 1][v]
+                                               : bias);
+      if (row >= r.begin) store(row);
+    }
+    // Rows below the image are zeros: in a loop of their own, or else the sums were moved for every row.
+    for (; row < r.end; ++row) {
+#pragma unroll
+      for (int o = 0; o + 1 < kKernel; ++o)
+#pragma unroll
+        for (int v = 0; v < kStrip; ++v) sum[o][v] = sum[o + 1][v];
+      if (row >= r.begin) store(row);
     }
     if (!finite && live) strip_by_taps<kKernel>(a, r.image, r.channel + own, r.begin, r.end, column);
   }
@@ -242,7 +255,8 @@ Decision decide(const March& a, int64_t images, int side, Kernel kernel, const D
     arrange(d.target, cut, cut.columns, target_rows, whole);
     cut.stage_bytes = std::max(taps, static_cast<int>(round_up(d.target.group_bytes, kUnit)));
     cut.group_bytes = d.source.group_bytes;
-    cut.warp_bytes = cut.stage_bytes + MarchRing::kBarrierBytes + MarchRing::kGroups * cut.group_bytes;
+    cut.warp_bytes = cut.stage_bytes + static_cast<int>(sizeof(Known)) + MarchRing::kBarrierBytes +
+                     MarchRing::kGroups * cut.group_bytes;
     return cut.warp_bytes <= budget;
   };
   // Planes whole if they are small enough.
@@ -264,7 +278,13 @@ Decision decide(const March& a, int64_t images, int side, Kernel kernel, const D
   cut.unit_rows = together ? cut.target_height : 1;
   cut.units = static_cast<int>(rows / cut.unit_rows);
   d.blocks = static_cast<int>(std::min(ceil_div(together ? columns : ceil_div(rows, kLeast), kMarchWarps), slots));
+  // Warps side by side take the spans of the same rows, if there are as many: memory likes to be read and written in
+  // one place at a time.
   cut.workers = d.blocks * kMarchWarps;
+  if (cut.workers >= cut.spans) {
+    cut.by_worker_spans = cut.by_spans, cut.by_spans = Divider(1);
+    cut.workers /= cut.spans, cut.units /= cut.spans;
+  }
   cut.by_images = Divider(images);
   return d;
 }

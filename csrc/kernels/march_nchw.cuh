@@ -45,15 +45,16 @@ struct PlaneRows {
 };
 
 // How the target (in grad_weight the gradient) is cut: images into groups of planes side by side, rows into spans of
-// strips. A run of rows is numbered by its first one: images follow each other, then spans, then groups, so that
-// weights stay.
+// strips. A run of rows is numbered by its first one: images follow each other, then spans (unless warps side by side
+// take them), then groups, so that weights stay.
 struct MarchCut {
   int planes, strips, spans, columns;  // of a warp; `columns`: from one span to the next
   bool bulk;                           // by bulk copies
   int channels, target_height, target_width, padding_h, padding_w;
-  int units, unit_rows, workers;  // what warps share evenly: rows, or all rows of a plane
+  int units, unit_rows, workers;  // what workers share evenly: rows, or all rows of a plane
   int group_bytes, stage_bytes, warp_bytes;
   Divider by_height, by_images, by_spans, by_strips;
+  Divider by_worker_spans;  // of a worker, which may be several warps side by side, one for each span
 };
 
 struct MarchRun {
@@ -65,14 +66,15 @@ struct MarchRun {
   int source_column, source_end;  // what it reaches
 };
 
+// `span`: the warp's, where spans are not numbered.
 __device__ inline MarchRun run_of(const MarchCut& a, int height, int width, int begin, int end,
-                                  int kernel = kMarchKernel) {
+                                  int kernel = kMarchKernel, int span = 0) {
   MarchRun r;
   uint32_t column = begin;
   r.begin = a.by_height.split(column);
   r.end = min(a.target_height, r.begin + end - begin);
   r.image = a.by_images.split(column);
-  const int span = a.by_spans.split(column);
+  span += a.by_spans.split(column);
   r.channel = static_cast<int>(column) * a.planes;
   r.planes = min(a.planes, a.channels - r.channel);
   r.first = max(r.begin - a.padding_h, 0);
@@ -240,18 +242,19 @@ class RowPlace {
   uint32_t row_ = 0, phase_ = 0;
 };
 
-// Masks of the columns of a lane that may lie outside the image: the first and the last kMargin.
+// Which of a lane's columns lie inside the image: a bit for each of those that may not, the first and the last kMargin.
 template <int kColumns, int kMargin>
 struct ColumnMasks {
-  uint32_t mask[2 * kMargin];
+  uint32_t inside;
 
   __device__ void set(int x0, int width) {
+    inside = 0;
 #pragma unroll
     for (int j = 0; j < 2 * kMargin; ++j) {
       const int x = x0 + (j < kMargin ? j : kColumns - 2 * kMargin + j);
-      mask[j] = x >= 0 && x < width ? ~0u : 0u;
-      mask[j] = __shfl_sync(~0u, mask[j], threadIdx.x % 32);  // or else it would be asked again for every row
+      if (x >= 0 && x < width) inside |= 1u << j;
     }
+    inside = __shfl_sync(~0u, inside, threadIdx.x % 32);  // or else it would be asked again for every row
   }
   // Reads a row, with zeros outside the image.
   __device__ void read(uint32_t from, float (&x)[kColumns]) const {
@@ -260,8 +263,8 @@ struct ColumnMasks {
 #pragma unroll
     for (int j = 0; j < kMargin; ++j) {
       float &low = x[j], &high = x[kColumns - kMargin + j];
-      low = __uint_as_float(__float_as_uint(low) & mask[j]);
-      high = __uint_as_float(__float_as_uint(high) & mask[kMargin + j]);
+      low = inside >> j & 1 ? low : 0.f;
+      high = inside >> (kMargin + j) & 1 ? high : 0.f;
     }
   }
 };
