@@ -153,6 +153,17 @@ __device__ void read_row(int offset, float (&x)[kCount]) {
   }
 }
 
+// The same of float from an even place on (8 bytes), two at a time; columns from one more on if kOdd.
+template <bool kOdd, int kCount>
+__device__ void read_row_by_pairs(int offset, float (&x)[kCount]) {
+#pragma unroll
+  for (int j = -kOdd; j < kCount; j += 2) {
+    const float2 pair = shared<float2>(offset + 4 * j);
+    if (j >= 0) x[j] = pair.x;
+    if (j + 1 < kCount) x[j + 1] = pair.y;
+  }
+}
+
 // An array of images of contiguous planes. `base` lies at the same place within 16 bytes for every image.
 struct Planes {
   char* base;
@@ -196,11 +207,17 @@ class RowWalk {
 };
 
 // Reads columns from x0 on of the walk's next row, zeros outside the image; columns x0 + [kSure, kSureEnd) are sure to
-// lie inside.
-template <typename T, int kSure, int kSureEnd, int kCount>
+// lie inside. By pairs where rows lie evenly, and x0 is even, or odd.
+enum class ReadBy { kOne, kEvenPairs, kOddPairs };
+template <typename T, int kSure, int kSureEnd, ReadBy kBy = ReadBy::kOne, int kCount>
 __device__ void read_next(RowWalk& walk, bool inside, int x0, int width, float (&x)[kCount]) {
   const int row = walk.next();
-  read_row<T>(inside ? row + x0 * static_cast<int>(sizeof(T)) : kZeros, x);
+  constexpr bool kOdd = kBy == ReadBy::kOddPairs;
+  const int from = inside ? row + x0 * static_cast<int>(sizeof(T)) : kZeros + 4 * kOdd;
+  if constexpr (kBy == ReadBy::kOne)
+    read_row<T>(from, x);
+  else
+    read_row_by_pairs<kOdd>(from, x);
 #pragma unroll
   for (int j = 0; j < kCount; ++j)
     if (j < kSure || j >= kSureEnd) x[j] = static_cast<uint32_t>(x0 + j) < static_cast<uint32_t>(width) ? x[j] : 0.f;

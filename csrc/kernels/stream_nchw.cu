@@ -78,6 +78,16 @@ struct Window : TileOfThread<Window<Kernel, kSum, kRows_>> {
   template <typename T>
   __device__ void compute_tile(const Stream& a, const RowRing& ring, const Chunk& c, int out, int plane,
                                uint32_t tile) {
+    // At stride 2 every other bank is read, unless all are by pairs.
+    constexpr ReadBy kPairs = kKernelW / 2 % 2 == 0 ? ReadBy::kEvenPairs : ReadBy::kOddPairs;
+    if constexpr (sizeof(T) == 4 && kStride == 2)
+      if (a.by_pairs) return compute_tile<T, kPairs>(a, ring, c, out, plane, tile);
+    compute_tile<T, ReadBy::kOne>(a, ring, c, out, plane, tile);
+  }
+
+  template <typename T, ReadBy kBy>
+  __device__ void compute_tile(const Stream& a, const RowRing& ring, const Chunk& c, int out, int plane,
+                               uint32_t tile) {
     constexpr int kExtentH = (kKernelH - 1) * kDilation + 1, kExtentW = (kKernelW - 1) * kDilation + 1;
     constexpr int kSourceRows = (kRows - 1) * kStride + kExtentH, kSourceColumns = (kColumns - 1) * kStride + kExtentW;
     uint32_t filter = c.target + plane;
@@ -113,7 +123,7 @@ struct Window : TileOfThread<Window<Kernel, kSum, kRows_>> {
       for (int r = 0; r < kSourceRows; ++r) {
         const bool inside = static_cast<uint32_t>(y0 + r) < static_cast<uint32_t>(a.height);
         float x[kSourceColumns];
-        read_next<T, kExtentW - 1, (kColumns - 1) * kStride + 1>(walk, inside, x0, a.width, x);
+        read_next<T, kExtentW - 1, (kColumns - 1) * kStride + 1, kBy>(walk, inside, x0, a.width, x);
 #pragma unroll
         for (int i = 0; i < kKernelH; ++i) {
           const int reach = r - i * kDilation, o = reach / kStride;
@@ -230,8 +240,18 @@ struct Spread : TileOfThread<Spread<kKernel, kOdd>> {
   static constexpr int kRows = 2 * kPairs, kColumns = 14;
   static constexpr int kMaxThreads = 128, kBlocks = 3;
 
+  // The filter that the thread knows: the first of those a target plane is summed over.
+  int known = -1;
+  bool finite;
+  float weight[kKernel][kKernel];
+
   template <typename T>
-  __device__ void know(const Stream&, uint32_t) {}
+  __device__ void know(const Stream& a, uint32_t target) {
+    const int filter = a.by_filters.split(target) * a.fan_in;
+    if (filter == known) return;
+    known = filter;
+    finite = read_weight<kKernel, kKernel, T>(a, filter, weight);
+  }
 
   template <typename T>
   __device__ void compute_tile(const Stream& a, const RowRing& ring, const Chunk& c, int out, int plane,
@@ -248,9 +268,11 @@ struct Spread : TileOfThread<Spread<kKernel, kOdd>> {
     float sum[kRows][kColumns] = {};
 
     for (int q = 0; q < a.fan_in; ++q) {
-      float weight[kKernel][kKernel];
-      if (!read_weight<kKernel, kKernel, T>(a, filter + q, weight))
-        return tile_by_taps<T>(a, ring, c, out, plane, row, rows, column, columns);
+      if (q > 0)
+        known = -1, finite = read_weight<kKernel, kKernel, T>(a, filter + q, weight);
+      else
+        know<T>(a, c.target + plane);
+      if (!finite) return tile_by_taps<T>(a, ring, c, out, plane, row, rows, column, columns);
       const int top = ((c.group + group_of(a, plane)) * a.fan_in + q) * a.height - c.source_begin;
       RowWalk walk(ring, c.source_slot + top + y0);
 #pragma unroll
@@ -277,7 +299,10 @@ struct Spread : TileOfThread<Spread<kKernel, kOdd>> {
     for (int r = 0; r < kRows; ++r) {
       if (r >= rows) break;
       const int to = out + ((plane * c.rows + row + r) * a.out_width + column) * kSize;
-      if (columns == kColumns)
+      if (kSize == 4 && columns == kColumns && to % 8 == 0)
+#pragma unroll
+        for (int v = 0; v < kColumns; v += 2) shared<float2>(to + v * kSize) = {sum[r][v], sum[r][v + 1]};
+      else if (columns == kColumns)
 #pragma unroll
         for (int v = 0; v < kColumns; ++v) shared<T>(to + v * kSize) = narrow<T>(sum[r][v]);
       else

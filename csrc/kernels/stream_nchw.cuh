@@ -48,6 +48,7 @@ struct Stream {
   int units;          // all of them, as they are computed together
   bool spread;        // grad_input at stride 2: the stride is that of the target
   bool bulk;
+  bool by_pairs;  // rows, and columns that tiles begin to read from, lie evenly (8 bytes), or oddly as the kernel is
   int phase, capacity, period, ring_bytes;
   int run, runs;  // chunks that follow each other in memory and stay in one block, and the number of such runs
   int* counter;   // of the runs that were taken, or null: then blocks take every so many of them
@@ -496,6 +497,7 @@ inline std::pair<Stream, int64_t> stream_of(const Problem& p, bool bulk) {
   a.by_filters = Divider(map.targets);
   a.by_kernel_w = Divider(p.kernel_w), a.by_weights = Divider(p.filters());
   a.phase = static_cast<int>(reinterpret_cast<uintptr_t>(a.source.base) % kUnit);
+  a.by_pairs = a.phase % 8 == 0 && a.source.row_bytes % 8 == 0 && a.padding_w % 2 == a.kernel_w / 2 % 2;
   return {a, images};
 }
 
