@@ -7,9 +7,14 @@
 // channels of 16 images (image_runs.cuh): one is computed while the next one arrives. One warp has a channel, or two
 // that take its tiles of rows in turn; the matrices stay in registers, and outputs leave by way of shared memory.
 //
+// Planes of 7 x 7 and 14 x 14 that stay as large have code without a branch: what lies outside of them is known, and
+// what is beside a row, another one, meets zeros of B. Rows of 7 begin at even and odd places in turn: a pair of pixels
+// or outputs that would begin at an odd one begins a column earlier, and so B has a version for each case.
+//
 // The zeros of B spoil an output if they meet Inf or NaN, which then is NaN. So outputs that are finite are right, and
 // the others are computed again, tap by tap.
 #include <algorithm>
+#include <utility>
 
 #include "image_runs.cuh"
 #include "launch.h"
@@ -118,9 +123,156 @@ struct Rows<kKernelH, -2> {
   static constexpr int last(int target) { return target / 2 + kBack; }
 };
 
+// Planes of 7 x 7 of which those of 16 images are multiplied with the rows of a kernel in B. Two source rows are one
+// multiplication. A row of 8 columns begins with one that is not the plane's, or ends with it, so that pairs are words:
+// for that B comes in versions for even and odd rows of the plane. Columns of B are in such an order that the word
+// which two target rows share has both its halves in the same thread.
+template <typename T, int kKernelH>
+struct Seven {
+  static constexpr int kSide = 7, kReach = kKernelH / 2;
+  // By source row - target row + kReach + 1, for an even source row; and for the row that follows.
+  uint32_t band[kKernelH + 1][2];
+
+  // `weights`: the rows between zeros, the first entry of each being one; odd: whether planes begin at odd places.
+  __device__ void prepare(uint32_t weights, int odd) {
+    const int lane = threadIdx.x % 32, pair = lane % 4 * 2, n = lane / 4;
+    const auto entry = [&](int x, int v) {  // bytes
+      return x >= 0 && x < kSide && v >= 0 && v < kSide ? 2 * (kMiddle + x - v) : 0;
+    };
+    const int target[2] = {n, n < 6 ? n + 1 : n == 7 ? 0 : -1};  // columns, of rows at even and odd places
+#pragma unroll
+    for (int i = 0; i <= kKernelH; ++i) {
+      const int to = target[(i + kReach + 1 + odd) & 1];
+#pragma unroll
+      for (int next = 0; next < 2; ++next) {
+        const int row = i + next - 1, x = pair - (odd ^ next);
+        band[i][next] = 0;
+        if (row < 0 || row >= kKernelH) continue;
+        const uint32_t at = weights + row * (4 * kEntries);
+        band[i][next] = __byte_perm(read_element(at + entry(x, to)), read_element(at + entry(x + 1, to)), 0x5410);
+      }
+    }
+  }
+
+  // `from`, `to`: where the two images' planes begin, plus the thread's pair. Returns whether all outputs are finite.
+  template <bool kOdd>
+  __device__ bool compute(const uint32_t (&from)[2], const uint32_t (&to)[2], float start) const {
+    uint32_t x[2 * (kSide + 1)];
+#pragma unroll
+    for (int y = 0; y < kSide; ++y)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) x[2 * y + h] = read_word(from[h] + 2 * (kSide * y - (y + kOdd) % 2));
+    const float before[4] = {start, start, start, start};
+    float sum[kSide][4];
+#pragma unroll
+    for (int y = 0; y < kSide; y += 2)
+#pragma unroll
+      for (int r = 0; r < kSide; ++r) {
+        const int i = y - r + kReach + 1;
+        if (i < 0 || i > kKernelH) continue;
+        const bool starts = y == 0 || i < 2;
+        if (y + 1 < kSide)
+          multiply(sum[r], starts ? before : std::as_const(sum[r]),
+                   {x[2 * y], x[2 * y + 1], x[2 * y + 2], x[2 * y + 3]}, band[i], T{});
+        else if (i > 0)
+          multiply(sum[r], {x[2 * y], x[2 * y + 1]}, band[i][0], T{});
+      }
+    auto zero = narrow_pair(0.f, 0.f, T{});
+    const auto none = zero;
+    const bool last = threadIdx.x % 4 == 3;
+    const auto narrowed = [&](int r, int h) {
+      const auto values = narrow_pair(sum[r][2 * h], sum[r][2 * h + 1], T{});
+#if __CUDA_ARCH__ >= 800
+      zero = __hfma2(values, none, zero);
+#endif
+      return *reinterpret_cast<const uint32_t*>(&values);
+    };
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      constexpr int kAlone = kOdd ? 0 : kSide - 1;  // the row that shares its word with another plane
+      const uint32_t alone = narrowed(kAlone, h), at = to[h] + 2 * (kSide * kAlone + kOdd);
+      if (!last) write_word(at, alone);
+      if (last) write_element(kOdd ? to[h] - 4 * 3 : at, kOdd ? alone >> 16 : alone);
+#pragma unroll
+      for (int r = kOdd; r + 1 < kSide; r += 2) {
+        const uint32_t upper = narrowed(r, h), lower = narrowed(r + 1, h);
+        write_word(to[h] + 2 * (kSide * r), __byte_perm(upper, lower, last ? 0x7610 : 0x3210));
+        if (!last) write_word(to[h] + 2 * (kSide * (r + 1) + 1), lower);
+      }
+    }
+    return __low2float(zero) == 0 && __high2float(zero) == 0;
+  }
+};
+
+// Half a plane of 14 x 14: its upper 7 rows, or the lower ones, for which it is a mirror image.
+template <typename T, int kKernelH>
+struct Fourteen {
+  static constexpr int kSide = 14, kRows = 7, kReach = kKernelH / 2;
+  uint32_t band[kKernelH][2][2];  // by source row - target row + kReach, in the order of the half; by 8 columns
+
+  __device__ void prepare(uint32_t weights, bool lower) {
+    const int lane = threadIdx.x % 32, pair = lane % 4 * 2, n = lane / 4, entry = kMiddle + pair - n;
+    const uint32_t from = weights + (entry % 2 ? 2 * kEntries + 2 * (entry - 1) : 2 * entry);
+#pragma unroll
+    for (int i = 0; i < kKernelH; ++i)
+#pragma unroll
+      for (int v = 0; v < 2; ++v)
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+          band[i][v][k] = read_word_again(from + (lower ? kKernelH - 1 - i : i) * (4 * kEntries) + 16 * (k - v));
+          if (k == 1 && pair == 6) band[i][v][k] = 0;  // columns 14 and 15
+        }
+  }
+
+  template <bool kLower>
+  __device__ bool compute(const uint32_t (&from)[2], const uint32_t (&to)[2], float start) const {
+    constexpr auto row = [](int r) { return 2 * kSide * (kLower ? kSide - 1 - r : r); };  // bytes
+    const float before[4] = {start, start, start, start};
+    float sum[kRows][2][4];
+    auto zero = narrow_pair(0.f, 0.f, T{});
+    const auto none = zero;
+    const bool inside = threadIdx.x % 4 < 3;  // of the second 8 columns
+    uint32_t next[2][2];
+    const auto read = [&](int s) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int k = 0; k < 2; ++k) next[h][k] = read_word(from[h] + row(s) + 16 * k);
+    };
+    read(0);
+#pragma unroll
+    for (int s = 0; s < kRows + kReach; ++s) {
+      const uint32_t x[4] = {next[0][0], next[1][0], next[0][1], next[1][1]};
+      if (s + 1 < kRows + kReach) read(s + 1);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int i = s - r + kReach;
+        if (i < 0 || i >= kKernelH) continue;
+#pragma unroll
+        for (int v = 0; v < 2; ++v)
+          multiply(sum[r][v], s == 0 || i == 0 ? before : std::as_const(sum[r][v]), x, band[i][v], T{});
+      }
+      const int r = s - kReach;  // the row before had its last source row
+      if (r < 0) continue;
+#pragma unroll
+      for (int v = 0; v < 2; ++v)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const auto values = narrow_pair(sum[r][v][2 * h], sum[r][v][2 * h + 1], T{});
+#if __CUDA_ARCH__ >= 800
+          zero = __hfma2(values, none, zero);
+#endif
+          if (v == 0 || inside) write_word(to[h] + row(r) + 16 * v, *reinterpret_cast<const uint32_t*>(&values));
+        }
+    }
+    return __low2float(zero) == 0 && __high2float(zero) == 0;
+  }
+};
+
 // kKernelH: with what dilation puts between the rows. kStride: -2 where it is that of the target. kIn, kOut: columns of
-// the source and the target, in units of 8. kPairs: whether every row of both begins at a multiple of 4 bytes.
-template <typename T, int kKernelH, int kStride, int kIn, int kOut, bool kPairs>
+// the source and the target, in units of 8. kPairs: whether every row of both begins at a multiple of 4 bytes. kKnown:
+// planes are of 7 x 7, in one unit, or of 14 x 14.
+template <typename T, int kKernelH, int kStride, int kIn, int kOut, bool kPairs, bool kKnown>
 __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
     toeplitz_small_planes(const __grid_constant__ Small a) {
   using Tile = Rows<kKernelH, kStride>;
@@ -128,6 +280,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
   static_assert(kIn <= 2 && kOut <= 2 && (kStride == 1 ? kIn == kOut : kSpread ? kIn == 1 : kOut == 1));
   const Copier copier(a.bulk, false);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row_of_a = lane / 4, pair = lane % 4 * 2;
+  // What lies around the runs is multiplied with zeros: it should be finite.
+  if (kKnown) {
+    for (int at = 16 * threadIdx.x; at < a.stages * a.stage_bytes; at += 16 * blockDim.x)
+      shared<uint4>(a.source.memory + at) = uint4{};
+    before_bulk_copies();
+  }
   const int copied = warp + lane * a.copiers;  // the image that a lane copies in bulk, if its warp does
   if (copier.bulk && threadIdx.x == 0) {
     for (int stage = 0; stage < a.stages; ++stage) init_barrier(Barriers::full(stage), a.copiers);
@@ -183,6 +341,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
   const int weights_from = weights + (!kSpread && entry % 2 ? 2 * kEntries + 2 * (entry - 1) : 2 * entry);
   // The parts of B, for each multiplication its own: it takes registers side by side.
   uint32_t band[kKernelH][kOut][kIn];
+  std::conditional_t<kIn == 1, Seven<T, kKernelH>, Fourteen<T, kKernelH>> known_plane;
+  constexpr int kReach = kKernelH / 2;
+  const int skipped = kKnown ? kReach - a.padding_h : 0;  // rows of B that the kernel does not have, above and below
+  int odd = 0;                                            // whether the channel's planes begin at odd places
   float start = 0;
   int prepared = -1, stage = 0;
   uint32_t parity = 0;
@@ -194,10 +356,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
       // The weights between zeros, and once more one entry earlier, so that any two neighbours are a word.
       const T* taps = static_cast<const T*>(a.weight) + (part.channel + own) * a.weight_filter;
       const int at = lane - kMiddle + a.padding_w, j = at / a.dilation_w;
-      const bool has_column = at >= 0 && j * a.dilation_w == at && j < a.kernel_w;
-      const int last_row = has_column ? (a.kernel_h - 1) * a.dilation_h : -1;
+      const bool has_column = !(kKnown && lane == 0) && at >= 0 && j * a.dilation_w == at && j < a.kernel_w;
+      const int last_row = has_column ? skipped + (a.kernel_h - 1) * a.dilation_h : -1;
       const T* from = taps + j * a.weight_column;
-      int next = 0;  // row with weights
+      int next = skipped;  // row with weights
       __syncwarp();
 #pragma unroll
       for (int i = 0; i < kKernelH; ++i) {
@@ -209,15 +371,21 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
       }
       if (a.bias) start = widen(__ldg(static_cast<const T*>(a.bias) + (part.channel + own) * a.bias_stride));
       __syncwarp();
+      if constexpr (kKnown) {
+        odd = (static_cast<uint32_t>(reinterpret_cast<uintptr_t>(a.source.base)) / 2 + part.channel + own) & 1;
+        known_plane.prepare(memory + weights, kIn == 1 ? odd : first_tile);
+      } else {
 #pragma unroll
-      for (int i = 0; i < kKernelH; ++i)
+        for (int i = 0; i < kKernelH; ++i)
 #pragma unroll
-        for (int v = 0; v < kOut; ++v)
+          for (int v = 0; v < kOut; ++v)
 #pragma unroll
-          for (int k = 0; k < kIn; ++k) {
-            const uint32_t at = memory + weights_from + i * (4 * kEntries) + 16 * (kSpread ? v : k - v);
-            band[i][v][k] = kSpread ? __byte_perm(read_element(at), read_element(at - 4), 0x5410) : read_word_again(at);
-          }
+            for (int k = 0; k < kIn; ++k) {
+              const uint32_t at = memory + weights_from + i * (4 * kEntries) + 16 * (kSpread ? v : k - v);
+              band[i][v][k] =
+                  kSpread ? __byte_perm(read_element(at), read_element(at - 4), 0x5410) : read_word_again(at);
+            }
+      }
     }
     const int place = stage * a.stage_bytes;
     if (copier.bulk) {
@@ -241,90 +409,102 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
         to[h] =
             memory + 2 * pair + own * target_plane + a.target.slot(0, index, part.image + index, target_offset(part));
       }
-      for (int tile = first_tile; Tile::first_target(a, tile) < a.out_height; tile += a.share) {
-        const int first_row = Tile::first_target(a, tile), y0 = Tile::first_source(a, tile);
-        float sum[Tile::kTarget][kOut][4];
+      const auto by_taps = [&](int begin, int end) {
+        for (int e = 0; e < 4 * kOut; ++e) {
+          const int h = e / 2 % 2, column = pair + e % 2 + e / 4 * 8;
+          if (row_of_a + 8 * h < part.images && column < a.out_width)
+            outputs_by_taps<T>(a, from[h] - 2 * pair - memory, to[h] - 2 * pair - memory, part.channel + own, begin,
+                               end - begin, column);
+        }
+      };
+      if constexpr (kKnown) {
+        const bool second = kIn == 1 ? odd : first_tile;
+        const bool finite = second ? known_plane.template compute<true>(from, to, start)
+                                   : known_plane.template compute<false>(from, to, start);
+        // The thread's columns here are not all that it has computed.
+        if (__any_sync(~0u, !finite)) {
+          __syncwarp();
+          by_taps(kIn == 1 ? 0 : 7 * first_tile, kIn == 1 ? 7 : 7 * first_tile + 7);
+        }
+      } else
+        for (int tile = first_tile; Tile::first_target(a, tile) < a.out_height; tile += a.share) {
+          const int first_row = Tile::first_target(a, tile), y0 = Tile::first_source(a, tile);
+          float sum[Tile::kTarget][kOut][4];
 #pragma unroll
-        for (int r = 0; r < Tile::kTarget; ++r)
-#pragma unroll
-          for (int v = 0; v < kOut; ++v)
-#pragma unroll
-            for (int e = 0; e < 4; ++e) sum[r][v][e] = start;
-        auto zero = narrow_pair(0.f, 0.f, T{});
-        const auto none = zero;
-        uint32_t next[2][2], beside[2][2];  // of the row to come, by image, by columns
-        const auto read = [&](int y) {
-          if (y < 0 || y >= a.height) return;
-          const int row = y * 2 * a.width;
-#pragma unroll
-          for (int h = 0; h < 2; ++h)
-#pragma unroll
-            for (int k = 0; k < kIn; ++k) {
-              const uint32_t at = from[h] + row + 16 * k;
-              if (kPairs)
-                next[h][k] = read_word(at);
-              else
-                next[h][k] = read_element(at), beside[h][k] = read_element(at + 2);
-            }
-        };
-        read(y0);
-#pragma unroll
-        for (int s = 0; s < Tile::kSource; ++s) {
-          uint32_t x[2][2];
-#pragma unroll
-          for (int h = 0; h < 2; ++h)
-#pragma unroll
-            for (int k = 0; k < kIn; ++k)
-              x[h][k] = kPairs ? next[h][k] & inside[k] : __byte_perm(next[h][k], beside[h][k], inside[k]);
-          const int y = y0 + s;
-          if (s + 1 < Tile::kSource) read(y + 1);
-          if (y >= 0 && y < a.height) {
-#pragma unroll
-            for (int i = kKernelH - 1; i >= 0; --i) {
-              const int r = Tile::target(s, i);
-              if (r < 0) continue;
-#pragma unroll
-              for (int v = 0; v < kOut; ++v) {
-                if constexpr (kIn == 2)
-                  multiply(sum[r][v], sum[r][v], {x[0][0], x[1][0], x[0][1], x[1][1]}, band[i][v], T{});
-                else
-                  multiply(sum[r][v], {x[0][0], x[1][0]}, band[i][v][0], T{});
-              }
-            }
-          }
-#pragma unroll
-          for (int r = 0; r < Tile::kTarget; ++r) {
-            if (Tile::last(r) != s || first_row + r < 0 || first_row + r >= a.out_height) continue;
+          for (int r = 0; r < Tile::kTarget; ++r)
 #pragma unroll
             for (int v = 0; v < kOut; ++v)
 #pragma unroll
-              for (int h = 0; h < 2; ++h) {
-                const auto values = narrow_pair(sum[r][v][2 * h], sum[r][v][2 * h + 1], T{});
-#if __CUDA_ARCH__ >= 800
-                zero = __hfma2(values, none, zero);
-#endif
-                const uint32_t word = *reinterpret_cast<const uint32_t*>(&values);
-                const uint32_t at = to[h] + (first_row + r) * 2 * a.out_width + 16 * v;
-                const int columns = a.out_width - pair - 8 * v;
-                if (kPairs) {
-                  if (columns > 0) write_word(at, word);
-                } else {
-                  if (columns > 0) write_element(at, word);
-                  if (columns > 1) write_element(at + 2, word >> 16);
+              for (int e = 0; e < 4; ++e) sum[r][v][e] = start;
+          auto zero = narrow_pair(0.f, 0.f, T{});
+          const auto none = zero;
+          uint32_t next[2][2], beside[2][2];  // of the row to come, by image, by columns
+          const auto read = [&](int y) {
+            if (y < 0 || y >= a.height) return;
+            const int row = y * 2 * a.width;
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+#pragma unroll
+              for (int k = 0; k < kIn; ++k) {
+                const uint32_t at = from[h] + row + 16 * k;
+                if (kPairs)
+                  next[h][k] = read_word(at);
+                else
+                  next[h][k] = read_element(at), beside[h][k] = read_element(at + 2);
+              }
+          };
+          read(y0);
+#pragma unroll
+          for (int s = 0; s < Tile::kSource; ++s) {
+            uint32_t x[2][2];
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+#pragma unroll
+              for (int k = 0; k < kIn; ++k)
+                x[h][k] = kPairs ? next[h][k] & inside[k] : __byte_perm(next[h][k], beside[h][k], inside[k]);
+            const int y = y0 + s;
+            if (s + 1 < Tile::kSource) read(y + 1);
+            if (y >= 0 && y < a.height) {
+#pragma unroll
+              for (int i = kKernelH - 1; i >= 0; --i) {
+                const int r = Tile::target(s, i);
+                if (r < 0) continue;
+#pragma unroll
+                for (int v = 0; v < kOut; ++v) {
+                  if constexpr (kIn == 2)
+                    multiply(sum[r][v], sum[r][v], {x[0][0], x[1][0], x[0][1], x[1][1]}, band[i][v], T{});
+                  else
+                    multiply(sum[r][v], {x[0][0], x[1][0]}, band[i][v][0], T{});
                 }
               }
+            }
+#pragma unroll
+            for (int r = 0; r < Tile::kTarget; ++r) {
+              if (Tile::last(r) != s || first_row + r < 0 || first_row + r >= a.out_height) continue;
+#pragma unroll
+              for (int v = 0; v < kOut; ++v)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                  const auto values = narrow_pair(sum[r][v][2 * h], sum[r][v][2 * h + 1], T{});
+#if __CUDA_ARCH__ >= 800
+                  zero = __hfma2(values, none, zero);
+#endif
+                  const uint32_t word = *reinterpret_cast<const uint32_t*>(&values);
+                  const uint32_t at = to[h] + (first_row + r) * 2 * a.out_width + 16 * v;
+                  const int columns = a.out_width - pair - 8 * v;
+                  if (kPairs) {
+                    if (columns > 0) write_word(at, word);
+                  } else {
+                    if (columns > 0) write_element(at, word);
+                    if (columns > 1) write_element(at + 2, word >> 16);
+                  }
+                }
+            }
+          }
+          if (!(__low2float(zero) == 0 && __high2float(zero) == 0)) {  // NaN: an output is not finite
+            by_taps(max(first_row, 0), min(first_row + Tile::kTarget, a.out_height));
           }
         }
-        if (!(__low2float(zero) == 0 && __high2float(zero) == 0)) {  // NaN: an output is not finite
-          const int begin = max(first_row, 0), end = min(first_row + Tile::kTarget, a.out_height);
-          for (int e = 0; e < 4 * kOut; ++e) {
-            const int h = e / 2 % 2, column = pair + e % 2 + e / 4 * 8;
-            if (row_of_a + 8 * h < part.images && column < a.out_width)
-              outputs_by_taps<T>(a, from[h] - 2 * pair - memory, to[h] - 2 * pair - memory, part.channel + own, begin,
-                                 end - begin, column);
-          }
-        }
-      }
     }
     copier.before_store();
     __syncthreads();
@@ -341,9 +521,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
   if (copier.bulk) wait_stores();
 }
 
-template <typename T, int kKernelH, int kStride, int kIn, int kOut, bool kPairs>
+template <typename T, int kKernelH, int kStride, int kIn, int kOut, bool kPairs, bool kKnown = false>
 void launch_kernel(Small a, cudaStream_t stream) {
-  const auto kernel = toeplitz_small_planes<T, kKernelH, kStride, kIn, kOut, kPairs>;
+  const auto kernel = toeplitz_small_planes<T, kKernelH, kStride, kIn, kOut, kPairs, kKnown>;
   const Device& device = current_device();
   a.bulk = a.bulk && device.capability >= 90;
   a.batches = static_cast<int>(ceil_div(a.images, kImages));
@@ -421,6 +601,12 @@ void launch_toeplitz_small_planes(const Problem& p, bool bulk, cudaStream_t stre
   a.images = static_cast<int>(p.batch), a.channels = static_cast<int>(p.channels);
   const bool narrow = std::max(a.width, a.out_width) <= 8;  // columns
   const int rows = (a.kernel_h - 1) * a.dilation_h + 1;
+  // Planes of 7 x 7 and 14 x 14 that stay so have kernels of an odd number of rows, laid over their middle. Of 7 x 7,
+  // those of a channel have to begin at an even place in all images and in both arrays, or at an odd one.
+  const auto place = [](const ImageRuns& v) { return reinterpret_cast<uintptr_t>(v.base) % 4; };
+  const bool alike = (a.source.image_bytes | a.target.image_bytes) % 4 == 0 && place(a.source) == place(a.target);
+  const bool square = a.width == a.height && a.out_width == a.width && a.out_height == a.height && a.stride == 1;
+  const bool known = square && ((a.width == 7 && alike) || (a.width == 14 && pairs));
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
@@ -435,6 +621,10 @@ void launch_toeplitz_small_planes(const Problem& p, bool bulk, cudaStream_t stre
         constexpr std::integral_constant<int, 2> kTwo;
         if (a.spread) return launch(std::integral_constant<int, -2>{}, kOne, kTwo);
         if (a.stride == 2) return launch(kTwo, kTwo, kOne);
+        if (known) {
+          if (narrow) return launch_kernel<T, kKernelH, 1, 1, 1, false, true>(a, stream);
+          return launch_kernel<T, kKernelH, 1, 2, 2, true, true>(a, stream);
+        }
         return narrow ? launch(kOne, kOne, kOne) : launch(kOne, kTwo, kTwo);
       };
       if (rows <= 3) return go(std::integral_constant<int, 3>{});
