@@ -54,10 +54,11 @@ struct Stream {
   int* counter;   // of the runs that were taken, or null: then blocks take every so many of them
   Divider by_sub, by_bands, by_chunks_per_image, by_strips, by_units, by_fan_out, by_filters;
   // Of tiles that a warp computes together:
-  bool down;       // they are numbered down the columns
-  int warps_side;  // warps that share a plane
-  int plane_step;  // planes that a block works on at a time
-  int chunks_at;   // what is known of the chunks under way, in shared memory
+  bool down;        // they are numbered down the columns
+  int last_column;  // where the last strip begins at most
+  int warps_side;   // warps that share a plane
+  int plane_step;   // planes that a block works on at a time
+  int chunks_at;    // what is known of the chunks under way, in shared memory
   Divider by_tile_rows, by_warps_side, by_kernel_w, by_weights;
 };
 
@@ -283,22 +284,56 @@ struct TileSize {
   int threads_per_block, threads_per_multiprocessor;  // as the registers allow
 };
 
-// How many times the busiest bank of shared memory is read, when 8 tiles are read together, 16 bytes of each.
-inline int conflicts(const Stream& a, const TileSize& tile, int tile_rows, bool down) {
-  int most = 0;
-  std::array<int, 32> readers{};
-  for (int t = 0; t < std::min(tile.together, a.tiles); ++t) {
-    const int strip = down ? t / tile_rows : t % a.strips, row = down ? t % tile_rows : t / a.strips;
-    const int column = std::max(std::min(strip * tile.columns, a.out_width - tile.columns), 0);
-    int y = row * tile.rows, x = column;  // of the source
-    if (a.spread)
-      y /= a.stride_h, x /= a.stride_w;
-    else
-      y *= a.stride_h, x *= a.stride_w;
-    const int word = (y * a.source.row_bytes + x * 2) / 4;
-    for (int w = word; w < word + 4; ++w) most = std::max(most, ++readers[w % 32]);
-  }
-  return most;
+// How many times the busiest banks of shared memory are read and written while the first units of a plane are computed,
+// by threads of which four neighbours have the 16 bytes of a tile's row.
+inline int64_t conflicts(const Stream& a, const TileSize& tile) {
+  constexpr int kUnits = 8;
+  const int extent = (a.kernel_h - 1) * a.dilation_h + 1, tile_rows = a.tiles / a.strips;
+  int64_t sum = 0;
+  const auto busiest = [&](int unit, const Planes& array, bool target) {
+    std::array<int, 64> words{};
+    std::array<int, 32> readers{};
+    int count = 0, most = 0;
+    for (int t = unit * tile.together; t < std::min((unit + 1) * tile.together, a.tiles); ++t) {
+      const int strip = a.down ? t / tile_rows : t % a.strips, row = a.down ? t % tile_rows : t / a.strips;
+      int y = row * tile.rows, x = std::max(std::min(strip * tile.columns, a.last_column), 0);
+      if (!target && a.spread) y /= a.stride_h, x /= a.stride_w;
+      if (!target && !a.spread) y *= a.stride_h, x *= a.stride_w;
+      const int word = (y * array.row_bytes + x * 2) / 4;
+      for (int w = word; w < word + 4; ++w) {
+        if (std::find(words.begin(), words.begin() + count, w) != words.begin() + count) continue;
+        words[count++] = w, most = std::max(most, ++readers[w % 32]);
+      }
+    }
+    return most;
+  };
+  const int64_t reads = 3 * (a.spread ? tile.rows / 2 + extent / 2 : (tile.rows - 1) * a.stride_h + extent);
+  const int64_t writes = 2 * tile.rows;
+  for (int unit = 0; unit < std::min(a.units, kUnits); ++unit)
+    sum += reads * busiest(unit, a.source, false) + writes * busiest(unit, a.target, true);
+  return sum;
+}
+
+// How the tiles of a plane are numbered, and where the last strip begins, which may overlap the others or reach beyond
+// the plane: so that they meet in few banks.
+struct Arrangement {
+  bool down = false;
+  int last_column = 0;
+};
+
+inline Arrangement arrangement_of(Stream a, const TileSize& tile) {
+  if (tile.together == 1) return {};
+  const int step = a.spread ? 4 : 2, last = (a.strips - 1) * tile.columns;
+  Arrangement best;
+  int64_t least = -1;
+  for (int column = static_cast<int>(std::max<int64_t>(round_up(a.out_width - tile.columns, step), 0)); column <= last;
+       column += step)
+    for (const bool down : {false, true}) {
+      a.down = down, a.last_column = column;
+      const int64_t cost = conflicts(a, tile);
+      if (least < 0 || cost < least) least = cost, best = {down, column};
+    }
+  return best;
 }
 
 // Fills in what follows from a cut.
@@ -313,11 +348,9 @@ inline void apply(Stream& a, const Cut& cut, const TileSize& tile, int64_t image
   a.by_sub = Divider(sub), a.by_bands = Divider(cut.bands), a.by_chunks_per_image = Divider(chunks_per_image);
   a.by_strips = Divider(a.strips), a.by_units = Divider(a.units), a.by_fan_out = Divider(a.fan_out);
 
-  const int tile_rows = a.tiles / a.strips;
   a.warps_side = std::max(std::min(a.units, cut.threads / 32), 1);
   a.plane_step = cut.threads / 32 / a.warps_side;
-  a.by_tile_rows = Divider(tile_rows), a.by_warps_side = Divider(a.warps_side);
-  a.down = tile.together > 1 && conflicts(a, tile, tile_rows, true) < conflicts(a, tile, tile_rows, false);
+  a.by_tile_rows = Divider(a.tiles / a.strips), a.by_warps_side = Divider(a.warps_side);
 
   a.period = static_cast<int>(period_of(a.source.row_bytes));
   const int extent = (a.kernel_h - 1) * a.dilation_h + 1;
@@ -439,19 +472,22 @@ void launch(Stream a, int64_t images, const Allocate& allocate, cudaStream_t str
   a.bulk = a.bulk && device.capability >= 90;
   struct Decision {
     Cut cut;
+    Arrangement arrangement;
     int resident;  // blocks on a multiprocessor
   };
   static thread_local Decisions<10, Decision> decisions;
   const Decision& decision = decisions(
       {device.id, a.bulk, images, a.groups, a.fan_in, a.fan_out, a.height, a.width, a.out_height, a.out_width}, [&] {
-        Decision made{cut_for(a, kTile, images, device), 0};
+        Decision made{cut_for(a, kTile, images, device), {}, 0};
         apply(a, made.cut, kTile, images);
+        made.arrangement = arrangement_of(a, kTile);
         const int bytes = static_cast<int>(shared_bytes(a));
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&made.resident, kernel, made.cut.threads + Tile::kLoaders, bytes);
         return made;
       });
   apply(a, decision.cut, kTile, images);
+  a.down = decision.arrangement.down, a.last_column = decision.arrangement.last_column;
   const int blocks = blocks_for(a, std::max(decision.resident, 1) * device.multiprocessors);
   // Without a counter bands come in runs, since those that follow each other share rows. With one, neighbours are in
   // work at the same time, and find these rows in L2.

@@ -50,6 +50,23 @@ __device__ inline void multiply(float (&sum)[4], const float (&before)[4], const
 }
 
 // The same of 16 x 8 by 8 x 8.
+__device__ inline void multiply(float (&sum)[4], const float (&before)[4], const uint32_t (&a)[2], uint32_t b, __half) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"
+      : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b), "f"(before[0]), "f"(before[1]), "f"(before[2]), "f"(before[3]));
+#endif
+}
+
+__device__ inline void multiply(float (&sum)[4], const float (&before)[4], const uint32_t (&a)[2], uint32_t b,
+                                __nv_bfloat16) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%7,%8,%9,%10};"
+      : "=f"(sum[0]), "=f"(sum[1]), "=f"(sum[2]), "=f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b), "f"(before[0]), "f"(before[1]), "f"(before[2]), "f"(before[3]));
+#endif
+}
+
 __device__ inline void multiply(float (&sum)[4], const uint32_t (&a)[2], uint32_t b, __half) {
 #if __CUDA_ARCH__ >= 800
   asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"

@@ -11,7 +11,7 @@
 // pair is put together from two words.
 //
 // A dilated kernel is one with zeros between its weights. A kernel of one row may be wider than a band matrix of 16 x 8
-// allows: then 8 x 8 more follow, as they do at stride 2.
+// allows: then 8 x 8 more follow, as they do at stride 2. A kernel of one column needs 8 x 8 alone.
 //
 // The zeros of B spoil an output if they meet Inf or NaN, which then is NaN. So outputs that are finite are right, and
 // the others are computed again, tap by tap.
@@ -25,17 +25,22 @@ namespace dwconv {
 namespace {
 
 // kKernelH: with what dilation puts between the rows. kSum: where fan_in is not 1.
-template <int kKernelH, int kStride, int kTileRows, bool kSum, bool kWide = false>
+enum class Columns { kOne, kFew, kMany };  // of a kernel: one, or up to kMaxBandColumns, or up to kMaxWideColumns
+
+template <int kKernelH, int kStride, int kTileRows, bool kSum, Columns kColumnsOfKernel = Columns::kFew>
 struct Toeplitz {
-  static_assert(!kWide || kStride == 1);
+  static constexpr bool kWide = kColumnsOfKernel == Columns::kMany, kNarrow = kColumnsOfKernel == Columns::kOne;
+  static_assert((!kWide && !kNarrow) || kStride == 1);
   static constexpr int kRows = kTileRows, kColumns = 16, kTiles = 8, kLanes = 32, kLoaders = 32;
   static constexpr bool kWhole = false, kSoon = true;
   static constexpr int kMaxThreads = kStride == 1 && kRows < 14 && !kSum ? 288 : 224, kBlocks = 2;
   static constexpr int kRowBytes = kWide ? kWideRowBytes : kBandRowBytes;
   static constexpr int kFilterBytes = kBandHeadBytes + kRowBytes * kKernelH;
-  static constexpr int kMaxColumns = kWide ? kMaxWideColumns : kMaxBandColumns;
-  static constexpr int kBand = kStride == 2 || kWide ? 3 : 2;  // pairs of weights of a band matrix that a thread has
-  static constexpr int kWords = kBand + kStride;  // pairs of pixels, 8 columns apart, that it reads of a row
+  static constexpr int kMaxColumns = kWide ? kMaxWideColumns : kNarrow ? 1 : kMaxBandColumns;
+  static constexpr int kBand = kStride == 2 || kWide ? 3
+                               : kNarrow             ? 1
+                                                     : 2;  // pairs of weights of a band matrix that a thread has
+  static constexpr int kWords = kBand + kStride;           // pairs of pixels, 8 columns apart, that it reads of a row
 
   // Whether all rows begin at an even place, or all at an odd one; then windows begin `shift` columns earlier.
   struct Pairs {
@@ -110,8 +115,7 @@ struct Toeplitz {
     if (a.down) row = strip, strip = tile;
     row *= kRows;
     const int rows = strip < a.strips ? max(min(kRows, c.rows - row), 0) : 0;  // there may be less than 8 tiles left
-    // The last strip overlaps the others. It begins at an even column, too.
-    column = max(min(strip * kColumns, (a.out_width - kColumns + 1) & ~1), 0);
+    column = min(strip * kColumns, a.last_column);                             // an even one
     const int first = strip * kColumns - column - pair, last = a.out_width - column - pair;
     column += pair;
     heights = 0;
@@ -231,8 +235,11 @@ struct Toeplitz {
         for (int i = kKernelH - 1; i >= 0; --i) {
           const int reach = r - i, o = reach / kStride;
           if (reach < 0 || reach % kStride != 0 || o >= kRows) continue;
-          multiply(sum[o], kSum || i > 0 ? std::as_const(sum[o]) : before, {x[0], x[kStride], x[1], x[1 + kStride]},
-                   {band[i][0], band[i][1]}, T{});
+          const float (&sum_before)[4] = kSum || i > 0 ? std::as_const(sum[o]) : before;
+          if constexpr (kNarrow)
+            multiply(sum[o], sum_before, {x[0], x[1]}, band[i][0], T{});
+          else
+            multiply(sum[o], sum_before, {x[0], x[kStride], x[1], x[1 + kStride]}, {band[i][0], band[i][1]}, T{});
           if constexpr (kBand == 3) multiply(sum[o], {x[2], x[2 + kStride]}, band[i][2], T{});
         }
         const int done = r - kKernelH;  // the output row that the row before was the last for
@@ -310,8 +317,7 @@ struct ToeplitzSpread {
     if (a.down) row = strip, strip = tile;
     row *= kRows;
     const int rows = strip < a.strips ? max(min(kRows, c.rows - row), 0) : 0;  // there may be less than 8 tiles left
-    // The last strip overlaps the others. It begins at a multiple of 4, of which half is even.
-    column = max(min(strip * kColumns, (a.out_width - kColumns + 3) & ~3), 0);
+    column = min(strip * kColumns, a.last_column);                             // a multiple of 4, of which half is even
     const auto [fit, odd, low, shift] = window_of(a);
     source_column = column / 2 + low - shift + pair;
     const int first = strip * kColumns - column - pair, last = a.out_width - column - pair;
@@ -421,15 +427,18 @@ struct ToeplitzSpread {
 };
 
 // The rows of a tile that waste least: tiles that a plane does not fill, and rows that two tiles read.
-template <int kKernelH, int kStride, typename Go>
+template <int kKernelH, int kStride, Columns kColumns = Columns::kFew, typename Go>
 void choose_rows(const Stream& a, Go&& go) {
   if constexpr (kStride == 1)
     if (a.fan_in > 1) return go(Toeplitz<kKernelH, 1, 4, true>{});
+  // What has fewer columns is served by CUDA cores where it has fewer rows, too.
+  if constexpr (kStride == 1 && kKernelH >= 9 && kColumns == Columns::kFew)
+    if (a.kernel_w == 1) return choose_rows<kKernelH, 1, Columns::kOne>(a, go);
   if constexpr (kStride == 1 && (kKernelH == 5 || kKernelH == 7))
     if (a.out_height >= 112 && a.source.row_bytes <= 4096) return go(Toeplitz<kKernelH, 1, 14, false>{});
   if constexpr (kStride == 1 && kKernelH == 11) {  // tall tiles, unless they waste more of a plane
     const bool fit = ceil_div(a.out_height, 14) * 2 == ceil_div(a.out_height, 7);
-    if (a.out_height >= 28 && fit && a.source.row_bytes <= 4096) return go(Toeplitz<11, 1, 14, false>{});
+    if (a.out_height >= 28 && fit && a.source.row_bytes <= 4096) return go(Toeplitz<11, 1, 14, false, kColumns>{});
   }
   const auto cost = [&](int rows) {
     constexpr int kSetUp = 80 + 2 * kKernelH;  // instructions, about
@@ -437,9 +446,9 @@ void choose_rows(const Stream& a, Go&& go) {
     return ceil_div(tiles, 8) * (12 * ((rows - 1) * kStride + kKernelH) + rows * (8 + kKernelH * kStride) + kSetUp);
   };
   if (cost(2) < cost(7))
-    go(Toeplitz<kKernelH, kStride, 2, false>{});
+    go(Toeplitz<kKernelH, kStride, 2, false, kColumns>{});
   else
-    go(Toeplitz<kKernelH, kStride, 7, false>{});
+    go(Toeplitz<kKernelH, kStride, 7, false, kColumns>{});
 }
 
 }  // namespace
@@ -458,8 +467,8 @@ void launch_toeplitz_nchw(const Problem& p, bool bulk, const Allocate& allocate,
         return go(ToeplitzSpread<7, 1>{});
       }
       if (columns > kMaxBandColumns) {
-        if (a.fan_in > 1) return go(Toeplitz<1, 1, 4, true, true>{});
-        return go(Toeplitz<1, 1, 7, false, true>{});
+        if (a.fan_in > 1) return go(Toeplitz<1, 1, 4, true, Columns::kMany>{});
+        return go(Toeplitz<1, 1, 7, false, Columns::kMany>{});
       }
       if (a.stride_h == 1) {
         switch (rows) {
