@@ -1107,6 +1107,30 @@ def test_small_planes_are_exact(width: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FAST[1:], ids=str)
+@pytest.mark.parametrize("side", [7, 14])
+def test_small_square_planes_are_exact(side: int, dtype: torch.dtype) -> None:
+    """Planes whose bounds are known, of kernels that leave their size: at even and odd places, parts of channels."""
+    kernels = [((3, 3), 1), ((5, 5), 1), ((7, 7), 1), ((3, 3), 3), ((1, 7), 1), ((7, 1), 1), ((5, 31), 1), ((3, 7), 2)]
+    layouts: list[dict] = [{}, {"offset": 2}, {"offset": 1}, {"steps": (2, 1, 1, 1)}]
+    for number, (kernel, dilation) in enumerate(kernels):
+        for turn, layout in enumerate(layouts):
+            padding = tuple(dilation * (k - 1) // 2 for k in kernel)
+            case = Case([16, 9, 37, 121][turn], [8, 21, 20, 1][(number + turn) % 4], (side, side), kernel)
+            case = case._replace(padding=padding, dilation=(dilation, dilation), bias=number % 2 == 0)
+            input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+            input, grad_output = lay(input, **layout), lay(integers(*output_size(case)).to(input), **layout)
+            exact = run_float64((input, weight, bias), grad_output, **case.geometry)
+            for plan in ("toeplitz_small_planes", "toeplitz_small_planes_portable"):
+                output = torch.ops.dwconv.forward.plan(input, weight, bias, *arguments_of(case), plan)
+                assert wrong_numbers(output, exact.output.round()) == 0, (plan, str(case), layout)
+                grad_input = torch.ops.dwconv.grad_input.plan(
+                    grad_output, weight, input.shape, *arguments_of(case), False, plan
+                )
+                assert wrong_numbers(grad_input, exact.grad_input.round()) == 0, (plan, str(case), layout)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST[1:], ids=str)
 @pytest.mark.parametrize(("size", "stride"), [((7, 7), 1), ((14, 14), 1), ((14, 14), 2), ((9, 12), 1)], ids=str)
 @pytest.mark.parametrize("side", [3, 7])
 def test_small_planes_of_many_images(side: int, size: tuple, stride: int, dtype: torch.dtype) -> None:
