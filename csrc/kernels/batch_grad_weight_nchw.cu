@@ -105,9 +105,19 @@ __device__ void store(const Batch& a, int filter, int split, int tap, float tota
     static_cast<T*>(a.grad_bias)[filter] = narrow<T>(total);
 }
 
+// The sum of products that are on a diagonal, from place `first` on.
+__device__ inline float sum_of_diagonal(int first) {
+  float total = 0;
+#pragma unroll
+  for (int k = 0; k < kColumns; ++k) total += shared<float>(first + 4 * k * (kPitch + 1));
+  return total;
+}
+
 // What a warp sums up. kKernelH: with what dilation puts between the rows. kPairs: whether pairs of columns are words.
 template <typename T, int kKernelH, int kStride, bool kPairs>
 struct Products {
+  static constexpr bool kPlanes = false;
+  static constexpr int kScratch = 0;
   static constexpr int kBytes = 4 * kKernelH * kStride * 2 * kColumns * kPitch;
 
   float sum[kKernelH][kStride][4] = {}, bias[4] = {};
@@ -233,10 +243,10 @@ struct Products {
   static __device__ int place_of(int place, int product, int m, int k) {
     return place + 4 * ((product * 2 * kColumns + m) * kPitch + k);
   }
-  // Where the first of a tap's products is: the others follow down the diagonal.
-  static __device__ int place_of_tap(const Batch& a, int place, int i, int j) {
+  // The sum of a tap's products.
+  static __device__ float tap(const Batch& a, int place, int i, int j) {
     j += a.shift;
-    return place_of(place, i * kStride + j % kStride, j / kStride, 0);
+    return sum_of_diagonal(place_of(place, i * kStride + j % kStride, j / kStride, 0));
   }
 };
 
@@ -244,6 +254,8 @@ struct Products {
 // once. A product is of 8 columns of the gradient and 24 of the input: the same ones, and 8 on either side of them.
 template <typename T, int kKernelH>
 struct AlignedProducts {
+  static constexpr bool kPlanes = false;
+  static constexpr int kScratch = 0;
   static constexpr int kWindow = 3 * kColumns;
   static constexpr int kBytes = 4 * kKernelH * kWindow * kPitch;
 
@@ -312,8 +324,112 @@ struct AlignedProducts {
   static __device__ int place_of(int place, int product, int m, int k) {
     return place + 4 * ((product * kWindow + m) * kPitch + k);
   }
-  static __device__ int place_of_tap(const Batch& a, int place, int i, int j) {
-    return place_of(place, i, kColumns + j - a.padding_w, 0);
+  static __device__ float tap(const Batch& a, int place, int i, int j) {
+    return sum_of_diagonal(place_of(place, i, kColumns + j - a.padding_w, 0));
+  }
+};
+
+// The same at stride 1 for planes of at most 8 rows and 8 columns. A warp lays its rows anew, each in 16 bytes of their
+// own with zeros behind it, so that matrices of 8 images and a row are loaded at once. A product is of two rows of the
+// input, the upper one in front, and a row of the gradient; those of rows as far from each other are one sum: of upper
+// rows that are `kFirst` to `kFirst + kSums - 1` rows below the gradient's.
+template <typename T, int kFirst, int kSums>
+struct SmallPlanes {
+  static constexpr bool kPlanes = true;
+  static constexpr int kSide = 8;
+  static constexpr int kImagePitch = (kSide + 1) * kUnit, kArray = kImages * kImagePitch;
+  static constexpr int kScratch = 2 * kArray;  // bytes that a warp lays its rows in
+  static constexpr int kBytes = 4 * kSums * 2 * kColumns * kPitch;
+
+  float sum[kSums][4] = {}, bias[4] = {};
+
+  // Lays the rows of one array, for a lane's image: every other one.
+  static __device__ void lay(int from, int rows, int columns, int to) {
+    const int lane = threadIdx.x % 32, half = lane / kImages;
+    uint32_t mask[4];  // of the row's words
+#pragma unroll
+    for (int w = 0; w < 4; ++w) mask[w] = (2 * w < columns ? 0xffffu : 0) | (2 * w + 1 < columns ? 0xffff0000u : 0);
+    to += lane % kImages * kImagePitch;
+#pragma unroll
+    for (int k = 0; k < kSide / 2; ++k) {
+      const int r = 2 * k + half, at = from + r * 2 * columns, first = at & ~3, shift = (at & 2) * 8;
+      if (r >= rows) continue;
+      uint32_t word[5], row[4];
+#pragma unroll
+      for (int w = 0; w < 5; ++w) word[w] = shared<uint32_t>(first + 4 * w);
+#pragma unroll
+      for (int w = 0; w < 4; ++w) row[w] = __funnelshift_r(word[w], word[w + 1], shift) & mask[w];
+      shared<uint4>(to + r * kUnit) = uint4{row[0], row[1], row[2], row[3]};
+    }
+  }
+
+  static __device__ void clear(int scratch) {
+    for (int at = threadIdx.x % 32 * kUnit; at < kScratch; at += 32 * kUnit) shared<uint4>(scratch + at) = uint4{};
+    __syncwarp();
+  }
+
+  // Before a step's products.
+  __device__ void place(const Batch& a, const Step& s, int stage, int64_t source_offset, int64_t grad_offset,
+                        int channel, int filter, int scratch) {
+    const int n = threadIdx.x % kImages;
+    lay(a.source.slot(stage, n, s.image + n, source_offset) + channel * a.height * 2 * a.width, a.height, a.width,
+        scratch);
+    lay(a.grad.slot(stage, n, s.image + n, grad_offset) + filter * a.out_height * 2 * a.out_width, a.out_height,
+        a.out_width, scratch + kArray);
+  }
+
+  __device__ void add(const Batch& a, int scratch) {
+    const int lane = threadIdx.x % 32;
+    const uint32_t source = shared_address(scratch) + (lane % 8 + lane / 16 * 8) * kImagePitch + lane / 8 % 2 * kUnit;
+    const uint32_t grad = shared_address(scratch + kArray) + lane % 16 * kImagePitch + lane / 16 * kUnit;
+    uint32_t x[kSide / 2][4], g[kSide][2];
+#pragma unroll
+    for (int y = 0; y < kSide / 2; ++y) {
+      uint32_t both[4];
+      load_matrices_transposed(x[y], source + 2 * y * kUnit);
+      load_matrices_transposed(both, grad + 2 * y * kUnit);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) g[2 * y + e / 2][e % 2] = both[e];
+    }
+    if (a.grad_bias != nullptr) {
+      constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
+#pragma unroll
+      for (int r = 0; r < kSide; ++r) multiply(bias, bias, {kOnes, kOnes, kOnes, kOnes}, g[r], T{});
+    }
+#pragma unroll
+    for (int y = 0; y < kSide; y += 2)
+#pragma unroll
+      for (int r = 0; r < kSide; ++r) {
+        const int which = y - r - kFirst;
+        if (which >= 0 && which < kSums) multiply(sum[which], sum[which], x[y / 2], g[r], T{});
+      }
+    __syncwarp();
+  }
+
+  __device__ void put(const Batch&, int place) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kSums; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        shared<float>(place_of(place, i, lane / 4 + e / 2 * kColumns, lane % 4 * 2 + e % 2)) = sum[i][e];
+  }
+  static __device__ int place_of(int place, int product, int m, int k) {
+    return place + 4 * ((product * 2 * kColumns + m) * kPitch + k);
+  }
+  static __device__ float tap(const Batch& a, int place, int i, int j) {
+    float total = 0;
+#pragma unroll
+    for (int lower = 0; lower < 2; ++lower) {
+      const int which = i - a.padding_h - lower - kFirst;
+      if (which < 0 || which >= kSums) continue;
+#pragma unroll
+      for (int k = 0; k < kColumns; ++k) {
+        const int x = k + j - a.padding_w;
+        if (x >= 0 && x < kColumns) total += shared<float>(place_of(place, which, lower * kColumns + x, k));
+      }
+    }
+    return total;
   }
 };
 
@@ -328,9 +444,7 @@ __device__ void finish(const Sums& sums, const Batch& a, int place, int filter, 
     const int tap = begin + lane;
     float total = 0;
     if (tap < taps) {
-      const int from = Sums::place_of_tap(a, place, tap / a.kernel_w * a.dilation_h, tap % a.kernel_w * a.dilation_w);
-#pragma unroll
-      for (int k = 0; k < kColumns; ++k) total += shared<float>(from + 4 * k * (kPitch + 1));
+      total = Sums::tap(a, place, tap / a.kernel_w * a.dilation_h, tap % a.kernel_w * a.dilation_w);
       store<T>(a, filter, split, tap, total);
     }
     uint32_t again = __ballot_sync(~0u, !is_finite(total));
@@ -390,6 +504,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps + 32, kBlocks)
   };
 
   Sums sums;
+  const int scratch = kHead + 2 * a.stage_bytes + kTail + warp * Sums::kScratch;
+  if constexpr (Sums::kPlanes)
+    if (copier.is_worker()) Sums::clear(scratch);
   if (!copier.is_worker()) {
     for (int number = first; number < last; ++number) {
       const int turn = (number - first) / 2, stage = (number - first) % 2;
@@ -410,15 +527,25 @@ __global__ void __launch_bounds__(32 * kMaxWarps + 32, kBlocks)
       const Step s = step_of(a, number);
       const int tiles = filter < filters ? (s.rows + kRows - 1) / kRows * a.strips : 0;
       const int channel = (first_filter + filter) / a.multiplier - first_channel;
-      sums.place(a, s, stage * a.stage_bytes, source_offset(s), grad_offset(s), channel, filter);
-      for (int tile = first_tile; tile < tiles; tile += a.share) {
-        uint32_t segment = tile;
-        const int v0 = static_cast<int>(a.by_strips.split(segment)) * kColumns, r0 = static_cast<int>(segment) * kRows;
-        const int y0 = (s.row + r0) * kStride - a.padding_h;
-        const int begin = max(-y0, 0), end = min(s.source_end - y0, 32);
-        sums.add(a, s, v0, r0, end > begin ? ~0u >> (32 - end) & ~0u << begin : 0);
+      if constexpr (Sums::kPlanes) {
+        if (tiles > 0)
+          sums.place(a, s, stage * a.stage_bytes, source_offset(s), grad_offset(s), channel, filter, scratch);
+        __syncwarp();
+        if (copier.bulk) copier.finish(stage);
+        if (tiles > 0) sums.add(a, scratch);
+        continue;
+      } else {
+        sums.place(a, s, stage * a.stage_bytes, source_offset(s), grad_offset(s), channel, filter);
+        for (int tile = first_tile; tile < tiles; tile += a.share) {
+          uint32_t segment = tile;
+          const int v0 = static_cast<int>(a.by_strips.split(segment)) * kColumns,
+                    r0 = static_cast<int>(segment) * kRows;
+          const int y0 = (s.row + r0) * kStride - a.padding_h;
+          const int begin = max(-y0, 0), end = min(s.source_end - y0, 32);
+          sums.add(a, s, v0, r0, end > begin ? ~0u >> (32 - end) & ~0u << begin : 0);
+        }
+        if (copier.bulk) copier.finish(stage);
       }
-      if (copier.bulk) copier.finish(stage);
     }
   }
   __syncthreads();
@@ -486,7 +613,9 @@ void launch_kernel(const Problem& p, Batch a, const Allocate& allocate, cudaStre
   const auto kernel = batch_grad_weight_nchw<T, Sums, kStride, kBlocks>;
   const Device& device = current_device();
   a.bulk = a.bulk && device.capability >= 90;
-  const int64_t room = lay_out(a, device.shared_per_multiprocessor);
+  int64_t room = lay_out(a, device.shared_per_multiprocessor);
+  if (Sums::kPlanes) a.share = 1;  // a warp works for all of a plane
+  room += a.share * a.block_filters * Sums::kScratch;
   const int threads = 32 * a.share * a.block_filters + (a.bulk ? 32 : 0);
   const int64_t bytes = std::max<int64_t>(room, kHead + a.share * a.block_filters * Sums::kBytes);
   const int64_t steps = ceil_div(a.images, kImages) * a.bands;
@@ -536,12 +665,20 @@ void launch_batch_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& 
     return 2 * width % kUnit == 0 && reinterpret_cast<uintptr_t>(view.data) % kUnit == 0 &&
            (p.batch == 1 || 2 * view.stride[0] % kUnit == 0);
   };
-  const bool aligned = a.stride == 1 && begins_with_units(p.input, a.width) &&
-                       begins_with_units(p.output, a.out_width) && a.padding_w <= kColumns &&
-                       columns - 1 - a.padding_w <= kColumns;
+  const bool units = begins_with_units(p.input, a.width) && begins_with_units(p.output, a.out_width);
+  const bool aligned = units && a.stride == 1 && a.padding_w <= kColumns && columns - 1 - a.padding_w <= kColumns;
+  constexpr int kSide = 8;
+  const bool small = a.stride == 1 && std::max({a.height, a.width, a.out_height, a.out_width}) <= kSide;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
+      if (small) {
+        // How far rows that are multiplied are from each other.
+        constexpr int kNear = 3;
+        if (a.padding_h <= kNear && rows - 1 - a.padding_h <= kNear)
+          return launch_kernel<T, SmallPlanes<T, -kNear - 1, 2 * kNear + 2>, 1, 2>(p, a, allocate, stream);
+        return launch_kernel<T, SmallPlanes<T, 1 - kSide, 2 * kSide - 2>, 1, 1>(p, a, allocate, stream);
+      }
       const auto go = [&](auto kernel_h) {
         constexpr int kKernelH = decltype(kernel_h)::value;
         if constexpr (kKernelH < 7)  // which multiplies more than it loads
