@@ -17,6 +17,7 @@
 
 #include "image_runs.cuh"
 #include "launch.h"
+#include "padded_grad_weight_nchw.h"
 #include "partial_sums.cuh"
 #include "stream.cuh"
 #include "tensor_cores.cuh"
@@ -669,6 +670,7 @@ void launch_batch_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& 
   const bool aligned = units && a.stride == 1 && a.padding_w <= kColumns && columns - 1 - a.padding_w <= kColumns;
   constexpr int kSide = 8;
   const bool small = a.stride == 1 && std::max({a.height, a.width, a.out_height, a.out_width}) <= kSide;
+  if (!units && !small && launch_padded_grad_weight_nchw(p, allocate, stream)) return;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {

@@ -1,0 +1,504 @@
+// What batch_grad_weight_nchw.cu does, where rows do not begin with 16 bytes but are of whole words: grad_weight of
+// small kernels in 16 bits, on tensor cores, by sums over 16 images.
+//
+// Rows are copied to shared memory one by one, in pieces of 4 to 16 bytes, so that each begins with 16 bytes there and
+// has zeros behind it. So matrices of 8 images and 8 columns are loaded at once, wherever they are, and nothing has to
+// be asked about columns: what is beside a row is zero. With A[m][n] = input[n][y][first column + m] and
+// B[n][k] = gradient[n][r][column + k], the product has the sums for row y + padding - r of the kernel on its
+// diagonals.
+//
+// A block has some channels of whole planes, or bands of rows of one, of 16 images at a time, and works through a part
+// of the images; a warp works on tiles of 7 rows and 8 columns, whose gradients stay in registers while the rows of the
+// input go by. Rows of at most 16 columns are multiplied whole. Diagonals are summed up at the end, parts by a second
+// kernel, in a fixed order.
+//
+// Zeros are exact unless the other factor is Inf or NaN. So sums that are finite are right, and the others are taken
+// again, product by product.
+#include "padded_grad_weight_nchw.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "partial_sums.cuh"
+#include "stream.cuh"
+#include "tensor_cores.cuh"
+
+namespace dwconv {
+namespace {
+
+constexpr int kImages = 16;  // that are multiplied together
+constexpr int kMaxWarps = 4;
+constexpr int kRows = 7, kColumns = 8;  // of a tile
+constexpr int kPitch = kColumns + 1;    // of the products that are summed up at the end, in floats
+constexpr int kStages = 2;
+
+// Rows of 16 images in shared memory.
+struct PaddedRows {
+  const char* base;
+  int64_t image_bytes;         // from one image to the next
+  int height, row_bytes;       // of a plane
+  int piece;                   // bytes that are copied at once
+  int lanes_log;               // 2^lanes_log of them copy a row
+  int row_pitch, image_pitch;  // in shared memory
+  int memory;
+};
+
+struct Padded {
+  PaddedRows source, grad;
+  int height, width, out_height, out_width;
+  int kernel_h, kernel_w, padding_h, padding_w, dilation_h, dilation_w, stride;
+  int images, filters, multiplier;
+  int block_filters, share;  // warps that share a filter
+  int chunk_rows, bands;     // of the gradient; bands of whole planes: 1
+  int groups, splits, stage_bytes;
+  int strips;  // tiles side by side
+  Divider by_bands, by_strips;
+  float* partial;  // [split][tap, or bias behind the last tap][filter]
+  void *grad_weight, *grad_bias;
+};
+
+// The rows that a step of a block works on, of 16 images.
+struct Step {
+  int image, images;
+  int row, rows;                 // of the gradient
+  int source_begin, source_end;  // of the input
+};
+
+__device__ inline Step step_of(const Padded& a, int number) {
+  uint32_t images = number;
+  Step s;
+  s.row = static_cast<int>(a.by_bands.split(images)) * a.chunk_rows;
+  s.rows = min(a.chunk_rows, a.out_height - s.row);
+  s.image = static_cast<int>(images) * kImages;
+  s.images = min(kImages, a.images - s.image);
+  s.source_begin = 0, s.source_end = a.height;
+  if (a.bands > 1) {
+    const int begin = s.row * a.stride - a.padding_h;
+    s.source_begin = min(max(begin, 0), a.height);
+    s.source_end =
+        max(min(begin + (s.rows - 1) * a.stride + (a.kernel_h - 1) * a.dilation_h + 1, a.height), s.source_begin);
+  }
+  return s;
+}
+
+// Begins to load rows [row, row + rows) of an image's planes, counted through all of them, of 16 images; those that are
+// not there become zeros.
+template <int kPiece>
+__device__ void load_pieces(const PaddedRows& v, int stage, const Step& s, int row, int rows) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int first = lane >> v.lanes_log, step = 32 >> v.lanes_log;
+  const int64_t from_step = step * v.row_bytes, from_image = warps * v.image_bytes;
+  const uint32_t to_step = step * v.row_pitch, to_image = warps * v.image_pitch;
+  for (int at = (lane & ((1 << v.lanes_log) - 1)) * kPiece; at < v.row_bytes; at += kPiece << v.lanes_log) {
+    const char* image =
+        v.base + (s.image + warp) * v.image_bytes + static_cast<int64_t>(row + first) * v.row_bytes + at;
+    uint32_t slot = shared_address(stage + v.memory + warp * v.image_pitch + first * v.row_pitch + at);
+    for (int n = warp; n < s.images; n += warps, image += from_image, slot += to_image) {
+      const char* from = image;
+      uint32_t to = slot;
+      int left = rows - first;
+      const auto copy = [&](auto count) {
+#pragma unroll
+        for (int k = 0; k < decltype(count)::value; ++k, from += from_step, to += to_step) copy_unit<kPiece>(to, from);
+        left -= decltype(count)::value * step;
+      };
+      while (left > 3 * step) copy(std::integral_constant<int, 4>{});
+      if (left > step) copy(std::integral_constant<int, 2>{});
+      if (left > 0) copy(std::integral_constant<int, 1>{});
+    }
+  }
+  for (int n = s.images + warp; n < kImages; n += warps)
+    for (int at = lane * kUnit; at < rows * v.row_pitch; at += 32 * kUnit)
+      shared<uint4>(stage + v.memory + n * v.image_pitch + at) = uint4{};
+}
+
+__device__ inline void load_rows(const PaddedRows& v, int stage, const Step& s, int row, int rows) {
+  if (v.piece == 16) return load_pieces<16>(v, stage, s, row, rows);
+  if (v.piece == 8) return load_pieces<8>(v, stage, s, row, rows);
+  load_pieces<4>(v, stage, s, row, rows);
+}
+
+// The sum of one tap over the block's part of the images, by a warp, of products inside the image only.
+template <typename T>
+__device__ __noinline__ float sum_by_products(const Padded& a, int filter, int first, int last, int tap) {
+  const int i = tap / a.kernel_w * a.dilation_h - a.padding_h, j = tap % a.kernel_w * a.dilation_w - a.padding_w;
+  float sum = 0;
+  for (int number = first; number < last; ++number) {
+    const Step s = step_of(a, number);
+    for (int at = threadIdx.x % 32; at < s.images * s.rows * a.out_width; at += 32) {
+      const int v = at % a.out_width, row = at / a.out_width % s.rows + s.row, n = at / a.out_width / s.rows;
+      const int y = row * a.stride + i, x = v * a.stride + j;
+      if (y < 0 || y >= a.height || x < 0 || x >= a.width) continue;
+      const auto* from = reinterpret_cast<const T*>(a.source.base + (s.image + n) * a.source.image_bytes);
+      const auto* grad = reinterpret_cast<const T*>(a.grad.base + (s.image + n) * a.grad.image_bytes);
+      sum = fmaf(widen(from[(filter / a.multiplier * a.height + y) * a.width + x]),
+                 widen(grad[(filter * a.out_height + row) * a.out_width + v]), sum);
+    }
+  }
+  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+  return sum;
+}
+
+template <typename T>
+__device__ void store(const Padded& a, int filter, int split, int tap, float total) {
+  const int taps = a.kernel_h * a.kernel_w;
+  if (a.splits > 1)
+    a.partial[(int64_t{split} * (taps + (a.grad_bias != nullptr)) + tap) * a.filters + filter] = total;
+  else if (tap < taps)
+    static_cast<T*>(a.grad_weight)[int64_t{filter} * taps + tap] = narrow<T>(total);
+  else
+    static_cast<T*>(a.grad_bias)[filter] = narrow<T>(total);
+}
+
+// What a warp sums up. kKernelH: with what dilation puts between the rows. kWhole: rows of at most 16 columns, at
+// stride 1, are multiplied with both halves of a row of the gradient. Otherwise windows begin 8 columns before a tile,
+// and have 24 columns, at stride 2 32.
+template <typename T, int kKernelH, int kStride, bool kWhole>
+struct Sums {
+  // At stride 1 the last 8 columns of a window are multiplied for two rows at once: the lower one and the upper one.
+  static constexpr bool kPairs = !kWhole && kStride == 1;
+  static constexpr int kWindow = kPairs ? 3 * kColumns : 4 * kColumns;
+  static constexpr int kHalves = kWhole ? 2 : 1;  // of the gradient
+  static constexpr int kSourceRows = (kRows - 1) * kStride + kKernelH;
+  static constexpr int kBiasAt = 4 * kKernelH * kWindow * kPitch, kBytes = kBiasAt + kUnit;
+
+  float sum[kKernelH][kPairs ? 1 : 2][4] = {}, bias[4] = {};
+  float pairs[kPairs ? kKernelH + 1 : 1][4] = {};  // of rows i - 1 and i of the kernel
+
+  // Where the lane's rows of matrices begin, for a tile at the first pixel of what is there: of the window's first
+  // columns, of its last ones, and of the gradient.
+  uint32_t source_slot, right_slot, grad_slot;
+
+  __device__ void place(const Padded& a, int stage, int channel, int filter) {
+    const int lane = threadIdx.x % 32, half = lane / 8 % 2;
+    const uint32_t source = shared_address(stage + a.source.memory) +
+                            (lane % 8 + lane / 16 * 8) * a.source.image_pitch + channel * a.height * a.source.row_pitch;
+    source_slot = source + (half - (kWhole ? 0 : 1)) * kUnit;
+    right_slot = source + half * a.source.row_pitch + kUnit;
+    grad_slot = shared_address(stage + a.grad.memory) + lane % 16 * a.grad.image_pitch +
+                filter * a.chunk_rows * a.grad.row_pitch + lane / 16 * (kWhole ? kUnit : a.grad.row_pitch);
+  }
+
+  // Adds a tile of 16 images.
+  __device__ void add(const Padded& a, const Step& s, int strip, int r0) {
+    const int lane = threadIdx.x % 32;
+    const int y0 = (s.row + r0) * kStride - a.padding_h, rows = s.rows - r0;
+    const int begin = max(-y0, 0), end = min(s.source_end - y0, 32);
+    // A bit for every row of the input that is inside the image. The others are read from zeros.
+    const uint32_t inside = end > begin ? ~0u >> (32 - end) & ~0u << begin : 0;
+    const uint32_t zeros = shared_address(kZeros), source_row = a.source.row_pitch, grad_row = a.grad.row_pitch;
+    const uint32_t top = (y0 - s.source_begin) * source_row + strip * kStride * kUnit;
+    const uint32_t from = source_slot + top, grad = grad_slot + r0 * grad_row + strip * kUnit;
+
+    uint32_t g[kRows + 1][kHalves][2];
+#pragma unroll
+    for (int r = 0; r < kRows; r += kWhole ? 1 : 2) {
+      uint32_t both[4];
+      load_matrices_transposed(both, r + (kWhole ? 0 : lane / 16) < min(rows, kRows) ? grad + r * grad_row : zeros);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) (kWhole ? g[r][e / 2 % kHalves] : g[r + e / 2][0])[e % 2] = both[e];
+    }
+    if (a.grad_bias != nullptr) {
+      constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+#pragma unroll
+        for (int h = 0; h < kHalves; ++h) multiply(bias, bias, {kOnes, kOnes, kOnes, kOnes}, g[r][h], T{});
+    }
+    if constexpr (kPairs) {
+      const uint32_t from_right = right_slot + top, inside_right = inside >> (lane / 8 % 2);
+#pragma unroll
+      for (int y = 0; y < kSourceRows; ++y) {
+        uint32_t x[4];
+        load_matrices_transposed(x, inside >> y & 1 ? from + y * source_row : zeros);
+#pragma unroll
+        for (int i = 0; i < kKernelH; ++i)
+          if (y >= i && y - i < kRows) multiply(sum[i][0], sum[i][0], x, g[y - i][0], T{});
+        if (y % 2 != 0) continue;
+        uint32_t beside[4];
+        load_matrices_transposed(beside, inside_right >> y & 1 ? from_right + y * source_row : zeros);
+#pragma unroll
+        for (int i = 0; i <= kKernelH; ++i)
+          if (y + 1 >= i && y + 1 - i < kRows) multiply(pairs[i], pairs[i], beside, g[y + 1 - i][0], T{});
+      }
+    } else {
+#pragma unroll
+      for (int y = 0; y < kSourceRows; ++y) {
+        const uint32_t row = inside >> y & 1 ? from + y * source_row : zeros;
+        uint32_t x[kWhole ? 1 : 2][4];
+        load_matrices_transposed(x[0], row);
+        if constexpr (!kWhole) load_matrices_transposed(x[1], row + 2 * kUnit);
+#pragma unroll
+        for (int i = 0; i < kKernelH; ++i) {
+          const int r = (y - i) / kStride;
+          if (y < i || (y - i) % kStride != 0 || r >= kRows) continue;
+#pragma unroll
+          for (int h = 0; h < 2; ++h) multiply(sum[i][h], sum[i][h], x[kWhole ? 0 : h], g[r][kWhole ? h : 0], T{});
+        }
+      }
+    }
+  }
+
+  // Puts the products to shared memory from `place` on.
+  __device__ void put(int place) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kKernelH; ++i) {
+#pragma unroll
+      for (int e = 0; e < kWindow / 4; ++e) {
+        float value;
+        if constexpr (kPairs)
+          value = e < 4 ? sum[i][0][e] : pairs[i + 1][e % 2] + pairs[i][2 + e % 2];
+        else
+          value = sum[i][e / 4][e % 4];
+        shared<float>(place_of(place, i, lane / 4 + e / 2 * kColumns, lane % 4 * 2 + e % 2)) = value;
+      }
+    }
+    float total = bias[0] + bias[1];  // every row of the product is the same
+    total += __shfl_xor_sync(~0u, total, 1);
+    total += __shfl_xor_sync(~0u, total, 2);
+    if (lane == 0) shared<float>(place + kBiasAt) = total;
+  }
+  static __device__ int place_of(int place, int product, int m, int k) {
+    return place + 4 * ((product * kWindow + m) * kPitch + k);
+  }
+  // The sum of a tap's products, which lie on a diagonal.
+  static __device__ float tap(const Padded& a, int place, int i, int j) {
+    float total = 0;
+    if constexpr (kWhole) {
+#pragma unroll
+      for (int v = 0; v < 2 * kColumns; ++v) {
+        const int x = v + j - a.padding_w;
+        if (x >= 0 && x < 2 * kColumns)
+          total += shared<float>(place_of(place, i, v / kColumns * 2 * kColumns + x, v % kColumns));
+      }
+    } else {
+      const int from = place_of(place, i, kColumns + j - a.padding_w, 0);
+#pragma unroll
+      for (int k = 0; k < kColumns; ++k) total += shared<float>(from + 4 * k * (kStride * kPitch + 1));
+    }
+    return total;
+  }
+};
+
+template <typename T, class Sums>
+__global__ void __launch_bounds__(32 * kMaxWarps, 3) padded_grad_weight_nchw(const __grid_constant__ Padded a) {
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  for (int at = threadIdx.x * kUnit; at < kHead + kStages * a.stage_bytes + kTail; at += blockDim.x * kUnit)
+    shared<uint4>(at) = uint4{};
+  let_next_kernel_start();
+  wait_for_kernel_before();
+  __syncthreads();
+  const int first_filter = blockIdx.x % a.groups * a.block_filters, split = blockIdx.x / a.groups;
+  const int filters = min(a.block_filters, a.filters - first_filter);
+  const int first_channel = first_filter / a.multiplier;
+  const int channels = (first_filter + filters - 1) / a.multiplier - first_channel + 1;
+  const int filter = warp / a.share, first_tile = warp % a.share;
+  const int channel = (first_filter + filter) / a.multiplier - first_channel;
+  const int steps = (a.images + kImages - 1) / kImages * a.bands;
+  const int first = static_cast<int>(int64_t{steps} * split / a.splits);
+  const int last = static_cast<int>(int64_t{steps} * (split + 1) / a.splits);
+  // Whole planes follow each other, and bands of the gradient are loaded one by one.
+  const auto load = [&](int number, int stage) {
+    const Step s = step_of(a, number);
+    load_rows(a.source, stage, s, first_channel * a.height + s.source_begin,
+              (channels - 1) * a.height + s.source_end - s.source_begin);
+    const int runs = a.bands > 1 ? filters : 1, more = (filters - runs) * a.out_height;
+    for (int f = 0; f < runs; ++f)
+      load_rows(a.grad, stage + f * a.chunk_rows * a.grad.row_pitch, s, (first_filter + f) * a.out_height + s.row,
+                more + s.rows);
+    commit_copies();
+  };
+
+  Sums sums;
+  for (int next = first; next <= last; ++next) {
+    const int stage = (next - first + 1) % kStages * a.stage_bytes;  // of the step before the next one
+    wait_copies<0>();
+    __syncthreads();
+    if (next < last) load(next, a.stage_bytes - stage);
+    if (next == first) continue;
+    const Step s = step_of(a, next - 1);
+    const int tiles = filter < filters ? (s.rows + kRows - 1) / kRows * a.strips : 0;
+    sums.place(a, stage, channel, filter);
+    for (int tile = first_tile; tile < tiles; tile += a.share) {
+      uint32_t segment = tile;
+      const int strip = static_cast<int>(a.by_strips.split(segment));
+      sums.add(a, s, strip, static_cast<int>(segment) * kRows);
+    }
+  }
+  __syncthreads();
+  sums.put(kHead + warp * Sums::kBytes);
+  __syncthreads();
+
+  const int taps = a.kernel_h * a.kernel_w, slots = taps + (a.grad_bias != nullptr), turns = (slots + 31) / 32;
+  for (int turn = warp; turn < filters * turns; turn += blockDim.x / 32) {
+    const int filter = turn / turns, slot = turn % turns * 32 + lane;
+    float total = 0;
+    for (int w = filter * a.share; w < (filter + 1) * a.share; ++w) {
+      const int place = kHead + w * Sums::kBytes;
+      if (slot < taps)
+        total += Sums::tap(a, place, slot / a.kernel_w * a.dilation_h, slot % a.kernel_w * a.dilation_w);
+      else if (slot < slots)
+        total += shared<float>(place + Sums::kBiasAt);
+    }
+    if (slot < slots) store<T>(a, first_filter + filter, split, slot, total);
+    uint32_t again = __ballot_sync(~0u, slot < taps && !is_finite(total));
+    for (; again; again &= again - 1) {
+      const int which = turn % turns * 32 + __ffs(again) - 1;
+      const float exact = sum_by_products<T>(a, first_filter + filter, first, last, which);
+      if (slot == which) store<T>(a, first_filter + filter, split, slot, exact);
+    }
+  }
+}
+
+// So many splits that the last wave of blocks is full, and that no sum is so long that it loses digits.
+int splits_for(int64_t groups, int64_t steps, int64_t slots) {
+  constexpr int64_t kLongest = 64;  // steps
+  int best = 1;
+  double least = INFINITY;
+  for (int64_t splits = ceil_div(steps, kLongest); splits <= std::min<int64_t>(steps, 1 << 16); ++splits) {
+    const double cost =
+        static_cast<double>(ceil_div(groups * splits, slots)) * (static_cast<double>(ceil_div(steps, splits)) + 1.);
+    if (cost < least * 0.98) least = cost, best = static_cast<int>(splits);
+    if (groups * splits > 8 * slots) break;
+  }
+  return best;
+}
+
+// Whole planes of some channels, or bands of rows of one channel's filters, so that several blocks share a
+// multiprocessor; a warp for each tile, or as many as keep all of them busy. Returns the bytes of shared memory, or 0
+// where there is no room.
+int64_t lay_out(Padded& a, bool whole, const Device& device) {
+  const int extent_h = (a.kernel_h - 1) * a.dilation_h + 1, extent_w = (a.kernel_w - 1) * a.dilation_w + 1;
+  a.strips = whole ? 1 : static_cast<int>(ceil_div(a.out_width, kColumns));
+  // Behind a row there are as many zeros as windows reach beside it: those before it are behind the row before.
+  const int64_t reach = std::max<int64_t>(
+      {a.width + a.padding_w, (a.out_width - 1) * a.stride + extent_w - a.padding_w, a.strips * kColumns * a.stride});
+  a.source.row_pitch = static_cast<int>(2 * (whole ? 2 * kColumns : round_up(reach, kColumns)));
+  a.grad.row_pitch = 2 * (whole ? 2 : a.strips) * kColumns;
+  const auto stage = [&](int filters, int64_t source_rows, int64_t rows) {
+    const int64_t channels = filters % a.multiplier == 0   ? filters / a.multiplier
+                             : a.multiplier % filters == 0 ? 1
+                                                           : (filters - 1) / a.multiplier + 2;
+    // An odd number of 16 bytes, so that 8 images' are in different banks, and zeros behind the last row.
+    const auto pitch = [](int64_t bytes) { return static_cast<int>((bytes / kUnit + 1) | 1) * kUnit; };
+    a.source.image_pitch = pitch(channels * source_rows * a.source.row_pitch);
+    a.grad.image_pitch = pitch(filters * rows * a.grad.row_pitch);
+    a.source.memory = kHead, a.grad.memory = kHead + kImages * a.source.image_pitch;
+    return int64_t{kImages} * (a.source.image_pitch + a.grad.image_pitch);
+  };
+  const auto source_rows = [&](int64_t rows) {
+    return rows >= a.out_height ? a.height : std::min<int64_t>((rows - 1) * a.stride + extent_h, a.height);
+  };
+  const auto most_rows = [&](int64_t room) {  // of a chunk
+    int64_t rows = round_up(a.out_height, kRows);
+    while (rows > 0 && stage(1, source_rows(rows), std::min<int64_t>(rows, a.out_height)) > room) rows -= kRows;
+    return rows;
+  };
+  const auto room_of = [&](int blocks) {
+    return (std::min(device.shared_per_block, device.shared_per_multiprocessor / blocks - 1024) - kHead - kTail) /
+           kStages;
+  };
+  int64_t room = 0, rows = 0;
+  for (int blocks = 3; blocks > 0; --blocks) {
+    room = room_of(blocks), rows = most_rows(room);
+    if (rows >= a.out_height) break;
+    if (rows > 0 && 2 * source_rows(rows) <= 3 * rows * a.stride) break;  // bands share rows
+  }
+  if (rows == 0) return 0;
+  a.bands = static_cast<int>(ceil_div(a.out_height, rows));
+  a.chunk_rows = static_cast<int>(a.bands == 1 ? a.out_height : round_up(ceil_div(a.out_height, a.bands), kRows));
+  const auto stage_of = [&](int filters) { return stage(filters, source_rows(a.chunk_rows), a.chunk_rows); };
+  a.block_filters = 1;
+  while (2 * a.block_filters <= kMaxWarps && a.block_filters < a.filters &&
+         (a.bands == 1 || a.multiplier % (2 * a.block_filters) == 0) && stage_of(2 * a.block_filters) <= room)
+    a.block_filters *= 2;
+  a.stage_bytes = static_cast<int>(stage_of(a.block_filters));
+  const int64_t tiles = ceil_div(a.chunk_rows, kRows) * a.strips;
+  a.share = 1;
+  double busy = 0;
+  for (int share = 1; share <= kMaxWarps / a.block_filters; ++share) {
+    const double now = static_cast<double>(tiles) / ceil_div(tiles, share);
+    if (now > busy * 1.1) busy = now, a.share = share;
+  }
+  a.groups = static_cast<int>(ceil_div(a.filters, a.block_filters));
+  a.by_bands = Divider(a.bands), a.by_strips = Divider(a.strips);
+  return kHead + kStages * a.stage_bytes + kTail;
+}
+
+template <typename T, class Sums>
+void launch(const Problem& p, Padded a, int64_t room, const Device& device, const Allocate& allocate,
+            cudaStream_t stream) {
+  const auto kernel = padded_grad_weight_nchw<T, Sums>;
+  const int threads = 32 * a.share * a.block_filters;
+  const int64_t bytes = std::max<int64_t>(room, kHead + a.share * a.block_filters * Sums::kBytes);
+  const int64_t steps = ceil_div(a.images, kImages) * a.bands;
+  static thread_local Decisions<5, int> decisions;
+  a.splits = decisions({device.id, steps, a.groups, threads, bytes}, [&] {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+    int resident = 0;
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, bytes);
+    return splits_for(a.groups, steps, int64_t{std::max(resident, 1)} * device.multiprocessors);
+  });
+  const int64_t sums = (p.taps() + (p.bias != nullptr)) * p.filters();
+  if (a.splits > 1) a.partial = static_cast<float*>(allocate(a.splits * sums * int64_t{sizeof(float)}));
+  launch_early(kernel, a, int64_t{a.groups} * a.splits, threads, stream, {.shared_bytes = bytes});
+  check_launch("padded_grad_weight_nchw");
+  if (a.splits > 1) launch_add_partial_sums<T>(p, a.partial, a.splits, can_overlap(add_partial_sums<T>), stream);
+}
+
+// The most bytes that all rows are whole pieces of, or 0.
+int piece_of(const View& view, int64_t images, int64_t row_bytes) {
+  for (int piece = kUnit; piece >= 4; piece /= 2)
+    if (row_bytes % piece == 0 && reinterpret_cast<uintptr_t>(view.data) % piece == 0 &&
+        (images == 1 || 2 * view.stride[0] % piece == 0))
+      return piece;
+  return 0;
+}
+
+}  // namespace
+
+bool launch_padded_grad_weight_nchw(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
+  Padded a{};
+  const auto arrange = [&](PaddedRows& v, const View& view, int64_t height, int64_t width) {
+    v.base = static_cast<const char*>(view.data), v.image_bytes = 2 * view.stride[0];
+    v.height = static_cast<int>(height), v.row_bytes = static_cast<int>(2 * width);
+    v.piece = piece_of(view, p.batch, v.row_bytes);
+    while (v.piece > 0 && v.lanes_log < 5 && v.piece << v.lanes_log < v.row_bytes) ++v.lanes_log;
+    return v.piece > 0;
+  };
+  if (!arrange(a.source, p.input, p.height, p.width) || !arrange(a.grad, p.output, p.out_height, p.out_width))
+    return false;
+  a.grad_weight = p.weight.data, a.grad_bias = p.bias;
+  a.height = static_cast<int>(p.height), a.width = static_cast<int>(p.width);
+  a.out_height = static_cast<int>(p.out_height), a.out_width = static_cast<int>(p.out_width);
+  a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
+  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+  a.dilation_h = static_cast<int>(p.dilation_h), a.dilation_w = static_cast<int>(p.dilation_w);
+  a.images = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());
+  a.multiplier = static_cast<int>(p.multiplier), a.stride = static_cast<int>(p.stride_h);
+  const Device& device = current_device();
+  const bool whole = a.stride == 1 && std::max(a.width, a.out_width) <= 2 * kColumns;
+  const int64_t room = lay_out(a, whole, device);
+  if (room == 0) return false;
+  const int rows = (a.kernel_h - 1) * a.dilation_h + 1;
+  visit_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (sizeof(T) == 2) {
+      const auto go = [&](auto kernel_h) {
+        constexpr int kKernelH = decltype(kernel_h)::value;
+        if constexpr (kKernelH < 9)  // as far as strides are claimed
+          if (a.stride == 2) return launch<T, Sums<T, kKernelH, 2, false>>(p, a, room, device, allocate, stream);
+        if (whole) return launch<T, Sums<T, kKernelH, 1, true>>(p, a, room, device, allocate, stream);
+        launch<T, Sums<T, kKernelH, 1, false>>(p, a, room, device, allocate, stream);
+      };
+      if (rows <= 3) return go(std::integral_constant<int, 3>{});
+      if (rows <= 5) return go(std::integral_constant<int, 5>{});
+      if (rows <= 7) return go(std::integral_constant<int, 7>{});
+      go(std::integral_constant<int, 9>{});
+    }
+  });
+  return true;
+}
+
+}  // namespace dwconv
