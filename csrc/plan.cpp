@@ -191,7 +191,17 @@ bool claims_batch_grad_weight_nchw(const Problem& p) {
   if (p.pass != Pass::kGradWeight || !has_runs(p)) return false;
   const int64_t rows = (p.kernel_h - 1) * p.dilation_h + 1, columns = (p.kernel_w - 1) * p.dilation_w + 1;
   const int64_t most_rows = p.stride_h == 1 && p.dilation_h == 1 ? kMoreBatchRows : kMaxBatchRows;
-  if (rows > most_rows || columns > kMaxBandColumns || p.padding_w >= columns) return false;
+  if (rows > most_rows || p.padding_w >= columns) return false;
+  if (columns > kMaxBandColumns) {
+    // Wider ones of one row, where rows begin with 16 bytes: windows reach 8 columns beside a tile.
+    constexpr int64_t kReach = 8;
+    const auto begins_with_units = [&](const View& view, int64_t width) {
+      return 2 * width % kUnit == 0 && reinterpret_cast<uintptr_t>(view.data) % kUnit == 0 &&
+             (p.batch == 1 || 2 * view.stride[0] % kUnit == 0);
+    };
+    if (rows > 1 || p.stride_h > 1 || p.padding_w > kReach || columns - 1 - p.padding_w > kReach) return false;
+    if (!begins_with_units(p.input, p.width) || !begins_with_units(p.output, p.out_width)) return false;
+  }
   // 16 images are multiplied together: where few of them are there it does not pay, nor for a few taps at a stride.
   if (4 * p.batch < 3 * round_up(p.batch, 16)) return false;
   if (p.stride_h > 1 && p.taps() < 25 && claims_stream_grad_weight_nchw(p)) return false;

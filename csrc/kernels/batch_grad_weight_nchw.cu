@@ -691,6 +691,7 @@ void launch_batch_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& 
         return pairs ? launch_kernel<T, Products<T, kKernelH, 2, true>, 2, 1>(p, a, allocate, stream)
                      : launch_kernel<T, Products<T, kKernelH, 2, false>, 2, 1>(p, a, allocate, stream);
       };
+      if (aligned && rows == 1) return launch_kernel<T, AlignedProducts<T, 1>, 1, 2>(p, a, allocate, stream);
       if (rows <= 3) return go(std::integral_constant<int, 3>{});
       if (rows <= 5) return go(std::integral_constant<int, 5>{});
       if (rows <= 7) return go(std::integral_constant<int, 7>{});
