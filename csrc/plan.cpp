@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "kernels/batch_grad_weight_nchw.h"
 #include "kernels/march_nchw.h"
 #include "kernels/small_kernels.h"
 #include "kernels/stream.h"
@@ -191,16 +192,25 @@ bool claims_batch_grad_weight_nchw(const Problem& p) {
   if (p.pass != Pass::kGradWeight || !has_runs(p)) return false;
   const int64_t rows = (p.kernel_h - 1) * p.dilation_h + 1, columns = (p.kernel_w - 1) * p.dilation_w + 1;
   const int64_t most_rows = p.stride_h == 1 && p.dilation_h == 1 ? kMoreBatchRows : kMaxBatchRows;
-  if (rows > most_rows || p.padding_w >= columns) return false;
+  const auto begins_with = [&](int64_t bytes) {  // whether all rows do
+    const auto begins = [&](const View& view, int64_t width) {
+      return 2 * width % bytes == 0 && reinterpret_cast<uintptr_t>(view.data) % bytes == 0 &&
+             (p.batch == 1 || 2 * view.stride[0] % bytes == 0);
+    };
+    return begins(p.input, p.width) && begins(p.output, p.out_width);
+  };
+  if (p.padding_w >= columns) return false;
+  int64_t width = p.width, out_width = p.out_width;  // in shared memory
+  if (rows > most_rows) {
+    // Taller ones of one column, as words.
+    if (rows > kMaxColumnRows || columns > 1 || p.stride_h > 1 || !begins_with(4)) return false;
+    width = out_width = round_up(p.width, 8);
+  }
   if (columns > kMaxBandColumns) {
     // Wider ones of one row, where rows begin with 16 bytes: windows reach 8 columns beside a tile.
     constexpr int64_t kReach = 8;
-    const auto begins_with_units = [&](const View& view, int64_t width) {
-      return 2 * width % kUnit == 0 && reinterpret_cast<uintptr_t>(view.data) % kUnit == 0 &&
-             (p.batch == 1 || 2 * view.stride[0] % kUnit == 0);
-    };
     if (rows > 1 || p.stride_h > 1 || p.padding_w > kReach || columns - 1 - p.padding_w > kReach) return false;
-    if (!begins_with_units(p.input, p.width) || !begins_with_units(p.output, p.out_width)) return false;
+    if (!begins_with(kUnit)) return false;
   }
   // 16 images are multiplied together: where few of them are there it does not pay, nor for a few taps at a stride.
   if (4 * p.batch < 3 * round_up(p.batch, 16)) return false;
@@ -208,7 +218,7 @@ bool claims_batch_grad_weight_nchw(const Problem& p) {
   // A tile's rows of 16 images twice, with room for what surrounds them.
   const int64_t tile = std::min<int64_t>(p.out_height, 7);
   const int64_t source = p.out_height <= 7 ? p.height : std::min((tile - 1) * p.stride_h + rows, p.height);
-  return 2 * 16 * (2 * (source * p.width + tile * p.out_width) + 96) + 512 <= p.shared_memory;
+  return 2 * 16 * (2 * (source * width + tile * out_width) + 96) + 512 <= p.shared_memory;
 }
 
 bool claims_toeplitz_grad_weight_nchw(const Problem& p) {

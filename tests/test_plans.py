@@ -1153,7 +1153,8 @@ def test_small_planes_of_many_images(side: int, size: tuple, stride: int, dtype:
 @pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7), (9, 9), (2, 3), (4, 9), (8, 4), (7, 1), (1, 6)], ids=str)
 def test_batch_grad_weight_is_exact(kernel: tuple, dtype: torch.dtype) -> None:
     """Whole planes of several channels and of one, bands of rows, any widths and strides, at any address."""
-    for number, size in enumerate([(7, 7), (14, 14), (13, 29), (28, 28), (31, 57), (56, 56), (50, 95), (113, 64), (8, 6), (30, 22)]):
+    sizes = (7, 7), (14, 14), (13, 29), (28, 28), (31, 57), (56, 56), (50, 95), (113, 64), (8, 6), (30, 22)
+    for number, size in enumerate(sizes):
         for turn in range(4):
             stride, multiplier, dilation = 1 + (number + turn) % 2, [1, 1, 2, 3][(turn + number // 2) % 4], 1
             if max(kernel) <= 3 and turn % 2 == 1:

@@ -670,7 +670,8 @@ void launch_batch_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& 
   const bool aligned = units && a.stride == 1 && a.padding_w <= kColumns && columns - 1 - a.padding_w <= kColumns;
   constexpr int kSide = 8;
   const bool small = a.stride == 1 && std::max({a.height, a.width, a.out_height, a.out_width}) <= kSide;
-  if (!units && !small && launch_padded_grad_weight_nchw(p, allocate, stream)) return;
+  const bool column = a.kernel_w == 1 && a.stride == 1;
+  if ((!units || column) && !small && launch_padded_grad_weight_nchw(p, allocate, stream)) return;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {

@@ -19,6 +19,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "batch_grad_weight_nchw.h"
 #include "partial_sums.cuh"
 #include "stream.cuh"
 #include "tensor_cores.cuh"
@@ -153,11 +154,12 @@ __device__ void store(const Padded& a, int filter, int split, int tap, float tot
 // What a warp sums up. kKernelH: with what dilation puts between the rows. kWhole: rows of at most 16 columns, at
 // stride 1, are multiplied with both halves of a row of the gradient. Otherwise windows begin 8 columns before a tile,
 // and have 24 columns, at stride 2 32.
-template <typename T, int kKernelH, int kStride, bool kWhole>
+// kColumn: of a kernel of one column only what is in a tile's own columns.
+template <typename T, int kKernelH, int kStride, bool kWhole, bool kColumn = false>
 struct Sums {
   // At stride 1 the last 8 columns of a window are multiplied for two rows at once: the lower one and the upper one.
   static constexpr bool kPairs = !kWhole && kStride == 1;
-  static constexpr int kWindow = kPairs ? 3 * kColumns : 4 * kColumns;
+  static constexpr int kWindow = (kColumn ? 1 : kPairs ? 3 : 4) * kColumns;
   static constexpr int kHalves = kWhole ? 2 : 1;  // of the gradient
   static constexpr int kSourceRows = (kRows - 1) * kStride + kKernelH;
   static constexpr int kBiasAt = 4 * kKernelH * kWindow * kPitch, kBytes = kBiasAt + kUnit;
@@ -174,7 +176,7 @@ struct Sums {
     const uint32_t source = shared_address(stage + a.source.memory) +
                             (lane % 8 + lane / 16 * 8) * a.source.image_pitch + channel * a.height * a.source.row_pitch;
     source_slot = source + (half - (kWhole ? 0 : 1)) * kUnit;
-    right_slot = source + half * a.source.row_pitch + kUnit;
+    right_slot = source + half * a.source.row_pitch + (kColumn ? 0 : kUnit);
     grad_slot = shared_address(stage + a.grad.memory) + lane % 16 * a.grad.image_pitch +
                 filter * a.chunk_rows * a.grad.row_pitch + lane / 16 * (kWhole ? kUnit : a.grad.row_pitch);
   }
@@ -209,11 +211,13 @@ struct Sums {
       const uint32_t from_right = right_slot + top, inside_right = inside >> (lane / 8 % 2);
 #pragma unroll
       for (int y = 0; y < kSourceRows; ++y) {
-        uint32_t x[4];
-        load_matrices_transposed(x, inside >> y & 1 ? from + y * source_row : zeros);
+        if constexpr (!kColumn) {
+          uint32_t x[4];
+          load_matrices_transposed(x, inside >> y & 1 ? from + y * source_row : zeros);
 #pragma unroll
-        for (int i = 0; i < kKernelH; ++i)
-          if (y >= i && y - i < kRows) multiply(sum[i][0], sum[i][0], x, g[y - i][0], T{});
+          for (int i = 0; i < kKernelH; ++i)
+            if (y >= i && y - i < kRows) multiply(sum[i][0], sum[i][0], x, g[y - i][0], T{});
+        }
         if (y % 2 != 0) continue;
         uint32_t beside[4];
         load_matrices_transposed(beside, inside_right >> y & 1 ? from_right + y * source_row : zeros);
@@ -248,7 +252,7 @@ struct Sums {
       for (int e = 0; e < kWindow / 4; ++e) {
         float value;
         if constexpr (kPairs)
-          value = e < 4 ? sum[i][0][e] : pairs[i + 1][e % 2] + pairs[i][2 + e % 2];
+          value = e < kWindow / 4 - 2 ? sum[i][0][e % 4] : pairs[i + 1][e % 2] + pairs[i][2 + e % 2];
         else
           value = sum[i][e / 4][e % 4];
         shared<float>(place_of(place, i, lane / 4 + e / 2 * kColumns, lane % 4 * 2 + e % 2)) = value;
@@ -273,7 +277,7 @@ struct Sums {
           total += shared<float>(place_of(place, i, v / kColumns * 2 * kColumns + x, v % kColumns));
       }
     } else {
-      const int from = place_of(place, i, kColumns + j - a.padding_w, 0);
+      const int from = place_of(place, i, kColumn ? 0 : kColumns + j - a.padding_w, 0);
 #pragma unroll
       for (int k = 0; k < kColumns; ++k) total += shared<float>(from + 4 * k * (kStride * kPitch + 1));
     }
@@ -478,7 +482,8 @@ bool launch_padded_grad_weight_nchw(const Problem& p, const Allocate& allocate, 
   a.images = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());
   a.multiplier = static_cast<int>(p.multiplier), a.stride = static_cast<int>(p.stride_h);
   const Device& device = current_device();
-  const bool whole = a.stride == 1 && std::max(a.width, a.out_width) <= 2 * kColumns;
+  const bool column = a.kernel_w == 1 && a.stride == 1;  // so nothing is beside a row
+  const bool whole = !column && a.stride == 1 && std::max(a.width, a.out_width) <= 2 * kColumns;
   const int64_t room = lay_out(a, whole, device);
   if (room == 0) return false;
   const int rows = (a.kernel_h - 1) * a.dilation_h + 1;
@@ -492,6 +497,7 @@ bool launch_padded_grad_weight_nchw(const Problem& p, const Allocate& allocate, 
         if (whole) return launch<T, Sums<T, kKernelH, 1, true>>(p, a, room, device, allocate, stream);
         launch<T, Sums<T, kKernelH, 1, false>>(p, a, room, device, allocate, stream);
       };
+      if (column) return launch<T, Sums<T, kMaxColumnRows, 1, false, true>>(p, a, room, device, allocate, stream);
       if (rows <= 3) return go(std::integral_constant<int, 3>{});
       if (rows <= 5) return go(std::integral_constant<int, 5>{});
       if (rows <= 7) return go(std::integral_constant<int, 7>{});

@@ -1,4 +1,4 @@
-// The way of batch_grad_weight_nchw.cu for rows that do not begin with 16 bytes.
+// The way of batch_grad_weight_nchw.cu for rows that do not begin with 16 bytes, and for kernels of one column.
 #pragma once
 
 #include "launch.h"

@@ -1,0 +1,8 @@
+// What plan.cpp and the launchers have to know of grad_weight by sums over images.
+#pragma once
+
+namespace dwconv {
+
+constexpr int kMaxColumnRows = 11;  // of kernels of one column, with what dilation puts between them
+
+}  // namespace dwconv
