@@ -8,6 +8,7 @@
 
 #include "kernels/batch_grad_weight_nchw.h"
 #include "kernels/march_nchw.h"
+#include "kernels/outer_grad_weight.h"
 #include "kernels/small_kernels.h"
 #include "kernels/stream.h"
 #include "kernels/toeplitz_large.h"
@@ -383,10 +384,22 @@ bool claims_hankel_grad_weight(const Problem& p) {
   return p.filters() <= kMost / (p.taps() + 1) && p.batch <= kMost / ((p.height / 8 + 1) * (p.out_width / 16 + 1));
 }
 
+// What tensor cores have to do in kernels/hankel_grad_weight.cu for a row of 16 images, at least.
+int64_t hankel_multiplications(const OuterSizes& s) {
+  return 16 * ((s.out_width + 15) / 16) * ((s.kernel_h + 7) / 8) * ((s.kernel_w + 15) / 16);
+}
+
 bool claims_outer_grad_weight(const Problem& p) {
-  constexpr int64_t kSide = 16;
-  return is_large_kernel(p) && std::max({p.height, p.width, p.out_height, p.out_width}) <= kSide &&
-         p.batch >= kSide / 2 && claims_hankel_grad_weight(p);
+  if (!is_large_kernel(p) || !claims_hankel_grad_weight(p)) return false;
+  const OuterSizes sizes = OuterSizes::of(p, is_outer_exchanged(p));
+  if (!sizes.fits()) return false;
+  // 16 images are multiplied together: some of them have to be there.
+  if (sizes.columns() <= kNarrowOuter.columns && std::max(p.height, p.out_height) <= kNarrowOuter.columns)
+    return p.batch >= 8;
+  if (4 * p.batch < 3 * ((p.batch + 15) / 16 * 16)) return false;
+  // With so little to load for each, multiplications take half of the time that they take there.
+  constexpr int64_t kShared = 96 << 10;  // what rows of 16 images take up
+  return sizes.multiplications() <= 2 * hankel_multiplications(sizes) && p.shared_memory >= kShared;
 }
 
 // What kernels/direct.cu and kernels/direct_grad_weight.cu ask for: offsets of 32 bits, also beside the image.
@@ -508,7 +521,9 @@ const std::vector<Plan>& plans() {
        "copies of the images",
        claims_toeplitz_large},
       {PlanId::kOuterGradWeight, "outer_grad_weight",
-       "a large kernel in 16 bits on small planes: tensor cores sum over the images", claims_outer_grad_weight},
+       "a large kernel in 16 bits, with few columns of the images or few rows of its own: tensor cores sum over the "
+       "images",
+       claims_outer_grad_weight},
       {PlanId::kHankelGradWeight, "hankel_grad_weight",
        "a kernel in 16 bits of a size that has no plan of its own: input and gradient go to tensor cores, in "
        "channels_last as copies",

@@ -15,9 +15,9 @@
 
 #include "launch.h"
 #include "partial_sums.cuh"
+#include "planes.cuh"
 #include "stream.cuh"
 #include "tensor_cores.cuh"
-#include "relayout.cuh"
 
 namespace dwconv {
 namespace {
@@ -53,11 +53,7 @@ struct Tile {
 };
 
 // The input or the gradient, and the piece of it that a block has in shared memory.
-struct Images {
-  const char* base;
-  int64_t image_bytes, channel_bytes, row_bytes;
-  int height, width;
-  int unit;           // bytes that are copied at once: 16, 8, 4 or 2
+struct Images : ImagePlanes {
   int rows, columns;  // of a piece of an image
   int pitch;          // bytes from a row of a piece to the next
   int units;          // that are copied, of a row of an image
@@ -127,15 +123,6 @@ __device__ inline bool has_whole_planes(const Hankel& a) {
   return a.bands == 1 && a.chunks == 1;
 }
 
-// Begins to copy a unit. Loads of 2 bytes may go before stores of others.
-template <int kBytes>
-__device__ void begin_copy(uint32_t to, const char* from) {
-  if constexpr (kBytes == 2)
-    asm volatile("st.shared.b16 [%0], %1;" ::"r"(to), "h"(__ldg(reinterpret_cast<const uint16_t*>(from))));
-  else
-    copy_unit<kBytes>(to, from);
-}
-
 // Copies `bytes` of a unit, and zeros behind.
 template <int kBytes>
 __device__ void copy_part(uint32_t to, const char* from, int bytes) {
@@ -144,18 +131,6 @@ __device__ void copy_part(uint32_t to, const char* from, int bytes) {
     const uint16_t value = i < bytes ? __ldg(reinterpret_cast<const uint16_t*>(from + i)) : 0;
     asm volatile("st.shared.b16 [%0], %1;" ::"r"(to + i), "h"(value));
   }
-}
-
-template <int kBytes>
-__device__ void clear_unit(uint32_t to) {
-  if constexpr (kBytes == 16)
-    asm volatile("st.shared.v4.b32 [%0], {%1,%1,%1,%1};" ::"r"(to), "r"(0));
-  else if constexpr (kBytes == 8)
-    asm volatile("st.shared.v2.b32 [%0], {%1,%1};" ::"r"(to), "r"(0));
-  else if constexpr (kBytes == 4)
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(0));
-  else
-    asm volatile("st.shared.b16 [%0], %1;" ::"r"(to), "h"(uint16_t{0}));
 }
 
 // Loads pieces of planes. What is outside becomes zeros; if pieces are whole planes, rows and columns are left alone
@@ -667,15 +642,9 @@ void launch_hankel_grad_weight(const Problem& problem, const Allocate& allocate,
   Hankel a{};
   a.tap_row = static_cast<int>(exchanged ? 1 : problem.kernel_w);
   a.tap_column = static_cast<int>(exchanged ? problem.kernel_w : 1);
-  const auto arrange = [&](const View& view, int64_t channels, int64_t height, int64_t width, Images& v) {
-    const View planes = to_planes(view, p.batch, channels, height, width, allocate, stream);
-    v.base = static_cast<const char*>(planes.data);
-    v.image_bytes = 2 * planes.stride[0], v.channel_bytes = 2 * planes.stride[1], v.row_bytes = 2 * planes.stride[2];
-    v.height = static_cast<int>(height), v.width = static_cast<int>(width);
-    v.unit = unit_of(planes);
-  };
-  arrange(p.input, p.channels, p.height, p.width, a.source);
-  arrange(p.output, p.filters(), p.out_height, p.out_width, a.grad);
+  static_cast<ImagePlanes&>(a.source) = planes_of(p.input, p.batch, p.channels, p.height, p.width, allocate, stream);
+  static_cast<ImagePlanes&>(a.grad) =
+      planes_of(p.output, p.batch, p.filters(), p.out_height, p.out_width, allocate, stream);
   a.grad_weight = p.weight.data, a.grad_bias = p.bias;
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);

@@ -1,39 +1,58 @@
-// grad_weight (and the bias gradient) of large kernels at stride 1 in 16 bits on planes of at most 16 x 16, on tensor
-// cores.
+// grad_weight (and the bias gradient) of large kernels at stride 1 in 16 bits on planes of few columns, or with few
+// rows of the kernel, on tensor cores.
 //
 // Images are what is summed over: with A[w][n] = gradient[n][r][w] and B[n][u] = input[n][y][u], the product has, for
 // row y + padding - r of the kernel, the sums for its columns u + padding - w on the diagonals. So a multiplication
-// takes a row of the gradient and a row of the input from 16 images, and no zeros but those that fill up rows. A warp
-// keeps the products of up to 4 rows of the kernel in registers; a row of the input that it loads serves two of them.
-// Diagonals are summed up at the end, splits of the images by a second kernel, in a fixed order.
+// takes a row of the gradient and a row of the input from 16 images. A warp keeps the products of some rows of the
+// kernel in registers; a row that it loads serves all of them. Blocks go from sum to sum, and load ahead across them.
+// Diagonals are summed up at the end, warps and splits of the images behind, in a fixed order.
 //
 // Every product that is part of a sum is one of the convolution: Inf and NaN come out where they should.
+#include "outer_grad_weight.h"
+
 #include <algorithm>
 #include <cmath>
 
 #include "launch.h"
 #include "partial_sums.cuh"
+#include "planes.cuh"
 #include "stream.cuh"
 #include "tensor_cores.cuh"
-#include "relayout.cuh"
 
 namespace dwconv {
 namespace {
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kSide = 16, kImages = 16;  // of a plane, at most; of a stage
-constexpr int kRowBytes = 2 * kSide;
-constexpr int kPairs = 2;  // pairs of rows of the kernel that a warp has, 8 pairs apart
-constexpr int kSumPitch = kSide + 1, kSumBytes = 4 * kSide * kSumPitch;  // of the products that a warp sums up
+constexpr int kImages = 16;  // of a stage
 
-// The input or the gradient.
-struct Images {
-  const char* base;
-  int64_t image_bytes, channel_bytes, row_bytes;
-  int height, width;
-  int unit;            // bytes that are copied at once: 16, 8, 4 or 2
-  int pitch;           // from an image to the next in shared memory
-  int images_at_once;  // that threads load
+// What a kernel is compiled for.
+template <int columns, int rows, int warps, int blocks, int stages>
+struct Tile {
+  static constexpr int kColumns = columns, kRows = rows;         // of a plane; of the kernel, that a warp has
+  static constexpr int kWarps = warps;                           // at most
+  static constexpr int kBlocks = blocks;                         // as registers have to allow, of so many warps
+  static constexpr int kStages = stages;                         // in shared memory
+  static constexpr int kGrads = (columns + 15) / 16;             // 16 columns of the gradient each
+  static constexpr int kSources = (columns + 7) / 8;             // 8 columns of the input each
+  static constexpr int kDiagonals = kSources + 2 * kGrads - 1;   // 8 x 8 blocks of products differ in so many ways
+  static constexpr int kSumPitch = (8 * kDiagonals + 31) / 32 * 32 + 8;  // floats: lanes in all banks
+  static constexpr int kSumBytes = 4 * 8 * kSumPitch;            // of a warp
+
+  // Products that only kernels have part of which reach further than kNear columns to the left or right.
+  static constexpr int kNear = 8;
+  static constexpr bool is_far(int grad, int source) {
+    return 8 * source - (16 * grad + 15) > kNear || 16 * grad - (8 * source + 7) > kNear;
+  }
+};
+using Narrow = Tile<kNarrowOuter.columns, kNarrowOuter.rows, kNarrowOuter.warps, 2, 3>;
+using Middle = Tile<kMiddleOuter.columns, kMiddleOuter.rows, kMiddleOuter.warps, 1, 2>;
+using Wide = Tile<kWideOuter.columns, kWideOuter.rows, kWideOuter.warps, 1, 2>;
+
+// The input or the gradient, and what a stage has of it.
+struct Images : ImagePlanes {
+  int rows;                      // of a piece of a plane, at most
+  int row_pitch, image_pitch;    // bytes in shared memory
+  int at_once;                   // rows that threads load at once
+  int step_images, step_rows;    // the same, in images and rows of a whole piece
   Divider by_units, by_rows;
 };
 
@@ -42,240 +61,441 @@ struct Outer {
   float* partial;  // [split][tap, or bias behind the last tap][filter]
   void *grad_weight, *grad_bias;
   int kernel_h, kernel_w, padding_h, padding_w;
+  int tap_row, tap_column;  // taps from one row of the kernel to the next, and from a column to the next
   int images, filters, multiplier;
-  int stages, splits;
   int first_row, last_row;  // of the kernel, that meet the images: from and up to, less one
+  bool far;                 // whether the kernel has part of the products that is_far() names
+  int bands;                // pieces of a plane
+  int units, splits;        // pieces of 16 images, of which a split has a run
+  int groups, shares;       // warps with other rows of the kernel, and with other rows of the gradient
+  int stage_bytes, grad_offset;
 };
 
-// Loads the planes of 16 images. Those that there are not become zeros.
+// Where a block is: which sums it takes, and which piece of which images.
+struct Walk {
+  int item, unit, last;
+
+  __device__ explicit Walk(const Outer& a) : item(static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x)) {
+    next_item(a);
+  }
+  __device__ bool more(const Outer& a) const { return item < a.filters * a.splits; }
+  __device__ bool ends() const { return unit + 1 == last; }
+  __device__ void next(const Outer& a) {
+    if (++unit == last) next_item(a);
+  }
+  __device__ int filter(const Outer& a) const { return item % a.filters; }
+  __device__ int split(const Outer& a) const { return item / a.filters; }
+
+ private:
+  __device__ void next_item(const Outer& a) {
+    item += gridDim.x;
+    unit = static_cast<int>(int64_t{a.units} * split(a) / a.splits);
+    last = static_cast<int>(int64_t{a.units} * (split(a) + 1) / a.splits);
+  }
+};
+
+// The rows of a piece: of the gradient, and all those of the input that they meet.
+struct Piece {
+  int image, first_grad, last_grad, first_source, last_source;
+
+  __device__ Piece(const Outer& a, int unit) {
+    const int group = unit / a.bands, band = unit - group * a.bands;
+    image = group * kImages;
+    first_grad = band * a.grad.rows, last_grad = min(first_grad + a.grad.rows, a.grad.height);
+    first_source = max(first_grad + a.first_row - a.padding_h, 0);
+    last_source = min(last_grad - 1 + a.last_row - a.padding_h, a.source.height);
+  }
+};
+
+// Loads rows of 16 images. Images that there are not become zeros.
 class Loader {
  public:
-  __device__ Loader(const Images& v, int channel) {
+  __device__ explicit Loader(const Images& v) {
     uint32_t rest = threadIdx.x;
-    const int unit = v.by_units.split(rest), row = v.by_rows.split(rest);
-    image_ = static_cast<int>(rest) < v.images_at_once ? static_cast<int>(rest) : kImages;
-    from_ = v.base + channel * v.channel_bytes + image_ * v.image_bytes + row * v.row_bytes + unit * v.unit;
-    to_ = image_ * v.pitch + row * kRowBytes + unit * v.unit;
+    unit_ = v.by_units.split(rest);
+    slot_ = static_cast<int>(rest);
   }
 
-  __device__ void load(const Images& v, int first, int images, uint32_t to) const {
-    if (v.unit == 16) return load<16>(v, first, images, to);
-    if (v.unit == 8) return load<8>(v, first, images, to);
-    if (v.unit == 4) return load<4>(v, first, images, to);
-    load<2>(v, first, images, to);
+  __device__ void load(const Images& v, int channel, int image, int images, int first, int last, uint32_t to) const {
+    if (v.unit == 16) return load<16>(v, channel, image, images, first, last, to);
+    if (v.unit == 8) return load<8>(v, channel, image, images, first, last, to);
+    if (v.unit == 4) return load<4>(v, channel, image, images, first, last, to);
+    load<2>(v, channel, image, images, first, last, to);
   }
 
  private:
-  const char* from_;  // in the first image
-  int image_, to_;
+  int unit_, slot_;
 
   template <int kBytes>
-  __device__ void load(const Images& v, int first, int images, uint32_t to) const {
-    const char* from = from_ + first * v.image_bytes;
-    to += to_;
-#pragma unroll 4
-    for (int n = image_; n < kImages; n += v.images_at_once) {
-      if (first + n >= images)
-        clear_unit<kBytes>(to);
-      else if constexpr (kBytes == 2)
-        asm volatile("st.shared.b16 [%0], %1;" ::"r"(to), "h"(__ldg(reinterpret_cast<const uint16_t*>(from))));
-      else
-        copy_unit<kBytes>(to, from);
-      from += v.images_at_once * v.image_bytes, to += v.images_at_once * v.pitch;
+  __device__ void load(const Images& v, int channel, int first_image, int images, int first, int last,
+                       uint32_t to) const {
+    const int rows = last - first;
+    if (slot_ >= v.at_once || rows <= 0) return;
+    int step_images = v.step_images, step_rows = v.step_rows, image, row;
+    if (rows == v.rows) {
+      uint32_t rest = slot_;
+      row = v.by_rows.split(rest), image = static_cast<int>(rest);
+    } else {
+      image = slot_ / rows, row = slot_ - image * rows;
+      step_images = v.at_once / rows, step_rows = v.at_once - step_images * rows;
     }
-  }
-  template <int kBytes>
-  static __device__ void clear_unit(uint32_t to) {
-#pragma unroll
-    for (int i = 0; i < kBytes; i += 2) asm volatile("st.shared.b16 [%0], %1;" ::"r"(to + i), "h"(uint16_t{0}));
+    const char* from = v.base + channel * v.channel_bytes + (first_image + image) * v.image_bytes +
+                       (first + row) * v.row_bytes + unit_ * kBytes;
+    to += image * v.image_pitch + row * v.row_pitch + unit_ * kBytes;
+    const int64_t from_step = step_images * v.image_bytes + step_rows * v.row_bytes;
+    const int64_t from_wrap = v.image_bytes - rows * v.row_bytes;
+    const int to_step = step_images * v.image_pitch + step_rows * v.row_pitch;
+    const int to_wrap = v.image_pitch - rows * v.row_pitch;
+#pragma unroll 4
+    while (image < kImages) {
+      if (first_image + image < images)
+        begin_copy<kBytes>(to, from);
+      else
+        clear_unit<kBytes>(to);
+      image += step_images, row += step_rows, from += from_step, to += to_step;
+      if (row >= rows) ++image, row -= rows, from += from_wrap, to += to_wrap;
+    }
   }
 };
 
+// A warp's products.
+template <typename T, class Tile>
+struct Products {
+  static constexpr int kRows = Tile::kRows, kGrads = Tile::kGrads, kSources = Tile::kSources;
+
+  // [row of the kernel]: columns g and g + 8 of 16 of the gradient by 2 t and 2 t + 1 of 8 of the input
+  float sum[kRows][kGrads][kSources][4];
+
+  __device__ void clear() {
+#pragma unroll
+    for (int k = 0; k < kRows; ++k)
+#pragma unroll
+      for (int m = 0; m < kGrads; ++m)
+#pragma unroll
+        for (int n = 0; n < kSources; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sum[k][m][n][e] = 0;
+  }
+
+  // Adds those of rows [begin, end) of the gradient with the rows of the input from y on, so that rows
+  // [first_y, last_y) are there. `source` and `grad` are the lane's addresses of rows y and `begin`.
+  __device__ void add(uint32_t grad, int grad_pitch, uint32_t source, int source_pitch, int begin, int end, int y,
+                      int first_y, int last_y, bool far) {
+    uint32_t x[kRows][2 * kSources];
+    const auto load_source = [&](uint32_t (&to)[2 * kSources], uint32_t from) {
+#pragma unroll
+      for (int n = 0; n + 1 < kSources; n += 2) {
+        uint32_t four[4];
+        load_matrices_transposed(four, from + 16 * n);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) to[2 * n + e] = four[e];
+      }
+      if constexpr (kSources % 2 > 0)
+        load_two_transposed(to[2 * kSources - 2], to[2 * kSources - 1], from + 16 * (kSources - 1));
+    };
+#pragma unroll
+    for (int k = 0; k + 1 < kRows; ++k) {
+      if (y + k >= first_y && y + k < last_y) load_source(x[k], source);
+      source += source_pitch;
+    }
+    int r = begin;
+    while (true) {
+#pragma unroll
+      for (int u = 0; u < kRows; ++u) {
+        if (r >= end) return;
+        uint32_t g[kGrads][4];
+#pragma unroll
+        for (int m = 0; m < kGrads; ++m) load_matrices_transposed(g[m], grad + 32 * m);
+        const bool is_there = y + kRows - 1 < last_y;
+        if (is_there) load_source(x[(u + kRows - 1) % kRows], source);
+        const auto multiply_row = [&](int k, bool of_far) {
+          const uint32_t (&b)[2 * kSources] = x[(u + k) % kRows];
+#pragma unroll
+          for (int m = 0; m < kGrads; ++m)
+#pragma unroll
+            for (int n = 0; n < kSources; ++n)
+              if (Tile::is_far(m, n) == of_far)
+                multiply(sum[k][m][n], sum[k][m][n], g[m], {b[2 * n], b[2 * n + 1]}, T{});
+        };
+        if (is_there && y >= first_y) {
+#pragma unroll
+          for (int k = 0; k < kRows; ++k) multiply_row(k, false);
+          if (far) {
+#pragma unroll
+            for (int k = 0; k < kRows; ++k) multiply_row(k, true);
+          }
+        } else {
+#pragma unroll
+          for (int k = 0; k < kRows; ++k)
+            if (y + k >= first_y && y + k < last_y) multiply_row(k, false), multiply_row(k, true);
+        }
+        ++r, ++y, grad += grad_pitch, source += source_pitch;
+      }
+    }
+  }
+
+  // Sums over those products on the same diagonal that a thread has, to shared memory: row g, and the diagonal
+  // u - w + 8 (2 kGrads - 1) with g added, so that column. What lies outside of the images is left out.
+  __device__ void store_diagonals(int k, int to, int grad_width, int source_width) const {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int q = 0; q < Tile::kDiagonals; ++q) {
+      float2 total{};
+#pragma unroll
+      for (int m = 0; m < kGrads; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int n = q - (2 * kGrads - 1) + 2 * m + h;
+          if (n < 0 || n >= kSources || 16 * m + 8 * h + g >= grad_width) continue;
+          if (8 * n + 2 * t < source_width) total.x += at(k, m, n, 2 * h);
+          if (8 * n + 2 * t + 1 < source_width) total.y += at(k, m, n, 2 * h + 1);
+        }
+      shared<float2>(to + 4 * (g * Tile::kSumPitch + 8 * q + 2 * t)) = total;
+    }
+  }
+
+ private:
+  // All indices are known when all loops are unrolled.
+  __device__ float at(int k, int m, int n, int e) const { return sum[k][m][n < 0 ? 0 : n % kSources][e]; }
+};
+
 template <typename T>
-__device__ void store(const Outer& a, int filter, int split, int tap, float total) {
-  const int taps = a.kernel_h * a.kernel_w;
+__device__ void store(const Outer& a, const Walk& at, int tap, float total) {
+  const int taps = a.kernel_h * a.kernel_w, filter = at.filter(a);
   if (a.splits > 1)
-    a.partial[(int64_t{split} * (taps + (a.grad_bias != nullptr)) + tap) * a.filters + filter] = total;
+    a.partial[(int64_t{at.split(a)} * (taps + (a.grad_bias != nullptr)) + tap) * a.filters + filter] = total;
   else if (tap < taps)
     static_cast<T*>(a.grad_weight)[int64_t{filter} * taps + tap] = narrow<T>(total);
   else
     static_cast<T*>(a.grad_bias)[filter] = narrow<T>(total);
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 3) outer_grad_weight(const __grid_constant__ Outer a) {
+template <typename T, class Tile>
+__global__ void __launch_bounds__(32 * Tile::kWarps, Tile::kBlocks)
+    outer_grad_weight(const __grid_constant__ Outer a) {
   constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
   let_next_kernel_start();
-  const int stage_bytes = kImages * (a.source.pitch + a.grad.pitch), grad_offset = kImages * a.source.pitch;
-  for (int i = threadIdx.x * kUnit; i < 2 * stage_bytes; i += kThreads * kUnit) shared<uint4>(i) = uint4{};
-  __syncthreads();
-
-  const int filter = blockIdx.x % a.filters, split = blockIdx.x / a.filters;
-  const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-  const int first = static_cast<int>(int64_t{a.stages} * split / a.splits);
-  const int last = static_cast<int>(int64_t{a.stages} * (split + 1) / a.splits);
-  const Loader source_loader(a.source, filter / a.multiplier), grad_loader(a.grad, filter);
+  const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), warps = a.groups * a.shares;
+  const int group = warp % a.groups, share = warp / a.groups;
+  const int i = a.first_row + group * Tile::kRows;  // the warp's first row of the kernel
   // Matrices of 8 images by 8 columns, transposed: the first two of A have the same images, those of B the same
   // columns.
   const int half = lane / 8 % 2, other = lane / 16;
-  const int source_at = (lane % 8 + 8 * half) * a.source.pitch + 16 * other;
-  const int grad_at = grad_offset + (lane % 8 + 8 * other) * a.grad.pitch + 16 * half;
-  const bool wide = a.source.width > 8;
+  const int source_at = (lane % 8 + 8 * half) * a.source.image_pitch + 16 * other;
+  const int grad_at = a.grad_offset + (lane % 8 + 8 * other) * a.grad.image_pitch + 16 * half;
 
-  float sum[kPairs][2][2][4] =
-      {};  // [pair][row][columns of the input, 8 each]: gradient's columns g, g + 8 by 2 t, 2 t + 1
-  float bias[4] = {};
-  int stage = 0;
-  for (int s = first - 1; s < last; ++s) {  // the first round only loads
-    wait_copies<0>();
-    __syncthreads();
-    const int next_stage = stage_bytes - stage;
-    if (s + 1 < last) {
-      source_loader.load(a.source, (s + 1) * kImages, a.images, shared_address(next_stage));
-      grad_loader.load(a.grad, (s + 1) * kImages, a.images, shared_address(next_stage + grad_offset));
+  const Loader source_loader(a.source), grad_loader(a.grad);
+  Walk ahead(a), here = ahead;
+  int next_stage = 0;
+  const auto load_next = [&] {
+    if (ahead.more(a)) {
+      const Piece piece(a, ahead.unit);
+      const int filter = ahead.filter(a);
+      source_loader.load(a.source, filter / a.multiplier, piece.image, a.images, piece.first_source, piece.last_source,
+                         shared_address(next_stage));
+      grad_loader.load(a.grad, filter, piece.image, a.images, piece.first_grad, piece.last_grad,
+                       shared_address(next_stage + a.grad_offset));
+      ahead.next(a);
     }
     commit_copies();
-    if (s >= first) {
-      const uint32_t source = shared_address(stage + source_at), grad = shared_address(stage + grad_at);
+    next_stage = next_stage + a.stage_bytes < Tile::kStages * a.stage_bytes ? next_stage + a.stage_bytes : 0;
+  };
+#pragma unroll 1
+  for (int s = 0; s + 1 < Tile::kStages; ++s) load_next();
+
+  Products<T, Tile> products;
+  products.clear();
+  float bias[4] = {};
+  int stage = 0;
+#pragma unroll 1
+  for (; here.more(a); here.next(a)) {
+    wait_copies<Tile::kStages - 2>();
+    __syncthreads();
+    load_next();
+    const Piece piece(a, here.unit);
+    const int source = stage + source_at, grad = stage + grad_at;
+    {
+      // The rows of the gradient that meet any of the warp's rows, of which it has a share.
+      const int from = max(piece.first_grad, piece.first_source + a.padding_h - (i + Tile::kRows - 1));
+      const int count = max(min(piece.last_grad, piece.last_source + a.padding_h - i) - from, 0);
+      const int begin = from + count * share / a.shares, end = from + count * (share + 1) / a.shares;
+      const int y = begin + i - a.padding_h;
+      products.add(shared_address(grad + (begin - piece.first_grad) * a.grad.row_pitch), a.grad.row_pitch,
+                   shared_address(source + (y - piece.first_source) * a.source.row_pitch), a.source.row_pitch, begin,
+                   end, y, piece.first_source, piece.last_source, a.far);
+    }
+    if (a.grad_bias != nullptr)
+      for (int r = piece.first_grad + warp; r < piece.last_grad; r += warps)
 #pragma unroll
-      for (int p = 0; p < kPairs; ++p) {
-        const int i = a.first_row + 2 * (warp + p * kWarps);
-        if (i >= a.last_row) continue;
-        const int begin = max(0, a.padding_h - i - 1), end = min(a.grad.height, a.source.height + a.padding_h - i);
-        uint32_t x[4] = {};
-        if (begin + i - a.padding_h >= 0) load_matrices_transposed(x, source + (begin + i - a.padding_h) * kRowBytes);
-        for (int r = begin; r < end; ++r) {
-          const int y = r + i - a.padding_h;
-          uint32_t g[4], below[4] = {};
-          load_matrices_transposed(g, grad + r * kRowBytes);
-          if (y + 1 < a.source.height) load_matrices_transposed(below, source + (y + 1) * kRowBytes);
-          if (y >= 0) {
-            multiply(sum[p][0][0], sum[p][0][0], g, {x[0], x[1]}, T{});
-            if (wide) multiply(sum[p][0][1], sum[p][0][1], g, {x[2], x[3]}, T{});
-          }
-          if (y + 1 < a.source.height) {
-            multiply(sum[p][1][0], sum[p][1][0], g, {below[0], below[1]}, T{});
-            if (wide) multiply(sum[p][1][1], sum[p][1][1], g, {below[2], below[3]}, T{});
-          }
-#pragma unroll
-          for (int k = 0; k < 4; ++k) x[k] = below[k];
-        }
-      }
-      if (a.grad_bias != nullptr)
-        for (int r = warp; r < a.grad.height; r += kWarps) {
+        for (int m = 0; m < Tile::kGrads; ++m) {
           uint32_t g[4];
-          load_matrices_transposed(g, grad + r * kRowBytes);
+          load_matrices_transposed(g, shared_address(grad + (r - piece.first_grad) * a.grad.row_pitch + 32 * m));
+          // What lies beyond a row is anything.
+          if (16 * m + lane / 4 >= a.grad.width) g[0] = g[2] = 0;
+          if (16 * m + 8 + lane / 4 >= a.grad.width) g[1] = g[3] = 0;
           multiply(bias, bias, g, {kOnes, kOnes}, T{});
         }
-    }
-    stage = next_stage;
-  }
-  __syncthreads();
 
-  const int sums = warp * kSumBytes;
+    if (here.ends()) {  // the stage takes the sums
+      const int bias_at = stage + warps * Tile::kSumBytes;
+      float total = lane % 4 == 0 ? bias[0] + bias[2] : 0;
+      for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
 #pragma unroll
-  for (int p = 0; p < kPairs; ++p)
+      for (int k = 0; k < Tile::kRows; ++k) {
+        __syncthreads();
+        products.store_diagonals(k, stage + warp * Tile::kSumBytes, a.grad.width, a.source.width);
+        if (k == 0 && lane == 0) shared<float>(bias_at + 4 * warp) = total;
+        __syncthreads();
+        if (share > 0 || i + k >= a.last_row) continue;
+        for (int j = lane; j < a.kernel_w; j += 32) {
+          const int first = j - a.padding_w + 8 * (2 * Tile::kGrads - 1);
+          float sum = 0;
+          for (int s = 0; s < a.shares; ++s)
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int i = a.first_row + 2 * (warp + p * kWarps) + h;
-      __syncwarp();
-#pragma unroll
-      for (int e = 0; e < 8; ++e)
-        shared<float>(sums + 4 * ((lane / 4 + e / 2 % 2 * 8) * kSumPitch + e / 4 * 8 + lane % 4 * 2 + e % 2)) =
-            sum[p][h][e / 4][e % 4];
-      __syncwarp();
-      if (i >= a.last_row) continue;
-      for (int j = lane; j < a.kernel_w; j += 32) {
-        const int u = j - a.padding_w;  // where the first column of the gradient meets the input
-        float total = 0;
-        for (int w = max(0, -u); w < min(a.grad.width, a.source.width - u); ++w)
-          total += shared<float>(sums + 4 * (w * kSumPitch + w + u));
-        store<T>(a, filter, split, i * a.kernel_w + j, total);
+            for (int g = 0; g < 8; ++g)
+              if (first + g >= 0 && first + g < 8 * Tile::kDiagonals)
+                sum += shared<float>(stage + (warp + s * a.groups) * Tile::kSumBytes +
+                                     4 * (g * Tile::kSumPitch + first + g));
+          store<T>(a, here, (i + k) * a.tap_row + j * a.tap_column, sum);
+        }
       }
+      // Rows of the kernel that never meet the images.
+      for (int row = warp; row < a.kernel_h; row += warps)
+        if (row < a.first_row || row >= a.last_row)
+          for (int j = lane; j < a.kernel_w; j += 32) store<T>(a, here, row * a.tap_row + j * a.tap_column, 0);
+      if (a.grad_bias != nullptr && threadIdx.x == 0) {
+        float sum = 0;
+        for (int w = 0; w < warps; ++w) sum += shared<float>(bias_at + 4 * w);
+        store<T>(a, here, a.kernel_h * a.kernel_w, sum);
+      }
+      products.clear();
+#pragma unroll
+      for (float& b : bias) b = 0;
     }
-  // Rows of the kernel that never meet the images.
-  for (int tap = threadIdx.x; tap < a.kernel_h * a.kernel_w; tap += kThreads)
-    if (tap < a.first_row * a.kernel_w || tap >= a.last_row * a.kernel_w) store<T>(a, filter, split, tap, 0);
-  if (a.grad_bias == nullptr) return;
-
-  float total = lane % 4 == 0 ? bias[0] + bias[2] : 0;
-  for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
-  __syncthreads();
-  if (lane == 0) shared<float>(4 * warp) = total;
-  __syncthreads();
-  if (threadIdx.x > 0) return;
-  for (int w = 1; w < kWarps; ++w) total += shared<float>(4 * w);
-  store<T>(a, filter, split, a.kernel_h * a.kernel_w, total);
+    stage = stage + a.stage_bytes < Tile::kStages * a.stage_bytes ? stage + a.stage_bytes : 0;
+  }
 }
 
-// So many splits that the last wave of blocks is full, and that no sum is so long that it loses digits.
-int splits_for(int64_t filters, int64_t stages, int64_t slots) {
-  constexpr int64_t kLongest = 48;  // stages
-  int best = 1;
+// How the work is cut.
+struct Cut {
+  int rows, splits, blocks;
+  bool sum_early;
+};
+
+// Fills in what follows from the rows of a piece; returns the shared memory that it takes.
+template <class Tile>
+int64_t apply(Outer& a, int rows) {
+  const int kernel_rows = a.last_row - a.first_row;
+  a.groups = static_cast<int>(ceil_div(kernel_rows, Tile::kRows));
+  a.shares = std::max(Tile::kWarps / 2 / a.groups, 1);
+  a.grad.rows = rows, a.source.rows = std::min(rows + kernel_rows - 1, a.source.height);
+  a.bands = static_cast<int>(ceil_div(a.grad.height, rows));
+  a.units = static_cast<int>(ceil_div(a.images, kImages)) * a.bands;
+  // 8 images in all banks; what is read beyond a row is still the image's.
+  const auto pitches = [&](Images& v, int read) {
+    v.row_pitch = static_cast<int>(round_up(2 * v.width, 16));
+    v.image_pitch = (v.rows * v.row_pitch + std::max(read - v.row_pitch, 0)) | 16;
+    const int units = 2 * v.width / v.unit;
+    v.at_once = 32 * a.groups * a.shares / units;
+    v.step_images = v.at_once / v.rows, v.step_rows = v.at_once % v.rows;
+    v.by_units = Divider(units), v.by_rows = Divider(v.rows);
+  };
+  pitches(a.source, 16 * Tile::kSources), pitches(a.grad, 32 * Tile::kGrads);
+  a.grad_offset = kImages * a.source.image_pitch;
+  a.stage_bytes = static_cast<int>(std::max<int64_t>(kImages * (a.source.image_pitch + a.grad.image_pitch),
+                                                     a.groups * a.shares * (Tile::kSumBytes + 16)));
+  return int64_t{Tile::kStages} * a.stage_bytes;
+}
+
+template <typename T, class Tile>
+Cut cut_for(Outer a, const Device& device) {
+  const auto kernel = outer_grad_weight<T, Tile>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+  const double sums = static_cast<double>(a.kernel_h) * a.kernel_w * a.filters;
+  Cut best{1, 1, device.multiprocessors, waits_for_kernel_before<T>()};
   double least = INFINITY;
-  for (int64_t splits = ceil_div(stages, kLongest); splits <= std::min<int64_t>(stages, 1 << 16); ++splits) {
-    const double cost = static_cast<double>(ceil_div(filters * splits, slots)) *
-                        static_cast<double>(ceil_div(stages, splits) + 2) *
-                        (splits > 1 ? 1.1 : 1.0);  // the second kernel
-    if (cost < least) least = cost, best = static_cast<int>(splits);
-    if (filters * splits > 8 * slots) break;
+  int last_resident = 0;
+  // Pieces of so many rows that some blocks have room for them; estimated cycles, of which only comparisons matter.
+  for (int bands = 1; bands <= a.grad.height && last_resident < 4; ++bands) {
+    const int rows = static_cast<int>(ceil_div(a.grad.height, bands));
+    if (bands > 1 && rows == static_cast<int>(ceil_div(a.grad.height, bands - 1))) continue;
+    const int64_t bytes = apply<Tile>(a, rows);
+    if (bytes > device.shared_per_block) continue;
+    int resident = 0;
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, 32 * a.groups * a.shares, bytes);
+    if (resident <= last_resident) continue;  // a smaller piece for nothing
+    last_resident = resident;
+    const double multiplications =
+        1.5 * rows * (a.last_row - a.first_row) * Tile::kGrads * Tile::kSources;
+    const double loaded = 16.0 * 2 * (a.grad.rows * a.grad.width + a.source.rows * a.source.width);
+    const double unit = std::max(multiplications, loaded / 13) + 400;
+    constexpr double kLongest = 12 << 10;  // products of a sum in float32: longer ones lose digits
+    const double products = static_cast<double>(kImages) * rows / a.shares;
+    const int64_t fewest = std::clamp<int64_t>(static_cast<int64_t>(std::ceil(a.units * products / kLongest)), 1, a.units);
+    for (int beside = 1; beside <= resident; ++beside) {
+      const int64_t slots = int64_t{beside} * device.multiprocessors;
+      for (int64_t splits = fewest; splits <= a.units; ++splits) {
+        const int64_t items = a.filters * splits, rounds = ceil_div(items, slots);
+        if (splits > fewest && (rounds > 8 || items > (1 << 30))) break;
+        // A block waits for its first load, and adds up its sums.
+        const double steps = static_cast<double>(rounds) * (static_cast<double>(ceil_div(a.units, splits)) + 0.3) + 1;
+        const double cost = steps * unit * (beside + 0.5) + (splits > 1 ? 4000 + splits * sums / 200 : 0);
+        if (cost < least)
+          least = cost, best.rows = rows, best.splits = static_cast<int>(splits),
+          best.blocks = static_cast<int>(std::min(items, slots));
+      }
+    }
   }
   return best;
 }
 
-template <typename T>
+template <typename T, class Tile>
 void launch(const Problem& p, Outer a, const Allocate& allocate, cudaStream_t stream) {
-  const auto kernel = outer_grad_weight<T>;
   const Device& device = current_device();
-  const int64_t shared_bytes =
-      std::max<int64_t>(2 * kImages * (a.source.pitch + a.grad.pitch), int64_t{kWarps} * kSumBytes);
-  a.stages = static_cast<int>(ceil_div(a.images, kImages));
-  struct Decision {
-    int splits;
-    bool sum_early;
-  };
-  static thread_local Decisions<4, Decision> decisions;
-  const Decision decision = decisions({device.id, a.images, a.filters, shared_bytes}, [&] {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
-    int resident = 0;
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, shared_bytes);
-    return Decision{splits_for(a.filters, a.stages, int64_t{std::max(resident, 1)} * device.multiprocessors),
-                    waits_for_kernel_before<T>()};
-  });
-  a.splits = decision.splits;
+  static thread_local Decisions<11, Cut> decisions;
+  const Cut cut = decisions({device.id, a.images, a.filters, a.source.height, a.source.width, a.grad.height,
+                             a.grad.width, a.kernel_h, a.kernel_w, a.padding_h, a.padding_w},
+                            [&] { return cut_for<T, Tile>(a, device); });
+  const int64_t shared_bytes = apply<Tile>(a, cut.rows);
+  a.splits = cut.splits;
   const int64_t sums = (p.taps() + (p.bias != nullptr)) * p.filters();
   if (a.splits > 1) a.partial = static_cast<float*>(allocate(a.splits * sums * int64_t{sizeof(float)}));
-  kernel<<<static_cast<unsigned>(int64_t{a.filters} * a.splits), kThreads, shared_bytes, stream>>>(a);
+  const unsigned threads = 32u * a.groups * a.shares;
+  outer_grad_weight<T, Tile><<<static_cast<unsigned>(cut.blocks), threads, shared_bytes, stream>>>(a);
   check_launch("outer_grad_weight");
-  if (a.splits > 1) launch_add_partial_sums<T>(p, a.partial, a.splits, decision.sum_early, stream);
+  if (a.splits > 1) launch_add_partial_sums<T>(p, a.partial, a.splits, cut.sum_early, stream);
 }
 
 }  // namespace
 
-void launch_outer_grad_weight(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
+void launch_outer_grad_weight(const Problem& problem, const Allocate& allocate, cudaStream_t stream) {
+  const bool exchanged = is_outer_exchanged(problem);
+  const Problem p = exchanged ? exchange(problem) : problem;
+  const OuterSizes sizes = OuterSizes::of(problem, exchanged);
   Outer a{};
-  const auto arrange = [&](const View& view, int64_t channels, int64_t height, int64_t width, Images& v) {
-    const View planes = to_planes(view, p.batch, channels, height, width, allocate, stream);
-    v.base = static_cast<const char*>(planes.data);
-    v.image_bytes = 2 * planes.stride[0], v.channel_bytes = 2 * planes.stride[1], v.row_bytes = 2 * planes.stride[2];
-    v.height = static_cast<int>(height), v.width = static_cast<int>(width);
-    v.unit = static_cast<int>(std::min<int64_t>(unit_of(planes), (2 * width) & -(2 * width)));
-    v.pitch = v.height * kRowBytes + 16;  // 8 images in all banks
-    v.by_units = Divider(2 * width / v.unit), v.by_rows = Divider(height);
-    v.images_at_once = std::min<int>(kThreads / (2 * v.width / v.unit * v.height), kImages);
+  const auto arrange = [&](Images& v, const View& view, int64_t channels, int64_t height, int64_t width) {
+    static_cast<ImagePlanes&>(v) = planes_of(view, p.batch, channels, height, width, allocate, stream);
+    v.unit = static_cast<int>(std::min<int64_t>(v.unit, (2 * width) & -(2 * width)));
   };
-  arrange(p.input, p.channels, p.height, p.width, a.source);
-  arrange(p.output, p.filters(), p.out_height, p.out_width, a.grad);
+  arrange(a.source, p.input, p.channels, p.height, p.width);
+  arrange(a.grad, p.output, p.filters(), p.out_height, p.out_width);
   a.grad_weight = p.weight.data, a.grad_bias = p.bias;
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+  a.tap_row = static_cast<int>(exchanged ? 1 : problem.kernel_w);
+  a.tap_column = static_cast<int>(exchanged ? problem.kernel_w : 1);
   a.images = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());
   a.multiplier = static_cast<int>(p.multiplier);
-  a.first_row = std::max(a.padding_h - (a.grad.height - 1), 0);
-  a.last_row = std::min(a.source.height + a.padding_h, a.kernel_h);
+  a.first_row = static_cast<int>(sizes.first_row()), a.last_row = static_cast<int>(sizes.last_row());
+  a.far = a.padding_w > Middle::kNear || a.kernel_w - 1 - a.padding_w > Middle::kNear;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if constexpr (sizeof(T) == 2) launch<T>(p, a, allocate, stream);
+    if constexpr (sizeof(T) == 2) {
+      const int64_t columns = sizes.tile().columns;
+      if (columns == Narrow::kColumns) return launch<T, Narrow>(p, a, allocate, stream);
+      if (columns == Middle::kColumns) return launch<T, Middle>(p, a, allocate, stream);
+      launch<T, Wide>(p, a, allocate, stream);
+    }
   });
 }
 
