@@ -209,18 +209,32 @@ def test_hankel_grad_weight_claims(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_outer_grad_weight_claims(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
-    """Planes of at most 16 x 16, of so many images that a multiplication has some of them."""
+    """Few columns, or few rows of the kernel; of so many images that a multiplication has some of them."""
     case = Case(64, 8, (14, 14), (27, 27), padding=(13, 13))
     for change, plan in (
         ({}, "outer_grad_weight"),
         ({"size": (16, 7), "multiplier": 2}, "outer_grad_weight"),
         ({"batch": 8}, "outer_grad_weight"),
         ({"batch": 7}, "hankel_grad_weight"),
-        ({"size": (17, 14)}, "hankel_grad_weight"),
-        ({"padding": (14, 15)}, "hankel_grad_weight"),  # a gradient of 16 x 18
+        ({"size": (17, 14)}, "outer_grad_weight"),
+        ({"size": (17, 14), "batch": 8}, "hankel_grad_weight"),
+        ({"padding": (14, 15)}, "outer_grad_weight"),  # a gradient of 16 x 18
+        ({"size": (28, 28), "kernel": (29, 29), "padding": (14, 14), "batch": 12}, "outer_grad_weight"),
+        ({"size": (28, 28), "kernel": (29, 29), "padding": (14, 14), "batch": 20}, "hankel_grad_weight"),
+        ({"size": (33, 28), "kernel": (33, 29), "padding": (16, 14)}, "hankel_grad_weight"),  # 33 rows of the kernel
+        ({"size": (32, 32), "kernel": (32, 3), "padding": (16, 1)}, "outer_grad_weight"),
+        ({"size": (33, 33), "kernel": (31, 31), "padding": (15, 15)}, "hankel_grad_weight"),
+        ({"size": (56, 56), "kernel": (5, 51), "padding": (2, 25)}, "outer_grad_weight"),
+        ({"size": (200, 56), "kernel": (5, 51), "padding": (2, 25)}, "outer_grad_weight"),
+        ({"size": (56, 57), "kernel": (5, 51), "padding": (2, 25)}, "hankel_grad_weight"),
+        ({"size": (56, 56), "kernel": (11, 51), "padding": (5, 25)}, "hankel_grad_weight"),
         ({"kernel": (7, 6), "padding": (3, 3), "batch": 7}, "hankel_grad_weight"),
     ):
         assert plan_of("grad_weight", case._replace(**change), dtype, memory_format) == plan, change
+    # Copies have rows and columns exchanged.
+    tall = case._replace(size=(56, 56), kernel=(51, 5), padding=(25, 2))
+    plan = "outer_grad_weight" if memory_format == torch.channels_last else "hankel_grad_weight"
+    assert plan_of("grad_weight", tall, dtype, memory_format) == plan
 
 
 DIRECT = {"forward": "direct", "grad_input": "direct", "grad_weight": "direct_grad_weight"}

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "launch.h"
 #include "partial_sums.cuh"
@@ -378,71 +379,95 @@ __global__ void __launch_bounds__(32 * Tile::kWarps, Tile::kBlocks)
 
 // How the work is cut.
 struct Cut {
-  int rows, splits, blocks;
+  int rows, shares, splits, blocks;
   bool sum_early;
 };
 
-// Fills in what follows from the rows of a piece; returns the shared memory that it takes.
+// Fills in what follows from the rows of a piece and the shares of them; returns the shared memory that it takes.
 template <class Tile>
-int64_t apply(Outer& a, int rows) {
+int64_t apply(Outer& a, int rows, int shares) {
   const int kernel_rows = a.last_row - a.first_row;
-  a.groups = static_cast<int>(ceil_div(kernel_rows, Tile::kRows));
-  a.shares = std::max(Tile::kWarps / 2 / a.groups, 1);
+  a.groups = static_cast<int>(ceil_div(kernel_rows, Tile::kRows)), a.shares = shares;
   a.grad.rows = rows, a.source.rows = std::min(rows + kernel_rows - 1, a.source.height);
   a.bands = static_cast<int>(ceil_div(a.grad.height, rows));
   a.units = static_cast<int>(ceil_div(a.images, kImages)) * a.bands;
   // 8 images in all banks; what is read beyond a row is still the image's.
-  const auto pitches = [&](Images& v, int read) {
+  const int threads = 32 * a.groups * a.shares;
+  const auto arrange = [&](Images& v, int read) {
     v.row_pitch = static_cast<int>(round_up(2 * v.width, 16));
     v.image_pitch = (v.rows * v.row_pitch + std::max(read - v.row_pitch, 0)) | 16;
     const int units = 2 * v.width / v.unit;
-    v.at_once = 32 * a.groups * a.shares / units;
+    v.at_once = threads / units;
     v.step_images = v.at_once / v.rows, v.step_rows = v.at_once % v.rows;
     v.by_units = Divider(units), v.by_rows = Divider(v.rows);
   };
-  pitches(a.source, 16 * Tile::kSources), pitches(a.grad, 32 * Tile::kGrads);
+  arrange(a.source, 16 * Tile::kSources), arrange(a.grad, 32 * Tile::kGrads);
   a.grad_offset = kImages * a.source.image_pitch;
   a.stage_bytes = static_cast<int>(std::max<int64_t>(kImages * (a.source.image_pitch + a.grad.image_pitch),
                                                      a.groups * a.shares * (Tile::kSumBytes + 16)));
   return int64_t{Tile::kStages} * a.stage_bytes;
 }
 
+// Cycles that a piece takes: of a multiprocessor's memory, of that and its tensor cores, and of a block that has it to
+// itself.
+struct Cycles {
+  double memory, throughput, latency;
+
+  template <class Tile>
+  static Cycles of(const Outer& a, Tile) {
+    int of_row = 0;
+    for (int m = 0; m < Tile::kGrads; ++m)
+      for (int n = 0; n < Tile::kSources; ++n) of_row += a.far || !Tile::is_far(m, n);
+    int64_t rows = 0;  // of the gradient that meet a row of the kernel, for all of them
+    for (int i = a.first_row; i < a.last_row; ++i)
+      rows += std::min(a.grad.height, a.source.height + a.padding_h - i) - std::max(a.padding_h - i, 0);
+    const double multiplications = static_cast<double>(rows) * of_row / a.bands;
+    const double source_bytes = 2.0 * kImages * a.source.rows * a.source.width;
+    const double grad_bytes = 2.0 * kImages * a.grad.rows * a.grad.width;
+    const double copies = (source_bytes / a.source.unit + grad_bytes / a.grad.unit) / (32 * a.groups * a.shares);
+    const double memory = (source_bytes + grad_bytes) / 13;
+    return {memory, std::max(1.5 * multiplications, memory) + 300,
+            static_cast<double>(a.grad.rows) / a.shares * (50 + 8 * of_row * Tile::kRows) + 12 * copies + 600};
+  }
+};
+
 template <typename T, class Tile>
 Cut cut_for(Outer a, const Device& device) {
   const auto kernel = outer_grad_weight<T, Tile>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
   const double sums = static_cast<double>(a.kernel_h) * a.kernel_w * a.filters;
-  Cut best{1, 1, device.multiprocessors, waits_for_kernel_before<T>()};
+  const int groups = static_cast<int>(ceil_div(a.last_row - a.first_row, Tile::kRows));
+  Cut best{1, 1, 1, device.multiprocessors, waits_for_kernel_before<T>()};
   double least = INFINITY;
-  int last_resident = 0;
-  // Pieces of so many rows that some blocks have room for them; estimated cycles, of which only comparisons matter.
-  for (int bands = 1; bands <= a.grad.height && last_resident < 4; ++bands) {
-    const int rows = static_cast<int>(ceil_div(a.grad.height, bands));
-    if (bands > 1 && rows == static_cast<int>(ceil_div(a.grad.height, bands - 1))) continue;
-    const int64_t bytes = apply<Tile>(a, rows);
-    if (bytes > device.shared_per_block) continue;
-    int resident = 0;
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, 32 * a.groups * a.shares, bytes);
-    if (resident <= last_resident) continue;  // a smaller piece for nothing
-    last_resident = resident;
-    const double multiplications =
-        1.5 * rows * (a.last_row - a.first_row) * Tile::kGrads * Tile::kSources;
-    const double loaded = 16.0 * 2 * (a.grad.rows * a.grad.width + a.source.rows * a.source.width);
-    const double unit = std::max(multiplications, loaded / 13) + 400;
-    constexpr double kLongest = 12 << 10;  // products of a sum in float32: longer ones lose digits
-    const double products = static_cast<double>(kImages) * rows / a.shares;
-    const int64_t fewest = std::clamp<int64_t>(static_cast<int64_t>(std::ceil(a.units * products / kLongest)), 1, a.units);
-    for (int beside = 1; beside <= resident; ++beside) {
-      const int64_t slots = int64_t{beside} * device.multiprocessors;
-      for (int64_t splits = fewest; splits <= a.units; ++splits) {
-        const int64_t items = a.filters * splits, rounds = ceil_div(items, slots);
-        if (splits > fewest && (rounds > 8 || items > (1 << 30))) break;
-        // A block waits for its first load, and adds up its sums.
-        const double steps = static_cast<double>(rounds) * (static_cast<double>(ceil_div(a.units, splits)) + 0.3) + 1;
-        const double cost = steps * unit * (beside + 0.5) + (splits > 1 ? 4000 + splits * sums / 200 : 0);
-        if (cost < least)
-          least = cost, best.rows = rows, best.splits = static_cast<int>(splits),
+  for (int shares = 1; shares * groups <= Tile::kWarps; ++shares) {
+    constexpr int kCuts = 6;
+    for (int bands = 1, cuts = 0, last_rows = 0; bands <= a.grad.height && cuts < kCuts; ++bands) {
+      const int rows = static_cast<int>(ceil_div(a.grad.height, bands));
+      if (rows == std::exchange(last_rows, rows)) continue;
+      const int64_t bytes = apply<Tile>(a, rows, shares);
+      if (bytes > device.shared_per_block || a.source.at_once == 0 || a.grad.at_once == 0) continue;
+      int resident = 0;
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, 32 * groups * shares, bytes);
+      if (resident == 0) continue;
+      ++cuts;
+      const Cycles cycles = Cycles::of(a, Tile{});
+      constexpr double kLongest = 12 << 10;  // products of a sum in float32: longer ones lose digits
+      const double products = static_cast<double>(kImages) * rows / shares;
+      const int64_t fewest = std::clamp<int64_t>(static_cast<int64_t>(a.units * products / kLongest) + 1, 1, a.units);
+      for (int beside = 1; beside <= resident; ++beside) {
+        const int64_t slots = int64_t{beside} * device.multiprocessors;
+        for (int64_t splits = fewest; splits <= a.units; ++splits) {
+          const int64_t items = a.filters * splits, rounds = ceil_div(items, slots);
+          if (splits > fewest && (rounds > 8 || items > (1 << 30))) break;
+          // A block waits for its first load, and adds up its sums.
+          const double pieces = static_cast<double>(ceil_div(a.units, splits));
+          const double item = pieces * std::max(beside * cycles.throughput, cycles.latency) + 1500;
+          const double cost = static_cast<double>(rounds) * item + beside * cycles.memory + 1000 +
+                              (splits > 1 ? 4000 + static_cast<double>(splits) * sums / 200 : 0);
+          if (cost >= least) continue;
+          least = cost, best.rows = rows, best.shares = shares, best.splits = static_cast<int>(splits);
           best.blocks = static_cast<int>(std::min(items, slots));
+        }
       }
     }
   }
@@ -452,11 +477,12 @@ Cut cut_for(Outer a, const Device& device) {
 template <typename T, class Tile>
 void launch(const Problem& p, Outer a, const Allocate& allocate, cudaStream_t stream) {
   const Device& device = current_device();
-  static thread_local Decisions<11, Cut> decisions;
-  const Cut cut = decisions({device.id, a.images, a.filters, a.source.height, a.source.width, a.grad.height,
-                             a.grad.width, a.kernel_h, a.kernel_w, a.padding_h, a.padding_w},
+  static thread_local Decisions<13, Cut> decisions;
+  const Cut cut = decisions({device.id, a.images, a.filters, a.source.height, a.source.width, a.source.unit,
+                             a.grad.height, a.grad.width, a.grad.unit, a.kernel_h, a.kernel_w, a.padding_h,
+                             a.padding_w},
                             [&] { return cut_for<T, Tile>(a, device); });
-  const int64_t shared_bytes = apply<Tile>(a, cut.rows);
+  const int64_t shared_bytes = apply<Tile>(a, cut.rows, cut.shares);
   a.splits = cut.splits;
   const int64_t sums = (p.taps() + (p.bias != nullptr)) * p.filters();
   if (a.splits > 1) a.partial = static_cast<float*>(allocate(a.splits * sums * int64_t{sizeof(float)}));
