@@ -5,6 +5,7 @@
 // row y + padding - r of the kernel, the sums for its columns u + padding - w on the diagonals. So a multiplication
 // takes a row of the gradient and a row of the input from 16 images. A warp keeps the products of some rows of the
 // kernel in registers; a row that it loads serves all of them. Blocks go from sum to sum, and load ahead across them.
+// A tall kernel is a wide one of images whose rows and columns are exchanged, on their way through shared memory.
 // Diagonals are summed up at the end, warps and splits of the images behind, in a fixed order.
 //
 // Every product that is part of a sum is one of the convolution: Inf and NaN come out where they should.
@@ -26,12 +27,13 @@ namespace {
 constexpr int kImages = 16;  // of a stage
 
 // What a kernel is compiled for.
-template <int columns, int rows, int warps, int blocks, int stages>
+template <int columns, int rows, int warps, int blocks, int stages, bool exchanges = false>
 struct Tile {
   static constexpr int kColumns = columns, kRows = rows;         // of a plane; of the kernel, that a warp has
   static constexpr int kWarps = warps;                           // at most
   static constexpr int kBlocks = blocks;                         // as registers have to allow, of so many warps
   static constexpr int kStages = stages;                         // in shared memory
+  static constexpr bool kExchanges = exchanges;                  // rows and columns of what it loads
   static constexpr int kGrads = (columns + 15) / 16;             // 16 columns of the gradient each
   static constexpr int kSources = (columns + 7) / 8;             // 8 columns of the input each
   static constexpr int kDiagonals = kSources + 2 * kGrads - 1;   // 8 x 8 blocks of products differ in so many ways
@@ -46,7 +48,8 @@ struct Tile {
 };
 using Narrow = Tile<kNarrowOuter.columns, kNarrowOuter.rows, kNarrowOuter.warps, 2, 3>;
 using Middle = Tile<kMiddleOuter.columns, kMiddleOuter.rows, kMiddleOuter.warps, 1, 2>;
-using Wide = Tile<kWideOuter.columns, kWideOuter.rows, kWideOuter.warps, 1, 2>;
+template <bool exchanges>
+using Wide = Tile<kWideOuter.columns, kWideOuter.rows, kWideOuter.warps, 1, 2, exchanges>;
 
 // The input or the gradient, and what a stage has of it.
 struct Images : ImagePlanes {
@@ -55,6 +58,10 @@ struct Images : ImagePlanes {
   int at_once;                   // rows that threads load at once
   int step_images, step_rows;    // the same, in images and rows of a whole piece
   Divider by_units, by_rows;
+  // Where rows and columns are exchanged: from a column to the next in memory, and in a stage, whose rows lie side by
+  // side.
+  int64_t column_bytes;
+  int column_pitch;
 };
 
 struct Outer {
@@ -69,7 +76,8 @@ struct Outer {
   int bands;                // pieces of a plane
   int units, splits;        // pieces of 16 images, of which a split has a run
   int groups, shares;       // warps with other rows of the kernel, and with other rows of the gradient
-  int stage_bytes, grad_offset;
+  int stage_bytes, stage_grad;    // of what is loaded, and where the gradient is in it
+  int matrices, grad_offset;      // where the matrices are, if not in the stage, and the gradient in them
 };
 
 // Where a block is: which sums it takes, and which piece of which images.
@@ -158,6 +166,67 @@ class Loader {
     }
   }
 };
+
+// The same where rows and columns are exchanged: two rows, which lie side by side, are a unit, and columns go one by one.
+class ColumnLoader {
+ public:
+  __device__ explicit ColumnLoader(const Images& v) {
+    uint32_t rest = threadIdx.x;
+    unit_ = v.by_units.split(rest);
+    at_once_ = static_cast<int>(rest) < v.at_once;
+    column_ = v.by_rows.split(rest), image_ = static_cast<int>(rest);
+  }
+
+  __device__ void load(const Images& v, int channel, int first_image, int images, int first, int last,
+                       uint32_t to) const {
+    const int row = first + 2 * unit_;
+    if (!at_once_ || row >= last) return;
+    const bool aligned = v.unit >= 4 && first % 2 == 0 && row + 1 < last;
+    int image = image_, column = column_;
+    const char* from = v.base + channel * v.channel_bytes + (first_image + image) * v.image_bytes +
+                       column * v.column_bytes + 2 * row;
+    to += (image * v.width + column) * v.column_pitch + 4 * unit_;
+    const int64_t from_step = v.step_images * v.image_bytes + v.step_rows * v.column_bytes;
+    const int64_t from_wrap = v.image_bytes - v.width * v.column_bytes;
+    const int to_step = (v.step_images * v.width + v.step_rows) * v.column_pitch;
+#pragma unroll 4
+    while (image < kImages) {
+      if (first_image + image >= images) {
+        clear_unit<4>(to);
+      } else if (aligned) {
+        begin_copy<4>(to, from);
+      } else {
+        begin_copy<2>(to, from);
+        if (row + 1 < last) begin_copy<2>(to + 2, from + 2);
+      }
+      image += v.step_images, column += v.step_rows, from += from_step, to += to_step;
+      if (column >= v.width) ++image, column -= v.width, from += from_wrap;
+    }
+  }
+
+ private:
+  int unit_, image_, column_;
+  bool at_once_;
+};
+
+// Exchanges rows and columns of what ColumnLoader has loaded: two of either at once.
+__device__ inline void exchange_pairs(const Images& v, int rows, int from, int to) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, pairs = (rows + 1) / 2;
+  if (2 * lane >= v.width || pairs <= 0) return;
+  const int step_images = warps / pairs, step_pairs = warps - step_images * pairs;
+  int image = warp / pairs, pair = warp - image * pairs;
+#pragma unroll 4
+  while (image < kImages) {
+    const int at = from + (image * v.width + 2 * lane) * v.column_pitch + 4 * pair;
+    const uint32_t first = shared<uint32_t>(at);
+    const uint32_t second = 2 * lane + 1 < v.width ? shared<uint32_t>(at + v.column_pitch) : 0;
+    const int row = to + image * v.image_pitch + 2 * pair * v.row_pitch + 4 * lane;
+    shared<uint32_t>(row) = __byte_perm(first, second, 0x5410);
+    if (2 * pair + 1 < rows) shared<uint32_t>(row + v.row_pitch) = __byte_perm(first, second, 0x7632);
+    image += step_images, pair += step_pairs;
+    if (pair >= pairs) ++image, pair -= pairs;
+  }
+}
 
 // A warp's products.
 template <typename T, class Tile>
@@ -285,7 +354,8 @@ __global__ void __launch_bounds__(32 * Tile::kWarps, Tile::kBlocks)
   const int source_at = (lane % 8 + 8 * half) * a.source.image_pitch + 16 * other;
   const int grad_at = a.grad_offset + (lane % 8 + 8 * other) * a.grad.image_pitch + 16 * half;
 
-  const Loader source_loader(a.source), grad_loader(a.grad);
+  using LoaderOfTile = std::conditional_t<Tile::kExchanges, ColumnLoader, Loader>;
+  const LoaderOfTile source_loader(a.source), grad_loader(a.grad);
   Walk ahead(a), here = ahead;
   int next_stage = 0;
   const auto load_next = [&] {
@@ -295,7 +365,7 @@ __global__ void __launch_bounds__(32 * Tile::kWarps, Tile::kBlocks)
       source_loader.load(a.source, filter / a.multiplier, piece.image, a.images, piece.first_source, piece.last_source,
                          shared_address(next_stage));
       grad_loader.load(a.grad, filter, piece.image, a.images, piece.first_grad, piece.last_grad,
-                       shared_address(next_stage + a.grad_offset));
+                       shared_address(next_stage + a.stage_grad));
       ahead.next(a);
     }
     commit_copies();
@@ -314,7 +384,13 @@ __global__ void __launch_bounds__(32 * Tile::kWarps, Tile::kBlocks)
     __syncthreads();
     load_next();
     const Piece piece(a, here.unit);
-    const int source = stage + source_at, grad = stage + grad_at;
+    const int matrices = Tile::kExchanges ? a.matrices : stage;
+    if constexpr (Tile::kExchanges) {
+      exchange_pairs(a.source, piece.last_source - piece.first_source, stage, matrices);
+      exchange_pairs(a.grad, piece.last_grad - piece.first_grad, stage + a.stage_grad, matrices + a.grad_offset);
+      __syncthreads();
+    }
+    const int source = matrices + source_at, grad = matrices + grad_at;
     {
       // The rows of the gradient that meet any of the warp's rows, of which it has a share.
       const int from = max(piece.first_grad, piece.first_source + a.padding_h - (i + Tile::kRows - 1));
@@ -337,14 +413,14 @@ __global__ void __launch_bounds__(32 * Tile::kWarps, Tile::kBlocks)
           multiply(bias, bias, g, {kOnes, kOnes}, T{});
         }
 
-    if (here.ends()) {  // the stage takes the sums
-      const int bias_at = stage + warps * Tile::kSumBytes;
+    if (here.ends()) {  // sums take the place of the matrices
+      const int bias_at = matrices + warps * Tile::kSumBytes;
       float total = lane % 4 == 0 ? bias[0] + bias[2] : 0;
       for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
 #pragma unroll
       for (int k = 0; k < Tile::kRows; ++k) {
         __syncthreads();
-        products.store_diagonals(k, stage + warp * Tile::kSumBytes, a.grad.width, a.source.width);
+        products.store_diagonals(k, matrices + warp * Tile::kSumBytes, a.grad.width, a.source.width);
         if (k == 0 && lane == 0) shared<float>(bias_at + 4 * warp) = total;
         __syncthreads();
         if (share > 0 || i + k >= a.last_row) continue;
@@ -355,7 +431,7 @@ __global__ void __launch_bounds__(32 * Tile::kWarps, Tile::kBlocks)
 #pragma unroll
             for (int g = 0; g < 8; ++g)
               if (first + g >= 0 && first + g < 8 * Tile::kDiagonals)
-                sum += shared<float>(stage + (warp + s * a.groups) * Tile::kSumBytes +
+                sum += shared<float>(matrices + (warp + s * a.groups) * Tile::kSumBytes +
                                      4 * (g * Tile::kSumPitch + first + g));
           store<T>(a, here, (i + k) * a.tap_row + j * a.tap_column, sum);
         }
@@ -396,16 +472,23 @@ int64_t apply(Outer& a, int rows, int shares) {
   const auto arrange = [&](Images& v, int read) {
     v.row_pitch = static_cast<int>(round_up(2 * v.width, 16));
     v.image_pitch = (v.rows * v.row_pitch + std::max(read - v.row_pitch, 0)) | 16;
-    const int units = 2 * v.width / v.unit;
+    const int units = Tile::kExchanges ? (v.rows + 1) / 2 : 2 * v.width / v.unit;
+    const int lines = Tile::kExchanges ? v.width : v.rows;
     v.at_once = threads / units;
-    v.step_images = v.at_once / v.rows, v.step_rows = v.at_once % v.rows;
-    v.by_units = Divider(units), v.by_rows = Divider(v.rows);
+    v.step_images = v.at_once / lines, v.step_rows = v.at_once % lines;
+    v.by_units = Divider(units), v.by_rows = Divider(lines);
+    v.column_pitch = static_cast<int>(round_up(2 * v.rows, 4)) | 4;
   };
   arrange(a.source, 16 * Tile::kSources), arrange(a.grad, 32 * Tile::kGrads);
   a.grad_offset = kImages * a.source.image_pitch;
-  a.stage_bytes = static_cast<int>(std::max<int64_t>(kImages * (a.source.image_pitch + a.grad.image_pitch),
-                                                     a.groups * a.shares * (Tile::kSumBytes + 16)));
-  return int64_t{Tile::kStages} * a.stage_bytes;
+  const int64_t matrix_bytes = std::max<int64_t>(int64_t{kImages} * (a.source.image_pitch + a.grad.image_pitch),
+                                                 int64_t{a.groups} * a.shares * (Tile::kSumBytes + 16));
+  a.stage_grad = a.grad_offset, a.stage_bytes = static_cast<int>(matrix_bytes), a.matrices = 0;
+  if (!Tile::kExchanges) return Tile::kStages * matrix_bytes;
+  a.stage_grad = kImages * a.source.width * a.source.column_pitch;
+  a.stage_bytes = a.stage_grad + kImages * a.grad.width * a.grad.column_pitch;
+  a.matrices = Tile::kStages * a.stage_bytes;
+  return a.matrices + matrix_bytes;
 }
 
 // Cycles that a piece takes: of a multiprocessor's memory, of that and its tensor cores, and of a block that has it to
@@ -424,10 +507,13 @@ struct Cycles {
     const double multiplications = static_cast<double>(rows) * of_row / a.bands;
     const double source_bytes = 2.0 * kImages * a.source.rows * a.source.width;
     const double grad_bytes = 2.0 * kImages * a.grad.rows * a.grad.width;
-    const double copies = (source_bytes / a.source.unit + grad_bytes / a.grad.unit) / (32 * a.groups * a.shares);
+    const auto unit = [](const Images& v) { return Tile::kExchanges ? std::min(v.unit, 4) : v.unit; };
+    const double copies = (source_bytes / unit(a.source) + grad_bytes / unit(a.grad)) / (32 * a.groups * a.shares);
     const double memory = (source_bytes + grad_bytes) / 13;
-    return {memory, std::max(1.5 * multiplications, memory) + 300,
-            static_cast<double>(a.grad.rows) / a.shares * (50 + 8 * of_row * Tile::kRows) + 12 * copies + 600};
+    const double exchanged = Tile::kExchanges ? 3.0 * kImages * (a.source.rows + a.grad.rows) : 0;
+    return {memory, std::max(1.5 * multiplications + exchanged, memory) + 300,
+            static_cast<double>(a.grad.rows) / a.shares * (50 + 8 * of_row * Tile::kRows) + 12 * copies + exchanged +
+                600};
   }
 };
 
@@ -445,7 +531,7 @@ Cut cut_for(Outer a, const Device& device) {
       const int rows = static_cast<int>(ceil_div(a.grad.height, bands));
       if (rows == std::exchange(last_rows, rows)) continue;
       const int64_t bytes = apply<Tile>(a, rows, shares);
-      if (bytes > device.shared_per_block || a.source.at_once == 0 || a.grad.at_once == 0) continue;
+      if (bytes > device.shared_per_block || std::min(a.source.at_once, a.grad.at_once) == 0) continue;
       int resident = 0;
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, 32 * groups * shares, bytes);
       if (resident == 0) continue;
@@ -495,11 +581,18 @@ void launch(const Problem& p, Outer a, const Allocate& allocate, cudaStream_t st
 }  // namespace
 
 void launch_outer_grad_weight(const Problem& problem, const Allocate& allocate, cudaStream_t stream) {
-  const bool exchanged = is_outer_exchanged(problem);
+  const bool exchanged = is_outer_exchanged(problem), by_kernel = is_outer_exchanged_in_kernel(problem);
   const Problem p = exchanged ? exchange(problem) : problem;
   const OuterSizes sizes = OuterSizes::of(problem, exchanged);
   Outer a{};
   const auto arrange = [&](Images& v, const View& view, int64_t channels, int64_t height, int64_t width) {
+    if (by_kernel) {
+      View rows = view;
+      std::swap(rows.stride[2], rows.stride[3]);
+      static_cast<ImagePlanes&>(v) = planes_of(rows, p.batch, channels, width, height, allocate, stream);
+      v.height = static_cast<int>(height), v.width = static_cast<int>(width), v.column_bytes = v.row_bytes;
+      return;
+    }
     static_cast<ImagePlanes&>(v) = planes_of(view, p.batch, channels, height, width, allocate, stream);
     v.unit = static_cast<int>(std::min<int64_t>(v.unit, (2 * width) & -(2 * width)));
   };
@@ -520,7 +613,8 @@ void launch_outer_grad_weight(const Problem& problem, const Allocate& allocate, 
       const int64_t columns = sizes.tile().columns;
       if (columns == Narrow::kColumns) return launch<T, Narrow>(p, a, allocate, stream);
       if (columns == Middle::kColumns) return launch<T, Middle>(p, a, allocate, stream);
-      launch<T, Wide>(p, a, allocate, stream);
+      if (by_kernel) return launch<T, Wide<true>>(p, a, allocate, stream);
+      launch<T, Wide<false>>(p, a, allocate, stream);
     }
   });
 }

@@ -43,8 +43,17 @@ struct OuterSizes {
   bool fits() const { return columns() <= tile().columns && rows() <= tile().rows * tile().warps; }
 };
 
-// Whether rows and columns are exchanged: where both images are copied anyway and it takes less.
+// Whether rows and columns are exchanged by the kernel, which takes rows as they are: where it would not fit otherwise.
+// Only the widest tile is compiled for that.
+inline bool is_outer_exchanged_in_kernel(const Problem& p) {
+  const OuterSizes other = OuterSizes::of(p, true);
+  return has_rows(p.input, p.width) && has_rows(p.output, p.out_width) && !OuterSizes::of(p, false).fits() &&
+         other.fits() && other.columns() > kMiddleOuter.columns;
+}
+
+// Whether rows and columns are exchanged: by the kernel, or where both images are copied anyway and it takes less.
 inline bool is_outer_exchanged(const Problem& p) {
+  if (is_outer_exchanged_in_kernel(p)) return true;
   if (has_rows(p.input, p.width) || has_rows(p.output, p.out_width)) return false;
   if (p.input.stride[2] == 1 || p.output.stride[2] == 1 || p.height == 1 || p.out_height == 1) return false;
   const OuterSizes as_is = OuterSizes::of(p, false), other = OuterSizes::of(p, true);
