@@ -29,16 +29,16 @@ constexpr int kImages = 16;  // of a stage
 // What a kernel is compiled for.
 template <int columns, int rows, int warps, int blocks, int stages, bool exchanges = false>
 struct Tile {
-  static constexpr int kColumns = columns, kRows = rows;         // of a plane; of the kernel, that a warp has
-  static constexpr int kWarps = warps;                           // at most
-  static constexpr int kBlocks = blocks;                         // as registers have to allow, of so many warps
-  static constexpr int kStages = stages;                         // in shared memory
-  static constexpr bool kExchanges = exchanges;                  // rows and columns of what it loads
-  static constexpr int kGrads = (columns + 15) / 16;             // 16 columns of the gradient each
-  static constexpr int kSources = (columns + 7) / 8;             // 8 columns of the input each
-  static constexpr int kDiagonals = kSources + 2 * kGrads - 1;   // 8 x 8 blocks of products differ in so many ways
+  static constexpr int kColumns = columns, kRows = rows;        // of a plane; of the kernel, that a warp has
+  static constexpr int kWarps = warps;                          // at most
+  static constexpr int kBlocks = blocks;                        // as registers have to allow, of so many warps
+  static constexpr int kStages = stages;                        // in shared memory
+  static constexpr bool kExchanges = exchanges;                 // rows and columns of what it loads
+  static constexpr int kGrads = (columns + 15) / 16;            // 16 columns of the gradient each
+  static constexpr int kSources = (columns + 7) / 8;            // 8 columns of the input each
+  static constexpr int kDiagonals = kSources + 2 * kGrads - 1;  // 8 x 8 blocks of products differ in so many ways
   static constexpr int kSumPitch = (8 * kDiagonals + 31) / 32 * 32 + 8;  // floats: lanes in all banks
-  static constexpr int kSumBytes = 4 * 8 * kSumPitch;            // of a warp
+  static constexpr int kSumBytes = 4 * 8 * kSumPitch;                    // of a warp
 
   // Products that only kernels have part of which reach further than kNear columns to the left or right.
   static constexpr int kNear = 8;
@@ -53,10 +53,10 @@ using Wide = Tile<kWideOuter.columns, kWideOuter.rows, kWideOuter.warps, 1, 2, e
 
 // The input or the gradient, and what a stage has of it.
 struct Images : ImagePlanes {
-  int rows;                      // of a piece of a plane, at most
-  int row_pitch, image_pitch;    // bytes in shared memory
-  int at_once;                   // rows that threads load at once
-  int step_images, step_rows;    // the same, in images and rows of a whole piece
+  int rows;                    // of a piece of a plane, at most
+  int row_pitch, image_pitch;  // bytes in shared memory
+  int at_once;                 // rows that threads load at once
+  int step_images, step_rows;  // the same, in images and rows of a whole piece
   Divider by_units, by_rows;
   // Where rows and columns are exchanged: from a column to the next in memory, and in a stage, whose rows lie side by
   // side.
@@ -71,13 +71,13 @@ struct Outer {
   int kernel_h, kernel_w, padding_h, padding_w;
   int tap_row, tap_column;  // taps from one row of the kernel to the next, and from a column to the next
   int images, filters, multiplier;
-  int first_row, last_row;  // of the kernel, that meet the images: from and up to, less one
-  bool far;                 // whether the kernel has part of the products that is_far() names
-  int bands;                // pieces of a plane
-  int units, splits;        // pieces of 16 images, of which a split has a run
-  int groups, shares;       // warps with other rows of the kernel, and with other rows of the gradient
-  int stage_bytes, stage_grad;    // of what is loaded, and where the gradient is in it
-  int matrices, grad_offset;      // where the matrices are, if not in the stage, and the gradient in them
+  int first_row, last_row;      // of the kernel, that meet the images: from and up to, less one
+  bool far;                     // whether the kernel has part of the products that is_far() names
+  int bands;                    // pieces of a plane
+  int units, splits;            // pieces of 16 images, of which a split has a run
+  int groups, shares;           // warps with other rows of the kernel, and with other rows of the gradient
+  int stage_bytes, stage_grad;  // of what is loaded, and where the gradient is in it
+  int matrices, grad_offset;    // where the matrices are, if not in the stage, and the gradient in them
 };
 
 // Where a block is: which sums it takes, and which piece of which images.
@@ -167,7 +167,8 @@ class Loader {
   }
 };
 
-// The same where rows and columns are exchanged: two rows, which lie side by side, are a unit, and columns go one by one.
+// The same where rows and columns are exchanged: two rows, which lie side by side, are a unit, and columns go one by
+// one.
 class ColumnLoader {
  public:
   __device__ explicit ColumnLoader(const Images& v) {
@@ -183,8 +184,8 @@ class ColumnLoader {
     if (!at_once_ || row >= last) return;
     const bool aligned = v.unit >= 4 && first % 2 == 0 && row + 1 < last;
     int image = image_, column = column_;
-    const char* from = v.base + channel * v.channel_bytes + (first_image + image) * v.image_bytes +
-                       column * v.column_bytes + 2 * row;
+    const char* from =
+        v.base + channel * v.channel_bytes + (first_image + image) * v.image_bytes + column * v.column_bytes + 2 * row;
     to += (image * v.width + column) * v.column_pitch + 4 * unit_;
     const int64_t from_step = v.step_images * v.image_bytes + v.step_rows * v.column_bytes;
     const int64_t from_wrap = v.image_bytes - v.width * v.column_bytes;
@@ -341,8 +342,7 @@ __device__ void store(const Outer& a, const Walk& at, int tap, float total) {
 }
 
 template <typename T, class Tile>
-__global__ void __launch_bounds__(32 * Tile::kWarps, Tile::kBlocks)
-    outer_grad_weight(const __grid_constant__ Outer a) {
+__global__ void __launch_bounds__(32 * Tile::kWarps, Tile::kBlocks) outer_grad_weight(const __grid_constant__ Outer a) {
   constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
   let_next_kernel_start();
   const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), warps = a.groups * a.shares;
@@ -511,9 +511,9 @@ struct Cycles {
     const double copies = (source_bytes / unit(a.source) + grad_bytes / unit(a.grad)) / (32 * a.groups * a.shares);
     const double memory = (source_bytes + grad_bytes) / 13;
     const double exchanged = Tile::kExchanges ? 3.0 * kImages * (a.source.rows + a.grad.rows) : 0;
-    return {memory, std::max(1.5 * multiplications + exchanged, memory) + 300,
-            static_cast<double>(a.grad.rows) / a.shares * (50 + 8 * of_row * Tile::kRows) + 12 * copies + exchanged +
-                600};
+    return {
+        memory, std::max(1.5 * multiplications + exchanged, memory) + 300,
+        static_cast<double>(a.grad.rows) / a.shares * (50 + 8 * of_row * Tile::kRows) + 12 * copies + exchanged + 600};
   }
 };
 
@@ -564,10 +564,10 @@ template <typename T, class Tile>
 void launch(const Problem& p, Outer a, const Allocate& allocate, cudaStream_t stream) {
   const Device& device = current_device();
   static thread_local Decisions<13, Cut> decisions;
-  const Cut cut = decisions({device.id, a.images, a.filters, a.source.height, a.source.width, a.source.unit,
-                             a.grad.height, a.grad.width, a.grad.unit, a.kernel_h, a.kernel_w, a.padding_h,
-                             a.padding_w},
-                            [&] { return cut_for<T, Tile>(a, device); });
+  const Cut cut =
+      decisions({device.id, a.images, a.filters, a.source.height, a.source.width, a.source.unit, a.grad.height,
+                 a.grad.width, a.grad.unit, a.kernel_h, a.kernel_w, a.padding_h, a.padding_w},
+                [&] { return cut_for<T, Tile>(a, device); });
   const int64_t shared_bytes = apply<Tile>(a, cut.rows, cut.shares);
   a.splits = cut.splits;
   const int64_t sums = (p.taps() + (p.bias != nullptr)) * p.filters();

@@ -25,7 +25,7 @@ struct OuterSizes {
 
   int64_t columns() const { return std::max(width, out_width); }
   const OuterTile& tile() const {
-    return columns() <= kNarrowOuter.columns ? kNarrowOuter
+    return columns() <= kNarrowOuter.columns   ? kNarrowOuter
            : columns() <= kMiddleOuter.columns ? kMiddleOuter
                                                : kWideOuter;
   }

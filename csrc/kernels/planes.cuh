@@ -17,7 +17,7 @@ struct ImagePlanes {
 
 // The planes of images in 16 bits, as they are or as a copy.
 inline ImagePlanes planes_of(const View& images, int64_t batch, int64_t channels, int64_t height, int64_t width,
-                        const Allocate& allocate, cudaStream_t stream) {
+                             const Allocate& allocate, cudaStream_t stream) {
   const View planes = to_planes(images, batch, channels, height, width, allocate, stream);
   return {static_cast<const char*>(planes.data),
           2 * planes.stride[0],
