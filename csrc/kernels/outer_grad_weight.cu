@@ -547,7 +547,8 @@ Cut cut_for(Outer a, const Device& device) {
           if (splits > fewest && (rounds > 8 || items > (1 << 30))) break;
           // A block waits for its first load, and adds up its sums.
           const double pieces = static_cast<double>(ceil_div(a.units, splits));
-          const double item = pieces * std::max(beside * cycles.throughput, cycles.latency) + 1500;
+          const double piece = std::max(beside * cycles.throughput, cycles.latency) + 0.2 * cycles.latency;
+          const double item = pieces * piece + 1500;
           const double cost = static_cast<double>(rounds) * item + beside * cycles.memory + 1000 +
                               (splits > 1 ? 4000 + static_cast<double>(splits) * sums / 200 : 0);
           if (cost >= least) continue;
