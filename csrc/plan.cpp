@@ -7,10 +7,12 @@
 #include <string>
 
 #include "kernels/batch_grad_weight_nchw.h"
+#include "kernels/exchange.h"
 #include "kernels/march_nchw.h"
 #include "kernels/outer_grad_weight.h"
 #include "kernels/small_kernels.h"
 #include "kernels/stream.h"
+#include "kernels/toeplitz_channels_last.h"
 #include "kernels/toeplitz_large.h"
 
 namespace dwconv {
@@ -293,9 +295,10 @@ bool can_march(const Problem& p) {
 bool claims_toeplitz_channels_last(const Problem& p) {
   if (size_of(p.dtype) != 2 || p.capability < 80 || p.pass == Pass::kGradWeight || p.multiplier > 1) return false;
   if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
-  // The rows that it is compiled for, and the columns of a band matrix. CUDA cores are as fast for 3x3.
-  if (p.kernel_h > 9 || p.kernel_w > kMaxBandColumns || p.taps() == 1) return false;
-  if (p.taps() <= 9 && is_small_kernel(p)) return false;
+  // CUDA cores are as fast for 3x3, and have single rows and columns.
+  constexpr int64_t kMany = 1 << 20;
+  if (p.taps() == 1 || std::max(p.kernel_h, p.kernel_w) > kMany) return false;
+  if (is_small_kernel(p) && (p.taps() <= 9 || std::max(p.kernel_h, p.kernel_w) > kMaxBandColumns)) return false;
   if (p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
   // Pixels of whole units of 16 bytes: of others CUDA cores make more.
   const auto whole = [&](const View& view, int64_t height, int64_t width) {
@@ -306,10 +309,14 @@ bool claims_toeplitz_channels_last(const Problem& p) {
   if (p.channels % (kUnit / 2) != 0 || !whole(p.input, p.height, p.width) ||
       !whole(p.output, p.out_height, p.out_width))
     return false;
-  // Rows of all images in spans of at least 8 columns are counted in 32 bits.
-  constexpr int64_t kMost = 1 << 30;
-  return have_channels(p) &&
-         p.batch <= kMost / std::max(p.height, p.out_height) / (std::max(p.width, p.out_width) / 8 + 1);
+  // Rows are what is marched down; columns do as well. Those of all images in spans of at least 8 columns are counted in
+  // 32 bits.
+  const auto serves = [](const Problem& p) {
+    constexpr int64_t kMost = 1 << 30;
+    return have_channels(p) && band_shape_of(p) != BandShape::kNone &&
+           p.batch <= kMost / std::max(p.height, p.out_height) / (std::max(p.width, p.out_width) / 8 + 1);
+  };
+  return serves(p) || serves(exchange(p));
 }
 
 bool claims_march_channels_last(const Problem& p) {
@@ -505,7 +512,8 @@ const std::vector<Plan>& plans() {
        "a small kernel on contiguous planes: input and gradient stream through shared memory",
        claims_stream_grad_weight_nchw},
       {PlanId::kToeplitzChannelsLast, "toeplitz_channels_last",
-       "a small kernel in 16 bits in channels_last: rows stream through shared memory to tensor cores",
+       "a kernel in 16 bits in channels_last that is small, or has few rows or columns, or is on small images: rows "
+       "stream through shared memory to tensor cores",
        claims_toeplitz_channels_last},
       {PlanId::kMarchChannelsLast, "march_channels_last",
        "a small kernel in channels_last: rows stream through shared memory, sums stay in registers",

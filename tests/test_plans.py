@@ -321,11 +321,20 @@ def test_toeplitz_channels_last_claims(name: str, dtype: torch.dtype) -> None:
         input = meta((case.batch, case.channels, *case.size), dtype, torch.channels_last)
         return BAND in claims(name, case, input, meta(output_size(case), dtype, torch.channels_last))
 
-    for kernel in ((5, 5), (7, 7), (9, 9), (8, 3), (7, 9), (2, 2), (1, 9), (6, 1)):
+    for kernel in (
+        *((5, 5), (7, 7), (9, 9), (8, 3), (7, 9), (2, 2), (1, 9), (6, 1)),
+        *((10, 7), (7, 10), (13, 17), (17, 13), (13, 1), (1, 18)),  # tall, or so with rows and columns exchanged
+        *((5, 40), (40, 5), (2, 57), (57, 3)),  # wide
+    ):
         assert claimed(case._replace(kernel=kernel, padding=tuple(k - 1 for k in kernel))), kernel
+    for size, kernel in (((14, 16), (27, 27)), ((7, 7), (40, 20)), ((16, 14), (15, 63))):  # planes that are small
+        assert claimed(case._replace(size=size, kernel=kernel, padding=tuple(k // 2 for k in kernel))), kernel
     for change in (
-        {"kernel": (10, 7)},
-        {"kernel": (7, 10)},
+        {"kernel": (14, 14)},
+        {"kernel": (6, 20)},
+        {"kernel": (1, 11)},  # of a size that CUDA cores have
+        {"kernel": (5, 58), "padding": (2, 29), "size": (60, 200)},
+        {"kernel": (27, 27), "padding": (13, 13)},
         {"kernel": (3, 3)},  # bound by bytes without tensor cores, too
         {"kernel": (1, 1), "padding": (0, 0)},
         {"stride": (2, 2)},
@@ -1340,9 +1349,62 @@ def test_toeplitz_channels_last_is_exact(kernel: tuple, dtype: torch.dtype) -> N
             assert expected <= forced, str(case)
 
 
+# Kernels that are tall, wide, or as large as images, and sizes for which they are served with a padding of half of them
+LARGE_BANDS = [
+    ((13, 13), [(28, 28), (14, 14), (7, 8), (9, 150)]),
+    ((10, 17), [(31, 57), (13, 29), (301, 40)]),
+    ((17, 11), [(57, 31), (40, 301)]),
+    ((12, 2), [(28, 20)]),
+    ((5, 51), [(56, 56), (30, 57), (9, 230)]),
+    ((51, 5), [(56, 56), (57, 30), (230, 9)]),
+    ((3, 57), [(14, 28), (6, 113)]),
+    ((40, 1), [(40, 9)]),
+    ((27, 27), [(14, 14), (7, 7), (13, 16), (16, 9), (1, 14)]),
+    ((21, 35), [(14, 14)]),
+]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("side", [5, 7, 9])
+@pytest.mark.parametrize(("kernel", "sizes"), LARGE_BANDS, ids=str)
+def test_toeplitz_channels_last_is_exact_for_large_kernels(kernel: tuple, sizes: list, dtype: torch.dtype) -> None:
+    for number, size in enumerate(sizes):
+        for turn in range(4):
+            channels, batch = [8, 40, 64, 24][(number + turn) % 4], [3, 17, 1, 8][(number + 2 * turn) % 4]
+            padding = [tuple(k // 2 for k in kernel), (0, 0), tuple(k - 1 for k in kernel)][turn % 3]
+            case = Case(batch, channels, size, kernel, padding=padding, bias=turn % 2 == 0)
+            if any(side + 2 * p < k for side, p, k in zip(size, padding, kernel)):
+                continue
+            input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
+            grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=torch.channels_last)
+            order = (0, 2, 3, 1)
+            if turn == 1:
+                input, grad_output = lay(input, order, offset=1), lay(grad_output, order, offset=4)
+            elif turn == 3:
+                input, weight = lay(input, order, (2, 1, 3, 2), 8), lay(weight, (2, 3, 0, 1))
+            exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+            forced = set()
+            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output, True):
+                assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, str(case), input.stride())
+                forced.add((name, plan))
+            if turn % 3 == 0:
+                assert {("output", BAND), ("grad_input", BAND)} <= forced, str(case)
+            input[0, 1, -1, 2 % size[1]], input[-1, 2, 0, 0], grad_output[0, 3, 0, -1] = (
+                torch.inf,
+                torch.nan,
+                -torch.inf,
+            )
+            exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output, True):
+                if plan == BAND:
+                    assert torch.equal(result.nan_to_num(nan=999.0), exact[name].to(result).nan_to_num(nan=999.0)), str(
+                        case
+                    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("side", [5, 7, 9, 13])
 @pytest.mark.parametrize(
     ("batch", "size"),
     [(128, (7, 7)), (131, (7, 7)), (41, (14, 14)), (18, (28, 28)), (7, (20, 60)), (3, (9, 140))],
@@ -1613,8 +1675,8 @@ def test_marches_repeat_bit_for_bit(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [(14, 14), (56, 60)], ids=str)
 def test_toeplitz_channels_last_repeats_bit_for_bit(size: tuple, dtype: torch.dtype) -> None:
-    for side in (5, 7, 9):
-        case = Case(16, 200, size, (side, side), padding=(side // 2, side // 2))
+    for kernel in ((5, 5), (7, 7), (9, 9), (13, 13), (5, 31), (31, 5), *(((27, 27),) if size[0] == 14 else ())):
+        case = Case(16, 200, size, kernel, padding=tuple(k // 2 for k in kernel))
         input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last)
         first = torch.ops.dwconv.forward.plan(input, weight, bias, *arguments_of(case), BAND)
         for _ in range(300):

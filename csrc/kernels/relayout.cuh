@@ -4,6 +4,7 @@
 #pragma once
 
 #include "common.cuh"
+#include "exchange.h"
 #include "launch.h"
 #include "overlap.cuh"
 
@@ -119,15 +120,7 @@ inline int unit_of(const View& planes) {
   return static_cast<int>(all & -all);
 }
 
-// The same problem with rows and columns exchanged: copies to planes can have either of them side by side.
-inline Problem exchange(Problem p) {
-  for (View* view : {&p.input, &p.weight, &p.output}) std::swap(view->stride[2], view->stride[3]);
-  std::swap(p.height, p.width), std::swap(p.out_height, p.out_width), std::swap(p.kernel_h, p.kernel_w);
-  std::swap(p.padding_h, p.padding_w), std::swap(p.stride_h, p.stride_w), std::swap(p.dilation_h, p.dilation_w);
-  return p;
-}
-
-// Whether both images of a problem are copied to planes, with rows and columns exchanged or not.
+// Whether both images of a problem are copied to planes, which can have rows and columns exchanged as well.
 inline bool can_exchange(const Problem& p) {
   return !has_rows(p.input, p.width) && !has_rows(p.output, p.out_width) && p.input.stride[2] != 1 &&
          p.output.stride[2] != 1 && p.height > 1 && p.out_height > 1;

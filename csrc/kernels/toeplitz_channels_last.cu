@@ -1,14 +1,19 @@
-// Forward and grad_input of small kernels in channels_last in 16 bits, on tensor cores.
+// Forward and grad_input in channels_last in 16 bits, on tensor cores: of small kernels, of those that have few rows or
+// few columns, and of any on small images.
 //
 // A row of the kernel is, for one channel, a band matrix B of 16 columns in and 8 columns out, B[k][n] = weight[k - n]:
 // one multiplication of it from the left by 16 rows of pixels gives 16 x 8 sums. The upper 8 rows are pixels of 8
-// tiles, the lower 8 the same tiles 8 output columns on. A thread reads 4 channels of a pixel at once, and of
+// tiles, the lower 8 the same tiles 8 output columns on. A wider kernel has more such matrices in a row, each 16
+// columns further on, the last one perhaps of 8. A thread reads 4 channels of a pixel at once, or 2, and of
 // neighbouring pixels at that, so that a byte permutation for each register of A is all it takes to part the channels.
 //
-// A warp owns 4 channels, a block the slab that its warps make up, and `tiles` neighbouring tiles of 16 columns in each
-// of `streams` images. It marches down the rows of its images: a source row, read once from a ring in shared memory, is
-// added to all the output rows that it reaches, whose sums are in registers; the oldest of them is then complete.
-// Outputs go through shared memory, from where they are stored as they lie side by side.
+// A warp owns 4 channels, or 2, a block the slab that its warps make up, and `tiles` neighbouring tiles of 16 columns
+// in each of `streams` images. It marches down the rows of its images: a source row, read once from a ring in shared
+// memory, is added to all the output rows that it reaches, whose sums are in registers; the oldest of them is then
+// complete. Sums of all rows of an image fit as well if these are few: then the kernel may be of any size, and what it
+// meets of a row of pixels, other weights for each row, is read from shared memory. Rows may be columns, and columns
+// rows, which takes nothing but other strides: of a kernel those are marched down that are few. Outputs go through
+// shared memory, from where they are stored as they lie side by side.
 //
 // A row is a step. A warp arrives at the step's barrier as soon as it has read its pixels, and the outputs of two steps
 // before, from shared memory; what it writes later it writes for the next step. It waits for the others when it begins
@@ -29,37 +34,49 @@
 #include "march_channels_last.cuh"
 #include "overlap.cuh"
 #include "tensor_cores.cuh"
+#include "toeplitz_channels_last.h"
 
 namespace dwconv {
 namespace {
 
 constexpr int kTiles = 8;     // of a warp
-constexpr int kReach = 8;     // columns of the source that a tile reads beyond its own number
-constexpr int kChannels = 4;  // of a warp
 constexpr int kDepth = 8;     // rows of the ring: one to work on, the others on their way
 constexpr int kStages = 3;    // rows of outputs: one that is written, one that is waited for, one that is stored
-constexpr int kMaxQuads = 8;  // warps of a block, as the registers of the sums allow
+constexpr int kMaxWarps = 8;  // of a block, as the registers of the sums allow
 constexpr int kMiddle = 8;    // zeros before the weights of a band matrix
-constexpr int kTogether = 32 / kChannels;   // threads that load a channel's weights
 constexpr int kBarrier = 0, kRing = kUnit;  // where they are in shared memory
-// Bytes to the same weight in a copy that is a column further on: with both, any two neighbours are one word.
-constexpr int kCopy = 46;
-// Where matrices are read from shared memory each time: 8 bytes for an entry, its two neighbours and those 8 further
-// on, between as many entries as leave room for all that are written.
-constexpr int kPairEntries = 18, kPairMiddle = 9;
-constexpr int kPitch = 2 * kChannels * kMaxQuads + kUnit;  // bytes from pixel to pixel in shared memory
+constexpr int kPairMiddle = 9;              // entries before the weights, see Shape::kBandBytes
 
-// What a kernel is compiled for. kSplit: the lower 8 rows of a multiplication are not the next 8 columns, but those of
-// 8 more images, for images of at most 8 columns. kAligned: whether all copies are of 16 bytes. kKept: whether band
-// matrices stay in registers. The sums of 9 rows leave no room: their matrices are read from shared memory each time.
-template <int kKernelRows, bool kSplit_, bool kAligned_>
+// What a kernel is compiled for. kRows: rows of the kernel, which is as many rows of sums; or else, if kWhole, rows of
+// an image, all of whose sums there are at once, whatever the kernel. kBlocks: of 8 columns of the source that 8
+// columns of the target read. kSplit: the lower 8 rows of a multiplication are not the next 8 columns, but those of 8
+// more images, for images of at most 8 columns. kAligned: whether all copies are of 16 bytes.
+template <int kRows_, int kBlocks_, bool kSplit_, bool kAligned_, bool kWhole_ = false>
 struct Shape {
-  static constexpr int kRows = kKernelRows;
-  static constexpr bool kSplit = kSplit_, kAligned = kAligned_, kKept = kRows < 9;
-  static constexpr int kColumns = kSplit ? 8 : 16;  // of a tile
-  static constexpr int kPairs = kSplit ? 4 : 3;     // of pixels, 8 columns apart, that a thread reads
-  static constexpr int kBandBytes = kKept ? kBandRowBytes : 8 * kPairEntries;   // of a row of weights
-  static constexpr int kTurns = (kRows * kMaxBandColumns - 1) / kTogether + 1;  // weights that a thread loads
+  static constexpr int kRows = kRows_, kBlocks = kBlocks_;
+  static constexpr bool kSplit = kSplit_, kAligned = kAligned_, kWhole = kWhole_;
+  static constexpr int kChannels = kBlocks == 2 ? 4 : 2;  // of a warp
+  // Whether band matrices stay in registers, beside the sums, or are read from shared memory each time.
+  static constexpr bool kKept = !kWhole && kRows * kChannels * (4 + kBlocks) < 200;
+  static constexpr int kColumns = kSplit ? 8 : 16;             // of a tile
+  static constexpr int kPairs = kSplit ? 4 : kBlocks + 1;      // of pixels, 8 columns apart, that a thread multiplies
+  static constexpr int kReach = kWhole ? 0 : 8 * kBlocks - 8;  // columns of the source beyond those of the last tile
+  static constexpr int kPitch = 2 * kChannels * kMaxWarps + kUnit;  // bytes from pixel to pixel in shared memory
+  using Pixel = std::conditional_t<kChannels == 4, uint2, uint32_t>;
+
+  static constexpr int kBandRows = kWhole ? 2 * kRows - 1 : kRows;  // rows of the kernel that are prepared
+  // Bytes to the same weight in a copy that is a column further on: with both, any two neighbours are one word.
+  static constexpr int kCopy = 2 * (8 * kBlocks + 7);
+  // Of a row of weights: both copies; or 8 bytes for an entry, its two neighbours and those 8 further on, between as
+  // many entries as leave room for all that are written.
+  static constexpr int kBandBytes = kKept ? 32 * (kBlocks + 1) : 8 * (kWhole ? 8 * kBlocks + kPairMiddle : 18);
+  static constexpr int kTogether = 32 / kChannels;     // threads that load a channel's weights
+  static constexpr int kMaxColumns = 8 * kBlocks - 7;  // of the kernel
+  static constexpr int kTurns =
+      kWhole ? 16 : (kRows * kMaxColumns - 1) / kTogether + 1;  // weights a thread has at once
+
+  // Where a column lies in a row in shared memory.
+  static __host__ __device__ constexpr int place_of(int column) { return column * kPitch + column / 16 * kUnit; }
 };
 
 // An array (N, height, width, channels), and how the threads of a block copy a row of it.
@@ -89,6 +106,8 @@ struct Toeplitz {
   int64_t bias_stride;
   int kernel_h, kernel_w;
 
+  int lead;       // columns of the source before a tile's first column from which on it is read
+  int first_tap;  // the column of the kernel that the first of them meets in a tile's first column
   int tiles, streams;
   int slab;                               // channels of a block
   int slot_bytes, stage_bytes, stage_at;  // rows of the ring, and of outputs behind it
@@ -100,11 +119,6 @@ struct Toeplitz {
   bool clear;                             // whether there is something outside the images, which is never loaded
   Divider by_slabs, by_rows, by_height, by_kernel_w;
 };
-
-// Where a column lies in a row in shared memory.
-__host__ __device__ constexpr int place_of(int column) {
-  return column * kPitch + column / 16 * kUnit;
-}
 
 // A thread's part of every row that its block copies: some columns of some images, a few channels.
 template <class Shape>
@@ -130,7 +144,7 @@ class Share {
     if (Shape::kAligned && left_ == 1)  // there are either more images or more columns
 #pragma unroll 1
       for (int i = begin_ + r.columns_at_once; i < end_; i += r.columns_at_once) ++left_;
-    place_ = stream * r.stream_bytes + part + (Shape::kAligned ? place_of(begin_) : 0);
+    place_ = stream * r.stream_bytes + part + (Shape::kAligned ? Shape::place_of(begin_) : 0);
     at_ = r.base + (image * r.image_bytes + row * r.row_bytes +
                     static_cast<int64_t>(first_column + begin_) * r.pixel_bytes + slab * 2 + part);
   }
@@ -204,7 +218,7 @@ class Share {
         char* pixel = at;
 #pragma unroll 1
         for (int column = begin_; column < end_; column += r.columns_at_once, pixel += r.column_step)
-          visit(pixel, place + place_of(column), word);
+          visit(pixel, place + Shape::place_of(column), word);
       }
     };
     switch (r.unit) {
@@ -220,7 +234,17 @@ class Share {
 // Output rows [begin, end) of all groups of images, as far as they are of one group.
 template <class Shape>
 __device__ Run run_of(const Toeplitz& a, int begin, int end) {
-  return run_of<1, Shape::kRows>(a.by_height, a.padding_h, a.source.height, begin, end);
+  if constexpr (Shape::kWhole) {
+    Run r;
+    uint32_t group = begin;
+    r.begin = a.by_height.split(group);
+    r.image = group;
+    r.end = min(a.target.height, r.begin + end - begin);
+    r.row = 0, r.row_end = a.source.height;
+    return r;
+  } else {
+    return run_of<1, Shape::kRows>(a.by_height, a.padding_h, a.source.height, begin, end);
+  }
 }
 
 // Source rows of a block on their way to the ring.
@@ -299,22 +323,31 @@ class Drain {
   int left_ = 0, stage_ = 0;  // rows of the run, and where the next one is
 };
 
-// The weights of a slab on their way to shared memory.
+// The weights of a slab on their way to shared memory, or as many of them as threads have at once.
 template <typename T, class Shape>
 class Weights {
  public:
-  __device__ Weights(const Toeplitz& a, int slab) {
-    const int channel = threadIdx.x / kTogether;
+  static constexpr int kTaps = Shape::kTurns * Shape::kTogether;
+
+  // From `first` on: the kernel's taps are numbered row by row.
+  __device__ Weights(const Toeplitz& a, int slab, int first) {
+    const int channel = threadIdx.x / Shape::kTogether;
     const T* from = static_cast<const T*>(a.weight) + (slab + channel) * a.weight_filter;
     const int taps = slab + channel < a.channels ? a.kernel_h * a.kernel_w : 0;
 #pragma unroll
     for (int t = 0; t < Shape::kTurns; ++t) {
-      const int tap = threadIdx.x % kTogether + t * kTogether;
+      const int tap = first + threadIdx.x % Shape::kTogether + t * Shape::kTogether;
       uint32_t row = tap;
       const int column = a.by_kernel_w.split(row);
-      const int place = Shape::kKept ? 2 * (kMiddle + column) : 8 * (kPairMiddle + column);
-      to_[t] = tap < taps ? a.bands_at + (channel * Shape::kRows + row) * Shape::kBandBytes + place : 0;
+      const int entry = Shape::kBlocks == 2 ? column : column - a.first_tap;
+      const int band = static_cast<int>(row) + (Shape::kWhole ? Shape::kRows - 1 - a.padding_h : 0);
+      bool there = tap < taps;
+      if (Shape::kBlocks > 2) there = there && entry > -8 && entry < 8 * Shape::kBlocks;
+      if (Shape::kWhole) there = there && band >= 0 && band < Shape::kBandRows;
+      const int place = Shape::kKept ? 2 * (kMiddle + entry) : 8 * (kPairMiddle + entry);
+      to_[t] = there ? a.bands_at + (channel * Shape::kBandRows + band) * Shape::kBandBytes + place : 0;
       from_[t] = from + static_cast<int>(row) * a.weight_row + column * a.weight_column;
+      if (Shape::kWhole && entry >= 0) far_ |= 1u << t;
     }
   }
 
@@ -332,10 +365,12 @@ class Weights {
       if (to_[t] == 0) continue;
       const auto write = [&](int offset) { shared<T>(to_[t] + offset) = value_[t]; };
       write(0);
-      if (Shape::kKept)
-        write(kCopy);
-      else  // the entry before has it as its second neighbour, those 8 and 9 before in their second words
-        write(2 - 8 * 1), write(4 - 8 * 8), write(6 - 8 * 9);
+      if constexpr (Shape::kKept) {
+        write(Shape::kCopy);
+      } else {  // the entry before has it as its second neighbour, those 8 and 9 before in their second words
+        write(2 - 8 * 1);
+        if (!Shape::kWhole || far_ >> t & 1) write(4 - 8 * 8), write(6 - 8 * 9);
+      }
     }
   }
 
@@ -343,6 +378,7 @@ class Weights {
   const T* from_[Shape::kTurns];
   T value_[Shape::kTurns];
   int to_[Shape::kTurns];
+  uint32_t far_ = 0;  // of those whose entries may have others 8 and 9 before
 };
 
 // Computes those outputs of a channel in one column of rows [begin, end) that are not finite again.
@@ -367,6 +403,7 @@ __device__ __noinline__ void column_by_taps(const Toeplitz& a, int begin, int en
 }
 
 // Fills those columns of the ring with zeros that lie outside the image.
+template <class Shape>
 __device__ void clear_edges(const Toeplitz& a, int first_column) {
   const Rows& r = a.source;
   const int before = max(-first_column, 0), end = max(min(r.columns, r.width - first_column), before);
@@ -376,18 +413,19 @@ __device__ void clear_edges(const Toeplitz& a, int first_column) {
       uint32_t column = i;
       const int part = r.by_units.split(column) * kUnit;
       const int at = static_cast<int>(column) < before ? column : column - before + end;
-      shared<uint4>(kRing + row * r.stream_bytes + place_of(at) + part) = {};
+      shared<uint4>(kRing + row * r.stream_bytes + Shape::place_of(at) + part) = {};
     }
 }
 
 // Rows [begin, end) of all groups of images, from `slab` and `first_column` on.
 template <typename T, class Shape>
 __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, int end, uint32_t& parity) {
-  constexpr int kRows = Shape::kRows;
-  constexpr bool kSplit = Shape::kSplit;
+  constexpr int kRows = Shape::kRows, kBlocks = Shape::kBlocks, kChannels = Shape::kChannels;
+  constexpr bool kSplit = Shape::kSplit, kWhole = Shape::kWhole;
+  const int first_source = kWhole ? 0 : first_column - a.lead;
   // What takes no memory goes before the kernel before has ended.
-  Weights<T, Shape> weights(a, slab);
-  Feed<Shape> feed(a, slab, first_column - a.padding_w, begin, end);
+  Weights<T, Shape> weights(a, slab, 0);
+  Feed<Shape> feed(a, slab, first_source, begin, end);
   feed.find(a);
   // Zeros for all that is never loaded: if that is but the columns beside the images, the first loads go before.
   const bool edges = Shape::kAligned && slab + a.slab <= a.channels && end <= a.whole_rows;
@@ -400,29 +438,41 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
   weights.load();
 #pragma unroll 1
   for (int i = 0; i < kDepth - 1; ++i) feed.load(a);
-  if (a.clear && edges) clear_edges(a, first_column - a.padding_w);
-  for (int i = threadIdx.x * kUnit; i < a.slab * kRows * Shape::kBandBytes; i += blockDim.x * kUnit)
+  if (a.clear && edges) clear_edges<Shape>(a, first_source);
+  for (int i = threadIdx.x * kUnit; i < a.slab * Shape::kBandRows * Shape::kBandBytes; i += blockDim.x * kUnit)
     shared<uint4>(a.bands_at + i) = {};
   __syncthreads();
   weights.write();
+  if (kBlocks > 2)
+#pragma unroll 1
+    for (int tap = Weights<T, Shape>::kTaps; tap < a.kernel_h * a.kernel_w; tap += Weights<T, Shape>::kTaps) {
+      Weights<T, Shape> more(a, slab, tap);
+      more.load();
+      more.write();
+    }
   __syncthreads();
 
-  const int lane = threadIdx.x % 32, quad = threadIdx.x / 32, number = lane / 4, pair = lane % 4 * 2;
-  const int channel = slab + quad * kChannels;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, number = lane / 4, pair = lane % 4 * 2;
+  const int channel = slab + warp * kChannels;
   const int entry = pair - number;  // of the thread's first pair in a row of weights
-  const int bands = a.bands_at + quad * kChannels * kRows * Shape::kBandBytes +
-                    (Shape::kKept ? 2 * (kMiddle + entry) + (entry & 1) * kCopy : 8 * (kPairMiddle + entry));
-  const auto read_band = [&](int c, int i) {
-    const int at = bands + (c * kRows + i) * Shape::kBandBytes;
-    return Shape::kKept ? uint2{shared<uint32_t>(at), shared<uint32_t>(at + 16)} : shared<uint2>(at);
+  const int bands = a.bands_at + warp * kChannels * Shape::kBandRows * Shape::kBandBytes +
+                    (Shape::kKept ? 2 * (kMiddle + entry) + (entry & 1) * Shape::kCopy : 8 * (kPairMiddle + entry));
+  // The matrices of blocks `block` and `block` + 1, or of the last block alone, at a row of weights.
+  const auto read_band = [&](int at, int block) {
+    if (block + 1 == kBlocks) return uint2{shared<uint32_t>(at + (Shape::kKept ? 16 : 64) * block), 0};
+    if (!Shape::kKept) return shared<uint2>(at + 64 * block);
+    return uint2{shared<uint32_t>(at + 16 * block), shared<uint32_t>(at + 16 * block + 16)};
   };
-  uint2 kept[kChannels][kRows];
+  uint2 kept[kChannels][kRows][(kBlocks + 1) / 2];
   float bias[kChannels];
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
     if constexpr (Shape::kKept)
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) kept[c][i] = read_band(c, i);
+      for (int i = 0; i < kRows; ++i)
+#pragma unroll
+        for (int block = 0; block < kBlocks; block += 2)
+          kept[c][i][block / 2] = read_band(bands + (c * kRows + i) * Shape::kBandBytes, block);
     bias[c] = 0;
     if (a.bias && channel + c < a.channels)
       bias[c] = widen(__ldg(static_cast<const T*>(a.bias) + (channel + c) * a.bias_stride));
@@ -431,11 +481,11 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
   // The thread's tiles, one of the upper 8 rows and one of the lower, and its pixels of them.
   const bool live = number < a.tiles * a.streams, lower_live = kSplit ? number + kTiles < a.streams : live;
   const int stream = live ? number / a.tiles : 0, tile = live ? number % a.tiles : 0;
-  const int column = place_of(tile * Shape::kColumns + pair) + quad * kChannels * 2;
+  const int column = Shape::place_of(tile * Shape::kColumns + pair) + warp * kChannels * 2;
   const int from = kRing + stream * a.source.stream_bytes + column;
   const int to = a.stage_at + stream * a.target.stream_bytes + column;
   const int from_lower = kSplit && lower_live ? from + kTiles * a.source.stream_bytes : from;
-  const int to_lower = kSplit ? to + kTiles * a.target.stream_bytes : to + place_of(8);
+  const int to_lower = kSplit ? to + kTiles * a.target.stream_bytes : to + Shape::place_of(8);
 
   Drain<Shape> drain(a, slab, first_column, begin, end);
   typename Share<Shape>::Units units;
@@ -448,13 +498,20 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
       const auto low = narrow_pair(sum[0][v] + bias[0], sum[1][v] + bias[1], T{});
-      const auto high = narrow_pair(sum[2][v] + bias[2], sum[3][v] + bias[3], T{});
 #if __CUDA_ARCH__ >= 800
-      zero = __hfma2(low, none, zero), also_zero = __hfma2(high, none, also_zero);
+      zero = __hfma2(low, none, zero);
 #endif
-      if (v < 2 ? live : lower_live)
-        shared<uint2>((v < 2 ? to : to_lower) + stage + place_of(v % 2)) = {reinterpret_cast<const uint32_t&>(low),
-                                                                            reinterpret_cast<const uint32_t&>(high)};
+      const int at = (v < 2 ? to : to_lower) + stage + Shape::place_of(v % 2);
+      if constexpr (kChannels == 4) {
+        const auto high = narrow_pair(sum[2][v] + bias[2], sum[3][v] + bias[3], T{});
+#if __CUDA_ARCH__ >= 800
+        also_zero = __hfma2(high, none, also_zero);
+#endif
+        if (v < 2 ? live : lower_live)
+          shared<uint2>(at) = {reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high)};
+      } else {
+        if (v < 2 ? live : lower_live) shared<uint32_t>(at) = reinterpret_cast<const uint32_t&>(low);
+      }
     }
     stage += a.stage_bytes;
     if (stage == kStages * a.stage_bytes) stage = 0;
@@ -480,17 +537,23 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
   for (int at = begin; at < end;) {
     const Run r = run_of<Shape>(a, at, end);
     at += r.end - r.begin;
-    float sum[kRows][kChannels][4] = {};        // of the output rows under way, the oldest first
-    int y = r.row + a.padding_h - (kRows - 1);  // the oldest, which a source row completes
+    // Of the output rows under way, the oldest first. The oldest, y, is complete with a source row; all are with the
+    // last one if kWhole, which is when y is the first.
+    float sum[kRows][kChannels][4] = {};
+    int y = kWhole ? r.begin - (r.row_end - 1) : r.row + a.padding_h - (kRows - 1);
     for (int row = r.row; row < r.row_end; ++row, ++y) {
       begin_step();
-      uint2 x[2 * Shape::kPairs];
+      // Pairs of pixels, but for those of blocks outside of the image.
+      typename Shape::Pixel x[2 * Shape::kPairs] = {};
 #pragma unroll
       for (int j = 0; j < 2 * Shape::kPairs; ++j) {
+        using Pixel = typename Shape::Pixel;
         if (kSplit)
-          x[j] = shared<uint2>((j < 4 ? from : from_lower) + slot + place_of(j / 2 % 2 * 8 + j % 2));
-        else
-          x[j] = shared<uint2>(from + slot + place_of(j / 2 * 8 + j % 2));
+          x[j] = shared<Pixel>((j < 4 ? from : from_lower) + slot + Shape::place_of(j / 2 % 2 * 8 + j % 2));
+        else if (!kWhole)
+          x[j] = shared<Pixel>(from + slot + Shape::place_of(j / 2 * 8 + j % 2));
+        else if (j / 2 == 1 || j / 2 == 2)
+          x[j] = shared<Pixel>(from + slot + Shape::place_of((j / 2 - 1) * 8 + j % 2));
       }
       slot += a.slot_bytes;
       if (slot == kDepth * a.slot_bytes) slot = 0;
@@ -499,26 +562,43 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
       arrive_step();
       feed.load(a);
       if (stores) drain.store(a, units);
+      const int row_bands = bands + row * Shape::kBandBytes;  // if kWhole
 #pragma unroll
-      for (int c = 0; c < kChannels; ++c) {
-        const auto pair = [&](int j) {
-          return __byte_perm(c < 2 ? x[2 * j].x : x[2 * j].y, c < 2 ? x[2 * j + 1].x : x[2 * j + 1].y,
-                             c % 2 == 0 ? 0x5410 : 0x7632);
-        };
-        // The same by another instruction: of a copy, a move would be left before every multiplication.
-        const auto same_pair = [&](int j) {
-          return __byte_perm(c < 2 ? x[2 * j + 1].x : x[2 * j + 1].y, c < 2 ? x[2 * j].x : x[2 * j].y,
-                             c % 2 == 0 ? 0x1054 : 0x3276);
-        };
-        const uint32_t pairs[4] = {pair(0), kSplit ? pair(2) : same_pair(1), pair(1), pair(Shape::kPairs - 1)};
-        const float nothing[4] = {};
+      for (int block = 0; block < kBlocks; block += 2)
 #pragma unroll
-        for (int o = 0; o < kRows; ++o) {
-          const int i = kRows - 1 - o;
-          const uint2 band = Shape::kKept ? kept[c][i] : read_band(c, i);
-          multiply(sum[o][c], o + 1 < kRows ? std::as_const(sum[o + 1][c]) : nothing, pairs, {band.x, band.y}, T{});
+        for (int c = 0; c < kChannels; ++c) {
+          const auto word = [&](int j) {
+            if constexpr (kChannels == 4)
+              return c < 2 ? x[j].x : x[j].y;
+            else
+              return x[j];
+          };
+          const auto pair = [&](int j) {
+            return __byte_perm(word(2 * j), word(2 * j + 1), c % 2 == 0 ? 0x5410 : 0x7632);
+          };
+          // The same by another instruction: of a copy, a move would be left before every multiplication.
+          const auto same_pair = [&](int j) {
+            return __byte_perm(word(2 * j + 1), word(2 * j), c % 2 == 0 ? 0x1054 : 0x3276);
+          };
+          const bool last = block + 1 == kBlocks;  // alone
+          const uint32_t pairs[4] = {pair(block), kSplit ? pair(2) : same_pair(block + 1), last ? 0 : pair(block + 1),
+                                     last ? 0 : pair(kSplit ? 3 : block + 2)};
+          const float nothing[4] = {};
+#pragma unroll
+          for (int o = 0; o < kRows; ++o) {
+            const int i = kRows - 1 - o;
+            const uint2 band =
+                Shape::kKept
+                    ? kept[c][i][block / 2]
+                    : read_band((kWhole ? row_bands : bands) + (c * Shape::kBandRows + i) * Shape::kBandBytes, block);
+            if (last)
+              multiply(sum[o][c], {pairs[0], pairs[1]}, band.x, T{});
+            else if (kWhole || block > 0)
+              multiply(sum[o][c], std::as_const(sum[o][c]), pairs, {band.x, band.y}, T{});
+            else
+              multiply(sum[o][c], o + 1 < kRows ? std::as_const(sum[o + 1][c]) : nothing, pairs, {band.x, band.y}, T{});
+          }
         }
-      }
       if (y >= r.begin) write(sum[0]);
     }
     // What no further row of the image reaches is complete as it is.
@@ -551,7 +631,7 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
 // The blocks of a slab share the rows of all spans evenly: one may have the end of a span and the head of the next.
 // Those of all slabs for the same rows are neighbours, and so use what they read of a pixel's sectors at the same time.
 template <typename T, class Shape>
-__global__ void __launch_bounds__(32 * kMaxQuads, 1) toeplitz_channels_last(const __grid_constant__ Toeplitz a) {
+__global__ void __launch_bounds__(32 * kMaxWarps, 1) toeplitz_channels_last(const __grid_constant__ Toeplitz a) {
   uint32_t worker = blockIdx.x, parity = 0;
   if (threadIdx.x == 0) init_barrier(kBarrier, blockDim.x / 32);
   __syncthreads();
@@ -576,17 +656,24 @@ Rows rows_of(const View& view, int64_t batch, int64_t channels, int64_t height, 
   return r;
 }
 
-// Fills in what a block has of an array, whose threads are as many as 4 times the bytes of a slab.
+// Pixels of `unit` bytes at once that a block copies together: 32 threads for the channels of each warp.
+template <class Shape>
+int pixels_at_once(int unit) {
+  return 16 / Shape::kChannels * unit;
+}
+
+// Fills in what a block has of an array.
+template <class Shape>
 void cut_rows(Rows& r, const Toeplitz& a, int columns) {
   r.columns = columns;
   // From one image to the next as from one tile to the next.
-  const int bytes = place_of(columns) + kUnit - 1 & -kUnit, apart = a.tiles * kUnit % 128;
+  const int bytes = Shape::place_of(columns) + kUnit - 1 & -kUnit, apart = a.tiles * kUnit % 128;
   r.stream_bytes = bytes + (apart - bytes % 128 + 128) % 128;
-  const int at_once = 4 * r.unit, there = std::min(columns, r.width);  // pixels
+  const int at_once = pixels_at_once<Shape>(r.unit), there = std::min(columns, r.width);  // pixels
   r.columns_at_once = std::min(at_once, there), r.streams_at_once = at_once / r.columns_at_once;
   r.column_step = r.columns_at_once * r.pixel_bytes, r.stream_step = r.streams_at_once * r.image_bytes;
   r.step = there > at_once ? r.column_step : r.stream_step;
-  r.place_step = there > at_once ? place_of(at_once) : r.streams_at_once * r.stream_bytes;
+  r.place_step = there > at_once ? Shape::place_of(at_once) : r.streams_at_once * r.stream_bytes;
   r.by_units = Divider(2 * a.slab / r.unit), r.by_columns = Divider(r.columns_at_once);
 }
 
@@ -595,23 +682,24 @@ void cut_rows(Rows& r, const Toeplitz& a, int columns) {
 template <class Shape>
 int cut(Toeplitz& a, int64_t room, int most_streams) {
   // Slabs begin at a multiple of a sector of 32 bytes.
-  const int64_t quads = ceil_div(a.channels, kChannels), slabs = ceil_div(quads, kMaxQuads);
-  a.slab = static_cast<int>(slabs == 1 ? quads : round_up(ceil_div(quads, slabs), 4)) * kChannels;
+  constexpr int kChannels = Shape::kChannels;
+  const int64_t warps = ceil_div(a.channels, kChannels), slabs = ceil_div(warps, kMaxWarps);
+  a.slab = static_cast<int>(slabs == 1 ? warps : round_up(ceil_div(warps, slabs), 16 / kChannels)) * kChannels;
   a.by_slabs = Divider(ceil_div(a.channels, a.slab));
   const int64_t tiles = ceil_div(a.target.width, Shape::kColumns);
   for (int most = kTiles;; --most) {  // as many tiles as fit
     a.spans = static_cast<int>(ceil_div(tiles, most)), a.tiles = static_cast<int>(ceil_div(tiles, a.spans));
     a.streams = std::min({(Shape::kSplit ? 2 : 1) * most / a.tiles, a.batch, most_streams});
-    if (Shape::kAligned && a.source.width > 4 * kUnit) a.streams = 1;  // see Rows
-    cut_rows(a.source, a, a.tiles * Shape::kColumns + kReach);
-    cut_rows(a.target, a, a.tiles * Shape::kColumns);
+    if (Shape::kAligned && a.source.width > pixels_at_once<Shape>(kUnit)) a.streams = 1;  // see Rows
+    cut_rows<Shape>(a.source, a, a.tiles * Shape::kColumns + Shape::kReach);
+    cut_rows<Shape>(a.target, a, a.tiles * Shape::kColumns);
     a.slot_bytes = a.streams * a.source.stream_bytes, a.stage_bytes = a.streams * a.target.stream_bytes;
     a.stage_at = kRing + kDepth * a.slot_bytes;
     a.rows = static_cast<int>(ceil_div(a.batch, a.streams) * a.target.height);
     a.whole_rows = a.batch / a.streams * a.target.height;
     a.clear = a.batch % a.streams != 0 || a.channels % a.slab != 0 || a.padding_w > 0 ||
-              a.source.width < tiles * Shape::kColumns + kReach;
-    const int stages = kStages * a.stage_bytes, weights = a.slab * Shape::kRows * Shape::kBandBytes;
+              a.source.width < tiles * Shape::kColumns + Shape::kReach;
+    const int stages = kStages * a.stage_bytes, weights = a.slab * Shape::kBandRows * Shape::kBandBytes;
     a.bands_at = a.stage_at + (Shape::kKept ? 0 : stages);
     const int bytes = std::max(a.stage_at + stages, a.bands_at + weights);
     if (bytes <= room || most == 1) return bytes;
@@ -621,23 +709,27 @@ int cut(Toeplitz& a, int64_t room, int most_streams) {
 // The number of images for which whole groups of them make even shares, if these cost less than shares cut anywhere,
 // which load the rows around a cut twice; or else 0. The costs are estimates in steps of a block with all its images; a
 // quarter of a step does not depend on how many there are.
-int even_streams(const Toeplitz& a, int rows) {
+template <class Shape>
+int even_streams(const Toeplitz& a) {
   const double part = static_cast<double>(a.rows) * a.spans / a.workers;
   const int groups = a.rows / a.target.height * a.spans, share = static_cast<int>(ceil_div(groups, a.workers));
   const int streams = static_cast<int>(ceil_div(a.batch, std::max(a.workers * share / a.spans, 1)));
   if (streams > a.streams || ceil_div(a.batch, streams) * a.spans > int64_t{a.workers} * share) return 0;
-  const double behind = (rows - 1) / 2.;  // rows that complete an image
+  const double behind = (Shape::kRows - 1) / 2.;  // rows that complete an image
   const double whole = share * (a.target.height + behind) * (0.25 + 0.75 * streams / a.streams);
-  const double any = part * (1 + behind / a.target.height) + rows - 1;
-  return whole < any ? streams : 0;
+  const double any = part * (1 + behind / a.target.height) + Shape::kRows - 1;
+  return Shape::kWhole || whole < any ? streams : 0;
 }
+
+template <int value>
+using Number = std::integral_constant<int, value>;
 
 template <typename T, class Shape>
 void launch(Toeplitz a, cudaStream_t stream) {
   const Device& device = current_device();
   const auto kernel = toeplitz_channels_last<T, Shape>;
   int bytes = cut<Shape>(a, device.shared_per_block, a.batch);
-  const int threads = a.slab / kChannels * 32;
+  const int threads = a.slab / Shape::kChannels * 32;
   static thread_local Decisions<3, int> decisions;  // blocks on a multiprocessor
   const int resident = decisions({device.id, threads, bytes}, [&] {
     int blocks = 0;
@@ -648,8 +740,9 @@ void launch(Toeplitz a, cudaStream_t stream) {
   const int64_t slabs = a.by_slabs.divisor, slots = int64_t{resident} * device.multiprocessors;
   a.workers = static_cast<int>(std::min(std::max<int64_t>(slots / slabs, 1), int64_t{a.rows} * a.spans));
   int grain = 1;
-  if (const int streams = even_streams(a, Shape::kRows)) {
-    bytes = cut<Shape>(a, device.shared_per_block, streams);
+  const int even = even_streams<Shape>(a);
+  if (even > 0) bytes = cut<Shape>(a, device.shared_per_block, even);
+  if (even > 0 || Shape::kWhole) {
     grain = a.target.height;
     a.workers = static_cast<int>(std::min<int64_t>(a.workers, int64_t{a.rows / grain} * a.spans));
   }
@@ -660,7 +753,10 @@ void launch(Toeplitz a, cudaStream_t stream) {
 
 }  // namespace
 
-void launch_toeplitz_channels_last(const Problem& p, cudaStream_t stream) {
+void launch_toeplitz_channels_last(const Problem& problem, cudaStream_t stream) {
+  const bool exchanged = band_shape_of(problem) == BandShape::kNone;
+  const Problem p = exchanged ? exchange(problem) : problem;
+  const BandShape shape = band_shape_of(p);
   const Mapping map(p);
   Toeplitz a{};
   a.batch = static_cast<int>(p.batch), a.channels = map.sources;
@@ -671,24 +767,40 @@ void launch_toeplitz_channels_last(const Problem& p, cudaStream_t stream) {
   a.weight_row = map.weight.stride[2], a.weight_column = map.weight.stride[3];
   a.bias = map.bias, a.bias_stride = map.bias_stride;
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
+  a.lead = shape == BandShape::kSmall   ? a.padding_w
+           : shape == BandShape::kWhole ? kWholeLead
+                                        : BandWindow(map, a.kernel_w).lead;
+  a.first_tap = a.padding_w - a.lead;
   a.by_height = Divider(map.out_height), a.by_kernel_w = Divider(p.kernel_w);
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
-      const auto launch_rows = [&](auto rows) {
-        const bool split = map.out_width <= kTiles && p.batch > kTiles;
-        const bool aligned = std::min(a.source.unit, a.target.unit) == kUnit;
-        const auto launch_split = [&](auto split) {
-          aligned ? launch<T, Shape<rows, split, true>>(a, stream) : launch<T, Shape<rows, split, false>>(a, stream);
-        };
-        split ? launch_split(std::true_type{}) : launch_split(std::false_type{});
+      const bool aligned = std::min(a.source.unit, a.target.unit) == kUnit;
+      const auto launch_rows = [&](auto rows, auto blocks, auto split, auto whole) {
+        aligned ? launch<T, Shape<rows, blocks, split, true, whole>>(a, stream)
+                : launch<T, Shape<rows, blocks, split, false, whole>>(a, stream);
       };
-      if (p.kernel_h <= 5)
-        launch_rows(std::integral_constant<int, 5>{});
-      else if (p.kernel_h <= 7)
-        launch_rows(std::integral_constant<int, 7>{});
-      else
-        launch_rows(std::integral_constant<int, 9>{});
+      constexpr std::true_type kYes{};
+      constexpr std::false_type kNo{};
+      const auto launch_small = [&](auto rows) {
+        const bool split = map.out_width <= kTiles && p.batch > kTiles;
+        split ? launch_rows(rows, Number<2>{}, kYes, kNo) : launch_rows(rows, Number<2>{}, kNo, kNo);
+      };
+      switch (shape) {
+        case BandShape::kSmall:
+          if (p.kernel_h <= 5)
+            launch_small(Number<5>{});
+          else if (p.kernel_h <= 7)
+            launch_small(Number<7>{});
+          else
+            launch_small(Number<kMaxSmallRows>{});
+          break;
+        case BandShape::kTall: launch_rows(Number<kMaxTallRows>{}, Number<kTallBlocks>{}, kNo, kNo); break;
+        case BandShape::kWide: launch_rows(Number<kMaxWideRows>{}, Number<kWideBlocks>{}, kNo, kNo); break;
+        case BandShape::kWhole: launch_rows(Number<kMaxWholeRows>{}, Number<kWholeBlocks>{}, kNo, kYes); break;
+        case BandShape::kNone:
+          throw std::runtime_error("dwconv: no kernel of toeplitz_channels_last is compiled for this");
+      }
     }
   });
 }
