@@ -80,7 +80,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const Ten
 }
 
 Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
-               const Ints& padding, const Ints& dilation) {
+               const Ints& padding, const Ints& dilation, bool /*allow_fft*/) {
   return run_forward(input, weight, bias, {stride, padding, dilation});
 }
 
@@ -89,7 +89,7 @@ Tensor forward_packed(const Tensor& input, const Tensor& weight, const std::opti
 }
 
 Tensor grad_input(const Tensor& grad_output, const Tensor& weight, const Ints& input_size, const Ints& stride,
-                  const Ints& padding, const Ints& dilation, bool channels_last) {
+                  const Ints& padding, const Ints& dilation, bool channels_last, bool /*allow_fft*/) {
   const Geometry geometry{stride, padding, dilation};
   const Problem problem = check_grad_input(grad_output, weight, input_size, geometry);
   // Of the input only sizes and memory format count: its memory is neither read nor written.
@@ -101,7 +101,8 @@ Tensor grad_input(const Tensor& grad_output, const Tensor& weight, const Ints& i
 }
 
 std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad_output, const Tensor& input, const Ints& kernel_size,
-                                       const Ints& stride, const Ints& padding, const Ints& dilation, bool bias) {
+                                       const Ints& stride, const Ints& padding, const Ints& dilation, bool bias,
+                                       bool /*allow_fft*/) {
   const Geometry geometry{stride, padding, dilation};
   const Problem problem = check_grad_weight(grad_output, input, kernel_size, geometry);
   const Tensor weight = empty({problem.filters(), 1, problem.kernel_h, problem.kernel_w}, false, input);

@@ -54,12 +54,20 @@ Tensor cast(const Tensor& tensor, const char* name, const Tensor& like) {
   return *room;
 }
 
-// Launches what the problem asks for; `plan` forces one by name unless it is empty.
-void run(Problem& problem, const Tensor& like, const std::string& plan) {
+// How a call is to be served: by the plan of that name, unless it is empty; with Fourier transforms among the plans,
+// which naming one allows.
+struct By {
+  std::string plan;
+  bool allow_fft = !plan.empty();
+};
+
+// Launches what the problem asks for.
+void run(Problem& problem, const Tensor& like, const By& by) {
   const int32_t device = like.get_device_index();
   problem.capability = device_of(device).capability;
   problem.shared_memory = device_of(device).shared_per_block;
-  const Plan& chosen = plan.empty() ? choose(problem) : choose(problem, plan);
+  problem.allow_fft = by.allow_fft;
+  const Plan& chosen = by.plan.empty() ? choose(problem) : choose(problem, by.plan);
   if (problem.pass != Pass::kGradWeight && problem.batch == 0) return;  // nothing to write
   const On on(like);
   const cudaStream_t stream = on.stream();
@@ -68,6 +76,8 @@ void run(Problem& problem, const Tensor& like, const std::string& plan) {
     return scratch.emplace_back(empty({bytes / size_of(problem.dtype) + 1}, false, like)).data_ptr();
   };
   switch (chosen.id) {
+    case PlanId::kFft: return launch_fft(problem, allocate, stream);
+    case PlanId::kFftGradWeight: return launch_fft_grad_weight(problem, allocate, stream);
     case PlanId::kScale: return launch_scale(problem, stream);
     case PlanId::kDirect: return launch_direct(problem, stream);
     case PlanId::kDirectGradWeight: return launch_direct_grad_weight(problem, stream);
@@ -103,37 +113,37 @@ void run(Problem& problem, const Tensor& like, const std::string& plan) {
 }
 
 Tensor run_forward(const Tensor& input, const Tensor& given_weight, const std::optional<Tensor>& given_bias,
-                   const Geometry& geometry, const std::string& plan = {}) {
+                   const Geometry& geometry, const By& by = {}) {
   const Tensor weight = geometry.casts ? cast(given_weight, "weight", input) : given_weight;
   const std::optional<Tensor> bias = geometry.casts && given_bias ? cast(*given_bias, "bias", input) : given_bias;
   Problem problem = check_forward(input, weight, bias, geometry);
   Tensor output = empty({problem.batch, problem.filters(), problem.out_height, problem.out_width},
                         output_is_channels_last(input, weight), input);
   problem.output = view_of(output);
-  run(problem, input, plan);
+  run(problem, input, by);
   return output;
 }
 
 Tensor run_grad_input(const Tensor& grad_output, const Tensor& weight, IntsRef input_size, const Geometry& geometry,
-                      bool channels_last, const std::string& plan = {}) {
+                      bool channels_last, const By& by = {}) {
   Problem problem = check_grad_input(grad_output, weight, input_size, geometry);
   Tensor grad_input = empty(input_size, channels_last, grad_output);
   problem.input = view_of(grad_input);
-  run(problem, grad_output, plan);
+  run(problem, grad_output, by);
   return grad_input;
 }
 
 // The gradient of the bias is there only if it is wanted.
 std::tuple<Tensor, std::optional<Tensor>> run_grad_weight(const Tensor& grad_output, const Tensor& input,
                                                           IntsRef kernel_size, const Geometry& geometry, bool bias,
-                                                          const std::string& plan = {}) {
+                                                          const By& by = {}) {
   Problem problem = check_grad_weight(grad_output, input, kernel_size, geometry);
   Tensor grad_weight = empty({problem.filters(), 1, problem.kernel_h, problem.kernel_w}, false, input);
   std::optional<Tensor> grad_bias;
   if (bias) grad_bias = empty({problem.filters()}, false, input);
   problem.weight = view_of(grad_weight);
   if (bias) problem.bias = grad_bias->data_ptr();
-  run(problem, input, plan);
+  run(problem, input, by);
   return {grad_weight, grad_bias};
 }
 
@@ -149,8 +159,8 @@ std::tuple<Tensor, Tensor, std::optional<Tensor>> run_backward(const Tensor& gra
 }
 
 Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
-               const Ints& padding, const Ints& dilation) {
-  return run_forward(input, weight, bias, {stride, padding, dilation});
+               const Ints& padding, const Ints& dilation, bool allow_fft) {
+  return run_forward(input, weight, bias, {stride, padding, dilation}, {{}, allow_fft});
 }
 
 Tensor forward_packed(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t packed) {
@@ -159,30 +169,35 @@ Tensor forward_packed(const Tensor& input, const Tensor& weight, const std::opti
 
 Tensor forward_plan(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
                     const Ints& padding, const Ints& dilation, const std::string& plan) {
-  return run_forward(input, weight, bias, {stride, padding, dilation}, plan);
+  return run_forward(input, weight, bias, {stride, padding, dilation}, {plan});
 }
 
 Tensor grad_input(const Tensor& grad_output, const Tensor& weight, const Ints& input_size, const Ints& stride,
-                  const Ints& padding, const Ints& dilation, bool channels_last) {
-  return run_grad_input(grad_output, weight, input_size, {stride, padding, dilation}, channels_last);
+                  const Ints& padding, const Ints& dilation, bool channels_last, bool allow_fft) {
+  return run_grad_input(grad_output, weight, input_size, {stride, padding, dilation}, channels_last, {{}, allow_fft});
 }
 
 Tensor grad_input_plan(const Tensor& grad_output, const Tensor& weight, const Ints& input_size, const Ints& stride,
                        const Ints& padding, const Ints& dilation, bool channels_last, const std::string& plan) {
-  return run_grad_input(grad_output, weight, input_size, {stride, padding, dilation}, channels_last, plan);
+  return run_grad_input(grad_output, weight, input_size, {stride, padding, dilation}, channels_last, {plan});
+}
+
+std::tuple<Tensor, Tensor> grad_weight_by(const Tensor& grad_output, const Tensor& input, const Ints& kernel_size,
+                                          const Geometry& geometry, bool bias, const By& by) {
+  const auto [grad_weight, grad_bias] = run_grad_weight(grad_output, input, kernel_size, geometry, bias, by);
+  return {grad_weight, grad_bias ? *grad_bias : empty({0}, false, input)};
 }
 
 std::tuple<Tensor, Tensor> grad_weight_plan(const Tensor& grad_output, const Tensor& input, const Ints& kernel_size,
                                             const Ints& stride, const Ints& padding, const Ints& dilation, bool bias,
                                             const std::string& plan) {
-  const auto [grad_weight, grad_bias] =
-      run_grad_weight(grad_output, input, kernel_size, {stride, padding, dilation}, bias, plan);
-  return {grad_weight, grad_bias ? *grad_bias : empty({0}, false, input)};
+  return grad_weight_by(grad_output, input, kernel_size, {stride, padding, dilation}, bias, {plan});
 }
 
 std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad_output, const Tensor& input, const Ints& kernel_size,
-                                       const Ints& stride, const Ints& padding, const Ints& dilation, bool bias) {
-  return grad_weight_plan(grad_output, input, kernel_size, stride, padding, dilation, bias, {});
+                                       const Ints& stride, const Ints& padding, const Ints& dilation, bool bias,
+                                       bool allow_fft) {
+  return grad_weight_by(grad_output, input, kernel_size, {stride, padding, dilation}, bias, {{}, allow_fft});
 }
 
 }  // namespace

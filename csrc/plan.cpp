@@ -8,6 +8,7 @@
 
 #include "kernels/batch_grad_weight_nchw.h"
 #include "kernels/exchange.h"
+#include "kernels/fft.h"
 #include "kernels/march_nchw.h"
 #include "kernels/outer_grad_weight.h"
 #include "kernels/small_kernels.h"
@@ -477,10 +478,46 @@ bool claims_large_float32_grad_weight(const Problem& p) {
          can_go_large_float32(p);
 }
 
+// Products of a tap and a pixel of the image, along one side of a plane.
+double products(int64_t size, int64_t out_size, int64_t kernel, int64_t padding) {
+  int64_t sum = 0;
+  for (int64_t tap = 0; tap < kernel; ++tap)
+    sum += std::max<int64_t>(std::min(out_size, size + padding - tap) - std::max<int64_t>(padding - tap, 0), 0);
+  return static_cast<double>(sum);
+}
+
+// What kernels/fft.cu asks for, where it was asked for and is faster than products one by one.
+bool can_go_fft(const Problem& p) {
+  if (!p.allow_fft || p.dtype != DType::kFloat32 || p.batch == 0) return false;
+  if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
+  if (p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w || !have_rows(p)) return false;
+  const FftCut cut = choose_fft_cut(p);
+  if (!cut.serves() || cut.bytes(p, 1) > p.shared_memory) return false;
+  // Sides, planes and tiles are counted in 32 bits.
+  constexpr int64_t kMany = 1 << 20, kMost = 1 << 30;
+  if (std::max({p.height, p.width, p.out_height, p.out_width}) > kMany) return false;
+  if (p.batch > kMost / cut.tiles() / p.filters()) return false;
+  return cut.cost() < products(p.height, p.out_height, p.kernel_h, p.padding_h) *
+                          products(p.width, p.out_width, p.kernel_w, p.padding_w);
+}
+
+bool claims_fft(const Problem& p) {
+  return p.pass != Pass::kGradWeight && (p.pass == Pass::kForward || p.multiplier == 1) && can_go_fft(p);
+}
+
+bool claims_fft_grad_weight(const Problem& p) {
+  return p.pass == Pass::kGradWeight && can_go_fft(p);
+}
+
 }  // namespace
 
 const std::vector<Plan>& plans() {
   static const std::vector<Plan> table = {
+      {PlanId::kFft, "fft", "a large kernel in float32, and Fourier transforms are allowed: one for each plane",
+       claims_fft},
+      {PlanId::kFftGradWeight, "fft_grad_weight",
+       "a large kernel in float32, and Fourier transforms are allowed: one for each plane of input and gradient",
+       claims_fft_grad_weight},
       {PlanId::kScale, "scale", "a kernel of one tap on arrays without gaps: every pixel times a weight", claims_scale},
       {PlanId::kDirect, "direct",
        "a small kernel with little to do, or on views that do not stream: straight from memory", claims_direct},

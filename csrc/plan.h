@@ -9,6 +9,8 @@
 namespace dwconv {
 
 enum class PlanId : int {
+  kFft,
+  kFftGradWeight,
   kScale,
   kDirect,
   kDirectGradWeight,

@@ -53,6 +53,8 @@ struct Problem {
   int64_t capability = 90;            // of the device: 10 * major + minor
   int64_t shared_memory = 227 << 10;  // bytes that a block may have on the device
 
+  bool allow_fft = false;  // whether the caller lets Fourier transforms serve
+
   int64_t filters() const { return channels * multiplier; }
   int64_t taps() const { return kernel_h * kernel_w; }
 };

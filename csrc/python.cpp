@@ -53,7 +53,8 @@ DType dtype_named(const std::string& name) {
 
 Problem make_problem(const std::string& pass, const std::string& dtype, const Quad& input_size,
                      const Quad& input_stride, const Quad& weight_size, const Quad& output_stride, const Pair& stride,
-                     const Pair& padding, const Pair& dilation, int64_t capability, int64_t shared_memory) {
+                     const Pair& padding, const Pair& dilation, int64_t capability, int64_t shared_memory,
+                     bool allow_fft) {
   Problem p;
   p.pass = pass_named(pass);
   p.dtype = dtype_named(dtype);
@@ -72,7 +73,7 @@ Problem make_problem(const std::string& pass, const std::string& dtype, const Qu
   p.out_height = dwconv::output_size(p.height, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h);
   p.out_width = dwconv::output_size(p.width, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
   if (p.out_height < 1 || p.out_width < 1) throw std::invalid_argument("the output is empty");
-  p.capability = capability, p.shared_memory = shared_memory;
+  p.capability = capability, p.shared_memory = shared_memory, p.allow_fft = allow_fft;
   for (int i = 0; i < 4; ++i) p.input.stride[i] = input_stride[i], p.output.stride[i] = output_stride[i];
   return p;
 }
@@ -94,9 +95,9 @@ PYBIND11_MODULE(_C, m) {
       "plans",
       [](const std::string& pass, const std::string& dtype, const Quad& input_size, const Quad& input_stride,
          const Quad& weight_size, const Quad& output_stride, const Pair& stride, const Pair& padding,
-         const Pair& dilation, int64_t capability, int64_t shared_memory) {
+         const Pair& dilation, int64_t capability, int64_t shared_memory, bool allow_fft) {
         const Problem problem = make_problem(pass, dtype, input_size, input_stride, weight_size, output_stride, stride,
-                                             padding, dilation, capability, shared_memory);
+                                             padding, dilation, capability, shared_memory, allow_fft);
         std::vector<std::pair<std::string, std::string>> found;
         for (const auto& plan : dwconv::plans())
           if (plan.claims(problem)) found.emplace_back(plan.name, plan.reason);
@@ -105,6 +106,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("pass_name"), py::arg("dtype"), py::arg("input_size"), py::arg("input_stride"), py::arg("weight_size"),
       py::arg("output_stride"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
       py::arg("capability") = Problem{}.capability, py::arg("shared_memory") = Problem{}.shared_memory,
+      py::arg("allow_fft") = false,
       "Name and reason of every plan that can serve a problem on a GPU of that compute capability (90 is 9.0) with\n"
       "that much shared memory a block (bytes); the first one does.");
 }

@@ -19,6 +19,7 @@ def plans(
     dilation: Sequence[int],
     capability: int = ...,
     shared_memory: int = ...,
+    allow_fft: bool = ...,
 ) -> list[tuple[str, str]]:
     """Name and reason of every plan that can serve a problem on a GPU of that compute capability (90 is 9.0, the
     default) with that much shared memory a block (bytes); the first one does."""

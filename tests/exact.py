@@ -77,18 +77,25 @@ def arguments_of(case: Case) -> tuple[tuple[int, int], ...]:
     return case.stride, case.padding, case.dilation
 
 
-def claims(name: str, case: Case, input: Tensor, output: Tensor) -> list[str]:
+def claims(name: str, case: Case, input: Tensor, output: Tensor, allow_fft: bool = False) -> list[str]:
     """The plans that claim a pass over tensors that lie in memory as these do; the first one is taken."""
     dtype = str(input.dtype).removeprefix("torch.")
     weight_size = case.filters, 1, *case.kernel
     found = dwconv._C.plans(
-        name, dtype, tuple(input.shape), input.stride(), weight_size, output.stride(), *arguments_of(case)
+        name,
+        dtype,
+        tuple(input.shape),
+        input.stride(),
+        weight_size,
+        output.stride(),
+        *arguments_of(case),
+        allow_fft=allow_fft,
     )
     return [plan for plan, _ in found]
 
 
 def results_of_plans(
-    case: Case, tensors: tuple, grad_output: Tensor, channels_last: bool = False
+    case: Case, tensors: tuple, grad_output: Tensor, channels_last: bool = False, allow_fft: bool = False
 ) -> Iterator[tuple[str, str, Tensor]]:
     """Everything that every plan computes where it claims to: a field of Results, a plan, and its result. CUDA only.
 
@@ -96,13 +103,13 @@ def results_of_plans(
     """
     input, weight, bias = tensors
     ops, arguments = torch.ops.dwconv, arguments_of(case)
-    for plan in claims("forward", case, input, ops.forward(input, weight, bias, *arguments)):
+    for plan in claims("forward", case, input, ops.forward(input, weight, bias, *arguments), allow_fft):
         yield "output", plan, ops.forward.plan(input, weight, bias, *arguments, plan)
     grad_input = ops.grad_input(grad_output, weight, input.shape, *arguments, channels_last)
-    for plan in claims("grad_input", case, grad_input, grad_output):
+    for plan in claims("grad_input", case, grad_input, grad_output, allow_fft):
         args = grad_output, weight, input.shape, *arguments, channels_last, plan
         yield "grad_input", plan, ops.grad_input.plan(*args)
-    for plan in claims("grad_weight", case, input, grad_output):
+    for plan in claims("grad_weight", case, input, grad_output, allow_fft):
         args = grad_output, input, case.kernel, *arguments, bias is not None, plan
         grad_weight, grad_bias = ops.grad_weight.plan(*args)
         yield "grad_weight", plan, grad_weight

@@ -39,6 +39,9 @@ void launch_march_channels_last(const Problem& problem, cudaStream_t stream);
 void launch_march_grad_weight_channels_last(const Problem& problem, const Allocate& allocate, cudaStream_t stream);
 void launch_toeplitz_grad_weight_channels_last(const Problem& problem, const Allocate& allocate, cudaStream_t stream);
 
+void launch_fft(const Problem& problem, const Allocate& allocate, cudaStream_t stream);
+void launch_fft_grad_weight(const Problem& problem, const Allocate& allocate, cudaStream_t stream);
+
 void launch_large_float32(const Problem& problem, cudaStream_t stream);
 void launch_large_float32_grad_weight(const Problem& problem, const Allocate& allocate, cudaStream_t stream);
 
