@@ -46,5 +46,6 @@ from .convert import convert, revert
 from .explain import explain
 from .functional import conv2d
 from .modules import DepthwiseConv2d
+from .options import allow_fft
 
-__all__ = ["DepthwiseConv2d", "__version__", "conv2d", "convert", "explain", "revert"]
+__all__ = ["DepthwiseConv2d", "__version__", "allow_fft", "conv2d", "convert", "explain", "revert"]

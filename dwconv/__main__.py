@@ -441,7 +441,7 @@ def explain_layer(args: argparse.Namespace) -> int:
     x = torch.empty(args.N, args.C, args.H, args.W, dtype=dtype, device="meta", memory_format=LAYOUTS[args.layout])
     w = torch.empty(args.C * args.multiplier, 1, *args.K, dtype=dtype, device="meta")
     geometry = args.stride, args.padding, args.dilation
-    explanation = explain(x, w, None, *geometry)
+    explanation = explain(x, w, None, *geometry, allow_fft=args.allow_fft)
     output = torch_conv2d(x, w, None, *geometry).shape
     if args.json:
         choices = {name: getattr(explanation, name)._asdict() for name in PASSES}
@@ -510,6 +510,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     layer.add_argument("--multiplier", type=positive, default=1, metavar="M", help="filters per channel; default: 1")
     layer.add_argument("--dtype", choices=(*DTYPES, "float64"), default="float32", help="default: float32")
     layer.add_argument("--layout", choices=LAYOUTS, default="NCHW", help="default: NCHW")
+    layer.add_argument("--allow-fft", action="store_true", help="let Fourier transforms serve")
     layer.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help=json_help)
     return parser, layer
 

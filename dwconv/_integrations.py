@@ -103,7 +103,7 @@ def _tell_onnx() -> None:
     from torch.onnx._internal.exporter import _decomp
 
     def forward(
-        input: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair
+        input: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, *_: bool
     ) -> Tensor:
         return torch.ops.aten.convolution(input, weight, bias, stride, padding, dilation, False, [0, 0], input.shape[1])
 

@@ -146,6 +146,7 @@ def _(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    allow_fft: bool = False,
 ) -> Tensor:
     _check(
         input.dim() == 4,
@@ -182,6 +183,7 @@ def _(
     padding: Sequence[int],
     dilation: Sequence[int],
     channels_last: bool,
+    allow_fft: bool = False,
 ) -> Tensor:
     _check_tensor(grad_output, "grad_output")
     _check_same(grad_output, "grad_output", weight, "weight")
@@ -202,6 +204,7 @@ def _(
     padding: Sequence[int],
     dilation: Sequence[int],
     bias: bool,
+    allow_fft: bool = False,
 ) -> tuple[Tensor, Tensor]:
     _check_tensor(grad_output, "grad_output")
     _check_same(grad_output, "grad_output", input, "input")

@@ -90,31 +90,36 @@ class DepthwiseConv2dFunction(_Function):
         stride: Pair,
         padding: Pair,
         dilation: Pair,
+        allow_fft: bool,
         below: Below,
     ) -> Tensor:
         _save(ctx, input, weight)
-        ctx.geometry = stride, padding, dilation
+        ctx.geometry, ctx.allow_fft = (stride, padding, dilation), allow_fft
         ctx.input_size, ctx.kernel_size = input.shape, weight.shape[2:]
         with below():
-            output = _ops.forward(input, weight, bias, stride, padding, dilation)
+            output = _ops.forward(input, weight, bias, stride, padding, dilation, allow_fft)
         ctx.channels_last = _ops.is_channels_last(output)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return (None,) * 7
+            return (None,) * 8
         input, weight = ctx.saved_tensors
         geometry: Geometry = ctx.geometry
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         d_input = d_weight = d_bias = None
         if needs_input:
-            d_input = _call(_ops.grad_input, grad_output, weight, ctx.input_size, *geometry, ctx.channels_last)
+            d_input = _call(
+                _ops.grad_input, grad_output, weight, ctx.input_size, *geometry, ctx.channels_last, ctx.allow_fft
+            )
         if needs_weight:
-            d_weight, d_bias = _call(_ops.grad_weight, grad_output, input, ctx.kernel_size, *geometry, needs_bias)
+            d_weight, d_bias = _call(
+                _ops.grad_weight, grad_output, input, ctx.kernel_size, *geometry, needs_bias, ctx.allow_fft
+            )
         elif needs_bias:
             d_bias = grad_output.sum((0, 2, 3))
-        return d_input, d_weight, d_bias if needs_bias else None, None, None, None, None
+        return d_input, d_weight, d_bias if needs_bias else None, None, None, None, None, None
 
     @staticmethod
     def jvp(
@@ -125,10 +130,10 @@ class DepthwiseConv2dFunction(_Function):
         if input_t is None and weight_t is None:
             input_t = torch.zeros_like(input)
         return _sum(
-            None if input_t is None else _call(_ops.forward, input_t, weight, bias_t, *geometry),
+            None if input_t is None else _call(_ops.forward, input_t, weight, bias_t, *geometry, ctx.allow_fft),
             None
             if weight_t is None
-            else _call(_ops.forward, input, weight_t, bias_t if input_t is None else None, *geometry),
+            else _call(_ops.forward, input, weight_t, bias_t if input_t is None else None, *geometry, ctx.allow_fft),
         )
 
 
@@ -145,32 +150,33 @@ class DepthwiseConv2dGradInput(_Function):
         padding: Pair,
         dilation: Pair,
         channels_last: bool,
+        allow_fft: bool,
         below: Below,
     ) -> Tensor:
         _save(ctx, grad_output, weight)
-        ctx.geometry = stride, padding, dilation
+        ctx.geometry, ctx.allow_fft = (stride, padding, dilation), allow_fft
         ctx.input_size, ctx.kernel_size, ctx.channels_last = input_size, weight.shape[2:], channels_last
         with below():
-            return _ops.grad_input(grad_output, weight, input_size, stride, padding, dilation, channels_last)
+            return _ops.grad_input(grad_output, weight, input_size, *ctx.geometry, channels_last, allow_fft)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 8
+            return (None,) * 9
         grad_output, weight = ctx.saved_tensors
         geometry: Geometry = ctx.geometry
         d_grad_output = d_weight = None
         if ctx.needs_input_grad[0]:
-            d_grad_output = _call(_ops.forward, grad, weight, None, *geometry)
+            d_grad_output = _call(_ops.forward, grad, weight, None, *geometry, ctx.allow_fft)
         if ctx.needs_input_grad[1]:
-            d_weight, _ = _call(_ops.grad_weight, grad_output, grad, ctx.kernel_size, *geometry, False)
-        return d_grad_output, d_weight, None, None, None, None, None, None
+            d_weight, _ = _call(_ops.grad_weight, grad_output, grad, ctx.kernel_size, *geometry, False, ctx.allow_fft)
+        return d_grad_output, d_weight, None, None, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, grad_output_t: Tensor | None, weight_t: Tensor | None, *_: None) -> Tensor | None:
         grad_output, weight = ctx.saved_tensors
         geometry: Geometry = ctx.geometry
-        others = ctx.input_size, *geometry, ctx.channels_last
+        others = ctx.input_size, *geometry, ctx.channels_last, ctx.allow_fft
         return _sum(
             None if grad_output_t is None else _call(_ops.grad_input, grad_output_t, weight, *others),
             None if weight_t is None else _call(_ops.grad_input, grad_output, weight_t, *others),
@@ -190,14 +196,15 @@ class DepthwiseConv2dGradWeight(_Function):
         padding: Pair,
         dilation: Pair,
         bias: bool,
+        allow_fft: bool,
         below: Below,
     ) -> tuple[Tensor, Tensor]:
         _save(ctx, grad_output, input)
-        ctx.geometry = stride, padding, dilation
+        ctx.geometry, ctx.allow_fft = (stride, padding, dilation), allow_fft
         ctx.kernel_size, ctx.bias = kernel_size, bias
         ctx.input_size, ctx.channels_last = input.shape, _ops.is_channels_last(input)
         with below():
-            d_weight, d_bias = _ops.grad_weight(grad_output, input, kernel_size, stride, padding, dilation, bias)
+            d_weight, d_bias = _ops.grad_weight(grad_output, input, kernel_size, *ctx.geometry, bias, allow_fft)
         if not bias:
             ctx.mark_non_differentiable(d_bias)
         return d_weight, d_bias
@@ -206,16 +213,20 @@ class DepthwiseConv2dGradWeight(_Function):
     def backward(ctx: Any, grad_weight: Tensor | None, grad_bias: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_weight is None:
             if grad_bias is None:
-                return (None,) * 8
+                return (None,) * 9
             grad_weight = grad_bias.new_zeros(grad_bias.shape[0], 1, *ctx.kernel_size)
         grad_output, input = ctx.saved_tensors
         geometry: Geometry = ctx.geometry
         d_grad_output = d_input = None
         if ctx.needs_input_grad[0]:
-            d_grad_output = _call(_ops.forward, input, grad_weight, grad_bias if ctx.bias else None, *geometry)
+            d_grad_output = _call(
+                _ops.forward, input, grad_weight, grad_bias if ctx.bias else None, *geometry, ctx.allow_fft
+            )
         if ctx.needs_input_grad[1]:
-            d_input = _call(_ops.grad_input, grad_output, grad_weight, ctx.input_size, *geometry, ctx.channels_last)
-        return d_grad_output, d_input, None, None, None, None, None, None
+            d_input = _call(
+                _ops.grad_input, grad_output, grad_weight, ctx.input_size, *geometry, ctx.channels_last, ctx.allow_fft
+            )
+        return d_grad_output, d_input, None, None, None, None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, grad_output_t: Tensor | None, input_t: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -223,11 +234,13 @@ class DepthwiseConv2dGradWeight(_Function):
         geometry: Geometry = ctx.geometry
         d_weight = d_bias = None
         if grad_output_t is not None:
-            d_weight, d_bias = _call(_ops.grad_weight, grad_output_t, input, ctx.kernel_size, *geometry, ctx.bias)
+            d_weight, d_bias = _call(
+                _ops.grad_weight, grad_output_t, input, ctx.kernel_size, *geometry, ctx.bias, ctx.allow_fft
+            )
         elif ctx.bias:
             d_bias = grad_output.new_zeros(grad_output.shape[1])
         if input_t is not None:
-            moved, _ = _call(_ops.grad_weight, grad_output, input_t, ctx.kernel_size, *geometry, False)
+            moved, _ = _call(_ops.grad_weight, grad_output, input_t, ctx.kernel_size, *geometry, False, ctx.allow_fft)
             d_weight = _sum(d_weight, moved)
         return d_weight, d_bias if ctx.bias else None
 
@@ -310,8 +323,11 @@ def forward(
     stride: tuple[int, ...],
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
+    allow_fft: bool,
 ) -> Tensor:
     """(N, C, H, W) * (C·m, 1, kH, kW) -> (N, C·m, H_out, W_out)."""
+    if allow_fft:
+        return _ops.forward(input, weight, bias, stride, padding, dilation, allow_fft)
     output = None if _is_compiling() else short_way(input, weight, bias, stride, padding, dilation)
     return _ops.forward(input, weight, bias, stride, padding, dilation) if output is None else output
 
@@ -326,8 +342,12 @@ def _below_level(grad: bool, forward_grad: bool) -> Iterator[None]:
         yield
 
 
-def _apply(function: type[_Function]) -> Callable[..., Any]:
+def _apply(function: type[_Function], op: torch._ops.OpOverload[..., Any]) -> Callable[..., Any]:
+    count = len(op._schema.arguments)
+
     def apply(*arguments: Any) -> Any:
+        if len(arguments) < count:  # the dispatcher leaves allow_fft out where it is False
+            arguments = *arguments, False
         if not _in_torch_func():
             return function.apply(*arguments, _below_autograd)
         modes = torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
@@ -338,9 +358,9 @@ def _apply(function: type[_Function]) -> Callable[..., Any]:
 
 
 _registrations = torch.library.Library("dwconv", "IMPL")
-_registrations.impl("forward", _apply(DepthwiseConv2dFunction), "Autograd")
-_registrations.impl("grad_input", _apply(DepthwiseConv2dGradInput), "Autograd")
-_registrations.impl("grad_weight", _apply(DepthwiseConv2dGradWeight), "Autograd")
+_registrations.impl("forward", _apply(DepthwiseConv2dFunction, _ops.forward), "Autograd")
+_registrations.impl("grad_input", _apply(DepthwiseConv2dGradInput, _ops.grad_input), "Autograd")
+_registrations.impl("grad_weight", _apply(DepthwiseConv2dGradWeight, _ops.grad_weight), "Autograd")
 for _op, _unpacked in (
     (_ops.forward_packed, _unpacked_forward),
     (_ops.backward_packed, _unpacked_backward),
@@ -380,6 +400,7 @@ def _(
     stride: Pair,
     padding: Pair,
     dilation: Pair,
+    allow_fft: bool = False,
 ) -> tuple[Tensor, int]:
     size = info.batch_size
     input_dim, weight_dim, bias_dim = in_dims[:3]
@@ -388,7 +409,7 @@ def _(
     if dim == 1:
         weight = _merge(weight, weight_dim, size, 0)
         bias = None if bias is None else _merge(bias, bias_dim, size, 0)
-    return _split(_ops.forward(input, weight, bias, stride, padding, dilation), size, dim), dim
+    return _split(_ops.forward(input, weight, bias, stride, padding, dilation, allow_fft), size, dim), dim
 
 
 @torch.library.register_vmap("dwconv::grad_input")
@@ -402,6 +423,7 @@ def _(
     padding: Pair,
     dilation: Pair,
     channels_last: bool,
+    allow_fft: bool = False,
 ) -> tuple[Tensor, int]:
     size = info.batch_size
     grad_output_dim, weight_dim = in_dims[:2]
@@ -410,7 +432,7 @@ def _(
     if dim == 1:
         weight = _merge(weight, weight_dim, size, 0)
     input_size = _merge_size(input_size, size, dim)
-    grad = _ops.grad_input(grad_output, weight, input_size, stride, padding, dilation, channels_last)
+    grad = _ops.grad_input(grad_output, weight, input_size, stride, padding, dilation, channels_last, allow_fft)
     return _split(grad, size, dim), dim
 
 
@@ -425,9 +447,10 @@ def _(
     padding: Pair,
     dilation: Pair,
     bias: bool,
+    allow_fft: bool = False,
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     size = info.batch_size
     grad_output_dim, input_dim = in_dims[:2]
     grad_output, input = _merge(grad_output, grad_output_dim, size, 1), _merge(input, input_dim, size, 1)
-    grads = _ops.grad_weight(grad_output, input, kernel_size, stride, padding, dilation, bias)
+    grads = _ops.grad_weight(grad_output, input, kernel_size, stride, padding, dilation, bias, allow_fft)
     return (_split(grads[0], size, 0), _split(grads[1], size, 0)), (0, 0)

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import _C, _ops
 from .functional import IntPair, Padding, conv2d
+from .options import is_fft_allowed
 
 __all__ = ["Explanation", "PlanChoice", "explain"]
 
@@ -59,6 +60,8 @@ def explain(
     stride: IntPair = 1,
     padding: Padding = 0,
     dilation: IntPair = 1,
+    *,
+    allow_fft: bool | None = None,
 ) -> Explanation:
     """Says which plan serves :func:`dwconv.conv2d` with these arguments in each pass, and why. Computes nothing.
 
@@ -86,8 +89,8 @@ def explain(
     with torch.no_grad():
         fakes = fake(input), fake(weight), fake(bias)
         with mode, _Recorder() as recorder:  # type: ignore[no-untyped-call]
-            conv2d(*fakes, stride, padding, dilation)  # type: ignore[arg-type]
-    x, w, _, *geometry = recorder.arguments
+            conv2d(*fakes, stride, padding, dilation, allow_fft=allow_fft)  # type: ignore[arg-type]
+    x, w, _, *geometry = recorder.arguments[:6]
 
     if x.device.type == "cpu":
         choice = PlanChoice("aten", "CPU tensors go to ATen's own convolution (oneDNN)")
@@ -98,7 +101,12 @@ def explain(
     dtype = str(x.dtype).removeprefix("torch.")
     sizes = tuple(x.shape), x.stride(), tuple(w.shape), recorder.output.stride()
     device = () if input.is_meta else _device(input.device)
-    return Explanation(*(PlanChoice(*_C.plans(name, dtype, *sizes, *geometry, *device)[0]) for name in PASSES))
+    fft = is_fft_allowed(allow_fft)
+
+    def choice_of(name: str) -> PlanChoice:
+        return PlanChoice(*_C.plans(name, dtype, *sizes, *geometry, *device, allow_fft=fft)[0])  # type: ignore[misc]
+
+    return Explanation(*map(choice_of, PASSES))
 
 
 def _device(device: torch.device) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from . import autograd
 from ._ops import DTYPES, dtype_complaint
+from .options import is_fft_allowed
 
 __all__ = ["conv2d"]
 
@@ -94,6 +95,8 @@ def conv2d(
     stride: IntPair = 1,
     padding: Padding = 0,
     dilation: IntPair = 1,
+    *,
+    allow_fft: bool | None = None,
 ) -> Tensor:
     r"""Depthwise 2-D convolution: ``F.conv2d(input, weight, bias, stride, padding, dilation, groups=C)``.
 
@@ -112,6 +115,8 @@ def conv2d(
         padding: zeros on every side, in input pixels; an int or (height, width), at least 0, or ``'valid'`` (none), or
             ``'same'`` (as many as keep the size; stride 1 only).
         dilation: distance of neighbouring taps in input pixels; an int or (height, width), at least 1.
+        allow_fft: whether Fourier transforms may serve the call and its gradients; None, as :class:`dwconv.allow_fft`
+            around it says, which is no unless there is one. See below.
 
     Returns:
         (N, C * m, H_out, W_out), or without N if ``input`` has none, with
@@ -125,8 +130,21 @@ def conv2d(
         RuntimeError: where sizes, dtypes, devices or values do not fit; the message names the argument.
 
     Under autocast the tensors are cast as F.conv2d casts them.
+
+    Where Fourier transforms are allowed, they serve large kernels in float32 on CUDA, in NCHW at stride and dilation 1,
+    where they are estimated to be faster than products one by one; :func:`dwconv.explain` says where. Everything else
+    is served as it is without them: other dtypes, CPU tensors. They are deterministic too, and differ in two ways. The
+    error of a result is not relative to the products it is the sum of, but to the largest result: about 4e-7 of the
+    largest in the same plane (of one image and filter, or of the filter's gradient), so that integers are not exact and
+    small results beside large ones are not precise. And an Inf or NaN, or a number so large that sums over the whole
+    plane overflow, spoils more than the results it is part of: up to all of the plane, if it is in a plane of the input
+    or of the gradient, up to all planes of the filter if it is in the weight, and all of a filter's gradient. Other
+    images, and other filters, never see it.
     """
-    if not _is_dynamo_compiling() and not _is_any_autocast_enabled():  # most eager calls need none of what follows
+    fft = is_fft_allowed(allow_fft)
+    if (
+        not fft and not _is_dynamo_compiling() and not _is_any_autocast_enabled()
+    ):  # most eager calls need none of what follows
         output = autograd.short_way(input, weight, bias, stride, padding, dilation)
         if output is not None:
             return output
@@ -134,14 +152,15 @@ def conv2d(
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
         tensors = input, weight, bias
         if has_torch_function(tensors):  # what stands for a tensor, such as a proxy of torch.fx
-            return handle_torch_function(conv2d, tensors, *tensors, stride, padding, dilation)
+            asked = {} if allow_fft is None else {"allow_fft": allow_fft}
+            return handle_torch_function(conv2d, tensors, *tensors, stride, padding, dilation, **asked)
         raise _not_a_tensor(*tensors)
 
     if _is_any_autocast_enabled():
         autocast = _autocast_dtype(input)
         if autocast is not None:
             input = _cast(input, autocast)
-            if not _is_dynamo_compiling():
+            if not fft and not _is_dynamo_compiling():
                 casts = input.dtype == autocast  # by the operator: a cast of its own costs the host another call
                 output = autograd.short_way(input, weight, bias, stride, padding, dilation, casts)
                 if output is not None:
@@ -172,5 +191,5 @@ def conv2d(
     elif padding != "valid":
         raise RuntimeError(f"Invalid padding string: {padding!r}; expected 'same' or 'valid'")
 
-    output = autograd.forward(input, weight, bias, strides, paddings, dilations)
+    output = autograd.forward(input, weight, bias, strides, paddings, dilations, fft)
     return output if batched else output.squeeze(0)

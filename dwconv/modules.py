@@ -28,6 +28,8 @@ class DepthwiseConv2d(nn.Conv2d):
         dilation: an int or (height, width), in input pixels.
         channel_multiplier: m, the number of filters for each channel; the output has C * m channels.
         padding_mode: ``'zeros'``, ``'reflect'``, ``'replicate'`` or ``'circular'``.
+        allow_fft: whether Fourier transforms may serve; None, as :class:`dwconv.allow_fft` says. An attribute, to be
+            set at any time, of converted layers too.
         device, dtype: of the parameters.
 
     Shape:
@@ -40,6 +42,8 @@ class DepthwiseConv2d(nn.Conv2d):
         torch.Size([16, 64, 56, 56])
     """
 
+    allow_fft: bool | None = None
+
     def __init__(
         self,
         in_channels: int,
@@ -51,11 +55,14 @@ class DepthwiseConv2d(nn.Conv2d):
         dilation: IntPair = 1,
         channel_multiplier: int = 1,
         padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        allow_fft: bool | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         if isinstance(channel_multiplier, bool) or not isinstance(channel_multiplier, int) or channel_multiplier < 1:
             raise ValueError(f"channel_multiplier must be a positive int, but got {channel_multiplier!r}")
+        if allow_fft is not None and not isinstance(allow_fft, bool):
+            raise TypeError(f"allow_fft must be bool or None, not {type(allow_fft).__name__}")
         super().__init__(
             in_channels,
             in_channels * channel_multiplier,
@@ -69,6 +76,8 @@ class DepthwiseConv2d(nn.Conv2d):
             device=device,
             dtype=dtype,
         )
+        if allow_fft is not None:
+            self.allow_fft = allow_fft
 
     @property
     def channel_multiplier(self) -> int:
@@ -77,8 +86,10 @@ class DepthwiseConv2d(nn.Conv2d):
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            return conv2d(input, weight, bias, self.stride, 0, self.dilation)
-        return conv2d(input, weight, bias, self.stride, self.padding, self.dilation)  # type: ignore[arg-type]
+            padding: Padding = 0
+        else:
+            padding = self.padding  # type: ignore[assignment]
+        return conv2d(input, weight, bias, self.stride, padding, self.dilation, allow_fft=self.allow_fft)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding!r}"
@@ -89,4 +100,6 @@ class DepthwiseConv2d(nn.Conv2d):
             text += f", channel_multiplier={self.channel_multiplier}"
         if self.padding_mode != "zeros":
             text += f", padding_mode={self.padding_mode!r}"
+        if self.allow_fft is not None:
+            text += f", allow_fft={self.allow_fft}"
         return text
