@@ -28,9 +28,11 @@ class DepthwiseConv2d(nn.Conv2d):
         dilation: an int or (height, width), in input pixels.
         channel_multiplier: m, the number of filters for each channel; the output has C * m channels.
         padding_mode: ``'zeros'``, ``'reflect'``, ``'replicate'`` or ``'circular'``.
-        allow_fft: whether Fourier transforms may serve; None, as :class:`dwconv.allow_fft` says. An attribute, to be
-            set at any time, of converted layers too.
         device, dtype: of the parameters.
+
+    Attributes:
+        allow_fft: whether Fourier transforms may serve; None, the default, as :class:`dwconv.allow_fft` says. To be set
+            at any time, of converted layers too; not part of the state_dict.
 
     Shape:
         input (N, C, H, W) or (C, H, W), output (N, C * m, H_out, W_out) or (C * m, H_out, W_out);
@@ -42,7 +44,9 @@ class DepthwiseConv2d(nn.Conv2d):
         torch.Size([16, 64, 56, 56])
     """
 
-    allow_fft: bool | None = None
+    allow_fft: bool | None = (
+        None  # an attribute alone: a constructor's arguments are what convert finds in an nn.Conv2d
+    )
 
     def __init__(
         self,
@@ -55,14 +59,11 @@ class DepthwiseConv2d(nn.Conv2d):
         dilation: IntPair = 1,
         channel_multiplier: int = 1,
         padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
-        allow_fft: bool | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         if isinstance(channel_multiplier, bool) or not isinstance(channel_multiplier, int) or channel_multiplier < 1:
             raise ValueError(f"channel_multiplier must be a positive int, but got {channel_multiplier!r}")
-        if allow_fft is not None and not isinstance(allow_fft, bool):
-            raise TypeError(f"allow_fft must be bool or None, not {type(allow_fft).__name__}")
         super().__init__(
             in_channels,
             in_channels * channel_multiplier,
@@ -76,8 +77,6 @@ class DepthwiseConv2d(nn.Conv2d):
             device=device,
             dtype=dtype,
         )
-        if allow_fft is not None:
-            self.allow_fft = allow_fft
 
     @property
     def channel_multiplier(self) -> int:
@@ -100,6 +99,4 @@ class DepthwiseConv2d(nn.Conv2d):
             text += f", channel_multiplier={self.channel_multiplier}"
         if self.padding_mode != "zeros":
             text += f", padding_mode={self.padding_mode!r}"
-        if self.allow_fft is not None:
-            text += f", allow_fft={self.allow_fft}"
         return text
