@@ -446,7 +446,7 @@ def test_assert_as_exact_tells_wrong_from_rounded(monkeypatch: pytest.MonkeyPatc
     """The judge of the test above: it passes another order of summation and fails coarse products."""
 
     def by_taps(narrow: bool):
-        def conv2d(input, weight, bias, stride, padding, dilation) -> Tensor:
+        def conv2d(input, weight, bias, stride, padding, dilation, allow_fft) -> Tensor:
             # As a sum over the taps, of products that have 10 bits of mantissa if narrow.
             (top, left), (kh, kw) = padding, weight.shape[2:]
             padded = F.pad(input, (left, left, top, top))
