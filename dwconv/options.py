@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from contextvars import ContextVar, Token
+from threading import Lock
 
 __all__ = ["allow_fft"]
 
 _is_fft_allowed: ContextVar[bool] = ContextVar("dwconv.allow_fft", default=False)
+
+# Blocks entered in any thread. While none is, calls look up nothing, so that torch.compile need not trace
+# ContextVar.get, which it cannot with torch 2.11.
+_open_blocks, _is_any_open, _counting = 0, False, Lock()
+
+
+def _count_blocks(change: int) -> None:
+    global _open_blocks, _is_any_open
+    with _counting:
+        _open_blocks += change
+        _is_any_open = _open_blocks > 0
 
 
 class allow_fft:
@@ -17,7 +29,8 @@ class allow_fft:
     computed as their forward pass was asked to, wherever that happens. The permission is that of a thread and of an
     asynchronous task: threads started within the block are without it, tasks inherit it. Blocks may be nested;
     ``allow_fft(False)`` takes it back. What torch.compile compiled with it is compiled again without; the block has to
-    stand around the compiled function, since within torch.compile breaks the graph there.
+    stand around the compiled function, since within torch.compile breaks the graph there. With torch 2.11 torch.compile
+    breaks the graph at every call within a block; the argument compiles with any version.
 
     Args:
         allowed: a bool.
@@ -35,16 +48,18 @@ class allow_fft:
         self._tokens: list[Token[bool]] = []
 
     def __enter__(self) -> None:
+        _count_blocks(1)
         self._tokens.append(_is_fft_allowed.set(self.allowed))
 
     def __exit__(self, *_: object) -> None:
         _is_fft_allowed.reset(self._tokens.pop())
+        _count_blocks(-1)
 
 
 def is_fft_allowed(asked: bool | None) -> bool:
     """What a call's argument says, or without one the block around it."""
     if asked is None:
-        return _is_fft_allowed.get()
+        return _is_any_open and _is_fft_allowed.get()
     if not isinstance(asked, bool):
         raise TypeError(f"conv2d(): argument 'allow_fft' must be bool or None, not {type(asked).__name__}")
     return asked
