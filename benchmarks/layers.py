@@ -201,13 +201,18 @@ def timed(cells: Sequence[Cell], quick: bool) -> Iterator[dict[str, Any]]:
             release_memory()
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """What `selected` reads."""
     parser.add_argument("--layers", nargs="+", metavar="NAME", help="default: all of layers.csv")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: all")
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, help="default: both")
     parser.add_argument("--pass", nargs="+", choices=PASSES, dest="passes", help="default: all three")
-    parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--table", type=Path, default=LAYERS, metavar="CSV", help="layers to time; default: layers.csv")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_selection(parser)
+    parser.add_argument("--quick", action="store_true", help="fewer repeats")
     parser.add_argument("--output", type=Path, help="write JSON here, and Markdown beside it; cells it holds are kept")
     parser.add_argument(
         "--keep-older",

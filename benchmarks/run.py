@@ -5,6 +5,7 @@ python benchmarks/run.py layers --layers seed cnx-56 --dtype bfloat16 --pass for
 python benchmarks/run.py layers --output results.json     JSON, and Markdown beside it
 python benchmarks/run.py models --output models.json      whole models before and after dwconv.convert
 python benchmarks/run.py sweep --output sweep.json        kernels from 3x3 to 63x63: is there a cliff?
+python benchmarks/run.py conditions --quick               misaligned tensors, odd widths, the way of older GPUs
 python benchmarks/run.py overhead                         the host's part of a call
 python benchmarks/run.py compare before.json after.json   what got slower
 python benchmarks/run.py plot results.json --models models.json --sweep sweep.json
@@ -21,6 +22,7 @@ COMMANDS = {
     "layers": ("layers", "single layers against PyTorch and a copy of the same bytes"),
     "models": ("models", "whole models before and after dwconv.convert"),
     "sweep": ("sweep", "kernels from 3x3 to 63x63 against PyTorch: is there a cliff?"),
+    "conditions": ("conditions", "layers on misaligned tensors, narrower images, and as older GPUs run them"),
     "overhead": ("overhead", "host time per call against F.conv2d"),
     "compare": ("compare", "two results of layers: what got slower"),
     "plot": ("plots", "pictures of the results"),

@@ -85,7 +85,7 @@ def module(monkeypatch: pytest.MonkeyPatch):
 
 def test_help_of_all_commands():
     printed = run("--help")
-    for command in ("layers", "models", "sweep", "overhead", "compare", "plot", "readme"):
+    for command in ("layers", "models", "sweep", "conditions", "overhead", "compare", "plot", "readme"):
         assert f"    {command} " in printed
 
 
@@ -341,6 +341,41 @@ def test_cliffs_of_a_sweep(module, sweep_json: Path):
     assert steps(10, None, 10 * 49 / 9 * 1.25) == [("3x3", "7x7")]  # what is wrong has no time
     assert "Cliffs: 1" in report.sweep_summary(cells(10, 8, 8)[::-1])
     assert "Cliffs: none" in report.sweep_summary(cells(10, 10, 10))
+
+
+def test_conditions(table: Path, tmp_path: Path):
+    path = tmp_path / "conditions.json"
+    printed = run("conditions", "--table", table, "--quick", "--output", path)
+    result = json.loads(path.read_text())
+    assert set(result["meta"]) == META_KEYS and len(result["conditions"]) == 4
+    for cell in result["conditions"]:
+        assert cell["us"] > 0 and cell["times"]["misaligned"] > 0
+        assert cell["times"]["narrower"] is None  # its rows are short
+    assert "of 4 cells take at most 1.1 times as long" in printed
+
+
+def test_conditions_lists_what_is_beyond_the_limits(module):
+    conditions = module("conditions")
+
+    def cell(layer: str, **times: float | None) -> dict[str, object]:
+        key = {"layer": layer, "dtype": "float32", "layout": "NCHW", "pass": "forward", "plan": "direct"}
+        return key | {"times": {"misaligned": 1.0, "narrower": None, "portable": None} | times}
+
+    cells = [cell("a"), cell("b", misaligned=1.11, portable=1.15), cell("c", misaligned=1.3, narrower=1.0)]
+    assert conditions.summary(cells).splitlines() == [
+        "misaligned: 1 of 3 cells take at most 1.1 times as long",
+        "  1.30 c float32 NCHW forward direct",
+        "  1.11 b float32 NCHW forward direct",
+        "narrower: 1 of 1 cells take at most 1.1 times as long",
+        "portable: 1 of 1 cells take at most 1.15 times as long",
+    ]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_misaligned_tensors_are_the_same(module, layout: torch.memory_format):
+    tensor = torch.randn(2, 3, 4, 5).contiguous(memory_format=layout)
+    moved = module("conditions").misaligned(tensor)
+    assert torch.equal(moved, tensor) and moved.stride() == tensor.stride() and moved.storage_offset() == 1
 
 
 def test_overhead(tmp_path: Path):
