@@ -36,6 +36,7 @@ def plans_of(name: str, case: Case, dtype: torch.dtype = torch.float32, memory_f
 CASES = [
     CASE,
     Case(3, 2, (28, 28), (21, 21), padding=(10, 10)),
+    Case(4, 3, (28, 28), (13, 13), padding=(6, 6)),
     Case(7, 2, (56, 56), (31, 31), padding=(15, 15)),
     Case(2, 2, (33, 31), (30, 31), padding=(15, 16)),
     Case(1, 3, (56, 56), (63, 63), padding=(31, 31)),
@@ -68,6 +69,7 @@ def test_does_not_claim(name: str) -> None:
         {"kernel": (7, 7), "padding": (3, 3)},
         {"kernel": (51, 5), "padding": (25, 2)},
         {"size": (8, 8)},
+        {"size": (14, 14), "kernel": (27, 27), "padding": (13, 13)},
         {"kernel": (97, 97), "padding": (48, 48), "size": (224, 224)},
         {"batch": 0},
         {"batch": 2**30},
