@@ -124,7 +124,8 @@ struct Toeplitz {
 template <class Shape>
 class Share {
  public:
-  static constexpr int kCopies = 2;  // aligned ones of a row: always enough for outputs, and for most sources
+  // Aligned ones of a row: always enough for outputs, and for most sources. (For kWhole, one was no faster.)
+  static constexpr int kCopies = Shape::kChannels == 4 || Shape::kWhole ? 2 : 1;
   using Units = uint4[kCopies];
 
   // Goes to a row of a group of images. `slab`: the block's first channel; `first_column`: of the image, may lie
@@ -576,12 +577,14 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
           const auto pair = [&](int j) {
             return __byte_perm(word(2 * j), word(2 * j + 1), c % 2 == 0 ? 0x5410 : 0x7632);
           };
-          // The same by another instruction: of a copy, a move would be left before every multiplication.
+          // The same by another instruction: of a copy, a move would be left before every multiplication. (kWhole waits
+          // for shared memory, and is no faster without.)
           const auto same_pair = [&](int j) {
             return __byte_perm(word(2 * j + 1), word(2 * j), c % 2 == 0 ? 0x1054 : 0x3276);
           };
           const bool last = block + 1 == kBlocks;  // alone
-          const uint32_t pairs[4] = {pair(block), kSplit ? pair(2) : same_pair(block + 1), last ? 0 : pair(block + 1),
+          const uint32_t pairs[4] = {last && !kWhole ? same_pair(block) : pair(block),
+                                     kSplit ? pair(2) : same_pair(block + 1), last ? 0 : pair(block + 1),
                                      last ? 0 : pair(kSplit ? 3 : block + 2)};
           const float nothing[4] = {};
 #pragma unroll

@@ -28,12 +28,15 @@ struct Cut {
   double time = std::numeric_limits<double>::infinity();  // expected, in cycles
 };
 
-Large arguments_of(const Problem& p) {
+// `across`: rows of the problem are columns in memory.
+Large arguments_of(const Problem& p, bool across = false) {
   const Mapping map(p);
   Large a{};
   a.source = map.source.data, a.weight = map.weight.data, a.bias = map.bias, a.target = map.target.data;
-  a.source_image = map.source.stride[0], a.source_channel = map.source.stride[1], a.source_row = map.source.stride[2];
-  a.target_image = map.target.stride[0], a.target_channel = map.target.stride[1], a.target_row = map.target.stride[2];
+  a.across = across;
+  const int row = across ? 3 : 2;
+  a.source_image = map.source.stride[0], a.source_channel = map.source.stride[1], a.source_row = map.source.stride[row];
+  a.target_image = map.target.stride[0], a.target_channel = map.target.stride[1], a.target_row = map.target.stride[row];
   a.weight_filter = map.weight.stride[0], a.weight_row = map.weight.stride[2], a.weight_column = map.weight.stride[3];
   a.bias_stride = map.bias_stride;
   a.batch = static_cast<int>(p.batch), a.targets = map.targets;
@@ -65,42 +68,56 @@ int64_t apply(Large& a, const Cut& cut) {
   if (tile_rows < 8)
     while (source_plane / kLargeGroupBytes % (2 * tile_rows) != tile_rows) source_plane += kLargeGroupBytes;
   const int64_t columns = std::min(a.tiles * kLargeGroup, a.out_width), out_plane = round_up(2 * a.rows * columns, 16);
+  const int64_t out_pitch = 2 * (a.across ? a.rows : columns);
   const int64_t weight_pitch = 2 * round_up(kLargeGroup * round_up(a.depth, cut.depth) + 7 * a.stride, 2);
   int64_t copy = (a.kernel_h + 1) * weight_pitch;
   copy += (64 - copy % 128 + 128) % 128;  // so that the copies do not meet in a bank
-  const int64_t counter_at = round_up(groups * kLargeGroupBytes, 128), weights_at = counter_at + 128;
+  const int64_t tasks_at = round_up(groups * kLargeGroupBytes, 128);
+  const int64_t weights_at = tasks_at + round_up(2 * static_cast<int64_t>(sizeof(LargeTask)), 128);
   const int64_t source_at = weights_at + round_up(2 * copy, 128);
   const int64_t out_at = source_at + round_up(a.images * source_plane, 128), bytes = out_at + a.images * out_plane;
   const auto set = [](int& to, int64_t value) { to = static_cast<int>(value); };
   set(a.source_rows, source_rows), set(a.source_pitch, source_pitch), set(a.source_plane, source_plane);
-  set(a.out_pitch, 2 * columns), set(a.out_plane, out_plane), set(a.weight_pitch, weight_pitch), set(a.copy, copy);
-  set(a.counter_at, counter_at), set(a.weights_at, weights_at), set(a.source_at, source_at), set(a.out_at, out_at);
+  set(a.out_pitch, out_pitch), set(a.out_plane, out_plane), set(a.weight_pitch, weight_pitch), set(a.copy, copy);
+  set(a.tasks_at, tasks_at), set(a.weights_at, weights_at), set(a.source_at, source_at), set(a.out_at, out_at);
 
   const auto unit_of = [](std::initializer_list<int64_t> places) {
     int64_t all = 16;
     for (const int64_t place : places) all |= place;
     return static_cast<int>(all & -all);
   };
+  // Of rows in memory: how many elements, and where bands of them begin.
+  const int64_t source_size = a.across ? a.height : a.width, source_rows_in_memory = a.across ? a.width : a.height;
+  const bool parted = a.across && a.bands > 1;
   a.load_unit = unit_of({reinterpret_cast<intptr_t>(a.source), a.batch > 1 ? 2 * a.source_image : 0,
-                         a.targets > 1 ? 2 * a.source_channel : 0, a.height > 1 ? 2 * a.source_row : 0, 2 * a.width});
+                         a.targets > 1 ? 2 * a.source_channel : 0, source_rows_in_memory > 1 ? 2 * a.source_row : 0,
+                         2 * source_size, parted ? 2 * int64_t{a.rows} * a.stride : 0, parted ? 2 * a.padding_h : 0});
+  if (a.across) a.load_unit = a.load_unit >= 8 ? 8 : 2;
   const int last = a.out_width - (a.ranges - 1) * a.tiles * kLargeGroup;
-  a.joined = a.ranges == 1 && (a.target_row == a.out_width || a.out_height == 1);
-  const int64_t band = 2 * int64_t{a.rows} * a.out_width,
-                last_band = 2 * int64_t{a.out_height} * a.out_width - (a.bands - 1) * band;
+  a.joined = a.across ? a.rows == a.out_height && (a.target_row == a.out_height || a.out_width == 1)
+                      : a.ranges == 1 && (a.target_row == a.out_width || a.out_height == 1);
+  // Parts of a target plane without gaps, and how many bytes they are.
+  const int64_t part = a.across ? 2 * a.tiles * kLargeGroup * a.out_height : 2 * int64_t{a.rows} * a.out_width;
+  const int64_t parts = a.across ? a.ranges : a.bands;
+  const int64_t last_part = 2 * int64_t{a.out_height} * a.out_width - (parts - 1) * part;
   a.store_unit = unit_of({reinterpret_cast<intptr_t>(a.target), a.batch > 1 ? 2 * a.target_image : 0,
                           a.targets > 1 ? 2 * a.target_channel : 0});
   if (a.joined)
-    a.store_unit = unit_of({a.store_unit, a.bands > 1 ? band : 0, last_band});
+    a.store_unit = unit_of({a.store_unit, parts > 1 ? part : 0, last_part});
+  else if (a.across)
+    a.store_unit = unit_of({a.store_unit, a.out_width > 1 ? 2 * a.target_row : 0, a.bands > 1 ? 2 * a.rows : 0,
+                            2 * (a.out_height - (a.bands - 1) * int64_t{a.rows})});
   else
     a.store_unit = unit_of({a.store_unit, a.out_height > 1 ? 2 * a.target_row : 0, 2 * last});
   a.pairs = last % 2 == 0;
   a.by_weight_side = Divider(std::min(a.kernel_w, cut.threads));
   a.weight_lanes = cut.threads / std::min(a.kernel_w, cut.threads);
-  a.load = LargeWalk(groups * (kLargeGroupBytes / a.load_unit), source_rows, cut.threads, a.source_image, a.source_row,
-                     source_plane, source_pitch);
-  const int64_t run = 2 * columns * (a.joined ? a.rows : 1);
-  a.store = LargeWalk(std::max<int64_t>(run / a.store_unit, 1), a.joined ? 1 : a.rows, cut.threads, a.target_image,
-                      a.target_row, out_plane, 2 * columns);
+  a.load = a.across ? LargeWalk(ceil_div(source_rows, a.load_unit == 8 ? 16 : 8), groups, std::max(cut.threads / 32, 1),
+                                a.source_image, source_plane)
+                    : LargeWalk(groups * (kLargeGroupBytes / a.load_unit), source_rows, cut.threads, a.source_image,
+                                source_plane);
+  const int64_t run = a.joined ? 2 * columns * a.rows : out_pitch, runs = a.joined ? 1 : a.across ? columns : a.rows;
+  a.store = LargeWalk(std::max<int64_t>(run / a.store_unit, 1), runs, cut.threads, a.target_image, out_plane);
   const int64_t image_groups = ceil_div(a.batch, a.images);
   a.tasks = static_cast<int>(std::min<int64_t>(image_groups * a.bands * a.ranges * a.targets, kMostTasks + 1));
   a.by_images = Divider(image_groups), a.by_bands = Divider(a.bands), a.by_ranges = Divider(a.ranges);
@@ -111,10 +128,20 @@ int64_t apply(Large& a, const Cut& cut) {
 template <int value>
 using Constant = std::integral_constant<int, value>;
 
-// The cuts that are compiled. Calls visit(stride, tiles, depth, blocks_m) with one after the other until it returns
-// true.
+// The cuts that are compiled. Calls visit(stride, tiles, depth, blocks_m, across) with one after the other until it
+// returns true.
 template <typename Visitor>
-bool visit_variants(Visitor&& visit) {
+bool visit_variants(std::true_type across, Visitor&& visit) {
+  const auto visit_depths = [&](auto tiles) {
+    return visit(Constant<1>{}, tiles, Constant<5>{}, Constant<2>{}, across) ||
+           visit(Constant<1>{}, tiles, Constant<9>{}, Constant<2>{}, across);
+  };
+  return visit_depths(Constant<4>{}) || visit_depths(Constant<7>{});
+}
+
+template <typename Visitor>
+bool visit_variants(std::false_type across, Visitor&& visit_all) {
+  const auto visit = [&](auto... parts) { return visit_all(parts..., across); };
   const auto visit_depths = [&](auto tiles, auto blocks_m) {
     return visit(Constant<1>{}, tiles, Constant<3>{}, blocks_m) || visit(Constant<1>{}, tiles, Constant<5>{}, blocks_m);
   };
@@ -197,13 +224,14 @@ Cut choose_cut(Large a, int64_t shared_bytes, int multiprocessors) {
   const int64_t tiles = ceil_div(a.out_width, kLargeGroup);
   Cut best;
   const auto next = [](int64_t parts, int64_t most) { return parts == most ? most + 1 : std::min(2 * parts, most); };
-  visit_variants([&](int stride, int cut_tiles, int depth, int blocks_m) {
-    if (stride != a.stride) return false;
+  const auto consider = [&](int stride, int cut_tiles, int depth, int blocks_m, bool across) {
+    if (stride != a.stride || across != a.across) return false;
     Cut cut;
     cut.tiles = cut_tiles, cut.depth = depth, cut.blocks_m = blocks_m;
     const Effort effort(a, bands, cut);
     const int64_t columns = ceil_div(tiles, cut.tiles);
-    for (cut.rows_log = 0; 1 << cut.rows_log <= 16 * blocks_m; ++cut.rows_log) {
+    // Across, 8 rows are exchanged with 8 columns.
+    for (cut.rows_log = across ? 3 : 0; 1 << cut.rows_log <= 16 * blocks_m; ++cut.rows_log) {
       const int tile_images = 16 * blocks_m >> cut.rows_log, tile_rows = 1 << cut.rows_log;
       const int64_t row_tiles = ceil_div(a.out_height, tile_rows), pairs = pairs_of(a, tile_rows);
       for (int64_t parts = 1; parts <= row_tiles; parts = next(parts, row_tiles))
@@ -224,19 +252,23 @@ Cut choose_cut(Large a, int64_t shared_bytes, int multiprocessors) {
         }
     }
     return false;
-  });
+  };
+  visit_variants(std::false_type{}, consider), visit_variants(std::true_type{}, consider);
   return best;
 }
 
 // Calls visit(kernel) with the kernel of a cut.
 template <typename T, typename Visitor>
 void visit_kernel(const Large& a, const Cut& cut, Visitor&& visit) {
-  const bool found = visit_variants([&](auto stride, auto tiles, auto depth, auto blocks_m) {
-    if (a.stride != stride || cut.tiles != tiles || cut.depth != depth || cut.blocks_m != blocks_m) return false;
-    visit(toeplitz_large<T, stride, tiles, depth, blocks_m>);
+  const auto visit_chosen = [&](auto stride, auto tiles, auto depth, auto blocks_m, auto across) {
+    if (a.stride != stride || cut.tiles != tiles || cut.depth != depth || cut.blocks_m != blocks_m ||
+        a.across != across)
+      return false;
+    visit(toeplitz_large<T, stride, tiles, depth, blocks_m, across>);
     return true;
-  });
-  if (!found) throw std::runtime_error("dwconv: toeplitz_large finds no cut for this problem");
+  };
+  if (!visit_variants(std::false_type{}, visit_chosen) && !visit_variants(std::true_type{}, visit_chosen))
+    throw std::runtime_error("dwconv: toeplitz_large finds no cut for this problem");
 }
 
 struct Decision {
@@ -269,18 +301,19 @@ void launch(Large a, const Decision& decision, cudaStream_t stream) {
 }
 
 template <typename T>
-void launch(const Problem& p, cudaStream_t stream) {
+void launch(const Problem& p, bool across, cudaStream_t stream) {
   const Device& device = current_device();
   static thread_local Decisions<16, Decision> decisions;
-  const Large a = arguments_of(p);
-  launch<T>(a,
-            decisions({device.id, p.shared_memory, a.batch, a.targets, a.height, a.width, a.out_height, a.out_width,
-                       a.kernel_h, a.kernel_w, a.padding_h, a.padding_w, a.stride, a.source_row, a.target_row},
-                      [&] {
-                        const Cut cut = choose_cut(a, p.shared_memory, device.multiprocessors);
-                        return decide<T>(a, cut, device);
-                      }),
-            stream);
+  const Large a = arguments_of(p, across);
+  launch<T>(
+      a,
+      decisions({device.id, p.shared_memory, a.batch, a.targets, a.height, a.width, a.out_height, a.out_width,
+                 a.kernel_h, a.kernel_w, a.padding_h, a.padding_w, 2 * a.stride + across, a.source_row, a.target_row},
+                [&] {
+                  const Cut cut = choose_cut(a, p.shared_memory, device.multiprocessors);
+                  return decide<T>(a, cut, device);
+                }),
+      stream);
 }
 
 // Whether copies of images are better made with rows and columns exchanged.
@@ -300,21 +333,38 @@ bool exchange_pays(const Problem& problem) {
                    [&] { return time(exchange(problem)) < kLess * time(problem); });
 }
 
+// Whether a tall kernel is better taken across.
+bool across_pays(const Problem& p) {
+  if (!has_rows(p.input, p.width) || !has_rows(p.output, p.out_width) || p.stride_h != 1 ||
+      p.kernel_h < 2 * p.kernel_w || p.width == 1 || p.out_width == 1 || p.height == 1 || p.out_height == 1)
+    return false;
+  const Device& device = current_device();
+  static thread_local Decisions<12, bool> decisions;
+  const auto time = [&](const Problem& p, bool across) {
+    return choose_cut(arguments_of(p, across), p.shared_memory, device.multiprocessors).time;
+  };
+  constexpr double kLess = 0.8;  // exchanging takes some, too
+  return decisions({device.id, p.shared_memory, p.batch, p.channels, p.multiplier, p.height, p.width, p.kernel_h,
+                    p.kernel_w, p.padding_h, p.padding_w, static_cast<int64_t>(p.pass)},
+                   [&] { return time(exchange(p), true) < kLess * time(p, false); });
+}
+
 }  // namespace
 
 void launch_toeplitz_large(const Problem& problem, const Allocate& allocate, cudaStream_t stream) {
-  Problem p = exchange_pays(problem) ? exchange(problem) : problem;
+  const bool across = across_pays(problem);
+  Problem p = across || exchange_pays(problem) ? exchange(problem) : problem;
   const Mapping map(p);
   View& source = p.pass == Pass::kForward ? p.input : p.output;
   View& target = p.pass == Pass::kForward ? p.output : p.input;
   const View result = target;
-  const bool copies = !has_rows(result, map.out_width);
-  source = to_planes(source, p.batch, map.sources, map.height, map.width, allocate, stream);
+  const bool copies = !across && !has_rows(result, map.out_width);
+  if (!across) source = to_planes(source, p.batch, map.sources, map.height, map.width, allocate, stream);
   if (copies) target = new_planes(p.batch, map.targets, map.out_height, map.out_width, allocate);
   if (p.dtype == DType::kFloat16)
-    launch<__half>(p, stream);
+    launch<__half>(p, across, stream);
   else
-    launch<__nv_bfloat16>(p, stream);
+    launch<__nv_bfloat16>(p, across, stream);
   if (copies) launch_relayout<false>(result, target, p.batch, map.targets, map.out_height, map.out_width, stream);
 }
 

@@ -15,6 +15,9 @@
 // that it needs lies in shared memory, rows at an odd multiple of 16 bytes, so that ldmatrix meets no bank twice.
 // Weights lie there between zeros, in two copies a column apart, so that any two neighbours are one word of 32 bits.
 //
+// Tall kernels go across: rows of the problem are columns in memory. A warp exchanges 8 x 8 of the source on their way
+// to shared memory, and of the target on their way back.
+//
 // The zeros of B spoil an output if they meet Inf or NaN, which then is NaN. So outputs that are finite are right, and
 // the others are computed again, tap by tap.
 #pragma once
@@ -33,27 +36,19 @@ namespace dwconv {
 constexpr int kMaxLargeThreads = 256;
 constexpr int kLargeGroup = 8, kLargeGroupBytes = 16;  // columns of a group
 
-// How the threads of a block go through the pieces of rows of images.
+// How the threads of a block go through the pieces of rows of images: each stays at its place in an image, or at a few
+// of them, so that an addition leads to the next image.
 struct LargeWalk {
-  Divider side, rows;                     // threads side by side in a row, rows of an image
-  int lanes = 0, step_images, step_rows;  // rows that are visited at once, and what that is in images and rows
-  int64_t step_global, wrap_global;       // elements from one visit to the next, and where an image ends besides
-  int step_shared, wrap_shared;           // likewise, in bytes
+  Divider places, side;  // pieces of an image, and of a row
+  int at_once = 1;       // images
+  int step_shared = 0;   // bytes from one visit to the next
+  int64_t step_global = 0;
 
   LargeWalk() = default;
-  LargeWalk(int64_t pieces, int64_t most_rows, int threads, int64_t image, int64_t row, int64_t plane, int64_t pitch)
-      : side(std::min<int64_t>(pieces, threads)), rows(most_rows), lanes(threads / static_cast<int>(side.divisor)) {
-    step_images = static_cast<int>(lanes / most_rows), step_rows = static_cast<int>(lanes % most_rows);
-    step_global = step_images * image + step_rows * row, wrap_global = image - most_rows * row;
-    step_shared = static_cast<int>(step_images * plane + step_rows * pitch);
-    wrap_shared = static_cast<int>(plane - most_rows * pitch);
+  LargeWalk(int64_t pieces, int64_t rows, int threads, int64_t image, int64_t plane)
+      : places(pieces * rows), side(pieces), at_once(std::max(threads / static_cast<int>(pieces * rows), 1)) {
+    step_shared = static_cast<int>(at_once * plane), step_global = 2 * at_once * image;
   }
-};
-
-template <typename T>
-struct LargePlace {
-  T* global;
-  uint32_t shared;
 };
 
 template <int kBytes>
@@ -65,7 +60,8 @@ using LargeWord =
 struct Large {
   const void *source, *weight, *bias;
   void* target;
-  int64_t source_image, source_channel, source_row, target_image, target_channel, target_row;  // strides in elements
+  // Strides in elements; those of rows are of rows in memory.
+  int64_t source_image, source_channel, source_row, target_image, target_channel, target_row;
   int64_t weight_filter, weight_row, weight_column, bias_stride;
   int batch, height, width, out_height, out_width, kernel_h, kernel_w, padding_h, padding_w;
   int stride, targets;
@@ -76,10 +72,11 @@ struct Large {
   int source_rows, source_pitch, source_plane;   // as they lie in shared memory, in bytes
   int out_plane, out_pitch, weight_pitch, copy;  // likewise
   int tasks, weight_lanes;
-  int counter_at, weights_at, source_at, out_at;       // offsets in shared memory
+  int tasks_at, weights_at, source_at, out_at;         // offsets in shared memory
   int load_unit, store_unit;                           // bytes that are copied at once
   bool pairs;                                          // whether outputs can be written in pairs
   bool joined;                                         // whether a band of a target plane has no gaps
+  bool across;                                         // whether rows are columns in memory
   Divider by_images, by_fan_out, by_bands, by_ranges;  // tasks
   Divider by_weight_side;                              // threads side by side in a row of weights
   LargeWalk load, store;
@@ -88,7 +85,7 @@ struct Large {
 };
 
 // What a block does between two barriers.
-struct LargeTask {
+struct alignas(16) LargeTask {
   int target, image, images, row, rows, tile, columns;  // columns of the target, from its group `tile` on
   int source_row, source_rows, group, groups;           // of the source, as far as they are inside the image
 };
@@ -110,33 +107,31 @@ __device__ inline LargeTask task_of(const Large& a, uint32_t number, int stride)
   return t;
 }
 
-// Visits the rows of some images, piece by piece, kBatch pieces at a time: visit(places, there) with where they lie in
-// two arrays. A thread stays with a piece of a row, for which begin(piece, image, row) is the first place, as long as
-// it can, so that little is left to compute.
-template <int kBatch, typename Begin, typename Visit>
-__device__ void walk(const LargeWalk& w, int pieces, int rows, int images, Begin&& begin, Visit&& visit) {
-  uint32_t first_image = threadIdx.x;
-  const int first_piece = w.side.split(first_image), first_row = w.rows.split(first_image), most = w.rows.divisor;
-  if (first_image * most + first_row >= w.lanes) return;
-  for (int piece = first_piece; piece < pieces; piece += w.side.divisor) {
-    auto place = begin(piece, static_cast<int>(first_image), first_row);
-    for (int image = first_image, row = first_row; image < images;) {
-      decltype(place) places[kBatch];
-      bool there[kBatch];
-#pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
-        places[k] = place, there[k] = row < rows && image < images;
-        row += w.step_rows, image += w.step_images;
-        place.global += w.step_global, place.shared += w.step_shared;
-        if (row >= most) row -= most, ++image, place.global += w.wrap_global, place.shared += w.wrap_shared;
-      }
-      visit(piece, places, there);
-    }
+// Calls visit(piece, row, image) for each place of a thread, or of a warp, with the first of its images.
+template <typename Visit>
+__device__ void walk(const LargeWalk& w, uint32_t number, int step, int pieces, int rows, Visit&& visit) {
+  uint32_t image = number;
+  uint32_t place = w.places.split(image);
+  if (static_cast<int>(image) >= w.at_once) return;
+#pragma unroll 1
+  for (; place < w.places.divisor; place += step) {
+    uint32_t row = place;
+    const int piece = w.side.split(row);
+    if (piece < pieces && static_cast<int>(row) < rows) visit(piece, static_cast<int>(row), static_cast<int>(image));
   }
 }
 
+// Calls visit(count) with a constant count for images `step` apart: for 4 at a time, then for one at a time.
+template <typename Visit>
+__device__ void visit_images(int image, int step, int images, Visit&& visit) {
+#pragma unroll 1
+  for (; image + 3 * step < images; image += 4 * step) visit(std::integral_constant<int, 4>{});
+#pragma unroll 1
+  for (; image < images; image += step) visit(std::integral_constant<int, 1>{});
+}
+
 template <typename T, int kBytes>
-__device__ void load_source(const Large& a, const LargeTask& t) {
+__device__ void load_rows(const Large& a, const LargeTask& t) {
   uint32_t channel = t.target;
   a.by_fan_out.split(channel);
   const T* source = static_cast<const T*>(a.source) + t.image * a.source_image + channel * a.source_channel +
@@ -147,74 +142,149 @@ __device__ void load_source(const Large& a, const LargeTask& t) {
 #else
   constexpr bool kAsync = false;
 #endif
-  constexpr int kBatch = kAsync ? 4 : 8;
   using Word = LargeWord<kBytes>;
-  const uint32_t base = shared_address(a.source_at);
-  walk<kBatch>(
-      a.load, t.groups * (kLargeGroupBytes / kBytes), t.source_rows, t.images,
-      [&](int piece, int image, int row) {
-        return LargePlace<const T>{source + image * a.source_image + row * a.source_row + piece * (kBytes / 2),
-                                   base + image * a.source_plane + row * a.source_pitch + piece * kBytes};
-      },
-      [&](int piece, const auto& places, const auto& there) {
-        const bool inside = piece * (kBytes / 2) < width;  // zeros behind the image
-        Word words[kBatch];
+  const int pieces = t.groups * (kLargeGroupBytes / kBytes);
+  walk(a.load, threadIdx.x, blockDim.x, pieces, t.source_rows, [&](int piece, int row, int image) {
+    auto from = reinterpret_cast<const char*>(source + image * a.source_image + row * a.source_row) + piece * kBytes;
+    int to = a.source_at + image * a.source_plane + row * a.source_pitch + piece * kBytes;
+    const bool inside = piece * (kBytes / 2) < width;  // zeros behind the image
+    if (kAsync && inside) {
+      uint32_t address = shared_address(to);
+      visit_images(image, a.load.at_once, t.images, [&](auto count) {
 #pragma unroll
-        for (int k = 0; k < kBatch; ++k) {
-          words[k] = Word{};
-          if (!there[k] || !inside) continue;
-          if constexpr (kAsync)
-            copy_unit<kBytes>(places[k].shared, places[k].global);
-          else
-            words[k] = __ldg(reinterpret_cast<const Word*>(places[k].global));
-        }
-#pragma unroll
-        for (int k = 0; k < kBatch; ++k)
-          if (there[k] && !(kAsync && inside)) shared<Word>(places[k].shared - base + a.source_at) = words[k];
+        for (int k = 0; k < count; ++k, from += a.load.step_global, address += a.load.step_shared)
+          copy_unit<kBytes>(address, from);
       });
+    } else {
+      visit_images(image, a.load.at_once, t.images, [&](auto count) {
+        Word words[count];
+#pragma unroll
+        for (int k = 0; k < count; ++k, from += a.load.step_global)
+          words[k] = inside ? __ldg(reinterpret_cast<const Word*>(from)) : Word{};
+#pragma unroll
+        for (int k = 0; k < count; ++k, to += a.load.step_shared) shared<Word>(to) = words[k];
+      });
+    }
+  });
 }
 
-template <typename T>
-__device__ void load_source(const Large& a, const LargeTask& t) {
-  switch (a.load_unit) {
-    case 16: load_source<T, 16>(a, t); break;
-    case 8: load_source<T, 8>(a, t); break;
-    case 4: load_source<T, 4>(a, t); break;
-    default: load_source<T, 2>(a, t); break;
-  }
+// A lane has two neighbours of a row of an 8 x 8 matrix, then two of a column.
+__device__ inline uint32_t exchange_matrix(uint32_t rows) {
+  uint32_t columns = 0;
+#if __CUDA_ARCH__ >= 750
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(columns) : "r"(rows));
+#endif
+  return columns;
 }
 
-// Writes the weights of a filter between the zeros that are there already. A thread stays with a column of the kernel.
-template <typename T>
-__device__ void load_weights(const Large& a, int filter) {
-  constexpr int kBatch = 8;  // loads under way
-  const int side = a.by_weight_side.divisor, step = a.weight_lanes, pitch = a.weight_pitch;
-  uint32_t first = threadIdx.x;
-  const int first_tap = a.by_weight_side.split(first);
-  if (static_cast<int>(first) >= step) return;
-  for (int tap = first_tap; tap < a.kernel_w; tap += side) {
-    const int column = tap - a.first_tap;
-    if (column < 0 || 2 * column >= pitch) continue;  // it only ever meets what is outside of the image
-    const T* from = static_cast<const T*>(a.weight) + filter * a.weight_filter + tap * a.weight_column;
-    for (int row = first; row < a.kernel_h; row += kBatch * step) {
-      T value[kBatch];
+// The same across: a warp takes 8 rows in memory, which are a group of columns, of kBytes / 2 matrices of 8 columns. A
+// lane has kBytes of a row; what it has of one matrix is not side by side then, which matters to where it is written.
+template <typename T, int kBytes>
+__device__ void load_across(const Large& a, const LargeTask& t) {
+  uint32_t channel = t.target;
+  a.by_fan_out.split(channel);
+  const T* source = static_cast<const T*>(a.source) + t.image * a.source_image + channel * a.source_channel +
+                    t.group * kLargeGroup * a.source_row + t.source_row;
+  constexpr int kWords = std::max(kBytes / 4, 1);
+  const int lane = threadIdx.x % 32, quad = lane / 4, width = a.width - t.group * kLargeGroup;
+  const int pieces = (t.source_rows + 8 * kWords - 1) / (8 * kWords);
+  walk(a.load, threadIdx.x / 32, blockDim.x / 32, pieces, t.groups, [&](int piece, int group, int image) {
+    const int x = group * kLargeGroup + quad, y = (piece * 4 + lane % 4) * 2 * kWords;
+    auto from = reinterpret_cast<const char*>(source + image * a.source_image + x * a.source_row + y);
+    const bool inside = x < width && y < t.source_rows;
+    // Of the matrix of the first words: two rows of each lane's 2 * kWords.
+    const int row = piece * 8 * kWords + quad / 2 * 2 * kWords + quad % 2;
+    int to = a.source_at + image * a.source_plane + row * a.source_pitch + group * kLargeGroupBytes + lane % 4 * 4;
+    visit_images(image, a.load.at_once, t.images, [&](auto count) {
+      uint32_t words[count][kWords];
 #pragma unroll
-      for (int k = 0; k < kBatch; ++k)
-        if (row + k * step < a.kernel_h) value[k] = __ldg(from + (row + k * step) * a.weight_row);
-#pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
-        if (row + k * step >= a.kernel_h) continue;
-        const int to = a.weights_at + (row + k * step) * pitch + 2 * column;
-        shared<T>(to) = value[k];
-        if (column > 0) shared<T>(to + a.copy - 2) = value[k];
+      for (int k = 0; k < count; ++k, from += a.load.step_global) {
+        if constexpr (kBytes == 8) {
+          const uint2 both = inside ? __ldg(reinterpret_cast<const uint2*>(from)) : uint2{};
+          words[k][0] = both.x, words[k][1] = both.y;
+        } else {
+          const auto* half = reinterpret_cast<const unsigned short*>(from);
+          words[k][0] = inside ? __ldg(half) : 0;
+          if (inside && y + 1 < t.source_rows) words[k][0] |= static_cast<uint32_t>(__ldg(half + 1)) << 16;
+        }
       }
+#pragma unroll
+      for (int k = 0; k < count; ++k, to += a.load.step_shared)
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) {
+          const uint32_t columns = exchange_matrix(words[k][w]);
+          if (row + 2 * w < t.source_rows) shared<uint32_t>(to + 2 * w * a.source_pitch) = columns;
+        }
+    });
+  });
+}
+
+template <typename T, bool kAcross>
+__device__ void load_source(const Large& a, const LargeTask& t) {
+  if constexpr (kAcross) {
+    if (a.load_unit == 8)
+      load_across<T, 8>(a, t);
+    else
+      load_across<T, 2>(a, t);
+  } else {
+    switch (a.load_unit) {
+      case 16: load_rows<T, 16>(a, t); break;
+      case 8: load_rows<T, 8>(a, t); break;
+      case 4: load_rows<T, 4>(a, t); break;
+      default: load_rows<T, 2>(a, t); break;
     }
   }
 }
 
+// The weights of a filter on their way to where zeros surround them. A thread stays with a column of the kernel.
+template <typename T>
+class LargeWeights {
+ public:
+  // Begins to load them.
+  __device__ void begin(const Large& a, int filter) {
+    uint32_t row = threadIdx.x;
+    tap_ = a.by_weight_side.split(row), row_ = static_cast<int>(row);
+    from_ = static_cast<const T*>(a.weight) + filter * a.weight_filter;
+    if (row_ < a.weight_lanes) load(a, tap_, row_);
+  }
+
+  __device__ void write(const Large& a) {
+    const int step = a.weight_lanes;
+    if (row_ >= step) return;
+    for (int tap = tap_; tap < a.kernel_w; tap += a.by_weight_side.divisor) {
+      const int column = tap - a.first_tap;
+      if (column < 0 || 2 * column >= a.weight_pitch) continue;  // it only ever meets what is outside of the image
+      for (int row = row_; row < a.kernel_h; row += kBatch * step) {
+        if (tap != tap_ || row != row_) load(a, tap, row);
+#pragma unroll
+        for (int k = 0; k < kBatch; ++k) {
+          if (row + k * step >= a.kernel_h) continue;
+          const int to = a.weights_at + (row + k * step) * a.weight_pitch + 2 * column;
+          shared<T>(to) = values_[k];
+          if (column > 0) shared<T>(to + a.copy - 2) = values_[k];
+        }
+      }
+    }
+  }
+
+ private:
+  static constexpr int kBatch = 4;  // loads under way
+  T values_[kBatch];
+  const T* from_;
+  int tap_, row_;
+
+  __device__ void load(const Large& a, int tap, int row) {
+    const T* from = from_ + tap * a.weight_column + row * a.weight_row;
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k, from += a.weight_lanes * a.weight_row)
+      if (row + k * a.weight_lanes < a.kernel_h) values_[k] = __ldg(from);
+  }
+};
+
 // An output by its definition, only from taps inside the image.
 template <typename T>
-__device__ __noinline__ float sum_of_taps(const Large& a, int target, int image, int row, int column, int stride) {
+__device__ __noinline__ float sum_of_taps(const Large& a, int target, int image, int row, int column, int stride,
+                                          bool across) {
   uint32_t channel = target;
   a.by_fan_out.split(channel);
   const T* source = static_cast<const T*>(a.source) + image * a.source_image + channel * a.source_channel;
@@ -226,55 +296,59 @@ __device__ __noinline__ float sum_of_taps(const Large& a, int target, int image,
     for (int j = 0; j < a.kernel_w; ++j) {
       const int x = column * stride + j - a.padding_w;
       if (x >= 0 && x < a.width)
-        sum = fmaf(widen(source[y * a.source_row + x]), widen(weight[i * a.weight_row + j * a.weight_column]), sum);
+        sum = fmaf(widen(source[across ? x * a.source_row + y : y * a.source_row + x]),
+                   widen(weight[i * a.weight_row + j * a.weight_column]), sum);
     }
   }
   return sum;
 }
 
-template <typename T, int kBytes>
-__device__ void store_target(const Large& a, const LargeTask& t) {
+template <typename T, int kBytes, bool kAcross>
+__device__ void store_rows(const Large& a, const LargeTask t) {
   using Word = LargeWord<kBytes>;
-  const int run = a.joined ? t.rows * t.columns : t.columns, runs = a.joined ? 1 : t.rows;
+  const int columns = kAcross ? t.rows : t.columns, rows = kAcross ? t.columns : t.rows;  // in memory
+  const int first_row = kAcross ? t.tile * kLargeGroup : t.row, first_column = kAcross ? t.row : t.tile * kLargeGroup;
   T* target = static_cast<T*>(a.target) + t.image * a.target_image + t.target * a.target_channel +
-              t.row * a.target_row + t.tile * kLargeGroup;
-  walk<4>(
-      a.store, run * 2 / kBytes, runs, t.images,
-      [&](int piece, int image, int row) {
-        return LargePlace<T>{
-            target + image * a.target_image + row * a.target_row + piece * (kBytes / 2),
-            static_cast<uint32_t>(a.out_at + image * a.out_plane + row * a.out_pitch + piece * kBytes)};
-      },
-      [&](int, const auto& places, const auto& there) {
+              first_row * a.target_row + first_column;
+  const int pieces = (a.joined ? rows * columns : columns) * 2 / kBytes;
+  walk(a.store, threadIdx.x, blockDim.x, pieces, a.joined ? 1 : rows, [&](int piece, int row, int image) {
+    auto to = reinterpret_cast<char*>(target + image * a.target_image + row * a.target_row) + piece * kBytes;
+    int from = a.out_at + image * a.out_plane + row * a.out_pitch + piece * kBytes;
+    visit_images(image, a.store.at_once, t.images, [&](auto count) {
+      Word words[count];
 #pragma unroll
-        for (int k = 0; k < 4; ++k)
-          if (there[k]) *reinterpret_cast<Word*>(places[k].global) = shared<Word>(places[k].shared);
-      });
+      for (int k = 0; k < count; ++k, from += a.store.step_shared) words[k] = shared<Word>(from);
+#pragma unroll
+      for (int k = 0; k < count; ++k, to += a.store.step_global) *reinterpret_cast<Word*>(to) = words[k];
+    });
+  });
 }
 
-template <typename T>
+template <typename T, bool kAcross>
 __device__ void store_target(const Large& a, const LargeTask& t) {
   switch (a.store_unit) {
-    case 16: return store_target<T, 16>(a, t);
-    case 8: return store_target<T, 8>(a, t);
-    case 4: return store_target<T, 4>(a, t);
-    default: return store_target<T, 2>(a, t);
+    case 16: return store_rows<T, 16, kAcross>(a, t);
+    case 8: return store_rows<T, 8, kAcross>(a, t);
+    case 4: return store_rows<T, 4, kAcross>(a, t);
+    default: return store_rows<T, 2, kAcross>(a, t);
   }
 }
 
-template <typename T, int kStride, int kTiles, int kDepth, int kBlocksM>
-__device__ void compute(const Large& a, const LargeTask& t, float bias) {
+template <typename T, int kStride, int kTiles, int kDepth, int kBlocksM, bool kAcross>
+__device__ void compute(const Large& a, const LargeTask& task, float bias) {
   constexpr int kGroups = (kTiles - 1) * kStride + kDepth;  // of the source that a warp's tiles meet
-  const int lane = threadIdx.x % 32, quad = lane / 4, pair = lane % 4 * 2;
-  const int entry = pair - quad * kStride + 7 * kStride;  // of the lane's first pair in a row of weights
-  const int weights = a.weights_at + (entry & 1) * a.copy + 2 * (entry & ~1);
   const int units = a.image_tiles * a.column_tiles * a.row_tiles;
   const int tile_rows = 1 << a.rows_log, tile_images = 16 * kBlocksM >> a.rows_log;
-  while (true) {
-    // Warps take what is next. Rows in the middle, which meet the most rows of the kernel, come first.
-    uint32_t rest = lane == 0 ? atomicAdd(&shared<int>(a.counter_at), 1) : 0;
-    rest = __shfl_sync(~0u, rest, 0);
-    if (static_cast<int>(rest) >= units) break;
+  // Rows in the middle, which meet the most rows of the kernel, come first.
+#pragma unroll 1
+  for (int unit = threadIdx.x / 32; unit < units; unit += blockDim.x / 32) {
+    const LargeTask t = task;
+    uint32_t rest = unit;
+    int lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));  // or else the compiler keeps what follows from it
+    const int quad = lane / 4, pair = lane % 4 * 2;
+    const int entry = pair - quad * kStride + 7 * kStride;  // of the lane's first pair in a row of weights
+    const int weights = a.weights_at + (entry & 1) * a.copy + 2 * (entry & ~1);
     const int tile = a.by_column_tiles.split(rest) * kTiles, image = a.by_image_tiles.split(rest) * tile_images;
     const int step = (static_cast<int>(rest) + 1) / 2, middle = (a.row_tiles - 1) / 2;
     const int row = (middle + (rest % 2 == 1 ? step : -step)) * tile_rows;
@@ -303,7 +377,7 @@ __device__ void compute(const Large& a, const LargeTask& t, float bias) {
         const int slot = 16 * m + lane % 16, r = row + (slot & (tile_rows - 1)), n = image + (slot >> a.rows_log);
         y[m] = (t.row + r) * kStride + begin + lane / 16 - a.padding_h - t.source_row;
         source[m] = a.source_at + n * a.source_plane + y[m] * a.source_pitch + group * kLargeGroupBytes;
-        if (n >= t.images || r >= t.rows) y[m] = -(1 << 30);
+        if (n >= t.images) y[m] = -(1 << 30);
       }
       int band = weights + begin * a.weight_pitch + d * kLargeGroupBytes;
       const auto multiply_rows = [&](auto is_inside) {
@@ -361,22 +435,23 @@ __device__ void compute(const Large& a, const LargeTask& t, float bias) {
       d += kDepth;
     } while (d < a.depth);
 
-    // Sums go to shared memory, from where they are stored as they lie side by side.
+    // Sums go to shared memory, from where they are stored as they lie side by side. There is room for those of rows
+    // and images that are not there, too.
     const auto none = narrow_pair(0.f, 0.f, T{});
-    auto zero = none;
-    const auto stage = [&](auto pairs) {
+    Pair<T> zero[] = {none, none};
+    [[maybe_unused]] const int column = tile * kLargeGroup + pair, columns = t.columns - column;
+    [[maybe_unused]] const auto stage = [&](auto pairs) {
 #pragma unroll
       for (int m = 0; m < kBlocksM; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int slot = 16 * m + 8 * h + quad, r = row + (slot & (tile_rows - 1)), n = image + (slot >> a.rows_log);
-          const int column = tile * kLargeGroup + pair, columns = (r < t.rows && n < t.images ? t.columns : 0) - column;
           const int to = a.out_at + n * a.out_plane + r * a.out_pitch + 2 * column;
 #pragma unroll
           for (int j = 0; j < kTiles; ++j) {
             const auto values = narrow_pair(sum[m][j][2 * h], sum[m][j][2 * h + 1], T{});
 #if __CUDA_ARCH__ >= 800
-            zero = __hfma2(values, none, zero);
+            zero[h] = __hfma2(values, none, zero[h]);
 #endif
             if (pairs) {
               if (j * kLargeGroup < columns) shared<Pair<T>>(to + j * kLargeGroupBytes) = values;
@@ -387,55 +462,86 @@ __device__ void compute(const Large& a, const LargeTask& t, float bias) {
           }
         }
     };
-    if (a.pairs)
+    // Pairs of rows, which are side by side in memory. There is an even number of those that there is room for.
+    [[maybe_unused]] const auto stage_across = [&] {
+#pragma unroll
+      for (int m = 0; m < kBlocksM; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int slot = 16 * m + 8 * h + pair, r = row + (slot & (tile_rows - 1)), n = image + (slot >> a.rows_log);
+          const int x = tile * kLargeGroup + quad, to = a.out_at + n * a.out_plane + x * a.out_pitch + 2 * r;
+#pragma unroll
+          for (int j = 0; j < kTiles; ++j) {
+            const auto values = narrow_pair(sum[m][j][2 * h], sum[m][j][2 * h + 1], T{});
+#if __CUDA_ARCH__ >= 800
+            zero[h] = __hfma2(values, none, zero[h]);
+#endif
+            const uint32_t rows = exchange_matrix(reinterpret_cast<const uint32_t&>(values));
+            if (x + j * kLargeGroup < t.columns) shared<uint32_t>(to + j * kLargeGroup * a.out_pitch) = rows;
+          }
+        }
+    };
+    if constexpr (kAcross)
+      stage_across(), __syncwarp();
+    else if (a.pairs)
       stage(std::true_type{});
     else
       stage(std::false_type{});
-    if (!(__low2float(zero) == 0 && __high2float(zero) == 0)) {  // NaN: an output of the thread is not finite
+    zero[0] = __hadd2(zero[0], zero[1]);
+    if (!(__low2float(zero[0]) == 0 && __high2float(zero[0]) == 0)) {  // NaN: an output of the thread is not finite
 #pragma unroll 1
       for (int v = 0; v < kBlocksM * 2 * kTiles * 2; ++v) {
         const int slot = v / (2 * kTiles) * 8 + quad, r = row + (slot & (tile_rows - 1)),
                   n = image + (slot >> a.rows_log);
         const int column = (tile + v / 2 % kTiles) * kLargeGroup + pair + v % 2;
         if (r >= t.rows || n >= t.images || column >= t.columns) continue;
-        T& to = shared<T>(a.out_at + n * a.out_plane + r * a.out_pitch + 2 * column);
+        T& to =
+            shared<T>(a.out_at + n * a.out_plane + (kAcross ? column : r) * a.out_pitch + 2 * (kAcross ? r : column));
         if (is_finite(widen(to))) continue;
-        to = narrow<T>(sum_of_taps<T>(a, t.target, t.image + n, t.row + r, t.tile * kLargeGroup + column, kStride));
+        to = narrow<T>(
+            sum_of_taps<T>(a, t.target, t.image + n, t.row + r, t.tile * kLargeGroup + column, kStride, kAcross));
       }
     }
   }
 }
 
 // A block takes a run of tasks, which share a filter most of the time. While it stores the targets of one, the sources
-// of the next arrive; the blocks beside it compute.
-template <typename T, int kStride, int kTiles, int kDepth, int kBlocksM>
+// of the next arrive; the blocks beside it compute. What the next one is a thread works out for all.
+template <typename T, int kStride, int kTiles, int kDepth, int kBlocksM, bool kAcross>
 __global__ void __launch_bounds__(kMaxLargeThreads, 2) toeplitz_large(const __grid_constant__ Large a) {
-  const int first = static_cast<int>(static_cast<int64_t>(a.tasks) * blockIdx.x / gridDim.x);
+  int number = static_cast<int>(static_cast<int64_t>(a.tasks) * blockIdx.x / gridDim.x);
   const int last = static_cast<int>(static_cast<int64_t>(a.tasks) * (blockIdx.x + 1) / gridDim.x);
+  const auto task = [&](int slot) -> LargeTask& {
+    return shared<LargeTask>(a.tasks_at + slot % 2 * static_cast<int>(sizeof(LargeTask)));
+  };
   let_next_kernel_start();
   for (int i = 4 * threadIdx.x; i < a.source_at; i += 4 * blockDim.x) shared<uint32_t>(i) = 0;
   wait_for_kernel_before();
+  __syncthreads();
+  if (threadIdx.x == 0) task(0) = task_of(a, number, kStride);
   float bias = 0;
-  LargeTask t{};
-  for (int number = first, filter = -1; number <= last; ++number) {
-    const LargeTask before = t;
+  for (int slot = 0, filter = -1;; ++number, ++slot) {
     __syncthreads();
+    LargeWeights<T> weights;
+    bool changes = false;
     if (number < last) {
-      t = task_of(a, number, kStride);
-      load_source<T>(a, t);
-    }
-    if (number > first) store_target<T>(a, before);
-    if (number == last) break;
-    if (t.target != filter) {
+      const LargeTask t = task(slot);
+      load_source<T, kAcross>(a, t);
+      changes = t.target != filter;
       filter = t.target;
-      load_weights<T>(a, filter);
-      bias = a.bias ? widen(static_cast<const T*>(a.bias)[filter * a.bias_stride]) : 0.f;
+      if (changes) {
+        weights.begin(a, filter);
+        bias = a.bias ? widen(static_cast<const T*>(a.bias)[filter * a.bias_stride]) : 0.f;
+      }
     }
-    if (threadIdx.x == 0) shared<int>(a.counter_at) = 0;
+    if (slot > 0) store_target<T, kAcross>(a, task(slot + 1));
+    if (number == last) break;
+    if (changes) weights.write(a);
     commit_copies();
     wait_copies<0>();
     __syncthreads();
-    compute<T, kStride, kTiles, kDepth, kBlocksM>(a, t, bias);
+    if (threadIdx.x == 0 && number + 1 < last) task(slot + 1) = task_of(a, number + 1, kStride);
+    compute<T, kStride, kTiles, kDepth, kBlocksM, kAcross>(a, task(slot), bias);
   }
 }
 
