@@ -260,7 +260,8 @@ __global__ void __launch_bounds__(launch_of(kLength, false).threads, launch_of(k
   if (multiplies) {
     wait_for_kernel_before();
     const float2* from = a.spectra + static_cast<int64_t>(filter) * kSpectrum;
-    for (int i = 2 * threadIdx.x; i < kSpectrum; i += 2 * blockDim.x) begin_copy<16>(spectrum + 8 * i, from + i);
+    for (int i = 2 * threadIdx.x; i < kSpectrum; i += 2 * blockDim.x)
+      begin_copy<16>(shared_address(spectrum + 8 * i), from + i);
   }
   finish_copies();
   __syncthreads();

@@ -6,6 +6,7 @@
 // then and rows then. They walk together over the kernel rows that meet the image for any of them, and along each over
 // the taps that do: taps above, below and beside the image cost nothing where they are outside of it for the whole
 // warp. Which filters, images, rows and columns make a block is decided at run time, by an estimate of the time.
+// Kernels much higher than wide go along their columns: rows and columns change places.
 //
 // Along a row, a thread multiplies blocks of 28 columns where those fit: 28 pixels of the source and as many outputs
 // stay in registers, and each weight of the kernel, read once, is one diagonal of the square between them. Diagonals
@@ -31,12 +32,11 @@ constexpr int kWide = 16;   // columns of a strip
 constexpr int kBlock = 28;  // columns of a block
 // What of the costs of strips is a cycle of those of blocks: where an image is one block wide, or more. In
 // channels_last strips take longer than estimated.
-constexpr double kBlockCycles = 1.27, kBlocksCycles = 1.46, kBlockCyclesChannelsLast = 1.1;
+constexpr double kBlockCycles = 1.27, kBlocksCycles = 1.46;
+constexpr double kBlockCyclesChannelsLast = 1.1, kBlocksCyclesChannelsLast = 1.25;
 
 // Lanes whose sums are in shared memory at once, on their way out.
-constexpr int staged_lanes(int side) {
-  return side == kBlock ? 8 : 32;
-}
+constexpr int kStagedLanes = 8;
 
 // Bytes between the lanes' sums on their way out: no bank conflicts.
 constexpr int stage_pitch(int side) {
@@ -144,7 +144,7 @@ __device__ __forceinline__ void multiply_block(float (&sum)[2][kBlock], uint32_t
 // One task of a warp: a strip of columns, of 32 rows. kSide: of narrow images, or kBlock, or 0.
 template <int kSide, int kStrip>
 __device__ void compute(const Arguments& a, const Tile& tile, int column, int chunk, bool check) {
-  constexpr int kPitch = stage_pitch(kSide), kStagedLanes = staged_lanes(kSide);
+  constexpr int kPitch = stage_pitch(kSide);
   constexpr bool kBlocks = kSide == kBlock, kNarrow = kSide > 0 && !kBlocks;
   const int lane = threadIdx.x % 32, items = tile.rows * a.images * a.planes, item = 32 * chunk + lane;
   struct Place {
@@ -222,43 +222,56 @@ __device__ void compute(const Arguments& a, const Tile& tile, int column, int ch
     }
     return value;
   };
-  if (a.planes > 1) {  // neighbouring lanes write neighbouring channels
-    if (!valid) return;
+  // What stores stand in branches that all lanes leave together: behind a return, ptxas would take warps for divided.
+  if (a.planes > 1 || a.target_stride[3] != 1) {  // neighbouring lanes write neighbouring channels, or rows
     float* to = target + offset;
+    if (valid && !check) {
 #pragma unroll
-    for (int o = 0; o < kStrip; ++o, to += a.target_stride[3])
-      if (column + o < a.out_width) *to = checked(sum[0][o] + sum[1][o] + bias, own, o);
-    return;
-  }
-
-  // Out through shared memory, some lanes' sums at once, so that neighbouring lanes write neighbouring columns.
-  const int stage = a.planes_at - (blockDim.x / 32 - threadIdx.x / 32) * kStagedLanes * kPitch;
-  const int width = kStrip / a.unit, owners = 32 / width, o = lane % width * a.unit;  // owners: whose sums are written
-#pragma unroll 1
-  for (int first = 0; first < 32; first += kStagedLanes) {
-    __syncwarp();
-    if (lane / kStagedLanes == first / kStagedLanes)
+      for (int o = 0; o < kStrip; ++o, to += a.target_stride[3])
+        if (column + o < a.out_width) *to = sum[0][o] + sum[1][o] + bias;
+    } else if (valid) {
+#pragma unroll
+      for (int o = 0; o < kStrip; ++o, to += a.target_stride[3])
+        if (column + o < a.out_width) *to = checked(sum[0][o] + sum[1][o] + bias, own, o);
+    }
+  } else if (a.unit == 4 && !check) {
+    float4* const to = reinterpret_cast<float4*>(target + offset);
+    if (valid)
 #pragma unroll
       for (int n = 0; n < kStrip; n += 4)
-        shared<float4>(stage + lane % kStagedLanes * kPitch + 4 * n) = {
-            sum[0][n] + sum[1][n] + bias, sum[0][n + 1] + sum[1][n + 1] + bias, sum[0][n + 2] + sum[1][n + 2] + bias,
-            sum[0][n + 3] + sum[1][n + 3] + bias};
-    __syncwarp();
-    for (int staged = 0; staged < kStagedLanes; staged += owners) {
-      const int at = staged + lane / width, owner = first + at;
-      const int64_t to = __shfl_sync(~0u, offset, owner);
-      if (to == kNone || lane >= owners * width || at >= kStagedLanes || column + o >= a.out_width) continue;
-      const int from = stage + at * kPitch + 4 * o;
-      if (check) {
-        const Place place = place_of(32 * chunk + owner);
-        for (int n = 0; n < a.unit; ++n)
-          target[to + (o + n) * a.target_stride[3]] = checked(shared<float>(from + 4 * n), place, o + n);
-      } else if (a.unit == 4) {
-        *reinterpret_cast<float4*>(target + to + o) = shared<float4>(from);
-      } else if (a.unit == 2) {
-        *reinterpret_cast<float2*>(target + to + o) = shared<float2>(from);
-      } else {
-        target[to + o * a.target_stride[3]] = shared<float>(from);
+        if (column + n < a.out_width)
+          to[n / 4] = {sum[0][n] + sum[1][n] + bias, sum[0][n + 1] + sum[1][n + 1] + bias,
+                       sum[0][n + 2] + sum[1][n + 2] + bias, sum[0][n + 3] + sum[1][n + 3] + bias};
+  } else {  // through shared memory, some lanes' sums at once, so that neighbouring lanes write neighbouring columns
+    const int stage = a.planes_at - (blockDim.x / 32 - threadIdx.x / 32) * kStagedLanes * kPitch;
+    const int width = kStrip / a.unit, owners = 32 / width,
+              o = lane % width * a.unit;  // owners: whose sums are written
+#pragma unroll 1
+    for (int first = 0; first < 32; first += kStagedLanes) {
+      __syncwarp();
+      if (lane / kStagedLanes == first / kStagedLanes)
+#pragma unroll
+        for (int n = 0; n < kStrip; n += 4)
+          shared<float4>(stage + lane % kStagedLanes * kPitch + 4 * n) = {
+              sum[0][n] + sum[1][n] + bias, sum[0][n + 1] + sum[1][n + 1] + bias, sum[0][n + 2] + sum[1][n + 2] + bias,
+              sum[0][n + 3] + sum[1][n + 3] + bias};
+      __syncwarp();
+      for (int staged = 0; staged < kStagedLanes; staged += owners) {
+        const int at = staged + lane / width, owner = first + at;
+        const int64_t to = __shfl_sync(~0u, offset, owner);
+        if (to == kNone || lane >= owners * width || at >= kStagedLanes || column + o >= a.out_width) continue;
+        const int from = stage + at * kPitch + 4 * o;
+        if (check) {
+          const Place place = place_of(32 * chunk + owner);
+          for (int n = 0; n < a.unit; ++n)
+            target[to + (o + n) * a.target_stride[3]] = checked(shared<float>(from + 4 * n), place, o + n);
+        } else if (a.unit == 4) {
+          *reinterpret_cast<float4*>(target + to + o) = shared<float4>(from);
+        } else if (a.unit == 2) {
+          *reinterpret_cast<float2*>(target + to + o) = shared<float2>(from);
+        } else {
+          target[to + o * a.target_stride[3]] = shared<float>(from);
+        }
       }
     }
   }
@@ -291,6 +304,7 @@ __global__ void __launch_bounds__(threads_for(kSide), blocks_for(kSide))
   bool finite = kSide == 0 || kSide == kBlock;
   for (int plane = 0; plane < tile.filters; ++plane) {
     const float* weights = a.weight + (tile.filter + plane) * a.weight_stride[0];
+#pragma unroll 4
     for (int tap = threadIdx.x; tap < a.kernel_h * a.kernel_w; tap += blockDim.x) {
       uint32_t i = tap;
       const int j = a.by_kernel_w.split(i);
@@ -300,16 +314,21 @@ __global__ void __launch_bounds__(threads_for(kSide), blocks_for(kSide))
     }
   }
   finish_copies();
-  const bool check = __syncthreads_or(!finite);
+  const bool check = __shfl_sync(~0u, __syncthreads_or(!finite), 0);  // or else ptxas would take warps for divided
 
   constexpr int kStrip = kSide == kBlock ? kBlock : kWide;
   const int chunks = (tile.rows * a.images * a.planes + 31) / 32;
   const int strips = (tile.columns + kStrip - 1) / kStrip, tasks = chunks * strips;
   for (int task = __shfl_sync(~0u, threadIdx.x / 32, 0); task < tasks;) {
-    const int rank = task / strips, column = (task - rank * strips) * kStrip;
-    const int chunk = middle_first(rank, chunks);
+    // Those that take longest first: at the edges of the image, strips and rows have fewer products.
+    int rank = task / strips, strip = task - rank * strips;
+    if constexpr (kSide != kBlock) {
+      const int turn = task / chunks;
+      rank = task - turn * chunks, strip = middle_first(turn, strips);
+    }
+    const int chunk = middle_first(rank, chunks), column = begin_of_strip(tile.columns, strip);
     if constexpr (kSide == kBlock)
-      compute<kSide, kSide>(a, tile, column, chunk, check);
+      compute<kSide, kSide>(a, tile, strip * kBlock, chunk, check);
     else if constexpr (kSide > 0)
       compute<kSide, kSide <= 8 ? 8 : 16>(a, tile, tile.column, chunk, check);
     else
@@ -361,7 +380,7 @@ int64_t place(Arguments& a, const Cut& cut) {
   a.weight_bytes = static_cast<int>(round_up(4 * weight_columns, 16));
   a.kernel_bytes = static_cast<int>(spread(a.kernel_h * a.weight_bytes, a.planes > 1 ? 1 : 0));
   a.planes_at = static_cast<int>(round_up(a.planes * a.kernel_bytes + 4 * (a.weight_shift + kWide + 16), 16)) +
-                (a.planes > 1 ? 0 : staged_lanes(cut.side) * cut.warps * stage_pitch(cut.side));
+                (a.planes > 1 ? 0 : kStagedLanes * cut.warps * stage_pitch(cut.side));
   const int64_t plane_bytes = spread(a.images * image_bytes, a.planes > 1 ? 1 : 0);
   const int64_t zeros_at = a.planes_at + a.planes * plane_bytes;
   const int64_t bytes = zeros_at + round_up(4 * (a.shift + kWide + 24), 16) + a.row_bytes;
@@ -378,8 +397,8 @@ double cost_of(const Arguments& a, const Cut& cut, bool channels_last, int64_t b
     row_cycles = row_cycles_of_blocks(kBlock, a.width, a.out_width, a.kernel_w, a.padding_w, 0.78, 61);
   } else if (cut.side == 0) {
     row_cycles = 0;
-    for (int column = 0; column < a.out_width; column += kWide) {
-      const int width = width_of_strip(a.out_width, column);
+    for (int column = 0, width; column < a.out_width; column += width) {
+      width = width_of_strip(a.out_width, column);
       row_cycles += Walk(a.kernel_w, a.padding_w, a.width, column, width).steps * (9 + 2 * width) + 43;
     }
   }
@@ -403,7 +422,9 @@ double cost_of(const Arguments& a, const Cut& cut, bool channels_last, int64_t b
   work.blocks = static_cast<double>(a.bands) * a.slices * ceil_div(a.filters, a.planes) * ceil_div(a.batch, a.images);
   if (blocks) {
     const bool single = std::max(a.width, a.out_width) <= kBlock;
-    const double cycle = channels_last ? kBlockCyclesChannelsLast : single ? kBlockCycles : kBlocksCycles;
+    const double cycle = channels_last ? (single ? kBlockCyclesChannelsLast : kBlocksCyclesChannelsLast)
+                         : single      ? kBlockCycles
+                                       : kBlocksCycles;
     return cycle * estimate(work, {6900, 0.074, 0.56, 2.69, 0.51, 0, 0.26}, device);
   }
   return estimate(work, {1100, 0.083, 0.83, 1.86, 0.6, 0.032, 0.5}, device);
@@ -458,6 +479,10 @@ void launch_large_float32(const Problem& p, cudaStream_t stream) {
   a.padding_h = m.padding_h, a.padding_w = m.padding_w;
   a.filters = m.targets;
   const bool channels_last = m.fan_out == 1 && is_channels_last(a.source_stride, m.sources, a.width);
+  if (goes_along_columns(a.kernel_h, a.kernel_w, a.out_height, a.out_width)) {
+    turn(a);
+    for (int64_t* stride : {a.source_stride, a.target_stride, a.weight_stride}) std::swap(stride[2], stride[3]);
+  }
   static thread_local Decisions<13, Cut> decisions;
   const Cut cut = decisions({current_device().id, p.shared_memory, channels_last, a.batch, a.filters, a.height, a.width,
                              a.out_height, a.out_width, a.kernel_h, a.kernel_w, a.padding_h, a.padding_w},

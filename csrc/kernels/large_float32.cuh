@@ -69,27 +69,44 @@ __device__ __forceinline__ void correlate(float (&sum)[2][kColumns], uint32_t wi
   if (first < 2) multiply(0, 1);
   if (first < 3) multiply(0, 2);
   multiply(0, 3);
-  int left = steps - 1;
-  for (; left >= kPeriod; left -= kPeriod) {
+  for (int left = steps - 1;; left -= kPeriod) {
 #pragma unroll
     for (int step = 1; step <= kPeriod; ++step) {
+      if (left < step) return;
       load_next(step + 1);
       multiply_all(step);
     }
     window += 16 * kPeriod, stream += 16 * kPeriod;
   }
-#pragma unroll
-  for (int step = 1; step < kPeriod; ++step) {
-    if (left < step) return;
-    load_next(step + 1);
-    multiply_all(step);
-  }
 }
 
-// Strips of 16 columns, and a narrower one for what is left.
+// The same for the first, or the last, kColumns numbers of a stream where the image begins, or ends: of what they meet
+// all is zero that lies more than one column further left, or right, with every number. So half of the products are
+// left out.
+template <bool kFirst, int kColumns>
+__device__ __forceinline__ void correlate_edge(float (&sum)[2][kColumns], uint32_t window, uint32_t stream) {
+  constexpr int kSkipped = kFirst ? kColumns - 4 : 0;  // numbers of the window that nothing meets
+  float a[kColumns + (kFirst ? 4 : 0)], b[kColumns];
+  load_row(a, window + 4 * kSkipped);
+  load_row(b, stream);
+#pragma unroll
+  for (int t = 0; t < kColumns; ++t)
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      const int o = t % 2 == 0 ? n : kColumns - 1 - n;
+      if (kFirst ? o + t >= kColumns - 1 : o + t < kColumns)
+        sum[t % 2][o] = fmaf(a[o + t - kSkipped], b[t], sum[t % 2][o]);
+    }
+}
+
+// Strips of 16 columns, and a narrower one for what is left: two of them, where one would have few columns.
 __host__ __device__ inline int width_of_strip(int columns, int column) {
   const int rest = columns - column;
+  if (column == 0 && rest > 16 && (rest - 1) % 16 < 8) return 12;
   return rest > 12 ? 16 : (rest + 3) / 4 * 4;
+}
+__host__ __device__ inline int begin_of_strip(int columns, int strip) {
+  return strip > 0 ? width_of_strip(columns, 0) + 16 * (strip - 1) : 0;
 }
 
 // Calls visit() with the width of a strip as a type.
@@ -103,18 +120,24 @@ __device__ __forceinline__ void visit_strip(int width, Visitor&& visit) {
   }
 }
 
+constexpr int kEdge = 12;  // columns of a strip from which on correlate_edge() pays
+
 // What of the kernel's columns the sums of a strip need: `first` and `steps` for correlate(), and where it begins.
 struct Walk {
   int first, steps, source, weight;  // source and weight: bytes from the place of column 0 and of weight 0
+  bool left, right;                  // whether correlate_edge() serves for the first numbers, and for the last
 
   __host__ __device__ Walk(int kernel_w, int padding_w, int width, int column, int columns) {
     const int aligned = -kernel_w & 3;  // steps end with the kernel
     int begin = padding_w - column - (columns - 1), end = width + padding_w - column;
+    left = begin >= 0, right = end <= kernel_w;
     begin = begin > 0 ? begin : 0, end = end < kernel_w ? end : kernel_w;
     const int step = (begin + aligned) / 4, at = 4 * step - aligned;
     first = begin - at;
     steps = end > begin ? (end + aligned + 3) / 4 - step : 0;
     source = 4 * (column - padding_w + at), weight = 4 * at;
+    left = left && columns >= kEdge && 4 * steps >= columns;
+    right = right && columns >= kEdge && 4 * steps - (left ? columns : first) >= columns;
   }
 };
 
@@ -130,11 +153,14 @@ struct Rows {
 // Calls add(source, weight) with the places of every row, and flush() after every `run` rows and behind the last.
 template <typename Add, typename Flush>
 __device__ __forceinline__ void walk_rows(const Rows& r, int run, Add&& add, Flush&& flush) {
-  const uint32_t base = shared_address(0);
-  for (int k = r.begin; k < r.end;) {
-    for (const int stop = min(k + run, r.end); k < stop; ++k) {
-      const bool inside = static_cast<uint32_t>(r.y + k) < static_cast<uint32_t>(r.height);
-      add(base + (inside ? r.source + k * r.source_bytes : r.zeros), base + r.weight + k * r.weight_bytes);
+  const uint32_t base = shared_address(0), zeros = once(base + r.zeros);
+  uint32_t source = once(base + r.source + r.begin * r.source_bytes);
+  uint32_t weight = once(base + r.weight + r.begin * r.weight_bytes);
+  uint32_t y = once(r.y + r.begin);
+  for (int left = r.end - r.begin; left > 0; left -= run) {
+    for (int row = min(run, left); row > 0; --row) {
+      add(y < static_cast<uint32_t>(r.height) ? source : zeros, weight);
+      ++y, source += r.source_bytes, weight += r.weight_bytes;
     }
     flush();
   }
@@ -143,10 +169,19 @@ __device__ __forceinline__ void walk_rows(const Rows& r, int run, Add&& add, Flu
 template <int kColumns, typename Flush>
 __device__ __forceinline__ void correlate_rows(float (&sum)[2][kColumns], const Rows& r, const Walk& walk, int run,
                                                Flush&& flush) {
-  if (walk.steps > 0)
-    walk_rows(
-        r, run, [&](uint32_t source, uint32_t weight) { correlate(sum, source, weight, walk.first, walk.steps); },
-        flush);
+  if (walk.steps == 0) return;
+  const int steps = walk.steps - (walk.left + walk.right) * kColumns / 4, first = walk.left ? 0 : walk.first;
+  walk_rows(
+      r, run,
+      [&](uint32_t source, uint32_t weight) {
+        if (kColumns >= kEdge && walk.left) {
+          correlate_edge<true>(sum, source, weight);
+          source += 4 * kColumns, weight += 4 * kColumns;
+        }
+        if (steps > 0) correlate(sum, source, weight, first, steps);
+        if (kColumns >= kEdge && walk.right) correlate_edge<false>(sum, source + 16 * steps, weight + 16 * steps);
+      },
+      flush);
 }
 
 // Calls visit() with `first` and the numbers behind it, as types, until it returns true. Straight code that is entered
@@ -177,16 +212,15 @@ __device__ inline int middle_first(int rank, int chunks) {
 
 // Copies that are under way until they are waited for, where the GPU has such.
 template <int kBytes>
-__device__ inline void begin_copy(int to, const void* from) {
+__device__ inline void begin_copy(uint32_t to, const void* from) {
 #if __CUDA_ARCH__ >= 800
   if constexpr (kBytes == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(kBytes)
-                 : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes) : "memory");
 #else
   using Word = std::conditional_t<kBytes == 16, uint4, std::conditional_t<kBytes == 8, uint2, uint32_t> >;
-  shared<Word>(to) = *static_cast<const Word*>(from);
+  *static_cast<Word*>(__cvta_shared_to_generic(to)) = *static_cast<const Word*>(from);
 #endif
 }
 
@@ -194,31 +228,40 @@ __device__ inline void begin_copy(int to, const void* from) {
 struct Box {
   int images, channels, rows, columns;
   int planes;  // a power of two, not below `channels`: neighbouring threads read neighbouring channels
-  int to, image_bytes, plane_bytes, row_bytes;
+  int to, image_bytes, plane_bytes, row_bytes, column_bytes = 4;
 };
 
-// Begins to copy them, kVector elements at once, by all threads of the block together.
+// Begins to copy them, kVector elements at once, by all threads of the block together. A thread keeps its columns, and
+// goes on by as many rows as the threads have at once: then little has to be worked out for each copy.
 template <int kVector>
 __device__ void begin_copies(const float* from, const int64_t (&stride)[4], const Box& box) {
   const int shift = 31 - __clz(box.planes), units = box.columns / kVector << shift;
   if (units == 0 || box.rows == 0) return;
-  // A thread goes on by as many rows and units as the block has threads.
-  const int step_row = blockDim.x / units, step_unit = blockDim.x - step_row * units;
-  int row = threadIdx.x / units, unit = threadIdx.x - row * units, image = row / box.rows;
-  row -= image * box.rows;
-  while (image < box.images) {
+  const int rows = max(static_cast<int>(blockDim.x) / units, 1), first = threadIdx.x / units;
+  if (first >= rows) return;
+  const int step_image = rows / box.rows, step_row = rows - step_image * box.rows;
+  const int64_t step = step_image * stride[0] + step_row * stride[2], back = stride[0] - box.rows * stride[2];
+  const int to_step = step_image * box.image_bytes + step_row * box.row_bytes;
+  const int to_back = box.image_bytes - box.rows * box.row_bytes;
+#pragma unroll 1
+  for (int unit = threadIdx.x - first * units; unit < units; unit += blockDim.x) {
     const int plane = unit & (box.planes - 1), column = (unit >> shift) * kVector;
-    if (plane < box.channels)
-      begin_copy<4 * kVector>(
-          box.to + image * box.image_bytes + plane * box.plane_bytes + row * box.row_bytes + 4 * column,
-          from + image * stride[0] + plane * stride[1] + row * stride[2] + column * stride[3]);
-    unit += step_unit, row += step_row;
-    if (unit >= units) unit -= units, ++row;
-    while (row >= box.rows) row -= box.rows, ++image;
+    if (plane >= box.channels) continue;
+    int image = first / box.rows, row = first - image * box.rows;
+    const float* at = from + image * stride[0] + plane * stride[1] + row * stride[2] + column * stride[3];
+    uint32_t to = shared_address(box.to) + image * box.image_bytes + plane * box.plane_bytes + row * box.row_bytes +
+                  column * box.column_bytes;
+#pragma unroll 1
+    while (image < box.images) {
+      begin_copy<4 * kVector>(to, at);
+      image += step_image, row += step_row, at += step, to += to_step;
+      if (row >= box.rows) row -= box.rows, ++image, at += back, to += to_back;
+    }
   }
 }
 
-// The same with as many elements at once as lie side by side and meet the same alignment in both places.
+// The same with as many elements at once as lie side by side and meet the same alignment in both places. Where rows lie
+// side by side, and columns do not, neighbouring threads read neighbouring rows.
 __device__ inline void begin_copies(const float* from, const int64_t (&stride)[4], const Box& box) {
   const uint32_t low =
       static_cast<uint32_t>(reinterpret_cast<uintptr_t>(from) / 4 | stride[0] | stride[2] | box.columns | box.to / 4);
@@ -227,6 +270,10 @@ __device__ inline void begin_copies(const float* from, const int64_t (&stride)[4
     begin_copies<4>(from, stride, box);
   else if (side_by_side && low % 2 == 0)
     begin_copies<2>(from, stride, box);
+  else if (stride[2] == 1 && stride[3] != 1)
+    begin_copies<1>(from, {stride[0], stride[1], stride[3], 1},
+                    {box.images, box.channels, box.columns, box.rows, box.planes, box.to, box.image_bytes,
+                     box.plane_bytes, box.column_bytes, box.row_bytes});
   else
     begin_copies<1>(from, stride, box);
 }
@@ -283,6 +330,19 @@ inline int64_t spread(int64_t bytes, int64_t units) {
 // Whether channels lie side by side and columns do not: then a block takes several channels.
 inline bool is_channels_last(const int64_t (&stride)[4], int channels, int width) {
   return channels > 1 && width > 1 && stride[1] == 1 && stride[3] != 1;
+}
+
+// Whether a kernel is to go along its columns, as if rows were columns: where it has few columns, each of its rows
+// takes little but what every row takes besides.
+inline bool goes_along_columns(int kernel_h, int kernel_w, int out_height, int out_width) {
+  return kernel_h > 2 * kernel_w && 2 * out_height > out_width;
+}
+
+// Rows become columns.
+template <typename A>
+void turn(A& a) {
+  std::swap(a.height, a.width), std::swap(a.out_height, a.out_width);
+  std::swap(a.kernel_h, a.kernel_w), std::swap(a.padding_h, a.padding_w);
 }
 
 __device__ inline void finish_copies() {

@@ -9,7 +9,7 @@
 //
 // Where blocks of 28 columns fit the image, a thread sums all taps of a row: 28 pixels of the input and as many of the
 // gradient are in registers, and a tap is a diagonal of the square between them. In channels_last the lanes of a warp
-// then lie on neighbouring filters first.
+// then lie on neighbouring filters first. Kernels much higher than wide go along their columns.
 //
 // The zeros around the image give NaN where they meet Inf or NaN. So sums that are not finite are computed again.
 #include <algorithm>
@@ -35,14 +35,15 @@ struct Arguments {
   int64_t input_stride[4], grad_stride[4];  // in elements
   int batch, height, width, out_height, out_width, kernel_h, kernel_w, padding_h, padding_w, multiplier;
   int filters;
-  bool with_bias;
+  bool with_bias, turned;  // turned: rows are columns
 
   // A block goes through units: some images' tiles of the gradient.
   int planes, images, rows, columns, bands, slices, units, splits;  // planes: the most filters
   int side;                                                         // of Diagonals, or kBlock, or 0
   int lane_planes, plane_bits, image_bits;  // of Blocks: planes that lanes lie on, and binary logarithms
-  int parts;                                // of Blocks: that the rows are cut into
+  int parts;                                // that the rows are cut into
   int strips, chunks;                       // of taps: strips of columns, and what warps take of the rows of all images
+  int slots;                                // sums of a lane, but for Blocks
   int input_row_bytes, input_image_bytes, grad_row_bytes, grad_image_bytes;
   int input_plane_bytes, grad_plane_bytes;            // from filter to filter
   int bias_at, grads_at, inputs_at, zeros_at, bytes;  // in shared memory, behind the sums
@@ -124,18 +125,23 @@ __device__ __forceinline__ void add_to_slot(int slots, int index, float sum) {
   shared<float>(slots + index * kSlotPitch + threadIdx.x % 32 * 4) += sum;
 }
 
+// The rows of a part.
+__device__ inline void take_part(Rows& r, int part, int parts) {
+  const int count = max(r.end - r.begin, 0), begin = r.begin;
+  r.begin = begin + count * part / parts, r.end = begin + count * (part + 1) / parts;
+}
+
 // Taps in strips of columns.
 struct Strips {
-  static constexpr int kSlots = kWide;  // sums of a thread
-
-  static __device__ void compute(const Arguments& a, const Unit& unit, int plane, int task, int slots) {
-    const int strip = task / a.chunks, chunk = task - strip * a.chunks, column = strip * kWide;
-    visit_strip(width_of_strip(a.kernel_w, column), [&](auto width) {
-      const Walk walk(unit.columns, unit.padding_w, a.width, column, width);
-      const Rows rows = rows_of(a, unit, plane, chunk, 4 * (unit.input_shift - unit.source_column) + walk.source,
-                                4 * unit.grad_shift + walk.weight);
+  static __device__ void compute(const Arguments& a, const Unit& unit, int plane, int part, int strip, int chunk,
+                                 int slots) {
+    visit_strip(width_of_strip(a.kernel_w, begin_of_strip(a.kernel_w, strip)), [&](auto width) {
+      const Walk walk(unit.columns, unit.padding_w, a.width, begin_of_strip(a.kernel_w, strip), width);
+      Rows rows = rows_of(a, unit, plane, chunk, 4 * (unit.input_shift - unit.source_column) + walk.source,
+                          4 * unit.grad_shift + walk.weight);
+      take_part(rows, part, a.parts);
       float sum[2][width] = {};
-      correlate_rows(sum, rows, walk, max(kRun / unit.columns, 1), [&] {
+      correlate_rows(sum, rows, walk, max(2 * kRun / unit.columns, 1), [&] {  // each sum has half of them
 #pragma unroll
         for (int o = 0; o < width; ++o) {
           add_to_slot(slots, o, sum[0][o] + sum[1][o]);
@@ -145,8 +151,11 @@ struct Strips {
     });
   }
 
-  // Where the sum of a tap of column j is: the first task of its strip, and the slot.
-  static __device__ int2 find(const Arguments& a, int j) { return {j / kWide * a.chunks, j % kWide}; }
+  // Where the sum of a tap of column j is: the strip, and the slot.
+  static __device__ int2 find(const Arguments& a, int j) {
+    const int strip = (j + kWide - width_of_strip(a.kernel_w, 0)) / kWide;
+    return a.strips > 1 ? int2{strip, j - begin_of_strip(a.kernel_w, strip)} : int2{0, j};
+  }
 };
 
 // All taps of a row: for images so narrow that every pixel of a row meets every gradient of a row.
@@ -154,10 +163,12 @@ template <int kSide>
 struct Diagonals {
   static constexpr int kSlots = 2 * kSide - 1;
 
-  static __device__ void compute(const Arguments& a, const Unit& unit, int plane, int chunk, int slots) {
+  static __device__ void compute(const Arguments& a, const Unit& unit, int plane, int part, int, int chunk, int slots) {
+    Rows rows = rows_of(a, unit, plane, chunk, 0, 0);
+    take_part(rows, part, a.parts);
     float sum[2][kSlots] = {};
     walk_rows(
-        rows_of(a, unit, plane, chunk, 0, 0), kRun / kSide,
+        rows, 2 * kRun / kSide,
         [&](uint32_t source, uint32_t grad) {
           float x[(kSide + 3) / 4 * 4], g[(kSide + 3) / 4 * 4];
           load_row(x, source);
@@ -249,9 +260,9 @@ struct Blocks {
 
   static __device__ void compute(const Arguments& a, const Unit& unit, int task) {
     const int part = task / a.chunks, chunk = middle_first(task - part * a.chunks, a.chunks);
-    const Rows rows = rows_of(a, unit, 0, chunk, 0, 0);
-    const int count = max(rows.end - rows.begin, 0), begin = rows.begin + count * part / a.parts;
-    const int end = rows.begin + count * (part + 1) / a.parts;
+    Rows rows = rows_of(a, unit, 0, chunk, 0, 0);
+    take_part(rows, part, a.parts);
+    const int begin = rows.begin, end = rows.end;
     const uint32_t base = shared_address(0), zeros = once(base + rows.zeros);
     const int reach = max(a.width, a.columns) - 1;
     for (int shift = -reach / kBlock * kBlock; shift <= reach; shift += kBlock) {
@@ -293,10 +304,11 @@ struct Blocks {
 template <class Taps>
 __global__ void __launch_bounds__(kLargeThreads, std::is_same_v<Taps, Blocks> ? 1 : 2)
     large_float32_grad_weight(const __grid_constant__ Arguments a) {
+  constexpr bool blocks = std::is_same_v<Taps, Blocks>;
   __shared__ int next_task;
   uint32_t split = blockIdx.x;
   const int filter = a.by_groups.split(split) * a.planes, filters = min(a.planes, a.filters - filter);
-  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, tasks = a.strips * a.chunks;
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, kinds = a.parts * a.strips * (blocks ? 1 : filters);
   for (int at = 16 * threadIdx.x; at < a.grads_at; at += 16 * blockDim.x) shared<float4>(at) = {};
   for (int index = split; index < a.units; index += a.splits) {
     const Unit unit(a, index);
@@ -317,17 +329,17 @@ __global__ void __launch_bounds__(kLargeThreads, std::is_same_v<Taps, Blocks> ? 
     if (threadIdx.x == 0) next_task = warps;
     __syncthreads();
 
-    if constexpr (std::is_same_v<Taps, Blocks>) {
-      for (int task = __shfl_sync(~0u, warp, 0); task < a.chunks * a.parts;) {
+    // Tasks of the rows that meet the most of the image first.
+    for (int task = __shfl_sync(~0u, warp, 0); task < a.chunks * kinds;) {
+      if constexpr (blocks) {
         Blocks::compute(a, unit, task);
-        if (threadIdx.x % 32 == 0) task = atomicAdd(&next_task, 1);
-        task = __shfl_sync(~0u, task, 0);
+      } else {
+        const int rank = task / kinds, kind = task - rank * kinds, chunk = middle_first(rank, a.chunks);
+        const int plane = kind / (a.parts * a.strips), part = kind / a.strips % a.parts, strip = kind % a.strips;
+        Taps::compute(a, unit, plane, part, strip, chunk, (kind * a.chunks + chunk) * a.slots * kSlotPitch);
       }
-    } else {
-      for (int task = warp; task < tasks * filters; task += warps) {
-        const int plane = task / tasks;
-        Taps::compute(a, unit, plane, task - plane * tasks, task * Taps::kSlots * kSlotPitch);
-      }
+      if (threadIdx.x % 32 == 0) task = atomicAdd(&next_task, 1);
+      task = __shfl_sync(~0u, task, 0);
     }
     for (int plane = 0; a.with_bias && plane < filters; ++plane) {
       float sum = 0;
@@ -349,18 +361,19 @@ __global__ void __launch_bounds__(kLargeThreads, std::is_same_v<Taps, Blocks> ? 
   for (int index = threadIdx.x; index < taps * filters; index += blockDim.x) {
     const int tap = index / filters, plane = index - tap * filters, i = tap / a.kernel_w, j = tap - i * a.kernel_w;
     float sum = 0;
-    if constexpr (std::is_same_v<Taps, Blocks>) {
+    if constexpr (blocks) {
       sum = Blocks::total(a, plane, i, j);
     } else {
       const int2 found = Taps::find(a, j);
-      if (found.y >= 0 && found.y < Taps::kSlots)  // or the tap meets no image
-        for (int image = 0; image < a.images; ++image) {
-          const int item = i * a.images + image, task = plane * tasks + found.x + item / 32;
-          sum += shared<float>((task * Taps::kSlots + found.y) * kSlotPitch + item % 32 * 4);
-        }
+      if (found.y >= 0 && found.y < a.slots)  // or the tap meets no image
+        for (int part = 0; part < a.parts; ++part)
+          for (int image = 0; image < a.images; ++image) {
+            const int item = i * a.images + image, kind = (plane * a.parts + part) * a.strips + found.x;
+            sum += shared<float>(((kind * a.chunks + item / 32) * a.slots + found.y) * kSlotPitch + item % 32 * 4);
+          }
     }
     if (!is_finite(sum)) sum = sum_by_taps(a, filter + plane, split, i, j);
-    partial[static_cast<int64_t>(tap) * a.filters + plane] = sum;
+    partial[static_cast<int64_t>(a.turned ? j * a.kernel_h + i : tap) * a.filters + plane] = sum;
   }
   if (a.with_bias && static_cast<int>(threadIdx.x) < filters) {
     float sum = 0;
@@ -373,8 +386,6 @@ __global__ void __launch_bounds__(kLargeThreads, std::is_same_v<Taps, Blocks> ? 
 struct Cut {
   int side;  // of Diagonals, or kBlock, or 0
   int planes, images, rows, columns, warps, parts = 1;
-
-  int slots() const { return side > 0 ? 2 * side - 1 : kWide; }
 };
 
 // Everything of the arguments that depends on the cut; returns the bytes of shared memory.
@@ -385,6 +396,7 @@ int64_t place(Arguments& a, const Cut& cut) {
   a.units = static_cast<int>(ceil_div(a.batch, a.images)) * a.bands * a.slices;
   a.side = cut.side;
   a.strips = cut.side > 0 ? 1 : static_cast<int>(ceil_div(a.kernel_w, kWide));
+  a.slots = cut.side > 0 ? 2 * cut.side - 1 : static_cast<int>(std::min<int64_t>(round_up(a.kernel_w, 4), kWide));
   const bool blocks = cut.side == kBlock;
   a.lane_planes = blocks ? a.planes : 1, a.parts = cut.parts, a.plane_bits = a.image_bits = 0;
   while (1 << a.plane_bits < a.lane_planes) ++a.plane_bits;
@@ -409,7 +421,7 @@ int64_t place(Arguments& a, const Cut& cut) {
   const int64_t input_plane = spread(a.images * input_bytes, a.lane_planes > 1 ? 1 : 0);
   const int64_t grad_plane = spread(a.images * grad_bytes, a.lane_planes > 1 ? 1 : 0);
   a.bias_at = blocks ? 4 * a.parts * a.planes * a.kernel_h * a.kernel_w
-                     : a.planes * a.strips * a.chunks * cut.slots() * kSlotPitch;
+                     : a.planes * a.parts * a.strips * a.chunks * a.slots * kSlotPitch;
   a.grads_at = static_cast<int>(round_up(a.bias_at + 4 * a.planes * cut.warps, 16));
   const int64_t inputs_at = a.grads_at + a.planes * grad_plane + 64;
   const int64_t zeros_at = inputs_at + a.planes * input_plane;
@@ -428,8 +440,8 @@ double cost_of(const Arguments& a, const Cut& cut, bool channels_last, int64_t b
     row_cycles = row_cycles_of_blocks(kBlock, a.width, a.out_width, a.kernel_w, a.padding_w, 0.58, 113);
   } else if (cut.side == 0) {
     row_cycles = 0;
-    for (int column = 0; column < a.kernel_w; column += kWide) {
-      const int width = width_of_strip(a.kernel_w, column);
+    for (int column = 0, width; column < a.kernel_w; column += width) {
+      width = width_of_strip(a.kernel_w, column);
       row_cycles += Walk(a.out_width, a.padding_w, a.width, column, width).steps * 2.07 * width + 230;
     }
   }
@@ -448,7 +460,7 @@ double cost_of(const Arguments& a, const Cut& cut, bool channels_last, int64_t b
   }
   const double input = a.input_plane_bytes / a.input_row_bytes * (a.width + (blocks ? 0 : 16.0));
   Work work{};
-  work.tasks = blocks ? a.chunks * a.parts : a.planes * a.strips * a.chunks;
+  work.tasks = a.chunks * a.parts * (blocks ? 1 : a.planes * a.strips);
   work.cycles = (blocks ? 1 : a.planes) * rows * row_cycles / (bands * a.slices) + work.tasks * (blocks ? 300 : 21);
   if (blocks) work.cycles += flushes * 100 / bands;
   work.scattered = channels_last ? input + a.images * a.rows * a.columns : 0;
@@ -477,7 +489,7 @@ Cut choose_cut(Arguments& a, bool channels_last, int64_t shared_memory) {
         for (const int warps : {8, 5, 4})
           for (const int side : {0, narrow})
             for (int planes = 1; planes == 1 || (channels_last && planes <= 8); planes *= 2)
-              for (int parts = 1; parts <= (side == kBlock ? 4 : 1); parts *= 2) {
+              for (int parts = 1; parts <= 4; parts *= 2) {
                 if (side > 0 && columns < a.out_width) continue;
                 // Blocks add up by powers of two.
                 if (side == kBlock && (planes < few || images > a.batch || images * planes > 32)) continue;
@@ -505,14 +517,21 @@ void launch_large_float32_grad_weight(const Problem& p, const Allocate& allocate
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
   const bool channels_last = a.multiplier == 1 && is_channels_last(a.input_stride, a.filters, a.width) &&
                              is_channels_last(a.grad_stride, a.filters, a.out_width);
+  a.turned = goes_along_columns(a.kernel_h, a.kernel_w, a.out_height, a.out_width);
+  if (a.turned) {
+    turn(a);
+    for (int64_t* stride : {a.input_stride, a.grad_stride}) std::swap(stride[2], stride[3]);
+  }
   static thread_local Decisions<13, Cut> decisions;
   const Cut cut = decisions({current_device().id, p.shared_memory, channels_last, a.batch, a.filters, a.height, a.width,
                              a.out_height, a.out_width, a.kernel_h, a.kernel_w, a.padding_h, a.padding_w},
                             [&] { return choose_cut(a, channels_last, p.shared_memory); });
   place(a, cut);
-  // Units follow each other in a block where there are more blocks than fill the device a few times over.
+  // Units follow each other in a block where there are more blocks than fill the device a few times over. Where images
+  // are narrow, blocks take little besides the sums of their taps.
   const int64_t groups = ceil_div(a.filters, a.planes);
-  const int64_t useful = std::max<int64_t>(1, 16 * current_device().multiprocessors / groups);
+  const int blocks = cut.side == 7 || cut.side == 14 ? 4 : 16;  // of a multiprocessor
+  const int64_t useful = std::max<int64_t>(1, blocks * current_device().multiprocessors / groups);
   a.splits = static_cast<int>(ceil_div(a.units, ceil_div(a.units, useful)));
   a.by_groups = Divider(groups), a.by_bands = Divider(a.bands), a.by_slices = Divider(a.slices);
   a.by_images = Divider(a.images);
