@@ -31,21 +31,27 @@ __device__ inline void init_barrier(int barrier, int arrivals) {
 #endif
 }
 
-__device__ inline void arrive(int barrier) {
+// By its address.
+__device__ inline void arrive_at(uint32_t barrier) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(shared_address(barrier))
-               : "memory");
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
 #endif
+}
+__device__ inline void arrive(int barrier) {
+  arrive_at(shared_address(barrier));
 }
 
 // Arrives when all copies by cp.async that the thread has begun are there.
-__device__ inline void arrive_after_copies(int barrier) {
+__device__ inline void arrive_after_copies_at(uint32_t barrier) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 #endif
 }
+__device__ inline void arrive_after_copies(int barrier) {
+  arrive_after_copies_at(shared_address(barrier));
+}
 
-__device__ inline void wait(int barrier, uint32_t parity) {
+__device__ inline void wait_at(uint32_t barrier, uint32_t parity) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
       "{\n"
@@ -53,7 +59,7 @@ __device__ inline void wait(int barrier, uint32_t parity) {
       "retry:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra retry;\n"
-      "}" ::"r"(shared_address(barrier)),
+      "}" ::"r"(barrier),
       "r"(parity)
       : "memory");
 #elif __CUDA_ARCH__ >= 800
@@ -63,10 +69,13 @@ __device__ inline void wait(int barrier, uint32_t parity) {
       "retry:\n"
       "mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n"
       "@!done bra retry;\n"
-      "}" ::"r"(shared_address(barrier)),
+      "}" ::"r"(barrier),
       "r"(parity)
       : "memory");
 #endif
+}
+__device__ inline void wait(int barrier, uint32_t parity) {
+  wait_at(shared_address(barrier), parity);
 }
 
 // Makes what was written to shared memory, and barriers, precede bulk copies, with a barrier behind.

@@ -57,6 +57,7 @@ struct Size {
 struct Rows {
   const char* base;
   int64_t image_bytes, row_bytes;
+  int64_t turn_bytes;  // from behind the last row of an image's period to the first one of the next image
   int pixel_bytes, width;
   int shift;  // the first pixel of a row of the ring is column -shift of the span
   int runs;   // of a row of the ring
@@ -78,12 +79,32 @@ struct Toeplitz {
   Shares shares;             // of the streams of all splits
   int steps;                 // of a block: rows of the longest stream, and what is left of windows behind
   int depth, stage_bytes;    // of the ring
+  int ahead;                 // stages that are loaded, or under way
   int grad_at;               // where in a stage the rows of the gradient are
   bool with_bias;
   Divider by_slabs, by_period, by_images;
 
   __device__ int groups() const { return 1 << group_shift; }
 };
+
+// What is the same in every step stays in a register: a compiler works out again what it can, step by step.
+__device__ inline uint32_t kept(uint32_t value) {
+  return __shfl_sync(~0u, value, threadIdx.x % 32);
+}
+
+// The stages' barriers by their addresses.
+struct StageAddresses {
+  uint32_t base;
+
+  __device__ uint32_t full(int stage) const { return base + StageBarriers::full(stage); }
+  __device__ uint32_t done(int stage) const { return base + StageBarriers::done(stage); }
+};
+
+__device__ inline uint2 load_at(uint32_t address) {
+  uint2 value;
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address));
+  return value;
+}
 
 // A thread's part in loading the streams of a block: 16 bytes of a few pixels of one of them, row by row. It writes
 // zeros for what is outside of the image.
@@ -95,8 +116,9 @@ class StreamLoader {
     const int stream = Size::kWide ? place >> a.group_shift : place + warp % 2 * kTiles;
     pixel_ = Size::kWide ? warp * a.groups() + (place & (a.groups() - 1)) : warp / 2;
     byte_ = slab * kSlab * 2 + unit * kUnit;
-    const int to = kRing + place_of(pixel_) + unit * kUnit;
-    source_to_ = to + stream * a.source.ring_bytes(), grad_to_ = to + a.grad_at + stream * a.grad.ring_bytes();
+    const int to = shared_address(kRing) + place_of(pixel_) + unit * kUnit;
+    source_to_ = kept(to + stream * a.source.ring_bytes());
+    grad_to_ = kept(to + a.grad_at + stream * a.grad.ring_bytes());
 
     const int number = split * a.streams + stream, first = a.shares.begin(number);
     left_ = byte_ < a.channels * 2 ? a.shares.begin(number + 1) - first : 0;
@@ -108,24 +130,30 @@ class StreamLoader {
     seek(a);
   }
 
-  // Begins to load the next row of each stream to a stage.
-  __device__ void load(const Toeplitz& a, int stage) {
-    const int to = stage * a.stage_bytes;
+  // Begins to load the next row of each stream to a stage, and arrives at its barrier when that is there.
+  __device__ void load(const Toeplitz& a, int stage, uint32_t barrier) {
+    const uint32_t to = stage * a.stage_bytes;
     load_row<kSourcePixels>(a, a.source, source_, row_ >= a.padding_h && !ends_ ? source_inside_ : 0, to + source_to_);
     load_row<kGradPixels>(a, a.grad, grad_, row_ < a.out_height && left_ > 0 ? grad_inside_ : 0, to + grad_to_);
+    if (Size::kBytes == kUnit)
+      arrive_after_copies_at(barrier);
+    else
+      arrive_at(barrier);
     source_ += a.source.row_bytes, grad_ += a.grad.row_bytes;
     --left_;
     if (++row_ < a.period) return;
     row_ = 0, ends_ |= left_ <= 0;
-    if (++image_ == a.images) image_ = 0, ++span_;
+    source_ += a.source.turn_bytes, grad_ += a.grad.turn_bytes;
+    if (++image_ < a.images) return;
+    image_ = 0, ++span_;
     seek(a);
   }
 
  private:
   static constexpr int kSourcePixels = Size::kWide ? 3 : 4, kGradPixels = 2;  // of a row
 
-  int pixel_, byte_;         // the first one, and what of it
-  int source_to_, grad_to_;  // where that goes in the first stage
+  int pixel_, byte_;              // the first one, and what of it
+  uint32_t source_to_, grad_to_;  // where that goes in the first stage
   int row_, image_, span_;
   int left_;                              // rows of the gradient
   bool ends_;                             // no row of the input has any of them to meet
@@ -147,22 +175,21 @@ class StreamLoader {
   static __device__ int step(const Toeplitz& a) { return Size::kWide ? kRun << a.group_shift : kRun / 2; }
 
   template <int kPixels>
-  __device__ void load_row(const Toeplitz& a, const Rows& v, const char* from, uint32_t inside, int to) const {
+  __device__ void load_row(const Toeplitz& a, const Rows& v, const char* from, uint32_t inside, uint32_t to) const {
     const int64_t step_bytes = int64_t{step(a)} * v.pixel_bytes;
 #pragma unroll
     for (int k = 0; k < kPixels; ++k) {
       if (Size::kWide && k == 2 && pixel_ >= kRun) break;  // 8 pixels of the input are beyond the columns of the span
-      const uint32_t target =
-          shared_address(to + (Size::kWide ? k * kRunBytes << a.group_shift : place_of(k * kRun / 2)));
+      const uint32_t target = to + (Size::kWide ? k * kRunBytes << a.group_shift : place_of(k * kRun / 2));
 #pragma unroll
       for (int part = 0; part < kUnit; part += Size::kBytes)
         copy_or_clear(target + part, from + part,
-                      inside >> k & 1 && (Size::kBytes == kUnit || byte_ + part < a.channels * 2));
+                      Size::kBytes == kUnit || byte_ + part < a.channels * 2 ? inside & 1 << k : 0);
       from += step_bytes;
     }
   }
 
-  static __device__ void copy_or_clear(uint32_t to, const char* from, bool copy) {
+  static __device__ void copy_or_clear(uint32_t to, const char* from, uint32_t copy) {
     static_assert(Size::kBytes == 2 || Size::kBytes == kUnit);
     if constexpr (Size::kBytes == 2) {
       const uint16_t value = copy ? __ldg(reinterpret_cast<const uint16_t*>(from)) : uint16_t{0};
@@ -172,20 +199,12 @@ class StreamLoader {
       asm volatile(
           "{\n.reg .pred clear;\nsetp.eq.s32 clear, %2, 0;\n"
           "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, clear;\n}" ::"r"(to),
-          "l"(from), "r"(static_cast<int>(copy))
+          "l"(from), "r"(copy)
           : "memory");
 #endif
     }
   }
 };
-
-// Waits until a thread's copies are there for the step after this one; `kMore` may be under way besides.
-template <int kMore>
-__device__ void wait_for_copies(int depth) {
-  if (depth == 8) return wait_copies<4 + kMore>();
-  if (depth == 6) return wait_copies<2 + kMore>();
-  wait_copies<kMore>();
-}
 
 // Sums of a block in shared memory: [tap, or bias behind the last tap][channel], and behind them one for each warp.
 __host__ __device__ constexpr int block_sums(int taps) {
@@ -251,12 +270,6 @@ __device__ inline void pair_up(uint2 low, uint2 high, uint32_t (&pair)[kQuad]) {
   pair[2] = __byte_perm(low.y, high.y, 0x5410), pair[3] = __byte_perm(low.y, high.y, 0x7632);
 }
 
-// A warp arrives at a barrier, with all that its threads have done before.
-__device__ inline void arrive_all(int barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) arrive(barrier);
-}
-
 // Adds up what the 4 threads of a row have for 4 channels; each returns the sum of channel `place`.
 __device__ inline float add_up(const float (&part)[kQuad], int place) {
   const bool odd = place % 2 != 0, high = place / 2 != 0;
@@ -278,55 +291,48 @@ __global__ void __launch_bounds__(kThreads, Size::kBlocks)
   const int slab = a.by_slabs.split(rest), split = static_cast<int>(rest);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x < kMaxStages)
-    init_barrier(StageBarriers::full(threadIdx.x), kWarps), init_barrier(StageBarriers::done(threadIdx.x), kWarps);
-  const int ahead = a.depth > 3 ? a.depth - 2 : 2;  // stages that are loaded, or under way
+    init_barrier(StageBarriers::full(threadIdx.x), kThreads), init_barrier(StageBarriers::done(threadIdx.x), kWarps);
   StreamLoader<Size> loader(a, slab, split);
   __syncthreads();
   settle_and_wait_for_kernel_before(a.depth);
+  const StageAddresses barriers{kept(shared_address(0))};
 #pragma unroll 1
-  for (int step = 0; step < ahead; ++step) {
-    if (step < a.steps) loader.load(a, step);
-    commit_copies();
-  }
+  for (int step = 0; step < min(a.ahead, a.steps); ++step) loader.load(a, step, barriers.full(step));
 
   // Sums of rows m and m + 8 by columns n and n + 1, where m = lane / 4 and n = lane % 4 * 2.
   float sum[kQuad][kRows][4] = {}, bias[4] = {};
   uint32_t g[kRows][kQuad][2] = {};
   // The thread's pixels: of tiles lane % 4 and lane % 4 + 4.
-  int source_at[2], grad_at[2];
+  uint32_t source_at[2], grad_at[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int tile = lane % 4 + 4 * h, stream = tile >> a.group_shift, group = tile & (a.groups() - 1);
-    const int at = group * 2 * kRunBytes + lane / 4 * kPixelBytes + warp * kQuad * 2 + kRing;
-    source_at[h] = stream * a.source.ring_bytes() + at, grad_at[h] = a.grad_at + stream * a.grad.ring_bytes() + at;
+    const uint32_t at = shared_address(kRing) + group * 2 * kRunBytes + lane / 4 * kPixelBytes + warp * kQuad * 2;
+    source_at[h] = kept(stream * a.source.ring_bytes() + at);
+    grad_at[h] = kept(a.grad_at + stream * a.grad.ring_bytes() + at);
   }
-  wait_for_copies<1>(a.depth);  // a warp knows of its copies a step before they are needed
-  arrive_all(StageBarriers::full(0));
-  int stage = 0, free_stage = ahead;
+  int stage = 0, free_stage = a.ahead;
   uint32_t parity = 0, free_parity = 1;
   for (int step = 0; step < a.steps;) {
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {  // the row of the gradient that came `age` steps before is g[(u - age) mod kRows]
       if (step == a.steps) break;
-      wait_for_copies<0>(a.depth);
-      const int next_stage = stage + 1 == a.depth ? 0 : stage + 1;
-      arrive_all(StageBarriers::full(next_stage));
-      wait(StageBarriers::full(stage), parity);
-      const int at = stage * a.stage_bytes;
+      wait_at(barriers.full(stage), parity);
+      const uint32_t at = stage * a.stage_bytes;
       uint32_t x[kQuad][4];  // of a half of the tiles, and of the 8 columns behind
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         uint32_t pair[kQuad];
-        const int g_at = at + half * (Size::kWide ? kRunBytes : kTiles * a.grad.ring_bytes());
-        pair_up(shared<uint2>(grad_at[0] + g_at), shared<uint2>(grad_at[1] + g_at), pair);
+        const uint32_t g_at = at + half * (Size::kWide ? kRunBytes : kTiles * a.grad.ring_bytes());
+        pair_up(load_at(grad_at[0] + g_at), load_at(grad_at[1] + g_at), pair);
 #pragma unroll
         for (int c = 0; c < kQuad; ++c) g[u][c][half] = pair[c];
 #pragma unroll
         for (int behind = 0; behind < 2; ++behind) {
           if (!Size::kWide || half == 0 || behind == 1) {
-            const int x_at =
+            const uint32_t x_at =
                 at + half * (Size::kWide ? kRunBytes : kTiles * a.source.ring_bytes()) + behind * kRunBytes;
-            pair_up(shared<uint2>(source_at[0] + x_at), shared<uint2>(source_at[1] + x_at), pair);
+            pair_up(load_at(source_at[0] + x_at), load_at(source_at[1] + x_at), pair);
           } else {
 #pragma unroll
             for (int c = 0; c < kQuad; ++c) pair[c] = x[c][1];
@@ -335,15 +341,15 @@ __global__ void __launch_bounds__(kThreads, Size::kBlocks)
           for (int c = 0; c < kQuad; ++c) x[c][2 * half + behind] = pair[c];
         }
       }
-      arrive_all(StageBarriers::done(stage));
-      if (step + ahead < a.steps) {
-        wait(StageBarriers::done(free_stage), free_parity);
-        loader.load(a, free_stage);
+      __syncwarp();
+      if (lane == 0) arrive_at(barriers.done(stage));
+      if (step + a.ahead < a.steps) {
+        wait_at(barriers.done(free_stage), free_parity);
+        loader.load(a, free_stage, barriers.full(free_stage));
         if (++free_stage == a.depth) free_stage = 0, free_parity ^= 1;
       }
-      commit_copies();
-      if (next_stage == 0) parity ^= 1;
-      stage = next_stage, ++step;
+      if (++stage == a.depth) stage = 0, parity ^= 1;
+      ++step;
 #pragma unroll
       for (int c = 0; c < kQuad; ++c)
 #pragma unroll
@@ -416,6 +422,7 @@ struct Cut {
 template <class Size>
 void apply(Toeplitz& a, Cut& cut) {
   a.group_shift = cut.group_shift, a.depth = cut.depth, a.splits = cut.splits;
+  a.ahead = a.depth > 3 ? a.depth - 2 : 2;
   a.streams = Size::kWide ? kTiles >> a.group_shift : 2 * kTiles;
   a.columns = Size::kWide ? kTileColumns << a.group_shift : kRun;
   a.grad.runs = a.columns / kRun, a.source.runs = a.grad.runs + 1;
@@ -501,6 +508,7 @@ void launch_toeplitz_grad_weight_channels_last(const Problem& p, const Allocate&
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
   a.images = static_cast<int>(p.batch), a.channels = static_cast<int>(p.channels);
   a.period = a.height + a.padding_h;
+  for (Rows* rows : {&a.source, &a.grad}) rows->turn_bytes = rows->image_bytes - a.period * rows->row_bytes;
   a.slabs = static_cast<int>(ceil_div(a.channels, kSlab));
   a.by_slabs = Divider(a.slabs), a.by_period = Divider(a.period), a.by_images = Divider(a.images);
   a.with_bias = p.bias != nullptr;
