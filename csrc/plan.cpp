@@ -336,7 +336,7 @@ bool claims_toeplitz_grad_weight_channels_last(const Problem& p) {
   if (p.pass != Pass::kGradWeight || size_of(p.dtype) != 2 || p.capability < 80 || p.batch == 0) return false;
   if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1 || p.multiplier > 1) return false;
   if (p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
-  constexpr int64_t kMostRows = 7, kMostColumns = 9;  // of a kernel
+  constexpr int64_t kMostRows = 9, kMostColumns = 9;  // of a kernel
   if (p.kernel_h > kMostRows || p.kernel_w > kMostColumns || p.taps() == 1) return false;
   constexpr int64_t kFewChannels = 32;        // fewer leave a block's warps idle
   constexpr int64_t kLeastMemory = 96 << 10;  // of a ring of 3 stages
@@ -348,6 +348,8 @@ bool claims_toeplitz_grad_weight_channels_last(const Problem& p) {
   // where pixels are no whole units of 16 bytes, which are loaded 2 bytes at a time here.
   constexpr int64_t kFewRows = 3, kMoreRows = 5, kNarrow = 16;
   const bool aligned = is_aligned(p.input) && is_aligned(p.output);
+  constexpr int64_t kRowsOfAny = 7;  // more of them leave no registers for loads of 2 bytes
+  if (p.kernel_h > kRowsOfAny && !aligned) return false;
   const bool pays = p.kernel_h > (aligned ? kFewRows : kMoreRows) || !is_small_kernel(p) ||
                     (p.out_width <= kNarrow && aligned && p.kernel_h <= kFewRows);
   // The bytes of a pixel, columns, and rows of all images in spans of at least 8 columns are counted in 32 bits.

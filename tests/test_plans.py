@@ -357,17 +357,17 @@ def test_grad_weight_in_channels_last_on_tensor_cores(dtype: torch.dtype) -> Non
     def serves(case: Case, channels_last: bool = True) -> bool:
         return plan_of("grad_weight", case, dtype, FORMATS[channels_last]) == MATRIX
 
-    for kernel in ((7, 7), (7, 9), (4, 1), (6, 3), (3, 5), (2, 3), (1, 7), (3, 2)):
+    for kernel in ((7, 7), (7, 9), (9, 9), (4, 1), (6, 3), (3, 5), (2, 3), (1, 7), (3, 2)):
         small = case._replace(kernel=kernel, padding=tuple(side // 2 for side in kernel))
         assert serves(small) and not serves(small, False), kernel
     # 3x3 on rows of up to 16 columns, if 16 bytes can be loaded at a time; 5x5 if they can.
     for width, channels, expected in ((16, 64, True), (17, 64, False), (16, 68, False)):
         assert serves(case._replace(size=(40, width), kernel=(3, 3), padding=(1, 1), channels=channels)) == expected
-    for kernel, expected in (((5, 5), False), ((7, 7), True), ((4, 5), True)):
+    for kernel, expected in (((5, 5), False), ((7, 7), True), ((4, 5), True), ((8, 5), False)):
         padding = tuple(side // 2 for side in kernel)
         assert serves(case._replace(kernel=kernel, padding=padding, channels=68)) == expected
     for change in (
-        {"kernel": (8, 5)},
+        {"kernel": (10, 5)},
         {"kernel": (5, 10)},
         {"stride": (2, 2)},
         {"dilation": (1, 2)},

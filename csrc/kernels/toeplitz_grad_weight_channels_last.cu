@@ -523,7 +523,8 @@ void launch_toeplitz_grad_weight_channels_last(const Problem& p, const Allocate&
     if constexpr (sizeof(T) == 2) {
       if (a.kernel_h <= 3) return launch_rows(integral_constant<int, 3>{}, integral_constant<int, 2>{});
       if (a.kernel_h <= 5) return launch_rows(integral_constant<int, 5>{}, integral_constant<int, 1>{});
-      launch_rows(integral_constant<int, 7>{}, integral_constant<int, 1>{});
+      if (a.kernel_h <= 7) return launch_rows(integral_constant<int, 7>{}, integral_constant<int, 1>{});
+      launch_rows(integral_constant<int, 9>{}, integral_constant<int, 1>{});
     }
   });
 }
