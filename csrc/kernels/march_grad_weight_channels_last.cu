@@ -1,5 +1,6 @@
 // grad_weight (and the bias gradient) on channels_last arrays: a block marches down the rows of its slab of channels
-// and its span of columns, and a thread keeps the sums of all taps of two neighbouring filters in registers.
+// and its span of columns, and a thread keeps the sums of all taps of a filter, or of two neighbouring ones, in
+// registers.
 //
 // Bytes bound by design: both arrays are read once. A step takes one row of the gradient, which stays in registers as
 // long as its windows reach, and the rows of the input that meet it with the first rows of its window. The rows of all
@@ -29,21 +30,22 @@ struct March {
   float* partial;  // [split][tap, or bias behind the last tap][filter]
   void *grad_weight, *grad_bias;
   int height, width, out_height, out_width, padding_h, padding_w;
+  int last_step;  // the step behind the last one of an image that brings a row of the input
   int images, filters, multiplier;
   int slabs, spans, splits;
-  Shares shares;              // of splits: they are cut between images, or between any two rows
-  int pairs, strips;          // of a block: pairs of filters, and strips of columns
-  int step_taps, step_pairs;  // threads of a block, divided by its pairs
-  int loaders;                // warps that load
+  Shares shares;               // of splits: they are cut between images, or between any two rows
+  int groups, strips;          // of a block: what threads have of filters, and strips of columns
+  int step_taps, step_groups;  // threads of a block, divided by its groups
+  int loaders;                 // warps that load
   int depth, stage_bytes, source_row_bytes;
-  bool boxes;   // whether rows are loaded as boxes
+  bool boxes;   // whether rows are loaded as boxes or, of joined arrays, as bulk copies
   bool joined;  // whether both arrays are: see Pixels
   bool with_bias;
-  Divider by_slabs, by_spans, by_height, by_pairs;
+  Divider by_slabs, by_spans, by_height, by_groups;
 };
 
 // The rows of a split, image by image. A step brings row `row` of the gradient, if that is before `end`; as long as
-// `held` rows of the gradient have a window under way, there are further steps.
+// `held` rows of the gradient have a window under way, there are further steps, up to the last row of the image.
 struct Steps {
   int image, row, end, left;
 
@@ -58,34 +60,32 @@ struct Steps {
   __device__ bool done() const { return end == 0; }
   // Returns whether that was the last step of an image.
   __device__ bool next(const March& a, int held) {
-    if (++row < end + held - 1) return false;
+    if (++row < min(end + held - 1, a.last_step)) return false;
     row = 0, end = min(a.out_height, left);
     left -= end, ++image;
     return true;
   }
 };
 
-// What a kernel is compiled for.
-template <class Kernel>
+// What a kernel is compiled for, with one or two filters a thread.
+template <class Kernel, int filters>
 struct Window {
   static constexpr int kTapsH = Kernel::kKernelH, kTapsW = Kernel::kKernelW, kTaps = kTapsH * kTapsW;
   static constexpr int kStride = Kernel::kStride, kDilation = Kernel::kDilation;
   static constexpr int kExtentH = (kTapsH - 1) * kDilation + 1, kExtentW = (kTapsW - 1) * kDilation + 1;
   static constexpr int kHeld = (kExtentH - 1) / kStride + 1;  // rows of the gradient whose window is under way
-  static constexpr int kColumns = kTaps > 25 || kHeld > 5 ? 4 : 7;
+  static constexpr int kFilters = filters;
+  static constexpr int kColumns = kFilters == 1 && kTaps + 14 * kHeld <= 56 ? 14 : 7;
   static constexpr int kSourceColumns = (kColumns - 1) * kStride + kExtentW;
   // Steps in the body of the loop. If rows of the gradient need not move in registers, all the better, but code must
   // not grow too long.
-  static constexpr int kUnroll = kHeld * kTaps * kColumns > 700 ? 1 : kHeld;
+  static constexpr int kUnroll = kFilters * kHeld * kTaps * kColumns > 1000 ? 1 : kHeld;
   // Threads that compute, of a block with one warp that loads, and blocks on a multiprocessor, as the registers allow:
   // for sums, rows and some 50 more, and of warps there are a multiple of 4.
-  static constexpr int kRegisters = 2 * kTaps + 2 * kHeld * kColumns;
-  static constexpr int kMaxThreads = kRegisters < 40     ? 224
-                                     : kRegisters < 64   ? 288
-                                     : kRegisters < 90   ? 224
-                                     : kRegisters <= 130 ? 160
-                                                         : 224;
-  static constexpr int kBlocks = kRegisters < 40 ? 3 : kRegisters <= 130 ? 2 : 1;
+  static constexpr int kRegisters = kFilters * (kTaps + kHeld * kColumns);
+  static constexpr int kMaxThreads = kFilters == 1 ? 448 : kRegisters < 40 ? 224 : 288;
+  static constexpr int kBlocks = kFilters == 1 ? 1 : kRegisters < 40 ? 3 : 2;
+  static_assert(kFilters == 1 ? kRegisters <= 98 : kRegisters < 64);
 
   // Where in registers the row is that came `age` steps before step `u`.
   static constexpr bool kTurns = kUnroll == kHeld;
@@ -109,27 +109,35 @@ struct Part {
     uint32_t rest;  // what follows from it is worked out again in the end, and takes no registers until then
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(rest));
     p.slab = a.by_slabs.split(rest), p.span = a.by_spans.split(rest), p.split = rest;
-    p.column = p.span * a.strips * W::kColumns, p.filter = p.slab * a.pairs * 2;
+    p.column = p.span * a.strips * W::kColumns, p.filter = p.slab * a.groups * W::kFilters;
     return p;
   }
 };
 
-// What a thread works on, and who adds up sums: its number, divided by the number of pairs.
+// What a thread works on, and who adds up sums: its number, divided by the number of groups.
 struct Place {
-  int strip, pair;
+  int strip, group;
 
   static __device__ Place of(const March& a) {
     uint32_t number;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
     Place p;
-    p.pair = a.by_pairs.split(number), p.strip = number;
+    p.group = a.by_groups.split(number), p.strip = number;
     return p;
   }
 };
 
-// Where in shared memory a thread leaves the sums of a tap, or the bias behind the last one, for its two filters.
-__device__ inline int sums_at(int tap, int thread) {
-  return kRing + 8 * (tap * static_cast<int>(blockDim.x) + thread);
+// What a thread has for each of its filters.
+template <int kFilters>
+struct alignas(4 * kFilters) Sums {
+  float of[kFilters];
+};
+
+// Where in shared memory a thread leaves the sums of a tap, or the bias behind the last one, for its filters.
+template <int kFilters>
+__device__ Sums<kFilters>& sums_at(int tap, int thread) {
+  constexpr int kBytes = sizeof(Sums<kFilters>);
+  return shared<Sums<kFilters>>(kRing + kBytes * (tap * static_cast<int>(blockDim.x) + thread));
 }
 
 // The sum of one tap over a thread's part, of products inside the image only.
@@ -158,29 +166,36 @@ __device__ float sum_by_products(const March& a, int split, int filter, int colu
 // Takes those of a thread's sums in shared memory again that are not finite.
 template <typename T, class W>
 __device__ __noinline__ void sum_again(const March& a, int split, int filter, int column) {
-  for (int i = 0; i < 2 * W::kTaps; ++i) {
-    float& sum = shared<float>(sums_at(i / 2, threadIdx.x) + i % 2 * 4);
-    if (!is_finite(sum) && filter + i % 2 < a.filters)
-      sum = sum_by_products<T, W>(a, split, filter + i % 2, column, i / 2);
+  constexpr int kFilters = W::kFilters;
+  for (int i = 0; i < kFilters * W::kTaps; ++i) {
+    float& sum = sums_at<kFilters>(i / kFilters, threadIdx.x).of[i % kFilters];
+    if (!is_finite(sum) && filter + i % kFilters < a.filters)
+      sum = sum_by_products<T, W>(a, split, filter + i % kFilters, column, i / kFilters);
   }
 }
 
-// Adds up the sums of a block's strips, which lie as [tap][strip][pair].
+// Adds up the sums of a block's strips, which lie as [tap][strip][group].
 template <typename T, class W>
 __device__ void finish(const March& a, const Part& part, const Place& place) {
+  constexpr int kFilters = W::kFilters;
+  using Sums = Sums<kFilters>;
   const int taps = W::kTaps + a.with_bias;
   const bool many = a.splits * a.spans > 1, even = a.filters % 2 == 0;
   float* partial = a.partial + static_cast<int64_t>(part.split * a.spans + part.span) * taps * a.filters;
-  const auto store = [&](int tap, int pair, float2 total) {
-    const int filter = part.filter + pair * 2;
+  const auto add = [&](Sums& total, const Sums& sum) {
+#pragma unroll
+    for (int h = 0; h < kFilters; ++h) total.of[h] += sum.of[h];
+  };
+  const auto store = [&](int tap, int group, const Sums& total) {
+    const int filter = part.filter + group * kFilters;
     float* to = partial + tap * a.filters + filter;
-    if (many && even) {
-      if (filter < a.filters) *reinterpret_cast<float2*>(to) = total;
+    if (many && (even || kFilters == 1)) {
+      if (filter < a.filters) *reinterpret_cast<Sums*>(to) = total;
       return;
     }
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float value = h == 0 ? total.x : total.y;
+    for (int h = 0; h < kFilters; ++h) {
+      const float value = total.of[h];
       if (filter + h >= a.filters) continue;
       if (many)
         to[h] = value;
@@ -191,31 +206,26 @@ __device__ void finish(const March& a, const Part& part, const Place& place) {
     }
   };
   if (a.strips < 32) {  // a thread takes every so-manieth of the sums
-    int pair = place.pair;
+    int group = place.group;
     for (int tap = place.strip; tap < taps;) {
-      float2 total{};
+      Sums total{};
 #pragma unroll 4
-      for (int s = 0; s < a.strips; ++s) {
-        const float2 sum = shared<float2>(sums_at(tap, s * a.pairs + pair));
-        total.x += sum.x, total.y += sum.y;
-      }
-      store(tap, pair, total);
-      tap += a.step_taps, pair += a.step_pairs;
-      if (pair >= a.pairs) pair -= a.pairs, ++tap;
+      for (int s = 0; s < a.strips; ++s) add(total, sums_at<kFilters>(tap, s * a.groups + group));
+      store(tap, group, total);
+      tap += a.step_taps, group += a.step_groups;
+      if (group >= a.groups) group -= a.groups, ++tap;
     }
   } else {  // a warp does
     const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    for (int i = threadIdx.x / 32; i < taps * a.pairs; i += warps) {
+    for (int i = threadIdx.x / 32; i < taps * a.groups; i += warps) {
       uint32_t tap = i;
-      const int pair = a.by_pairs.split(tap);
-      float2 total{};
-      for (int s = lane; s < a.strips; s += 32) {
-        const float2 sum = shared<float2>(sums_at(tap, s * a.pairs + pair));
-        total.x += sum.x, total.y += sum.y;
-      }
-      for (int offset = 16; offset > 0; offset /= 2)
-        total.x += __shfl_xor_sync(~0u, total.x, offset), total.y += __shfl_xor_sync(~0u, total.y, offset);
-      if (lane == 0) store(tap, pair, total);
+      const int group = a.by_groups.split(tap);
+      Sums total{};
+      for (int s = lane; s < a.strips; s += 32) add(total, sums_at<kFilters>(tap, s * a.groups + group));
+#pragma unroll
+      for (int h = 0; h < kFilters; ++h)
+        for (int offset = 16; offset > 0; offset /= 2) total.of[h] += __shfl_xor_sync(~0u, total.of[h], offset);
+      if (lane == 0) store(tap, group, total);
     }
   }
 }
@@ -256,8 +266,8 @@ class Loader {
   }
 };
 
-// The same by one warp that loads boxes.
-template <class W>
+// The same by one warp that loads boxes, or rows of joined arrays.
+template <class W, bool kJoined>
 class BoxLoader {
  public:
   __device__ BoxLoader(const March& a, const Part& part)
@@ -269,8 +279,11 @@ class BoxLoader {
 
   __device__ void load(const March& a, int stage) {
     if (threadIdx.x % 32 == 0) {
+      if (kJoined) before_bulk_copies();  // zeros were stored beside what was there
       const int barrier = StageBarriers::full(stage), first = steps_.row * W::kStride - a.padding_h;
       const auto copy = [&](int to, const Pixels& p, const CUtensorMap& map, int channel, int column, int row) {
+        if (kJoined)
+          return load_run(p, to, steps_.image * p.image_bytes + row * p.row_bytes + column * p.pitch, barrier);
         expect_bytes(barrier, p.pitch * p.columns);
         copy_box(to, map, channel, column, row, steps_.image, barrier);
       };
@@ -291,25 +304,22 @@ class BoxLoader {
   int column_, filter_, channel_;
 };
 
-// How a thread reads what its two filters do: gradients, and what they meet, are pairs of elements in shared memory; or
-// the gradients are, and both filters read the same channel; or pixels may begin at any element, with other pixels
-// instead of zeros beside the image.
-enum class Reads { kPairs, kTwins, kElements };
-
-template <typename T, class W, Reads kReads>
+// `kJoined`: whether both arrays are. What lies beside the image is no zeros then.
+template <typename T, class W, bool kJoined>
 __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
     march_grad_weight_channels_last(const __grid_constant__ March a) {
-  constexpr int kSize = sizeof(T);
+  constexpr int kSize = sizeof(T), kFilters = W::kFilters;
+  static_assert(kFilters == 1 || !kJoined);
   let_next_kernel_start();
   const Part part = Part::of(a, W{});
   const int workers = blockDim.x - (kLoaderWarps ? 32 * a.loaders : 0);
   const bool is_worker = static_cast<int>(threadIdx.x) < workers, boxes = kBoxes && a.boxes;
-  if (!boxes)
+  if (!boxes || kJoined)
     for (int i = threadIdx.x * kUnit; i < a.depth * a.stage_bytes; i += blockDim.x * kUnit)
       shared<uint4>(kRing + i) = uint4{};
   StageBarriers::init(32 * a.loaders, workers / 32, boxes);
   if (boxes) {
-    if (threadIdx.x == 0) prefetch(a.source_map), prefetch(a.grad_map);
+    if (threadIdx.x == 0 && !kJoined) prefetch(a.source_map), prefetch(a.grad_map);
     before_bulk_copies();
   }
   __syncthreads();
@@ -327,7 +337,7 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
   };
   if (kLoaderWarps && !is_worker) {
     if (boxes)
-      load_all(BoxLoader<W>(a, part));
+      load_all(BoxLoader<W, kJoined>(a, part));
     else
       load_all(Loader<W>(a, part, threadIdx.x - workers, blockDim.x - workers));
   }
@@ -336,41 +346,54 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
   if (!kLoaderWarps)
     for (int d = 0; d < a.depth - 1; ++d) loader.load(a, d);
 
-  const auto is_active = [&] { return static_cast<int>(threadIdx.x) < a.pairs * a.strips; };
-  const auto [strip, pair] = is_active() ? Place::of(a) : Place{0, 0};
-  const int source_second = a.multiplier == 2 ? 0 : kSize;  // from what one filter reads to what the other one does
-  const int source_at = kRing + strip * W::kColumns * W::kStride * a.source.pitch + pair * (kSize + source_second);
-  const int grad_at = kRing + W::kStride * a.source_row_bytes + strip * W::kColumns * a.grad.pitch + pair * 2 * kSize;
-
-  // Reads what the two filters do at a column; `x` is that column in the image, of `width`.
-  const auto read = [&](int at, int second, int x, int width, float (&pair)[2]) {
-    if constexpr (kReads != Reads::kElements) {
-      read_pair(at, pair, T{});
-    } else {
-      const bool inside = static_cast<uint32_t>(x) < static_cast<uint32_t>(width);
-      pair[0] = inside ? widen(shared<T>(at)) : 0.f, pair[1] = inside ? widen(shared<T>(at + second)) : 0.f;
-    }
-  };
+  const auto is_active = [&] { return static_cast<int>(threadIdx.x) < a.groups * a.strips; };
+  const auto [strip, group] = is_active() ? Place::of(a) : Place{0, 0};
+  const int source_at =
+      kRing + strip * W::kColumns * W::kStride * a.source.pitch + group * kFilters / a.multiplier * kSize;
+  const int grad_at =
+      kRing + W::kStride * a.source_row_bytes + strip * W::kColumns * a.grad.pitch + group * kFilters * kSize;
   const int column_g = part.column + strip * W::kColumns, column_x = column_g * W::kStride - a.padding_w;
+
+  // Reads what the thread's filters do at a column.
+  const auto read = [&](int at, float (&values)[kFilters]) {
+    if constexpr (kFilters == 2)
+      read_pair(at, values, T{});
+    else
+      values[0] = widen(shared<T>(at));
+  };
+  // Makes zeros beside a row of a joined array, where gradients meet them. Others may do the same for themselves.
+  const int beside = a.width - column_x;  // the first column behind the image
+  const auto clear_beside = [&](int at) {
+    const auto clear = [&](int column, int end) {
+#pragma unroll 1
+      for (; column < end; ++column) shared<T>(at + column * a.source.pitch) = T{};
+    };
+    clear(0, -column_x), clear(max(beside, 0), min(beside + a.padding_w, W::kSourceColumns));
+  };
   // Where a row of a joined array begins within 16 bytes.
   const auto phase = [&](const Pixels& p, int image, int row, int column) {
-    return kReads != Reads::kElements
+    return !kJoined
                ? 0
                : phase_of(p, image * static_cast<uint32_t>(p.image_bytes) + row * static_cast<uint32_t>(p.row_bytes) +
                                  static_cast<uint32_t>(column * p.pixel_bytes));
   };
 
-  float sum[W::kTapsH][W::kTapsW][2] = {}, g[W::kRows][W::kColumns][2];
-  float bias[2] = {};  // of a few rows; the others are in shared memory
-  const int bias_at = kRing + a.depth * a.stage_bytes + static_cast<int>(threadIdx.x * sizeof(double2));
-  shared<double2>(bias_at) = double2{};
+  float sum[W::kTapsH][W::kTapsW][kFilters] = {}, g[W::kRows][W::kColumns][kFilters];
+  float bias[kFilters] = {};  // of a few rows; the others are in shared memory
+  const auto biases = [&](int h) -> double& {
+    return shared<double>(kRing + a.depth * a.stage_bytes + 8 * static_cast<int>(threadIdx.x * kFilters + h));
+  };
+#pragma unroll
+  for (int h = 0; h < kFilters; ++h) biases(h) = 0;
   int stage = 0;
   uint32_t parity = 0;
   for (Steps at(a, part.split); is_worker && !at.done();) {
 #pragma unroll
     for (int r = 0; r < W::kRows; ++r)
 #pragma unroll
-      for (int v = 0; v < W::kColumns; ++v) g[r][v][0] = g[r][v][1] = 0;
+      for (int v = 0; v < W::kColumns; ++v)
+#pragma unroll
+        for (int h = 0; h < kFilters; ++h) g[r][v][h] = 0;
     for (bool more = true; more;) {
 #pragma unroll
       for (int u = 0; u < W::kUnroll; ++u) {
@@ -382,13 +405,20 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
           loader.load(a, stage == 0 ? a.depth - 1 : stage - 1);
         }
         const int from = stage * a.stage_bytes;
-        float (&row)[W::kColumns][2] = g[W::row_of(u, 0)];
+        float (&row)[W::kColumns][kFilters] = g[W::row_of(u, 0)];
 #pragma unroll
-        for (int v = 0; v < W::kColumns; ++v) row[v][0] = row[v][1] = 0;
+        for (int v = 0; v < W::kColumns; ++v)
+#pragma unroll
+          for (int h = 0; h < kFilters; ++h) row[v][h] = 0;
         if (at.row < at.end) {
           const int g_at = from + grad_at + phase(a.grad, at.image, at.row, part.column);
 #pragma unroll
-          for (int v = 0; v < W::kColumns; ++v) read(g_at + v * a.grad.pitch, kSize, column_g + v, a.out_width, row[v]);
+          for (int v = 0; v < W::kColumns; ++v) read(g_at + v * a.grad.pitch, row[v]);
+          if (kJoined && column_g + W::kColumns > a.out_width)
+#pragma unroll
+            for (int v = 0; v < W::kColumns; ++v)
+#pragma unroll
+              for (int h = 0; h < kFilters; ++h) row[v][h] = column_g + v < a.out_width ? row[v][h] : 0;
         }
 #pragma unroll
         for (int e = 0; e < W::kStride; ++e) {
@@ -396,13 +426,11 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
           if (!W::meets(a, at.end, source_row)) continue;
           const int x_at = from + source_at + e * a.source_row_bytes +
                            phase(a.source, at.image, source_row, part.column * W::kStride - a.padding_w);
+          if (kJoined && (column_x < 0 || beside < W::kSourceColumns)) clear_beside(x_at);
 #pragma unroll
           for (int column = 0; column < W::kSourceColumns; ++column) {
-            float x[2];
-            if constexpr (kReads == Reads::kTwins)
-              x[0] = x[1] = widen(shared<T>(x_at + column * a.source.pitch));
-            else
-              read(x_at + column * a.source.pitch, source_second, column_x + column, a.width, x);
+            float x[kFilters];
+            read(x_at + column * a.source.pitch, x);
 #pragma unroll
             for (int i = 0; i < W::kTapsH; ++i) {
               const int reach = i * W::kDilation - e;
@@ -412,7 +440,7 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
                 const int offset = column - j * W::kDilation, v = offset / W::kStride;
                 if (offset < 0 || offset % W::kStride != 0 || v >= W::kColumns) continue;
 #pragma unroll
-                for (int h = 0; h < 2; ++h)
+                for (int h = 0; h < kFilters; ++h)
                   sum[i][j][h] = fmaf(x[h], g[W::row_of(u, reach / W::kStride)][v][h], sum[i][j][h]);
               }
             }
@@ -426,12 +454,12 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
         more = !at.next(a, W::kHeld);
         if (a.with_bias) {
 #pragma unroll
-          for (int v = 0; v < W::kColumns; ++v) bias[0] += row[v][0], bias[1] += row[v][1];
-          if (at.row % 4 == 0 || !more) {  // long sums lose digits
-            double2& total = shared<double2>(bias_at);
-            total.x += bias[0], total.y += bias[1];
-            bias[0] = bias[1] = 0;
-          }
+          for (int v = 0; v < W::kColumns; ++v)
+#pragma unroll
+            for (int h = 0; h < kFilters; ++h) bias[h] += row[v][h];
+          if (at.row % 4 == 0 || !more)  // long sums lose digits
+#pragma unroll
+            for (int h = 0; h < kFilters; ++h) biases(h) += bias[h], bias[h] = 0;
         }
       }
       if constexpr (!W::kTurns)
@@ -439,10 +467,13 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
         for (int r = 0; r < W::kHeld - 1; ++r)
 #pragma unroll
           for (int v = 0; v < W::kColumns; ++v)
-            g[r][v][0] = g[r + W::kUnroll][v][0], g[r][v][1] = g[r + W::kUnroll][v][1];
+#pragma unroll
+            for (int h = 0; h < kFilters; ++h) g[r][v][h] = g[r + W::kUnroll][v][h];
     }
   }
-  const double2 bias_total = shared<double2>(bias_at);
+  Sums<kFilters> bias_total;
+#pragma unroll
+  for (int h = 0; h < kFilters; ++h) bias_total.of[h] = static_cast<float>(biases(h));
   __syncthreads();
 
   // The ring has served: its memory takes the sums of all threads, tap by tap, two filters each.
@@ -450,23 +481,26 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
   float check = 0;
 #pragma unroll
   for (int tap = 0; tap < W::kTaps; ++tap) {
-    const float (&both)[2] = sum[tap / W::kTapsW][tap % W::kTapsW];
-    shared<float2>(sums_at(tap, thread)) = make_float2(both[0], both[1]);
-    check = fmaf(both[1], 0.f, fmaf(both[0], 0.f, check));
+    Sums<kFilters> all;
+#pragma unroll
+    for (int h = 0; h < kFilters; ++h) {
+      all.of[h] = sum[tap / W::kTapsW][tap % W::kTapsW][h];
+      check = fmaf(all.of[h], 0.f, check);
+    }
+    sums_at<kFilters>(tap, thread) = all;
   }
-  shared<float2>(sums_at(W::kTaps, thread)) =
-      make_float2(static_cast<float>(bias_total.x), static_cast<float>(bias_total.y));
+  sums_at<kFilters>(W::kTaps, thread) = bias_total;
   const Part mine = Part::of(a, W{});
   const Place place = Place::of(a);
   if (is_active() && check != 0)
-    sum_again<T, W>(a, mine.split, mine.filter + place.pair * 2, mine.column + place.strip * W::kColumns);
+    sum_again<T, W>(a, mine.split, mine.filter + place.group * kFilters, mine.column + place.strip * W::kColumns);
   __syncthreads();
   finish<T, W>(a, mine, place);
 }
 
 // How the work is cut; the rest follows from it.
 struct Cut {
-  int pairs, strips, loaders, depth, splits;
+  int groups, strips, loaders, depth, splits;
   bool boxes;
   bool whole_images;
   int threads;
@@ -476,29 +510,30 @@ struct Cut {
 
 // What there is to know of a kernel, at run time.
 struct WindowSize {
-  int taps, extent_w, stride, held, columns, source_columns;
+  int taps, extent_w, stride, held, filters, columns, source_columns;
   int max_threads, blocks;  // of a block, and blocks of that size on a multiprocessor, as the registers allow
 };
 
 // Fills in what follows from a cut.
 void apply(March& a, Cut& cut, const WindowSize& w, int element) {
-  a.pairs = cut.pairs, a.strips = cut.strips, a.loaders = cut.loaders, a.boxes = cut.boxes, a.depth = cut.depth,
+  a.groups = cut.groups, a.strips = cut.strips, a.loaders = cut.loaders, a.boxes = cut.boxes, a.depth = cut.depth,
   a.splits = cut.splits;
   a.shares = Shares(int64_t{a.images} * a.out_height, a.splits, a.images, cut.whole_images ? a.out_height : 1);
-  a.slabs = static_cast<int>(ceil_div(a.filters, 2 * cut.pairs));
+  a.slabs = static_cast<int>(ceil_div(a.filters, w.filters * cut.groups));
   a.spans = static_cast<int>(ceil_div(a.out_width, cut.strips * w.columns));
   a.by_slabs = Divider(a.slabs), a.by_spans = Divider(a.spans), a.by_height = Divider(a.out_height);
-  a.by_pairs = Divider(a.pairs);
+  a.by_groups = Divider(a.groups);
   const int columns = cut.strips * w.columns;
-  cut_pixels(a.source, cut.pairs * (a.multiplier == 2 ? 1 : 2) * element, (columns - 1) * w.stride + w.extent_w,
+  cut_pixels(a.source, ceil_div(cut.groups * w.filters, a.multiplier) * element, (columns - 1) * w.stride + w.extent_w,
              w.columns * w.stride, cut.boxes);
-  cut_pixels(a.grad, cut.pairs * 2 * element, columns, w.columns, cut.boxes);
+  cut_pixels(a.grad, cut.groups * w.filters * element, columns, w.columns, cut.boxes);
   a.source_row_bytes = a.source.ring_row_bytes(cut.boxes);
   a.stage_bytes = w.stride * a.source_row_bytes + a.grad.ring_row_bytes(cut.boxes);
-  cut.threads = static_cast<int>(round_up(int64_t{cut.pairs} * cut.strips, 32)) + 32 * cut.loaders;
-  a.step_taps = cut.threads / cut.pairs, a.step_pairs = cut.threads % cut.pairs;
-  cut.shared_bytes = kRing + std::max<int64_t>(int64_t{cut.depth} * a.stage_bytes + int64_t{cut.threads} * 16,
-                                               int64_t{w.taps + 1} * 2 * cut.threads * 4);
+  cut.threads = static_cast<int>(round_up(int64_t{cut.groups} * cut.strips, 32)) + 32 * cut.loaders;
+  a.step_taps = cut.threads / cut.groups, a.step_groups = cut.threads % cut.groups;
+  cut.shared_bytes =
+      kRing + std::max<int64_t>(int64_t{cut.depth} * a.stage_bytes + int64_t{cut.threads} * w.filters * 8,
+                                int64_t{w.taps + 1} * w.filters * cut.threads * 4);
 }
 
 // An estimate, in cycles, of how long a cut takes, with `resident` blocks on a multiprocessor. Only comparisons matter;
@@ -511,15 +546,16 @@ double cycles_of(const March& a, const Cut& cut, const WindowSize& w, const Devi
   const int64_t longest = cut.whole_images ? ceil_div(a.images, cut.splits) * a.out_height
                                            : ceil_div(int64_t{a.images} * a.out_height, cut.splits);
   const int64_t images = cut.whole_images ? longest / a.out_height : (longest + a.out_height - 2) / a.out_height + 1;
-  const int64_t steps = longest + (w.held - 1) * images;
+  const int64_t steps = longest + std::min(w.held - 1, a.last_step - a.out_height) * images;
   const int64_t full_steps = std::min(steps, longest + (cut.whole_images ? 0 : w.held - 1));  // others lack a row
 
   // Of a step: instructions of a warp, bytes, units that are copied.
   const double columns = std::min(a.out_width, cut.strips * w.columns);
   const double source_columns = std::min<double>((columns - 1) * w.stride + w.extent_w, a.width);
-  const int element = a.grad.slab_bytes / (2 * cut.pairs);
+  const int element = a.grad.slab_bytes / (w.filters * cut.groups);
   const double reads = (element == 4 ? 1 : 2) * (a.joined ? 2.0 : a.multiplier == 2 ? 1.5 : 1.0);
-  const double instructions = 2.4 * w.taps * w.columns + 6.1 * reads * (w.stride * w.source_columns + w.columns) + 10;
+  const double instructions =
+      w.filters * (1.2 * w.taps * w.columns + 3.05 * reads * (w.stride * w.source_columns + w.columns)) + 10;
   double bytes = 0, copies = 0, loading = 140;
   bool aligned = true;  // whether slabs are lines of 128 bytes
   const auto load = [&](const Pixels& p, double pixels) {
@@ -545,7 +581,7 @@ double cycles_of(const March& a, const Cut& cut, const WindowSize& w, const Devi
   const double sums = static_cast<double>(w.taps + 1) * a.filters;
   const double total = parts > 1 ? 6600 + 8 * static_cast<double>(parts) * sums / device.multiprocessors / 17 : 0;
   const double zeros = cut.boxes ? 0 : 0.3 * static_cast<double>(cut.shared_bytes) / cut.threads;
-  const double finish = 16 * w.taps * (2 + cut.strips / std::max(1.0, cut.threads / (2.0 * cut.pairs)));
+  const double finish = 8 * w.filters * w.taps * (2 + cut.strips / std::max(1.0, cut.threads / (2.0 * cut.groups)));
   return waves * (3900 + zeros + static_cast<double>(full_steps) * step +
                   565 * static_cast<double>(steps - full_steps) + finish) +
          total;
@@ -554,17 +590,18 @@ double cycles_of(const March& a, const Cut& cut, const WindowSize& w, const Devi
 // `boxes`: whether rows can be boxes.
 Cut cut_for(March a, const WindowSize& w, int element, bool boxes, const Device& device) {
   // A slab begins at a multiple of the unit that is copied at once.
-  const int source_pair = a.multiplier == 2 ? element : 2 * element;
-  const int all_pairs = static_cast<int>(ceil_div(a.filters, 2));
-  const int least = a.joined ? all_pairs : std::max({1, a.source.unit / source_pair, a.grad.unit / (2 * element)});
+  const int element_group = w.filters * element;  // what the filters of a thread have of a pixel
+  const int all_groups = static_cast<int>(ceil_div(a.filters, w.filters));
+  const int least =
+      a.joined ? all_groups : std::max({1, a.multiplier * a.source.unit / element_group, a.grad.unit / element_group});
   const int all_strips = static_cast<int>(ceil_div(a.out_width, w.columns));
   const int64_t rows = int64_t{a.images} * a.out_height;
   constexpr int64_t kLongest = 512;  // rows of a split: longer sums lose digits
-  const int64_t fewest = std::min<int64_t>(w.max_threads, int64_t{all_pairs} * all_strips) / 20;
+  const int64_t fewest = std::min<int64_t>(w.max_threads, int64_t{all_groups} * all_strips) / 20;
   Cut best{};
   double best_cycles = INFINITY;
-  const auto consider = [&](int pairs, int strips, int loaders, bool boxes, int depth) {
-    Cut cut{pairs, strips, loaders, depth, 1, boxes, false, 0, 0, false};
+  const auto consider = [&](int groups, int strips, int loaders, bool boxes, int depth) {
+    Cut cut{groups, strips, loaders, depth, 1, boxes, false, 0, 0, false};
     apply(a, cut, w, element);
     if (boxes && !(fits_box(a.source, w.columns * w.stride, element) && fits_box(a.grad, w.columns, element))) return;
     if (cut.shared_bytes > device.shared_per_block || cut.threads > w.max_threads + 32) return;
@@ -572,7 +609,7 @@ Cut cut_for(March a, const WindowSize& w, int element, bool boxes, const Device&
         std::clamp<int64_t>(std::min<int64_t>(device.shared_per_multiprocessor / (cut.shared_bytes + 1024),
                                               (w.max_threads + 32) * w.blocks / cut.threads),
                             1, 32);
-    const int64_t groups = int64_t{a.slabs} * a.spans, slots = resident * device.multiprocessors;
+    const int64_t places = int64_t{a.slabs} * a.spans, slots = resident * device.multiprocessors;
     const auto split = [&](int64_t splits) {
       for (const bool whole_images : {false, true}) {
         cut.splits = static_cast<int>(std::clamp<int64_t>(splits, 1, whole_images ? a.images : rows));
@@ -582,38 +619,38 @@ Cut cut_for(March a, const WindowSize& w, int element, bool boxes, const Device&
         if (cycles < best_cycles) best_cycles = cycles, best = cut;
       }
     };
-    for (int64_t splits = 1; splits * groups < slots; splits *= 2) split(splits);
-    for (int waves = 1; waves <= 4; ++waves) split(slots * waves / groups);
+    for (int64_t splits = 1; splits * places < slots; splits *= 2) split(splits);
+    for (int waves = 1; waves <= 4; ++waves) split(slots * waves / places);
   };
-  int last_pairs = 0;
-  for (int most_pairs = std::min(all_pairs, w.max_threads); most_pairs > 0; --most_pairs) {
-    const int64_t even = ceil_div(all_pairs, ceil_div(all_pairs, most_pairs));  // all slabs of about the same size
-    const int pairs = static_cast<int>(std::min<int64_t>(round_up(even, least), all_pairs));
-    if (pairs > w.max_threads || pairs == last_pairs) continue;
-    last_pairs = pairs;
+  int last_groups = 0;
+  for (int most_groups = std::min(all_groups, w.max_threads); most_groups > 0; --most_groups) {
+    const int64_t even = ceil_div(all_groups, ceil_div(all_groups, most_groups));  // all slabs of about the same size
+    const int groups = static_cast<int>(std::min<int64_t>(round_up(even, least), all_groups));
+    if (groups > w.max_threads || groups == last_groups) continue;
+    last_groups = groups;
     int last_strips = 0;
-    for (int most_strips = std::min(all_strips, w.max_threads / pairs); most_strips > 0; --most_strips) {
+    for (int most_strips = std::min(all_strips, w.max_threads / groups); most_strips > 0; --most_strips) {
       const int strips = static_cast<int>(ceil_div(all_strips, ceil_div(all_strips, most_strips)));
-      if (pairs * strips < fewest || strips == last_strips) continue;
+      if (groups * strips < fewest || strips == last_strips) continue;
       last_strips = strips;
-      const int whole_warps = std::min(static_cast<int>(round_up(pairs, 32)), all_pairs);
+      const int whole_warps = std::min(static_cast<int>(round_up(groups, 32)), all_groups);
       for (const int depth : {2, 3, 4, 6, 8})
         if (boxes)
-          for (const int some_pairs : {pairs, whole_warps}) consider(some_pairs, strips, 1, true, depth);
+          for (const int some_groups : {groups, whole_warps}) consider(some_groups, strips, 1, true, depth);
         else
-          for (const int loaders : {1, 2, 4}) consider(pairs, strips, loaders, false, depth);
+          for (const int loaders : {1, 2, 4}) consider(groups, strips, loaders, false, depth);
     }
   }
   return boxes && best_cycles == INFINITY ? cut_for(a, w, element, false, device) : best;
 }
 
-template <typename T, class W, Reads kReads>
+template <typename T, class W, bool kJoined>
 void launch(const Problem& p, March a, bool boxes, const Allocate& allocate, cudaStream_t stream) {
-  constexpr WindowSize kWindow{W::kTaps,    W::kExtentW,       W::kStride,     W::kHeld,
+  constexpr WindowSize kWindow{W::kTaps,    W::kExtentW,       W::kStride,     W::kHeld,  W::kFilters,
                                W::kColumns, W::kSourceColumns, W::kMaxThreads, W::kBlocks};
   constexpr int kElement = sizeof(T);
   const Device& device = current_device();
-  const auto kernel = march_grad_weight_channels_last<T, W, kReads>;
+  const auto kernel = march_grad_weight_channels_last<T, W, kJoined>;
   static thread_local Decisions<11, Cut> decisions;
   Cut cut =
       decisions({device.id, a.images, a.filters, a.multiplier, a.height, a.width, a.out_height, a.out_width,
@@ -625,11 +662,12 @@ void launch(const Problem& p, March a, bool boxes, const Allocate& allocate, cud
                   return made;
                 });
   apply(a, cut, kWindow, kElement);
-  if (cut.boxes && !(describe_boxes(a.source_map, p.input, p.batch, p.channels, p.height, p.width, kElement,
-                                    a.source.slab_bytes / kElement, a.source.columns) &&
-                     describe_boxes(a.grad_map, p.output, p.batch, p.filters(), p.out_height, p.out_width, kElement,
-                                    a.grad.slab_bytes / kElement, a.grad.columns)))
-    return launch<T, W, kReads>(p, a, false, allocate, stream);
+  if (cut.boxes && !a.joined &&
+      !(describe_boxes(a.source_map, p.input, p.batch, p.channels, p.height, p.width, kElement,
+                       a.source.slab_bytes / kElement, a.source.columns) &&
+        describe_boxes(a.grad_map, p.output, p.batch, p.filters(), p.out_height, p.out_width, kElement,
+                       a.grad.slab_bytes / kElement, a.grad.columns)))
+    return launch<T, W, kJoined>(p, a, false, allocate, stream);
   const int64_t blocks = int64_t{a.slabs} * a.spans * a.splits, parts = int64_t{a.spans} * a.splits;
   if (parts > 1)
     a.partial = static_cast<float*>(
@@ -650,24 +688,29 @@ void launch_march_grad_weight_channels_last(const Problem& p, const Allocate& al
   a.height = static_cast<int>(p.height), a.width = static_cast<int>(p.width);
   a.out_height = static_cast<int>(p.out_height), a.out_width = static_cast<int>(p.out_width);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+  a.last_step = static_cast<int>(ceil_div(p.height + p.padding_h, p.stride_h));
   a.images = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());
   a.multiplier = static_cast<int>(p.multiplier);
-  const bool boxes = current_device().capability >= 90 && has_boxes(p.input, element, a.source.unit) &&
-                     has_boxes(p.output, element, a.grad.unit);
+  const bool bulk = current_device().capability >= 90;
+  const bool boxes = bulk && has_boxes(p.input, element, a.source.unit) && has_boxes(p.output, element, a.grad.unit);
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) <= 4)
       visit_small_kernel(p, [&](auto kernel) {
-        using W = Window<decltype(kernel)>;
+        using Kernel = decltype(kernel);
+        using One = Window<Kernel, 1>;
+        // Two filters a thread where there are registers for them and few columns beside those of a strip.
+        constexpr int kFewTaps = 9;
+        using Two = Window<Kernel, (One::kTaps <= kFewTaps && Kernel::kDilation == 1 ? 2 : 1)>;
         // Rows that are copied as a run have all channels, and so has a block.
-        a.joined = a.source.joined && a.grad.joined && a.filters <= 2 * W::kMaxThreads;
+        a.joined = a.source.joined && a.grad.joined && a.filters <= One::kMaxThreads;
         a.source.joined = a.grad.joined = a.joined;
         if (a.joined)
-          launch<T, W, Reads::kElements>(p, a, boxes, allocate, stream);
+          launch<T, One, true>(p, a, bulk, allocate, stream);
         else if (a.multiplier == 2)
-          launch<T, W, Reads::kTwins>(p, a, boxes, allocate, stream);
+          launch<T, One, false>(p, a, boxes, allocate, stream);
         else
-          launch<T, W, Reads::kPairs>(p, a, boxes, allocate, stream);
+          launch<T, Two, false>(p, a, boxes, allocate, stream);
       });
   });
 }

@@ -24,7 +24,8 @@ struct Pixels {
   int unit;            // bytes that are copied at once: 16, 8, 4 or 2
   int pitch, columns;  // in shared memory: from one pixel to the next, and pixels of a row
   // An array without gaps whose pixels fit no units: a row is copied as one run of units of 16 bytes and has the same
-  // place within 16 bytes in shared memory. Beside the image lie then not zeros, but what is of the rows around.
+  // place within 16 bytes in shared memory. Beside the image lie then not zeros, but what is of the rows around, or
+  // nothing.
   bool joined;
   const char* end;  // of the array, if it is joined
 
@@ -68,8 +69,8 @@ inline void cut_pixels(Pixels& p, int64_t slab_bytes, int columns, int step, boo
 // Whether a row of it can be a box: threads that read several strips at once, which boxes cannot spread, find them in
 // different banks.
 inline bool fits_box(const Pixels& p, int step, int64_t element) {
-  return std::max<int64_t>(p.slab_bytes / element, p.columns) <= kMostBoxSide &&
-         (p.pitch >= 128 || p.pitch * step % 128 != 0);
+  return p.joined || (std::max<int64_t>(p.slab_bytes / element, p.columns) <= kMostBoxSide &&
+                      (p.pitch >= 128 || p.pitch * step % 128 != 0));
 }
 
 #if __CUDA_ARCH__ >= 900
@@ -176,6 +177,23 @@ class RowLoader {
     if (pixels & 1) load_pixels(std::integral_constant<int, 1>{});
   }
 };
+
+// Begins to load a row of a joined array, `offset` bytes into it, by a bulk copy, in one thread; what lies behind the
+// last whole unit of the array is stored. The barrier knows of the copy.
+__device__ inline void load_run(const Pixels& p, int to, int64_t offset, int barrier) {
+  const int64_t size = p.end - p.base, whole = size / kUnit * kUnit;
+  const int64_t first = offset & -kUnit, begin = max(first, int64_t{0});
+  const int64_t end = (offset + p.columns * p.pitch + kUnit - 1) & -kUnit;
+  to -= static_cast<int>(first);
+  if (const int bytes = static_cast<int>(min(end, whole) - begin); bytes > 0) {
+    expect_bytes(barrier, bytes);
+    copy_bulk(shared_address(to + static_cast<int>(begin)), p.base + begin, bytes, barrier);
+  }
+  if (end <= whole) return;
+  for (int64_t at = max(begin, whole); at < size; at += 2)
+    shared<uint16_t>(to + static_cast<int>(at)) = *reinterpret_cast<const uint16_t*>(p.base + at);
+  before_bulk_copies();  // of later rows, to the same place
+}
 
 // Two neighbouring channels of a pixel.
 __device__ inline void read_pair(int at, float (&pair)[2], float) {
