@@ -572,7 +572,8 @@ double cycles_of(const March& a, const Cut& cut, const WindowSize& w, const Devi
   const double issue = side_by_side * (warps * instructions + 6 * copies + 40 * cut.loaders) / 4 * 0.9;
   // Memory likes to be read in few places at a time.
   const double memory = side_by_side * bytes / 14.5 * (1 + 0.08 * std::log2(side_by_side));
-  const double alone = 2.05 * instructions, arrival = 3000.0 / (cut.depth - 1);
+  // One warp of a scheduler waits for each of its results.
+  const double alone = (side_by_side * warps <= 4 ? 3 : 2.05) * instructions, arrival = 3000.0 / (cut.depth - 1);
   double step = 0;
   for (const double term : {issue, memory, alone, arrival, loading}) step += term * term * term * term;
   step = std::sqrt(std::sqrt(step)) * (aligned ? 1 : 1.1);
