@@ -10,7 +10,7 @@ namespace {
 // A tile of 7 x 7 gradients: walks down the source rows, reads each once, and multiplies it with the gradients whose
 // window it lies in. Needs a padding below the kernel's extent and 7 output columns.
 template <class Kernel>
-struct Window {
+struct Window : AnyPart<Kernel::kKernelW> {
   static constexpr int kKernelH = Kernel::kKernelH, kKernelW = Kernel::kKernelW;
   static constexpr int kStride = Kernel::kStride, kDilation = Kernel::kDilation;
   static constexpr int kRows = 7, kColumns = 7, kTiles = 1, kLanes = 1;
@@ -27,8 +27,10 @@ struct Window {
 
   template <typename T>
   __device__ void add(const GradStream& a, const GradChunk& c, int filter, int tile) {
-    const int segment = tile / a.strips, strip = tile % a.strips;
-    if (segment * kRows >= c.rows) return;
+    uint32_t segment = tile, channel = filter;
+    const int strip = a.by_strips.split(segment);
+    a.by_multiplier.split(channel);
+    if (static_cast<int>(segment) * kRows >= c.rows) return;
     constexpr int kSize = sizeof(T);
     constexpr int kExtentH = (kKernelH - 1) * kDilation + 1, kExtentW = (kKernelW - 1) * kDilation + 1;
     constexpr int kSourceRows = (kRows - 1) * kStride + kExtentH, kSourceColumns = (kColumns - 1) * kStride + kExtentW;
@@ -36,9 +38,9 @@ struct Window {
     const int column = min(strip * kColumns, a.out_width - kColumns);  // the last strip overlaps the one before
     const int overlap = strip * kColumns - column;
     const int x0 = column * kStride - a.padding_w;
-    const int y0 = c.source_plane + filter / a.multiplier * a.height + (c.row + row) * kStride - a.padding_h;
-    const int begin = max(c.source_begin, c.source_plane + filter / a.multiplier * a.height);
-    const int end = min(c.source_end, c.source_plane + (filter / a.multiplier + 1) * a.height);
+    const int plane = c.source_plane + static_cast<int>(channel) * a.height;
+    const int y0 = plane + (c.row + row) * kStride - a.padding_h;
+    const int begin = max(c.source_begin, plane), end = min(c.source_end, plane + a.height);
     RowWalk source(a.source_ring, c.source_slot + y0 - c.source_begin);
     RowWalk grad(a.grad_ring, c.grad_slot + (a.single ? 0 : filter * a.out_height) + row);
 
@@ -58,8 +60,9 @@ struct Window {
 #pragma unroll
           for (int v = 0; v < kColumns - 1; ++v)
             if (v < overlap) row_g[v] = 0;
+        if (a.with_bias)
 #pragma unroll
-        for (int v = 0; v < kColumns; ++v) bias_part += row_g[v];
+          for (int v = 0; v < kColumns; ++v) bias_part += row_g[v];
       }
       float x[kSourceColumns];
       const bool inside = y0 + r >= begin && y0 + r < end;
@@ -83,6 +86,100 @@ struct Window {
   }
 };
 
+// A tile of 7 x 7 gradients in a corner of a plane of 7 x 7 or 14 x 14 that a kernel is laid over the middle of: what
+// lies outside is known at compile time, and is not multiplied. Other corners are mirror images of the upper left one,
+// and so are their sums.
+template <int kKernel, int kSide>
+struct Corner {
+  static constexpr int kKernelH = kKernel, kKernelW = kKernel;
+  static constexpr int kRows = 7, kColumns = 7, kTiles = 1, kLanes = 1;
+  static constexpr bool kOddStrips = false, kWhole = true;
+  static constexpr int kMaxThreads = kKernel == 7 && kSide == 14 ? 160 : 224, kBlocks = 2;
+  static constexpr int kMostMultiplier = 8;      // shared memory holds the planes of a channel
+  static constexpr bool kInParts = kKernel < 5;  // as Window
+  static constexpr int kReach = kKernel / 2;
+  static constexpr int kSource = kSide == 7 ? 7 : 7 + kReach;  // rows and columns that it reads
+  static constexpr bool kMirrors = kSide > 7;
+
+  float sum[kKernel][kKernel] = {};
+  double bias = 0;
+  const bool up, left;  // a thread stays with a filter and a corner
+
+  __device__ explicit Corner(const GradStream&)
+      : up(kMirrors && threadIdx.x / 2 % 2 != 0), left(kMirrors && threadIdx.x % 2 != 0) {}
+  __device__ int tap(int i, int j) const {
+    return (up ? kKernel - 1 - i : i) * kKernel + (left ? kKernel - 1 - j : j);
+  }
+  __device__ float total(int i, int j) const { return sum[i][j]; }
+  __device__ float total_bias() const { return static_cast<float>(bias); }
+
+  // The rows of a plane, from the tile's first one on.
+  struct Walk {
+    int at, begin, ring_bytes, column, row;
+
+    __device__ Walk(const RowRing& ring, int slot, bool up, bool left, int size)
+        : begin(ring.at(0) + (left ? (kSide - 1) * size : 0)),
+          ring_bytes(ring.capacity * (kSide * size)),
+          column(left ? -size : size),
+          row(up ? -kSide * size : kSide * size) {
+      at = begin + ring.wrap(slot + (up ? kSide - 1 : 0)) * (kSide * size);
+    }
+    template <typename T, int kCount>
+    __device__ void read_next(float (&x)[kCount]) {
+#pragma unroll
+      for (int j = 0; j < kCount; ++j)
+        x[j] = widen(shared<T>(kMirrors ? at + j * column : at + j * static_cast<int>(sizeof(T))));
+      at += row;
+      if (at >= begin + ring_bytes) at -= ring_bytes;
+      if (kMirrors && at < begin) at += ring_bytes;
+    }
+  };
+
+  template <typename T>
+  __device__ void add(const GradStream& a, const GradChunk& c, int filter, int) {
+    uint32_t channel = filter;
+    a.by_multiplier.split(channel);
+    Walk source(a.source_ring, c.source_slot + static_cast<int>(channel) * kSide, up, left, sizeof(T));
+    Walk grad(a.grad_ring, c.grad_slot + filter * kSide, up, left, sizeof(T));
+    float part[kKernel][kKernel] = {};
+    float g[kRows][kColumns];
+#pragma unroll
+    for (int r = 0; r < kSource; ++r) {
+#pragma unroll
+      for (int o = 0; o < kRows; ++o)
+        if (o == r + kReach || (r == 0 && o < kReach)) grad.template read_next<T>(g[o]);
+      float x[kSource];
+      source.template read_next<T>(x);
+#pragma unroll
+      for (int i = 0; i < kKernel; ++i) {
+        const int o = r - i + kReach;
+        if (o < 0 || o >= kRows) continue;
+#pragma unroll
+        for (int v = 0; v < kColumns; ++v)
+#pragma unroll
+          for (int j = 0; j < kKernel; ++j) {
+            const int s = v + j - kReach;
+            if (s < 0 || s >= kSource) continue;
+            float& total = kInParts ? part[i][j] : sum[i][j];
+            total = fmaf(x[s], g[o][v], total);
+          }
+      }
+    }
+    if constexpr (kInParts)
+#pragma unroll
+      for (int i = 0; i < kKernel; ++i)
+#pragma unroll
+        for (int j = 0; j < kKernel; ++j) sum[i][j] += part[i][j];
+    if (!a.with_bias) return;
+    float bias_part = 0;
+#pragma unroll
+    for (int o = 0; o < kRows; ++o)
+#pragma unroll
+      for (int v = 0; v < kColumns; ++v) bias_part += g[o][v];
+    bias += bias_part;
+  }
+};
+
 }  // namespace
 
 void launch_stream_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& allocate, cudaStream_t stream) {
@@ -90,7 +187,17 @@ void launch_stream_grad_weight_nchw(const Problem& p, bool bulk, const Allocate&
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) <= 4)
-      visit_small_kernel(p, [&](auto kernel) { launch<T, Window<decltype(kernel)>>(p, a, allocate, stream); });
+      visit_small_kernel(p, [&](auto kernel) {
+        using Kernel = decltype(kernel);
+        constexpr int kSide = Kernel::kKernelH;
+        if constexpr (sizeof(T) == 4 && Kernel::kSquare && kSide > 1 && Kernel::kStride == 1 && Kernel::kDilation == 1)
+          if (a.padding_h == kSide / 2 && a.padding_w == kSide / 2 && a.height == a.width &&
+              a.multiplier <= Corner<kSide, 7>::kMostMultiplier) {
+            if (a.height == 7) return launch<T, Corner<kSide, 7>>(p, a, allocate, stream);
+            if (a.height == 14) return launch<T, Corner<kSide, 14>>(p, a, allocate, stream);
+          }
+        launch<T, Window<Kernel>>(p, a, allocate, stream);
+      });
   });
 }
 

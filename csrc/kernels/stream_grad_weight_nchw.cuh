@@ -12,8 +12,10 @@
 //   kTiles, kLanes        how many of them are added together, and by how many threads: 1 by 1, or 4 by a warp
 //   kKernelH, kKernelW    the size of the kernel
 //   kMaxThreads, kBlocks  of a block, besides a warp that copies, and blocks of that size on a multiprocessor
+//   kWhole                whether it takes whole planes only
 //   add<T>(stream, chunk, filter, tile)  adds a tile, or the first of several, to the thread's sums
 //   total(i, j), total_bias()            the sums
+//   tap(i, j)                            whose sum total(i, j) is
 #pragma once
 
 #include <algorithm>
@@ -37,7 +39,7 @@ struct GradStream {
   int splits;
   int strips, segments;
   int filter_warps;  // where tiles are added by warps: how many work for a filter
-  Divider by_strips;
+  Divider by_strips, by_tiles, by_multiplier;
   bool with_bias, bulk, float32;
   RowRing source_ring, grad_ring;
   int chunks_at;  // what the block knows of the chunks under way, in shared memory
@@ -111,6 +113,14 @@ __device__ inline float sum_of(int values, int count, int lanes) {
   return sum;
 }
 
+// What tiles have in common that take any part of a plane, and have the taps in their order.
+template <int kKernelW>
+struct AnyPart {
+  static constexpr bool kWhole = false;
+
+  __device__ int tap(int i, int j) const { return i * kKernelW + j; }
+};
+
 template <typename T, class Tile>
 __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
     stream_grad_weight_nchw(const __grid_constant__ GradStream a) {
@@ -155,8 +165,9 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
       const GradChunk c = shared<GradChunk>(a.chunks_at + stage * static_cast<int>(sizeof(GradChunk)));
       if (Tile::kLanes == 1) {
         for (int unit = threadIdx.x; unit < units; unit += copier.workers()) {
-          const int filter = a.single ? 0 : unit / tiles;
-          sums.template add<T>(a, c, filter, unit - filter * tiles);
+          uint32_t filter = unit;
+          const int tile = a.by_tiles.split(filter);
+          sums.template add<T>(a, c, filter, tile);
         }
       } else {
         const int warp = threadIdx.x / 32, filter = warp / a.filter_warps;
@@ -179,12 +190,15 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
   }
   __syncthreads();
 
-  // The rings have served: their memory takes the sums, tap by tap, of all threads.
-  const int threads = blockDim.x;
+  // The rings have served: their memory takes the sums, tap by tap, of all threads. An odd pitch keeps those of
+  // different taps in different banks.
+  const int threads = blockDim.x, pitch = threads + 1;
 #pragma unroll
-  for (int i = 0; i < kTaps; ++i)
-    shared<float>(kHead + 4 * (i * threads + threadIdx.x)) = sums.total(i / Tile::kKernelW, i % Tile::kKernelW);
-  shared<float>(kHead + 4 * (kTaps * threads + threadIdx.x)) = sums.total_bias();
+  for (int i = 0; i < Tile::kKernelH; ++i)
+#pragma unroll
+    for (int j = 0; j < Tile::kKernelW; ++j)
+      shared<float>(kHead + 4 * (sums.tap(i, j) * pitch + threadIdx.x)) = sums.total(i, j);
+  shared<float>(kHead + 4 * (kTaps * pitch + threadIdx.x)) = sums.total_bias();
   __syncthreads();
   const int slots = kTaps + a.with_bias,
             per_filter = a.single            ? copier.workers()
@@ -192,14 +206,20 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
                                              : 32 * a.filter_warps,
             lanes = per_filter < 32 ? 1 : 32;
   float* partial = a.partial + static_cast<int64_t>(split) * slots * a.filters + group * a.block_filters;
+  // Lanes that add up together stay with a filter, of which there are not more than such lanes.
+  const int team = threadIdx.x / lanes, at_once = threads / lanes / filters;
+  const int first_slot = team / filters, own = team - first_slot * filters;
   bool again = false;
-  for (int begin = 0; begin < slots * filters; begin += threads / lanes) {
-    const int at = begin + threadIdx.x / lanes, slot = at / filters, filter = at % filters;
-    const bool mine = at < slots * filters;
-    const float total = sum_of(kHead + 4 * (slot * threads + filter * per_filter), mine ? per_filter : 0, lanes);
-    if (mine && threadIdx.x % lanes == 0) {
-      partial[static_cast<int64_t>(slot) * a.filters + filter] = total;
-      again |= slot < kTaps && !is_finite(total);
+  if (first_slot < at_once) {
+    int from = kHead + 4 * (first_slot * pitch + own * per_filter);
+    float* to = partial + static_cast<int64_t>(first_slot) * a.filters + own;
+    for (int slot = first_slot; slot < slots; slot += at_once) {
+      const float total = sum_of(from, per_filter, lanes);
+      if (threadIdx.x % lanes == 0) {
+        *to = total;
+        again |= slot < kTaps && !is_finite(total);
+      }
+      from += 4 * at_once * pitch, to += static_cast<int64_t>(at_once) * a.filters;
     }
   }
   if (!__syncthreads_or(again)) return;
@@ -229,6 +249,7 @@ struct GradTileSize {
   int rows, columns, together, lanes, taps;
   int threads_per_block, blocks_per_multiprocessor;  // as the registers allow, besides a warp that copies
   bool odd_strips;                                   // an odd number of tiles side by side
+  bool whole;
 
   int64_t strips(int64_t width) const { return ceil_div(width, columns) | (odd_strips ? 1 : 0); }
 };
@@ -242,6 +263,7 @@ inline void apply(GradStream& a, GradCut& cut, const GradTileSize& tile) {
   a.strips = static_cast<int>(tile.strips(a.out_width));
   a.by_strips = Divider(a.strips);
   a.segments = static_cast<int>(ceil_div(cut.chunk_rows, tile.rows));
+  a.by_tiles = Divider(cut.single ? int64_t{1} << 30 : int64_t{a.strips} * a.segments);
   const int extent = (a.kernel_h - 1) * a.dilation + 1;
   RowRing &source = a.source_ring, &grad = a.grad_ring;
   const int64_t source_rows = cut.single ? rows_for_bands(a.bands, cut.chunk_rows * a.stride, extent, source.row_bytes)
@@ -255,7 +277,7 @@ inline void apply(GradStream& a, GradCut& cut, const GradTileSize& tile) {
   grad.memory = static_cast<int>(kHead + ring_bytes(source_rows, source.row_bytes));
   a.chunks_at = static_cast<int>(grad.memory + ring_bytes(grad_rows, grad.row_bytes));
   cut.shared_bytes = std::max<int64_t>(a.chunks_at + kDepth * sizeof(GradChunk),
-                                       kHead + int64_t{tile.taps + 1} * (cut.threads + 32) * sizeof(float));
+                                       kHead + int64_t{tile.taps + 1} * (cut.threads + 33) * sizeof(float));
 }
 
 // Cuts the work so that as many threads as possible have some on a multiprocessor at a time, and every block about as
@@ -273,7 +295,7 @@ inline GradCut cut_for(GradStream a, const GradTileSize& tile, const Device& dev
       cut.threads = threads_for(units, tile.threads_per_block), rounds = ceil_div(units, cut.threads);
       if (!single && units > cut.threads) return false;  // a thread works for one filter only
     } else {
-      const int64_t sums = (device.shared_per_block - kHead) / (4 * (tile.taps + 1)) - 32;  // that there is room for
+      const int64_t sums = (device.shared_per_block - kHead) / (4 * (tile.taps + 1)) - 33;  // that there is room for
       const int64_t most = std::min<int64_t>(tile.threads_per_block, sums) / tile.lanes;
       if (filters > most) return false;  // so does a warp
       rounds = ceil_div(each, std::min(each, most / filters));
@@ -289,7 +311,8 @@ inline GradCut cut_for(GradStream a, const GradTileSize& tile, const Device& dev
     const int64_t steps = int64_t{a.images} * a.bands;
     const int64_t splits = std::min(steps, std::max<int64_t>(1, slots / groups));
     const double turns = static_cast<double>(groups * splits) / slots;
-    const double even = turns / std::ceil(turns) * (static_cast<double>(steps) / splits) / ceil_div(steps, splits);
+    double even = turns / std::ceil(turns) * (static_cast<double>(steps) / splits) / ceil_div(steps, splits);
+    if (tile.lanes == 1) even *= static_cast<double>(a.filters) / (groups * a.block_filters);
     double busy = static_cast<double>(resident * units) / rounds;
     if (tile.lanes == 1 && tile.taps < 25 && a.bulk && a.float32) {
       // Bytes bound: as many threads as keep up with memory are enough, and memory is faster where less is on its way
@@ -311,10 +334,12 @@ inline GradCut cut_for(GradStream a, const GradTileSize& tile, const Device& dev
   };
   for (int channels = 1; channels <= a.channels; ++channels)
     if (!consider(false, channels, a.out_height)) break;
-  consider(true, 1, a.out_height);
-  for (int rows = tile.rows; rows < a.out_height; rows += tile.rows)
-    if (!consider(true, 1, rows)) break;
-  if (best_score < 0) consider(true, 1, kLeastRows);
+  if (!tile.whole) {
+    consider(true, 1, a.out_height);
+    for (int rows = tile.rows; rows < a.out_height; rows += tile.rows)
+      if (!consider(true, 1, rows)) break;
+    if (best_score < 0) consider(true, 1, kLeastRows);
+  }
   if (best_score < 0) throw std::runtime_error("dwconv: rows of this size do not fit the GPU's shared memory");
   return best;
 }
@@ -322,8 +347,8 @@ inline GradCut cut_for(GradStream a, const GradTileSize& tile, const Device& dev
 template <typename T, class Tile>
 void launch(const Problem& p, GradStream a, const Allocate& allocate, cudaStream_t stream) {
   constexpr int kTaps = Tile::kKernelH * Tile::kKernelW;
-  constexpr GradTileSize kTile{Tile::kRows, Tile::kColumns,    Tile::kTiles,  Tile::kLanes,
-                               kTaps,       Tile::kMaxThreads, Tile::kBlocks, Tile::kOddStrips};
+  constexpr GradTileSize kTile{Tile::kRows,       Tile::kColumns, Tile::kTiles,     Tile::kLanes, kTaps,
+                               Tile::kMaxThreads, Tile::kBlocks,  Tile::kOddStrips, Tile::kWhole};
   const Device& device = current_device();
   const auto kernel = stream_grad_weight_nchw<T, Tile>;
   a.bulk = a.bulk && device.capability >= 90;
@@ -353,6 +378,7 @@ inline GradStream grad_stream_of(const Problem& p, bool bulk) {
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
   a.images = static_cast<int>(p.batch), a.channels = static_cast<int>(p.channels);
   a.multiplier = static_cast<int>(p.multiplier), a.filters = static_cast<int>(p.filters());
+  a.by_multiplier = Divider(p.multiplier);
   a.with_bias = p.bias != nullptr, a.bulk = bulk, a.float32 = p.dtype == DType::kFloat32;
   const auto arrange = [&](const View& view, int planes, int h, int w, Planes& array, RowRing& ring, bool& joined) {
     joined = p.batch == 1 || view.stride[0] == int64_t{planes} * h * w;

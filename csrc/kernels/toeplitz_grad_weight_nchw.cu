@@ -20,7 +20,7 @@ __device__ inline uint32_t ones(__nv_bfloat16) {
 }
 
 template <int kKernel, int kTileRows>
-struct Toeplitz {
+struct Toeplitz : AnyPart<kKernel> {
   static constexpr int kRows = kTileRows, kColumns = 16, kTiles = 4, kLanes = 32;
   static constexpr bool kOddStrips = false;
   static constexpr int kKernelH = kKernel, kKernelW = kKernel;
@@ -142,7 +142,7 @@ struct Toeplitz {
 // Matrices of 8 segments and 8 columns are loaded at once. A segment is an odd number of 16 bytes, so that their rows
 // are in different banks.
 template <int kKernel>
-struct Segments {
+struct Segments : AnyPart<kKernel> {
   static constexpr int kRows = 7, kColumns = 128, kTiles = 1, kLanes = 32;
   static constexpr bool kOddStrips = true;
   static constexpr int kKernelH = kKernel, kKernelW = kKernel;
