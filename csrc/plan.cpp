@@ -98,8 +98,7 @@ bool claims_stream_nchw(const Problem& p) {
 // every warp of a GPU has some.
 bool can_march_planes(const Problem& p, int64_t least_rows) {
   if (p.dtype != DType::kFloat32 || p.multiplier > 1) return false;
-  const bool nine = p.pass != Pass::kGradWeight && March9x9::is_of(p);
-  if (!nine && !SmallKernel<kMarchKernel, kMarchKernel, 1, 1>::is_of(p)) return false;
+  if (!March9x9::is_of(p) && !SmallKernel<kMarchKernel, kMarchKernel, 1, 1>::is_of(p)) return false;
   constexpr int64_t kShared = 96 << 10;  // what the least that a block loads takes up
   const int64_t width = target_width(p), height = p.pass == Pass::kGradInput ? p.height : p.out_height;
   if (p.shared_memory < kShared || width < kStrip || !can_stream(p)) return false;
@@ -124,9 +123,10 @@ bool claims_march_nchw(const Problem& p) {
 }
 
 bool claims_march_grad_weight_nchw(const Problem& p) {
-  // On small planes every warp adds up the sums of many filters in the end.
-  constexpr int64_t kPixels = 3136;
-  return p.pass == Pass::kGradWeight && p.out_height * p.out_width >= kPixels && can_march_planes(p, 64 << 10) &&
+  // On small planes every warp adds up the sums of many filters in the end: of 7x7, they stream.
+  const bool nine = March9x9::is_of(p);
+  const int64_t least_pixels = nine ? 784 : 3136, least_rows = (nine ? 32 : 64) << 10;
+  return p.pass == Pass::kGradWeight && p.out_height * p.out_width >= least_pixels && can_march_planes(p, least_rows) &&
          p.filters() <= (1 << 30) / (p.taps() + 1);
 }
 
@@ -544,8 +544,8 @@ const std::vector<Plan>& plans() {
       {PlanId::kStreamNchw, "stream_nchw", "a small kernel on contiguous planes: rows stream through shared memory",
        claims_stream_nchw},
       {PlanId::kMarchGradWeightNchw, "march_grad_weight_nchw",
-       "7x7 in float32 on large contiguous planes: warps march down the rows of input and gradient, sums stay in "
-       "registers",
+       "7x7 or 9x9 in float32 on large contiguous planes: warps march down the rows of input and gradient, sums stay "
+       "in registers",
        claims_march_grad_weight_nchw},
       {PlanId::kStreamGradWeightNchw, "stream_grad_weight_nchw",
        "a small kernel on contiguous planes: input and gradient stream through shared memory",

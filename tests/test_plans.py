@@ -441,7 +441,7 @@ def test_what_can_march(name: str) -> None:
 
 
 def test_nine_by_nine() -> None:
-    """Its output and its input's gradient march in float32, and have tensor cores in 16 bits."""
+    """In float32 warps march down its planes, and in 16 bits its output and its input's gradient have tensor cores."""
     case = Case(64, 192, (28, 28), (9, 9), padding=(4, 4))
     for name, dtype, memory_format in product(PASSES[:2], FAST, FORMATS):
         last = memory_format == torch.channels_last
@@ -450,7 +450,9 @@ def test_nine_by_nine() -> None:
         else:
             expected = BAND if last else "toeplitz_nchw"
         assert plan_of(name, case, dtype, memory_format) == expected
+    assert plan_of("grad_weight", case) == "march_grad_weight_nchw"
     assert plan_of("forward", case._replace(batch=2)) == "large_float32"
+    assert plan_of("grad_weight", case._replace(size=(14, 14))) == "large_float32_grad_weight"
     assert plan_of("grad_input", case._replace(multiplier=2), memory_format=torch.channels_last) == "generic"
 
 
@@ -1021,8 +1023,8 @@ def test_streams_with_much_to_do(dtype: torch.dtype) -> None:
                 assert wrong_numbers(result, exact.grad_input.round()) == 0, (plan, str(case))
 
 
-# Of 7x7 in float32, and of 9x9 but for grad_weight: batch, channels, size; so much of it that warps march, in
-# grad_weight where the flag says so.
+# Of 7x7 and 9x9 in float32: batch, channels, size; so much of it that warps march, in grad_weight where the flag says
+# so.
 PLANES = [
     (128, 64, (28, 28), False),
     (512, 37, (14, 13), False),
@@ -1044,7 +1046,7 @@ def test_planes_to_march_down(batch: int, channels: int, size: tuple[int, int], 
     assert plan_of("forward", case._replace(multiplier=2)) != "march_nchw"
     assert plan_of("forward", case, torch.float16) != "march_nchw"
     nine = case._replace(kernel=(9, 9), padding=(4, 4))
-    assert [plan_of(name, nine) == MARCH_NCHW[name] for name in PASSES] == [True, True, False]
+    assert [plan_of(name, nine) == MARCH_NCHW[name] for name in PASSES] == [True, True, weight]
 
 
 @pytest.mark.parametrize("name", PASSES[:2])
@@ -1090,7 +1092,7 @@ def test_marches_down_planes_are_exact(
             forced.add((name, plan))
         if turn == 0:
             plans = [("output", "march_nchw"), ("grad_input", "march_nchw")]
-            plans += [("grad_weight", "march_grad_weight_nchw")] if weight and side == 7 else []
+            plans += [("grad_weight", "march_grad_weight_nchw")] if weight else []
             assert {(name, plan + end) for name, plan in plans for end in ("", "_portable")} <= forced, str(case)
 
 

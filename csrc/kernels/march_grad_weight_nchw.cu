@@ -1,7 +1,7 @@
-// grad_weight (and the bias gradient) of 7x7 in float32 on contiguous planes (march_nchw.cuh). A lane marches down a
-// strip of 7 columns of the gradient: the last rows of it are in registers, and so are the sums of all taps. Each
-// source row, read once, is multiplied with all of these. A gradient row stays in its registers until a new one takes
-// its place; so the sums go round, from one row's registers to the next, which costs nothing as they are added to
+// grad_weight (and the bias gradient) of 7x7 and 9x9 in float32 on contiguous planes (march_nchw.cuh). A lane marches
+// down a strip of 7 columns of the gradient: the last rows of it are in registers, and so are the sums of all taps.
+// Each source row, read once, is multiplied with all of these. A gradient row stays in its registers until a new one
+// takes its place; so the sums go round, from one row's registers to the next, which costs nothing as they are added to
 // anyway.
 //
 // What is not part of a sum is multiplied by zero, which is exact unless the other factor is Inf or NaN. So sums that
@@ -11,16 +11,16 @@
 #include "launch.h"
 #include "march_nchw.cuh"
 #include "partial_sums.cuh"
+#include "small_kernels.h"
 
 namespace dwconv {
 namespace {
-
-constexpr int kKernel = kMarchKernel;
 
 struct MarchGrad {
   MarchCut cut;
   PlaneRows source, grad;
   float* partial;  // [split][tap, or bias behind the last tap][filter]
+  int kernel;      // its side
   int parts;       // that the rows of a group and a span are shared by: a split is a part of a span
   bool with_bias;
   int grad_at;  // in a group, behind the source
@@ -28,6 +28,7 @@ struct MarchGrad {
 };
 
 // Rows of source and gradient on their way to the ring. A step is a source row y, and the gradient row y + padding.
+template <int kKernel>
 class Feed {
  public:
   __device__ Feed(const CopyShare& share, int begin, int end) : share_(share), begin_(begin), end_(end) {}
@@ -36,7 +37,7 @@ class Feed {
   __device__ void load(const MarchGrad& a, MarchRing& ring) {
     const MarchCut& cut = a.cut;
     if (y_ >= stop_ && begin_ < end_) {
-      const MarchRun r = run_of(cut, a.source.height, a.source.width, begin_, end_);
+      const MarchRun r = run_of(cut, a.source.height, a.source.width, begin_, end_, kKernel);
       begin_ += r.end - r.begin;
       y_ = r.begin - cut.padding_h, stop_ = r.last + 1, first_ = r.first, grad_end_ = r.end - cut.padding_h;
       planes_ = r.planes;
@@ -62,10 +63,11 @@ class Feed {
 };
 
 // The sum of one tap over rows [begin, end) in a span, by a warp, of products inside the image only.
+template <int kKernel>
 __device__ __noinline__ float sum_by_products(const MarchGrad& a, int begin, int end, int plane, int tap) {
   float sum = 0;
   for (int at = begin; at < end;) {
-    const MarchRun r = run_of(a.cut, a.source.height, a.source.width, at, end);
+    const MarchRun r = run_of(a.cut, a.source.height, a.source.width, at, end, kKernel);
     at += r.end - r.begin;
     for (int row = r.begin; row < r.end; ++row) {
       const int y = row - a.cut.padding_h + tap / kKernel;
@@ -82,8 +84,14 @@ __device__ __noinline__ float sum_by_products(const MarchGrad& a, int begin, int
   return sum;
 }
 
-template <int kMargin>
-__global__ void __launch_bounds__(32 * kMarchWarps, kMarchBlocks)
+// Blocks on a multiprocessor, as registers allow.
+constexpr int blocks_of(int kernel) {
+  return kernel > kMarchKernel ? 2 : kMarchBlocks;
+}
+
+// kMargin: how many columns at most lie outside the image on either side of a strip.
+template <int kKernel, int kMargin>
+__global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel))
     march_grad_weight_nchw(const __grid_constant__ MarchGrad a) {
   constexpr int kColumns = kStrip + kKernel - 1, kTaps = kKernel * kKernel;
   const MarchCut& cut = a.cut;
@@ -102,14 +110,14 @@ __global__ void __launch_bounds__(32 * kMarchWarps, kMarchBlocks)
   const int strip = cut.by_strips.split(plane);
 
   MarchRing ring(cut, kRowMargin + threadIdx.x / 32 * cut.warp_bytes);
-  Feed feed(CopyShare(cut, a.source), begin, end);
+  Feed<kKernel> feed(CopyShare(cut, a.source), begin, end);
   feed.load(a, ring);
 
   float sum[kKernel][kKernel] = {};  // of the tap rows that meet the gradient rows in the registers of the same number
   double bias = 0;
   int youngest = 0;  // where the next gradient row goes
   for (int at = begin; at < end;) {
-    const MarchRun r = run_of(cut, a.source.height, a.source.width, at, end);
+    const MarchRun r = run_of(cut, a.source.height, a.source.width, at, end, kKernel);
     at += r.end - r.begin;
     // Sums of lanes to spare are left out.
     const int own = static_cast<int>(plane) < r.planes ? static_cast<int>(plane) : 0;
@@ -208,7 +216,7 @@ __global__ void __launch_bounds__(32 * kMarchWarps, kMarchBlocks)
   for (int i = 0; i < kTaps * planes; ++i) {
     const int tap = i / planes, filter = i - tap * planes;
     if (is_finite(shared<float>(sums + 4 * (tap * 32 + filter * cut.strips)))) continue;  // the same for all lanes
-    const float exact = sum_by_products(a, begin, end, filter, tap);
+    const float exact = sum_by_products<kKernel>(a, begin, end, filter, tap);
     if (lane == 0) partial[static_cast<int64_t>(tap) * cut.channels + filter] = exact;
   }
 }
@@ -226,13 +234,13 @@ Decision decide(const MarchGrad& a, int64_t images, Kernel kernel, const Device&
   Decision d{a.cut, a.source, a.grad, 1, 0, 0};
   MarchCut& cut = d.cut;
   choose_lanes(cut);
-  const int budget = march_budget(device);
+  const int budget = march_budget(device, blocks_of(a.kernel));
   const auto fill = [&](int rows) {
-    arrange(d.source, cut, cut.columns + kMarchKernel - 1, rows, false);
+    arrange(d.source, cut, cut.columns + a.kernel - 1, rows, false);
     arrange(d.grad, cut, cut.columns, rows, false);
     d.grad_at = d.source.group_bytes, cut.group_bytes = d.source.group_bytes + d.grad.group_bytes;
     cut.warp_bytes = MarchRing::kBarrierBytes +
-                     std::max(MarchRing::kGroups * cut.group_bytes, (kMarchKernel * kMarchKernel + 1) * 32 * 4);
+                     std::max(MarchRing::kGroups * cut.group_bytes, (a.kernel * a.kernel + 1) * 32 * 4);
     return cut.warp_bytes <= budget;
   };
   int rows_of_group = 8;
@@ -250,7 +258,7 @@ Decision decide(const MarchGrad& a, int64_t images, Kernel kernel, const Device&
   for (int64_t parts = 1; parts <= most; ++parts) {
     const bool together = images % parts == 0;
     const double each = together ? static_cast<double>(ceil_div(images, parts)) * cut.target_height
-                                 : static_cast<double>(rows) / parts + kMarchKernel - 1;
+                                 : static_cast<double>(rows) / parts + a.kernel - 1;
     const double cost = std::ceil(static_cast<double>(columns * parts) / slots) * each;
     if (parts > 1 && cost > least * .99) continue;
     least = cost, d.parts = static_cast<int>(parts), cut.unit_rows = together ? cut.target_height : 1;
@@ -262,9 +270,10 @@ Decision decide(const MarchGrad& a, int64_t images, Kernel kernel, const Device&
 
 void launch(const Problem& p, MarchGrad a, Kernel kernel, const Allocate& allocate, cudaStream_t stream) {
   const Device& device = current_device();
-  static thread_local Decisions<7, Decision> decisions;
-  const Decision& d = decisions({device.id, p.batch, p.channels, p.height, p.width, p.out_height, p.out_width},
-                                [&] { return decide(a, p.batch, kernel, device); });
+  static thread_local Decisions<8, Decision> decisions;
+  const Decision& d =
+      decisions({device.id, a.kernel, p.batch, p.channels, p.height, p.width, p.out_height, p.out_width},
+                [&] { return decide(a, p.batch, kernel, device); });
   const bool bulk = a.cut.bulk;
   a.cut = d.cut, a.cut.bulk = bulk, a.parts = d.parts, a.grad_at = d.grad_at, a.by_parts = Divider(d.parts);
   a.source.arrange_as(d.source), a.grad.arrange_as(d.grad);
@@ -283,13 +292,16 @@ void launch_march_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& 
   a.source = plane_rows(p.input, static_cast<int>(p.height), static_cast<int>(p.width));
   a.grad = plane_rows(p.output, static_cast<int>(p.out_height), static_cast<int>(p.out_width));
   a.cut.bulk = bulk && current_device().capability >= 90;
-  a.with_bias = p.bias != nullptr;
+  a.with_bias = p.bias != nullptr, a.kernel = static_cast<int>(p.kernel_h);
   a.cut.channels = static_cast<int>(p.channels);
   a.cut.target_height = static_cast<int>(p.out_height), a.cut.target_width = static_cast<int>(p.out_width);
   a.cut.padding_h = static_cast<int>(p.padding_h), a.cut.padding_w = static_cast<int>(p.padding_w);
-  const bool wide = p.padding_w > kMarchKernel / 2;
-  launch(p, a, wide ? march_grad_weight_nchw<kMarchKernel - 1> : march_grad_weight_nchw<kMarchKernel / 2>, allocate,
-         stream);
+  static_assert(kMarchKernel == 7 && March9x9::kKernelH == 9);
+  const bool wide = p.padding_w > a.kernel / 2;
+  if (a.kernel == kMarchKernel)
+    launch(p, a, wide ? march_grad_weight_nchw<7, 6> : march_grad_weight_nchw<7, 3>, allocate, stream);
+  else
+    launch(p, a, wide ? march_grad_weight_nchw<9, 8> : march_grad_weight_nchw<9, 4>, allocate, stream);
 }
 
 }  // namespace dwconv

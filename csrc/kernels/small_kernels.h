@@ -24,7 +24,7 @@ using SmallKernels =
                SmallKernel<5, 5, 1, 1>, SmallKernel<5, 5, 2, 1>, SmallKernel<7, 7, 1, 1>, SmallKernel<7, 7, 2, 1>,
                SmallKernel<1, 11, 1, 1>, SmallKernel<11, 1, 1, 1>>;
 
-// One more in float32, for the output and the gradient of the input.
+// One more in float32, but for grad_weight in channels_last.
 using March9x9 = SmallKernel<9, 9, 1, 1>;
 
 // Calls visit(SmallKernel) with the one of `Kernels` that the problem has. Returns whether there is one.
