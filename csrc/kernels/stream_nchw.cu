@@ -355,7 +355,10 @@ void launch_stream_nchw(const Problem& p, bool bulk, const Allocate& allocate, c
         if constexpr (sizeof(T) == 4 && kSide == 5 && Kernel::kStride == 2)
           if (!a.spread && a.fan_in == 1 && a.out_height <= 7 && a.out_width == 7)
             return launch<T, Window<Kernel, false, 4>>(a, images, allocate, stream);
-        if (!a.spread && a.fan_in == 1) return launch<T, Window<Kernel, false>>(a, images, allocate, stream);
+        // Nor do the few planes of a large kernel at stride 2. Tiles of 3 rows begin 6 source rows apart: where a plane
+        // is 56 columns wide, say, those below each other lie in different banks, unlike 8 rows.
+        constexpr int kRows = sizeof(T) == 4 && kSide == 7 && Kernel::kStride == 2 ? 3 : 7;
+        if (!a.spread && a.fan_in == 1) return launch<T, Window<Kernel, false, kRows>>(a, images, allocate, stream);
         if constexpr (Kernel::kSquare && Kernel::kKernelH > 1 && Kernel::kDilation == 1) {
           if constexpr (Kernel::kStride == 1)
             launch<T, Window<Kernel, true>>(a, images, allocate, stream);

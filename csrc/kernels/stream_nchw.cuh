@@ -408,7 +408,8 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
     } else {
       // As many threads as keep up with memory are enough. Work should come in several parts: blocks, or rounds of a
       // thread. Whole lines of memory are better than parts of them, and planes than bands, which share rows.
-      const double enough = std::min(busy, 14. * a.kernel_h * a.kernel_w) * even * chunk_bytes / (chunk_bytes + 3000);
+      const double products = a.kernel_h * a.kernel_w / (a.spread ? 2. : 1.);  // of a spread kernel few taps meet
+      const double enough = std::min(busy, 14 * products) * even * chunk_bytes / (chunk_bytes + 3000);
       const auto in_lines = [&](const Planes& array, int height, int fan) {
         return chunk_groups * fan * height * array.row_bytes % 128 == 0;
       };
@@ -426,7 +427,8 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
   };
   const int64_t tiles = ceil_div(a.out_height, tile.rows) * ceil_div(a.out_width, tile.columns);
   const int64_t work = ceil_div(tiles, tile.together) * tile.lanes * a.fan_out;
-  const int64_t many = std::min<int64_t>(ceil_div(tile.threads_per_block * (tile.lanes > 1 ? 8 : 1), work), a.groups);
+  const int64_t full = ceil_div(tile.threads_per_block * (tile.lanes > 1 ? 8 : 1), work);
+  const int64_t many = std::min<int64_t>(tile.lanes > 1 ? full : std::max<int64_t>(full, 2), a.groups);
   const auto search = [&](int threads) {
     for (int64_t groups = 1; groups <= many; ++groups)
       if (!consider(groups, a.out_height, threads)) break;
@@ -442,21 +444,28 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
   return best;
 }
 
+// The number of chunks in a row that have different filters.
+inline int64_t chunks_of_filters(const Stream& a) {
+  const int64_t parts = int64_t{a.bands} * (a.bands > 1 ? a.fan_out : 1);
+  return parts * (a.groups == a.channels ? ceil_div(a.channels, a.chunk_groups)
+                                         : a.channels / std::gcd(a.channels, a.chunk_groups));
+}
+
 // As many blocks as there is room for, or a few less if each then keeps its filters from chunk to chunk.
 inline int blocks_for(const Stream& a, int room) {
-  const int64_t parts = int64_t{a.bands} * (a.bands > 1 ? a.fan_out : 1);
-  const int64_t chunks_of_filters =
-      parts * (a.groups == a.channels ? ceil_div(a.channels, a.chunk_groups)
-                                      : a.channels / std::gcd(a.channels, a.chunk_groups));
-  const int64_t less = room / chunks_of_filters * chunks_of_filters;
+  const int64_t filters = chunks_of_filters(a), less = room / filters * filters;
   return static_cast<int>(std::min<int64_t>(a.chunks, less >= 0.9 * room ? less : room));
 }
 
 // Whether a counter saves more than it costs, a launch: blocks that take few chunks each cannot share them better.
-inline bool pays_to_count(const Stream& a, int64_t images, int blocks) {
+// Threads that compute alone also lose their filters, which they keep else: large ones are not worth it that soon.
+inline bool pays_to_count(const Stream& a, int64_t images, int blocks, bool alone) {
   constexpr int64_t kLeastBytes = int64_t{48} << 20;
+  constexpr int kLargeFilter = 49;
   const auto bytes_of = [](const Planes& array) { return int64_t{array.rows} * array.row_bytes; };
-  return images * (bytes_of(a.source) + bytes_of(a.target)) >= kLeastBytes && a.chunks >= int64_t{3} * blocks;
+  const bool keeps = alone && a.kernel_h * a.kernel_w >= kLargeFilter && blocks % chunks_of_filters(a) == 0;
+  return images * (bytes_of(a.source) + bytes_of(a.target)) >= kLeastBytes &&
+         a.chunks >= int64_t{keeps ? 6 : 3} * blocks;
 }
 
 // Sets a counter to the first run that is not a block's first or second one (stream_nchw.cu).
@@ -491,7 +500,7 @@ void launch(Stream a, int64_t images, const Allocate& allocate, cudaStream_t str
   const int blocks = blocks_for(a, std::max(decision.resident, 1) * device.multiprocessors);
   // Without a counter bands come in runs, since those that follow each other share rows. With one, neighbours are in
   // work at the same time, and find these rows in L2.
-  const bool counts = pays_to_count(a, images, blocks);
+  const bool counts = pays_to_count(a, images, blocks, Tile::kLanes == 1);
   a.run = counts || a.bands == 1 ? 1 : static_cast<int>(ceil_div(a.chunks, blocks));
   a.runs = static_cast<int>(ceil_div(a.chunks, a.run));
   if (counts) {
