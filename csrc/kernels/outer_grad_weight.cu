@@ -9,6 +9,8 @@
 // Diagonals are summed up at the end, warps and splits of the images behind, in a fixed order.
 //
 // Every product that is part of a sum is one of the convolution: Inf and NaN come out where they should.
+//
+// Whole planes of rows that fill 56 columns, alone or together, go another way: outer_grad_weight_planes.cu.
 #include "outer_grad_weight.h"
 
 #include <algorithm>
@@ -16,6 +18,7 @@
 #include <utility>
 
 #include "launch.h"
+#include "outer_grad_weight_planes.h"
 #include "partial_sums.cuh"
 #include "planes.cuh"
 #include "stream.cuh"
@@ -585,20 +588,23 @@ void launch_outer_grad_weight(const Problem& problem, const Allocate& allocate, 
   const bool exchanged = is_outer_exchanged(problem), by_kernel = is_outer_exchanged_in_kernel(problem);
   const Problem p = exchanged ? exchange(problem) : problem;
   const OuterSizes sizes = OuterSizes::of(problem, exchanged);
-  Outer a{};
-  const auto arrange = [&](Images& v, const View& view, int64_t channels, int64_t height, int64_t width) {
-    if (by_kernel) {
-      View rows = view;
-      std::swap(rows.stride[2], rows.stride[3]);
-      static_cast<ImagePlanes&>(v) = planes_of(rows, p.batch, channels, width, height, allocate, stream);
-      v.height = static_cast<int>(height), v.width = static_cast<int>(width), v.column_bytes = v.row_bytes;
-      return;
-    }
-    static_cast<ImagePlanes&>(v) = planes_of(view, p.batch, channels, height, width, allocate, stream);
-    v.unit = static_cast<int>(std::min<int64_t>(v.unit, (2 * width) & -(2 * width)));
+  const auto planes = [&](View view, int64_t channels, int64_t height, int64_t width) {
+    if (by_kernel) std::swap(view.stride[2], view.stride[3]), std::swap(height, width);
+    return planes_of(view, p.batch, channels, height, width, allocate, stream);
   };
-  arrange(a.source, p.input, p.channels, p.height, p.width);
-  arrange(a.grad, p.output, p.filters(), p.out_height, p.out_width);
+  const ImagePlanes source = planes(p.input, p.channels, p.height, p.width);
+  const ImagePlanes grad = planes(p.output, p.filters(), p.out_height, p.out_width);
+  if (launch_outer_grad_weight_planes(p, exchanged, by_kernel, source, grad, allocate, stream)) return;
+
+  Outer a{};
+  const auto arrange = [&](Images& v, const ImagePlanes& from) {
+    static_cast<ImagePlanes&>(v) = from;
+    if (by_kernel)
+      std::swap(v.height, v.width), v.column_bytes = v.row_bytes;
+    else
+      v.unit = std::min(v.unit, (2 * v.width) & -(2 * v.width));
+  };
+  arrange(a.source, source), arrange(a.grad, grad);
   a.grad_weight = p.weight.data, a.grad_bias = p.bias;
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);

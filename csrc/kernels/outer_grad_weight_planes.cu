@@ -1,0 +1,594 @@
+// The same as outer_grad_weight from whole planes in shared memory, on sm_90 and later.
+//
+// Rows are what is summed over: with A[w][r] = gradient[r][w] and B[r][u] = input[r + shift][u], the product has, for
+// row shift + padding of the kernel, the sums for its columns u + padding - w on the diagonals. So planes stay as they
+// are in memory, and rows of several images go side by side. A warp has all products for a shift in registers, which
+// takes rows of 56 columns: 2 or 4 narrower ones are taken as one, whose products are those of all pairs of them. For a
+// tall kernel with few columns, columns are summed over and rows multiplied: A[r][w] = gradient[r][w], B[w][y] =
+// input[y][w + shift]. An odd shift puts its pairs of pixels together from two words.
+//
+// Planes are loaded far ahead by a thread that begins bulk copies, or by some warps where they are not aligned to 16
+// bytes.
+//
+// Products that are not of the convolution have zeros on both sides: Inf and NaN come out where they should. But where
+// rows that are taken as one do not divide a plane, the zeros behind it meet others: sums that are not finite are taken
+// again, product by product.
+#include <algorithm>
+#include <cmath>
+
+#include "launch.h"
+#include "outer_grad_weight.h"
+#include "outer_grad_weight_planes.h"
+#include "overlap.cuh"
+#include "partial_sums.cuh"
+#include "planes.cuh"
+#include "tensor_cores.cuh"
+
+namespace dwconv {
+namespace {
+
+constexpr int kGrads = 4, kSources = 7, kLong = 8 * kSources;  // pieces of 16 and 8, and columns, of a long side
+constexpr int kAllWarps = 12;                                  // that there are registers for
+constexpr int kFewestLoaders = 64, kMostLoaders = 128;         // threads that load, where there are no bulk copies
+constexpr int kMaxStages = 8;
+constexpr int kMultiplications = 25;          // that a warp does for 16 rows
+constexpr int kSumBytes = 4 * kLong * kLong;  // of a warp
+
+struct Plane {
+  const char* base;
+  int64_t image_bytes, channel_bytes;
+  int bytes, pitch, slot;  // of a plane, of its rows, and of its place in shared memory, with zeros behind
+  int summed, width;       // rows and columns, or the other way round
+  int lanes;               // of the threads that load a plane
+};
+
+struct Planes {
+  Plane source, grad;
+  float* partial;  // [split][tap, or bias behind the last tap][filter]
+  void *grad_weight, *grad_bias;
+  int kernel_short, kernel_long, padding_short, padding_long;
+  int tap_short, tap_long;  // taps from one to the next
+  int first_row, last_row;  // of the short side, that meet the images: from and up to, less one
+  int folded, fold_bits;    // rows of a plane that are taken as one: 1, 2 or 4
+  int unit, loaders;        // bytes that threads copy at once, and how many threads do
+  int images, filters, multiplier, splits;
+  int first_shift;                     // of rows of the input against those of the gradient that they meet
+  int shifts, shares;                  // warps with other shifts, and with other images of a stage
+  int together, stages;                // images that a warp has of a stage
+  bool uneven;                         // not all warps have as many
+  int sums, first_stage, image_bytes;  // places in shared memory
+  static constexpr int kZeros = 2 * 8 * kMaxStages, kZeroBytes = 32 * kGrads;
+
+  __device__ int full(int stage) const { return 8 * stage; }
+  __device__ int empty(int stage) const { return 8 * (kMaxStages + stage); }
+  __device__ int stage_images() const { return shares * together; }
+  __host__ __device__ int items() const { return filters * splits; }
+};
+
+// What a block adds up: the images of a split, for a filter.
+struct Item {
+  int filter, split, first, last;
+
+  __device__ Item(const Planes& a, int number)
+      : filter(number % a.filters), split(number / a.filters), first(0), last(a.images) {
+    if (a.splits == 1) return;  // long divisions
+    first = static_cast<int>(int64_t{a.images} * split / a.splits);
+    last = static_cast<int>(int64_t{a.images} * (split + 1) / a.splits);
+  }
+};
+
+// A place in the ring of stages.
+struct Turn {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ void next(const Planes& a) {
+    if (++stage == a.stages) stage = 0, parity ^= 1;
+  }
+};
+
+__device__ inline uint32_t load_word(uint32_t from) {
+  uint32_t word;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(from));
+  return word;
+}
+
+// Which of a pair of places, the first of them `at`, are in [0, size).
+[[maybe_unused]] __device__ inline uint32_t pair_mask(int at, int size) {
+  return (static_cast<unsigned>(at) < static_cast<unsigned>(size) ? 0xffffu : 0u) |
+         (static_cast<unsigned>(at + 1) < static_cast<unsigned>(size) ? 0xffff0000u : 0u);
+}
+
+// Where a lane is in the rows that meet any, of the images of a stage: a lane names a row of either matrix.
+struct Rows {
+  int count = 0;                     // of an image
+  int grad_row, source_row;          // the lane's first ones
+  int grad, source;                  // and where they are
+  int step, grad_step, source_step;  // 16 rows on
+
+  static __device__ int grad_at(int lane) { return lane % 8 + lane / 16 * 8; }
+  static __device__ int source_at(int lane) { return lane % 16; }
+
+  __device__ Rows(const Planes& a, int shift) {
+    const int lane = threadIdx.x % 32, first = max(-shift, 0);
+    count = max(min(a.grad.summed, a.source.summed - shift) - first, 0);
+    if (count == 0) return;
+    const int images = grad_at(lane) / count, source_images = source_at(lane) / count, step_images = 16 / count;
+    grad_row = grad_at(lane) - images * count, source_row = source_at(lane) - source_images * count;
+    grad = images * a.image_bytes + (first + grad_row) * a.grad.pitch + lane / 8 % 2 * 16;
+    source = source_images * a.image_bytes + (first + shift + source_row) * a.source.pitch + lane / 16 * 16;
+    step = 16 - step_images * count;
+    grad_step = step_images * a.image_bytes + step * a.grad.pitch;
+    source_step = step_images * a.image_bytes + step * a.source.pitch;
+  }
+};
+
+// A warp's products for a shift: pieces of 16 of the gradient by 8 of the input. The last piece of the gradient is one
+// of 8, by 16 of the input: fragments of either matrix lie in registers in the same way.
+template <typename T>
+struct Products {
+  static constexpr int kWhole = kGrads - 1, kPairs = (kSources + 1) / 2;
+  float sum[kWhole][kSources][4], last[kPairs][4];
+
+  __device__ void clear() {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+#pragma unroll
+      for (int n = 0; n < kPairs; ++n) last[n][e] = 0;
+#pragma unroll
+      for (int m = 0; m < kWhole; ++m)
+#pragma unroll
+        for (int n = 0; n < kSources; ++n) sum[m][n][e] = 0;
+    }
+  }
+
+  // Adds those of 16 rows, or of 8, with pieces n and n + 1 of the input, as far as they are there.
+  template <bool kHalf>
+  __device__ void add(const uint32_t (&g)[kGrads][4], int n, const uint32_t (&x)[4]) {
+#pragma unroll
+    for (int m = 0; m < kWhole; ++m)
+#pragma unroll
+      for (int k = 0; k < 2; ++k)
+        if (n + k < kSources) {
+          if constexpr (kHalf)
+            multiply(sum[m][n + k], {g[m][0], g[m][1]}, x[2 * k], T{});
+          else
+            multiply(sum[m][n + k], sum[m][n + k], g[m], {x[2 * k], x[2 * k + 1]}, T{});
+        }
+    float (&to)[4] = last[n / 2];
+    const int other = n + 1 < kSources ? 2 : 0;
+    if constexpr (kHalf)
+      multiply(to, {x[0], x[other]}, g[kWhole][0], T{});
+    else
+      multiply(to, to, {x[0], x[other], x[1], x[other + 1]}, {g[kWhole][0], g[kWhole][2]}, T{});
+  }
+
+  static __device__ void load_grad(uint32_t (&g)[kGrads][4], uint32_t from) {
+#pragma unroll
+    for (int m = 0; m < kGrads; ++m) load_matrices_transposed(g[m], from + 32 * m);
+  }
+
+  // 16 rows, or 8, of a wide kernel's planes: `source` is the lane's row.
+  template <bool kHalf, typename Then>
+  __device__ void add_rows(const uint32_t (&g)[kGrads][4], uint32_t source, Then&& then) {
+    uint32_t x[kPairs][4];
+#pragma unroll
+    for (int n = 0; n + 1 < kSources; n += 2) load_matrices_transposed(x[n / 2], source + 16 * n);
+    if constexpr (kSources % 2 > 0)
+      load_two_transposed(x[kPairs - 1][0], x[kPairs - 1][1], source + 16 * (kSources - 1));
+    then();
+#pragma unroll
+    for (int n = 0; n < kSources; n += 2) add<kHalf>(g, n, x[n / 2]);
+  }
+
+  // The rows of all images that meet any go side by side.
+  __device__ void add_wide(const Planes& a, const Rows& rows, uint32_t grad, uint32_t source, int images,
+                           uint32_t zeros) {
+    const int all = images * rows.count, lane = threadIdx.x % 32;
+    const int grad_at = Rows::grad_at(lane), source_at = Rows::source_at(lane);
+    int grad_row = rows.grad_row, source_row = rows.source_row, k = 0;
+    grad += rows.grad, source += rows.source;
+    const auto load_next = [&](uint32_t (&g)[kGrads][4]) {
+      load_grad(g, k + grad_at < all ? grad : zeros);
+      grad_row += rows.step, grad += rows.grad_step;
+      if (grad_row >= rows.count) grad_row -= rows.count, grad += a.image_bytes - rows.count * a.grad.pitch;
+    };
+    const auto add_next = [&](const uint32_t (&g)[kGrads][4], uint32_t (&next)[kGrads][4]) {
+      const uint32_t x = k + source_at < all ? source : zeros;
+      const bool whole = all - k > 8;
+      k += 16;
+      if (whole)
+        add_rows<false>(g, x, [&] { load_next(next); });
+      else
+        add_rows<true>(g, x, [] {});
+      source_row += rows.step, source += rows.source_step;
+      if (source_row >= rows.count) source_row -= rows.count, source += a.image_bytes - rows.count * a.source.pitch;
+    };
+    uint32_t g[2][kGrads][4];
+    load_next(g[0]);
+#pragma unroll 1
+    while (k < all) {
+      add_next(g[0], g[1]);
+      if (k >= all) break;
+      add_next(g[1], g[0]);
+    }
+  }
+
+  // 16 columns, or 8, of a tall kernel's planes: `column` is the input's that the thread's first one meets. Columns
+  // that do not meet any become zeros where kMasked.
+  template <bool kOdd, bool kHalf, bool kMasked>
+  __device__ void add_columns(const Planes& a, uint32_t grad, uint32_t source, int column) {
+    uint32_t g[kGrads][4];
+    const uint32_t masks[2] = {kMasked ? pair_mask(column, a.source.summed) : ~0u,
+                               kMasked ? pair_mask(column + 8, a.source.summed) : ~0u};
+#pragma unroll
+    for (int m = 0; m < kGrads; ++m) {
+      load_matrices(g[m], grad + m * 16 * a.grad.pitch);
+      if constexpr (kMasked)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) g[m][e] &= masks[e / 2];
+    }
+#pragma unroll
+    for (int n = 0; n < kSources; n += 2) {
+      uint32_t x[4] = {};
+#pragma unroll
+      for (int k = 0; k < 2; ++k)
+        if (n + k < kSources)
+#pragma unroll
+          for (int h = 0; h < (kHalf ? 1 : 2); ++h) {
+            const uint32_t from = source + (n + k) * 8 * a.source.pitch + 16 * h;
+            uint32_t& pair = x[2 * k + h];
+            pair = load_word(from);
+            if constexpr (kOdd) pair = __byte_perm(pair, load_word(from + 4), 0x5432);
+            if constexpr (kMasked) pair &= masks[h];
+          }
+      add<kHalf>(g, n, x);
+    }
+  }
+
+  template <bool kOdd>
+  __device__ void add_tall(const Planes& a, int shift, uint32_t grad, uint32_t source) {
+    const int lane = threadIdx.x % 32;
+    grad += lane % 16 * a.grad.pitch + 16 * (lane / 16);
+    source += lane / 4 * a.source.pitch + 4 * (lane % 4) + 2 * (kOdd ? shift - 1 : shift);
+    for (int w = 0; w < a.grad.summed; w += 16) {
+      const int column = w + shift + 2 * (lane % 4);
+      if (a.grad.summed - w <= 8)
+        add_columns<kOdd, true, true>(a, grad, source, column);
+      else if (w + shift >= 0 && w + shift + 16 <= a.source.summed)
+        add_columns<kOdd, false, false>(a, grad, source, column);
+      else
+        add_columns<kOdd, false, true>(a, grad, source, column);
+      grad += 32, source += 32;
+    }
+  }
+
+  // To shared memory, as a matrix of the gradient's columns by the input's.
+  __device__ void store(int to) const {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int n = 0; n < kSources; ++n)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int m = 0; m < kWhole; ++m)
+          shared<float2>(to + 4 * ((16 * m + 8 * h + g) * kLong + 8 * n + 2 * t)) = {sum[m][n][2 * h],
+                                                                                     sum[m][n][2 * h + 1]};
+        shared<float>(to + 4 * ((16 * kWhole + 2 * t + h) * kLong + 8 * n + g)) = last[n / 2][n % 2 * 2 + h];
+      }
+  }
+};
+
+// The sum of a tap, from the products of all warps.
+[[maybe_unused]] __device__ inline float sum_of_tap(const Planes& a, int i, int j) {
+  const int shift = i - a.padding_short, diagonal = j - a.padding_long;
+  float total = 0;
+  if (diagonal <= -a.grad.width || diagonal >= a.source.width) return 0;
+  for (int f = 0; f < a.folded; ++f) {  // which of the rows of the gradient that are taken as one
+    const int warp = ((f + shift) >> a.fold_bits) - a.first_shift;
+    if (warp < 0 || warp >= a.shifts) continue;
+    const int source = ((f + shift) & (a.folded - 1)) * a.source.width;
+    uint32_t from = shared_address(a.sums + warp * kSumBytes) + 4 * (f * a.grad.width * kLong + source + diagonal);
+    for (int share = 0; share < a.shares; ++share, from += a.shifts * kSumBytes)
+#pragma unroll 14
+      for (int w = 0; w < a.grad.width; ++w) {
+        const float product = __uint_as_float(load_word(from + w * 4 * (kLong + 1)));  // many at once: none waits
+        total += static_cast<unsigned>(w + diagonal) < static_cast<unsigned>(a.source.width) ? product : 0;
+      }
+  }
+  return total;
+}
+
+template <typename T>
+__device__ void store(const Planes& a, const Item& item, int tap, float total) {
+  const int taps = a.kernel_short * a.kernel_long;
+  if (a.splits > 1)
+    a.partial[(int64_t{item.split} * (taps + (a.grad_bias != nullptr)) + tap) * a.filters + item.filter] = total;
+  else if (tap < taps)
+    static_cast<T*>(a.grad_weight)[int64_t{item.filter} * taps + tap] = narrow<T>(total);
+  else
+    static_cast<T*>(a.grad_bias)[item.filter] = narrow<T>(total);
+}
+
+// The same, product by product: where zeros stand for rows that there are not, they meet others.
+template <typename T>
+__device__ __noinline__ float sum_by_products(const Planes& a, const Item& item, int i, int j) {
+  const int rows = a.grad.bytes / 2 / a.grad.width, source_rows = a.source.bytes / 2 / a.source.width;
+  const int shift = i - a.padding_short, diagonal = j - a.padding_long;
+  const auto row_of = [](const Plane& v, int channel, int image, int row) {
+    return reinterpret_cast<const T*>(v.base + channel * v.channel_bytes + image * v.image_bytes) + row * v.width;
+  };
+  double total = 0;
+  for (int image = item.first; image < item.last; ++image)
+    for (int r = max(-shift, 0); r < min(rows, source_rows - shift); ++r) {
+      const T* x = row_of(a.source, item.filter / a.multiplier, image, r + shift) + diagonal;
+      const T* g = row_of(a.grad, item.filter, image, r);
+      float sum = 0;
+      for (int w = max(-diagonal, 0); w < min(a.grad.width, a.source.width - diagonal); ++w)
+        sum = fmaf(widen(x[w]), widen(g[w]), sum);
+      total += sum;
+    }
+  return static_cast<float>(total);
+}
+
+// Loads planes, as stages become free.
+[[maybe_unused]] __device__ inline void load_planes(const Planes& a) {
+  Turn turn;
+  for (int number = blockIdx.x; number < a.items(); number += gridDim.x) {
+    const Item item(a, number);
+    const char* source =
+        a.source.base + item.filter / a.multiplier * a.source.channel_bytes + item.first * a.source.image_bytes;
+    const char* grad = a.grad.base + item.filter * a.grad.channel_bytes + item.first * a.grad.image_bytes;
+    for (int image = item.first; image < item.last; image += a.stage_images(), turn.next(a)) {
+      wait(a.empty(turn.stage), turn.parity ^ 1);
+      const int images = min(a.stage_images(), item.last - image), barrier = a.full(turn.stage);
+      expect_bytes(barrier, images * (a.source.bytes + a.grad.bytes));
+      uint32_t to = shared_address(a.first_stage + turn.stage * a.stage_images() * a.image_bytes);
+      for (int k = 0; k < images; ++k, to += a.image_bytes) {
+        copy_bulk(to, source, a.source.bytes, barrier);
+        copy_bulk(to + a.source.slot, grad, a.grad.bytes, barrier);
+        source += a.source.image_bytes, grad += a.grad.image_bytes;
+      }
+      arrive(barrier);
+    }
+  }
+}
+
+// The same by threads, of which this is number `rank`.
+template <int kBytes>
+__device__ void load_planes(const Planes& a, int rank) {
+  Turn turn;
+  for (int number = blockIdx.x; number < a.items(); number += gridDim.x) {
+    const Item item(a, number);
+    for (int image = item.first; image < item.last; image += a.stage_images(), turn.next(a)) {
+      const int images = min(a.stage_images(), item.last - image), barrier = a.full(turn.stage);
+      const uint32_t stage = shared_address(a.first_stage + turn.stage * a.stage_images() * a.image_bytes);
+      const auto load = [&](const Plane& v, int channel, uint32_t to) {
+        const int at = rank % v.lanes * kBytes, begin = rank / v.lanes, step = a.loaders / v.lanes;
+        const char* from = v.base + channel * v.channel_bytes + (image + begin) * v.image_bytes;
+        to += begin * a.image_bytes;
+        for (int k = begin; k < images; k += step, from += step * v.image_bytes, to += step * a.image_bytes)
+#pragma unroll 4
+          for (int i = at; i < v.bytes; i += v.lanes * kBytes) begin_copy<kBytes>(to + i, from + i);
+      };
+      wait(a.empty(turn.stage), turn.parity ^ 1);
+      load(a.source, item.filter / a.multiplier, stage);
+      load(a.grad, item.filter, stage + a.source.slot);
+      arrive_after_copies(barrier);
+    }
+  }
+}
+
+// Waits for the warps that multiply.
+[[maybe_unused]] __device__ inline void sync_multiplying(int threads) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("barrier.sync.aligned 1, %0;" ::"r"(threads) : "memory");
+#endif
+}
+
+template <typename T, bool tall, bool bulk>
+__global__ void __launch_bounds__(32 * kAllWarps, 1) outer_planes(const __grid_constant__ Planes a) {
+#if __CUDA_ARCH__ >= 900
+  constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
+  let_next_kernel_start();
+  const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), warps = a.shifts * a.shares;
+  if (threadIdx.x == 0)
+    for (int s = 0; s < a.stages; ++s) {
+      init_barrier(a.full(s), bulk ? 1 : a.loaders);
+      init_barrier(a.empty(s), warps);
+    }
+  if (threadIdx.x < Planes::kZeroBytes / 4) shared<uint32_t>(Planes::kZeros + 4 * threadIdx.x) = 0;
+  if constexpr (!bulk)
+    for (int i = 16 * threadIdx.x; i < a.stages * a.stage_images() * a.image_bytes; i += 16 * blockDim.x)
+      shared<uint4>(a.first_stage + i) = uint4{};
+  before_bulk_copies();
+  __syncthreads();
+  wait_for_kernel_before();
+  if (warp >= warps) {
+    const int rank = threadIdx.x - 32 * warps;
+    if constexpr (bulk) {
+      if (lane == 0) load_planes(a);
+    } else if (a.unit == 8) {
+      load_planes<8>(a, rank);
+    } else {
+      load_planes<4>(a, rank);
+    }
+    return;
+  }
+
+  const int sums = a.sums + warp * kSumBytes, bias_sums = a.sums + warps * kSumBytes;
+  const uint32_t zeros = shared_address(Planes::kZeros);
+  Turn turn;
+#pragma unroll 1
+  for (int number = blockIdx.x; number < a.items(); number += gridDim.x) {
+    const Item item(a, number);
+    const int tap = warp % a.shifts, share = warp / a.shifts, shift = a.first_shift + tap;
+    const bool with_bias = a.grad_bias != nullptr;
+    const Rows rows(a, shift);
+    Products<T> products;
+    products.clear();
+    float bias[4] = {};
+#pragma unroll 1
+    for (int image = item.first; image < item.last; image += a.stage_images(), turn.next(a)) {
+      wait(a.full(turn.stage), turn.parity);
+      int begin = share * a.together, end = begin + a.together;
+      if (a.uneven && tap % 2 > 0) (share == 0 ? end : begin) += (tap - 2) * a.together / 2;
+      const int images = min(end, item.last - image) - begin;
+      const uint32_t source = shared_address(a.first_stage + (turn.stage * a.stage_images() + begin) * a.image_bytes);
+      const uint32_t grad = source + a.source.slot;
+      if constexpr (tall) {
+        for (int k = 0; k < images * a.image_bytes; k += a.image_bytes)
+          if (shift % 2 == 0)
+            products.template add_tall<false>(a, shift, grad + k, source + k);
+          else
+            products.template add_tall<true>(a, shift, grad + k, source + k);
+      } else {
+        products.add_wide(a, rows, grad, source, images, zeros);
+      }
+      if (with_bias)
+        for (int k = 0; k < images; ++k)
+          for (int i = 512 * tap; i < a.grad.slot; i += 512 * a.shifts) {
+            const int at = i + 16 * lane;
+            uint32_t g[4];
+            load_matrices(g, at < a.grad.slot ? grad + k * a.image_bytes + at : zeros);
+            multiply(bias, bias, g, {kOnes, kOnes}, T{});
+          }
+      __syncwarp();
+      if (lane == 0) arrive(a.empty(turn.stage));
+    }
+
+    products.store(sums);
+    float total = lane % 4 == 0 ? bias[0] + bias[2] : 0;
+    for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
+    if (lane == 0) shared<float>(bias_sums + 4 * warp) = total;
+    sync_multiplying(32 * warps);
+    for (int k = threadIdx.x; k < (a.last_row - a.first_row) * a.kernel_long; k += 32 * warps) {
+      const int i = a.first_row + k / a.kernel_long, j = k % a.kernel_long;
+      float sum = sum_of_tap(a, i, j);
+      if (!bulk && !tall && !is_finite(sum)) sum = sum_by_products<T>(a, item, i, j);
+      store<T>(a, item, i * a.tap_short + j * a.tap_long, sum);
+    }
+    // Taps that never meet the images.
+    for (int i = warp; i < a.kernel_short; i += warps)
+      if (i < a.first_row || i >= a.last_row)
+        for (int j = lane; j < a.kernel_long; j += 32) store<T>(a, item, i * a.tap_short + j * a.tap_long, 0);
+    if (with_bias && threadIdx.x == 0) {
+      float sum = 0;
+      for (int w = 0; w < warps; ++w) sum += shared<float>(bias_sums + 4 * w);
+      store<T>(a, item, a.kernel_short * a.kernel_long, sum);
+    }
+    sync_multiplying(32 * warps);
+  }
+#endif
+}
+
+// Into how many parts the images are divided.
+int splits_for(const Planes& a, int multiprocessors) {
+  constexpr int kLongest = 12 << 10;  // products of a sum in float32: longer ones lose digits
+  const int fewest = static_cast<int>(
+      std::clamp<int64_t>(ceil_div(int64_t{a.images} * a.grad.summed / a.shares, kLongest), 1, a.images));
+  const double multiplications = a.shifts * kMultiplications * static_cast<double>(a.grad.summed) / 16;
+  const double image = std::max(1.8 * multiplications, a.image_bytes / 13.);
+  int best = fewest;
+  double least = INFINITY;
+  for (int splits = fewest; splits <= std::min(a.images, fewest + 64); ++splits) {
+    const auto rounds = static_cast<double>(ceil_div(int64_t{a.filters} * splits, multiprocessors));
+    const double item = static_cast<double>(ceil_div(a.images, splits)) * image + 2000;
+    const double cost = rounds * item + (splits > 1 ? 5000 + 10. * splits : 0);
+    if (cost < least) least = cost, best = splits;
+  }
+  return best;
+}
+
+template <typename T, bool tall, bool bulk>
+void launch(const Problem& p, const Planes& a, int64_t shared_bytes, const Allocate& allocate, cudaStream_t stream) {
+  const auto kernel = outer_planes<T, tall, bulk>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  const int64_t blocks = std::min<int64_t>(a.items(), current_device().multiprocessors);
+  const int threads = 32 * a.shifts * a.shares + a.loaders;
+  launch_early(kernel, a, blocks, threads, stream, {.shared_bytes = shared_bytes});
+  check_launch("outer_planes");
+  if (a.splits > 1) launch_add_partial_sums<T>(p, a.partial, a.splits, can_overlap(add_partial_sums<T>), stream);
+}
+
+}  // namespace
+
+bool launch_outer_grad_weight_planes(const Problem& p, bool exchanged, bool tall, const ImagePlanes& source,
+                                     const ImagePlanes& grad, const Allocate& allocate, cudaStream_t stream) {
+  const Device& device = current_device();
+  if (device.capability < 90 || !can_overlap(add_partial_sums<__half>)) return false;  // bulk copies
+  const OuterSizes sizes = OuterSizes::of(p, false);
+  Planes a{};
+  const auto can_fold = [&](int rows) {
+    const auto fits = [&](const ImagePlanes& v) { return rows * v.width <= kLong && 2 * rows * v.width % 16 == 0; };
+    return fits(source) && fits(grad);
+  };
+  a.folded = tall ? 1 : can_fold(4) ? 4 : can_fold(2) ? 2 : 1;
+  a.fold_bits = a.folded / 2;
+  a.unit = std::min({source.unit, grad.unit, 8});
+  bool bulk = true;
+  const auto arrange = [&](Plane& v, const ImagePlanes& from) {
+    v.base = from.base, v.image_bytes = from.image_bytes, v.channel_bytes = from.channel_bytes;
+    v.pitch = 2 * a.folded * from.width, v.bytes = 2 * from.height * from.width;
+    v.summed = tall ? from.width : static_cast<int>(ceil_div(from.height, a.folded));
+    v.width = tall ? from.height : from.width;
+    v.slot = static_cast<int>(round_up(v.bytes, v.pitch));
+    bulk &= v.bytes == v.slot && (reinterpret_cast<uintptr_t>(v.base) | v.image_bytes | v.channel_bytes) % 16 == 0;
+    const int columns = v.width * a.folded;
+    return from.row_bytes == 2 * from.width && v.pitch % 16 == 0 && columns <= kLong && 2 * columns > kLong;
+  };
+  if (!arrange(a.source, source) || !arrange(a.grad, grad) || a.unit < 4) return false;
+  a.grad_weight = p.weight.data, a.grad_bias = p.bias;
+  a.kernel_short = static_cast<int>(p.kernel_h), a.kernel_long = static_cast<int>(p.kernel_w);
+  a.padding_short = static_cast<int>(p.padding_h), a.padding_long = static_cast<int>(p.padding_w);
+  a.tap_short = exchanged ? 1 : a.kernel_long, a.tap_long = exchanged ? a.kernel_short : 1;
+  a.first_row = static_cast<int>(sizes.first_row()), a.last_row = static_cast<int>(sizes.last_row());
+  a.images = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());
+  a.multiplier = static_cast<int>(p.multiplier);
+  a.first_shift = std::max((a.first_row - a.padding_short) >> a.fold_bits, 1 - a.grad.summed);
+  const int last_shift = (a.last_row - 1 - a.padding_short + a.folded - 1) >> a.fold_bits;
+  a.shifts = std::min(last_shift, a.source.summed - 1) - a.first_shift + 1;
+  const int most = kAllWarps - (bulk ? 1 : kFewestLoaders / 32);
+  if (a.shifts > most) return false;
+  a.together = tall ? 1 : std::clamp(64 / a.grad.summed, 1, 16);
+  a.shares = static_cast<int>(std::min<int64_t>(most / a.shifts, ceil_div(a.images, a.together)));
+  // Ten warps: with as many images for all, two of four schedulers would have three warps' work, and two have two's.
+  a.uneven = bulk && !tall && a.shifts == 5 && a.shares == 2;
+  if (a.uneven) a.together = std::max(a.together, 2);
+  const bool few = kAllWarps - a.shifts * a.shares < kMostLoaders / 32;
+  a.loaders = bulk ? 32 : few ? kFewestLoaders : kMostLoaders;
+  for (Plane* v : {&a.source, &a.grad})
+    v->lanes = v->bytes > 64 * a.unit ? a.loaders : v->bytes > 32 * a.unit ? 64 : 32;
+  // A filter's products have to be worth to be added up. Cycles, about: for each number that a thread adds, and
+  // for each multiplication of a multiprocessor.
+  const int64_t taps_of_thread = ceil_div((a.last_row - a.first_row) * a.kernel_long, 32 * a.shifts * a.shares);
+  const double adding = 45. * static_cast<double>(taps_of_thread) * a.folded * a.grad.width * a.shares;
+  const double multiplying = 2.75 * kMultiplications * a.shifts * a.grad.summed / 16 * a.images;
+  if (3 * adding > multiplying) return false;
+  a.sums = Planes::kZeros + Planes::kZeroBytes;
+  a.first_stage = static_cast<int>(round_up(a.sums + a.shifts * a.shares * (kSumBytes + 4), 128));
+  a.image_bytes = a.source.slot + a.grad.slot;
+  // What is read beyond planes is still a block's.
+  const int beyond =
+      std::max(64 * std::max(a.source.pitch, a.grad.pitch) + 128 - std::min(a.source.slot, a.grad.slot), 256);
+  const int64_t room = device.shared_per_block - a.first_stage - beyond;
+  const int64_t stage = int64_t{a.shares} * a.together * a.image_bytes;
+  a.stages = static_cast<int>(std::min<int64_t>(room / stage, kMaxStages));
+  if (a.stages < 2) return false;
+  a.splits = splits_for(a, device.multiprocessors);
+  const int64_t sums = (p.taps() + (p.bias != nullptr)) * p.filters();
+  if (a.splits > 1) a.partial = static_cast<float*>(allocate(a.splits * sums * int64_t{sizeof(float)}));
+  const int64_t shared_bytes = a.first_stage + a.stages * stage + beyond;
+  visit_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (sizeof(T) == 2) {
+      if (bulk && tall) return launch<T, true, true>(p, a, shared_bytes, allocate, stream);
+      if (bulk) return launch<T, false, true>(p, a, shared_bytes, allocate, stream);
+      if (tall) return launch<T, true, false>(p, a, shared_bytes, allocate, stream);
+      launch<T, false, false>(p, a, shared_bytes, allocate, stream);
+    }
+  });
+  return true;
+}
+
+}  // namespace dwconv
