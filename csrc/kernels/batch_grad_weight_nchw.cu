@@ -8,13 +8,15 @@
 // even columns of the input and one for the odd ones.
 //
 // A block has some channels of whole planes, or one of bands of rows, of 16 images at a time (image_runs.cuh), and
-// works through a part of the images. Diagonals are summed up at the end, parts by a second kernel, in a fixed order.
+// works through a part of the images. Diagonals are summed up at the end, in a fixed order: parts by the first one of a
+// cluster of two blocks, or by a second kernel.
 //
 // What lies beside the image is made zero, which is exact unless the other factor is Inf or NaN. So sums that are
 // finite are right, and the others are taken again, product by product.
 #include <algorithm>
 #include <cmath>
 
+#include "clusters.cuh"
 #include "image_runs.cuh"
 #include "launch.h"
 #include "padded_grad_weight_nchw.h"
@@ -39,10 +41,11 @@ struct Batch {
   int chunk_rows, bands;     // of the gradient; bands of whole planes: 1
   int groups, splits, stage_bytes;
   int strips;  // tiles side by side
+  int totals;  // where the first block of a cluster of all splits has their sums in shared memory, or 0
   bool bulk;
   int shift;  // windows begin so many columns earlier, so that pairs of columns are words
   Divider by_bands, by_strips;
-  float* partial;  // [split][tap, or bias behind the last tap][filter]
+  float* partial;  // [part][tap, or bias behind the last tap][filter], or null
   void *grad_weight, *grad_bias;
 };
 
@@ -98,7 +101,7 @@ __device__ __noinline__ float sum_by_products(const Batch& a, int filter, int fi
 template <typename T>
 __device__ void store(const Batch& a, int filter, int split, int tap, float total) {
   const int taps = a.kernel_h * a.kernel_w;
-  if (a.splits * a.share > 1)
+  if (a.partial != nullptr)
     a.partial[(int64_t{split} * (taps + (a.grad_bias != nullptr)) + tap) * a.filters + filter] = total;
   else if (tap < taps)
     static_cast<T*>(a.grad_weight)[int64_t{filter} * taps + tap] = narrow<T>(total);
@@ -118,6 +121,7 @@ __device__ inline float sum_of_diagonal(int first) {
 template <typename T, int kKernelH, int kStride, bool kPairs>
 struct Products {
   static constexpr bool kPlanes = false;
+  static constexpr int kWarps = kMaxWarps;  // of a block, at most
   static constexpr int kScratch = 0;
   static constexpr int kBytes = 4 * kKernelH * kStride * 2 * kColumns * kPitch;
 
@@ -252,15 +256,20 @@ struct Products {
 };
 
 // The same at stride 1 where rows begin with 16 bytes in both arrays: matrices of 8 images and 8 columns are loaded at
-// once. A product is of 8 columns of the gradient and 24 of the input: the same ones, and 8 on either side of them.
+// once. A product is of 8 columns of the gradient and 24 of the input: the same ones, and 8 on either side of them. For
+// kernels of many rows those on the right are multiplied for two rows at once: the lower one and the upper one.
 template <typename T, int kKernelH>
 struct AlignedProducts {
   static constexpr bool kPlanes = false;
+  static constexpr int kWarps = kKernelH < 7 ? kMaxWarps : 7;  // of a block, at most
+  // Whether the columns on the right are multiplied for two rows at once.
+  static constexpr bool kPairs = kKernelH >= 7;
   static constexpr int kScratch = 0;
   static constexpr int kWindow = 3 * kColumns;
   static constexpr int kBytes = 4 * kKernelH * kWindow * kPitch;
 
-  float sum[kKernelH][2][4] = {}, bias[4] = {};
+  float sum[kKernelH][kPairs ? 1 : 2][4] = {}, bias[4] = {};
+  float pairs[kPairs ? kKernelH + 1 : 1][4] = {};  // of rows i - 1 and i of the kernel
 
   // Where the lane's rows of matrices begin, for a tile at the image's first pixel: of the columns to the left and of
   // the tile's own ones, of those to the right, and of two rows of the gradient.
@@ -273,8 +282,10 @@ struct AlignedProducts {
       return shared_address(v.slot(stage, n, s.image + n, offset));
     };
     const int source = channel * a.height * 2 * a.width, grad = filter * a.out_height * 2 * a.out_width;
-    source_slot = slot(a.source, lane % 8 + lane / 16 * 8, source_offset) + source + (lane / 8 % 2 - 1) * kUnit;
-    right_slot = slot(a.source, lane % 16, source_offset) + source + kUnit;
+    const int half = lane / 8 % 2;
+    const uint32_t image = slot(a.source, lane % 8 + lane / 16 * 8, source_offset) + source;
+    source_slot = image + (half - 1) * kUnit;
+    right_slot = kUnit + (kPairs ? image + half * 2 * a.width : slot(a.source, lane % 16, source_offset) + source);
     grad_slot = slot(a.grad, lane % 16, grad_offset) + grad + lane / 16 * 2 * a.out_width;
   }
 
@@ -285,7 +296,8 @@ struct AlignedProducts {
     const uint32_t top = (y0 - s.source_begin) * source_row + 2 * v0;
     // What is beside the image is read from zeros.
     const int x = v0 + (lane / 8 % 2 - 1) * kColumns;
-    const uint32_t mine = x >= 0 && x < a.width ? inside : 0, right = v0 + kColumns < a.width ? inside : 0;
+    const uint32_t mine = x >= 0 && x < a.width ? inside : 0,
+                   right = v0 + kColumns < a.width ? inside >> (kPairs ? lane / 8 % 2 : 0) : 0;
     const uint32_t from = source_slot + top, from_right = right_slot + top, grad = grad_slot + r0 * grad_row + 2 * v0;
     uint32_t g[kRows + 1][2];
 #pragma unroll
@@ -301,15 +313,23 @@ struct AlignedProducts {
       for (int r = 0; r < kRows; ++r) multiply(bias, bias, {kOnes, kOnes, kOnes, kOnes}, g[r], T{});
     }
 #pragma unroll
-    for (int r = 0; r < kRows - 1 + kKernelH; ++r) {
+    for (int y = 0; y < kRows - 1 + kKernelH; ++y) {
       uint32_t above[4], beside[4] = {};
-      load_matrices_transposed(above, mine >> r & 1 ? from + r * source_row : zeros);
-      load_two_transposed(beside[0], beside[2], right >> r & 1 ? from_right + r * source_row : zeros);
+      load_matrices_transposed(above, mine >> y & 1 ? from + y * source_row : zeros);
+      const uint32_t on_the_right = right >> y & 1 ? from_right + y * source_row : zeros;
+      if constexpr (!kPairs) load_two_transposed(beside[0], beside[2], on_the_right);
 #pragma unroll
       for (int i = 0; i < kKernelH; ++i) {
-        if (r < i || r - i >= kRows) continue;
-        multiply(sum[i][0], sum[i][0], above, g[r - i], T{});
-        multiply(sum[i][1], sum[i][1], beside, g[r - i], T{});
+        if (y < i || y - i >= kRows) continue;
+        multiply(sum[i][0], sum[i][0], above, g[y - i], T{});
+        if constexpr (!kPairs) multiply(sum[i][1], sum[i][1], beside, g[y - i], T{});
+      }
+      if constexpr (kPairs) {
+        if (y % 2 != 0) continue;
+        load_matrices_transposed(beside, on_the_right);
+#pragma unroll
+        for (int i = 0; i <= kKernelH; ++i)
+          if (y + 1 >= i && y + 1 - i < kRows) multiply(pairs[i], pairs[i], beside, g[y + 1 - i], T{});
       }
     }
   }
@@ -319,8 +339,14 @@ struct AlignedProducts {
 #pragma unroll
     for (int i = 0; i < kKernelH; ++i)
 #pragma unroll
-      for (int e = 0; e < 6; ++e)
-        shared<float>(place_of(place, i, lane / 4 + e / 2 * kColumns, lane % 4 * 2 + e % 2)) = sum[i][e / 4][e % 4];
+      for (int e = 0; e < 6; ++e) {
+        float value;
+        if constexpr (kPairs)
+          value = e < 4 ? sum[i][0][e] : pairs[i + 1][e % 2] + pairs[i][2 + e % 2];
+        else
+          value = sum[i][e / 4][e % 4];
+        shared<float>(place_of(place, i, lane / 4 + e / 2 * kColumns, lane % 4 * 2 + e % 2)) = value;
+      }
   }
   static __device__ int place_of(int place, int product, int m, int k) {
     return place + 4 * ((product * kWindow + m) * kPitch + k);
@@ -337,6 +363,7 @@ struct AlignedProducts {
 template <typename T, int kFirst, int kSums>
 struct SmallPlanes {
   static constexpr bool kPlanes = true;
+  static constexpr int kWarps = kMaxWarps;
   static constexpr int kSide = 8;
   static constexpr int kImagePitch = (kSide + 1) * kUnit, kArray = kImages * kImagePitch;
   static constexpr int kScratch = 2 * kArray;  // bytes that a warp lays its rows in
@@ -434,52 +461,54 @@ struct SmallPlanes {
   }
 };
 
-// Sums up the diagonals, in shared memory from `place` on.
-template <typename T, class Sums>
-__device__ void finish(const Sums& sums, const Batch& a, int place, int filter, int split, int first, int last,
-                       int first_tile) {
+// Sums up the diagonals, in shared memory from `place` on. `deliver`: takes the sum of each tap, or the bias.
+template <typename T, class Sums, typename Deliver>
+__device__ void finish(const Sums& sums, const Batch& a, int place, int filter, int first, int last, int first_tile,
+                       Deliver deliver) {
   const int lane = threadIdx.x % 32, taps = a.kernel_h * a.kernel_w;
   sums.put(a, place);
   __syncwarp();
   for (int begin = 0; begin < taps; begin += 32) {
     const int tap = begin + lane;
     float total = 0;
-    if (tap < taps) {
-      total = Sums::tap(a, place, tap / a.kernel_w * a.dilation_h, tap % a.kernel_w * a.dilation_w);
-      store<T>(a, filter, split, tap, total);
-    }
+    if (tap < taps) total = Sums::tap(a, place, tap / a.kernel_w * a.dilation_h, tap % a.kernel_w * a.dilation_w);
     uint32_t again = __ballot_sync(~0u, !is_finite(total));
     for (; again; again &= again - 1) {
       const int which = begin + __ffs(again) - 1;
       const float exact = sum_by_products<T>(a, filter, first, last, first_tile, which);
-      if (tap == which) store<T>(a, filter, split, tap, exact);
+      if (tap == which) total = exact;
     }
+    if (tap < taps) deliver(tap, total);
   }
   if (a.grad_bias == nullptr) return;
   float total = sums.bias[0] + sums.bias[1];  // every row of the product is the same
   total += __shfl_xor_sync(~0u, total, 1);
   total += __shfl_xor_sync(~0u, total, 2);
-  if (lane == 0) store<T>(a, filter, split, taps, total);
+  if (lane == 0) deliver(taps, total);
 }
 
 template <typename T, class Sums, int kStride, int kBlocks>
-__global__ void __launch_bounds__(32 * kMaxWarps + 32, kBlocks)
+__global__ void __launch_bounds__(32 * Sums::kWarps + 32, kBlocks)
     batch_grad_weight_nchw(const __grid_constant__ Batch a) {
+  const bool cluster = a.totals > 0;
+  const int group = cluster ? blockIdx.x / a.splits : blockIdx.x % a.groups;
+  const int split = cluster ? blockIdx.x % a.splits : blockIdx.x / a.groups;
+  const int first_filter = group * a.block_filters, filters = min(a.block_filters, a.filters - first_filter);
+  const int slots = a.kernel_h * a.kernel_w + (a.grad_bias != nullptr);
+  if (cluster) enter_cluster(split == 0, kTotalsBarrier, 4 * a.splits * filters * slots);
   const Copier copier(a.bulk, true);
   copier.init();
   if (threadIdx.x < kUnit / 4) shared<uint32_t>(kZeros + 4 * threadIdx.x) = 0;
   let_next_kernel_start();
   wait_for_kernel_before();
   __syncthreads();
-  const int first_filter = blockIdx.x % a.groups * a.block_filters, split = blockIdx.x / a.groups;
-  const int filters = min(a.block_filters, a.filters - first_filter);
   const int first_channel = first_filter / a.multiplier;
   const int channels = (first_filter + filters - 1) / a.multiplier - first_channel + 1;
   const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const int filter = warp / a.share, first_tile = warp % a.share;
   const int steps = (a.images + kImages - 1) / kImages * a.bands;
-  const int first = static_cast<int>(int64_t{steps} * split / a.splits);
-  const int last = static_cast<int>(int64_t{steps} * (split + 1) / a.splits);
+  const int whole = steps / a.splits, more = steps % a.splits;
+  const int first = split * whole + min(split, more), last = first + whole + (split < more);
   const int source_row = 2 * a.width, grad_row = 2 * a.out_width;
   const int source_plane = a.height * source_row, grad_plane = a.out_height * grad_row;
   // Where the block's part of an image begins. Whole planes follow each other, and bands are of one plane.
@@ -550,9 +579,40 @@ __global__ void __launch_bounds__(32 * kMaxWarps + 32, kBlocks)
     }
   }
   __syncthreads();
+  if (cluster) meet_cluster();
+  // Where sums are sent, and before that those of warps that share a filter.
+  const auto place_of = [&](int split, int filter, int slot) {
+    return a.totals + 4 * ((split * filters + filter) * slots + slot);
+  };
+  const auto place_of_warp = [&](int warp, int slot) { return place_of(a.splits, 0, 0) + 4 * (warp * slots + slot); };
   if (copier.is_worker() && filter < filters)
-    finish<T>(sums, a, kHead + warp * Sums::kBytes, first_filter + filter, split * a.share + first_tile, first, last,
-              first_tile);
+    finish<T>(sums, a, kHead + warp * Sums::kBytes, first_filter + filter, first, last, first_tile,
+              [&](int slot, float total) {
+                if (!cluster)
+                  store<T>(a, first_filter + filter, split * a.share + first_tile, slot, total);
+                else if (a.share == 1)
+                  send_to_first(place_of(split, filter, slot), total, kTotalsBarrier);
+                else
+                  shared<float>(place_of_warp(warp, slot)) = total;
+              });
+  if (!cluster) return;
+  if (a.share > 1) {
+    __syncthreads();
+    for (int at = threadIdx.x; at < filters * slots; at += blockDim.x) {
+      const int filter = at / slots, slot = at % slots;
+      float total = 0;
+      for (int w = 0; w < a.share; ++w) total += shared<float>(place_of_warp(filter * a.share + w, slot));
+      send_to_first(place_of(split, filter, slot), total, kTotalsBarrier);
+    }
+  }
+  if (split > 0) return;
+  wait(kTotalsBarrier, 0);
+  for (int at = threadIdx.x; at < filters * slots; at += blockDim.x) {
+    const int filter = at / slots, slot = at % slots;
+    float total = 0;
+    for (int part = 0; part < a.splits; ++part) total += shared<float>(place_of(part, filter, slot));
+    store<T>(a, first_filter + filter, 0, slot, total);
+  }
 }
 
 // So many splits that the last wave of blocks is full, and that no sum is so long that it loses digits.
@@ -571,7 +631,7 @@ int splits_for(int64_t groups, int64_t steps, int64_t slots) {
 
 // Whole planes of as many channels as leave room for another block, or bands of rows of one channel. Returns the bytes
 // of shared memory.
-int64_t lay_out(Batch& a, int64_t shared_per_multiprocessor) {
+int64_t lay_out(Batch& a, int max_warps, int64_t shared_per_multiprocessor) {
   const int64_t source_row = 2 * a.width, grad_row = 2 * a.out_width;
   const int extent = (a.kernel_h - 1) * a.dilation_h + 1;
   const auto stage = [&](int filters, int64_t source_rows, int64_t rows) {
@@ -585,7 +645,7 @@ int64_t lay_out(Batch& a, int64_t shared_per_multiprocessor) {
   a.strips = static_cast<int>(ceil_div(a.out_width, kColumns));
   a.block_filters = 1, a.chunk_rows = a.out_height;
   const int64_t plane_tiles = ceil_div(a.out_height, kRows) * a.strips;
-  while (2 * a.block_filters <= kMaxWarps && a.block_filters < a.filters &&
+  while (2 * a.block_filters <= max_warps && a.block_filters < a.filters &&
          stage(2 * a.block_filters, a.height, a.out_height) <= room)
     a.block_filters *= 2;
   int64_t bytes = stage(a.block_filters, a.height, a.out_height);
@@ -599,7 +659,7 @@ int64_t lay_out(Batch& a, int64_t shared_per_multiprocessor) {
   const int64_t tiles = a.bands > 1 ? a.chunk_rows / kRows * a.strips : plane_tiles;
   a.share = 1;
   double busy = 0;
-  for (int share = 1; share <= kMaxWarps / a.block_filters; ++share) {
+  for (int share = 1; share <= max_warps / a.block_filters; ++share) {
     const double now = static_cast<double>(tiles) / ceil_div(tiles, share);
     if (now > busy * 1.1) busy = now, a.share = share;
   }
@@ -614,30 +674,30 @@ void launch_kernel(const Problem& p, Batch a, const Allocate& allocate, cudaStre
   const auto kernel = batch_grad_weight_nchw<T, Sums, kStride, kBlocks>;
   const Device& device = current_device();
   a.bulk = a.bulk && device.capability >= 90;
-  int64_t room = lay_out(a, device.shared_per_multiprocessor);
+  int64_t room = lay_out(a, Sums::kWarps, device.shared_per_multiprocessor);
   if (Sums::kPlanes) a.share = 1;  // a warp works for all of a plane
   room += a.share * a.block_filters * Sums::kScratch;
   const int threads = 32 * a.share * a.block_filters + (a.bulk ? 32 : 0);
   const int64_t bytes = std::max<int64_t>(room, kHead + a.share * a.block_filters * Sums::kBytes);
   const int64_t steps = ceil_div(a.images, kImages) * a.bands;
-  struct Decision {
-    int splits;
-    bool sum_early;
-  };
-  static thread_local Decisions<5, Decision> decisions;
-  const Decision decision = decisions({device.id, steps, a.groups, threads, bytes}, [&] {
+  static thread_local Decisions<5, int> decisions;
+  a.splits = decisions({device.id, steps, a.groups, threads, bytes}, [&] {
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
     int resident = 0;
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, bytes);
-    return Decision{splits_for(a.groups, steps, int64_t{std::max(resident, 1)} * device.multiprocessors),
-                    waits_for_kernel_before<T>()};
+    return splits_for(a.groups, steps, int64_t{std::max(resident, 1)} * device.multiprocessors);
   });
-  a.splits = decision.splits;
-  const int64_t parts = int64_t{a.splits} * a.share, sums = (p.taps() + (p.bias != nullptr)) * p.filters();
-  if (parts > 1) a.partial = static_cast<float*>(allocate(parts * sums * int64_t{sizeof(float)}));
-  launch_early(kernel, a, int64_t{a.groups} * a.splits, threads, stream, {.shared_bytes = bytes});
+  const int64_t slots = p.taps() + (p.bias != nullptr), parts = int64_t{a.splits} * a.share;
+  const int64_t totals = 4 * (a.splits + (a.share > 1 ? a.share : 0)) * a.block_filters * slots;
+  const bool cluster = a.bulk && a.splits == 2 && can_overlap(kernel) && bytes + totals <= device.shared_per_block;
+  if (cluster)
+    a.totals = static_cast<int>(bytes);
+  else if (parts > 1)
+    a.partial = static_cast<float*>(allocate(parts * slots * p.filters() * int64_t{sizeof(float)}));
+  launch_early(kernel, a, int64_t{a.groups} * a.splits, threads, stream,
+               {.cluster = cluster ? a.splits : 1, .shared_bytes = bytes + (cluster ? totals : 0)});
   check_launch("batch_grad_weight_nchw");
-  if (parts > 1) launch_add_partial_sums<T>(p, a.partial, parts, decision.sum_early, stream);
+  if (a.partial != nullptr) launch_add_partial_sums<T>(p, a.partial, parts, can_overlap(add_partial_sums<T>), stream);
 }
 
 }  // namespace
@@ -671,7 +731,7 @@ void launch_batch_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& 
   constexpr int kSide = 8;
   const bool small = a.stride == 1 && std::max({a.height, a.width, a.out_height, a.out_width}) <= kSide;
   const bool column = a.kernel_w == 1 && a.stride == 1;
-  if ((!units || column) && !small && launch_padded_grad_weight_nchw(p, allocate, stream)) return;
+  if ((!units || column) && !small && launch_padded_grad_weight_nchw(p, bulk, allocate, stream)) return;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
@@ -684,8 +744,7 @@ void launch_batch_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& 
       }
       const auto go = [&](auto kernel_h) {
         constexpr int kKernelH = decltype(kernel_h)::value;
-        if constexpr (kKernelH < 7)  // which multiplies more than it loads
-          if (aligned) return launch_kernel<T, AlignedProducts<T, kKernelH>, 1, 2>(p, a, allocate, stream);
+        if (aligned) return launch_kernel<T, AlignedProducts<T, kKernelH>, 1, 2>(p, a, allocate, stream);
         if (a.stride == 1)
           return pairs ? launch_kernel<T, Products<T, kKernelH, 1, true>, 1, 3>(p, a, allocate, stream)
                        : launch_kernel<T, Products<T, kKernelH, 1, false>, 1, 3>(p, a, allocate, stream);

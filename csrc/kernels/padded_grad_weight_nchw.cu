@@ -9,8 +9,8 @@
 //
 // A block has some channels of whole planes, or bands of rows of one, of 16 images at a time, and works through a part
 // of the images; a warp works on tiles of 7 rows and 8 columns, whose gradients stay in registers while the rows of the
-// input go by. Rows of at most 16 columns are multiplied whole. Diagonals are summed up at the end, parts by a second
-// kernel, in a fixed order.
+// input go by, and another one loads. Rows of at most 16 columns are multiplied whole. Diagonals are summed up at the
+// end, in a fixed order: parts by the first one of a cluster of two blocks, or by a second kernel.
 //
 // Zeros are exact unless the other factor is Inf or NaN. So sums that are finite are right, and the others are taken
 // again, product by product.
@@ -20,6 +20,7 @@
 #include <cmath>
 
 #include "batch_grad_weight_nchw.h"
+#include "clusters.cuh"
 #include "partial_sums.cuh"
 #include "stream.cuh"
 #include "tensor_cores.cuh"
@@ -39,9 +40,10 @@ struct PaddedRows {
   int64_t image_bytes;         // from one image to the next
   int height, row_bytes;       // of a plane
   int piece;                   // bytes that are copied at once
-  int lanes_log;               // 2^lanes_log of them copy a row
   int row_pitch, image_pitch;  // in shared memory
+  int shift;                   // bytes of zeros before a row there
   int memory;
+  Divider by_pieces;  // of a row
 };
 
 struct Padded {
@@ -52,9 +54,12 @@ struct Padded {
   int block_filters, share;  // warps that share a filter
   int chunk_rows, bands;     // of the gradient; bands of whole planes: 1
   int groups, splits, stage_bytes;
-  int strips;  // tiles side by side
+  int totals;   // where the first block of a cluster of all splits gets their sums in shared memory, or 0
+  int strips;   // tiles side by side
+  int window;   // the first column of a window for the kernel's first one
+  bool loader;  // a warp does nothing but load
   Divider by_bands, by_strips;
-  float* partial;  // [split][tap, or bias behind the last tap][filter]
+  float* partial;  // [split][tap, or bias behind the last tap][filter], or null
   void *grad_weight, *grad_bias;
 };
 
@@ -83,40 +88,44 @@ __device__ inline Step step_of(const Padded& a, int number) {
 }
 
 // Begins to load rows [row, row + rows) of an image's planes, counted through all of them, of 16 images; those that are
-// not there become zeros.
+// not there become zeros. A warp loads every so many images.
 template <int kPiece>
-__device__ void load_pieces(const PaddedRows& v, int stage, const Step& s, int row, int rows) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const int first = lane >> v.lanes_log, step = 32 >> v.lanes_log;
-  const int64_t from_step = step * v.row_bytes, from_image = warps * v.image_bytes;
-  const uint32_t to_step = step * v.row_pitch, to_image = warps * v.image_pitch;
-  for (int at = (lane & ((1 << v.lanes_log) - 1)) * kPiece; at < v.row_bytes; at += kPiece << v.lanes_log) {
-    const char* image =
-        v.base + (s.image + warp) * v.image_bytes + static_cast<int64_t>(row + first) * v.row_bytes + at;
-    uint32_t slot = shared_address(stage + v.memory + warp * v.image_pitch + first * v.row_pitch + at);
-    for (int n = warp; n < s.images; n += warps, image += from_image, slot += to_image) {
-      const char* from = image;
-      uint32_t to = slot;
-      int left = rows - first;
-      const auto copy = [&](auto count) {
+__device__ void load_pieces(const PaddedRows& v, int stage, const Step& s, int row, int rows, int warp, int warps) {
+  constexpr int kAtOnce = 4;  // images
+  const int lane = threadIdx.x % 32, pieces = rows * static_cast<int>(v.by_pieces.divisor);
+  const int64_t from_image = warps * v.image_bytes;
+  const uint32_t to_image = warps * v.image_pitch;
+  const char* image = v.base + (s.image + warp) * v.image_bytes + static_cast<int64_t>(row) * v.row_bytes;
+  uint32_t slot = shared_address(stage + v.memory + v.shift + warp * v.image_pitch);
+  const auto copy = [&](auto count) {
+    constexpr int kCount = decltype(count)::value;
+    const char* from[kCount];
 #pragma unroll
-        for (int k = 0; k < decltype(count)::value; ++k, from += from_step, to += to_step) copy_unit<kPiece>(to, from);
-        left -= decltype(count)::value * step;
-      };
-      while (left > 3 * step) copy(std::integral_constant<int, 4>{});
-      if (left > step) copy(std::integral_constant<int, 2>{});
-      if (left > 0) copy(std::integral_constant<int, 1>{});
+    for (int k = 0; k < kCount; ++k, image += from_image) from[k] = image + lane * kPiece;
+    const uint32_t first = slot;
+    slot += kCount * to_image;
+#pragma unroll 2
+    for (int at = lane; at < pieces; at += 32) {
+      uint32_t r = at;
+      const uint32_t column = v.by_pieces.split(r);
+      uint32_t to = first + r * v.row_pitch + column * kPiece;
+#pragma unroll
+      for (int k = 0; k < kCount; ++k, to += to_image) copy_unit<kPiece>(to, from[k]), from[k] += 32 * kPiece;
     }
-  }
-  for (int n = s.images + warp; n < kImages; n += warps)
+  };
+  int n = warp;
+  for (; n + (kAtOnce - 1) * warps < s.images; n += kAtOnce * warps) copy(std::integral_constant<int, kAtOnce>{});
+  for (; n < s.images; n += warps) copy(std::integral_constant<int, 1>{});
+  for (; n < kImages; n += warps)
     for (int at = lane * kUnit; at < rows * v.row_pitch; at += 32 * kUnit)
       shared<uint4>(stage + v.memory + n * v.image_pitch + at) = uint4{};
 }
 
-__device__ inline void load_rows(const PaddedRows& v, int stage, const Step& s, int row, int rows) {
-  if (v.piece == 16) return load_pieces<16>(v, stage, s, row, rows);
-  if (v.piece == 8) return load_pieces<8>(v, stage, s, row, rows);
-  load_pieces<4>(v, stage, s, row, rows);
+__device__ inline void load_rows(const PaddedRows& v, int stage, const Step& s, int row, int rows, int warp,
+                                 int warps) {
+  if (v.piece == 16) return load_pieces<16>(v, stage, s, row, rows, warp, warps);
+  if (v.piece == 8) return load_pieces<8>(v, stage, s, row, rows, warp, warps);
+  load_pieces<4>(v, stage, s, row, rows, warp, warps);
 }
 
 // The sum of one tap over the block's part of the images, by a warp, of products inside the image only.
@@ -143,7 +152,7 @@ __device__ __noinline__ float sum_by_products(const Padded& a, int filter, int f
 template <typename T>
 __device__ void store(const Padded& a, int filter, int split, int tap, float total) {
   const int taps = a.kernel_h * a.kernel_w;
-  if (a.splits > 1)
+  if (a.partial != nullptr)
     a.partial[(int64_t{split} * (taps + (a.grad_bias != nullptr)) + tap) * a.filters + filter] = total;
   else if (tap < taps)
     static_cast<T*>(a.grad_weight)[int64_t{filter} * taps + tap] = narrow<T>(total);
@@ -151,32 +160,31 @@ __device__ void store(const Padded& a, int filter, int split, int tap, float tot
     static_cast<T*>(a.grad_bias)[filter] = narrow<T>(total);
 }
 
-// What a warp sums up. kKernelH: with what dilation puts between the rows. kWhole: rows of at most 16 columns, at
-// stride 1, are multiplied with both halves of a row of the gradient. Otherwise windows begin 8 columns before a tile,
-// and have 24 columns, at stride 2 32.
-// kColumn: of a kernel of one column only what is in a tile's own columns.
+// What a warp sums up. kKernelH: with what dilation puts between the rows. At stride 1 rows of the input are laid so
+// that the 16 columns that a tile's windows meet begin with 16 bytes; at stride 2 windows begin 8 columns before a tile
+// and have 32. kWhole: rows of at most 16 columns, at stride 1, are multiplied with both halves of a row of the
+// gradient. kColumn: of a kernel of one column only what is in a tile's own columns, of two rows at once: the lower one
+// and the upper one.
 template <typename T, int kKernelH, int kStride, bool kWhole, bool kColumn = false>
 struct Sums {
-  // At stride 1 the last 8 columns of a window are multiplied for two rows at once: the lower one and the upper one.
-  static constexpr bool kPairs = !kWhole && kStride == 1;
-  static constexpr int kWindow = (kColumn ? 1 : kPairs ? 3 : 4) * kColumns;
+  static constexpr bool kNear = !kWhole && !kColumn && kStride == 1;
+  static constexpr bool kLoader = !kWhole;  // whether there may be a warp that loads
+  static constexpr int kWindow = (kColumn ? 1 : kNear ? 2 : 4) * kColumns;
   static constexpr int kHalves = kWhole ? 2 : 1;  // of the gradient
   static constexpr int kSourceRows = (kRows - 1) * kStride + kKernelH;
   static constexpr int kBiasAt = 4 * kKernelH * kWindow * kPitch, kBytes = kBiasAt + kUnit;
 
-  float sum[kKernelH][kPairs ? 1 : 2][4] = {}, bias[4] = {};
-  float pairs[kPairs ? kKernelH + 1 : 1][4] = {};  // of rows i - 1 and i of the kernel
+  float sum[kKernelH][kNear ? 1 : 2][4] = {}, bias[4] = {};
+  float pairs[kColumn ? kKernelH + 1 : 1][4] = {};  // of rows i - 1 and i of the kernel
 
-  // Where the lane's rows of matrices begin, for a tile at the first pixel of what is there: of the window's first
-  // columns, of its last ones, and of the gradient.
-  uint32_t source_slot, right_slot, grad_slot;
+  // Where the lane's rows of matrices begin, for a tile at the first pixel of what is there.
+  uint32_t source_slot, grad_slot;
 
   __device__ void place(const Padded& a, int stage, int channel, int filter) {
     const int lane = threadIdx.x % 32, half = lane / 8 % 2;
     const uint32_t source = shared_address(stage + a.source.memory) +
                             (lane % 8 + lane / 16 * 8) * a.source.image_pitch + channel * a.height * a.source.row_pitch;
-    source_slot = source + (half - (kWhole ? 0 : 1)) * kUnit;
-    right_slot = source + half * a.source.row_pitch + (kColumn ? 0 : kUnit);
+    source_slot = source + (kColumn ? half * a.source.row_pitch : (half - (kStride == 1 ? 0 : 1)) * kUnit);
     grad_slot = shared_address(stage + a.grad.memory) + lane % 16 * a.grad.image_pitch +
                 filter * a.chunk_rows * a.grad.row_pitch + lane / 16 * (kWhole ? kUnit : a.grad.row_pitch);
   }
@@ -207,37 +215,30 @@ struct Sums {
 #pragma unroll
         for (int h = 0; h < kHalves; ++h) multiply(bias, bias, {kOnes, kOnes, kOnes, kOnes}, g[r][h], T{});
     }
-    if constexpr (kPairs) {
-      const uint32_t from_right = right_slot + top, inside_right = inside >> (lane / 8 % 2);
+    if constexpr (kColumn) {
+      const uint32_t both = inside >> (lane / 8 % 2);
 #pragma unroll
-      for (int y = 0; y < kSourceRows; ++y) {
-        if constexpr (!kColumn) {
-          uint32_t x[4];
-          load_matrices_transposed(x, inside >> y & 1 ? from + y * source_row : zeros);
-#pragma unroll
-          for (int i = 0; i < kKernelH; ++i)
-            if (y >= i && y - i < kRows) multiply(sum[i][0], sum[i][0], x, g[y - i][0], T{});
-        }
-        if (y % 2 != 0) continue;
-        uint32_t beside[4];
-        load_matrices_transposed(beside, inside_right >> y & 1 ? from_right + y * source_row : zeros);
+      for (int y = 0; y < kSourceRows; y += 2) {
+        uint32_t x[4];
+        load_matrices_transposed(x, both >> y & 1 ? from + y * source_row : zeros);
 #pragma unroll
         for (int i = 0; i <= kKernelH; ++i)
-          if (y + 1 >= i && y + 1 - i < kRows) multiply(pairs[i], pairs[i], beside, g[y + 1 - i][0], T{});
+          if (y + 1 >= i && y + 1 - i < kRows) multiply(pairs[i], pairs[i], x, g[y + 1 - i][0], T{});
       }
     } else {
 #pragma unroll
       for (int y = 0; y < kSourceRows; ++y) {
         const uint32_t row = inside >> y & 1 ? from + y * source_row : zeros;
-        uint32_t x[kWhole ? 1 : 2][4];
+        uint32_t x[kStride][4];
         load_matrices_transposed(x[0], row);
-        if constexpr (!kWhole) load_matrices_transposed(x[1], row + 2 * kUnit);
+        if constexpr (kStride == 2) load_matrices_transposed(x[1], row + 2 * kUnit);
 #pragma unroll
         for (int i = 0; i < kKernelH; ++i) {
           const int r = (y - i) / kStride;
           if (y < i || (y - i) % kStride != 0 || r >= kRows) continue;
 #pragma unroll
-          for (int h = 0; h < 2; ++h) multiply(sum[i][h], sum[i][h], x[kWhole ? 0 : h], g[r][kWhole ? h : 0], T{});
+          for (int h = 0; h < (kNear ? 1 : 2); ++h)
+            multiply(sum[i][h], sum[i][h], x[kStride == 2 ? h : 0], g[r][kWhole ? h : 0], T{});
         }
       }
     }
@@ -251,8 +252,8 @@ struct Sums {
 #pragma unroll
       for (int e = 0; e < kWindow / 4; ++e) {
         float value;
-        if constexpr (kPairs)
-          value = e < kWindow / 4 - 2 ? sum[i][0][e % 4] : pairs[i + 1][e % 2] + pairs[i][2 + e % 2];
+        if constexpr (kColumn)
+          value = pairs[i + 1][e] + pairs[i][2 + e];
         else
           value = sum[i][e / 4][e % 4];
         shared<float>(place_of(place, i, lane / 4 + e / 2 * kColumns, lane % 4 * 2 + e % 2)) = value;
@@ -277,7 +278,7 @@ struct Sums {
           total += shared<float>(place_of(place, i, v / kColumns * 2 * kColumns + x, v % kColumns));
       }
     } else {
-      const int from = place_of(place, i, kColumn ? 0 : kColumns + j - a.padding_w, 0);
+      const int from = place_of(place, i, a.window + j, 0);
 #pragma unroll
       for (int k = 0; k < kColumns; ++k) total += shared<float>(from + 4 * k * (kStride * kPitch + 1));
     }
@@ -285,56 +286,90 @@ struct Sums {
   }
 };
 
+__device__ inline void clear(int begin, int end, int threads) {
+  for (int at = begin + threadIdx.x * kUnit; at < end; at += threads * kUnit) shared<uint4>(at) = uint4{};
+}
+
 template <typename T, class Sums>
-__global__ void __launch_bounds__(32 * kMaxWarps, 3) padded_grad_weight_nchw(const __grid_constant__ Padded a) {
+__global__ void __launch_bounds__(32 * (kMaxWarps + Sums::kLoader), 3)
+    padded_grad_weight_nchw(const __grid_constant__ Padded a) {
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  for (int at = threadIdx.x * kUnit; at < kHead + kStages * a.stage_bytes + kTail; at += blockDim.x * kUnit)
-    shared<uint4>(at) = uint4{};
+  const bool cluster = a.totals > 0;
+  const int group = cluster ? blockIdx.x / a.splits : blockIdx.x % a.groups;
+  const int split = cluster ? blockIdx.x % a.splits : blockIdx.x / a.groups;
+  const int first_filter = group * a.block_filters, filters = min(a.block_filters, a.filters - first_filter);
+  const int taps = a.kernel_h * a.kernel_w, slots = taps + (a.grad_bias != nullptr), turns = (slots + 31) / 32;
+  if (cluster) enter_cluster(split == 0, kTotalsBarrier, 4 * a.splits * filters * slots);
+  const Copier copier(false, true, a.loader);
+  copier.init();
+  // The second stage is cleared while the first one is loaded.
+  const int first_end = kHead + a.stage_bytes, end = kHead + kStages * a.stage_bytes + kTail;
+  clear(kZeros, copier.dedicated ? first_end : end, blockDim.x);
   let_next_kernel_start();
   wait_for_kernel_before();
   __syncthreads();
-  const int first_filter = blockIdx.x % a.groups * a.block_filters, split = blockIdx.x / a.groups;
-  const int filters = min(a.block_filters, a.filters - first_filter);
   const int first_channel = first_filter / a.multiplier;
   const int channels = (first_filter + filters - 1) / a.multiplier - first_channel + 1;
   const int filter = warp / a.share, first_tile = warp % a.share;
   const int channel = (first_filter + filter) / a.multiplier - first_channel;
-  const int steps = (a.images + kImages - 1) / kImages * a.bands;
-  const int first = static_cast<int>(int64_t{steps} * split / a.splits);
-  const int last = static_cast<int>(int64_t{steps} * (split + 1) / a.splits);
+  const int steps = (a.images + kImages - 1) / kImages * a.bands, whole = steps / a.splits, more = steps % a.splits;
+  const int first = split * whole + min(split, more), last = first + whole + (split < more);
   // Whole planes follow each other, and bands of the gradient are loaded one by one.
   const auto load = [&](int number, int stage) {
     const Step s = step_of(a, number);
+    const int rank = copier.dedicated ? 0 : warp, warps = copier.dedicated ? 1 : blockDim.x / 32;
     load_rows(a.source, stage, s, first_channel * a.height + s.source_begin,
-              (channels - 1) * a.height + s.source_end - s.source_begin);
+              (channels - 1) * a.height + s.source_end - s.source_begin, rank, warps);
     const int runs = a.bands > 1 ? filters : 1, more = (filters - runs) * a.out_height;
     for (int f = 0; f < runs; ++f)
       load_rows(a.grad, stage + f * a.chunk_rows * a.grad.row_pitch, s, (first_filter + f) * a.out_height + s.row,
-                more + s.rows);
-    commit_copies();
+                more + s.rows, rank, warps);
+    if (!copier.dedicated) commit_copies();
   };
 
   Sums sums;
-  for (int next = first; next <= last; ++next) {
-    const int stage = (next - first + 1) % kStages * a.stage_bytes;  // of the step before the next one
-    wait_copies<0>();
-    __syncthreads();
-    if (next < last) load(next, a.stage_bytes - stage);
-    if (next == first) continue;
-    const Step s = step_of(a, next - 1);
-    const int tiles = filter < filters ? (s.rows + kRows - 1) / kRows * a.strips : 0;
-    sums.place(a, stage, channel, filter);
-    for (int tile = first_tile; tile < tiles; tile += a.share) {
-      uint32_t segment = tile;
-      const int strip = static_cast<int>(a.by_strips.split(segment));
-      sums.add(a, s, strip, static_cast<int>(segment) * kRows);
+  if (!copier.is_worker()) {
+    for (int next = first; next < last; ++next) {
+      const int turn = (next - first) / kStages, stage = (next - first) % kStages;
+      if (turn + stage > 0) wait(Barriers::done(stage), (turn + stage - 1) & 1);
+      load(next, stage * a.stage_bytes);
+      arrive_after_copies(Barriers::full(stage));
+    }
+  } else {
+    if (copier.dedicated) {
+      clear(first_end, end, copier.workers());
+      copier.finish(1);
+    } else if (first < last) {
+      load(first, 0);
+    }
+    for (int now = first; now < last; ++now) {
+      const int turn = (now - first) / kStages, stage = (now - first) % kStages;
+      if (copier.dedicated) {
+        wait(Barriers::full(stage), turn & 1);
+      } else {
+        wait_copies<0>();
+        __syncthreads();
+        if (now + 1 < last) load(now + 1, (kStages - 1 - stage) * a.stage_bytes);
+      }
+      const Step s = step_of(a, now);
+      const int tiles = filter < filters ? (s.rows + kRows - 1) / kRows * a.strips : 0;
+      sums.place(a, stage * a.stage_bytes, channel, filter);
+      for (int tile = first_tile; tile < tiles; tile += a.share) {
+        uint32_t segment = tile;
+        const int strip = static_cast<int>(a.by_strips.split(segment));
+        sums.add(a, s, strip, static_cast<int>(segment) * kRows);
+      }
+      if (copier.dedicated) copier.finish(stage);
     }
   }
   __syncthreads();
-  sums.put(kHead + warp * Sums::kBytes);
+  if (copier.is_worker() && filter < filters) sums.put(kHead + warp * Sums::kBytes);
   __syncthreads();
+  if (cluster) meet_cluster();
 
-  const int taps = a.kernel_h * a.kernel_w, slots = taps + (a.grad_bias != nullptr), turns = (slots + 31) / 32;
+  const auto place_of = [&](int split, int filter, int slot) {
+    return a.totals + 4 * ((split * filters + filter) * slots + slot);
+  };
   for (int turn = warp; turn < filters * turns; turn += blockDim.x / 32) {
     const int filter = turn / turns, slot = turn % turns * 32 + lane;
     float total = 0;
@@ -345,13 +380,25 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 3) padded_grad_weight_nchw(con
       else if (slot < slots)
         total += shared<float>(place + Sums::kBiasAt);
     }
-    if (slot < slots) store<T>(a, first_filter + filter, split, slot, total);
     uint32_t again = __ballot_sync(~0u, slot < taps && !is_finite(total));
     for (; again; again &= again - 1) {
       const int which = turn % turns * 32 + __ffs(again) - 1;
       const float exact = sum_by_products<T>(a, first_filter + filter, first, last, which);
-      if (slot == which) store<T>(a, first_filter + filter, split, slot, exact);
+      if (slot == which) total = exact;
     }
+    if (slot >= slots) continue;
+    if (cluster)
+      send_to_first(place_of(split, filter, slot), total, kTotalsBarrier);
+    else
+      store<T>(a, first_filter + filter, split, slot, total);
+  }
+  if (!cluster || split > 0) return;
+  wait(kTotalsBarrier, 0);
+  for (int at = threadIdx.x; at < filters * slots; at += blockDim.x) {
+    const int filter = at / slots, slot = at % slots;
+    float total = 0;
+    for (int part = 0; part < a.splits; ++part) total += shared<float>(place_of(part, filter, slot));
+    store<T>(a, first_filter + filter, 0, slot, total);
   }
 }
 
@@ -375,9 +422,10 @@ int splits_for(int64_t groups, int64_t steps, int64_t slots) {
 int64_t lay_out(Padded& a, bool whole, const Device& device) {
   const int extent_h = (a.kernel_h - 1) * a.dilation_h + 1, extent_w = (a.kernel_w - 1) * a.dilation_w + 1;
   a.strips = whole ? 1 : static_cast<int>(ceil_div(a.out_width, kColumns));
-  // Behind a row there are as many zeros as windows reach beside it: those before it are behind the row before.
-  const int64_t reach = std::max<int64_t>(
-      {a.width + a.padding_w, (a.out_width - 1) * a.stride + extent_w - a.padding_w, a.strips * kColumns * a.stride});
+  // Between rows there are as many zeros as windows reach beside them.
+  const int64_t reach =
+      std::max<int64_t>({a.width + std::max(a.padding_w, a.source.shift / 2),
+                         (a.out_width - 1) * a.stride + extent_w - a.padding_w, a.strips * kColumns * a.stride});
   a.source.row_pitch = static_cast<int>(2 * (whole ? 2 * kColumns : round_up(reach, kColumns)));
   a.grad.row_pitch = 2 * (whole ? 2 : a.strips) * kColumns;
   const auto stage = [&](int filters, int64_t source_rows, int64_t rows) {
@@ -431,11 +479,11 @@ int64_t lay_out(Padded& a, bool whole, const Device& device) {
 }
 
 template <typename T, class Sums>
-void launch(const Problem& p, Padded a, int64_t room, const Device& device, const Allocate& allocate,
+void launch(const Problem& p, Padded a, int64_t room, bool clusters, const Device& device, const Allocate& allocate,
             cudaStream_t stream) {
   const auto kernel = padded_grad_weight_nchw<T, Sums>;
-  const int threads = 32 * a.share * a.block_filters;
-  const int64_t bytes = std::max<int64_t>(room, kHead + a.share * a.block_filters * Sums::kBytes);
+  const int warps = a.share * a.block_filters, threads = 32 * (warps + (a.loader ? 1 : 0));
+  const int64_t bytes = std::max<int64_t>(room, kHead + warps * Sums::kBytes);
   const int64_t steps = ceil_div(a.images, kImages) * a.bands;
   static thread_local Decisions<5, int> decisions;
   a.splits = decisions({device.id, steps, a.groups, threads, bytes}, [&] {
@@ -444,11 +492,17 @@ void launch(const Problem& p, Padded a, int64_t room, const Device& device, cons
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, bytes);
     return splits_for(a.groups, steps, int64_t{std::max(resident, 1)} * device.multiprocessors);
   });
-  const int64_t sums = (p.taps() + (p.bias != nullptr)) * p.filters();
-  if (a.splits > 1) a.partial = static_cast<float*>(allocate(a.splits * sums * int64_t{sizeof(float)}));
-  launch_early(kernel, a, int64_t{a.groups} * a.splits, threads, stream, {.shared_bytes = bytes});
+  const int64_t slots = p.taps() + (p.bias != nullptr), totals = 4 * a.splits * a.block_filters * slots;
+  const bool cluster = clusters && a.splits == 2 && can_overlap(kernel) && bytes + totals <= device.shared_per_block;
+  if (cluster)
+    a.totals = static_cast<int>(bytes);
+  else if (a.splits > 1)
+    a.partial = static_cast<float*>(allocate(a.splits * slots * p.filters() * int64_t{sizeof(float)}));
+  launch_early(kernel, a, int64_t{a.groups} * a.splits, threads, stream,
+               {.cluster = cluster ? a.splits : 1, .shared_bytes = bytes + (cluster ? totals : 0)});
   check_launch("padded_grad_weight_nchw");
-  if (a.splits > 1) launch_add_partial_sums<T>(p, a.partial, a.splits, can_overlap(add_partial_sums<T>), stream);
+  if (a.partial != nullptr)
+    launch_add_partial_sums<T>(p, a.partial, a.splits, can_overlap(add_partial_sums<T>), stream);
 }
 
 // The most bytes that all rows are whole pieces of, or 0.
@@ -460,15 +514,19 @@ int piece_of(const View& view, int64_t images, int64_t row_bytes) {
   return 0;
 }
 
+void set_piece(PaddedRows& v, int piece) {
+  v.piece = piece, v.by_pieces = Divider(v.row_bytes / piece);
+}
+
 }  // namespace
 
-bool launch_padded_grad_weight_nchw(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
+bool launch_padded_grad_weight_nchw(const Problem& p, bool clusters, const Allocate& allocate, cudaStream_t stream) {
   Padded a{};
   const auto arrange = [&](PaddedRows& v, const View& view, int64_t height, int64_t width) {
     v.base = static_cast<const char*>(view.data), v.image_bytes = 2 * view.stride[0];
     v.height = static_cast<int>(height), v.row_bytes = static_cast<int>(2 * width);
     v.piece = piece_of(view, p.batch, v.row_bytes);
-    while (v.piece > 0 && v.lanes_log < 5 && v.piece << v.lanes_log < v.row_bytes) ++v.lanes_log;
+    if (v.piece > 0) set_piece(v, v.piece);
     return v.piece > 0;
   };
   if (!arrange(a.source, p.input, p.height, p.width) || !arrange(a.grad, p.output, p.out_height, p.out_width))
@@ -485,9 +543,22 @@ bool launch_padded_grad_weight_nchw(const Problem& p, const Allocate& allocate, 
   const bool column = a.kernel_w == 1 && a.stride == 1;  // so nothing is beside a row
   const bool whole = !column && a.stride == 1 && std::max(a.width, a.out_width) <= 2 * kColumns;
   const int rows = (a.kernel_h - 1) * a.dilation_h + 1;
-  // Kernels of 4 and 5 rows are faster from rows as they lie: they multiply half as much there (16 columns of the input
-  // at once, not 24), and load whole planes by single copies.
+  // Kernels of 4 and 5 rows are faster from rows as they lie, of whole planes that single copies load.
   if (!column && a.stride == 1 && (rows == 4 || rows == 5)) return false;
+  const int columns = (a.kernel_w - 1) * a.dilation_w + 1;
+  a.window = column ? 0 : kColumns - a.padding_w;
+  if (!column && !whole && a.stride == 1) {
+    // As many zeros before a row as padding, or some more, so that rows can be copied in their pieces, or smaller ones.
+    int shift = static_cast<int>(round_up(a.padding_w, std::min(a.source.piece, 8) / 2));
+    if (shift - a.padding_w + columns - 1 > kColumns)
+      shift = static_cast<int>(round_up(a.padding_w, 2)), set_piece(a.source, 4);
+    else
+      set_piece(a.source, std::min(a.source.piece, 8));
+    if (shift - a.padding_w + columns - 1 > kColumns) return false;
+    a.source.shift = 2 * shift, a.window = shift - a.padding_w;
+  }
+  // A warp does all the loading, unless there are too many pieces for one, as where they are of 4 bytes.
+  a.loader = device.capability >= 80 && !whole && std::min(a.source.piece, a.grad.piece) > 4;
   const int64_t room = lay_out(a, whole, device);
   if (room == 0) return false;
   visit_dtype(p.dtype, [&](auto zero) {
@@ -496,13 +567,15 @@ bool launch_padded_grad_weight_nchw(const Problem& p, const Allocate& allocate, 
       const auto go = [&](auto kernel_h) {
         constexpr int kKernelH = decltype(kernel_h)::value;
         if constexpr (kKernelH < 9)  // as far as strides are claimed
-          if (a.stride == 2) return launch<T, Sums<T, kKernelH, 2, false>>(p, a, room, device, allocate, stream);
+          if (a.stride == 2)
+            return launch<T, Sums<T, kKernelH, 2, false>>(p, a, room, clusters, device, allocate, stream);
         if constexpr (kKernelH != 5) {
-          if (whole) return launch<T, Sums<T, kKernelH, 1, true>>(p, a, room, device, allocate, stream);
-          launch<T, Sums<T, kKernelH, 1, false>>(p, a, room, device, allocate, stream);
+          if (whole) return launch<T, Sums<T, kKernelH, 1, true>>(p, a, room, clusters, device, allocate, stream);
+          launch<T, Sums<T, kKernelH, 1, false>>(p, a, room, clusters, device, allocate, stream);
         }
       };
-      if (column) return launch<T, Sums<T, kMaxColumnRows, 1, false, true>>(p, a, room, device, allocate, stream);
+      if (column)
+        return launch<T, Sums<T, kMaxColumnRows, 1, false, true>>(p, a, room, clusters, device, allocate, stream);
       if (rows <= 3) return go(std::integral_constant<int, 3>{});
       if (rows <= 5) return go(std::integral_constant<int, 5>{});
       if (rows <= 7) return go(std::integral_constant<int, 7>{});

@@ -6,6 +6,8 @@
 namespace dwconv {
 
 // Returns whether it serves the problem, of those that are claimed.
-bool launch_padded_grad_weight_nchw(const Problem& problem, const Allocate& allocate, cudaStream_t stream);
+// `clusters`: whether blocks may form clusters, where there are some.
+bool launch_padded_grad_weight_nchw(const Problem& problem, bool clusters, const Allocate& allocate,
+                                    cudaStream_t stream);
 
 }  // namespace dwconv
