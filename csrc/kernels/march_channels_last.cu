@@ -44,7 +44,11 @@ struct March {
   int group;  // source rows that are loaded together
   int slot_bytes, ring_bytes;
   int stage_bytes;  // behind the ring, for the outputs of a warp
-  int workers;      // blocks that share the rows of a slab and a span
+  // Weights that lie side by side may come by a bulk copy, behind all that: the first of them in memory, and bytes of a
+  // block's.
+  const char* taps;
+  int taps_bytes;
+  int workers;  // blocks that share the rows of a slab and a span
   Shares shares;
   bool bulk;   // whether rows come by bulk copies
   bool pairs;  // whether a thread may own two channels
@@ -58,6 +62,8 @@ struct March {
 
 constexpr int kGroups = Barriers::kStages;  // of rows in the ring: one to work on, the others on their way
 constexpr int kRing = 128;                  // offset of the ring, behind the barriers
+constexpr int kTapsBarrier = 64;            // offset of the one for weights
+static_assert(kTapsBarrier >= 16 * Barriers::kStages);
 
 // Rows of units [begin, end) of all images, as far as they are of one image.
 template <class Tile>
@@ -157,15 +163,26 @@ struct Tile {
   static constexpr int kColumns = (kStrip - 1) * kStep + kExtentW;  // of the source, for a strip
   static constexpr int kRowsPerStep = kStep * kDilation;
 
-  static constexpr bool kBulk = kChannels == 2 || kFan == 2 || kKernelH > 3;  // whether it is compiled for bulk copies
+  static constexpr bool kBulk = kChannels >= 2 || kFan == 2 || kKernelH > 3;  // whether it is compiled for bulk copies
+  // Whether rows of pixels that fit no units of 16 bytes may come so, too.
+  static constexpr bool kBulkJoined = kBulk && (kChannels == 3 || (kKernelH == 5 && kStride == 1 && kFan == 1));
+  // Whether weights may come by bulk copies: it pays where there are many.
+  static constexpr bool kBulkTaps = kBulk && kKernelH * kKernelW >= 25;
   // Whether outputs leave by bulk copies where rows come by them: it pays where there are four times as many.
   static constexpr bool kLeaves = kSpread && kChannels == 2;
+  // Whether sums that are never stored are left out: where a row has many taps, and they are not the few of a band.
+  static constexpr bool kSkips = !kSpread && kStride == 1 && kKernelH >= 5 && kKernelW >= 5;
   // As many threads as registers allow.
   static constexpr int kRegisters = kDilation * (kSpread ? kKernelH : kLive) * kPair * kStrip * kChannels +
                                     kKernelH * kKernelW * kChannels * kFan + kColumns * kChannels + 16 + 16 * kFan;
   static constexpr int kThreads = std::min(65536 / kRegisters, 1024) / 128 * 128;
   static constexpr int kBlocks = kThreads > 512 ? 2 : 1;
   static constexpr int kMaxThreads = kThreads / kBlocks;
+  // Threads that load nothing need some 16 registers less.
+  static constexpr int kBulkThreads = kBlocks > 1 ? kMaxThreads : std::min(65536 / (kRegisters - 16), 512) / 128 * 128;
+  // Whether bulk copies are begun by a warp that does nothing else. Of a few warps none can be spared: then the first
+  // one begins them.
+  static constexpr int kLoading = kFan == 2 && kBulkThreads <= 256 ? 0 : 32;
 };
 
 // Neighbouring channels of a pixel in shared memory.
@@ -312,21 +329,23 @@ __device__ inline void store_row(const March& a, char* to, int from, int pitch, 
 __device__ inline void init_barriers(int warps) {
   if (threadIdx.x % 32 == 0)
     for (int i = 0; i < kGroups; ++i) init_barrier(Barriers::full(i), 1), init_barrier(Barriers::done(i), warps);
+  if (threadIdx.x % 32 == 0) init_barrier(kTapsBarrier, 1);
   before_bulk_copies();
   __syncwarp();
 }
 
-// kBulk: rows come by bulk copies, which the last warp begins. The others then wait for each other only where rows of
-// outputs leave by bulk copies, too.
+// kBulk: rows come by bulk copies, which the last warp begins, or the first one (see Tile::kLoading). The others then
+// wait for each other only where rows of outputs leave by bulk copies, too.
 template <typename T, class Tile, bool kBulk>
-__global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
+__global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads, Tile::kBlocks)
     march_channels_last(const __grid_constant__ March a) {
 #if __CUDA_ARCH__ < 900
   if constexpr (kBulk) return;
 #endif
   constexpr int kChannels = Tile::kChannels, kFan = Tile::kFan, kStrip = Tile::kStrip, kLive = Tile::kLive;
   constexpr int kPair = Tile::kPair, kStep = Tile::kStep, kDilation = Tile::kDilation;
-  constexpr int kSize = sizeof(T), kWidth = kStrip * kPair;
+  constexpr bool kStages = !kBulk || kChannels == 3;  // whether outputs of a warp may go by way of shared memory
+  constexpr int kSize = sizeof(T), kWidth = kStrip * kPair, kTaps = Tile::kKernelH * Tile::kKernelW;
 
   uint32_t worker = blockIdx.x, strip = a.warp_strips ? threadIdx.x % 32 : threadIdx.x;
   const int slab = a.by_slabs.split(worker) * a.lanes;
@@ -353,23 +372,49 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
   const int source_column = first_column * kStep - a.lead_w;
 
   const int warps = (a.threads + 31) / 32;  // without the one that loads
+  const int taps_at = kRing + a.ring_bytes + 2 * a.row_bytes;
   Feed<Tile, std::conditional_t<kBulk, BulkLoader, RowLoader>> feed(a, slab_channel * kSize, source_column, begin, end);
+  const bool loads = kBulk && (Tile::kLoading > 0 ? threadIdx.x >= 32 * warps : threadIdx.x < 32);
+  const auto load_taps = [&] {
+    if (!Tile::kBulkTaps || a.taps_bytes == 0) return;
+    const int first = slab * kChannels * kFan * kTaps * kSize;
+    const int bytes = min(a.taps_bytes, a.filters * kFan * kTaps * kSize - first), whole = bytes & -kUnit;
+    const int lane = threadIdx.x % 32;
+    if (const int rest = whole + 2 * lane; rest < bytes)
+      shared<uint16_t>(taps_at + rest) = *reinterpret_cast<const uint16_t*>(a.taps + first + rest);
+    __syncwarp();
+    if (lane == 0) {
+      expect_bytes(kTapsBarrier, whole);
+      if (whole > 0) copy_bulk(shared_address(taps_at), a.taps + first, whole, kTapsBarrier);
+      arrive(kTapsBarrier);
+    }
+    __syncwarp();
+  };
+  // Loads a group of rows, if there are more.
+  const auto load_group = [&](uint32_t i) {
+    if (!feed.find(a)) return false;
+    const int stage = i % kGroups;
+    if (i >= kGroups) wait(Barriers::done(stage), (i / kGroups - 1) % 2);
+    if constexpr (kBulk) feed.load(a, Barriers::full(stage));
+    if (threadIdx.x % 32 == 0) arrive(Barriers::full(stage));
+    return true;
+  };
   if constexpr (kBulk) {
-    if (threadIdx.x >= 32 * warps) {
+    if (loads) {
       init_barriers(warps);
-      arrive_warps(blockDim.x);
+      if (Tile::kLoading > 0) arrive_warps(blockDim.x);
       feed.find(a);
       settle_and_wait_for_kernel_before(a.group);
       let_next_kernel_start();
-      for (uint32_t i = 0; feed.find(a); ++i) {
-        const int stage = i % kGroups;
-        if (i >= kGroups) wait(Barriers::done(stage), (i / kGroups - 1) % 2);
-        feed.load(a, Barriers::full(stage));
-        if (threadIdx.x % 32 == 0) arrive(Barriers::full(stage));
+      load_taps();
+      if (Tile::kLoading > 0) {
+        for (uint32_t i = 0; load_group(i);) ++i;
+        return;
       }
-      return;
+      load_group(0), load_group(1);
     }
-    clear_columns(a.source, source_column, a.width, kRing, a.slot_bytes, a.ring_bytes, 32 * warps);
+    if (!a.source.joined)
+      clear_columns(a.source, source_column, a.width, kRing, a.slot_bytes, a.ring_bytes, 32 * warps);
     sync_warps(blockDim.x);
     wait_for_kernel_before();
     let_next_kernel_start();
@@ -389,19 +434,34 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
   float weight[kFan * kChannels][Tile::kKernelH][Tile::kKernelW] = {};
   float bias[kChannels] = {};
   bool finite = true;  // then a product with a zero is a zero
-  if (live) {
-    float zero = 0;
+  const auto take_weights = [&](auto&& tap) {
 #pragma unroll
-    for (int c = 0; c < kFan * kChannels; ++c) {
-      const T* taps = static_cast<const T*>(a.weight) + (filter * kFan + c) * a.weight_filter;
+    for (int c = 0; c < kFan * kChannels; ++c)
 #pragma unroll
       for (int i = 0; i < Tile::kKernelH; ++i)
 #pragma unroll
-        for (int j = 0; j < Tile::kKernelW; ++j) {
-          weight[c][i][j] = widen(taps[i * a.weight_row + j * a.weight_column]);
-          zero = fmaf(weight[c][i][j], 0.f, zero);
-        }
+        for (int j = 0; j < Tile::kKernelW; ++j) weight[c][i][j] = widen(tap(c, i, j));
+  };
+  const bool bulk_taps = kBulk && Tile::kBulkTaps && a.taps_bytes > 0;
+  if (bulk_taps) wait(kTapsBarrier, 0);
+  if (live) {
+    if (bulk_taps) {
+      const bool backwards = a.weight_column < 0;
+      const T* first = &shared<T>(taps_at) + lane * kChannels * kFan * kTaps + (backwards ? kTaps - 1 : 0);
+      const int step = backwards ? -1 : 1;
+      take_weights([&](int c, int i, int j) { return first[c * kTaps + (i * Tile::kKernelW + j) * step]; });
+    } else {
+      const T* first = static_cast<const T*>(a.weight) + filter * kFan * a.weight_filter;
+      take_weights(
+          [&](int c, int i, int j) { return first[c * a.weight_filter + i * a.weight_row + j * a.weight_column]; });
     }
+    float zero = 0;
+#pragma unroll
+    for (int c = 0; c < kFan * kChannels; ++c)
+#pragma unroll
+      for (int i = 0; i < Tile::kKernelH; ++i)
+#pragma unroll
+        for (int j = 0; j < Tile::kKernelW; ++j) zero = fmaf(weight[c][i][j], 0.f, zero);
     finite = zero == 0.f;
     if (a.bias)
 #pragma unroll
@@ -417,6 +477,14 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
   constexpr int kSets = Tile::kSpread ? 2 : kDilation;
   float sum[kSets][kLive][kWidth][kChannels] = {};
   const auto begins = [&](int c) { return Tile::kSpread ? 0.f : bias[c]; };
+  const auto clear = [&](int set) {
+#pragma unroll
+    for (int o = 0; o < kLive; ++o)
+#pragma unroll
+      for (int v = 0; v < kWidth; ++v)
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) sum[set][o][v][c] = begins(c);
+  };
   const auto roll = [&](int set) {
 #pragma unroll
     for (int o = 0; o < kLive; ++o)
@@ -434,8 +502,8 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
   const int column = first_column + static_cast<int>(strip) * kStrip;
   const int x0 = column * kStep - a.lead_w;        // where the strip begins in the source
   const int target_x = column * kPair - a.skew_w;  // and in the target
-  const bool inner =
-      kBulk || !a.source.joined || (x0 >= 0 && x0 + Tile::kColumns <= a.width);  // or else it has to mask
+  const bool inner = (kBulk && !Tile::kBulkJoined) || !a.source.joined ||
+                     (x0 >= 0 && x0 + Tile::kColumns <= a.width);  // or else it has to mask
   const bool whole = live && target_x >= 0 && target_x + kWidth <= a.target_width;
   // Rows of outputs that leave together, as far as they lie inside the image.
   const int row_pitch = a.lanes * kChannels * kSize;
@@ -452,9 +520,9 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
   for (int at = begin; at < end;) {
     const Run t = run_of<Tile>(a, at, end);
     const int count = t.end - t.begin;
-    char* to = a.target +
-               (t.image * a.target_image_bytes + (t.begin * kPair - a.skew_h) * a.target_row_bytes +
-                static_cast<int64_t>(target_x) * a.target_pixel_bytes + (!kBulk && a.warp_strips ? 0 : filter * kSize));
+    char* to = a.target + (t.image * a.target_image_bytes + (t.begin * kPair - a.skew_h) * a.target_row_bytes +
+                           static_cast<int64_t>(target_x) * a.target_pixel_bytes +
+                           (kStages && a.warp_strips ? 0 : filter * kSize));
 
     const auto store = [&](int y, const float (&values)[kWidth][kChannels]) {
       char* pixel = to;
@@ -473,7 +541,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
         buffer = buffer == kRing + a.ring_bytes ? buffer + a.row_bytes : kRing + a.ring_bytes;
         return;
       }
-      if (!kBulk && a.warp_strips) {
+      if (kStages && a.warp_strips) {
         store_staged<T, Tile>(a, pixel, target_x, live, values);
       } else if (whole) {
 #pragma unroll
@@ -486,18 +554,26 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
       }
     };
 
-    int row = t.begin * kStep - a.lead_h;
-    for (int done = -(kLive - 1) * kDilation; done < count; done += kDilation) {
+    // Rows above the image leave the sums as they begin, and there are outputs to store when all are under way.
+    const int first_row = t.begin * kStep - a.lead_h;
+    const int above = min((t.row - first_row) / Tile::kRowsPerStep, kLive - 1);
+    if (above > 0)
 #pragma unroll
-      for (int u = 0; u < Tile::kRowsPerStep; ++u, ++row) {
+      for (int set = 0; set < kSets; ++set) clear(set);
+    // Rows outside, then inside the image: numbers that change are not worked out again for every row.
+    int outside = t.row - first_row - above * Tile::kRowsPerStep, inside = t.row_end - t.row;
+    for (int done = (above - (kLive - 1)) * kDilation; done < count; done += kDilation) {
+#pragma unroll
+      for (int u = 0; u < Tile::kRowsPerStep; ++u) {
         const int set = kStep == 1 ? u : 0;  // not spread
-        if (row >= t.row && row < t.row_end) {
+        if (outside == 0 && inside > 0) {
           if (fresh == 0) {
             if constexpr (kBulk) {
               __syncwarp();
               if (groups > 0 && threadIdx.x % 32 == 0) arrive(Barriers::done((groups - 1) % kGroups));
               wait(Barriers::full(groups % kGroups), groups / kGroups % 2);
               ++groups;
+              if (Tile::kLoading == 0 && loads) load_group(groups + 1);
             } else {
               wait_copies<kGroups - 2>();
               __syncthreads();
@@ -508,16 +584,21 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
           }
           --fresh;
           int from = kRing + slot + place;
-          if (!kBulk && a.source.joined)
+          if ((!kBulk || Tile::kBulkJoined) && a.source.joined)
             from += phase_of(a.source, static_cast<uint32_t>(reinterpret_cast<uintptr_t>(a.source.base)) +
                                            t.image * static_cast<uint32_t>(a.source.image_bytes) +
-                                           row * static_cast<uint32_t>(a.source.row_bytes) +
+                                           (t.row_end - inside) * static_cast<uint32_t>(a.source.row_bytes) +
                                            source_column * a.source.pixel_bytes);
+          --inside;
           slot += a.slot_bytes;
           if (slot == a.ring_bytes) slot = 0;
-#pragma unroll
-          for (int q = 0; q < kFan; ++q) {
-            float x[Tile::kColumns][kChannels];
+          // The row of units whose sums are the oldest, and whether those of others are ever stored.
+          const int oldest = done + (kStep == 1 ? u : 0);
+          const auto wanted = [&](int o) {
+            return static_cast<uint32_t>(oldest + o * kDilation) < static_cast<uint32_t>(count);
+          };
+          const bool all_wanted = !Tile::kSkips || (wanted(0) && wanted(kLive - 1));
+          const auto read = [&](int q, float (&x)[Tile::kColumns][kChannels]) {
             bool have = false;
             if constexpr (kChannels == 3)
               if (a.fours) read_fours<T>(from, x), have = true;
@@ -537,7 +618,11 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
                 if (static_cast<uint32_t>(x0 + j) >= static_cast<uint32_t>(a.width))
 #pragma unroll
                   for (int c = 0; c < kChannels; ++c) x[j][c] = 0;
-            const auto add = [&](int s, int o, int v, int i, int j, int at, bool first) {
+          };
+#pragma unroll
+          for (int q = 0; q < kFan; ++q) {
+            const auto add = [&](const float (&x)[Tile::kColumns][kChannels], int s, int o, int v, int i, int j, int at,
+                                 bool first) {
 #pragma unroll
               for (int c = 0; c < kChannels; ++c) {
                 const bool youngest = Tile::kSpread ? i + 2 >= Tile::kKernelH : o + 1 == kLive;
@@ -545,30 +630,47 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
                 sum[s][o][v][c] = fmaf(x[at][c], weight[kFan > 1 ? q : c][i][j], before);
               }
             };
-            if constexpr (Tile::kSpread) {
+            // A column of taps in a row of units under way.
+            const auto add_column = [&](const float (&x)[Tile::kColumns][kChannels], int o, int j) {
+              const int i = (kLive - 1 - o) * kStep + (kStep == 1 ? 0 : u);
+              if (i >= Tile::kKernelH) return;
 #pragma unroll
-              for (int j = 0; j < Tile::kKernelW; ++j)
+              for (int v = 0; v < kStrip; ++v)
+                add(x, set, o, v, i, j, v * kStep + j * kDilation, j == 0 && (kStep == 1 || u == 0));
+            };
+            if (all_wanted) {
+              float x[Tile::kColumns][kChannels];
+              read(q, x);
+              if constexpr (Tile::kSpread) {
 #pragma unroll
-                for (int i = 0; i < Tile::kKernelH; ++i)
+                for (int j = 0; j < Tile::kKernelW; ++j)
 #pragma unroll
-                  for (int v = 0; v < kStrip; ++v)
-                    add(i % 2, i / 2, 2 * v + j % 2, i, j, v + (Tile::kExtentW - 1) - j / 2, j < 2);
-            } else {
+                  for (int i = 0; i < Tile::kKernelH; ++i)
 #pragma unroll
-              for (int j = 0; j < Tile::kKernelW; ++j)
+                    for (int v = 0; v < kStrip; ++v)
+                      add(x, i % 2, i / 2, 2 * v + j % 2, i, j, v + (Tile::kExtentW - 1) - j / 2, j < 2);
+              } else {
 #pragma unroll
-                for (int o = 0; o < kLive; ++o) {
-                  const int i = (kLive - 1 - o) * kStep + (kStep == 1 ? 0 : u);
-                  if (i >= Tile::kKernelH) continue;
+                for (int j = 0; j < Tile::kKernelW; ++j)
 #pragma unroll
-                  for (int v = 0; v < kStrip; ++v)
-                    add(set, o, v, i, j, v * kStep + j * kDilation, j == 0 && (kStep == 1 || u == 0));
-                }
+                  for (int o = 0; o < kLive; ++o) add_column(x, o, j);
+              }
+            } else if constexpr (Tile::kSkips) {
+              float x[Tile::kColumns][kChannels];
+              read(q, x);
+#pragma unroll
+              for (int o = 0; o < kLive; ++o)
+                if (wanted(o))
+#pragma unroll
+                  for (int j = 0; j < Tile::kKernelW; ++j) add_column(x, o, j);
             }
           }
-        } else if (kStep == 1 || u == 0) {
-          roll(set);
-          if (Tile::kSpread) roll(1);
+        } else {
+          outside -= outside > 0;
+          if (kStep == 1 || u == 0) {
+            roll(set);
+            if (Tile::kSpread) roll(1);
+          }
         }
         if (kStep > 1 && u > 0) continue;
         if (done + u < 0 || done + u >= count) continue;
@@ -597,9 +699,10 @@ struct Cut {
 // What there is to know of a class of tiles.
 struct TileSize {
   int kernel_h, kernel_w, channels, fan, pair, step, strip, live, extent_h, extent_w;
-  int threads_per_block;
-  bool leaves;
-  int registers[2] = {128, 128};  // of a thread, where rows come without bulk copies and with them
+  bool leaves, skips, bulk_joined;
+  int loading;                    // threads for that alone where rows come by bulk copies
+  int threads_per_block[2];       // at most, where rows come without bulk copies and with them
+  int registers[2] = {128, 128};  // of a thread
 };
 
 // Fills in how rows are shared.
@@ -624,31 +727,34 @@ void apply(March& a, const Cut& cut, const TileSize& tile, int64_t element) {
              a.threads);
   // A bulk copy of less than some 500 bytes takes longer than its bytes do.
   const auto pays = [](int64_t bytes, int64_t pixel) { return bytes == pixel || bytes >= 512; };
-  a.bulk = a.bulk && a.source.unit == kUnit && pays(a.source.slab_bytes, a.source.pixel_bytes);
+  a.bulk = a.bulk && (a.source.joined ? tile.bulk_joined
+                                      : a.source.unit == kUnit && pays(a.source.slab_bytes, a.source.pixel_bytes));
   a.slot_bytes = a.source.ring_row_bytes(), a.ring_bytes = kGroups * cut.group * a.slot_bytes;
   const int row_bytes = static_cast<int>(round_up(cut.strips * tile.strip * tile.pair * pixel_bytes, kUnit));
   const bool leaves = tile.leaves && a.bulk && a.wide && pixel_bytes % kUnit == 0 && pays(part, a.target_pixel_bytes);
   a.row_bytes = leaves ? row_bytes : 0;
   if (leaves) a.warp_strips = 0, a.threads = cut.lanes * cut.strips;
-  a.bulk = a.bulk && a.warp_strips == 0;
+  a.bulk = a.bulk && (a.warp_strips == 0 || (tile.channels == 3 && a.source.joined));
   a.stage_bytes = static_cast<int>(round_up(a.warp_strips * tile.strip * tile.pair * pixel_bytes, kUnit));
 }
 
 // Threads of a block, and bytes of shared memory.
-int threads_of(const March& a) {
-  return a.bulk ? static_cast<int>(round_up(a.threads, 32)) + 32 : a.threads;
+int threads_of(const March& a, const TileSize& tile) {
+  return a.bulk ? static_cast<int>(round_up(a.threads, 32)) + tile.loading : a.threads;
 }
 int shared_bytes(const March& a) {
-  return kRing + a.ring_bytes + a.threads / 32 * a.stage_bytes + 2 * a.row_bytes;
+  return kRing + a.ring_bytes + a.threads / 32 * a.stage_bytes + 2 * a.row_bytes + a.taps_bytes;
 }
 
 // Blocks that fit a multiprocessor, none if a cut is not possible.
 int64_t resident_blocks(const March& a, const TileSize& tile, const Device& d) {
-  if (threads_of(a) > tile.threads_per_block || shared_bytes(a) > d.shared_per_block) return 0;
+  if (threads_of(a, tile) > tile.threads_per_block[a.bulk] || shared_bytes(a) > d.shared_per_block) return 0;
   if (!a.bulk && !a.source.joined && a.source.units > a.threads) return 0;
-  const int64_t threads = round_up(threads_of(a), 32), registers = round_up(tile.registers[a.bulk], 8);
-  return std::min<int64_t>(
-      {d.shared_per_multiprocessor / (shared_bytes(a) + 1024), (64 << 10) / (registers * threads), 2048 / threads, 32});
+  // Each scheduler has the registers of whole warps. The estimate of the other tiles was fitted without that.
+  const int64_t warps = ceil_div(threads_of(a, tile), 32), registers = round_up(tile.registers[a.bulk], 8);
+  const bool schedulers = tile.skips || tile.loading == 0;
+  const int64_t most = schedulers ? 4 * ((16 << 10) / (32 * registers)) : (64 << 10) / (32 * registers);
+  return std::min<int64_t>({d.shared_per_multiprocessor / (shared_bytes(a) + 1024), most / warps, 64 / warps, 32});
 }
 
 // Calls visit(Deal) with the ways to share rows, where `resident` blocks fit a multiprocessor: as many even shares as
@@ -668,6 +774,7 @@ void for_each_deal(const March& a, const TileSize& tile, int64_t resident, const
 // What a block has to do that has the largest share of the rows.
 struct Work {
   double rows, rolls;         // that are multiplied, and that are not; counted as units
+  double units;               // of the target
   double source_rows, again;  // that are loaded; and more of them, which another share loads, too
 };
 
@@ -680,7 +787,7 @@ Work work_of(const March& a, const TileSize& tile) {
   const double images = aligned ? std::max(units / a.units, 1.) : units / a.units + 1;
   const double most = std::max(images, units / a.units) * a.height, own = std::min(units * tile.step, most);
   const double again = std::min(units * tile.step + images * (tile.extent_h - tile.step), most) - own;
-  return {units + again / tile.step, images * (tile.live - 1), own, again};
+  return {units + again / tile.step, images * (tile.live - 1), units, own, again};
 }
 
 // Estimates how long a cut takes, in nanoseconds, from what instructions, memory and latency cost. The numbers are
@@ -697,12 +804,16 @@ double time_of(const March& a, const TileSize& tile, int64_t element, int64_t re
   const double outputs = tile.strip * tile.pair * tile.pair * tile.channels;
   const double columns = (tile.strip - 1) * tile.step + tile.extent_w;
   const double load = a.bulk ? 0 : 140 + 131 * a.slot_bytes / (a.threads * (a.source.joined ? kUnit : a.source.unit));
-  const double row = tile.kernel_h * tile.kernel_w * tile.strip * tile.channels * tile.fan + tile.step * (20 + load) +
+  const double products = tile.kernel_h * tile.kernel_w * tile.strip * tile.channels * tile.fan;
+  const double row = products + tile.step * (20 + load) +
                      tile.step * tile.fan * columns * (2 + 0.57 * unpack * tile.channels) +
                      outputs / tile.channels * unpack;
   const double roll = 0.43 * tile.live * outputs + 15;
+  const double skipped = tile.skips ? 0.5 * (work.rows - work.units) * products : 0;
   const double blocks = many ? grid / multiprocessors : std::ceil(grid / multiprocessors);  // of a multiprocessor
-  const double instructions = blocks * warps * (2675 + work.rows * row + work.rolls * roll) / 9.9;
+  // Where much is multiplied, the scheduler with the most warps of a block ends last.
+  const double uneven = tile.skips ? std::ceil(warps / 4) * 4 / warps : 1;
+  const double instructions = uneven * blocks * warps * (2675 + work.rows * row + work.rolls * roll - skipped) / 9.9;
 
   const double pixel = a.source.bytes, outer = (a.by_spans.divisor - 1.) * std::max(tile.extent_w - tile.step, 0);
   const double in = pixel * a.width * work.source_rows * a.workers;
@@ -710,7 +821,8 @@ double time_of(const March& a, const TileSize& tile, int64_t element, int64_t re
       static_cast<double>(a.all_units / a.units) * a.target_height * a.target_width * a.filters * element;
   const double again = pixel * a.width * work.again * a.workers;
   const double beside = pixel * outer * (work.source_rows + work.again) * a.workers;
-  double bytes = in + out + 0.012 * again + 0.88 * beside;
+  double bytes = in + out + 0.012 * again + (tile.skips ? 0.3 : 0.88) * beside;
+  if (tile.skips && a.bulk && a.by_slabs.divisor > 1) bytes *= 1.05;  // a copy for each pixel
   if (a.by_slabs.divisor > 1 && a.source.slab_bytes < 128) bytes *= 1 + 0.1 * (128 - a.source.slab_bytes) / 128;
   const double on_the_way = std::min(grid, places) / multiprocessors * (kGroups - 1) * a.group * a.slot_bytes;
   // The more pages of memory are in use at a time, the slower it gets: blocks side by side had better be neighbours.
@@ -719,7 +831,8 @@ double time_of(const March& a, const TileSize& tile, int64_t element, int64_t re
   const double memory =
       bytes / 4217 * (1 + 0.111 * std::pow(34e3 / on_the_way, 2)) * (1 + 0.371 * pages / (pages + 37));
 
-  const double latency = waves * (3413 + (work.rows + work.rolls) * (0.98 * row + 56 + 315 / a.group) / 1.75);
+  const double latency =
+      waves * (3413 + ((work.rows + work.rolls) * (0.98 * row + 56 + 315 / a.group) - 0.98 * skipped) / 1.75);
   // Multiprocessors that all have as much to do wait for those that get the least of memory's bandwidth, and others for
   // the blocks that end last, or for each block's first rows, if there is no other block meanwhile.
   const double tail = !many ? 0 : 0.237 / waves + (resident == 1 ? 0.179 : 0);
@@ -731,7 +844,7 @@ double time_of(const March& a, const TileSize& tile, int64_t element, int64_t re
 Cut cut_for(const March& whole, const TileSize& tile, int64_t element, const Device& d) {
   const int64_t all = ceil_div(whole.filters, tile.channels);
   const int64_t strips_w = ceil_div(ceil_div(whole.target_width + whole.skew_w, tile.pair), tile.strip);
-  const int room = tile.threads_per_block - (whole.bulk ? 32 : 0);
+  const int room = tile.threads_per_block[whole.bulk] - (whole.bulk ? tile.loading : 0);
   // Slabs begin at a multiple of 16 bytes in both arrays, and with the first filter of a channel.
   const int64_t granule =
       std::lcm(std::max<int64_t>(kUnit * whole.fan_out / (element * tile.channels), 1), whole.fan_out);
@@ -767,9 +880,10 @@ Cut cut_for(const March& whole, const TileSize& tile, int64_t element, const Dev
 
 template <typename T, class Tile>
 void launch(March a, cudaStream_t stream) {
-  constexpr TileSize kTile{Tile::kKernelH, Tile::kKernelW, Tile::kChannels,   Tile::kFan,
-                           Tile::kPair,    Tile::kStep,    Tile::kStrip,      Tile::kLive,
-                           Tile::kExtentH, Tile::kExtentW, Tile::kMaxThreads, Tile::kLeaves};
+  constexpr TileSize kTile{
+      Tile::kKernelH, Tile::kKernelW, Tile::kChannels,   Tile::kFan,     Tile::kPair,
+      Tile::kStep,    Tile::kStrip,   Tile::kLive,       Tile::kExtentH, Tile::kExtentW,
+      Tile::kLeaves,  Tile::kSkips,   Tile::kBulkJoined, Tile::kLoading, {Tile::kMaxThreads, Tile::kBulkThreads}};
   const Device& device = current_device();
   const auto kernel_for = [](bool bulk) {
     return bulk ? march_channels_last<T, Tile, Tile::kBulk> : march_channels_last<T, Tile, false>;
@@ -777,6 +891,7 @@ void launch(March a, cudaStream_t stream) {
   struct Decision {
     Cut cut;
     bool bulk;
+    int registers;
   };
   static thread_local Decisions<14, Decision> decisions;
   const Decision& decision =
@@ -792,7 +907,7 @@ void launch(March a, cudaStream_t stream) {
                     // The code at hand may be of an architecture before the device's.
                     now.bulk = Tile::kBulk && device.capability >= 90 && attributes.ptxVersion >= 90;
                   }
-                  const Decision made{cut_for(now, tile, sizeof(T), device), now.bulk};
+                  const Decision made{cut_for(now, tile, sizeof(T), device), now.bulk, tile.registers[1]};
                   apply(now, made.cut, tile, sizeof(T));
                   cudaFuncSetAttribute(kernel_for(now.bulk), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                        device.shared_per_block);
@@ -800,8 +915,16 @@ void launch(March a, cudaStream_t stream) {
                 });
   a.bulk = decision.bulk;
   apply(a, decision.cut, kTile, sizeof(T));
+  if (Tile::kBulkTaps && a.bulk && a.taps) {
+    TileSize tile = kTile;
+    tile.registers[1] = decision.registers;
+    const int64_t resident = resident_blocks(a, tile, device);
+    const int filters = a.lanes * Tile::kChannels, taps = Tile::kFan * Tile::kKernelH * Tile::kKernelW;
+    a.taps_bytes = static_cast<int>(round_up(filters * taps * sizeof(T), kUnit));
+    if (resident_blocks(a, tile, device) < resident) a.taps_bytes = 0;
+  }
   const int64_t blocks = int64_t{a.by_slabs.divisor} * a.by_spans.divisor * a.workers;
-  launch_early<March>(kernel_for(a.bulk), a, blocks, threads_of(a), stream, {.shared_bytes = shared_bytes(a)});
+  launch_early<March>(kernel_for(a.bulk), a, blocks, threads_of(a, kTile), stream, {.shared_bytes = shared_bytes(a)});
   check_launch("march_channels_last");
 }
 
@@ -817,6 +940,16 @@ March march_of(const Problem& p) {
   a.target_height = map.out_height, a.target_width = map.out_width, a.filters = map.targets;
   a.weight = map.weight.data, a.weight_filter = map.weight.stride[0];
   a.weight_row = map.weight.stride[2], a.weight_column = map.weight.stride[3];
+  // Forwards, or backwards from the last one.
+  const int64_t taps = p.kernel_h * p.kernel_w;
+  const bool backwards = a.weight_column < 0;
+  const char* first = static_cast<const char*>(a.weight) - (backwards ? (taps - 1) * element : 0);
+  const bool side_by_side = a.weight_column == (backwards ? -1 : 1) && a.weight_row == p.kernel_w * a.weight_column &&
+                            a.weight_filter == taps;
+  constexpr int64_t kMost = (int64_t{1} << 31) - kUnit;  // bytes
+  if (side_by_side && reinterpret_cast<uintptr_t>(first) % kUnit == 0 &&
+      int64_t{map.targets} * map.fan_in * taps * element <= kMost)
+    a.taps = first;
   a.bias = map.bias, a.bias_stride = map.bias_stride;
   a.fan_out = map.fan_out, a.fan_in = map.fan_in;
   a.padding_h = a.lead_h = map.padding_h, a.padding_w = a.lead_w = map.padding_w;

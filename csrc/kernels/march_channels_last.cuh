@@ -135,10 +135,14 @@ class RowLoader {
   }
 };
 
-// The same by bulk copies, which a warp of its own begins: one for a pixel, or for a row of pixels without gaps.
+// The same by bulk copies, which one warp begins: one for a pixel, or for a row of pixels without gaps.
 class BulkLoader {
  public:
   __device__ BulkLoader(const Pixels& p, int slab, int first_column, int width) {
+    if (p.joined) {
+      bytes_ = p.columns * p.pitch, offset_ = static_cast<int64_t>(first_column) * p.pixel_bytes;
+      return;
+    }
     const int before = max(-first_column, 0);
     pixels_ = min(p.columns, width - first_column) - before;
     bytes_ = min(p.slab_bytes, p.bytes - slab);
@@ -153,6 +157,7 @@ class BulkLoader {
   __device__ void next(const Pixels& p) { from_ += p.row_bytes; }
 
   __device__ void load(const Pixels& p, int to, int barrier) const {
+    if (p.joined) return load_run(p, to, barrier);
     const int lane = threadIdx.x % 32;
     if (lane == 0) expect_bytes(barrier, pixels_ * bytes_);
 #pragma unroll 1
@@ -165,6 +170,23 @@ class BulkLoader {
   int pixels_, bytes_, to_;
   int64_t offset_;
   const char* from_;
+
+  // Whole units of 16 bytes of the array by a bulk copy, and what it has beyond the last one.
+  __device__ void load_run(const Pixels& p, int to, int barrier) const {
+    const auto number = [](const char* pointer) { return reinterpret_cast<uint64_t>(pointer); };
+    constexpr uint64_t kRest = kUnit - 1;
+    const int lane = threadIdx.x % 32;
+    const uint64_t begin = number(from_) & ~kRest, end = number(from_) + bytes_, last = number(p.end) & ~kRest;
+    const uint64_t low = max(begin, number(p.base)), high = min((end + kRest) & ~kRest, last);
+    if (lane == 0 && low < high) {
+      const int bytes = static_cast<int>(high - low);
+      expect_bytes(barrier, bytes);
+      copy_bulk(shared_address(to + static_cast<int>(low - begin)), reinterpret_cast<const char*>(low), bytes, barrier);
+    }
+    if (const uint64_t at = last + 2 * lane; at < min(end, number(p.end)))
+      shared<uint16_t>(to + static_cast<int>(at - begin)) = *reinterpret_cast<const uint16_t*>(at);
+    __syncwarp();
+  }
 };
 
 // What an output is by definition: `sum`, and the products of a kernel's taps with those pixels of a channel that they
