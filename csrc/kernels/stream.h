@@ -15,7 +15,7 @@ constexpr int kLeastRows = 4;  // of a chunk that is a band
 // Kernels whose rows become band matrices: how many columns these have, and what they are made from for a row. Wide are
 // those of one row.
 constexpr int kMaxBandColumns = 9, kMaxWideColumns = 17;
-constexpr int kBandRowBytes = 96, kWideRowBytes = 128, kSpreadRowBytes = 64;
+constexpr int kBandRowBytes = 96, kWideRowBytes = 128, kSpreadRowBytes = 96;
 constexpr int kChunkBytes = 128;    // what is known of the chunks under way
 constexpr int kBandHeadBytes = 16;  // before the first row: the bias
 

@@ -98,9 +98,10 @@ struct Window : TileOfThread<Window<Kernel, kSum, kRows_>> {
     const int column = min(strip * kColumns, a.out_width - kColumns);
     const int y0 = (c.row + row) * kStride - a.padding_h, x0 = column * kStride - a.padding_w;
     constexpr int kSize = sizeof(T);
+    const int corner = out + (plane * c.rows + row) * a.target.row_bytes + column * kSize;
     const auto store = [&](int r, const float (&values)[kColumns]) {
       if (r >= rows) return;
-      const int to = out + ((plane * c.rows + row + r) * a.out_width + column) * kSize;
+      const int to = corner + r * a.target.row_bytes;
 #pragma unroll
       for (int v = 0; v < kColumns; ++v) shared<T>(to + v * kSize) = narrow<T>(values[v]);
     };
@@ -116,7 +117,7 @@ struct Window : TileOfThread<Window<Kernel, kSum, kRows_>> {
         known = -1, finite = read_weight<kKernelH, kKernelW, T>(a, filter + q, weight);
       else
         know<T>(a, c.target + plane);
-      if (!finite) return tile_by_taps<T>(a, ring, c, out, plane, row, rows, column, kColumns);
+      if (!finite) return tile_by_taps<T>(a, c, corner, plane, row, rows, column, kColumns);
       const int top = ((c.group + group_of(a, plane)) * a.fan_in + q) * a.height - c.source_begin;
       RowWalk walk(ring, c.source_slot + top + y0);
 #pragma unroll
@@ -265,6 +266,7 @@ struct Spread : TileOfThread<Spread<kKernel, kOdd>> {
     const int rows = min(kRows, c.rows - row), columns = min(kColumns, a.out_width - column);
     const int y0 = (c.row + row) / 2 + a.padding_h / 2 + kLow, x0 = column / 2 + a.padding_w / 2 + kLow;
     constexpr int kSize = sizeof(T);
+    const int corner = out + (plane * c.rows + row) * a.target.row_bytes + column * kSize;
     float sum[kRows][kColumns] = {};
 
     for (int q = 0; q < a.fan_in; ++q) {
@@ -272,7 +274,7 @@ struct Spread : TileOfThread<Spread<kKernel, kOdd>> {
         known = -1, finite = read_weight<kKernel, kKernel, T>(a, filter + q, weight);
       else
         know<T>(a, c.target + plane);
-      if (!finite) return tile_by_taps<T>(a, ring, c, out, plane, row, rows, column, columns);
+      if (!finite) return tile_by_taps<T>(a, c, corner, plane, row, rows, column, columns);
       const int top = ((c.group + group_of(a, plane)) * a.fan_in + q) * a.height - c.source_begin;
       RowWalk walk(ring, c.source_slot + top + y0);
 #pragma unroll
@@ -298,7 +300,7 @@ struct Spread : TileOfThread<Spread<kKernel, kOdd>> {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (r >= rows) break;
-      const int to = out + ((plane * c.rows + row + r) * a.out_width + column) * kSize;
+      const int to = corner + r * a.target.row_bytes;
       if (kSize == 4 && columns == kColumns && to % 8 == 0)
 #pragma unroll
         for (int v = 0; v < kColumns; v += 2) shared<float2>(to + v * kSize) = {sum[r][v], sum[r][v + 1]};

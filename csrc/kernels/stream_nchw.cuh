@@ -56,7 +56,8 @@ struct Stream {
   // Of tiles that a warp computes together:
   bool down;        // they are numbered down the columns
   int last_column;  // where the last strip begins at most
-  int warps_side;   // warps that share a plane
+  int warps;        // of a block that compute
+  int warps_side;   // of them, those that share a plane
   int plane_step;   // planes that a block works on at a time
   int chunks_at;    // what is known of the chunks under way, in shared memory
   Divider by_tile_rows, by_warps_side, by_kernel_w, by_weights;
@@ -116,6 +117,10 @@ __device__ inline int group_of(const Stream& a, uint32_t plane) {
   return plane;
 }
 
+__device__ inline RowRing ring_of(const Stream& a) {
+  return {kHead, a.phase, a.source.row_bytes, a.capacity, a.period};
+}
+
 // What a tap reads for a target index along one side; outside the source where it reads nothing.
 __device__ inline int source_index(int target, int tap, int stride, int padding, int dilation, bool spread) {
   if (!spread) return target * stride - padding + tap * dilation;
@@ -124,9 +129,11 @@ __device__ inline int source_index(int target, int tap, int stride, int padding,
 }
 
 // The outputs of a tile one by one, by the taps that meet the image: for Inf and NaN, which must not meet the padding.
+// `to`: where the first one belongs in shared memory.
 template <typename T>
-__device__ __noinline__ void tile_by_taps(const Stream& a, const RowRing& ring, const Chunk& c, int out, int plane,
-                                          int row, int rows, int column, int columns) {
+__device__ __noinline__ void tile_by_taps(const Stream& a, const Chunk& c, int to, int plane, int row, int rows,
+                                          int column, int columns) {
+  const RowRing ring = ring_of(a);
   const T* weight = static_cast<const T*>(a.weight);
   uint32_t filter = c.target + plane;
   filter = a.by_filters.split(filter) * a.fan_in;
@@ -149,7 +156,7 @@ __device__ __noinline__ void tile_by_taps(const Stream& a, const RowRing& ring, 
           }
         }
       }
-      shared<T>(out + ((plane * c.rows + r) * a.out_width + v) * static_cast<int>(sizeof(T))) = narrow<T>(sum);
+      shared<T>(to + (r - row) * a.target.row_bytes + (v - column) * static_cast<int>(sizeof(T))) = narrow<T>(sum);
     }
 }
 
@@ -192,7 +199,7 @@ class Schedule {
 template <typename T, class Tile>
 __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlocks)
     stream_nchw(const __grid_constant__ Stream a) {
-  const RowRing ring{kHead, a.phase, a.source.row_bytes, a.capacity, a.period};
+  const RowRing ring = ring_of(a);
   if (threadIdx.x < 32) shared<uint32_t>(kZeros + 4 * threadIdx.x) = 0;
   for (int i = 4 * threadIdx.x; i < a.filters_bytes; i += 4 * blockDim.x) shared<uint32_t>(a.filters_at + i) = 0;
   constexpr bool kByWarps = Tile::kLanes > 1;  // then a warp of its own looks chunks up and loads them
@@ -225,15 +232,45 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
     }
     copier.commit(stage);
   };
-  // Memory has enough to do with a chunk for every block, and if each asked for two, some would wait long for the
-  // first.
-  const int at_first = Tile::kSoon && (copier.bulk || copier.dedicated) ? 1 : kDepth;
-  if (!copier.dedicated || !copier.is_worker())
-    for (int d = 0; d < at_first; ++d) load(number_in(d), d);
-  if (kByWarps) __syncthreads();
+  // A buffer, once it is full.
+  const auto store = [&](const Chunk& c) {
+    const auto to = reinterpret_cast<T*>(c.target_row);  // read before the barrier: another chunk may take c's place
+    const int out = a.buffer_at + static_cast<int>(c.target_row % kUnit), count = c.targets * c.rows * a.out_width;
+    copier.before_store();
+    __syncthreads();
+    copier.store(to, &shared<T>(out), count);
+  };
 
   int stage = 0;
   uint32_t parity = 0;
+  const auto advance = [&] {
+    if (++stage == kDepth) stage = 0, parity ^= 1;
+  };
+  if (copier.dedicated && !copier.is_worker()) {
+    load(number_in(0), 0);
+    __syncthreads();
+    for (bool first = true; number_in(stage) < a.chunks; first = false) {
+      copier.wait_full(stage, parity);
+      copier.stored();
+      __syncthreads();
+      const int next = 1 - stage;
+      if (!first && copier.rank() == 0) number_in(next) = schedule.next();
+      __syncwarp();
+      load(number_in(next), next);  // in place of the chunk before, if any
+      if (copier.rank() == 0) schedule.ask();
+      store(known(stage));
+      advance();
+    }
+    copier.stored();
+    return;
+  }
+
+  // Memory has enough to do with a chunk for every block, and if each asked for two, some would wait long for the
+  // first.
+  const int at_first = Tile::kSoon && copier.bulk ? 1 : kDepth;
+  if (!copier.dedicated)
+    for (int d = 0; d < at_first; ++d) load(number_in(d), d);
+  if (kByWarps) __syncthreads();
   bool first = true;
   for (int number; (number = number_in(stage)) < a.chunks; first = false) {
     Chunk own;
@@ -248,28 +285,19 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
 
     tiles.template prepare<T>(a, c);
     copier.wait_full(stage, parity);
-    copier.stored();
+    if (!copier.dedicated) copier.stored();
     __syncthreads();
-    if (Tile::kSoon && !copier.dedicated && first && at_first < kDepth) load(number_in(1), 1);
-    if (!copier.dedicated && copier.rank() == 0) schedule.ask();
-    if (copier.is_worker()) {
-      tiles.template compute<T>(a, ring, c, out);
-    } else {
-      if (!first && copier.rank() == 0) number_in(1 - stage) = schedule.next();
-      __syncwarp();
-      if (!first || at_first < kDepth) load(number_in(1 - stage), 1 - stage);  // in place of the chunk before, if any
+    if (!copier.dedicated) {
+      if (Tile::kSoon && first && at_first < kDepth) load(number_in(1), 1);
       if (copier.rank() == 0) schedule.ask();
     }
+    tiles.template compute<T>(a, ring, c, out);
     if (!copier.dedicated && copier.rank() == 0) number_in(stage) = schedule.next();
-    const auto to = reinterpret_cast<T*>(c.target_row);  // read before the barrier: another chunk may take c's place
-    const int count = c.targets * c.rows * a.out_width;
-    copier.before_store();
-    __syncthreads();
-    copier.store(to, &shared<T>(out), count);
+    store(c);
     if (!copier.dedicated) load(number_in(stage), stage);
-    if (++stage == kDepth) stage = 0, parity ^= 1;
+    advance();
   }
-  copier.stored();
+  if (!copier.dedicated) copier.stored();
 }
 
 // How a pass is cut into chunks; the rest of the arguments follows from it.
@@ -348,8 +376,9 @@ inline void apply(Stream& a, const Cut& cut, const TileSize& tile, int64_t image
   a.by_sub = Divider(sub), a.by_bands = Divider(cut.bands), a.by_chunks_per_image = Divider(chunks_per_image);
   a.by_strips = Divider(a.strips), a.by_units = Divider(a.units), a.by_fan_out = Divider(a.fan_out);
 
-  a.warps_side = std::max(std::min(a.units, cut.threads / 32), 1);
-  a.plane_step = cut.threads / 32 / a.warps_side;
+  a.warps = cut.threads / 32;
+  a.warps_side = std::max(std::min(a.units, a.warps), 1);
+  a.plane_step = a.warps / a.warps_side;
   a.by_tile_rows = Divider(a.tiles / a.strips), a.by_warps_side = Divider(a.warps_side);
 
   a.period = static_cast<int>(period_of(a.source.row_bytes));

@@ -83,4 +83,17 @@ __device__ inline void multiply(float (&sum)[4], const uint32_t (&a)[2], uint32_
 #endif
 }
 
+// Adds both values times zero to a word that is zero at first: it stays so if all of them are finite.
+__device__ inline void add_zeros(uint32_t& zero, __half2 values) {
+#if __CUDA_ARCH__ >= 800
+  asm("fma.rn.f16x2 %0, %1, %2, %0;" : "+r"(zero) : "r"(*reinterpret_cast<const uint32_t*>(&values)), "r"(0));
+#endif
+}
+
+__device__ inline void add_zeros(uint32_t& zero, __nv_bfloat162 values) {
+#if __CUDA_ARCH__ >= 800
+  asm("fma.rn.bf16x2 %0, %1, %2, %0;" : "+r"(zero) : "r"(*reinterpret_cast<const uint32_t*>(&values)), "r"(0));
+#endif
+}
+
 }  // namespace dwconv

@@ -16,6 +16,7 @@
 // The zeros of B spoil an output if they meet Inf or NaN, which then is NaN. So outputs that are finite are right, and
 // the others are computed again, tap by tap.
 #include <type_traits>
+#include <utility>
 
 #include "launch.h"
 #include "stream_nchw.cuh"
@@ -24,18 +25,112 @@
 namespace dwconv {
 namespace {
 
-// kKernelH: with what dilation puts between the rows. kSum: where fan_in is not 1.
-enum class Columns { kOne, kFew, kMany };  // of a kernel: one, or up to kMaxBandColumns, or up to kMaxWideColumns
-
-template <int kKernelH, int kStride, int kTileRows, bool kSum, Columns kColumnsOfKernel = Columns::kFew>
-struct Toeplitz {
-  static constexpr bool kWide = kColumnsOfKernel == Columns::kMany, kNarrow = kColumnsOfKernel == Columns::kOne;
-  static_assert((!kWide && !kNarrow) || kStride == 1);
+// The 8 tiles of a plane that a warp computes together, as far as they are the thread's, which has 2 columns of a tile
+// and the 2 that are 8 further on; and the filters of a chunk.
+template <int kTileRows, int kBytesOfFilter>
+struct EightTiles {
   static constexpr int kRows = kTileRows, kColumns = 16, kTiles = 8, kLanes = 32, kLoaders = 32;
   static constexpr bool kWhole = false, kSoon = true;
-  static constexpr int kMaxThreads = kStride == 1 && kRows < 14 && !kSum ? 288 : 224, kBlocks = 2;
+  static constexpr int kFilterBytes = kBytesOfFilter;
+
+  int first_filter = -1;  // of those that are prepared
+  int unit = -1;          // the tiles' number
+  int row, column;        // of the tile and of the thread's first column: their place in the plane
+  int corner;             // the same in bytes from the plane's beginning on
+  uint32_t heights;       // for each of the thread's 4 columns a byte: how many rows are to be written
+
+  // Whether a chunk has the filters that are prepared; from now on it has.
+  __device__ bool has_filters(const Stream& a, const Chunk& c) {
+    uint32_t first = c.target * a.fan_in;
+    first = a.by_weights.split(first);
+    return std::exchange(first_filter, static_cast<int>(first)) == static_cast<int>(first);
+  }
+
+  // Loads the filters of a chunk, two at once: read(a filter's number, which of the two) asks for the thread's weights,
+  // and write(its place, which) puts them there.
+  template <typename Read, typename Write>
+  __device__ void load_filters(const Stream& a, const Chunk& c, Read&& read, Write&& write) const {
+    const int filters = c.targets * a.fan_in;
+    const auto place = [&](int f) { return a.filters_at + f * kFilterBytes; };
+    const auto number = [&](int f) {
+      uint32_t filter = c.target * a.fan_in + f;
+      return a.by_weights.split(filter);
+    };
+    for (int f = threadIdx.x / 32; f < filters; f += 2 * a.warps) {
+      const int other = f + a.warps;
+      read(number(f), 0);
+      if (other < filters) read(number(other), 1);
+      write(place(f), 0);
+      if (other < filters) write(place(other), 1);
+    }
+  }
+
+  // Returns how many rows of the tile there are.
+  __device__ int place(const Stream& a, const Chunk& c, int unit) {
+    this->unit = unit;
+    const int lane = threadIdx.x % 32, pair = lane % 4 * 2;
+    uint32_t tile = unit * kTiles + lane / 4;
+    int strip = (a.down ? a.by_tile_rows : a.by_strips).split(tile);
+    row = tile;
+    if (a.down) row = strip, strip = tile;
+    row *= kRows;
+    const int rows = strip < a.strips ? max(min(kRows, c.rows - row), 0) : 0;  // there may be less than 8 tiles left
+    column = min(strip * kColumns, a.last_column) + pair;
+    const int first = strip * kColumns - column, last = a.out_width - column;
+    heights = 0;
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+      const int at = v / 2 * 8 + v % 2;
+      heights |= (at >= first && at < last ? rows : 0) << 8 * v;
+    }
+    corner = row * a.target.row_bytes + 2 * column;
+    return rows;
+  }
+
+  __device__ int height(int v) const { return static_cast<int>(heights >> 8 * v & 255); }
+
+  // Calls visit(plane, place of its first filter, place of the thread's first output) for the planes of a chunk that
+  // are the warp's, or its part of them: it stays with a part, 8 tiles or several times 8. `look`: called when the part
+  // is another one. `visit` writes the outputs.
+  template <typename Look, typename Visit>
+  __device__ void for_planes(const Stream& a, const Chunk& c, int out, Look&& look, Visit&& visit) {
+    uint32_t first_plane = threadIdx.x / 32;
+    const int first_unit = a.by_warps_side.split(first_plane), targets = c.targets;
+    const int plane_bytes = c.rows * a.target.row_bytes, filter_bytes = a.fan_in * kFilterBytes;
+    for (int u = first_unit; u < a.units; u += a.warps_side) {
+      if (unit != u || a.bands > 1) look(u);
+      for (int plane = first_plane; plane < targets; plane += a.plane_step)
+        visit(plane, plane * filter_bytes, out + plane * plane_bytes + corner);
+    }
+  }
+
+  // Computes what is not finite again, tap by tap.
+  template <typename T>
+  __device__ void by_taps(const Stream& a, const Chunk& c, int to, int plane) const {
+    for (int v = 0; v < 4; ++v) {
+      const int beside = v / 2 * 8 + v % 2;
+      if (height(v) > 0) tile_by_taps<T>(a, c, to + 2 * beside, plane, row, height(v), column + beside, 1);
+    }
+  }
+};
+
+enum class Columns { kOne, kFew, kMany };  // of a kernel: one, or up to kMaxBandColumns, or up to kMaxWideColumns
+
+constexpr int bytes_of_filter(int rows, Columns columns) {
+  return kBandHeadBytes + rows * (columns == Columns::kMany ? kWideRowBytes : kBandRowBytes);
+}
+
+// kKernelH: with what dilation puts between the rows. kSum: where fan_in is not 1.
+template <int kKernelH, int kStride, int kTileRows, bool kSum, Columns kColumnsOfKernel = Columns::kFew>
+struct Toeplitz : EightTiles<kTileRows, bytes_of_filter(kKernelH, kColumnsOfKernel)> {
+  using Tiles = EightTiles<kTileRows, bytes_of_filter(kKernelH, kColumnsOfKernel)>;
+  using Tiles::column, Tiles::height, Tiles::kFilterBytes, Tiles::kRows, Tiles::row;
+  static constexpr bool kWide = kColumnsOfKernel == Columns::kMany, kNarrow = kColumnsOfKernel == Columns::kOne;
+  static_assert((!kWide && !kNarrow) || kStride == 1);
+  // Tiles of 14 rows are for long rows, of which one block fits: every warp then has a part of them.
+  static constexpr bool kTall = kRows == 14;
+  static constexpr int kMaxThreads = kTall ? 480 : kStride == 1 && !kSum ? 288 : 224, kBlocks = kTall ? 1 : 2;
   static constexpr int kRowBytes = kWide ? kWideRowBytes : kBandRowBytes;
-  static constexpr int kFilterBytes = kBandHeadBytes + kRowBytes * kKernelH;
   static constexpr int kMaxColumns = kWide ? kMaxWideColumns : kNarrow ? 1 : kMaxBandColumns;
   static constexpr int kBand = kStride == 2 || kWide ? 3
                                : kNarrow             ? 1
@@ -58,74 +153,53 @@ struct Toeplitz {
   static constexpr int kMiddle = kStride == 1 ? 8 : 16;  // zeros before the weights
   static constexpr int kCopy = kWide ? 62 : 46;          // bytes to the same weight in the copy
 
-  int first_filter = -1;  // of those that are prepared
-
   template <typename T>
   __device__ void prepare(const Stream& a, const Chunk& c) {
-    uint32_t first = c.target * a.fan_in;
-    first = a.by_weights.split(first);
-    if (first_filter == static_cast<int>(first)) return;
-    first_filter = first;
+    if (this->has_filters(a, c)) return;
     constexpr int kTurns = (kKernelH * kMaxColumns + 31) / 32;
-    const int lane = threadIdx.x % 32, shift = kStride == 1 ? 0 : pairs_of(a).shift, filters = c.targets * a.fan_in;
+    const int lane = threadIdx.x % 32, shift = kStride == 1 ? 0 : pairs_of(a).shift;
     int from[kTurns], to[kTurns];
 #pragma unroll
     for (int t = 0; t < kTurns; ++t) {
       uint32_t i = lane + 32 * t;
       const int j = a.by_kernel_w.split(i);
       from[t] = i * a.weight_row + j * a.weight_column;
-      to[t] = static_cast<int>(i) < a.kernel_h ? a.filters_at + kBandHeadBytes + i * a.dilation_h * kRowBytes +
-                                                     2 * (kMiddle + shift + j * a.dilation_w)
-                                               : 0;
+      to[t] = static_cast<int>(i) < a.kernel_h
+                  ? kBandHeadBytes + i * a.dilation_h * kRowBytes + 2 * (kMiddle + shift + j * a.dilation_w)
+                  : 0;
     }
-    for (int f = threadIdx.x / 32; f < filters; f += blockDim.x / 32) {
-      uint32_t filter = c.target * a.fan_in + f;
-      filter = a.by_weights.split(filter);
-      const T* taps = static_cast<const T*>(a.weight) + filter * a.weight_filter;
-      const bool has_bias = a.bias && lane < 4;
-      T weight[kTurns], bias;
+    const bool has_bias = a.bias && lane < 4;
+    T weight[2][kTurns], bias[2];
+    this->load_filters(
+        a, c,
+        [&](uint32_t filter, int n) {
+          const T* taps = static_cast<const T*>(a.weight) + filter * a.weight_filter;
 #pragma unroll
-      for (int t = 0; t < kTurns; ++t)
-        if (to[t] > 0) weight[t] = __ldg(taps + from[t]);
-      if (has_bias) bias = __ldg(static_cast<const T*>(a.bias) + filter * a.bias_stride);
+          for (int t = 0; t < kTurns; ++t)
+            if (to[t] > 0) weight[n][t] = __ldg(taps + from[t]);
+          if (has_bias) bias[n] = __ldg(static_cast<const T*>(a.bias) + filter * a.bias_stride);
+        },
+        [&](int place, int n) {
 #pragma unroll
-      for (int t = 0; t < kTurns; ++t)
-        if (to[t] > 0) {
-          shared<T>(to[t] + f * kFilterBytes) = weight[t];
-          if (kStride == 1) shared<T>(to[t] + f * kFilterBytes + kCopy) = weight[t];
-        }
-      if (has_bias) shared<float>(a.filters_at + f * kFilterBytes + 4 * lane) = widen(bias);
-    }
+          for (int t = 0; t < kTurns; ++t)
+            if (to[t] > 0) {
+              shared<T>(to[t] + place) = weight[n][t];
+              if (kStride == 1) shared<T>(to[t] + place + kCopy) = weight[n][t];
+            }
+          if (has_bias) shared<float>(place + 4 * lane) = widen(bias[n]);
+        });
   }
 
-  // The warp's 8 tiles of a plane, as far as they are the thread's.
-  int unit = -1;
-  int row, column, weights;  // of the tile: its place in the plane, and of the band matrices
+  int weights;  // of the thread in the band matrices
   int source_row, source_column;
+  bool fit;               // see Pairs
   uint32_t inside;        // a bit for each row that is inside the image, or the chunk's part of it
   uint32_t mask[kWords];  // of the pixels inside the image
-  uint32_t heights;       // for each of the thread's 4 columns a byte: how many rows are to be written
 
   __device__ void place(const Stream& a, const Chunk& c, int unit) {
-    this->unit = unit;
-    const int lane = threadIdx.x % 32, pair = lane % 4 * 2;
-    uint32_t tile = unit * kTiles + lane / 4;
-    int strip = (a.down ? a.by_tile_rows : a.by_strips).split(tile);
-    row = tile;
-    if (a.down) row = strip, strip = tile;
-    row *= kRows;
-    const int rows = strip < a.strips ? max(min(kRows, c.rows - row), 0) : 0;  // there may be less than 8 tiles left
-    column = min(strip * kColumns, a.last_column);                             // an even one
-    const int first = strip * kColumns - column - pair, last = a.out_width - column - pair;
-    column += pair;
-    heights = 0;
-#pragma unroll
-    for (int v = 0; v < 4; ++v) {
-      const int at = v / 2 * 8 + v % 2;
-      heights |= (at >= first && at < last ? rows : 0) << 8 * v;
-    }
-
+    const int rows = Tiles::place(a, c, unit), lane = threadIdx.x % 32, pair = lane % 4 * 2;
     const auto [fit, shift] = pairs_of(a);
+    this->fit = fit;
     source_column = (column - pair) * kStride - a.padding_w - shift + pair;
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
@@ -142,48 +216,37 @@ struct Toeplitz {
         a.filters_at + (kStride == 1 ? 2 * (kMiddle + entry) + (entry & 1) * kCopy : 2 * (kMiddle + shift + entry));
   }
 
-  // A warp stays with a part of the planes, 8 tiles or several times 8, and goes from plane to plane.
   template <typename T>
   __device__ void compute(const Stream& a, const RowRing& ring, const Chunk& c, int out) {
-    uint32_t first_plane = threadIdx.x / 32;
-    const int first_unit = a.by_warps_side.split(first_plane), targets = c.targets, chunk_rows = c.rows,
-              source_slot = c.source_slot;
-    for (int u = first_unit; u < a.units; u += a.warps_side) {
-      if (unit != u || a.bands > 1) place(a, c, u);
-      for (int plane = first_plane; plane < targets; plane += a.plane_step) {
-        const int slot = source_slot + source_row + group_of(a, plane) * a.fan_in * a.height;
-        const int filter = plane * (kSum ? a.fan_in : 1) * kFilterBytes;
-        int to = out + 2 * ((plane * chunk_rows + row) * a.out_width + column);
-        auto zero = narrow_pair(0.f, 0.f, T{});
-        const auto none = zero;
-        const auto height = [&](int v) { return static_cast<int>(heights >> 8 * v & 255); };
-        const int left = height(0), right = height(2);
-        const auto store = [&](auto pairs, int r, const float (&sum)[4]) {
+    const bool even = a.out_width % 2 == 0 && c.target_row % 4 == 0;
+    const int source_slot = c.source_slot;
+    this->for_planes(
+        a, c, out, [&](int unit) { place(a, c, unit); },
+        [&](int plane, int filter, int to) {
+          const int slot = source_slot + source_row + group_of(a, plane) * a.fan_in * a.height;
+          uint32_t zero = 0;
+          const int left = height(0), right = height(2), corner = to;
+          const auto store = [&](auto pairs, int r, const float (&sum)[4]) {
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const auto values = narrow_pair(sum[2 * h], sum[2 * h + 1], T{});
-#if __CUDA_ARCH__ >= 800
-            zero = __hfma2(values, none, zero);
-#endif
-            const int at = to + 16 * h;
-            if (pairs) {
-              if (r < (h ? right : left)) shared<Pair<T>>(at) = values;
-            } else {
-              if (r < (h ? right : left)) shared<T>(at) = values.x;
-              if (r < height(2 * h + 1)) shared<T>(at + 2) = values.y;
+            for (int h = 0; h < 2; ++h) {
+              const auto values = narrow_pair(sum[2 * h], sum[2 * h + 1], T{});
+              add_zeros(zero, values);
+              const int at = to + 16 * h;
+              if (pairs) {
+                if (r < (h ? right : left)) shared<Pair<T>>(at) = values;
+              } else {
+                if (r < (h ? right : left)) shared<T>(at) = values.x;
+                if (r < height(2 * h + 1)) shared<T>(at + 2) = values.y;
+              }
             }
-          }
-          to += a.target.row_bytes;
-        };
-        if (pairs_of(a).fit && a.out_width % 2 == 0 && out % 4 == 0)
-          add<T, true>(a, ring, slot, filter, store);
-        else
-          add<T, false>(a, ring, slot, filter, store);
-        if (!(__low2float(zero) == 0 && __high2float(zero) == 0))  // NaN: an output is not finite
-          for (int v = 0; v < 4; ++v)
-            if (height(v) > 0) tile_by_taps<T>(a, ring, c, out, plane, row, height(v), column + v / 2 * 8 + v % 2, 1);
-      }
-    }
+            to += a.target.row_bytes;
+          };
+          if (fit && even)
+            add<T, true>(a, ring, slot, filter, store);
+          else
+            add<T, false>(a, ring, slot, filter, store);
+          if (zero != 0) this->template by_taps<T>(a, c, corner, plane);  // NaN: an output is not finite
+        });
   }
 
   // Computes 8 tiles of which the first source row is, or would be, in the ring's `slot`, row by row.
@@ -256,12 +319,13 @@ struct Toeplitz {
 // 8 columns in and 8 columns out, where the lower 8 rows of pixels are the same tiles 4 source columns on. kOdd:
 // whether the padding above is odd, which says by which rows of the kernel a row is reached.
 template <int kKernel, int kOdd>
-struct ToeplitzSpread {
-  static constexpr int kRows = 8, kColumns = 16, kTiles = 8, kLanes = 32, kLoaders = 32;
-  static constexpr bool kWhole = false, kSoon = true;
+struct ToeplitzSpread : EightTiles<8, kSpreadRowBytes * kKernel> {
+  using Tiles = EightTiles<8, kSpreadRowBytes * kKernel>;
+  using Tiles::column, Tiles::height, Tiles::kFilterBytes, Tiles::kRows, Tiles::row;
   static constexpr int kMaxThreads = 288, kBlocks = 2;
-  static constexpr int kMiddle = 16;  // zeros before the weights of a row, and 9 or more behind them
-  static constexpr int kFilterBytes = kSpreadRowBytes * kKernel;
+  // A row of weights is words of the weight at a place and the one two places before. Words before the first weight's:
+  static constexpr int kMiddle = 8;
+  static_assert(4 * (kMiddle + 2 * kKernel + 2) <= kSpreadRowBytes);
   // Source rows that a tile reads, from its first one's on.
   static constexpr int kLow = -((kKernel - 1 - kOdd) / 2), kSourceRows = (kOdd + kRows - 1) / 2 - kLow + 1;
 
@@ -276,58 +340,40 @@ struct ToeplitzSpread {
     return {fit, odd, low, fit ? (a.phase / 2 + low) & 1 : 0};
   }
 
-  int first_filter = -1;  // of those that are prepared
-
   template <typename T>
   __device__ void prepare(const Stream& a, const Chunk& c) {
-    uint32_t first = c.target * a.fan_in;
-    first = a.by_weights.split(first);
-    if (first_filter == static_cast<int>(first)) return;
-    first_filter = first;
+    if (this->has_filters(a, c)) return;
     constexpr int kTaps = kKernel * kKernel;
-    const int lane = threadIdx.x % 32, filters = c.targets * a.fan_in;
-    for (int f = threadIdx.x / 32; f < filters; f += blockDim.x / 32) {
-      uint32_t filter = c.target * a.fan_in + f;
-      filter = a.by_weights.split(filter);
-      const T* taps = static_cast<const T*>(a.weight) + filter * a.weight_filter;
+    const int lane = threadIdx.x % 32;
+    T weight[2][(kTaps + 31) / 32];
+    const auto for_taps = [&](auto&& visit) {
 #pragma unroll
       for (int t = 0; t < kTaps; t += 32)
-        if (t + lane < kTaps) {
-          const int i = (t + lane) / kKernel, j = (t + lane) % kKernel;
-          shared<T>(a.filters_at + f * kFilterBytes + i * kSpreadRowBytes + 2 * (kMiddle + j)) =
-              __ldg(taps + i * a.weight_row + j * a.weight_column);
-        }
-    }
+        if (t + lane < kTaps) visit(t / 32, (t + lane) / kKernel, (t + lane) % kKernel);
+    };
+    this->load_filters(
+        a, c,
+        [&](uint32_t filter, int n) {
+          const T* taps = static_cast<const T*>(a.weight) + filter * a.weight_filter;
+          for_taps([&](int t, int i, int j) { weight[n][t] = __ldg(taps + i * a.weight_row + j * a.weight_column); });
+        },
+        [&](int place, int n) {
+          for_taps([&](int t, int i, int j) {
+            const int at = place + i * kSpreadRowBytes + 4 * (kMiddle + j);
+            shared<T>(at) = weight[n][t], shared<T>(at + 4 * 2 + 2) = weight[n][t];
+          });
+        });
   }
 
-  // The warp's 8 tiles of a plane, as far as they are the thread's.
-  int unit = -1;
-  int row, column, weights;  // of the tile: its place in the plane, and of its weights
+  int weights;  // of the thread in the rows of weights
   int source_row, source_column;
   uint32_t inside;   // a bit for each source row that is inside the image, or the chunk's part of it
   uint32_t mask[2];  // of the pixels inside the image
-  uint32_t heights;  // for each of the thread's 4 columns a byte: how many rows are to be written
 
   __device__ void place(const Stream& a, const Chunk& c, int unit) {
-    this->unit = unit;
-    const int lane = threadIdx.x % 32, pair = lane % 4 * 2;
-    uint32_t tile = unit * kTiles + lane / 4;
-    int strip = (a.down ? a.by_tile_rows : a.by_strips).split(tile);
-    row = tile;
-    if (a.down) row = strip, strip = tile;
-    row *= kRows;
-    const int rows = strip < a.strips ? max(min(kRows, c.rows - row), 0) : 0;  // there may be less than 8 tiles left
-    column = min(strip * kColumns, a.last_column);                             // a multiple of 4, of which half is even
+    const int rows = Tiles::place(a, c, unit), lane = threadIdx.x % 32, pair = lane % 4 * 2;
     const auto [fit, odd, low, shift] = window_of(a);
-    source_column = column / 2 + low - shift + pair;
-    const int first = strip * kColumns - column - pair, last = a.out_width - column - pair;
-    column += pair;
-    heights = 0;
-#pragma unroll
-    for (int v = 0; v < 4; ++v) {
-      const int at = v / 2 * 8 + v % 2;
-      heights |= (at >= first && at < last ? rows : 0) << 8 * v;
-    }
+    source_column = (column - pair) / 2 + low - shift + pair;  // the tile's column is a multiple of 4, half of it even
 #pragma unroll
     for (int w = 0; w < 2; ++w) {
       const auto inside = [&](int x) { return static_cast<uint32_t>(x) < static_cast<uint32_t>(a.width); };
@@ -342,63 +388,34 @@ struct ToeplitzSpread {
     source_row = top + y;
     // The tap of the thread's first weight: that of the source column `low` less than half the target's is the last.
     const int tap = odd + 2 * ((kKernel - 1 - odd) / 2) + 2 * shift + lane / 4 - 2 * pair;
-    weights = a.filters_at + 2 * (kMiddle + tap);
+    weights = a.filters_at + 4 * (kMiddle + tap);
   }
 
   template <typename T>
   __device__ void compute(const Stream& a, const RowRing& ring, const Chunk& c, int out) {
-    uint32_t first_plane = threadIdx.x / 32;
-    const int first_unit = a.by_warps_side.split(first_plane), targets = c.targets, chunk_rows = c.rows,
-              source_slot = c.source_slot;
-    for (int u = first_unit; u < a.units; u += a.warps_side) {
-      if (unit != u || a.bands > 1) place(a, c, u);
-      for (int plane = first_plane; plane < targets; plane += a.plane_step) {
-        const int slot = source_slot + source_row + group_of(a, plane) * a.fan_in * a.height;
-        float sum[kRows][4] = {};
-        if (window_of(a).fit)
-          add<T, true>(a, ring, slot, plane * a.fan_in * kFilterBytes, sum);
-        else
-          add<T, false>(a, ring, slot, plane * a.fan_in * kFilterBytes, sum);
-        const int to = out + 2 * ((plane * chunk_rows + row) * a.out_width + column);
-        const auto height = [&](int v) { return static_cast<int>(heights >> 8 * v & 255); };
-        const bool pairs = a.out_width % 2 == 0 && out % 4 == 0;
-        auto zero = narrow_pair(0.f, 0.f, T{});
-        const auto none = zero;
-#pragma unroll
-        for (int r = 0; r < kRows; ++r)
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            const auto values = narrow_pair(sum[r][2 * h], sum[r][2 * h + 1], T{});
-#if __CUDA_ARCH__ >= 800
-            zero = __hfma2(values, none, zero);
-#endif
-            const int at = to + r * a.target.row_bytes + 16 * h;
-            if (pairs) {
-              if (r < height(2 * h)) shared<Pair<T>>(at) = values;
-            } else {
-              if (r < height(2 * h)) shared<T>(at) = values.x;
-              if (r < height(2 * h + 1)) shared<T>(at + 2) = values.y;
-            }
-          }
-        if (!(__low2float(zero) == 0 && __high2float(zero) == 0))  // NaN: an output is not finite
-          for (int v = 0; v < 4; ++v)
-            if (height(v) > 0) tile_by_taps<T>(a, ring, c, out, plane, row, height(v), column + v / 2 * 8 + v % 2, 1);
-      }
-    }
+    const bool pairs = window_of(a).fit && a.out_width % 2 == 0 && c.target_row % 4 == 0;
+    const int source_slot = c.source_slot;
+    this->for_planes(
+        a, c, out, [&](int unit) { place(a, c, unit); },
+        [&](int plane, int filter, int to) {
+          const int slot = source_slot + source_row + group_of(a, plane) * a.fan_in * a.height;
+          const bool finite =
+              pairs ? add<T, true>(a, ring, slot, filter, to) : add<T, false>(a, ring, slot, filter, to);
+          if (!finite) this->template by_taps<T>(a, c, to, plane);
+        });
   }
 
-  // Adds up 8 tiles of which the first source row is, or would be, in the ring's `slot`.
+  // Computes 8 tiles of which the first source row is, or would be, in the ring's `slot`. Returns whether all outputs
+  // are finite.
   template <typename T, bool kPairs>
-  __device__ void add(const Stream& a, const RowRing& ring, int slot, int filter, float (&sum)[kRows][4]) const {
+  __device__ bool add(const Stream& a, const RowRing& ring, int slot, int filter, int to) const {
+    float sum[kRows][4] = {};
     const uint32_t ring_bytes = a.ring_bytes;
     const int origin = ring.at(0) + 2 * source_column;
     for (int q = 0; q < a.fan_in; ++q, filter += kFilterBytes, slot += a.height) {
       uint32_t band[kKernel];
 #pragma unroll
-      for (int i = 0; i < kKernel; ++i) {
-        const int at = weights + filter + i * kSpreadRowBytes;
-        band[i] = shared<uint16_t>(at) | static_cast<uint32_t>(shared<uint16_t>(at - 4)) << 16;
-      }
+      for (int i = 0; i < kKernel; ++i) band[i] = shared<uint32_t>(weights + filter + i * kSpreadRowBytes);
       uint32_t source = (inside ? ring.wrap(slot) : 0) * ring.row_bytes;
 #pragma unroll
       for (int r = 0; r < kSourceRows; ++r) {
@@ -423,6 +440,22 @@ struct ToeplitzSpread {
         }
       }
     }
+    uint32_t zero = 0;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r, to += a.target.row_bytes)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const auto values = narrow_pair(sum[r][2 * h], sum[r][2 * h + 1], T{});
+        add_zeros(zero, values);
+        const int at = to + 16 * h;
+        if (kPairs) {
+          if (r < height(2 * h)) shared<Pair<T>>(at) = values;
+        } else {
+          if (r < height(2 * h)) shared<T>(at) = values.x;
+          if (r < height(2 * h + 1)) shared<T>(at + 2) = values.y;
+        }
+      }
+    return zero == 0;  // else NaN
   }
 };
 
