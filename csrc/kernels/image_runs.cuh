@@ -55,13 +55,21 @@ __device__ inline void load_run(const ImageRuns& v, int stage, int index, int fi
   for (int at = units.tail; at < bytes; at += 2) copy(at);
 }
 
-// A lane loads a slot by a bulk copy of all the units that its bytes lie in: for images of whole units only.
-__device__ inline void load_units(const ImageRuns& v, int stage, int index, int image, int64_t offset, int bytes,
-                                  int barrier) {
-  const int slot = v.slot(stage, index, image, offset), before = slot % kUnit;
-  const int size = (before + bytes + kUnit - 1) / kUnit * kUnit;
-  expect_bytes(barrier, size);
-  copy_bulk(shared_address(slot - before), v.base + image * v.image_bytes + offset - before, size, barrier);
+// How a lane loads a slot by a bulk copy of all the units that its bytes lie in: for images of whole units only.
+struct UnitLoad {
+  const char* from;
+  int to, bytes;
+
+  __device__ void begin(int stage, int barrier) const {
+    expect_bytes(barrier, bytes);
+    copy_bulk(shared_address(stage + to), from, bytes, barrier);
+  }
+};
+
+__device__ inline UnitLoad unit_load(const ImageRuns& v, int index, int image, int64_t offset, int bytes) {
+  const int slot = v.slot(0, index, image, offset), before = slot % kUnit;
+  return {v.base + image * v.image_bytes + offset - before, slot - before,
+          (before + bytes + kUnit - 1) / kUnit * kUnit};
 }
 
 // A lane stores a slot by a bulk copy, where it begins and ends with a unit.

@@ -40,11 +40,11 @@ struct Small {
   bool spread;  // the stride is that of the target
   int images, channels;
   int block_channels, groups, batches;  // channels of a part; how many parts these make, and the images 16 by 16
-  int share;                            // warps that share a channel
+  int share;                            // warps that share a channel: 1 or 2
   int stages, stage_bytes, weights_at;
   int copiers;  // warps that begin bulk copies
   bool bulk, bulk_stores;
-  Divider by_groups;
+  Divider by_groups, by_dilation_w;
 };
 
 struct Part {
@@ -177,14 +177,11 @@ struct Seven {
         else if (i > 0)
           multiply(sum[r], {x[2 * y], x[2 * y + 1]}, band[i][0], T{});
       }
-    auto zero = narrow_pair(0.f, 0.f, T{});
-    const auto none = zero;
+    uint32_t zero = 0;
     const bool last = threadIdx.x % 4 == 3;
     const auto narrowed = [&](int r, int h) {
       const auto values = narrow_pair(sum[r][2 * h], sum[r][2 * h + 1], T{});
-#if __CUDA_ARCH__ >= 800
-      zero = __hfma2(values, none, zero);
-#endif
+      add_zeros(zero, values);
       return *reinterpret_cast<const uint32_t*>(&values);
     };
 #pragma unroll
@@ -200,7 +197,7 @@ struct Seven {
         if (!last) write_word(to[h] + 2 * (kSide * (r + 1) + 1), lower);
       }
     }
-    return __low2float(zero) == 0 && __high2float(zero) == 0;
+    return zero == 0;
   }
 };
 
@@ -229,8 +226,7 @@ struct Fourteen {
     constexpr auto row = [](int r) { return 2 * kSide * (kLower ? kSide - 1 - r : r); };  // bytes
     const float before[4] = {start, start, start, start};
     float sum[kRows][2][4];
-    auto zero = narrow_pair(0.f, 0.f, T{});
-    const auto none = zero;
+    uint32_t zero = 0;
     const bool inside = threadIdx.x % 4 < 3;  // of the second 8 columns
     uint32_t next[2][2];
     const auto read = [&](int s) {
@@ -259,20 +255,18 @@ struct Fourteen {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const auto values = narrow_pair(sum[r][v][2 * h], sum[r][v][2 * h + 1], T{});
-#if __CUDA_ARCH__ >= 800
-          zero = __hfma2(values, none, zero);
-#endif
+          add_zeros(zero, values);
           if (v == 0 || inside) write_word(to[h] + row(r) + 16 * v, *reinterpret_cast<const uint32_t*>(&values));
         }
     }
-    return __low2float(zero) == 0 && __high2float(zero) == 0;
+    return zero == 0;
   }
 };
 
 // kKernelH: with what dilation puts between the rows. kStride: -2 where it is that of the target. kIn, kOut: columns of
-// the source and the target, in units of 8. kPairs: whether every row of both begins at a multiple of 4 bytes. kKnown:
-// planes are of 7 x 7, in one unit, or of 14 x 14.
-template <typename T, int kKernelH, int kStride, int kIn, int kOut, bool kPairs, bool kKnown>
+// the source and the target, in units of 8. kPairs, kPairsOut: whether every row of the source, and of the target,
+// begins at a multiple of 4 bytes. kKnown: planes are of 7 x 7, in one unit, or of 14 x 14.
+template <typename T, int kKernelH, int kStride, int kIn, int kOut, bool kPairs, bool kPairsOut, bool kKnown>
 __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
     toeplitz_small_planes(const __grid_constant__ Small a) {
   using Tile = Rows<kKernelH, kStride>;
@@ -288,13 +282,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
   }
   const int copied = warp + lane * a.copiers;  // the image that a lane copies in bulk, if its warp does
   if (copier.bulk && threadIdx.x == 0) {
-    for (int stage = 0; stage < a.stages; ++stage) init_barrier(Barriers::full(stage), a.copiers);
+#pragma unroll
+    for (int stage = 0; stage < Barriers::kStages; ++stage) init_barrier(Barriers::full(stage), a.copiers);
     before_bulk_copies();
   }
   __syncthreads();
-  wait_for_kernel_before();
-  let_next_kernel_start();
-  const int own = warp / a.share, first_tile = warp % a.share;  // the warp's channel of the part, and its tiles
+  const int own = warp >> a.share / 2, first_tile = warp & (a.share - 1);  // the warp's channel of the part, its tiles
   const int source_plane = 2 * a.height * a.width, target_plane = 2 * a.out_height * a.out_width;
   // Memory likes to be read and written in one place at a time: blocks side by side take channels side by side.
   const int first = blockIdx.x, step = gridDim.x, last = a.groups * a.batches;
@@ -310,22 +303,75 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
   };
   const auto source_offset = [&](const Part& part) { return int64_t{part.channel} * source_plane; };
   const auto target_offset = [&](const Part& part) { return int64_t{part.channel} * target_plane; };
+  const auto bulk_load = [&](const Part& part) {
+    return unit_load(a.source, copied, part.image + copied, source_offset(part), part.channels * source_plane);
+  };
+  const auto begin_bulk_load = [&](const UnitLoad& one, const Part& part, int stage) {
+    if (copied < part.images) one.begin(stage * a.stage_bytes, Barriers::full(stage));
+    __syncwarp();
+    if (lane == 0) arrive(Barriers::full(stage));
+  };
+  const auto load_in_bulk = [&](int number, int stage) {
+    if (number >= last || warp >= a.copiers) return;
+    const Part part = part_of(number);
+    begin_bulk_load(bulk_load(part), part, stage);
+  };
   const auto load = [&](int number, int stage) {
+    if (copier.bulk) return load_in_bulk(number, stage);
     if (number < last) {
       const Part part = part_of(number);
-      const int place = stage * a.stage_bytes, bytes = part.channels * source_plane;
-      if (!copier.bulk) {
-        copy_runs<true>(a.source, place, part.image, part.images, source_offset(part), bytes);
-      } else if (warp < a.copiers) {
-        if (copied < part.images)
-          load_units(a.source, place, copied, part.image + copied, source_offset(part), bytes, Barriers::full(stage));
-        __syncwarp();
-        if (lane == 0) arrive(Barriers::full(stage));
-      }
+      copy_runs<true>(a.source, stage * a.stage_bytes, part.image, part.images, source_offset(part),
+                      part.channels * source_plane);
     }
-    if (!copier.bulk) commit_copies();
+    commit_copies();
   };
-  for (int stage = 0; stage < a.stages; ++stage) load(first + stage * step, stage);
+  // The weights that a lane puts between zeros, of the warp's channel.
+  constexpr int kReach = kKernelH / 2;
+  const int skipped = kKnown ? kReach - a.padding_h : 0;  // rows of B that the kernel does not have, above and below
+  T weight[kKernelH], bias;
+  int prepared = -1;  // the first channel of those that the weights in use are of
+  uint32_t rows = 0;  // a bit for each row of B that has some
+#pragma unroll
+  for (int i = 0, next = skipped; i < kKernelH; ++i)
+    if (i == next && i <= skipped + (a.kernel_h - 1) * a.dilation_h) rows |= 1u << i, next += a.dilation_h;
+  uint32_t tap = max(lane - kMiddle + a.padding_w, 0);
+  const bool beside = lane - kMiddle + a.padding_w < 0 || a.by_dilation_w.split(tap) != 0;
+  const bool has_tap = !(kKnown && lane == 0) && !beside && static_cast<int>(tap) < a.kernel_w;
+  const T* const taps = static_cast<const T*>(a.weight) + (has_tap ? tap : 0) * a.weight_column;
+  const auto fetch = [&](const Part& part, bool wanted) {
+    bias = narrow<T>(0.f);
+#pragma unroll
+    for (int i = 0; i < kKernelH; ++i) weight[i] = bias;  // in any case: what was there is not needed any more
+    if (!wanted || part.channel == prepared || own >= part.channels) return;
+    const int channel = part.channel + own;
+    const T* from = taps + channel * a.weight_filter;
+#pragma unroll
+    for (int i = 0; i < kKernelH; ++i) {
+      const bool has_row = rows >> i & 1;
+      if (has_row && has_tap) weight[i] = __ldg(from);
+      from += has_row ? a.weight_row : 0;
+    }
+    if (a.bias) bias = __ldg(static_cast<const T*>(a.bias) + channel * a.bias_stride);
+  };
+  // Those of the part that follows, while this one is computed if there are registers for them, or stored.
+  constexpr bool kAhead = kKernelH < 7;
+  const auto fetch_next = [&](int number) { fetch(part_of(number + step), number + step < last); };
+  const Part first_part = part_of(first);
+  const UnitLoad first_load = bulk_load(first_part);
+  settle_and_wait_for_kernel_before(a.images);
+  let_next_kernel_start();
+  // Weights would have to wait for the pixels that are asked for before them: of one part at most, or where few parts
+  // are under way of none. Of short rows one part is asked for at first, which then is there sooner.
+  constexpr bool kWeightsFirst = kStride != 1;
+  const bool soon = kIn == 1 && copier.bulk && a.stages > 1;
+  if (kWeightsFirst) fetch(first_part, true);
+  if (!copier.bulk)
+    load(first, 0);
+  else if (warp < a.copiers)
+    begin_bulk_load(first_load, first_part, 0);
+  if (!kWeightsFirst) fetch(first_part, true);
+  if (!soon)
+    for (int stage = 1; stage < a.stages; ++stage) load(first + stage * step, stage);
 
   // What keeps the columns of a pair that are inside the image: a mask, or how two elements are put together.
   uint32_t inside[kIn];
@@ -342,11 +388,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
   // The parts of B, for each multiplication its own: it takes registers side by side.
   uint32_t band[kKernelH][kOut][kIn];
   std::conditional_t<kIn == 1, Seven<T, kKernelH>, Fourteen<T, kKernelH>> known_plane;
-  constexpr int kReach = kKernelH / 2;
-  const int skipped = kKnown ? kReach - a.padding_h : 0;  // rows of B that the kernel does not have, above and below
-  int odd = 0;                                            // whether the channel's planes begin at odd places
+  int odd = 0;  // whether the channel's planes begin at odd places
   float start = 0;
-  int prepared = -1, stage = 0;
+  int stage = 0;
   uint32_t parity = 0;
 #pragma unroll 1
   for (int number = first; number < last; number += step) {
@@ -354,22 +398,13 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
     if (part.channel != prepared && own < part.channels) {
       prepared = part.channel;
       // The weights between zeros, and once more one entry earlier, so that any two neighbours are a word.
-      const T* taps = static_cast<const T*>(a.weight) + (part.channel + own) * a.weight_filter;
-      const int at = lane - kMiddle + a.padding_w, j = at / a.dilation_w;
-      const bool has_column = !(kKnown && lane == 0) && at >= 0 && j * a.dilation_w == at && j < a.kernel_w;
-      const int last_row = has_column ? skipped + (a.kernel_h - 1) * a.dilation_h : -1;
-      const T* from = taps + j * a.weight_column;
-      int next = skipped;  // row with weights
       __syncwarp();
 #pragma unroll
       for (int i = 0; i < kKernelH; ++i) {
-        T w = narrow<T>(0.f);
-        if (i == next && i <= last_row) w = __ldg(from);
-        if (i == next) next += a.dilation_h, from += a.weight_row;
-        shared<T>(weights + i * (4 * kEntries) + 2 * lane) = w;
-        if (lane > 0) shared<T>(weights + i * (4 * kEntries) + 2 * kEntries + 2 * (lane - 1)) = w;
+        shared<T>(weights + i * (4 * kEntries) + 2 * lane) = weight[i];
+        if (lane > 0) shared<T>(weights + i * (4 * kEntries) + 2 * kEntries + 2 * (lane - 1)) = weight[i];
       }
-      if (a.bias) start = widen(__ldg(static_cast<const T*>(a.bias) + (part.channel + own) * a.bias_stride));
+      start = widen(bias);
       __syncwarp();
       if constexpr (kKnown) {
         odd = (static_cast<uint32_t>(reinterpret_cast<uintptr_t>(a.source.base)) / 2 + part.channel + own) & 1;
@@ -397,6 +432,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
       wait_copies<0>();
     }
     __syncthreads();
+    if (kAhead) fetch_next(number);
+    if (soon && number == first)
+      for (int more = 1; more < a.stages; ++more) load_in_bulk(first + more * step, more);
 
     if (own < part.channels) {
       // Where the thread's two images are; what there is not is computed from the last one, and not stored.
@@ -436,8 +474,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
             for (int v = 0; v < kOut; ++v)
 #pragma unroll
               for (int e = 0; e < 4; ++e) sum[r][v][e] = start;
-          auto zero = narrow_pair(0.f, 0.f, T{});
-          const auto none = zero;
+          uint32_t zero = 0;
           uint32_t next[2][2], beside[2][2];  // of the row to come, by image, by columns
           const auto read = [&](int y) {
             if (y < 0 || y >= a.height) return;
@@ -486,13 +523,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
                   const auto values = narrow_pair(sum[r][v][2 * h], sum[r][v][2 * h + 1], T{});
-#if __CUDA_ARCH__ >= 800
-                  zero = __hfma2(values, none, zero);
-#endif
+                  add_zeros(zero, values);
                   const uint32_t word = *reinterpret_cast<const uint32_t*>(&values);
                   const uint32_t at = to[h] + (first_row + r) * 2 * a.out_width + 16 * v;
                   const int columns = a.out_width - pair - 8 * v;
-                  if (kPairs) {
+                  if (kPairsOut) {
                     if (columns > 0) write_word(at, word);
                   } else {
                     if (columns > 0) write_element(at, word);
@@ -501,11 +536,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
                 }
             }
           }
-          if (!(__low2float(zero) == 0 && __high2float(zero) == 0)) {  // NaN: an output is not finite
+          if (zero != 0) {  // NaN: an output is not finite
             by_taps(max(first_row, 0), min(first_row + Tile::kTarget, a.out_height));
           }
         }
     }
+    if (!kAhead) fetch_next(number);
     copier.before_store();
     __syncthreads();
     if (!copier.bulk || !a.bulk_stores) {
@@ -521,9 +557,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
   if (copier.bulk) wait_stores();
 }
 
-template <typename T, int kKernelH, int kStride, int kIn, int kOut, bool kPairs, bool kKnown = false>
+template <typename T, int kKernelH, int kStride, int kIn, int kOut, bool kPairs, bool kPairsOut, bool kKnown = false>
 void launch_kernel(Small a, cudaStream_t stream) {
-  const auto kernel = toeplitz_small_planes<T, kKernelH, kStride, kIn, kOut, kPairs, kKnown>;
+  const auto kernel = toeplitz_small_planes<T, kKernelH, kStride, kIn, kOut, kPairs, kPairsOut, kKnown>;
   const Device& device = current_device();
   a.bulk = a.bulk && device.capability >= 90;
   a.batches = static_cast<int>(ceil_div(a.images, kImages));
@@ -559,13 +595,13 @@ void launch_kernel(Small a, cudaStream_t stream) {
   a.copiers = kStride == 1 && kIn > 1 ? 1 : threads / 32;
   const int64_t parts = int64_t{a.groups} * a.batches;
   static thread_local Decisions<5, int64_t> decisions;
-  // Else so many blocks that all of them run at once and, at stride 1, have as many parts, if possible.
+  // Else so many blocks that all of them run at once and, on the smallest planes, have as many parts, if possible.
   const int64_t blocks = decisions({device.id, threads, bytes, parts, single}, [&] {
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
     int resident = 0;
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, bytes);
     const int64_t slots = int64_t{std::max(resident, 1)} * device.multiprocessors;
-    return single ? parts : kStride < 0 ? std::min(parts, slots) : ceil_div(parts, ceil_div(parts, slots));
+    return single ? parts : kStride == 1 && kIn == 1 ? ceil_div(parts, ceil_div(parts, slots)) : std::min(parts, slots);
   });
   launch_early(kernel, a, blocks, threads, stream, {.shared_bytes = bytes});
   check_launch("toeplitz_small_planes");
@@ -576,15 +612,15 @@ void launch_kernel(Small a, cudaStream_t stream) {
 void launch_toeplitz_small_planes(const Problem& p, bool bulk, cudaStream_t stream) {
   const Mapping map(p);
   Small a{};
-  bool pairs = true;
   a.height = map.height, a.width = map.width, a.out_height = map.out_height, a.out_width = map.out_width;
+  // Returns whether all rows begin at an even place.
   const auto arrange = [&](const View& view, int width, ImageRuns& v) {
     v.base = static_cast<char*>(view.data), v.image_bytes = 2 * view.stride[0];
-    pairs = pairs && width % 2 == 0 && (view.stride[0] % 2 == 0 || p.batch == 1) &&
-            reinterpret_cast<uintptr_t>(view.data) % 4 == 0;
+    return width % 2 == 0 && (view.stride[0] % 2 == 0 || p.batch == 1) &&
+           reinterpret_cast<uintptr_t>(view.data) % 4 == 0;
   };
-  arrange(map.source, a.width, a.source);
-  arrange(map.target, a.out_width, a.target);
+  const bool pairs_in = arrange(map.source, a.width, a.source), pairs_out = arrange(map.target, a.out_width, a.target);
+  const bool pairs = pairs_in && pairs_out;
   // Bulk copies are of whole units, which must not reach out of an image; units that are shared are not stored.
   const auto whole = [&](const ImageRuns& v, int height, int width) {
     return reinterpret_cast<uintptr_t>(v.base) % kUnit == 0 && v.image_bytes % kUnit == 0 &&
@@ -596,6 +632,7 @@ void launch_toeplitz_small_planes(const Problem& p, bool bulk, cudaStream_t stre
   a.weight_filter = map.weight.stride[0], a.weight_row = map.weight.stride[2], a.weight_column = map.weight.stride[3];
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
   a.dilation_h = static_cast<int>(p.dilation_h), a.dilation_w = static_cast<int>(p.dilation_w);
+  a.by_dilation_w = Divider(p.dilation_w);
   a.padding_h = map.padding_h, a.padding_w = map.padding_w, a.stride = static_cast<int>(p.stride_h);
   a.spread = map.spread;
   a.images = static_cast<int>(p.batch), a.channels = static_cast<int>(p.channels);
@@ -614,16 +651,20 @@ void launch_toeplitz_small_planes(const Problem& p, bool bulk, cudaStream_t stre
         constexpr int kKernelH = decltype(kernel_h)::value;
         const auto launch = [&](auto stride, auto in, auto out) {
           constexpr int kStride = decltype(stride)::value, kIn = decltype(in)::value, kOut = decltype(out)::value;
-          return pairs ? launch_kernel<T, kKernelH, kStride, kIn, kOut, true>(a, stream)
-                       : launch_kernel<T, kKernelH, kStride, kIn, kOut, false>(a, stream);
+          // At a stride the larger planes may have them alone.
+          constexpr bool kLarge = kStride == 2, kSmall = kStride == -2;
+          if (pairs) return launch_kernel<T, kKernelH, kStride, kIn, kOut, true, true>(a, stream);
+          if (kStride != 1 && (kLarge ? pairs_in : pairs_out))
+            return launch_kernel<T, kKernelH, kStride, kIn, kOut, kLarge, kSmall>(a, stream);
+          return launch_kernel<T, kKernelH, kStride, kIn, kOut, false, false>(a, stream);
         };
         constexpr std::integral_constant<int, 1> kOne;
         constexpr std::integral_constant<int, 2> kTwo;
         if (a.spread) return launch(std::integral_constant<int, -2>{}, kOne, kTwo);
         if (a.stride == 2) return launch(kTwo, kTwo, kOne);
         if (known) {
-          if (narrow) return launch_kernel<T, kKernelH, 1, 1, 1, false, true>(a, stream);
-          return launch_kernel<T, kKernelH, 1, 2, 2, true, true>(a, stream);
+          if (narrow) return launch_kernel<T, kKernelH, 1, 1, 1, false, false, true>(a, stream);
+          return launch_kernel<T, kKernelH, 1, 2, 2, true, true, true>(a, stream);
         }
         return narrow ? launch(kOne, kOne, kOne) : launch(kOne, kTwo, kTwo);
       };
