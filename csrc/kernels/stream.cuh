@@ -244,11 +244,15 @@ struct Cursor {
   }
 };
 
+struct Nothing {
+  __device__ void operator()() const {}
+};
+
 // Loads rows [row, row + rows) of an image to `slot` and on, where no wrap is. `joined`: the row before, and with it
-// all 16 bytes that it ends in, was loaded next to them.
-template <typename T>
+// all 16 bytes that it ends in, was loaded next to them. `ready`: called when memory is about to be read.
+template <typename T, typename Ready>
 __device__ void load_rows(const Copier& copier, const RowRing& ring, const Planes& planes, int image, int row, int rows,
-                          int slot, bool joined, int barrier) {
+                          int slot, bool joined, int barrier, Ready&& ready) {
   const auto down = [](int64_t offset) { return offset / kUnit * kUnit; };
   const auto up = [&](int64_t offset) { return down(offset + kUnit - 1); };
   // Offsets are from the 16 bytes in which the image begins; the outermost 16 bytes may not be the image's alone.
@@ -259,6 +263,7 @@ __device__ void load_rows(const Copier& copier, const RowRing& ring, const Plane
   const int64_t from = max(joined ? up(begin) : down(begin), inner_begin), to = min(up(end), inner_end);
   const char* source = planes.base + image * planes.image_bytes - ring.phase;
   char* target = shared_memory + ring.at(slot) - begin;
+  ready();
   copier.load(target + from, source + from, static_cast<int>(to - from), barrier);
   if (copier.rank() == 0) {
     const auto copy = [&](int64_t i) { *reinterpret_cast<T*>(target + i) = *reinterpret_cast<const T*>(source + i); };
@@ -268,9 +273,9 @@ __device__ void load_rows(const Copier& copier, const RowRing& ring, const Plane
 }
 
 // Loads the rows of [begin, end) of an image that are not yet in the ring.
-template <typename T>
+template <typename T, typename Ready = Nothing>
 __device__ void load_rows(const Copier& copier, const RowRing& ring, const Planes& planes, Cursor& cursor, int image,
-                          int begin, int end, int barrier) {
+                          int begin, int end, int barrier, Ready&& ready = {}) {
   const int before = image * planes.rows;  // rows of the images before
   const int from = max(before + begin, cursor.end);
   const bool joined = before + begin <= cursor.end && from > before;
@@ -279,8 +284,9 @@ __device__ void load_rows(const Copier& copier, const RowRing& ring, const Plane
   if (rows <= 0) return;
   const int slot = cursor.slot_of(ring, from);
   const int first = min(rows, ring.capacity - slot);
-  load_rows<T>(copier, ring, planes, image, from - before, first, slot, joined && slot > 0, barrier);
-  if (first < rows) load_rows<T>(copier, ring, planes, image, from - before + first, rows - first, 0, false, barrier);
+  load_rows<T>(copier, ring, planes, image, from - before, first, slot, joined && slot > 0, barrier, ready);
+  if (first < rows)
+    load_rows<T>(copier, ring, planes, image, from - before + first, rows - first, 0, false, barrier, ready);
 }
 
 // As many threads as leave few of them idle in the last round.

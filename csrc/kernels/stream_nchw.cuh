@@ -213,18 +213,17 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
   if (copier.rank() == 0)
     for (int d = 0; d < kDepth; ++d) number_in(d) = schedule.next();
   let_next_kernel_start();
-  wait_for_kernel_before();
   __syncthreads();
   Tile tiles;
   Cursor loaded, read;
   const auto known = [&](int stage) -> Chunk& {
     return shared<Chunk>(a.chunks_at + stage * static_cast<int>(sizeof(Chunk)));
   };
-  const auto load = [&](int number, int stage) {
+  const auto load = [&](int number, int stage, auto&& ready) {
     if (number < a.chunks && copier.loads()) {
       Chunk c = chunk_of(a, number);
       const int begin = c.image * a.source.rows + c.source_begin;
-      load_rows<T>(copier, ring, a.source, loaded, c.image, c.source_begin, c.source_end, Barriers::full(stage));
+      load_rows<T>(copier, ring, a.source, loaded, c.image, c.source_begin, c.source_end, Barriers::full(stage), ready);
       if (kByWarps && copier.rank() == 0) {
         c.source_slot = loaded.slot_of(ring, begin);
         known(stage) = c;
@@ -232,6 +231,8 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
     }
     copier.commit(stage);
   };
+  // Where the first chunk lies is found out while the kernel before still runs.
+  const auto ready = [&] { settle_and_wait_for_kernel_before(a.chunks); };
   // A buffer, once it is full.
   const auto store = [&](const Chunk& c) {
     const auto to = reinterpret_cast<T*>(c.target_row);  // read before the barrier: another chunk may take c's place
@@ -247,7 +248,8 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
     if (++stage == kDepth) stage = 0, parity ^= 1;
   };
   if (copier.dedicated && !copier.is_worker()) {
-    load(number_in(0), 0);
+    load(number_in(0), 0, ready);
+    wait_for_kernel_before();
     __syncthreads();
     for (bool first = true; number_in(stage) < a.chunks; first = false) {
       copier.wait_full(stage, parity);
@@ -256,7 +258,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
       const int next = 1 - stage;
       if (!first && copier.rank() == 0) number_in(next) = schedule.next();
       __syncwarp();
-      load(number_in(next), next);  // in place of the chunk before, if any
+      load(number_in(next), next, Nothing{});  // in place of the chunk before, if any
       if (copier.rank() == 0) schedule.ask();
       store(known(stage));
       advance();
@@ -268,8 +270,11 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
   // Memory has enough to do with a chunk for every block, and if each asked for two, some would wait long for the
   // first.
   const int at_first = Tile::kSoon && copier.bulk ? 1 : kDepth;
-  if (!copier.dedicated)
-    for (int d = 0; d < at_first; ++d) load(number_in(d), d);
+  if (!copier.dedicated) {
+    load(number_in(0), 0, ready);
+    if (at_first > 1) load(number_in(1), 1, ready);
+  }
+  wait_for_kernel_before();
   if (kByWarps) __syncthreads();
   bool first = true;
   for (int number; (number = number_in(stage)) < a.chunks; first = false) {
@@ -288,13 +293,13 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
     if (!copier.dedicated) copier.stored();
     __syncthreads();
     if (!copier.dedicated) {
-      if (Tile::kSoon && first && at_first < kDepth) load(number_in(1), 1);
+      if (Tile::kSoon && first && at_first < kDepth) load(number_in(1), 1, Nothing{});
       if (copier.rank() == 0) schedule.ask();
     }
     tiles.template compute<T>(a, ring, c, out);
     if (!copier.dedicated && copier.rank() == 0) number_in(stage) = schedule.next();
     store(c);
-    if (!copier.dedicated) load(number_in(stage), stage);
+    if (!copier.dedicated) load(number_in(stage), stage, Nothing{});
     advance();
   }
   if (!copier.dedicated) copier.stored();
