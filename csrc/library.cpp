@@ -1,11 +1,10 @@
 // The operators' schemas. Their implementations: cpu.cpp, cuda.cpp, and dwconv/_ops.py (fake tensors, autograd).
 #include <torch/csrc/stable/library.h>
 
-// grad_weight returns the bias's gradient with the weight's, empty unless `bias`. `allow_fft`: whether Fourier transforms
-// may serve. The `packed` overloads are those of
-// eager calls with nothing unusual about them (autograd.py): one argument for the geometry, and one call for all
-// gradients. The `plan` overloads take a plan by name instead of the one the table chooses; they exist for tests, on
-// CUDA only.
+// grad_weight returns the bias's gradient with the weight's, empty unless `bias`. `allow_fft`: whether Fourier
+// transforms may serve. The `packed` overloads are those of eager calls with nothing unusual about them (autograd.py):
+// one argument for the geometry, and one call for all gradients. The `plan` overloads take a plan by name instead of
+// the one the table chooses; they exist for tests, on CUDA only.
 STABLE_TORCH_LIBRARY(dwconv, m) {
   m.def(
       "forward(Tensor input, Tensor weight, Tensor? bias, int[2] stride, int[2] padding, int[2] dilation, "

@@ -310,8 +310,8 @@ bool claims_toeplitz_channels_last(const Problem& p) {
   if (p.channels % (kUnit / 2) != 0 || !whole(p.input, p.height, p.width) ||
       !whole(p.output, p.out_height, p.out_width))
     return false;
-  // Rows are what is marched down; columns do as well. Those of all images in spans of at least 8 columns are counted in
-  // 32 bits.
+  // Rows are what is marched down; columns do as well. Those of all images in spans of at least 8 columns are counted
+  // in 32 bits.
   const auto serves = [](const Problem& p) {
     constexpr int64_t kMost = 1 << 30;
     return have_channels(p) && band_shape_of(p) != BandShape::kNone &&

@@ -239,8 +239,8 @@ Decision decide(const MarchGrad& a, int64_t images, Kernel kernel, const Device&
     arrange(d.source, cut, cut.columns + a.kernel - 1, rows, false);
     arrange(d.grad, cut, cut.columns, rows, false);
     d.grad_at = d.source.group_bytes, cut.group_bytes = d.source.group_bytes + d.grad.group_bytes;
-    cut.warp_bytes = MarchRing::kBarrierBytes +
-                     std::max(MarchRing::kGroups * cut.group_bytes, (a.kernel * a.kernel + 1) * 32 * 4);
+    cut.warp_bytes =
+        MarchRing::kBarrierBytes + std::max(MarchRing::kGroups * cut.group_bytes, (a.kernel * a.kernel + 1) * 32 * 4);
     return cut.warp_bytes <= budget;
   };
   int rows_of_group = 8;

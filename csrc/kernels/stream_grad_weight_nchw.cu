@@ -107,9 +107,7 @@ struct Corner {
 
   __device__ explicit Corner(const GradStream&)
       : up(kMirrors && threadIdx.x / 2 % 2 != 0), left(kMirrors && threadIdx.x % 2 != 0) {}
-  __device__ int tap(int i, int j) const {
-    return (up ? kKernel - 1 - i : i) * kKernel + (left ? kKernel - 1 - j : j);
-  }
+  __device__ int tap(int i, int j) const { return (up ? kKernel - 1 - i : i) * kKernel + (left ? kKernel - 1 - j : j); }
   __device__ float total(int i, int j) const { return sum[i][j]; }
   __device__ float total_bias() const { return static_cast<float>(bias); }
 
