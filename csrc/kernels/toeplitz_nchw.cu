@@ -127,7 +127,7 @@ struct Toeplitz : EightTiles<kTileRows, bytes_of_filter(kKernelH, kColumnsOfKern
   using Tiles::column, Tiles::height, Tiles::kFilterBytes, Tiles::kRows, Tiles::row;
   static constexpr bool kWide = kColumnsOfKernel == Columns::kMany, kNarrow = kColumnsOfKernel == Columns::kOne;
   static_assert((!kWide && !kNarrow) || kStride == 1);
-  // Tiles of 14 rows are for long rows, of which one block fits: every warp then has a part of them.
+  // Of long rows only one block of tall tiles fits, which then has a warp for every part of them.
   static constexpr bool kTall = kRows == 14;
   static constexpr int kMaxThreads = kTall ? 480 : kStride == 1 && !kSum ? 288 : 224, kBlocks = kTall ? 1 : 2;
   static constexpr int kRowBytes = kWide ? kWideRowBytes : kBandRowBytes;
