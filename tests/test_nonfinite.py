@@ -156,7 +156,7 @@ def test_weights(device: str, case: Case, memory_format: torch.memory_format, va
 def test_bias(device: str, value: float) -> None:
     for case, dtype in product([case for case in CASES if case.bias], DTYPES):
         tensors, grad_output = draw(case, dtype, device)
-        tensors[2][3] = value
+        tensors[2][-1] = value
         check(case, tensors, grad_output, str(dtype))
 
 

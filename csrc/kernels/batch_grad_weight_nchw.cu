@@ -615,20 +615,6 @@ __global__ void __launch_bounds__(32 * Sums::kWarps + 32, kBlocks)
   }
 }
 
-// So many splits that the last wave of blocks is full, and that no sum is so long that it loses digits.
-int splits_for(int64_t groups, int64_t steps, int64_t slots) {
-  constexpr int64_t kLongest = 64;  // steps
-  int best = 1;
-  double least = INFINITY;
-  for (int64_t splits = ceil_div(steps, kLongest); splits <= std::min<int64_t>(steps, 1 << 16); ++splits) {
-    const double cost =
-        static_cast<double>(ceil_div(groups * splits, slots)) * (static_cast<double>(ceil_div(steps, splits)) + 1.);
-    if (cost < least * 0.98) least = cost, best = static_cast<int>(splits);
-    if (groups * splits > 8 * slots) break;
-  }
-  return best;
-}
-
 // Whole planes of as many channels as leave room for another block, or bands of rows of one channel. Returns the bytes
 // of shared memory.
 int64_t lay_out(Batch& a, int max_warps, int64_t shared_per_multiprocessor) {
@@ -680,16 +666,14 @@ void launch_kernel(const Problem& p, Batch a, const Allocate& allocate, cudaStre
   const int threads = 32 * a.share * a.block_filters + (a.bulk ? 32 : 0);
   const int64_t bytes = std::max<int64_t>(room, kHead + a.share * a.block_filters * Sums::kBytes);
   const int64_t steps = ceil_div(a.images, kImages) * a.bands;
-  static thread_local Decisions<5, int> decisions;
-  a.splits = decisions({device.id, steps, a.groups, threads, bytes}, [&] {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
-    int resident = 0;
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, bytes);
-    return splits_for(a.groups, steps, int64_t{std::max(resident, 1)} * device.multiprocessors);
+  const int64_t slots = p.taps() + (p.bias != nullptr);
+  const int64_t totals = 4 * (2 + (a.share > 1 ? a.share : 0)) * a.block_filters * slots;
+  static thread_local Decisions<7, Splits> decisions;
+  const auto [splits, cluster] = decisions({device.id, steps, a.groups, threads, bytes, a.bulk, totals}, [&] {
+    return split_steps(kernel, device, steps, a.groups, threads, bytes, a.bulk ? totals : 0);
   });
-  const int64_t slots = p.taps() + (p.bias != nullptr), parts = int64_t{a.splits} * a.share;
-  const int64_t totals = 4 * (a.splits + (a.share > 1 ? a.share : 0)) * a.block_filters * slots;
-  const bool cluster = a.bulk && a.splits == 2 && can_overlap(kernel) && bytes + totals <= device.shared_per_block;
+  a.splits = splits;
+  const int64_t parts = int64_t{a.splits} * a.share;
   if (cluster)
     a.totals = static_cast<int>(bytes);
   else if (parts > 1)

@@ -402,20 +402,6 @@ __global__ void __launch_bounds__(32 * (kMaxWarps + Sums::kLoader), 3)
   }
 }
 
-// So many splits that the last wave of blocks is full, and that no sum is so long that it loses digits.
-int splits_for(int64_t groups, int64_t steps, int64_t slots) {
-  constexpr int64_t kLongest = 64;  // steps
-  int best = 1;
-  double least = INFINITY;
-  for (int64_t splits = ceil_div(steps, kLongest); splits <= std::min<int64_t>(steps, 1 << 16); ++splits) {
-    const double cost =
-        static_cast<double>(ceil_div(groups * splits, slots)) * (static_cast<double>(ceil_div(steps, splits)) + 1.);
-    if (cost < least * 0.98) least = cost, best = static_cast<int>(splits);
-    if (groups * splits > 8 * slots) break;
-  }
-  return best;
-}
-
 // Whole planes of some channels, or bands of rows of one channel's filters, so that several blocks share a
 // multiprocessor; a warp for each tile, or as many as keep all of them busy. Returns the bytes of shared memory, or 0
 // where there is no room.
@@ -485,15 +471,12 @@ void launch(const Problem& p, Padded a, int64_t room, bool clusters, const Devic
   const int warps = a.share * a.block_filters, threads = 32 * (warps + (a.loader ? 1 : 0));
   const int64_t bytes = std::max<int64_t>(room, kHead + warps * Sums::kBytes);
   const int64_t steps = ceil_div(a.images, kImages) * a.bands;
-  static thread_local Decisions<5, int> decisions;
-  a.splits = decisions({device.id, steps, a.groups, threads, bytes}, [&] {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
-    int resident = 0;
-    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, bytes);
-    return splits_for(a.groups, steps, int64_t{std::max(resident, 1)} * device.multiprocessors);
+  const int64_t slots = p.taps() + (p.bias != nullptr), totals = 4 * 2 * a.block_filters * slots;
+  static thread_local Decisions<7, Splits> decisions;
+  const auto [splits, cluster] = decisions({device.id, steps, a.groups, threads, bytes, clusters, totals}, [&] {
+    return split_steps(kernel, device, steps, a.groups, threads, bytes, clusters ? totals : 0);
   });
-  const int64_t slots = p.taps() + (p.bias != nullptr), totals = 4 * a.splits * a.block_filters * slots;
-  const bool cluster = clusters && a.splits == 2 && can_overlap(kernel) && bytes + totals <= device.shared_per_block;
+  a.splits = splits;
   if (cluster)
     a.totals = static_cast<int>(bytes);
   else if (a.splits > 1)

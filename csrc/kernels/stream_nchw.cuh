@@ -315,6 +315,7 @@ struct TileSize {
   int rows, columns, together, lanes, loaders, filter_bytes;
   bool whole;
   int threads_per_block, threads_per_multiprocessor;  // as the registers allow
+  int element;                                        // bytes
 };
 
 // How many times the busiest banks of shared memory are read and written while the first units of a plane are computed,
@@ -442,7 +443,8 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
     } else {
       // As many threads as keep up with memory are enough. Work should come in several parts: blocks, or rounds of a
       // thread. Whole lines of memory are better than parts of them, and planes than bands, which share rows.
-      const double products = a.kernel_h * a.kernel_w / (a.spread ? 2. : 1.);  // of a spread kernel few taps meet
+      // Of a spread kernel few taps meet. In 16 bits there are as many instructions for half of the bytes.
+      const double products = a.kernel_h * a.kernel_w / (a.spread && tile.element == 4 ? 2. : 1.);
       const double enough = std::min(busy, 14 * products) * even * chunk_bytes / (chunk_bytes + 3000);
       const auto in_lines = [&](const Planes& array, int height, int fan) {
         return chunk_groups * fan * height * array.row_bytes % 128 == 0;
@@ -462,7 +464,8 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
   const int64_t tiles = ceil_div(a.out_height, tile.rows) * ceil_div(a.out_width, tile.columns);
   const int64_t work = ceil_div(tiles, tile.together) * tile.lanes * a.fan_out;
   const int64_t full = ceil_div(tile.threads_per_block * (tile.lanes > 1 ? 8 : 1), work);
-  const int64_t many = std::min<int64_t>(tile.lanes > 1 ? full : std::max<int64_t>(full, 2), a.groups);
+  const int64_t many =
+      std::min<int64_t>(tile.lanes > 1 || tile.element < 4 ? full : std::max<int64_t>(full, 2), a.groups);
   const auto search = [&](int threads) {
     for (int64_t groups = 1; groups <= many; ++groups)
       if (!consider(groups, a.out_height, threads)) break;
@@ -509,7 +512,8 @@ template <typename T, class Tile>
 void launch(Stream a, int64_t images, const Allocate& allocate, cudaStream_t stream) {
   constexpr TileSize kTile{Tile::kRows,  Tile::kColumns,    Tile::kTiles,
                            Tile::kLanes, Tile::kLoaders,    Tile::kFilterBytes,
-                           Tile::kWhole, Tile::kMaxThreads, (Tile::kMaxThreads + Tile::kLoaders) * Tile::kBlocks};
+                           Tile::kWhole, Tile::kMaxThreads, (Tile::kMaxThreads + Tile::kLoaders) * Tile::kBlocks,
+                           sizeof(T)};
   const Device& device = current_device();
   const auto kernel = stream_nchw<T, Tile>;
   a.bulk = a.bulk && device.capability >= 90;
