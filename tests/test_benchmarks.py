@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -86,7 +87,7 @@ def module(monkeypatch: pytest.MonkeyPatch):
 def test_help_of_all_commands():
     printed = run("--help")
     for command in ("layers", "models", "sweep", "conditions", "overhead", "compare", "plot", "readme"):
-        assert f"    {command} " in printed
+        assert re.search(rf"^    {command}\s", printed, re.MULTILINE)
 
 
 def test_layers_json(layers_json: Path):
