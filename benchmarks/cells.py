@@ -148,14 +148,15 @@ def with_torch(cell: Cell, t: Tensors) -> Tensor:
     return gradients[mask.index(True)]
 
 
-def with_dwconv(cell: Cell, t: Tensors) -> Tensor:
-    ops = torch.ops.dwconv
+def with_dwconv(cell: Cell, t: Tensors, plan: str | None = None) -> Tensor:
+    """The pass by dwconv, by the plan that it chooses or, on CUDA, by one that is named."""
+    op = getattr(getattr(torch.ops.dwconv, cell.pass_name), "default" if plan is None else "plan")
+    named = () if plan is None else (plan,)
     if cell.pass_name == "forward":
-        return ops.forward(t.input, t.weight, None, *cell.geometry)
+        return op(t.input, t.weight, None, *cell.geometry, *named)
     if cell.pass_name == "grad_input":
-        channels_last = cell.layout == "channels_last"
-        return ops.grad_input(t.grad_output, t.weight, t.input.shape, *cell.geometry, channels_last)
-    return ops.grad_weight(t.grad_output, t.input, cell.kernel, *cell.geometry, False)[0]
+        return op(t.grad_output, t.weight, t.input.shape, *cell.geometry, cell.layout == "channels_last", *named)
+    return op(t.grad_output, t.input, cell.kernel, *cell.geometry, False, *named)[0]
 
 
 def plan_of(cell: Cell, t: Tensors) -> str:

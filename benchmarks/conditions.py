@@ -8,7 +8,6 @@ sm_90 run it, where it has such a way.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,25 +29,11 @@ def misaligned(tensor: Tensor) -> Tensor:
     return storage.as_strided(tensor.shape, tensor.stride(), 1).copy_(tensor)
 
 
-def with_plan(plan: str) -> Callable[[Cell, Tensors], Tensor]:
-    ops = torch.ops.dwconv
-
-    def call(cell: Cell, t: Tensors) -> Tensor:
-        if cell.pass_name == "forward":
-            return ops.forward.plan(t.input, t.weight, None, *cell.geometry, plan)
-        if cell.pass_name == "grad_input":
-            channels_last = cell.layout == "channels_last"
-            return ops.grad_input.plan(t.grad_output, t.weight, t.input.shape, *cell.geometry, channels_last, plan)
-        return ops.grad_weight.plan(t.grad_output, t.input, cell.kernel, *cell.geometry, False, plan)[0]
-
-    return call
-
-
-def us(cell: Cell, quick: bool, call: Callable[[Cell, Tensors], Tensor] = with_dwconv, aligned: bool = True) -> float:
+def us(cell: Cell, quick: bool, plan: str | None = None, aligned: bool = True) -> float:
     draws = [Tensors.draw(cell, DEVICE) for _ in range(number_of_sets(cell.bytes))]
     if not aligned:
         draws = [Tensors(*map(misaligned, (t.input, t.weight, t.grad_output))) for t in draws]
-    return measure([lambda t=t: call(cell, t) for t in draws], 8e3 if quick else 40e3).us
+    return measure([lambda t=t: with_dwconv(cell, t, plan) for t in draws], 8e3 if quick else 40e3).us
 
 
 def run_cell(cell: Cell, quick: bool) -> dict[str, Any]:
@@ -63,7 +48,7 @@ def run_cell(cell: Cell, quick: bool) -> dict[str, Any]:
         narrower = replace(cell, size=(*cell.size[:3], cell.size[3] - 2))
         times["narrower"] = us(narrower, quick) / narrower.bytes / (plain / cell.bytes)
     try:
-        times["portable"] = us(cell, quick, with_plan(f"{plan}_portable")) / plain
+        times["portable"] = us(cell, quick, f"{plan}_portable") / plain
     except RuntimeError as error:  # no such plan: one way serves all GPUs, or there is no GPU
         if "plan" not in str(error):
             raise

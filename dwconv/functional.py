@@ -142,9 +142,8 @@ def conv2d(
     images, and other filters, never see it.
     """
     fft = is_fft_allowed(allow_fft)
-    if (
-        not fft and not _is_dynamo_compiling() and not _is_any_autocast_enabled()
-    ):  # most eager calls need none of what follows
+    # Most eager calls need none of what follows.
+    if not fft and not _is_dynamo_compiling() and not _is_any_autocast_enabled():
         output = autograd.short_way(input, weight, bias, stride, padding, dilation)
         if output is not None:
             return output

@@ -44,9 +44,8 @@ class DepthwiseConv2d(nn.Conv2d):
         torch.Size([16, 64, 56, 56])
     """
 
-    allow_fft: bool | None = (
-        None  # an attribute alone: a constructor's arguments are what convert finds in an nn.Conv2d
-    )
+    # An attribute alone: the constructor's arguments are what convert finds in an nn.Conv2d.
+    allow_fft: bool | None = None
 
     def __init__(
         self,
