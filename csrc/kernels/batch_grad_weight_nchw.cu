@@ -20,7 +20,7 @@
 #include "image_runs.cuh"
 #include "launch.h"
 #include "padded_grad_weight_nchw.h"
-#include "partial_sums.cuh"
+#include "partial_sums.h"
 #include "stream.cuh"
 #include "tensor_cores.cuh"
 
@@ -681,7 +681,7 @@ void launch_kernel(const Problem& p, Batch a, const Allocate& allocate, cudaStre
   launch_early(kernel, a, int64_t{a.groups} * a.splits, threads, stream,
                {.cluster = cluster ? a.splits : 1, .shared_bytes = bytes + (cluster ? totals : 0)});
   check_launch("batch_grad_weight_nchw");
-  if (a.partial != nullptr) launch_add_partial_sums<T>(p, a.partial, parts, can_overlap(add_partial_sums<T>), stream);
+  if (a.partial != nullptr) launch_add_partial_sums(p, a.partial, parts, stream);
 }
 
 }  // namespace

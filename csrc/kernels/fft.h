@@ -64,8 +64,9 @@ struct FftCut {
     return images * 2 * (std::max<int64_t>(h.rows(), length / 2) * row + 8 * columns * length / 2);
   }
 
-  // In products that large_float32 makes in the time, per plane: 1.0 to 1.2 L^3 where measured.
-  double cost() const { return 1.3 * length * length * length * tiles(); }
+  // In products that large_float32 makes in the time, per plane: 1.1 to 1.7 L^3 where measured, the
+  // most for short ones.
+  double cost() const { return 1.7 * length * length * length * tiles(); }
 
  private:
   static FftSide side(const Problem& p, bool vertical, int64_t length) {

@@ -9,7 +9,7 @@
 
 #include "common.cuh"
 #include "launch.h"
-#include "partial_sums.cuh"
+#include "partial_sums.h"
 
 namespace dwconv {
 namespace {
@@ -348,7 +348,7 @@ void launch_grad_weight(const Problem& p, const Allocate& allocate, cudaStream_t
       static_cast<const T*>(p.output.data), static_cast<const T*>(p.input.data), partial, Sizes<Index>(p),
       p.bias != nullptr, shape.channels_last, shape.lanes, shape.filter_groups, shape.tap_groups, shape.splits);
   check_launch("generic_grad_weight_runs");
-  launch_add_partial_sums<T>(p, partial, shape.splits, false, stream);
+  launch_add_partial_sums(p, partial, shape.splits, stream);
 }
 
 // Whether every offset and every row or column number, also those before and behind the image, fits 31 bits.

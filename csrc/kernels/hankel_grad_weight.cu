@@ -14,7 +14,8 @@
 #include <cmath>
 
 #include "launch.h"
-#include "partial_sums.cuh"
+#include "overlap.cuh"
+#include "partial_sums.h"
 #include "planes.cuh"
 #include "stream.cuh"
 #include "tensor_cores.cuh"
@@ -375,6 +376,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks) hankel_grad_weight(co
   const Loader<Tile::kBeside> grad_loader(a, a.grad, part.filter, first_grad_row(a, part, 0, Tile{}), 0);
   Place this_place{}, next_place = Place::of(a, part.first, Tile{});
   int stage = a.first_stage, turn = warp;
+  settle_and_wait_for_kernel_before(a.images);
   for (int unit = part.first - 1; unit < part.last; ++unit) {  // the first round only loads
     wait_copies<0>();
     __syncthreads();
@@ -453,7 +455,6 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks) hankel_grad_weight(co
 struct Cut {
   int together, bands, chunks, rows, columns, splits;
   int64_t shared_bytes;
-  bool sum_early;  // whether the second kernel may start beside the last blocks of the first one
 };
 
 // Fills in what follows from a cut, and the shared memory that it takes.
@@ -496,7 +497,7 @@ Cut cut_for(Hankel a, const Device& device) {
     apply<Tile>(a, cut);
     return cut.shared_bytes <= room;
   };
-  Cut best{1, 1, 1, height, static_cast<int>(round_up(width, Tile::kStepColumns)), 1, 0, false};
+  Cut best{1, 1, 1, height, static_cast<int>(round_up(width, Tile::kStepColumns)), 1, 0};
   if (fits(best)) {  // whole planes, as many as make up for the latency of a load
     constexpr int kMost = 8, kPixels = 8192;
     for (int together = 2; together <= kMost; ++together) {
@@ -521,8 +522,7 @@ Cut cut_for(Hankel a, const Device& device) {
                 static_cast<int>(rows),
                 static_cast<int>(columns),
                 1,
-                0,
-                false};
+                0};
         if (cut.bands * cut.chunks == 1 || !fits(cut)) continue;
         const double loaded = static_cast<double>(rows) * (columns + Tile::kColumns) +
                               static_cast<double>(rows + Tile::kRows) * columns + 2048;
@@ -559,7 +559,6 @@ Cut cut_for(Hankel a, const Device& device) {
   };
   consider(1);
   for (int waves = 1; waves <= 6; ++waves) consider(slots * waves / groups), consider(ceil_div(slots * waves, groups));
-  best.sum_early = waits_for_kernel_before<T>();
   return best;
 }
 
@@ -576,9 +575,9 @@ void launch(const Problem& p, Hankel a, const Allocate& allocate, cudaStream_t s
   const int64_t sums = (p.taps() + (p.bias != nullptr)) * p.filters();
   if (a.splits > 1) a.partial = static_cast<float*>(allocate(a.splits * sums * int64_t{sizeof(float)}));
   const int64_t blocks = int64_t{a.tiles_h} * a.tiles_w * a.filters * a.splits;
-  hankel_grad_weight<T, Tile><<<static_cast<unsigned>(blocks), kThreads, cut.shared_bytes, stream>>>(a);
+  launch_early(hankel_grad_weight<T, Tile>, a, blocks, kThreads, stream, {.shared_bytes = cut.shared_bytes});
   check_launch("hankel_grad_weight");
-  if (a.splits > 1) launch_add_partial_sums<T>(p, a.partial, a.splits, cut.sum_early, stream);
+  if (a.splits > 1) launch_add_partial_sums(p, a.partial, a.splits, stream);
 }
 
 template <int kBeside>

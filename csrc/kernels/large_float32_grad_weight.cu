@@ -16,7 +16,7 @@
 
 #include "large_float32.cuh"
 #include "launch.h"
-#include "partial_sums.cuh"
+#include "partial_sums.h"
 
 namespace dwconv {
 namespace {
@@ -543,7 +543,7 @@ void launch_large_float32_grad_weight(const Problem& p, const Allocate& allocate
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, a.bytes);
   kernel<<<static_cast<unsigned>(groups * a.splits), 32 * cut.warps, a.bytes, stream>>>(a);
   check_launch("large_float32_grad_weight");
-  launch_add_partial_sums<float>(p, a.partial, a.splits, false, stream);
+  launch_add_partial_sums(p, a.partial, a.splits, stream);
 }
 
 }  // namespace dwconv

@@ -15,7 +15,8 @@
 
 #include "launch.h"
 #include "march_grad_weight_channels_last.cuh"
-#include "partial_sums.cuh"
+#include "overlap.cuh"
+#include "partial_sums.h"
 #include "shares.cuh"
 #include "small_kernels.h"
 
@@ -505,7 +506,6 @@ struct Cut {
   bool whole_images;
   int threads;
   int64_t shared_bytes;
-  bool sum_early;  // whether the second kernel may start beside the last blocks of the first one
 };
 
 // What there is to know of a kernel, at run time.
@@ -602,7 +602,7 @@ Cut cut_for(March a, const WindowSize& w, int element, bool boxes, const Device&
   Cut best{};
   double best_cycles = INFINITY;
   const auto consider = [&](int groups, int strips, int loaders, bool boxes, int depth) {
-    Cut cut{groups, strips, loaders, depth, 1, boxes, false, 0, 0, false};
+    Cut cut{groups, strips, loaders, depth, 1, boxes, false, 0, 0};
     apply(a, cut, w, element);
     if (boxes && !(fits_box(a.source, w.columns * w.stride, element) && fits_box(a.grad, w.columns, element))) return;
     if (cut.shared_bytes > device.shared_per_block || cut.threads > w.max_threads + 32) return;
@@ -658,9 +658,7 @@ void launch(const Problem& p, March a, bool boxes, const Allocate& allocate, cud
                  a.source.unit * kUnit + a.grad.unit, boxes, a.joined},
                 [&] {
                   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
-                  Cut made = cut_for(a, kWindow, kElement, boxes, device);
-                  made.sum_early = waits_for_kernel_before<T>();
-                  return made;
+                  return cut_for(a, kWindow, kElement, boxes, device);
                 });
   apply(a, cut, kWindow, kElement);
   if (cut.boxes && !a.joined &&
@@ -675,7 +673,7 @@ void launch(const Problem& p, March a, bool boxes, const Allocate& allocate, cud
         allocate(parts * (W::kTaps + a.with_bias) * a.filters * static_cast<int64_t>(sizeof(float))));
   launch_early(kernel, a, blocks, cut.threads, stream, {.shared_bytes = cut.shared_bytes});
   check_launch("march_grad_weight_channels_last");
-  if (parts > 1) launch_add_partial_sums<T>(p, a.partial, parts, cut.sum_early, stream);
+  if (parts > 1) launch_add_partial_sums(p, a.partial, parts, stream);
 }
 
 }  // namespace

@@ -10,7 +10,8 @@
 
 #include "launch.h"
 #include "march_nchw.cuh"
-#include "partial_sums.cuh"
+#include "overlap.cuh"
+#include "partial_sums.h"
 #include "small_kernels.h"
 
 namespace dwconv {
@@ -282,7 +283,7 @@ void launch(const Problem& p, MarchGrad a, Kernel kernel, const Allocate& alloca
   launch_early(kernel, a, ceil_div(a.cut.workers, kMarchWarps), 32 * kMarchWarps, stream,
                {.shared_bytes = d.shared_bytes});
   check_launch("march_grad_weight_nchw");
-  launch_add_partial_sums<float>(p, a.partial, splits, can_overlap(add_partial_sums<float>), stream);
+  launch_add_partial_sums(p, a.partial, splits, stream);
 }
 
 }  // namespace

@@ -19,7 +19,8 @@
 
 #include "launch.h"
 #include "outer_grad_weight_planes.h"
-#include "partial_sums.cuh"
+#include "overlap.cuh"
+#include "partial_sums.h"
 #include "planes.cuh"
 #include "stream.cuh"
 #include "tensor_cores.cuh"
@@ -374,6 +375,7 @@ __global__ void __launch_bounds__(32 * Tile::kWarps, Tile::kBlocks) outer_grad_w
     commit_copies();
     next_stage = next_stage + a.stage_bytes < Tile::kStages * a.stage_bytes ? next_stage + a.stage_bytes : 0;
   };
+  settle_and_wait_for_kernel_before(a.images);
 #pragma unroll 1
   for (int s = 0; s + 1 < Tile::kStages; ++s) load_next();
 
@@ -459,7 +461,6 @@ __global__ void __launch_bounds__(32 * Tile::kWarps, Tile::kBlocks) outer_grad_w
 // How the work is cut.
 struct Cut {
   int rows, shares, splits, blocks;
-  bool sum_early;
 };
 
 // Fills in what follows from the rows of a piece and the shares of them; returns the shared memory that it takes.
@@ -526,7 +527,7 @@ Cut cut_for(Outer a, const Device& device) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
   const double sums = static_cast<double>(a.kernel_h) * a.kernel_w * a.filters;
   const int groups = static_cast<int>(ceil_div(a.last_row - a.first_row, Tile::kRows));
-  Cut best{1, 1, 1, device.multiprocessors, waits_for_kernel_before<T>()};
+  Cut best{1, 1, 1, device.multiprocessors};
   double least = INFINITY;
   for (int shares = 1; shares * groups <= Tile::kWarps; ++shares) {
     constexpr int kCuts = 6;
@@ -576,10 +577,10 @@ void launch(const Problem& p, Outer a, const Allocate& allocate, cudaStream_t st
   a.splits = cut.splits;
   const int64_t sums = (p.taps() + (p.bias != nullptr)) * p.filters();
   if (a.splits > 1) a.partial = static_cast<float*>(allocate(a.splits * sums * int64_t{sizeof(float)}));
-  const unsigned threads = 32u * a.groups * a.shares;
-  outer_grad_weight<T, Tile><<<static_cast<unsigned>(cut.blocks), threads, shared_bytes, stream>>>(a);
+  launch_early(outer_grad_weight<T, Tile>, a, cut.blocks, 32 * a.groups * a.shares, stream,
+               {.shared_bytes = shared_bytes});
   check_launch("outer_grad_weight");
-  if (a.splits > 1) launch_add_partial_sums<T>(p, a.partial, a.splits, cut.sum_early, stream);
+  if (a.splits > 1) launch_add_partial_sums(p, a.partial, a.splits, stream);
 }
 
 }  // namespace

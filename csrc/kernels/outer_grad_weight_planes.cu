@@ -20,7 +20,7 @@
 #include "outer_grad_weight.h"
 #include "outer_grad_weight_planes.h"
 #include "overlap.cuh"
-#include "partial_sums.cuh"
+#include "partial_sums.h"
 #include "planes.cuh"
 #include "tensor_cores.cuh"
 
@@ -508,7 +508,7 @@ void launch(const Problem& p, const Planes& a, int64_t shared_bytes, const Alloc
   const int threads = 32 * a.shifts * a.shares + a.loaders;
   launch_early(kernel, a, blocks, threads, stream, {.shared_bytes = shared_bytes});
   check_launch("outer_planes");
-  if (a.splits > 1) launch_add_partial_sums<T>(p, a.partial, a.splits, can_overlap(add_partial_sums<T>), stream);
+  if (a.splits > 1) launch_add_partial_sums(p, a.partial, a.splits, stream);
 }
 
 }  // namespace
@@ -516,7 +516,7 @@ void launch(const Problem& p, const Planes& a, int64_t shared_bytes, const Alloc
 bool launch_outer_grad_weight_planes(const Problem& p, bool exchanged, bool tall, const ImagePlanes& source,
                                      const ImagePlanes& grad, const Allocate& allocate, cudaStream_t stream) {
   const Device& device = current_device();
-  if (device.capability < 90 || !can_overlap(add_partial_sums<__half>)) return false;  // bulk copies
+  if (device.capability < 90 || !can_overlap(outer_planes<__half, false, true>)) return false;  // bulk copies
   const OuterSizes sizes = OuterSizes::of(p, false);
   Planes a{};
   const auto can_fold = [&](int rows) {

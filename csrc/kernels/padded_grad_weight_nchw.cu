@@ -21,7 +21,7 @@
 
 #include "batch_grad_weight_nchw.h"
 #include "clusters.cuh"
-#include "partial_sums.cuh"
+#include "partial_sums.h"
 #include "stream.cuh"
 #include "tensor_cores.cuh"
 
@@ -485,7 +485,7 @@ void launch(const Problem& p, Padded a, int64_t room, bool clusters, const Devic
                {.cluster = cluster ? a.splits : 1, .shared_bytes = bytes + (cluster ? totals : 0)});
   check_launch("padded_grad_weight_nchw");
   if (a.partial != nullptr)
-    launch_add_partial_sums<T>(p, a.partial, a.splits, can_overlap(add_partial_sums<T>), stream);
+    launch_add_partial_sums(p, a.partial, a.splits, stream);
 }
 
 // The most bytes that all rows are whole pieces of, or 0.

@@ -22,7 +22,8 @@
 #include <cmath>
 
 #include "launch.h"
-#include "partial_sums.cuh"
+#include "overlap.cuh"
+#include "partial_sums.h"
 #include "stream.cuh"
 
 namespace dwconv {
@@ -364,7 +365,7 @@ void launch(const Problem& p, GradStream a, const Allocate& allocate, cudaStream
   a.partial = static_cast<float*>(allocate(a.splits * sums * static_cast<int64_t>(sizeof(float))));
   launch_early(kernel, a, blocks, cut.threads + (a.bulk ? 32 : 0), stream, {.shared_bytes = cut.shared_bytes});
   check_launch("stream_grad_weight_nchw");
-  launch_add_partial_sums<T>(p, a.partial, a.splits, can_overlap(add_partial_sums<T>), stream);
+  launch_add_partial_sums(p, a.partial, a.splits, stream);
 }
 
 // The arguments that follow from a problem.

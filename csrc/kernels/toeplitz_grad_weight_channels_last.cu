@@ -22,7 +22,8 @@
 
 #include "launch.h"
 #include "march_grad_weight_channels_last.cuh"
-#include "partial_sums.cuh"
+#include "overlap.cuh"
+#include "partial_sums.h"
 #include "shares.cuh"
 #include "stream.cuh"
 #include "tensor_cores.cuh"
@@ -415,7 +416,6 @@ __global__ void __launch_bounds__(kThreads, Size::kBlocks)
 struct Cut {
   int group_shift, depth, splits;
   int64_t shared_bytes;
-  bool sum_early;  // whether the second kernel may start beside the last blocks of the first one
 };
 
 // Fills in what follows from a cut.
@@ -439,7 +439,7 @@ void apply(Toeplitz& a, Cut& cut) {
 
 template <class Size>
 Cut cut_for(Toeplitz a, const Device& device) {
-  Cut cut{0, 3, 1, 0, false};
+  Cut cut{0, 3, 1, 0};
   // Few columns beyond the last one, and few that two spans load.
   int64_t least = INT64_MAX;
   for (int shift = 0; Size::kWide && shift <= 3; ++shift) {
@@ -474,9 +474,7 @@ void launch(const Problem& p, Toeplitz a, const Allocate& allocate, cudaStream_t
   static thread_local Decisions<9, Cut> decisions;
   const auto decide = [&] {
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
-    Cut cut = cut_for<Size>(a, device);
-    cut.sum_early = waits_for_kernel_before<T>();
-    return cut;
+    return cut_for<Size>(a, device);
   };
   Cut cut = decisions(
       {device.id, a.images, a.channels, a.height, a.source.width, a.padding_h, a.padding_w, a.kernel_h, a.kernel_w},
@@ -486,7 +484,7 @@ void launch(const Problem& p, Toeplitz a, const Allocate& allocate, cudaStream_t
       allocate(a.splits * (p.taps() + a.with_bias) * a.channels * static_cast<int64_t>(sizeof(float))));
   launch_early(kernel, a, int64_t{a.slabs} * a.splits, kThreads, stream, {.shared_bytes = cut.shared_bytes});
   check_launch("toeplitz_grad_weight_channels_last");
-  launch_add_partial_sums<T>(p, a.partial, a.splits, cut.sum_early, stream);
+  launch_add_partial_sums(p, a.partial, a.splits, stream);
 }
 
 }  // namespace
