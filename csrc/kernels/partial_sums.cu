@@ -1,5 +1,5 @@
-// Adds up partial sums: some threads a sum, each of which has several loads under way, since the kernel is nothing
-// but latency. Addresses are known before the kernel before it is done.
+// Adds up partial sums: as many threads a sum as it takes to have all loads under way at once, since the kernel is
+// nothing but latency. Little is done before the first load, as blocks may find room only when the kernel before ends.
 #include "partial_sums.h"
 
 #include "common.cuh"
@@ -12,63 +12,70 @@ namespace {
 struct Sums {
   const void* partial;
   void *grad_weight, *grad_bias;
-  int64_t filters, taps, splits;
-
-  __host__ __device__ int64_t count() const { return (taps + (grad_bias != nullptr)) * filters; }
+  int64_t filters, taps, splits, count;  // count: of the sums, those of the bias gradient too
+  Divider by_blocks;                     // that a tap takes
 };
 
-// A block takes kColumns sums beside each other, each by kLanes threads.
+// A block takes kColumns filters of a tap, each by kLanes threads.
 template <typename T, int kColumns, int kLanes>
-__global__ void __launch_bounds__(kColumns* kLanes) add_partial_sums(Sums a) {
+__global__ void __launch_bounds__(kColumns* kLanes) add_partial_sums(const __grid_constant__ Sums a) {
   using Number = Accumulator<T>;
   constexpr int kLoads = 8;  // a thread's under way
-  __shared__ double shared[kLanes][kColumns];
   let_next_kernel_start();
-  const int64_t count = a.count();
+  uint32_t tap = blockIdx.x;
   const int column = threadIdx.x % kColumns, lane = threadIdx.x / kColumns;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kColumns + column, step = kLanes * count;
-  const int64_t slot = index / a.filters, filter = index % a.filters;
-  T* to =
-      slot < a.taps ? static_cast<T*>(a.grad_weight) + filter * a.taps + slot : static_cast<T*>(a.grad_bias) + filter;
-  const Number* from = static_cast<const Number*>(a.partial) + lane * count + index;
-  settle_and_wait_for_kernel_before(column);
+  const int64_t filter = int64_t{a.by_blocks.split(tap)} * kColumns + column;
+  const Number* from = static_cast<const Number*>(a.partial) + lane * a.count + tap * a.filters + filter;
+  const bool is_there = filter < a.filters;
+  wait_for_kernel_before();
 
   double total = 0;  // a long sum, of which there are few
-  for (int64_t left = index < count ? ceil_div(a.splits - lane, kLanes) : 0; left > 0; left -= kLoads) {
+  for (int64_t split = is_there ? lane : a.splits; split < a.splits; split += kLoads * kLanes) {
     Number values[kLoads];
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) values[i] = i < left ? from[i * step] : Number{0};
-    from += kLoads * step;
+    for (int i = 0; i < kLoads; ++i)
+      if (split + i * kLanes < a.splits) values[i] = from[i * kLanes * a.count];
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) total += values[i];
+    for (int i = 0; i < kLoads; ++i)
+      if (split + i * kLanes < a.splits) total += values[i];
+    from += kLoads * kLanes * a.count;
   }
-  shared[lane][column] = total;
+  if constexpr (kLanes > 1) {
+    constexpr int kWarps = kColumns * kLanes / 32;
+    __shared__ double shared[kWarps][kColumns];
 #pragma unroll
-  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int offset = kColumns; offset < 32; offset *= 2) total += __shfl_down_sync(~0u, total, offset);
+    if (threadIdx.x % 32 < kColumns) shared[threadIdx.x / 32][column] = total;
     __syncthreads();
-    if (lane < half) shared[lane][column] = total += shared[lane + half][column];
+    if (lane > 0) return;
+#pragma unroll
+    for (int i = 1; i < kWarps; ++i) total += shared[i][column];
   }
-  if (lane == 0 && index < count) *to = narrow<T>(static_cast<Number>(total));
+  if (!is_there) return;
+  T* to = tap < a.taps ? static_cast<T*>(a.grad_weight) + filter * a.taps + tap : static_cast<T*>(a.grad_bias) + filter;
+  *to = narrow<T>(static_cast<Number>(total));
 }
 
 template <typename T, int kColumns, int kLanes>
-void launch(const Sums& sums, cudaStream_t stream) {
-  launch_early(add_partial_sums<T, kColumns, kLanes>, sums, ceil_div(sums.count(), kColumns), kColumns * kLanes,
+void launch(Sums sums, cudaStream_t stream) {
+  const int64_t blocks = ceil_div(sums.filters, kColumns);
+  sums.by_blocks = Divider(blocks);
+  launch_early(add_partial_sums<T, kColumns, kLanes>, sums, sums.count / sums.filters * blocks, kColumns * kLanes,
                stream);
 }
 
 }  // namespace
 
 void launch_add_partial_sums(const Problem& p, const void* partial, int64_t splits, cudaStream_t stream) {
-  const Sums sums{partial, p.weight.data, p.bias, p.filters(), p.taps(), splits};
-  // Few long sums are shared by many threads, as long as all of these run at once.
-  const bool few = splits > 32 && ceil_div(sums.count(), 8) <= 4 * current_device().multiprocessors;
+  const int64_t slots = p.taps() + (p.bias != nullptr);
+  const Sums sums{partial, p.weight.data, p.bias, p.filters(), p.taps(), splits, slots * p.filters(), {}};
+  // Long sums are shared by many threads, where these all run at once.
+  const bool few = slots * ceil_div(p.filters(), 8) <= 4 * current_device().multiprocessors;
   visit_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
-    if (few)
-      launch<T, 8, 64>(sums, stream);
-    else
-      launch<T, 32, 8>(sums, stream);
+    if (splits <= 8) return launch<T, 64, 1>(sums, stream);
+    if (splits <= 64 || !few) return launch<T, 32, 8>(sums, stream);
+    launch<T, 8, 64>(sums, stream);
   });
   check_launch("add_partial_sums");
 }
