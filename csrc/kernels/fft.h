@@ -66,7 +66,7 @@ struct FftCut {
 
   // In products that large_float32 makes in the time, per plane: 1.1 to 1.7 L^3 where measured, the
   // most for short ones.
-  double cost() const { return 1.7 * length * length * length * tiles(); }
+  double cost() const { return 1.6 * length * length * length * tiles(); }
 
  private:
   static FftSide side(const Problem& p, bool vertical, int64_t length) {
