@@ -12,8 +12,9 @@ namespace {
 struct Sums {
   const void* partial;
   void *grad_weight, *grad_bias;
-  int64_t filters, taps, splits, count;  // count: of the sums, those of the bias gradient too
-  Divider by_blocks;                     // that a tap takes
+  int64_t filters, taps, count;  // count: of the sums, those of the bias gradient too
+  int splits;
+  Divider by_blocks;  // that a tap takes
 };
 
 // A block takes kColumns filters of a tap, each by kLanes threads.
@@ -26,19 +27,21 @@ __global__ void __launch_bounds__(kColumns* kLanes) add_partial_sums(const __gri
   const int column = threadIdx.x % kColumns, lane = threadIdx.x / kColumns;
   const int64_t filter = int64_t{a.by_blocks.split(tap)} * kColumns + column;
   const Number* from = static_cast<const Number*>(a.partial) + lane * a.count + tap * a.filters + filter;
+  const int64_t step = kLanes * a.count;
   const bool is_there = filter < a.filters;
   wait_for_kernel_before();
 
   double total = 0;  // a long sum, of which there are few
-  for (int64_t split = is_there ? lane : a.splits; split < a.splits; split += kLoads * kLanes) {
+#pragma unroll 1
+  for (int left = is_there ? a.splits - lane : 0; left > 0; left -= kLoads * kLanes) {
     Number values[kLoads];
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i)
-      if (split + i * kLanes < a.splits) values[i] = from[i * kLanes * a.count];
+    for (int i = 0; i < kLoads; ++i) {  // the last one once more where there is none: no branch between the loads
+      values[i] = *from;
+      if ((i + 1) * kLanes < left) from += step;
+    }
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i)
-      if (split + i * kLanes < a.splits) total += values[i];
-    from += kLoads * kLanes * a.count;
+    for (int i = 0; i < kLoads; ++i) total += i * kLanes < left ? values[i] : Number{0};
   }
   if constexpr (kLanes > 1) {
     constexpr int kWarps = kColumns * kLanes / 32;
@@ -68,7 +71,8 @@ void launch(Sums sums, cudaStream_t stream) {
 
 void launch_add_partial_sums(const Problem& p, const void* partial, int64_t splits, cudaStream_t stream) {
   const int64_t slots = p.taps() + (p.bias != nullptr);
-  const Sums sums{partial, p.weight.data, p.bias, p.filters(), p.taps(), splits, slots * p.filters(), {}};
+  const Sums sums{partial, p.weight.data, p.bias, p.filters(), p.taps(), slots * p.filters(), static_cast<int>(splits),
+                  {}};
   // Long sums are shared by many threads, where these all run at once.
   const bool few = slots * ceil_div(p.filters(), 8) <= 4 * current_device().multiprocessors;
   visit_dtype(p.dtype, [&](auto element) {
