@@ -14,13 +14,14 @@ struct ImageRuns {
   int64_t image_bytes;  // from one image to the next
   int memory, pitch;    // in shared memory: the first slot, and from one to the next
 
-  // Where a slot's bytes begin that lie `offset` bytes behind the beginning of an image: they keep their place within
-  // 16 bytes. `stage`: added to the place in shared memory.
-  __device__ int slot(int stage, int index, int image, int64_t offset) const {
+  // Where bytes lie within 16 that begin `offset` bytes behind the beginning of an image.
+  __device__ int phase(int image, int64_t offset) const {
     const auto low = [](auto value) { return static_cast<uint32_t>(value); };
-    return stage + memory + index * pitch +
-           static_cast<int>((low(reinterpret_cast<uintptr_t>(base)) + low(image) * low(image_bytes) + low(offset)) %
-                            kUnit);
+    return (low(reinterpret_cast<uintptr_t>(base)) + low(image) * low(image_bytes) + low(offset)) % kUnit;
+  }
+  // Where a slot's bytes begin: they keep their place within 16 bytes. `stage`: added to the place in shared memory.
+  __device__ int slot(int stage, int index, int image, int64_t offset) const {
+    return stage + memory + index * pitch + phase(image, offset);
   }
 };
 
@@ -65,17 +66,6 @@ struct UnitLoad {
     copy_bulk(shared_address(stage + to), from, bytes, barrier);
   }
 };
-
-__device__ inline UnitLoad unit_load(const ImageRuns& v, int index, int image, int64_t offset, int bytes) {
-  const int slot = v.slot(0, index, image, offset), before = slot % kUnit;
-  return {v.base + image * v.image_bytes + offset - before, slot - before,
-          (before + bytes + kUnit - 1) / kUnit * kUnit};
-}
-
-// A lane stores a slot by a bulk copy, where it begins and ends with a unit.
-__device__ inline void store_units(const ImageRuns& v, int index, int image, int64_t offset, int bytes) {
-  store_bulk(v.base + image * v.image_bytes + offset, shared_address(v.slot(0, index, image, offset)), bytes);
-}
 
 // All threads copy between memory and the slots, 16 images at once.
 template <bool kLoad>

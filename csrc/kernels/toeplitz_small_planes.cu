@@ -44,7 +44,10 @@ struct Small {
   int stages, stage_bytes, weights_at;
   int copiers;  // warps that begin bulk copies
   bool bulk, bulk_stores;
-  Divider by_groups, by_dilation_w;
+  bool apart;      // a warp of its own copies, and outputs have two buffers: the warps that compute never wait for it
+  uint32_t rows;   // a bit for each row of B that the kernel has
+  int clear_from;  // bytes of a slot that are sure to be loaded
+  Divider by_groups, by_dilation_w, by_clear;
 };
 
 struct Part {
@@ -96,6 +99,12 @@ __device__ __noinline__ void outputs_by_taps(const Small& a, int from, int to, i
   }
 }
 
+// Where copies are not bulk copies: out of line, where it takes no registers from those that are.
+template <bool kLoad>
+__device__ __noinline__ void copy_part(const ImageRuns& runs, int stage, const Part& part, int64_t offset, int bytes) {
+  copy_runs<kLoad>(runs, stage, part.image, part.images, offset, bytes);
+}
+
 // How target rows of a tile are computed from source rows, both counted from the tile's beginning.
 template <int kKernelH, int kStride>
 struct Rows {
@@ -139,10 +148,12 @@ struct Seven {
     const auto entry = [&](int x, int v) {  // bytes
       return x >= 0 && x < kSide && v >= 0 && v < kSide ? 2 * (kMiddle + x - v) : 0;
     };
-    const int target[2] = {n, n < 6 ? n + 1 : n == 7 ? 0 : -1};  // columns, of rows at even and odd places
+    const int even = n, other = n < 6 ? n + 1 : n == 7 ? 0 : -1;  // columns, of rows at even and odd places
+    const bool begins_other = (kReach + 1 + odd) & 1;
+    const int target[2] = {begins_other ? other : even, begins_other ? even : other};
 #pragma unroll
     for (int i = 0; i <= kKernelH; ++i) {
-      const int to = target[(i + kReach + 1 + odd) & 1];
+      const int to = target[i % 2];
 #pragma unroll
       for (int next = 0; next < 2; ++next) {
         const int row = i + next - 1, x = pair - (odd ^ next);
@@ -157,26 +168,8 @@ struct Seven {
   // `from`, `to`: where the two images' planes begin, plus the thread's pair. Returns whether all outputs are finite.
   template <bool kOdd>
   __device__ bool compute(const uint32_t (&from)[2], const uint32_t (&to)[2], float start) const {
-    uint32_t x[2 * (kSide + 1)];
-#pragma unroll
-    for (int y = 0; y < kSide; ++y)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) x[2 * y + h] = read_word(from[h] + 2 * (kSide * y - (y + kOdd) % 2));
     const float before[4] = {start, start, start, start};
     float sum[kSide][4];
-#pragma unroll
-    for (int y = 0; y < kSide; y += 2)
-#pragma unroll
-      for (int r = 0; r < kSide; ++r) {
-        const int i = y - r + kReach + 1;
-        if (i < 0 || i > kKernelH) continue;
-        const bool starts = y == 0 || i < 2;
-        if (y + 1 < kSide)
-          multiply(sum[r], starts ? before : std::as_const(sum[r]),
-                   {x[2 * y], x[2 * y + 1], x[2 * y + 2], x[2 * y + 3]}, band[i], T{});
-        else if (i > 0)
-          multiply(sum[r], {x[2 * y], x[2 * y + 1]}, band[i][0], T{});
-      }
     uint32_t zero = 0;
     const bool last = threadIdx.x % 4 == 3;
     const auto narrowed = [&](int r, int h) {
@@ -184,17 +177,44 @@ struct Seven {
       add_zeros(zero, values);
       return *reinterpret_cast<const uint32_t*>(&values);
     };
+    uint32_t next[4];  // of the two source rows to come
+    const auto read = [&](int y) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      constexpr int kAlone = kOdd ? 0 : kSide - 1;  // the row that shares its word with another plane
-      const uint32_t alone = narrowed(kAlone, h), at = to[h] + 2 * (kSide * kAlone + kOdd);
-      if (!last) write_word(at, alone);
-      if (last) write_element(kOdd ? to[h] - 4 * 3 : at, kOdd ? alone >> 16 : alone);
+      for (int k = 0; k < 4; ++k)
+        if (y + k / 2 < kSide) next[k] = read_word(from[k % 2] + 2 * (kSide * (y + k / 2) - (y + k / 2 + kOdd) % 2));
+    };
+    read(0);
 #pragma unroll
-      for (int r = kOdd; r + 1 < kSide; r += 2) {
-        const uint32_t upper = narrowed(r, h), lower = narrowed(r + 1, h);
-        write_word(to[h] + 2 * (kSide * r), __byte_perm(upper, lower, last ? 0x7610 : 0x3210));
-        if (!last) write_word(to[h] + 2 * (kSide * (r + 1) + 1), lower);
+    for (int y = 0; y < kSide; y += 2) {
+      const uint32_t x[4] = {next[0], next[1], next[2], next[3]};
+      read(y + 2);
+#pragma unroll
+      for (int r = 0; r < kSide; ++r) {
+        const int i = y - r + kReach + 1;
+        if (i < 0 || i > kKernelH) continue;
+        const bool starts = y == 0 || i < 2;
+        if (y + 1 < kSide)
+          multiply(sum[r], starts ? before : std::as_const(sum[r]), x, band[i], T{});
+        else if (i > 0)
+          multiply(sum[r], {x[0], x[1]}, band[i][0], T{});
+      }
+      // Rows that are complete by now, two by two: of those that share a word the upper one begins evenly.
+      const auto completes = [&](int r) { return (r + kReach < kSide ? r + kReach : kSide - 1) / 2 * 2 == y; };
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        constexpr int kAlone = kOdd ? 0 : kSide - 1;  // the row that shares its word with another plane
+        if (completes(kAlone)) {
+          const uint32_t alone = narrowed(kAlone, h), at = to[h] + 2 * (kSide * kAlone + kOdd);
+          if (!last) write_word(at, alone);
+          if (last) write_element(kOdd ? to[h] - 4 * 3 : at, kOdd ? alone >> 16 : alone);
+        }
+#pragma unroll
+        for (int r = kOdd; r + 1 < kSide; r += 2) {
+          if (!completes(r + 1)) continue;
+          const uint32_t upper = narrowed(r, h), lower = narrowed(r + 1, h);
+          write_word(to[h] + 2 * (kSide * r), __byte_perm(upper, lower, last ? 0x7610 : 0x3210));
+          if (!last) write_word(to[h] + 2 * (kSide * (r + 1) + 1), lower);
+        }
       }
     }
     return zero == 0;
@@ -263,31 +283,48 @@ struct Fourteen {
   }
 };
 
+// Whether a warp of its own begins all copies.
+constexpr bool has_copier(bool known, int units) {
+  return known && units == 2;
+}
+
+// Blocks on a multiprocessor, as registers allow.
+constexpr int blocks_of(int units) {
+  return units > 2 ? 2 : 3;
+}
+
 // kKernelH: with what dilation puts between the rows. kStride: -2 where it is that of the target. kIn, kOut: columns of
 // the source and the target, in units of 8. kPairs, kPairsOut: whether every row of the source, and of the target,
 // begins at a multiple of 4 bytes. kKnown: planes are of 7 x 7, in one unit, or of 14 x 14.
 template <typename T, int kKernelH, int kStride, int kIn, int kOut, bool kPairs, bool kPairsOut, bool kKnown>
-__global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
+__global__ void __launch_bounds__(32 * (kMaxWarps + has_copier(kKnown, kIn)), blocks_of(kIn + kOut))
     toeplitz_small_planes(const __grid_constant__ Small a) {
   using Tile = Rows<kKernelH, kStride>;
   constexpr bool kSpread = kStride < 0;
   static_assert(kIn <= 2 && kOut <= 2 && (kStride == 1 ? kIn == kOut : kSpread ? kIn == 1 : kOut == 1));
   const Copier copier(a.bulk, false);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row_of_a = lane / 4, pair = lane % 4 * 2;
-  // What lies around the runs is multiplied with zeros: it should be finite.
-  if (kKnown) {
-    for (int at = 16 * threadIdx.x; at < a.stages * a.stage_bytes; at += 16 * blockDim.x)
-      shared<uint4>(a.source.memory + at) = uint4{};
-    before_bulk_copies();
-  }
-  const int copied = warp + lane * a.copiers;  // the image that a lane copies in bulk, if its warp does
-  if (copier.bulk && threadIdx.x == 0) {
+  const int workers = a.block_channels * a.share;  // warps that compute
+  constexpr bool kApart = has_copier(kKnown, kIn);
+  const bool apart = kApart && a.apart, copies = apart ? warp == workers : warp < a.copiers;
+  const int copied = apart ? lane : warp + lane * a.copiers;  // the image that a lane copies in bulk, if its warp does
+  if (copier.bulk && threadIdx.x == 0)
 #pragma unroll
-    for (int stage = 0; stage < Barriers::kStages; ++stage) init_barrier(Barriers::full(stage), a.copiers);
-    before_bulk_copies();
-  }
+    for (int stage = 0; stage < Barriers::kStages; ++stage) {
+      init_barrier(Barriers::full(stage), a.copiers);
+      if (kApart) init_barrier(Barriers::done(stage), stage < 2 ? workers : 1);
+    }
+  // What lies around the runs is multiplied with zeros: it should be finite.
+  if (kKnown)
+    for (int i = threadIdx.x; i < a.stages * kImages * static_cast<int>(a.by_clear.divisor); i += blockDim.x) {
+      uint32_t slot = i;
+      const int unit = a.by_clear.split(slot);
+      shared<uint4>(a.source.memory + slot * a.source.pitch + a.clear_from + unit * kUnit) = uint4{};
+    }
+  if (kKnown || threadIdx.x == 0) before_bulk_copies();
   __syncthreads();
   const int own = warp >> a.share / 2, first_tile = warp & (a.share - 1);  // the warp's channel of the part, its tiles
+  const int target_bytes = kImages * a.target.pitch;                       // of a buffer
   const int source_plane = 2 * a.height * a.width, target_plane = 2 * a.out_height * a.out_width;
   // Memory likes to be read and written in one place at a time: blocks side by side take channels side by side.
   const int first = blockIdx.x, step = gridDim.x, last = a.groups * a.batches;
@@ -303,8 +340,22 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
   };
   const auto source_offset = [&](const Part& part) { return int64_t{part.channel} * source_plane; };
   const auto target_offset = [&](const Part& part) { return int64_t{part.channel} * target_plane; };
+  // Images that are copied in bulk begin with a unit: a part's bytes lie at the same place within one in all of them.
   const auto bulk_load = [&](const Part& part) {
-    return unit_load(a.source, copied, part.image + copied, source_offset(part), part.channels * source_plane);
+    const int64_t offset = source_offset(part);
+    const int before = static_cast<int>(offset) & (kUnit - 1);
+    return UnitLoad{a.source.base + (part.image + copied) * a.source.image_bytes + (offset - before),
+                    a.source.memory + copied * a.source.pitch,
+                    (before + part.channels * source_plane + kUnit - 1) & -kUnit};
+  };
+  const auto begin_bulk_store = [&](const Part& part, int buffer) {
+    if (copied < part.images) {
+      const int64_t offset = target_offset(part);
+      const int place = a.target.memory + copied * a.target.pitch + (static_cast<int>(offset) & (kUnit - 1));
+      store_bulk(a.target.base + (part.image + copied) * a.target.image_bytes + offset,
+                 shared_address(buffer * target_bytes + place), part.channels * target_plane);
+    }
+    commit_stores();
   };
   const auto begin_bulk_load = [&](const UnitLoad& one, const Part& part, int stage) {
     if (copied < part.images) one.begin(stage * a.stage_bytes, Barriers::full(stage));
@@ -312,49 +363,43 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
     if (lane == 0) arrive(Barriers::full(stage));
   };
   const auto load_in_bulk = [&](int number, int stage) {
-    if (number >= last || warp >= a.copiers) return;
+    if (number >= last || !copies) return;
     const Part part = part_of(number);
     begin_bulk_load(bulk_load(part), part, stage);
   };
+  // Barriers, where a warp of its own copies: a buffer may be written to.
+  const auto free_buffer = [](int buffer) { return Barriers::done(2 + buffer); };
   const auto load = [&](int number, int stage) {
     if (copier.bulk) return load_in_bulk(number, stage);
     if (number < last) {
       const Part part = part_of(number);
-      copy_runs<true>(a.source, stage * a.stage_bytes, part.image, part.images, source_offset(part),
-                      part.channels * source_plane);
+      copy_part<true>(a.source, stage * a.stage_bytes, part, source_offset(part), part.channels * source_plane);
     }
     commit_copies();
   };
   // The weights that a lane puts between zeros, of the warp's channel.
-  constexpr int kReach = kKernelH / 2;
-  const int skipped = kKnown ? kReach - a.padding_h : 0;  // rows of B that the kernel does not have, above and below
   T weight[kKernelH], bias;
   int prepared = -1;  // the first channel of those that the weights in use are of
-  uint32_t rows = 0;  // a bit for each row of B that has some
-#pragma unroll
-  for (int i = 0, next = skipped; i < kKernelH; ++i)
-    if (i == next && i <= skipped + (a.kernel_h - 1) * a.dilation_h) rows |= 1u << i, next += a.dilation_h;
-  uint32_t tap = max(lane - kMiddle + a.padding_w, 0);
-  const bool beside = lane - kMiddle + a.padding_w < 0 || a.by_dilation_w.split(tap) != 0;
-  const bool has_tap = !(kKnown && lane == 0) && !beside && static_cast<int>(tap) < a.kernel_w;
-  const T* const taps = static_cast<const T*>(a.weight) + (has_tap ? tap : 0) * a.weight_column;
   const auto fetch = [&](const Part& part, bool wanted) {
     bias = narrow<T>(0.f);
 #pragma unroll
     for (int i = 0; i < kKernelH; ++i) weight[i] = bias;  // in any case: what was there is not needed any more
     if (!wanted || part.channel == prepared || own >= part.channels) return;
     const int channel = part.channel + own;
-    const T* from = taps + channel * a.weight_filter;
+    uint32_t tap = max(lane - kMiddle + a.padding_w, 0);
+    const bool beside = lane - kMiddle + a.padding_w < 0 || a.by_dilation_w.split(tap) != 0;
+    const bool has_tap = !(kKnown && lane == 0) && !beside && static_cast<int>(tap) < a.kernel_w;
+    const T* from = static_cast<const T*>(a.weight) + channel * a.weight_filter + (has_tap ? tap : 0) * a.weight_column;
 #pragma unroll
     for (int i = 0; i < kKernelH; ++i) {
-      const bool has_row = rows >> i & 1;
+      const bool has_row = a.rows >> i & 1;
       if (has_row && has_tap) weight[i] = __ldg(from);
       from += has_row ? a.weight_row : 0;
     }
     if (a.bias) bias = __ldg(static_cast<const T*>(a.bias) + channel * a.bias_stride);
   };
   // Those of the part that follows, while this one is computed if there are registers for them, or stored.
-  constexpr bool kAhead = kKernelH < 7;
+  constexpr bool kAhead = kKernelH < 7 && !(kKnown && kIn == 1);
   const auto fetch_next = [&](int number) { fetch(part_of(number + step), number + step < last); };
   const Part first_part = part_of(first);
   const UnitLoad first_load = bulk_load(first_part);
@@ -367,11 +412,27 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
   if (kWeightsFirst) fetch(first_part, true);
   if (!copier.bulk)
     load(first, 0);
-  else if (warp < a.copiers)
+  else if (copies)
     begin_bulk_load(first_load, first_part, 0);
   if (!kWeightsFirst) fetch(first_part, true);
   if (!soon)
     for (int stage = 1; stage < a.stages; ++stage) load(first + stage * step, stage);
+
+  if (apart && copies) {
+    int stage = 0;
+    uint32_t parity = 0;
+    for (int number = first; number < last; number += step) {
+      const Part part = part_of(number);
+      wait(Barriers::done(stage), parity);
+      begin_bulk_store(part, stage);
+      load(number + a.stages * step, stage);
+      wait_stores();
+      __syncwarp();
+      if (lane == 0) arrive(free_buffer(stage));
+      if (++stage == a.stages) stage = 0, parity ^= 1;
+    }
+    return;
+  }
 
   // What keeps the columns of a pair that are inside the image: a mask, or how two elements are put together.
   uint32_t inside[kIn];
@@ -385,6 +446,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
   const int entry = kMiddle + (kSpread ? row_of_a - 2 * pair : pair - row_of_a * kStride);
   const int weights = a.weights_at + warp * (kKernelH * kEntries * 4);
   const int weights_from = weights + (!kSpread && entry % 2 ? 2 * kEntries + 2 * (entry - 1) : 2 * entry);
+  const uint32_t lane_from = memory + a.source.memory + own * source_plane + 2 * pair;
+  const uint32_t lane_to = memory + a.target.memory + own * target_plane + 2 * pair;
   // The parts of B, for each multiplication its own: it takes registers side by side.
   uint32_t band[kKernelH][kOut][kIn];
   std::conditional_t<kIn == 1, Seven<T, kKernelH>, Fourteen<T, kKernelH>> known_plane;
@@ -424,28 +487,29 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
     }
     const int place = stage * a.stage_bytes;
     if (copier.bulk) {
-      wait_stores();
+      if (!apart) wait_stores();
       wait(Barriers::full(stage), parity);
+      if (apart) wait(free_buffer(stage), parity ^ 1);
     } else if (a.stages > 1) {
       wait_copies<1>();
     } else {
       wait_copies<0>();
     }
-    __syncthreads();
+    if (!apart) __syncthreads();
     if (kAhead) fetch_next(number);
     if (soon && number == first)
       for (int more = 1; more < a.stages; ++more) load_in_bulk(first + more * step, more);
 
     if (own < part.channels) {
-      // Where the thread's two images are; what there is not is computed from the last one, and not stored.
+      // Where the thread's two images are; what there is not is computed from the last one, or from what lies there,
+      // and not stored.
       uint32_t from[2], to[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int index = row_of_a + 8 * h, known = min(index, part.images - 1);
-        from[h] = memory + 2 * pair + own * source_plane +
-                  a.source.slot(place, known, part.image + known, source_offset(part));
-        to[h] =
-            memory + 2 * pair + own * target_plane + a.target.slot(0, index, part.image + index, target_offset(part));
+        const int index = row_of_a + 8 * h, known = kKnown ? index : min(index, part.images - 1);
+        from[h] = lane_from + known * a.source.pitch + place + a.source.phase(part.image + known, source_offset(part));
+        to[h] = lane_to + index * a.target.pitch + (apart ? stage * target_bytes : 0) +
+                a.target.phase(part.image + index, target_offset(part));
       }
       const auto by_taps = [&](int begin, int end) {
         for (int e = 0; e < 4 * kOut; ++e) {
@@ -543,13 +607,17 @@ __global__ void __launch_bounds__(32 * kMaxWarps, kIn + kOut > 2 ? 2 : 3)
     }
     if (!kAhead) fetch_next(number);
     copier.before_store();
+    if (apart) {
+      __syncwarp();
+      if (lane == 0) arrive(Barriers::done(stage));
+      if (++stage == a.stages) stage = 0, parity ^= 1;
+      continue;
+    }
     __syncthreads();
     if (!copier.bulk || !a.bulk_stores) {
-      copy_runs<false>(a.target, 0, part.image, part.images, target_offset(part), part.channels * target_plane);
+      copy_part<false>(a.target, 0, part, target_offset(part), part.channels * target_plane);
     } else if (warp < a.copiers) {
-      if (copied < part.images)
-        store_units(a.target, copied, part.image + copied, target_offset(part), part.channels * target_plane);
-      commit_stores();
+      begin_bulk_store(part, 0);
     }
     load(number + a.stages * step, stage);
     if (++stage == a.stages) stage = 0, parity ^= 1;
@@ -561,6 +629,7 @@ template <typename T, int kKernelH, int kStride, int kIn, int kOut, bool kPairs,
 void launch_kernel(Small a, cudaStream_t stream) {
   const auto kernel = toeplitz_small_planes<T, kKernelH, kStride, kIn, kOut, kPairs, kPairsOut, kKnown>;
   const Device& device = current_device();
+  constexpr bool kApart = has_copier(kKnown, kIn);
   a.bulk = a.bulk && device.capability >= 90;
   a.batches = static_cast<int>(ceil_div(a.images, kImages));
   // Where sums take so many registers that few warps fit, two of them share a channel if it has work for both.
@@ -569,6 +638,8 @@ void launch_kernel(Small a, cudaStream_t stream) {
   // At stride 2 sources are large and targets small: blocks of one part each, of more channels, beat those that have
   // several. Where it is that of the target sources are small, and one more can be under way.
   const bool single = a.bulk && kStride == 2;
+  // Where a warp begins all copies, one more does nothing else, and outputs have two buffers.
+  const int buffers = kApart && a.bulk ? 2 : 1;
   const int stages = single ? 1 : a.bulk && kStride < 0 ? 3 : 2;
   const auto lay_out = [&](int channels, int stages) {
     a.block_channels = channels, a.stages = stages;
@@ -576,7 +647,7 @@ void launch_kernel(Small a, cudaStream_t stream) {
     a.target.pitch = slot_pitch(int64_t{channels} * 2 * a.out_height * a.out_width);
     a.stage_bytes = kImages * a.source.pitch;
     a.source.memory = kHead, a.target.memory = kHead + stages * a.stage_bytes;
-    a.weights_at = a.target.memory + kImages * a.target.pitch;
+    a.weights_at = a.target.memory + buffers * kImages * a.target.pitch;
     a.groups = static_cast<int>(ceil_div(a.channels, channels));
     return a.weights_at + channels * a.share * (kKernelH * kEntries * 4);
   };
@@ -589,19 +660,31 @@ void launch_kernel(Small a, cudaStream_t stream) {
     channels /= 2, bytes = lay_out(channels, stages);
   if (bytes > device.shared_per_block) bytes = lay_out(channels, 1);
   a.by_groups = Divider(a.groups);
+  const bool full = a.bulk && a.images % kImages == 0 && a.channels % channels == 0;  // all parts are alike
+  a.clear_from = full ? channels * 2 * a.height * a.width / kUnit * kUnit : 0;
+  a.by_clear = Divider((a.source.pitch - a.clear_from) / kUnit);
   a.bulk_stores = a.bulk_stores && channels * 2 * a.out_height * a.out_width % kUnit == 0;
-  const int threads = 32 * channels * a.share;
+  a.apart = buffers == 2 && a.bulk_stores && a.stages == 2;
+  const int skipped = kKnown ? kKernelH / 2 - a.padding_h : 0;  // rows of B above the kernel
+  a.rows = 0;
+  for (int i = 0; i < a.kernel_h; ++i) a.rows |= 1u << (skipped + i * a.dilation_h);
+  const int threads = 32 * (channels * a.share + a.apart);
   // To begin 16 copies takes a warp some time, but on wide planes it was slower to have all warps do it.
   a.copiers = kStride == 1 && kIn > 1 ? 1 : threads / 32;
   const int64_t parts = int64_t{a.groups} * a.batches;
-  static thread_local Decisions<5, int64_t> decisions;
+  static thread_local Decisions<6, int64_t> decisions;
   // Else so many blocks that all of them run at once and, on the smallest planes, have as many parts, if possible.
-  const int64_t blocks = decisions({device.id, threads, bytes, parts, single}, [&] {
+  const int64_t blocks = decisions({device.id, threads, bytes, parts, a.groups, single}, [&] {
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
     int resident = 0;
     cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, bytes);
     const int64_t slots = int64_t{std::max(resident, 1)} * device.multiprocessors;
-    return single ? parts : kStride == 1 && kIn == 1 ? ceil_div(parts, ceil_div(parts, slots)) : std::min(parts, slots);
+    if (single) return parts;
+    if (kStride != 1 || kIn > 1) return std::min(parts, slots);
+    const int64_t turns = ceil_div(parts, slots), even = ceil_div(parts, turns);
+    // Weights stay where a block has the same channels again and again.
+    const int64_t same = round_up(even, a.groups);
+    return turns > 1 && same <= slots ? same : even;
   });
   launch_early(kernel, a, blocks, threads, stream, {.shared_bytes = bytes});
   check_launch("toeplitz_small_planes");
