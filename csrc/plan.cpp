@@ -91,7 +91,8 @@ bool claims_stream_nchw(const Problem& p) {
   if (p.pass == Pass::kGradInput && p.stride_h > 1 && p.padding_h % 2 != p.padding_w % 2) return false;
   if (p.pass == Pass::kGradInput && p.multiplier > 1)  // sums over filters are compiled for squares only
     if (p.kernel_h != p.kernel_w || p.kernel_h == 1 || p.dilation_h > 1) return false;
-  return can_stream(p) && fits_stream_nchw(p, 0);
+  const bool sums = p.pass == Pass::kGradInput && p.multiplier > 1;  // then filters may lie in shared memory
+  return can_stream(p) && fits_stream_nchw(p, sums ? kChunkBytes + 4 * p.taps() : 0);
 }
 
 // What kernels that march down contiguous planes ask for. Lanes have to be busy, and there have to be so many rows that

@@ -3,6 +3,8 @@
 // free of bank conflicts for rows of 7, 14, 28, 56 and most others.
 #include "stream_nchw.cuh"
 
+#include <utility>
+
 #include "launch.h"
 #include "small_kernels.h"
 
@@ -53,8 +55,9 @@ __device__ bool read_weight(const Stream& a, int filter, float (&weight)[kKernel
 
 // A tile of kRows x 7 outputs. It walks down the source rows, reads each once and adds it to the outputs whose
 // window it lies in. Needs a padding below the kernel's extent, 7 output columns, and kSum where fan_in is not 1.
-template <class Kernel, bool kSum, int kRows_ = 7>
-struct Window : TileOfThread<Window<Kernel, kSum, kRows_>> {
+// kNear: whether the padding is at most half of the extent: then fewer columns may lie outside the image.
+template <class Kernel, bool kSum, int kRows_ = 7, bool kNear = false>
+struct Window : TileOfThread<Window<Kernel, kSum, kRows_, kNear>> {
   static constexpr int kKernelH = Kernel::kKernelH, kKernelW = Kernel::kKernelW;
   static constexpr int kStride = Kernel::kStride, kDilation = Kernel::kDilation;
   static constexpr int kRows = kRows_, kColumns = 7;
@@ -124,7 +127,8 @@ struct Window : TileOfThread<Window<Kernel, kSum, kRows_>> {
       for (int r = 0; r < kSourceRows; ++r) {
         const bool inside = static_cast<uint32_t>(y0 + r) < static_cast<uint32_t>(a.height);
         float x[kSourceColumns];
-        read_next<T, kExtentW - 1, (kColumns - 1) * kStride + 1, kBy>(walk, inside, x0, a.width, x);
+        constexpr int kMargin = kNear ? kExtentW / 2 : kExtentW - 1;
+        read_next<T, kMargin, kSourceColumns - kMargin, kBy>(walk, inside, x0, a.width, x);
 #pragma unroll
         for (int i = 0; i < kKernelH; ++i) {
           const int reach = r - i * kDilation, o = reach / kStride;
@@ -232,6 +236,43 @@ struct Corner : TileOfThread<Corner<kKernel, kSide>> {
   }
 };
 
+// The filters of a chunk whose planes are summed over, in shared memory: a thread needs them in turn for each of its
+// tiles, and memory is far away.
+template <int kKernel>
+struct SummedFilters {
+  static constexpr int kTaps = kKernel * kKernel, kBytes = 4 * kTaps;
+
+  int first = -1;  // of those that are there
+
+  template <typename T>
+  __device__ void load(const Stream& a, const Chunk& c) {
+    const auto number = [&](int index) {
+      uint32_t filter = c.target * a.fan_in + index;
+      return a.by_weights.split(filter);
+    };
+    if (std::exchange(first, static_cast<int>(number(0))) == static_cast<int>(number(0))) return;
+    for (int i = threadIdx.x; i < c.targets * a.fan_in * kTaps; i += blockDim.x) {
+      const int tap = i % kTaps;
+      const T* weight = static_cast<const T*>(a.weight) + number(i / kTaps) * a.weight_filter;
+      shared<float>(a.filters_at + 4 * i) =
+          widen(__ldg(weight + tap / kKernel * a.weight_row + tap % kKernel * a.weight_column));
+    }
+  }
+
+  // Reads the weights of one of the chunk's source planes; returns whether all are finite.
+  static __device__ bool read(const Stream& a, int plane, float (&weight)[kKernel][kKernel]) {
+    float zero = 0;
+#pragma unroll
+    for (int i = 0; i < kKernel; ++i)
+#pragma unroll
+      for (int j = 0; j < kKernel; ++j) {
+        weight[i][j] = shared<float>(a.filters_at + plane * kBytes + 4 * (i * kKernel + j));
+        zero = fmaf(weight[i][j], 0.f, zero);
+      }
+    return zero == 0.f;
+  }
+};
+
 // grad_input at stride 2: a tile of kPairs x 7 pairs of rows and columns. Which taps reach a row depends on whether the
 // row plus the padding is even: known at compile time, given whether the padding is (kOdd).
 template <int kKernel, int kOdd>
@@ -240,11 +281,23 @@ struct Spread : TileOfThread<Spread<kKernel, kOdd>> {
   static constexpr int kPairs = kKernel == 3 ? 3 : 2;
   static constexpr int kRows = 2 * kPairs, kColumns = 14;
   static constexpr int kMaxThreads = 128, kBlocks = 3;
+  using Filters = SummedFilters<kKernel>;
+  static constexpr bool kShares = kKernel > 5;  // where planes are summed over; fewer weights come as fast from memory
+  static constexpr int kFilterBytes = kShares ? Filters::kBytes : 0;
 
   // The filter that the thread knows: the first of those a target plane is summed over.
   int known = -1;
   bool finite;
   float weight[kKernel][kKernel];
+  Filters filters;
+
+  template <typename T>
+  __device__ void prepare(const Stream& a, const Chunk& c) {
+    if (kShares && a.fan_in > 1)
+      filters.template load<T>(a, c);
+    else
+      TileOfThread<Spread>::template prepare<T>(a, c);
+  }
 
   template <typename T>
   __device__ void know(const Stream& a, uint32_t target) {
@@ -270,7 +323,9 @@ struct Spread : TileOfThread<Spread<kKernel, kOdd>> {
     float sum[kRows][kColumns] = {};
 
     for (int q = 0; q < a.fan_in; ++q) {
-      if (q > 0)
+      if (kShares && a.fan_in > 1)
+        finite = Filters::read(a, plane * a.fan_in + q, weight);
+      else if (q > 0)
         known = -1, finite = read_weight<kKernel, kKernel, T>(a, filter + q, weight);
       else
         know<T>(a, c.target + plane);
@@ -342,12 +397,18 @@ void launch_stream_nchw(const Problem& p, bool bulk, const Allocate& allocate, c
     if constexpr (sizeof(T) <= 4) {
       const bool compiled = visit_small_kernel(p, [&](auto kernel) {
         using Kernel = decltype(kernel);
+        constexpr int kSide = Kernel::kKernelH;
+        const auto window = [&](auto rows) {
+          constexpr int kRows = decltype(rows)::value;
+          if constexpr (sizeof(T) == 4 && Kernel::kKernelW > 1)  // in 16 bits few problems are left to CUDA cores
+            if (2 * a.padding_w <= (Kernel::kKernelW - 1) * Kernel::kDilation)
+              return launch<T, Window<Kernel, false, kRows, true>>(a, images, allocate, stream);
+          launch<T, Window<Kernel, false, kRows>>(a, images, allocate, stream);
+        };
         // Of long rows shared memory holds a block or two, which then have to be large ones.
         constexpr int kLongRow = 2800;  // bytes
-        if constexpr (sizeof(T) == 4 && Kernel::kKernelH == 7 && Kernel::kStride == 1)
-          if (a.fan_in == 1 && a.source.row_bytes > kLongRow)
-            return launch<T, Window<Kernel, false, 4>>(a, images, allocate, stream);
-        constexpr int kSide = Kernel::kKernelH;
+        if constexpr (sizeof(T) == 4 && kSide == 7 && Kernel::kStride == 1)
+          if (a.fan_in == 1 && a.source.row_bytes > kLongRow) return window(std::integral_constant<int, 4>{});
         if constexpr (sizeof(T) == 4 && Kernel::kSquare && kSide > 1 && Kernel::kStride == 1 && Kernel::kDilation == 1)
           if (a.fan_in == 1 && a.padding_h == kSide / 2 && a.padding_w == kSide / 2 && a.height == a.width) {
             if (a.height == 7) return launch<T, Corner<kSide, 7>>(a, images, allocate, stream);
@@ -356,11 +417,11 @@ void launch_stream_nchw(const Problem& p, bool bulk, const Allocate& allocate, c
         // Where planes are one tile, shared memory holds too few of them to keep a multiprocessor's threads busy.
         if constexpr (sizeof(T) == 4 && kSide == 5 && Kernel::kStride == 2)
           if (!a.spread && a.fan_in == 1 && a.out_height <= 7 && a.out_width == 7)
-            return launch<T, Window<Kernel, false, 4>>(a, images, allocate, stream);
+            return window(std::integral_constant<int, 4>{});
         // Nor do the few planes of a large kernel at stride 2. Tiles of 3 rows begin 6 source rows apart: where a plane
         // is 56 columns wide, say, those below each other lie in different banks, unlike 8 rows.
         constexpr int kRows = sizeof(T) == 4 && kSide == 7 && Kernel::kStride == 2 ? 3 : 7;
-        if (!a.spread && a.fan_in == 1) return launch<T, Window<Kernel, false, kRows>>(a, images, allocate, stream);
+        if (!a.spread && a.fan_in == 1) return window(std::integral_constant<int, kRows>{});
         if constexpr (Kernel::kSquare && Kernel::kKernelH > 1 && Kernel::kDilation == 1) {
           if constexpr (Kernel::kStride == 1)
             launch<T, Window<Kernel, true>>(a, images, allocate, stream);

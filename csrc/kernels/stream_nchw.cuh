@@ -10,7 +10,7 @@
 //   kLoaders                 threads besides them that load: 0, or 32 where tiles are computed by warps
 //   kWhole                   whether it computes whole planes only
 //   kSoon                    whether a block asks for one chunk at first, which then is there sooner
-//   kFilterBytes             of shared memory, zeros at first, for each filter of a chunk
+//   kFilterBytes             of shared memory, zeros at first, for each filter of a chunk, where filters go there
 //   prepare<T>(stream, chunk)             fills that, while the chunk is under way
 //   compute<T>(stream, ring, chunk, out)  computes the chunk, by all threads; may remember what it knows of its tiles
 // The tiles of a plane are numbered along its rows, unless Stream::down says otherwise.
@@ -430,7 +430,11 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
                                               tile.threads_per_multiprocessor / (cut.threads + tile.loaders), 16});
     if (bytes > d.shared_per_block || blocks == 0) return false;
     const double busy = static_cast<double>(blocks * work) / rounds;
-    const double turns = static_cast<double>(a.chunks) / (blocks * d.multiprocessors), even = turns / std::ceil(turns);
+    const double turns = static_cast<double>(a.chunks) / (blocks * d.multiprocessors);
+    // The last band of a plane may be short: of rows, not of bands, a block should have as many as the others.
+    const int64_t run = static_cast<int64_t>(std::ceil(turns));
+    const int64_t most_rows = run / cut.bands * a.out_height + run % cut.bands * chunk_rows;
+    const double even = turns / cut.bands * a.out_height / most_rows;
     const double chunk_bytes = static_cast<double>(bytes - kHead) / (kDepth + 1);  // a chunk costs some barriers
     double score;
     if (tile.lanes > 1) {
@@ -510,10 +514,11 @@ void set_counter(int* counter, int value, cudaStream_t stream);
 
 template <typename T, class Tile>
 void launch(Stream a, int64_t images, const Allocate& allocate, cudaStream_t stream) {
-  constexpr TileSize kTile{Tile::kRows,  Tile::kColumns,    Tile::kTiles,
-                           Tile::kLanes, Tile::kLoaders,    Tile::kFilterBytes,
-                           Tile::kWhole, Tile::kMaxThreads, (Tile::kMaxThreads + Tile::kLoaders) * Tile::kBlocks,
-                           sizeof(T)};
+  const bool has_filters = Tile::kLanes > 1 || a.fan_in > 1;
+  const TileSize kTile{Tile::kRows,  Tile::kColumns,    Tile::kTiles,
+                       Tile::kLanes, Tile::kLoaders,    has_filters ? Tile::kFilterBytes : 0,
+                       Tile::kWhole, Tile::kMaxThreads, (Tile::kMaxThreads + Tile::kLoaders) * Tile::kBlocks,
+                       sizeof(T)};
   const Device& device = current_device();
   const auto kernel = stream_nchw<T, Tile>;
   a.bulk = a.bulk && device.capability >= 90;

@@ -5,7 +5,8 @@
 // the input at a stride): multiplied from the left by the same row of pixels of 16 images, it gives a row of outputs of
 // as many, without any column of zeros beside the image. A block works through parts of the problem, the planes of some
 // channels of 16 images (image_runs.cuh): one is computed while the next one arrives. One warp has a channel, or two
-// that take its tiles of rows in turn; the matrices stay in registers, and outputs leave by way of shared memory.
+// that take its tiles of rows in turn; the matrices stay in registers, and outputs leave by way of shared memory. On
+// planes of 14 x 14 one more warp begins all copies.
 //
 // Planes of 7 x 7 and 14 x 14 that stay as large have code without a branch: what lies outside of them is known, and
 // what is beside a row, another one, meets zeros of B. Rows of 7 begin at even and odd places in turn: a pair of pixels
