@@ -135,6 +135,24 @@ class RowLoader {
   }
 };
 
+// True for one thread of a warp, all of which ask. ptxas then knows that it is one, and makes no loop over the threads
+// of each bulk copy.
+__device__ inline bool is_elected() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t elected = 0;
+  asm volatile(
+      "{\n"
+      ".reg .pred one;\n"
+      "elect.sync _|one, 0xffffffff;\n"
+      "@one mov.b32 %0, 1;\n"
+      "}"
+      : "+r"(elected));
+  return elected != 0;
+#else
+  return threadIdx.x % 32 == 0;
+#endif
+}
+
 // The same by bulk copies, which one warp begins: one for a pixel, or for a row of pixels without gaps.
 class BulkLoader {
  public:
@@ -158,12 +176,14 @@ class BulkLoader {
 
   __device__ void load(const Pixels& p, int to, int barrier) const {
     if (p.joined) return load_run(p, to, barrier);
-    const int lane = threadIdx.x % 32;
-    if (lane == 0) expect_bytes(barrier, pixels_ * bytes_);
-#pragma unroll 1
-    for (int i = lane; i < pixels_; i += 32)
-      copy_bulk(shared_address(to + to_ + i * p.pitch), from_ + static_cast<int64_t>(i) * p.pixel_bytes, bytes_,
-                barrier);
+    if (is_elected()) {
+      expect_bytes(barrier, pixels_ * bytes_);
+      uint32_t at = shared_address(to + to_);
+      const char* from = from_;
+#pragma unroll 4
+      for (int i = 0; i < pixels_; ++i, at += p.pitch, from += p.pixel_bytes) copy_bulk(at, from, bytes_, barrier);
+    }
+    __syncwarp();
   }
 
  private:
