@@ -185,17 +185,29 @@ struct Tile {
   static constexpr int kLoading = kFan == 2 && kBulkThreads <= 256 ? 0 : 32;
 };
 
+// A value that ptxas is to keep in a register: addresses in shared memory begin with a special register, which it would
+// otherwise read anew, and wait for, wherever one is used.
+__device__ inline uint32_t kept(uint32_t value) {
+  return __shfl_sync(__activemask(), value, threadIdx.x % 32);
+}
+
+// By its address in shared memory.
+template <typename T>
+__device__ T& at_address(uint32_t address) {
+  return *static_cast<T*>(__cvta_shared_to_generic(address));
+}
+
 // Neighbouring channels of a pixel in shared memory.
 template <typename T, int kChannels>
-__device__ void read_pixel(int offset, float (&x)[kChannels]) {
+__device__ void read_pixel(uint32_t at, float (&x)[kChannels]) {
   if constexpr (kChannels == 1 || kChannels == 3) {
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c) x[c] = widen(shared<T>(offset + c * static_cast<int>(sizeof(T))));
+    for (int c = 0; c < kChannels; ++c) x[c] = widen(at_address<T>(at + c * static_cast<int>(sizeof(T))));
   } else if constexpr (sizeof(T) == 4) {
-    const float2 both = shared<float2>(offset);
+    const float2 both = at_address<float2>(at);
     x[0] = both.x, x[1] = both.y;
   } else {
-    widen_pair(shared<uint32_t>(offset), x[0], x[1], T{});
+    widen_pair(at_address<uint32_t>(at), x[0], x[1], T{});
   }
 }
 
@@ -226,10 +238,10 @@ __device__ Four<T> narrow_four(float a, float b, float c, float d) {
 
 // Pixels of three channels in shared memory, the first of which is the second one of four neighbouring elements.
 template <typename T, int kPixels>
-__device__ void read_fours(int offset, float (&x)[kPixels][3]) {
+__device__ void read_fours(uint32_t at, float (&x)[kPixels][3]) {
 #pragma unroll
   for (int i = 0; i < 3 * kPixels + 1; i += 4) {
-    const Four<T> word = shared<Four<T>>(offset + (i - 1) * static_cast<int>(sizeof(T)));
+    const Four<T> word = at_address<Four<T>>(at + (i - 1) * static_cast<int>(sizeof(T)));
     float four[4];
     if constexpr (sizeof(T) == 4)
       four[0] = word.x, four[1] = word.y, four[2] = word.z, four[3] = word.w;
@@ -237,53 +249,69 @@ __device__ void read_fours(int offset, float (&x)[kPixels][3]) {
       widen_pair(word.x, four[0], four[1], T{}), widen_pair(word.y, four[2], four[3], T{});
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      if (const int at = i + j - 1; at >= 0 && at < 3 * kPixels) x[at / 3][at % 3] = four[j];
+      if (const int k = i + j - 1; k >= 0 && k < 3 * kPixels) x[k / 3][k % 3] = four[j];
   }
 }
 
-// Stores a row of a warp's strips. Pixels of less than a sector of 32 bytes, written one by one, would write every
-// sector several times. `pixel`: where the thread's strip begins in the target, in column x; `live`: whether it has
-// one.
+// How a warp has a row of its strips in shared memory, side by side.
+struct Stage {
+  uint32_t strip, first;  // where the thread's strip lies, and the first element
+  int before;             // outputs of the warp before that strip
+  int begin, end;         // of the elements, those inside the image
+};
+
+// `x`: column of the target where the thread's strip begins; `live`: whether it has one.
 template <typename T, class Tile>
-__device__ void store_staged(const March& a, char* pixel, int x, bool live,
+__device__ Stage stage_of(const March& a, uint32_t thread, int x, bool live) {
+  constexpr int kWidth = Tile::kStrip * Tile::kPair, kChannels = Tile::kChannels, kSize = sizeof(T);
+  uint32_t strip = thread % 32;
+  const int warp = static_cast<int>(thread / 32), lane = a.by_lanes.split(strip);
+  const int pixel = kChannels == 3 ? 3 : a.lanes * kChannels;  // elements
+  Stage s;
+  s.before = live ? static_cast<int>(strip) * kWidth : 0;
+  s.first = shared_address(kRing + a.ring_bytes + warp * a.stage_bytes);
+  s.strip = s.first + (s.before * pixel + lane * kChannels) * kSize;
+  x -= s.before;
+  s.begin = max(-x, 0) * pixel;
+  s.end = min(min(a.warp_strips, a.strips - warp * a.warp_strips) * kWidth, a.target_width - x) * pixel;
+  return s;
+}
+
+// Stores a row of a warp's strips. Pixels of less than a sector of 32 bytes, written one by one, would write every
+// sector several times. `pixels`: where the first strip begins in the target.
+template <typename T, class Tile>
+__device__ void store_staged(const March& a, const Stage& s, char* pixels, bool live,
                              const float (&values)[Tile::kStrip * Tile::kPair][Tile::kChannels]) {
   constexpr int kWidth = Tile::kStrip * Tile::kPair, kChannels = Tile::kChannels, kSize = sizeof(T);
-  constexpr int kWord = kChannels == 3 ? kSize : kSize * kChannels, kWords = kWidth * kSize * kChannels / kWord;
-  using Word = std::conditional_t<kWord == 8, float2, std::conditional_t<kWord == 4, uint32_t, uint16_t>>;
-  uint32_t thread;  // read anew for every row: what follows from it is not worth registers of all kernels
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  uint32_t strip = thread % 32;
-  const int warp = static_cast<int>(thread / 32), first = static_cast<int>(strip), lane = a.by_lanes.split(strip);
-  const int before = live ? static_cast<int>(strip) * kWidth : 0, stage = kRing + a.ring_bytes + warp * a.stage_bytes;
+  constexpr int kWord = kChannels == 3 ? 1 : kChannels, kWords = kWidth * kChannels / kWord;  // elements of a word
+  using Word =
+      std::conditional_t<kWord * kSize == 8, float2, std::conditional_t<kWord * kSize == 4, uint32_t, uint16_t>>;
+  const int lane = static_cast<int>(threadIdx.x % 32);
   __syncwarp();
   if constexpr (kChannels == 3) {
     if (live)
 #pragma unroll
       for (int i = 0; i < kWords; i += 4)
-        shared<Four<T>>(stage + (before * 3 + i) * kSize) =
+        at_address<Four<T>>(s.strip + i * kSize) =
             narrow_four<T>(values[i / 3][i % 3], values[(i + 1) / 3][(i + 1) % 3], values[(i + 2) / 3][(i + 2) % 3],
                            values[(i + 3) / 3][(i + 3) % 3]);
   } else if (live) {
 #pragma unroll
     for (int v = 0; v < kWidth; ++v)
-      write_pixel<T>(&shared<char>(stage + ((before + v) * a.lanes + lane) * kWord), values[v]);
+      write_pixel<T>(&at_address<char>(s.strip + v * a.lanes * kChannels * kSize), values[v]);
   }
   __syncwarp();
-  x -= before, pixel -= before * a.target_pixel_bytes;
-  const int pixel_words = kChannels == 3 ? 3 : a.lanes;
-  const int begin = max(-x, 0) * pixel_words;
-  const int end = min(min(a.warp_strips, a.strips - warp * a.warp_strips) * kWidth, a.target_width - x) * pixel_words;
   if (kChannels == 3 && a.fours) {
 #pragma unroll
     for (int v = 0; v < kWords; v += 4)
-      if (const int at = 32 * v + 4 * first; at < end)
-        *reinterpret_cast<Four<T>*>(pixel + at * kSize) = shared<Four<T>>(stage + at * kSize);
+      if (const int at = 32 * v + 4 * lane; at < s.end)
+        *reinterpret_cast<Four<T>*>(pixels + at * kSize) = at_address<Four<T>>(s.first + at * kSize);
     return;
   }
 #pragma unroll
   for (int v = 0; v < kWords; ++v)
-    if (const int at = first + 32 * v; at >= begin && at < end)
-      reinterpret_cast<Word*>(pixel)[at] = shared<Word>(stage + at * kWord);
+    if (const int at = (32 * v + lane) * kWord; at >= s.begin && at < s.end)
+      *reinterpret_cast<Word*>(pixels + at * kSize) = at_address<Word>(s.first + at * kSize);
 }
 
 // Waits for the others of so many threads of a block, whole warps.
@@ -498,12 +526,23 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
   };
 
   const int pitch = a.source.pitch;
-  const int place = static_cast<int>(strip) * kStrip * kStep * pitch + (source_of(filter) - slab_channel) * kSize;
+  const uint32_t base = kept(shared_address(0));
+  const bool first_lane = kept(threadIdx.x % 32) == 0;
+  const uint32_t place =
+      base + kRing + static_cast<int>(strip) * kStrip * kStep * pitch + (source_of(filter) - slab_channel) * kSize;
+  int pitches[Tile::kColumns];
+#pragma unroll
+  for (int j = 0; j < Tile::kColumns; ++j) {
+    pitches[j] = j * pitch;
+    // Opaque, so that each is added to a row's address, not one to the other: it pays where there is less to multiply.
+    if constexpr (!Tile::kSkips) asm("" : "+r"(pitches[j]));
+  }
   const int column = first_column + static_cast<int>(strip) * kStrip;
   const int x0 = column * kStep - a.lead_w;        // where the strip begins in the source
   const int target_x = column * kPair - a.skew_w;  // and in the target
   const bool inner = (kBulk && !Tile::kBulkJoined) || !a.source.joined ||
                      (x0 >= 0 && x0 + Tile::kColumns <= a.width);  // or else it has to mask
+  const uint32_t phases = a.source.joined ? kUnit - 1 : 0;  // how far behind its place a row may begin: see phase_of
   const bool whole = live && target_x >= 0 && target_x + kWidth <= a.target_width;
   // Rows of outputs that leave together, as far as they lie inside the image.
   const int row_pitch = a.lanes * kChannels * kSize;
@@ -514,6 +553,12 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
   const int64_t row_offset =  // of the thread's pixels in the row
       (static_cast<int64_t>(strip) * kWidth - row_before) * a.target_pixel_bytes + lane * kChannels * kSize;
   const int row_part = min(row_pitch, (a.filters - slab * kChannels) * kSize);
+  Stage stage{};
+  if (kStages && a.warp_strips) {
+    stage = stage_of<T, Tile>(a, threadIdx.x, target_x, live);
+    if constexpr (kChannels == 3)
+      stage.strip = kept(stage.strip), stage.first = kept(stage.first), stage.end = kept(stage.end);
+  }
   int slot = 0, fresh = 0;            // the next row in the ring; how many rows of its group are left
   uint32_t groups = 0;                // that have been waited for
   int buffer = kRing + a.ring_bytes;  // for the next row of outputs
@@ -521,7 +566,7 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
     const Run t = run_of<Tile>(a, at, end);
     const int count = t.end - t.begin;
     char* to = a.target + (t.image * a.target_image_bytes + (t.begin * kPair - a.skew_h) * a.target_row_bytes +
-                           static_cast<int64_t>(target_x) * a.target_pixel_bytes +
+                           static_cast<int64_t>(target_x - stage.before) * a.target_pixel_bytes +
                            (kStages && a.warp_strips ? 0 : filter * kSize));
 
     const auto store = [&](int y, const float (&values)[kWidth][kChannels]) {
@@ -542,7 +587,12 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
         return;
       }
       if (kStages && a.warp_strips) {
-        store_staged<T, Tile>(a, pixel, target_x, live, values);
+        if constexpr (kChannels != 3) {  // worked out for every row: not worth registers of all kernels
+          uint32_t thread;
+          asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+          stage = stage_of<T, Tile>(a, thread, target_x, live);
+        }
+        store_staged<T, Tile>(a, stage, pixel, live, values);
       } else if (whole) {
 #pragma unroll
         for (int v = 0; v < kWidth; ++v, pixel += a.target_pixel_bytes) write_pixel<T>(pixel, values[v]);
@@ -560,18 +610,24 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
     if (above > 0)
 #pragma unroll
       for (int set = 0; set < kSets; ++set) clear(set);
-    // Rows outside, then inside the image: numbers that change are not worked out again for every row.
-    int outside = t.row - first_row - above * Tile::kRowsPerStep, inside = t.row_end - t.row;
+    uint32_t lies = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(a.source.base)) +
+                    t.image * static_cast<uint32_t>(a.source.image_bytes) +
+                    t.row * static_cast<uint32_t>(a.source.row_bytes) + source_column * a.source.pixel_bytes;
+    // The next row, counted from the first one inside the image: a number that changes is not worked out again for
+    // every row.
+    int next = first_row + above * Tile::kRowsPerStep - t.row;
+    const uint32_t inside = max(t.row_end - t.row, 0), outputs = count;
     for (int done = (above - (kLive - 1)) * kDilation; done < count; done += kDilation) {
 #pragma unroll
       for (int u = 0; u < Tile::kRowsPerStep; ++u) {
         const int set = kStep == 1 ? u : 0;  // not spread
-        if (outside == 0 && inside > 0) {
+        if (static_cast<uint32_t>(next++) < inside) {
           if (fresh == 0) {
+            if (slot == a.ring_bytes) slot = 0;
             if constexpr (kBulk) {
               __syncwarp();
-              if (groups > 0 && threadIdx.x % 32 == 0) arrive(Barriers::done((groups - 1) % kGroups));
-              wait(Barriers::full(groups % kGroups), groups / kGroups % 2);
+              if (groups > 0 && first_lane) arrive_at(base + Barriers::done((groups - 1) % kGroups));
+              wait_at(base + Barriers::full(groups % kGroups), groups / kGroups % 2);
               ++groups;
               if (Tile::kLoading == 0 && loads) load_group(groups + 1);
             } else {
@@ -583,15 +639,9 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
             fresh = a.group;
           }
           --fresh;
-          int from = kRing + slot + place;
-          if ((!kBulk || Tile::kBulkJoined) && a.source.joined)
-            from += phase_of(a.source, static_cast<uint32_t>(reinterpret_cast<uintptr_t>(a.source.base)) +
-                                           t.image * static_cast<uint32_t>(a.source.image_bytes) +
-                                           (t.row_end - inside) * static_cast<uint32_t>(a.source.row_bytes) +
-                                           source_column * a.source.pixel_bytes);
-          --inside;
+          uint32_t from = place + slot;
+          if (!kBulk || Tile::kBulkJoined) from += lies & phases, lies += static_cast<uint32_t>(a.source.row_bytes);
           slot += a.slot_bytes;
-          if (slot == a.ring_bytes) slot = 0;
           // The row of units whose sums are the oldest, and whether those of others are ever stored.
           const int oldest = done + (kStep == 1 ? u : 0);
           const auto wanted = [&](int o) {
@@ -599,6 +649,7 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
           };
           const bool all_wanted = !Tile::kSkips || (wanted(0) && wanted(kLive - 1));
           const auto read = [&](int q, float (&x)[Tile::kColumns][kChannels]) {
+            if constexpr (Tile::kSkips) asm volatile("" ::: "memory");  // each of two ways reads as it multiplies
             bool have = false;
             if constexpr (kChannels == 3)
               if (a.fours) read_fours<T>(from, x), have = true;
@@ -607,10 +658,10 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
               for (int j = 0; j < Tile::kColumns; ++j)
                 if constexpr (Tile::kTwins) {
                   float both[1];
-                  read_pixel<T>(from + j * pitch, both);
+                  read_pixel<T>(from + pitches[j], both);
                   x[j][0] = x[j][1] = both[0];
                 } else {
-                  read_pixel<T>(from + j * pitch + q * kSize, x[j]);
+                  read_pixel<T>(from + pitches[j] + q * kSize, x[j]);
                 }
             if (!inner)
 #pragma unroll
@@ -665,15 +716,12 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
                   for (int j = 0; j < Tile::kKernelW; ++j) add_column(x, o, j);
             }
           }
-        } else {
-          outside -= outside > 0;
-          if (kStep == 1 || u == 0) {
-            roll(set);
-            if (Tile::kSpread) roll(1);
-          }
+        } else if (kStep == 1 || u == 0) {
+          roll(set);
+          if (Tile::kSpread) roll(1);
         }
         if (kStep > 1 && u > 0) continue;
-        if (done + u < 0 || done + u >= count) continue;
+        if (static_cast<uint32_t>(done + u) >= outputs) continue;
 #pragma unroll
         for (int e = 0; e < kPair; ++e) store((t.begin + done) * kPair + e - a.skew_h, sum[kPair > 1 ? e : set][0]);
       }
@@ -725,8 +773,10 @@ void apply(March& a, const Cut& cut, const TileSize& tile, int64_t element) {
   a.threads = narrow ? static_cast<int>(ceil_div(cut.strips, a.warp_strips)) * 32 : cut.lanes * cut.strips;
   cut_pixels(a.source, part * a.fan_in / a.fan_out, (cut.strips * tile.strip - 1) * tile.step + tile.extent_w,
              a.threads);
-  // A bulk copy of less than some 500 bytes takes longer than its bytes do.
-  const auto pays = [](int64_t bytes, int64_t pixel) { return bytes == pixel || bytes >= 512; };
+  // A bulk copy of less than some 500 bytes takes longer than its bytes do; but where a row of outputs takes two rows,
+  // other copies take as many instructions as the products do.
+  const int least = tile.step > 1 ? 384 : 512;
+  const auto pays = [&](int64_t bytes, int64_t pixel) { return bytes == pixel || bytes >= least; };
   a.bulk = a.bulk && (a.source.joined ? tile.bulk_joined
                                       : a.source.unit == kUnit && pays(a.source.slab_bytes, a.source.pixel_bytes));
   a.slot_bytes = a.source.ring_row_bytes(), a.ring_bytes = kGroups * cut.group * a.slot_bytes;
@@ -764,9 +814,13 @@ void for_each_deal(const March& a, const TileSize& tile, int64_t resident, const
   const int64_t parts = int64_t{a.by_slabs.divisor} * a.by_spans.divisor, images = a.all_units / a.units;
   const int64_t most = std::max<int64_t>(resident * d.multiprocessors / parts, 1);
   visit(Deal{static_cast<int>(std::min<int64_t>(most, a.all_units)), 1});
-  visit(Deal{static_cast<int>(ceil_div(images, ceil_div(images, most))), a.units});
-  // Three times as many rows as two bands need both.
-  const double least = std::max(3., 3. * (tile.extent_h - tile.step) / tile.step);
+  // Whole images, if no multiprocessor then has far more of them than others.
+  const int64_t whole = ceil_div(images, ceil_div(images, most)), blocks = whole * parts;
+  if (4 * round_up(blocks, d.multiprocessors) <= 5 * blocks || blocks <= d.multiprocessors)
+    visit(Deal{static_cast<int>(whole), a.units});
+  // Three times as many rows as two bands need both; twice, where no columns are read twice, too.
+  const double times = tile.extent_w == 1 ? 2 : 3;
+  const double least = std::max(3., times * (tile.extent_h - tile.step) / tile.step);
   for (int64_t bands = 1; bands * least <= a.units; bands *= 2)
     if (images * bands > most) visit(Deal{static_cast<int>(images * bands), 1});
 }
@@ -831,14 +885,16 @@ double time_of(const March& a, const TileSize& tile, int64_t element, int64_t re
   const double memory =
       bytes / 4217 * (1 + 0.111 * std::pow(34e3 / on_the_way, 2)) * (1 + 0.371 * pages / (pages + 37));
 
-  const double latency =
-      waves * (3413 + ((work.rows + work.rolls) * (0.98 * row + 56 + 315 / a.group) - 0.98 * skipped) / 1.75);
+  const double waits = tile.step * (56 + 315. / a.group);  // for the source rows of a unit
+  const double rounds = std::ceil(waves - 0.05);           // of blocks, one after the other
+  const double latency = rounds * (3413 + ((work.rows + work.rolls) * (0.98 * row + waits) - 0.98 * skipped) / 1.75);
   // Multiprocessors that all have as much to do wait for those that get the least of memory's bandwidth, and others for
   // the blocks that end last, or for each block's first rows, if there is no other block meanwhile.
   const double tail = !many ? 0 : 0.237 / waves + (resident == 1 ? 0.179 : 0);
   const auto fourth = [](double x) { return x * x * x * x; };
-  return 1680 * a.group + std::sqrt(std::sqrt(fourth(instructions * (1 + tail)) +
-                                              fourth(memory * (1 + (many ? tail : 0.184))) + fourth(latency)));
+  return 1680. * a.group / tile.step +
+         std::sqrt(std::sqrt(fourth(instructions * (1 + tail)) + fourth(memory * (1 + (many ? tail : 0.184))) +
+                             fourth(latency)));
 }
 
 Cut cut_for(const March& whole, const TileSize& tile, int64_t element, const Device& d) {
