@@ -36,7 +36,6 @@ struct March {
   int slabs, spans, splits;
   Shares shares;               // of splits: they are cut between images, or between any two rows
   int groups, strips;          // of a block: what threads have of filters, and strips of columns
-  int step_taps, step_groups;  // threads of a block, divided by its groups
   int loaders;                 // warps that load
   int depth, stage_bytes, source_row_bytes;
   bool boxes;   // whether rows are loaded as boxes or, of joined arrays, as bulk copies
@@ -178,56 +177,73 @@ __device__ __noinline__ void sum_again(const March& a, int split, int filter, in
 // Adds up the sums of a block's strips, which lie as [tap][strip][group].
 template <typename T, class W>
 __device__ void finish(const March& a, const Part& part, const Place& place) {
-  constexpr int kFilters = W::kFilters;
+  constexpr int kFilters = W::kFilters, kBytes = sizeof(Sums<kFilters>);
   using Sums = Sums<kFilters>;
   const int taps = W::kTaps + a.with_bias;
-  const bool many = a.splits * a.spans > 1, even = a.filters % 2 == 0;
+  const bool many = a.splits * a.spans > 1, whole = kFilters == 1 || a.filters % kFilters == 0;
   float* partial = a.partial + static_cast<int64_t>(part.split * a.spans + part.span) * taps * a.filters;
   const auto add = [&](Sums& total, const Sums& sum) {
 #pragma unroll
     for (int h = 0; h < kFilters; ++h) total.of[h] += sum.of[h];
   };
-  const auto store = [&](int tap, int group, const Sums& total) {
-    const int filter = part.filter + group * kFilters;
-    float* to = partial + tap * a.filters + filter;
-    if (many && (even || kFilters == 1)) {
-      if (filter < a.filters) *reinterpret_cast<Sums*>(to) = total;
-      return;
-    }
+  const auto store = [&](int tap, int filter, const Sums& total) {
 #pragma unroll
     for (int h = 0; h < kFilters; ++h) {
       const float value = total.of[h];
       if (filter + h >= a.filters) continue;
       if (many)
-        to[h] = value;
+        partial[tap * a.filters + filter + h] = value;
       else if (tap < W::kTaps)
         static_cast<T*>(a.grad_weight)[static_cast<int64_t>(filter + h) * W::kTaps + tap] = narrow<T>(value);
       else
         static_cast<T*>(a.grad_bias)[filter + h] = narrow<T>(value);
     }
   };
-  if (a.strips < 32) {  // a thread takes every so-manieth of the sums
-    int group = place.group;
+  // A thread keeps its filters and takes every so-manieth tap, some at a time.
+  const auto take_taps = [&](auto at_once, const auto& store) {
+    constexpr int kAtOnce = decltype(at_once)::value;
+    if (place.strip >= a.strips) return;
+    const int tap_bytes = kBytes * static_cast<int>(blockDim.x), step = a.strips * tap_bytes;
+    const int first = kRing + kBytes * place.group, last = first + (taps - 1) * tap_bytes;
+    int next = first + place.strip * tap_bytes;
+#pragma unroll 1
     for (int tap = place.strip; tap < taps;) {
-      Sums total{};
-#pragma unroll 4
-      for (int s = 0; s < a.strips; ++s) add(total, sums_at<kFilters>(tap, s * a.groups + group));
-      store(tap, group, total);
-      tap += a.step_taps, group += a.step_groups;
-      if (group >= a.groups) group -= a.groups, ++tap;
+      Sums total[kAtOnce]{};
+      int at[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) at[k] = min(next, last), next += step;
+      int strips = a.strips;
+#pragma unroll 1
+      do {
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) add(total[k], shared<Sums>(at[k])), at[k] += a.groups * kBytes;
+      } while (--strips > 0);
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k, tap += a.strips) store(tap, total[k]);
     }
-  } else {  // a warp does
+  };
+  if (a.strips >= 32) {  // a warp takes one after the other
     const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
     for (int i = threadIdx.x / 32; i < taps * a.groups; i += warps) {
       uint32_t tap = i;
       const int group = a.by_groups.split(tap);
       Sums total{};
+#pragma unroll 1
       for (int s = lane; s < a.strips; s += 32) add(total, sums_at<kFilters>(tap, s * a.groups + group));
 #pragma unroll
       for (int h = 0; h < kFilters; ++h)
         for (int offset = 16; offset > 0; offset /= 2) total.of[h] += __shfl_xor_sync(~0u, total.of[h], offset);
-      if (lane == 0) store(tap, group, total);
+      if (lane == 0) store(tap, part.filter + group * kFilters, total);
     }
+  } else if (const int filter = part.filter + place.group * kFilters; filter < a.filters && many && whole) {
+    float* to = partial + place.strip * a.filters + filter;
+    const int step = a.strips * a.filters;
+    take_taps(std::integral_constant<int, 4>{}, [&](int tap, const Sums& total) {
+      if (tap < taps) *reinterpret_cast<Sums*>(to) = total;
+      to += step;
+    });
+  } else {
+    take_taps(std::integral_constant<int, 1>{}, [&](int tap, const Sums& total) { store(tap, filter, total); });
   }
 }
 
@@ -478,8 +494,8 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
   __syncthreads();
 
   // The ring has served: its memory takes the sums of all threads, tap by tap, two filters each.
-  const int thread = threadIdx.x;
   float check = 0;
+  int to = kRing + static_cast<int>(sizeof(Sums<kFilters>) * threadIdx.x);
 #pragma unroll
   for (int tap = 0; tap < W::kTaps; ++tap) {
     Sums<kFilters> all;
@@ -488,9 +504,11 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
       all.of[h] = sum[tap / W::kTapsW][tap % W::kTapsW][h];
       check = fmaf(all.of[h], 0.f, check);
     }
-    sums_at<kFilters>(tap, thread) = all;
+    shared<Sums<kFilters>>(to) = all;
+    to += static_cast<int>(sizeof(Sums<kFilters>) * blockDim.x);
+    asm volatile("" : "+r"(to));  // or it were multiplied out for each tap
   }
-  sums_at<kFilters>(W::kTaps, thread) = bias_total;
+  shared<Sums<kFilters>>(to) = bias_total;
   const Part mine = Part::of(a, W{});
   const Place place = Place::of(a);
   if (is_active() && check != 0)
@@ -530,7 +548,6 @@ void apply(March& a, Cut& cut, const WindowSize& w, int element) {
   a.source_row_bytes = a.source.ring_row_bytes(cut.boxes);
   a.stage_bytes = w.stride * a.source_row_bytes + a.grad.ring_row_bytes(cut.boxes);
   cut.threads = static_cast<int>(round_up(int64_t{cut.groups} * cut.strips, 32)) + 32 * cut.loaders;
-  a.step_taps = cut.threads / cut.groups, a.step_groups = cut.threads % cut.groups;
   cut.shared_bytes =
       kRing + std::max<int64_t>(int64_t{cut.depth} * a.stage_bytes + int64_t{cut.threads} * w.filters * 8,
                                 int64_t{w.taps + 1} * w.filters * cut.threads * 4);
