@@ -47,35 +47,44 @@ struct March {
 // The rows of a split, image by image. A step brings row `row` of the gradient, if that is before `end`; as long as
 // `held` rows of the gradient have a window under way, there are further steps, up to the last row of the image.
 struct Steps {
-  int image, row, end, left;
+  int image, row, end, last, left;
 
-  __device__ Steps(const March& a, int split) {
+  __device__ Steps(const March& a, int split, int held) {
     const int first = a.shares.begin(split);
     left = a.shares.begin(split + 1) - first;
     uint32_t rest = first;
     row = a.by_height.split(rest), image = rest;
-    end = min(a.out_height, row + left);
-    left -= end - row;
+    begin(a, held);
   }
   __device__ bool done() const { return end == 0; }
   // Returns whether that was the last step of an image.
   __device__ bool next(const March& a, int held) {
-    if (++row < min(end + held - 1, a.last_step)) return false;
-    row = 0, end = min(a.out_height, left);
-    left -= end, ++image;
+    if (++row < last) return false;
+    row = 0, ++image;
+    begin(a, held);
     return true;
+  }
+
+ private:
+  __device__ void begin(const March& a, int held) {
+    end = min(a.out_height, row + left);
+    left -= end - row;
+    last = min(end + held - 1, a.last_step);
   }
 };
 
-// What a kernel is compiled for, with one or two filters a thread.
-template <class Kernel, int filters>
+// What a kernel is compiled for, with one or two filters a thread. `narrow`: images are no wider than a strip and padded
+// by half a kernel; then all columns that meet nothing but zeros are known.
+template <class Kernel, int filters, bool narrow = false>
 struct Window {
+  static constexpr bool kNarrow = narrow;
   static constexpr int kTapsH = Kernel::kKernelH, kTapsW = Kernel::kKernelW, kTaps = kTapsH * kTapsW;
   static constexpr int kStride = Kernel::kStride, kDilation = Kernel::kDilation;
   static constexpr int kExtentH = (kTapsH - 1) * kDilation + 1, kExtentW = (kTapsW - 1) * kDilation + 1;
   static constexpr int kHeld = (kExtentH - 1) / kStride + 1;  // rows of the gradient whose window is under way
   static constexpr int kFilters = filters;
-  static constexpr int kColumns = kFilters == 1 && kTaps + 14 * kHeld <= 56 ? 14 : 7;
+  // The more columns, the fewer lie beside them; images are seldom narrow where the kernel is dilated.
+  static constexpr int kColumns = kFilters == 1 && kTaps + 14 * kHeld <= (kDilation == 1 ? 56 : 80) ? 14 : 7;
   static constexpr int kSourceColumns = (kColumns - 1) * kStride + kExtentW;
   // Steps in the body of the loop. If rows of the gradient need not move in registers, all the better, but code must
   // not grow too long.
@@ -94,6 +103,7 @@ struct Window {
 
   // Whether a row of the source is in the image and meets the gradient up to row `end`.
   static __device__ bool meets(const March& a, int end, int source_row) {
+    if (kStride == 1) return source_row >= 0;  // or the step before were the last one
     return source_row >= 0 && source_row < min(a.height, (end - 1) * kStride - a.padding_h + kExtentH);
   }
 };
@@ -148,7 +158,7 @@ __device__ float sum_by_products(const March& a, int split, int filter, int colu
   const char* g = a.grad.base + filter * sizeof(T);
   const int end = min(column + W::kColumns, a.out_width);
   float sum = 0;
-  for (Steps at(a, split); !at.done(); at.next(a, 1)) {
+  for (Steps at(a, split, 1); !at.done(); at.next(a, 1)) {
     const int y = at.row * W::kStride + i;
     if (y < 0 || y >= a.height) continue;
     const char* row_x = x + at.image * a.source.image_bytes + y * a.source.row_bytes;
@@ -252,7 +262,7 @@ template <class W>
 class Loader {
  public:
   __device__ Loader(const March& a, const Part& part, int rank, int threads)
-      : steps_(a, part.split),
+      : steps_(a, part.split, W::kHeld),
         source_(a.source, part.slab, part.column * W::kStride - a.padding_w, a.width, rank, threads),
         grad_(a.grad, part.slab, part.column, a.out_width, rank, threads) {
     seek(a);
@@ -288,7 +298,7 @@ template <class W, bool kJoined>
 class BoxLoader {
  public:
   __device__ BoxLoader(const March& a, const Part& part)
-      : steps_(a, part.split),
+      : steps_(a, part.split, W::kHeld),
         column_(part.column),
         filter_(part.filter),
         channel_(a.multiplier == 2 ? part.filter / 2 : part.filter) {}
@@ -404,7 +414,7 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
   for (int h = 0; h < kFilters; ++h) biases(h) = 0;
   int stage = 0;
   uint32_t parity = 0;
-  for (Steps at(a, part.split); is_worker && !at.done();) {
+  for (Steps at(a, part.split, W::kHeld); is_worker && !at.done();) {
 #pragma unroll
     for (int r = 0; r < W::kRows; ++r)
 #pragma unroll
@@ -423,10 +433,6 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
         }
         const int from = stage * a.stage_bytes;
         float (&row)[W::kColumns][kFilters] = g[W::row_of(u, 0)];
-#pragma unroll
-        for (int v = 0; v < W::kColumns; ++v)
-#pragma unroll
-          for (int h = 0; h < kFilters; ++h) row[v][h] = 0;
         if (at.row < at.end) {
           const int g_at = from + grad_at + phase(a.grad, at.image, at.row, part.column);
 #pragma unroll
@@ -436,6 +442,11 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
             for (int v = 0; v < W::kColumns; ++v)
 #pragma unroll
               for (int h = 0; h < kFilters; ++h) row[v][h] = column_g + v < a.out_width ? row[v][h] : 0;
+        } else {
+#pragma unroll
+          for (int v = 0; v < W::kColumns; ++v)
+#pragma unroll
+            for (int h = 0; h < kFilters; ++h) row[v][h] = 0;
         }
 #pragma unroll
         for (int e = 0; e < W::kStride; ++e) {
@@ -444,22 +455,37 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
           const int x_at = from + source_at + e * a.source_row_bytes +
                            phase(a.source, at.image, source_row, part.column * W::kStride - a.padding_w);
           if (kJoined && (column_x < 0 || beside < W::kSourceColumns)) clear_beside(x_at);
+          // Adds what a column has to do with the taps of a row of the kernel.
+          const auto add = [&](const float (&x)[kFilters], int column, int i) {
+            const int reach = i * W::kDilation - e;
+            if (reach < 0 || reach % W::kStride != 0) return;
 #pragma unroll
-          for (int column = 0; column < W::kSourceColumns; ++column) {
-            float x[kFilters];
-            read(x_at + column * a.source.pitch, x);
+            for (int j = 0; j < W::kTapsW; ++j) {
+              const int offset = column - j * W::kDilation, v = offset / W::kStride;
+              if (offset < 0 || offset % W::kStride != 0 || v >= W::kColumns) continue;
 #pragma unroll
-            for (int i = 0; i < W::kTapsH; ++i) {
-              const int reach = i * W::kDilation - e;
-              if (reach < 0 || reach % W::kStride != 0) continue;
+              for (int h = 0; h < kFilters; ++h)
+                sum[i][j][h] = fmaf(x[h], g[W::row_of(u, reach / W::kStride)][v][h], sum[i][j][h]);
+            }
+          };
+          if constexpr (W::kNarrow) {
+            constexpr int kBeside = W::kTapsW / 2;
+            float x[W::kColumns][kFilters];
 #pragma unroll
-              for (int j = 0; j < W::kTapsW; ++j) {
-                const int offset = column - j * W::kDilation, v = offset / W::kStride;
-                if (offset < 0 || offset % W::kStride != 0 || v >= W::kColumns) continue;
+            for (int column = 0; column < W::kColumns; ++column)
+              read(x_at + (kBeside + column) * a.source.pitch, x[column]);
 #pragma unroll
-                for (int h = 0; h < kFilters; ++h)
-                  sum[i][j][h] = fmaf(x[h], g[W::row_of(u, reach / W::kStride)][v][h], sum[i][j][h]);
-              }
+            for (int i = 0; i < W::kTapsH; ++i)
+              if (at.row >= i && at.row - i < at.end)  // or the gradient has no such row
+#pragma unroll
+                for (int column = 0; column < W::kColumns; ++column) add(x[column], kBeside + column, i);
+          } else {
+#pragma unroll
+            for (int column = 0; column < W::kSourceColumns; ++column) {
+              float x[kFilters];
+              read(x_at + column * a.source.pitch, x);
+#pragma unroll
+              for (int i = 0; i < W::kTapsH; ++i) add(x, column, i);
             }
           }
         }
@@ -721,6 +747,11 @@ void launch_march_grad_weight_channels_last(const Problem& p, const Allocate& al
         // Rows that are copied as a run have all channels, and so has a block.
         a.joined = a.source.joined && a.grad.joined && a.filters <= One::kMaxThreads;
         a.source.joined = a.grad.joined = a.joined;
+        if constexpr (Kernel::kKernelH == 7 && Kernel::kStride == 1 && sizeof(T) == 4) {
+          using Narrow = Window<Kernel, 1, true>;
+          if (!a.joined && a.width <= Narrow::kColumns && a.padding_w == Narrow::kTapsW / 2)
+            return launch<T, Narrow, false>(p, a, boxes, allocate, stream);
+        }
         if (a.joined)
           launch<T, One, true>(p, a, bulk, allocate, stream);
         else if (a.multiplier == 2)
