@@ -19,6 +19,7 @@
 #include "partial_sums.h"
 #include "shares.cuh"
 #include "small_kernels.h"
+#include "three_channels.h"
 
 namespace dwconv {
 namespace {
@@ -722,6 +723,7 @@ void launch(const Problem& p, March a, bool boxes, const Allocate& allocate, cud
 }  // namespace
 
 void launch_march_grad_weight_channels_last(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
+  if (launch_three_channels_grad_weight(p, allocate, stream)) return;
   March a{};
   const int64_t element = size_of(p.dtype);
   a.source = pixels_of(p.input, p.batch, p.channels, p.height, p.width, element);
