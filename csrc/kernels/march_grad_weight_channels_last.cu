@@ -74,19 +74,22 @@ struct Steps {
   }
 };
 
-// What a kernel is compiled for, with one or two filters a thread. `narrow`: images are no wider than a strip and padded
-// by half a kernel; then all columns that meet nothing but zeros are known.
-template <class Kernel, int filters, bool narrow = false>
+// What a kernel is compiled for, with one or two filters a thread. `strips`: if not 0, images are padded by half a kernel
+// and no wider than one strip, or exactly two; then all columns that meet nothing but zeros are known. Of two strips the
+// second one goes from right to left.
+template <class Kernel, int filters, int strips = 0>
 struct Window {
-  static constexpr bool kNarrow = narrow;
+  static constexpr bool kNarrow = strips > 0, kMirrors = strips == 2;
   static constexpr int kTapsH = Kernel::kKernelH, kTapsW = Kernel::kKernelW, kTaps = kTapsH * kTapsW;
   static constexpr int kStride = Kernel::kStride, kDilation = Kernel::kDilation;
   static constexpr int kExtentH = (kTapsH - 1) * kDilation + 1, kExtentW = (kTapsW - 1) * kDilation + 1;
   static constexpr int kHeld = (kExtentH - 1) / kStride + 1;  // rows of the gradient whose window is under way
   static constexpr int kFilters = filters;
+  static constexpr int kFewTaps = 9;
   // The more columns, the fewer lie beside them; images are seldom narrow where the kernel is dilated.
   static constexpr int kColumns = kFilters == 1 && kTaps + 14 * kHeld <= (kDilation == 1 ? 56 : 80) ? 14 : 7;
   static constexpr int kSourceColumns = (kColumns - 1) * kStride + kExtentW;
+  static constexpr int kBeside = kTapsW / 2, kInside = kColumns + (kMirrors ? kBeside : 0);  // columns, if narrow
   // Steps in the body of the loop. If rows of the gradient need not move in registers, all the better, but code must
   // not grow too long.
   static constexpr int kUnroll = kFilters * kHeld * kTaps * kColumns > 1000 ? 1 : kHeld;
@@ -185,14 +188,24 @@ __device__ __noinline__ void sum_again(const March& a, int split, int filter, in
   }
 }
 
+// Whether sums are parts of others, and where those of a block's filters lie.
+__device__ inline bool are_parts(const March& a) {
+  return a.splits * a.spans > 1;
+}
+template <class W>
+__device__ float* partial_of(const March& a, const Part& part) {
+  const int taps = W::kTaps + a.with_bias;
+  return a.partial + static_cast<int64_t>(part.split * a.spans + part.span) * taps * a.filters;
+}
+
 // Adds up the sums of a block's strips, which lie as [tap][strip][group].
 template <typename T, class W>
 __device__ void finish(const March& a, const Part& part, const Place& place) {
   constexpr int kFilters = W::kFilters, kBytes = sizeof(Sums<kFilters>);
   using Sums = Sums<kFilters>;
   const int taps = W::kTaps + a.with_bias;
-  const bool many = a.splits * a.spans > 1, whole = kFilters == 1 || a.filters % kFilters == 0;
-  float* partial = a.partial + static_cast<int64_t>(part.split * a.spans + part.span) * taps * a.filters;
+  const bool many = are_parts(a), whole = kFilters == 1 || a.filters % kFilters == 0;
+  float* partial = partial_of<W>(a, part);
   const auto add = [&](Sums& total, const Sums& sum) {
 #pragma unroll
     for (int h = 0; h < kFilters; ++h) total.of[h] += sum.of[h];
@@ -376,11 +389,16 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
 
   const auto is_active = [&] { return static_cast<int>(threadIdx.x) < a.groups * a.strips; };
   const auto [strip, group] = is_active() ? Place::of(a) : Place{0, 0};
-  const int source_at =
+  int source_at =
       kRing + strip * W::kColumns * W::kStride * a.source.pitch + group * kFilters / a.multiplier * kSize;
-  const int grad_at =
+  int grad_at =
       kRing + W::kStride * a.source_row_bytes + strip * W::kColumns * a.grad.pitch + group * kFilters * kSize;
   const int column_g = part.column + strip * W::kColumns, column_x = column_g * W::kStride - a.padding_w;
+  const bool mirrors = W::kMirrors && column_g > 0;
+  const int source_step = mirrors ? -a.source.pitch : a.source.pitch, grad_step = mirrors ? -a.grad.pitch : a.grad.pitch;
+
+  if (mirrors)
+    source_at += (W::kSourceColumns - 1) * a.source.pitch, grad_at += (W::kColumns - 1) * a.grad.pitch;
 
   // Reads what the thread's filters do at a column.
   const auto read = [&](int at, float (&values)[kFilters]) {
@@ -437,7 +455,7 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
         if (at.row < at.end) {
           const int g_at = from + grad_at + phase(a.grad, at.image, at.row, part.column);
 #pragma unroll
-          for (int v = 0; v < W::kColumns; ++v) read(g_at + v * a.grad.pitch, row[v]);
+          for (int v = 0; v < W::kColumns; ++v) read(g_at + v * grad_step, row[v]);
           if (kJoined && column_g + W::kColumns > a.out_width)
 #pragma unroll
             for (int v = 0; v < W::kColumns; ++v)
@@ -470,16 +488,15 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
             }
           };
           if constexpr (W::kNarrow) {
-            constexpr int kBeside = W::kTapsW / 2;
-            float x[W::kColumns][kFilters];
+            float x[W::kInside][kFilters];
 #pragma unroll
-            for (int column = 0; column < W::kColumns; ++column)
-              read(x_at + (kBeside + column) * a.source.pitch, x[column]);
+            for (int column = 0; column < W::kInside; ++column)
+              read(x_at + (W::kBeside + column) * source_step, x[column]);
 #pragma unroll
             for (int i = 0; i < W::kTapsH; ++i)
               if (at.row >= i && at.row - i < at.end)  // or the gradient has no such row
 #pragma unroll
-                for (int column = 0; column < W::kColumns; ++column) add(x[column], kBeside + column, i);
+                for (int column = 0; column < W::kInside; ++column) add(x[column], W::kBeside + column, i);
           } else {
 #pragma unroll
             for (int column = 0; column < W::kSourceColumns; ++column) {
@@ -518,26 +535,46 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
   Sums<kFilters> bias_total;
 #pragma unroll
   for (int h = 0; h < kFilters; ++h) bias_total.of[h] = static_cast<float>(biases(h));
-  __syncthreads();
-
-  // The ring has served: its memory takes the sums of all threads, tap by tap, two filters each.
   float check = 0;
-  int to = kRing + static_cast<int>(sizeof(Sums<kFilters>) * threadIdx.x);
 #pragma unroll
-  for (int tap = 0; tap < W::kTaps; ++tap) {
-    Sums<kFilters> all;
+  for (int tap = 0; tap < W::kTaps; ++tap)
 #pragma unroll
-    for (int h = 0; h < kFilters; ++h) {
-      all.of[h] = sum[tap / W::kTapsW][tap % W::kTapsW][h];
-      check = fmaf(all.of[h], 0.f, check);
-    }
-    shared<Sums<kFilters>>(to) = all;
-    to += static_cast<int>(sizeof(Sums<kFilters>) * blockDim.x);
-    asm volatile("" : "+r"(to));  // or it were multiplied out for each tap
-  }
-  shared<Sums<kFilters>>(to) = bias_total;
+    for (int h = 0; h < kFilters; ++h) check = fmaf(sum[tap / W::kTapsW][tap % W::kTapsW][h], 0.f, check);
+  const bool spoilt = __syncthreads_or(is_active() && check != 0);
   const Part mine = Part::of(a, W{});
   const Place place = Place::of(a);
+
+  // If a block has one strip, there is nothing to add up.
+  if constexpr (kFilters == 1 && W::kTaps > W::kFewTaps)
+    if (!W::kMirrors && a.strips == 1 && are_parts(a) && !spoilt) {
+      const int filter = mine.filter + place.group;
+      if (place.strip > 0 || filter >= a.filters) return;
+      float* to = partial_of<W>(a, mine) + filter;
+#pragma unroll
+      for (int tap = 0; tap < W::kTaps; ++tap, to += a.filters) *to = sum[tap / W::kTapsW][tap % W::kTapsW][0];
+      if (a.with_bias) *to = bias_total.of[0];
+      return;
+    }
+
+  // The ring has served: its memory takes the sums of all threads, tap by tap, those of two filters together.
+  const int tap_bytes = static_cast<int>(sizeof(Sums<kFilters>) * blockDim.x), step = mirrors ? -tap_bytes : tap_bytes;
+  int to = kRing + static_cast<int>(sizeof(Sums<kFilters>) * threadIdx.x);
+  if (mirrors) to += (W::kTapsW - 1) * tap_bytes;
+#pragma unroll
+  for (int i = 0; i < W::kTapsH; ++i) {
+#pragma unroll
+    for (int j = 0; j < W::kTapsW; ++j) {
+      Sums<kFilters> all;
+#pragma unroll
+      for (int h = 0; h < kFilters; ++h) all.of[h] = sum[i][j][h];
+      shared<Sums<kFilters>>(to) = all;
+      to += step;
+      asm volatile("" : "+r"(to));  // or it were multiplied out for each tap
+    }
+    if (mirrors) to += 2 * W::kTapsW * tap_bytes;
+  }
+  if (mirrors) to -= (W::kTapsW - 1) * tap_bytes;
+  shared<Sums<kFilters>>(to) = bias_total;
   if (is_active() && check != 0)
     sum_again<T, W>(a, mine.split, mine.filter + place.group * kFilters, mine.column + place.strip * W::kColumns);
   __syncthreads();
@@ -744,15 +781,16 @@ void launch_march_grad_weight_channels_last(const Problem& p, const Allocate& al
         using Kernel = decltype(kernel);
         using One = Window<Kernel, 1>;
         // Two filters a thread where there are registers for them and few columns beside those of a strip.
-        constexpr int kFewTaps = 9;
-        using Two = Window<Kernel, (One::kTaps <= kFewTaps && Kernel::kDilation == 1 ? 2 : 1)>;
+        using Two = Window<Kernel, (One::kTaps <= One::kFewTaps && Kernel::kDilation == 1 ? 2 : 1)>;
         // Rows that are copied as a run have all channels, and so has a block.
         a.joined = a.source.joined && a.grad.joined && a.filters <= One::kMaxThreads;
         a.source.joined = a.grad.joined = a.joined;
         if constexpr (Kernel::kKernelH == 7 && Kernel::kStride == 1 && sizeof(T) == 4) {
-          using Narrow = Window<Kernel, 1, true>;
-          if (!a.joined && a.width <= Narrow::kColumns && a.padding_w == Narrow::kTapsW / 2)
-            return launch<T, Narrow, false>(p, a, boxes, allocate, stream);
+          const bool beside = !a.joined && a.padding_w == One::kBeside;
+          if (beside && a.width <= One::kColumns)
+            return launch<T, Window<Kernel, 1, 1>, false>(p, a, boxes, allocate, stream);
+          if (beside && a.width == 2 * One::kColumns)
+            return launch<T, Window<Kernel, 1, 2>, false>(p, a, boxes, allocate, stream);
         }
         if (a.joined)
           launch<T, One, true>(p, a, bulk, allocate, stream);
