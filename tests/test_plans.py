@@ -1284,6 +1284,30 @@ def test_march_of_three_channels(dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_grad_weight_of_three_channels(spoilt: bool, dtype: torch.dtype) -> None:
+    """Many rows, in bands of every sort: whole and cut short, several of a group, groups of every width."""
+    plan = MARCH["grad_weight"]
+    for batch, size in ((26, (90, 512)), (29, (101, 344)), (7, (333, 1000)), (3000, (9, 128)), (60, (97, 224))):
+        case = tile_case(((3, 3), 1, 1), batch, 3, size)
+        input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
+        grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=torch.channels_last)
+        if spoilt:
+            for number, tensor in enumerate((input, grad_output)):
+                tensor[0, number, 0, 0], tensor[1, 1 - number, -1, -1] = torch.inf, torch.nan
+        exact = run_float64((input, weight, bias), grad_output, **case.geometry)
+        call = grad_output, input, case.kernel, *arguments_of(case), True, plan
+        first = torch.ops.dwconv.grad_weight.plan(*call)
+        for result, right in zip(first, (exact.grad_weight, exact.grad_bias)):
+            right = right.round().to(result).nan_to_num(nan=12345.0)
+            assert torch.equal(result.nan_to_num(nan=12345.0), right), str(case)
+        for _ in range(20):
+            for a, b in zip(first, torch.ops.dwconv.grad_weight.plan(*call)):
+                assert torch.equal(a.nan_to_num(nan=12345.0), b.nan_to_num(nan=12345.0)), str(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_marches_are_exact(tile: tuple, dtype: torch.dtype) -> None:
     """Any number of channels, images of every sort, pixels, rows and images apart, at any address."""
@@ -1447,12 +1471,14 @@ def test_the_same_sizes_in_other_layouts(tile: tuple, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("tile", [*TILES, ((9, 9), 1, 1)], ids=str)
 def test_marches_beside_infinities(tile: tuple, dtype: torch.dtype) -> None:
     """NaN where F.conv2d has it: of products, but not of what lies outside the image."""
-    for channels, multiplier in ((3, 1), (16, 1), (8, 2), (40, 1), (35, 1)):
-        case = tile_case(tile, 2, channels, (12, 17), multiplier=multiplier)
+    for (channels, multiplier), size in product(
+        ((3, 1), (16, 1), (8, 2), (40, 1), (35, 1)), ((12, 17), (7, 7), (9, 14))
+    ):
+        case = tile_case(tile, 2, channels, size, multiplier=multiplier)
         input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
         grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=torch.channels_last)
         for tensor in (input, grad_output):
-            tensor[0, 1, 3, 5], tensor[1, 0, -1, -1] = torch.inf, torch.nan
+            tensor[0, 1, 3, 2], tensor[1, 0, -1, -1] = torch.inf, torch.nan
         weight[0, 0, 0, 0], weight[-1, 0, -1, -1] = -torch.inf, torch.nan
         exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
         for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output, True):
