@@ -77,7 +77,7 @@ struct Steps {
 // What a kernel is compiled for, with one or two filters a thread. `strips`: if not 0, images are padded by half a kernel
 // and no wider than one strip, or exactly two; then all columns that meet nothing but zeros are known. Of two strips the
 // second one goes from right to left.
-template <class Kernel, int filters, int strips = 0>
+template <class Kernel, int filters, bool is_wide = false, int strips = 0>
 struct Window {
   static constexpr bool kNarrow = strips > 0, kMirrors = strips == 2;
   static constexpr int kTapsH = Kernel::kKernelH, kTapsW = Kernel::kKernelW, kTaps = kTapsH * kTapsW;
@@ -86,8 +86,7 @@ struct Window {
   static constexpr int kHeld = (kExtentH - 1) / kStride + 1;  // rows of the gradient whose window is under way
   static constexpr int kFilters = filters;
   static constexpr int kFewTaps = 9;
-  // The more columns, the fewer lie beside them; images are seldom narrow where the kernel is dilated.
-  static constexpr int kColumns = kFilters == 1 && kTaps + 14 * kHeld <= (kDilation == 1 ? 56 : 80) ? 14 : 7;
+  static constexpr int kColumns = kFilters == 1 && kTaps + 14 * kHeld <= (is_wide ? 80 : 56) ? 14 : 7;
   static constexpr int kSourceColumns = (kColumns - 1) * kStride + kExtentW;
   static constexpr int kBeside = kTapsW / 2, kInside = kColumns + (kMirrors ? kBeside : 0);  // columns, if narrow
   // Steps in the body of the loop. If rows of the gradient need not move in registers, all the better, but code must
@@ -779,18 +778,21 @@ void launch_march_grad_weight_channels_last(const Problem& p, const Allocate& al
     if constexpr (sizeof(T) <= 4)
       visit_small_kernel(p, [&](auto kernel) {
         using Kernel = decltype(kernel);
-        using One = Window<Kernel, 1>;
+        // The more columns, the fewer lie beside them; images are seldom narrow where the kernel is dilated. In float32
+        // bytes bound it.
+        constexpr bool kWide = Kernel::kDilation > 1 && sizeof(T) == 2;
+        using One = Window<Kernel, 1, kWide>;
         // Two filters a thread where there are registers for them and few columns beside those of a strip.
-        using Two = Window<Kernel, (One::kTaps <= One::kFewTaps && Kernel::kDilation == 1 ? 2 : 1)>;
+        using Two = Window<Kernel, (One::kTaps <= One::kFewTaps && Kernel::kDilation == 1 ? 2 : 1), kWide>;
         // Rows that are copied as a run have all channels, and so has a block.
         a.joined = a.source.joined && a.grad.joined && a.filters <= One::kMaxThreads;
         a.source.joined = a.grad.joined = a.joined;
         if constexpr (Kernel::kKernelH == 7 && Kernel::kStride == 1 && sizeof(T) == 4) {
           const bool beside = !a.joined && a.padding_w == One::kBeside;
           if (beside && a.width <= One::kColumns)
-            return launch<T, Window<Kernel, 1, 1>, false>(p, a, boxes, allocate, stream);
+            return launch<T, Window<Kernel, 1, false, 1>, false>(p, a, boxes, allocate, stream);
           if (beside && a.width == 2 * One::kColumns)
-            return launch<T, Window<Kernel, 1, 2>, false>(p, a, boxes, allocate, stream);
+            return launch<T, Window<Kernel, 1, false, 2>, false>(p, a, boxes, allocate, stream);
         }
         if (a.joined)
           launch<T, One, true>(p, a, bulk, allocate, stream);
