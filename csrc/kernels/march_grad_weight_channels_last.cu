@@ -88,7 +88,9 @@ struct Window {
   static constexpr int kFewTaps = 9;
   static constexpr int kColumns = kFilters == 1 && kTaps + 14 * kHeld <= (is_wide ? 80 : 56) ? 14 : 7;
   static constexpr int kSourceColumns = (kColumns - 1) * kStride + kExtentW;
-  static constexpr int kBeside = kTapsW / 2, kInside = kColumns + (kMirrors ? kBeside : 0);  // columns, if narrow
+  // Of these columns, those that can lie in the image.
+  static constexpr int kBeside = kTapsW / 2, kFirstRead = kNarrow ? kBeside : 0;
+  static constexpr int kEndRead = kSourceColumns - (kNarrow && !kMirrors ? kBeside : 0);
   // Steps in the body of the loop. If rows of the gradient need not move in registers, all the better, but code must
   // not grow too long.
   static constexpr int kUnroll = kFilters * kHeld * kTaps * kColumns > 1000 ? 1 : kHeld;
@@ -473,36 +475,22 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
           const int x_at = from + source_at + e * a.source_row_bytes +
                            phase(a.source, at.image, source_row, part.column * W::kStride - a.padding_w);
           if (kJoined && (column_x < 0 || beside < W::kSourceColumns)) clear_beside(x_at);
-          // Adds what a column has to do with the taps of a row of the kernel.
-          const auto add = [&](const float (&x)[kFilters], int column, int i) {
-            const int reach = i * W::kDilation - e;
-            if (reach < 0 || reach % W::kStride != 0) return;
 #pragma unroll
-            for (int j = 0; j < W::kTapsW; ++j) {
-              const int offset = column - j * W::kDilation, v = offset / W::kStride;
-              if (offset < 0 || offset % W::kStride != 0 || v >= W::kColumns) continue;
+          for (int column = W::kFirstRead; column < W::kEndRead; ++column) {
+            float x[kFilters];
+            read(x_at + column * source_step, x);
 #pragma unroll
-              for (int h = 0; h < kFilters; ++h)
-                sum[i][j][h] = fmaf(x[h], g[W::row_of(u, reach / W::kStride)][v][h], sum[i][j][h]);
-            }
-          };
-          if constexpr (W::kNarrow) {
-            float x[W::kInside][kFilters];
+            for (int i = 0; i < W::kTapsH; ++i) {
+              const int reach = i * W::kDilation - e;
+              if (reach < 0 || reach % W::kStride != 0) continue;
 #pragma unroll
-            for (int column = 0; column < W::kInside; ++column)
-              read(x_at + (W::kBeside + column) * source_step, x[column]);
+              for (int j = 0; j < W::kTapsW; ++j) {
+                const int offset = column - j * W::kDilation, v = offset / W::kStride;
+                if (offset < 0 || offset % W::kStride != 0 || v >= W::kColumns) continue;
 #pragma unroll
-            for (int i = 0; i < W::kTapsH; ++i)
-              if (at.row >= i && at.row - i < at.end)  // or the gradient has no such row
-#pragma unroll
-                for (int column = 0; column < W::kInside; ++column) add(x[column], W::kBeside + column, i);
-          } else {
-#pragma unroll
-            for (int column = 0; column < W::kSourceColumns; ++column) {
-              float x[kFilters];
-              read(x_at + column * a.source.pitch, x);
-#pragma unroll
-              for (int i = 0; i < W::kTapsH; ++i) add(x, column, i);
+                for (int h = 0; h < kFilters; ++h)
+                  sum[i][j][h] = fmaf(x[h], g[W::row_of(u, reach / W::kStride)][v][h], sum[i][j][h]);
+              }
             }
           }
         }
