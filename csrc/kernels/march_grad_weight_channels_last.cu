@@ -35,9 +35,9 @@ struct March {
   int last_step;  // the step behind the last one of an image that brings a row of the input
   int images, filters, multiplier;
   int slabs, spans, splits;
-  Shares shares;               // of splits: they are cut between images, or between any two rows
-  int groups, strips;          // of a block: what threads have of filters, and strips of columns
-  int loaders;                 // warps that load
+  Shares shares;       // of splits: they are cut between images, or between any two rows
+  int groups, strips;  // of a block: what threads have of filters, and strips of columns
+  int loaders;         // warps that load
   int depth, stage_bytes, source_row_bytes;
   bool boxes;   // whether rows are loaded as boxes or, of joined arrays, as bulk copies
   bool joined;  // whether both arrays are: see Pixels
@@ -74,9 +74,9 @@ struct Steps {
   }
 };
 
-// What a kernel is compiled for, with one or two filters a thread. `strips`: if not 0, images are padded by half a kernel
-// and no wider than one strip, or exactly two; then all columns that meet nothing but zeros are known. Of two strips the
-// second one goes from right to left.
+// What a kernel is compiled for, with one or two filters a thread. `is_wide`: a thread has 14 columns although its rows
+// take many registers then. `strips`: if not 0, images are padded by half a kernel and no wider than one strip, or
+// exactly two; then columns are known that meet nothing but zeros. Of two strips the second goes from right to left.
 template <class Kernel, int filters, bool is_wide = false, int strips = 0>
 struct Window {
   static constexpr bool kNarrow = strips > 0, kMirrors = strips == 2;
@@ -390,16 +390,14 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
 
   const auto is_active = [&] { return static_cast<int>(threadIdx.x) < a.groups * a.strips; };
   const auto [strip, group] = is_active() ? Place::of(a) : Place{0, 0};
-  int source_at =
-      kRing + strip * W::kColumns * W::kStride * a.source.pitch + group * kFilters / a.multiplier * kSize;
-  int grad_at =
-      kRing + W::kStride * a.source_row_bytes + strip * W::kColumns * a.grad.pitch + group * kFilters * kSize;
+  int source_at = kRing + strip * W::kColumns * W::kStride * a.source.pitch + group * kFilters / a.multiplier * kSize;
+  int grad_at = kRing + W::kStride * a.source_row_bytes + strip * W::kColumns * a.grad.pitch + group * kFilters * kSize;
   const int column_g = part.column + strip * W::kColumns, column_x = column_g * W::kStride - a.padding_w;
   const bool mirrors = W::kMirrors && column_g > 0;
-  const int source_step = mirrors ? -a.source.pitch : a.source.pitch, grad_step = mirrors ? -a.grad.pitch : a.grad.pitch;
+  const int source_step = mirrors ? -a.source.pitch : a.source.pitch,
+            grad_step = mirrors ? -a.grad.pitch : a.grad.pitch;
 
-  if (mirrors)
-    source_at += (W::kSourceColumns - 1) * a.source.pitch, grad_at += (W::kColumns - 1) * a.grad.pitch;
+  if (mirrors) source_at += (W::kSourceColumns - 1) * a.source.pitch, grad_at += (W::kColumns - 1) * a.grad.pitch;
 
   // Reads what the thread's filters do at a column.
   const auto read = [&](int at, float (&values)[kFilters]) {

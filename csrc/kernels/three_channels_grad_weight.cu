@@ -28,9 +28,9 @@ struct Images {
   const char *source, *grad;
   float* partial;  // [block][tap, or bias behind the last tap][channel]
   int height, row_bytes;
-  int bands, rows, all_bands;      // bands of an image, of so many rows each, and of all images
-  int strips, group_threads;       // threads of a group that have pixels, and all of them
-  int depth, stage_bytes;          // of a ring
+  int bands, rows, all_bands;  // bands of an image, of so many rows each, and of all images
+  int strips, group_threads;   // threads of a group that have pixels, and all of them
+  int depth, stage_bytes;      // of a ring
   bool with_bias;
   Divider by_bands, by_group_threads;
 };
@@ -262,7 +262,8 @@ bool launch(const Problem& p, Images a, int groups, const Allocate& allocate, cu
   const int64_t sums = (kTaps + a.with_bias) * kChannels;
   a.partial = static_cast<float*>(allocate(blocks * sums * static_cast<int64_t>(sizeof(float))));
   const int threads = groups * a.group_threads;
-  const int64_t rings = int64_t{groups} * a.depth * a.stage_bytes, all_sums = int64_t{4} * (kSums + kChannels) * threads;
+  const int64_t rings = int64_t{groups} * a.depth * a.stage_bytes,
+                all_sums = int64_t{4} * (kSums + kChannels) * threads;
   launch_early(kernel, a, blocks, threads, stream, {.shared_bytes = kRing + std::max(rings, all_sums)});
   check_launch("three_channels_grad_weight");
   launch_add_partial_sums<T>(p, a.partial, blocks, true, stream);
