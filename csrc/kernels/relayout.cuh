@@ -19,12 +19,22 @@ struct Relayout {
   Divider by_width, by_channel_tiles, by_pixel_tiles;
 };
 
+// A tile, in words of two pixels of a channel: 16 bytes, which are moved as one, lie where neither channels that are 8
+// apart nor pieces of one channel meet in a bank.
+struct RelayoutTile {
+  alignas(16) uint32_t words[kTileChannels * kTilePixels / 2];
+
+  __device__ uint32_t& word(int channel, int pair) {
+    return words[channel * (kTilePixels / 2) + (pair ^ (channel / 8 ^ channel) % 8 * 4)];
+  }
+};
+
 // kVector: channels that are copied at once.
 template <bool kToPlanes, int kVector>
 __global__ void __launch_bounds__(kRelayoutThreads) relayout(const __grid_constant__ Relayout a) {
-  constexpr int kSlots = kTileChannels / kVector;
+  constexpr int kSlots = kTileChannels / kVector, kPairs = kTilePixels / 2;
   using Vector = std::conditional_t<kVector == 8, uint4, uint16_t>;
-  __shared__ alignas(16) uint16_t tile[kTileChannels][kTilePixels + 2];  // an odd number of words: fewer bank conflicts
+  __shared__ RelayoutTile tile;
   uint32_t number = blockIdx.x;
   const int first_channel = a.by_channel_tiles.split(number) * kTileChannels;
   const int first_pixel = a.by_pixel_tiles.split(number) * kTilePixels;
@@ -33,50 +43,72 @@ __global__ void __launch_bounds__(kRelayoutThreads) relayout(const __grid_consta
 
   const auto visit_pixels = [&](auto&& visit) {
 #pragma unroll 4
-    for (int i = threadIdx.x; i < kSlots * kTilePixels; i += kRelayoutThreads) {
-      const int channel = i % kSlots * kVector, pixel = i / kSlots;
-      if (channel >= channels || pixel >= pixels) continue;
-      uint32_t row = first_pixel + pixel;
-      const int column = a.by_width.split(row);
-      uint16_t* at =
-          a.pixels + number * a.pixels_image + row * a.pixels_row + column * a.pixels_column + first_channel + channel;
-      visit(channel, pixel, *reinterpret_cast<Vector*>(at));
+    for (int i = threadIdx.x; i < kSlots * kPairs; i += kRelayoutThreads) {
+      const int channel = i % kSlots * kVector, pair = i / kSlots;
+      if (channel >= channels || 2 * pair >= pixels) continue;
+      Vector* at[2];
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        uint32_t row = first_pixel + min(2 * pair + k, pixels - 1);
+        const int column = a.by_width.split(row);
+        at[k] = reinterpret_cast<Vector*>(a.pixels + number * a.pixels_image + row * a.pixels_row +
+                                          column * a.pixels_column + first_channel + channel);
+      }
+      visit(channel, pair, at);
     }
   };
   const auto visit_planes = [&](auto&& visit) {
+    if (a.size % 8 == 0) {  // then pieces of planes begin at multiples of 16 bytes
+#pragma unroll
+      for (int i = threadIdx.x; i < kTileChannels * kTilePixels / 8; i += kRelayoutThreads) {
+        const int channel = i / (kTilePixels / 8), pixel = i % (kTilePixels / 8) * 8;
+        if (channel < channels && pixel < pixels)
+          visit(reinterpret_cast<uint4&>(tile.word(channel, pixel / 2)),
+                reinterpret_cast<uint4&>(planes[static_cast<int64_t>(channel) * a.size + pixel]));
+      }
+      return;
+    }
     const bool pairs = a.size % 2 == 0;  // then planes begin at even places, as tiles do
 #pragma unroll 4
-    for (int i = threadIdx.x; i < kTileChannels * kTilePixels / 2; i += kRelayoutThreads) {
-      const int channel = i / (kTilePixels / 2), pixel = i % (kTilePixels / 2) * 2;
+    for (int i = threadIdx.x; i < kTileChannels * kPairs; i += kRelayoutThreads) {
+      const int channel = i / kPairs, pixel = i % kPairs * 2;
       if (channel >= channels || pixel >= pixels) continue;
       uint16_t* at = planes + static_cast<int64_t>(channel) * a.size + pixel;
+      uint32_t& word = tile.word(channel, pixel / 2);
       if (pairs) {
-        visit(*reinterpret_cast<uint32_t*>(&tile[channel][pixel]), *reinterpret_cast<uint32_t*>(at));
+        visit(word, *reinterpret_cast<uint32_t*>(at));
       } else {
-        visit(tile[channel][pixel], at[0]);
-        if (pixel + 1 < pixels) visit(tile[channel][pixel + 1], at[1]);
+        auto* halves = reinterpret_cast<uint16_t*>(&word);
+        visit(halves[0], at[0]);
+        if (pixel + 1 < pixels) visit(halves[1], at[1]);
       }
     }
   };
   let_next_kernel_start();
   wait_for_kernel_before();
   if constexpr (kToPlanes) {
-    visit_pixels([&](int channel, int pixel, const Vector& from) {
-      alignas(Vector) uint16_t values[kVector];
-      *reinterpret_cast<Vector*>(values) = from;
+    visit_pixels([&](int channel, int pair, Vector* const(&from)[2]) {
+      alignas(Vector) uint16_t values[2][kVector];
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) tile[channel + k][pixel] = values[k];
+      for (int k = 0; k < 2; ++k) *reinterpret_cast<Vector*>(values[k]) = *from[k];
+#pragma unroll
+      for (int k = 0; k < kVector; ++k)
+        tile.word(channel + k, pair) = values[0][k] | static_cast<uint32_t>(values[1][k]) << 16;
     });
     __syncthreads();
     visit_planes([](auto& in_tile, auto& in_plane) { in_plane = in_tile; });
   } else {
     visit_planes([](auto& in_tile, auto& in_plane) { in_tile = in_plane; });
     __syncthreads();
-    visit_pixels([&](int channel, int pixel, Vector& to) {
-      alignas(Vector) uint16_t values[kVector];
+    visit_pixels([&](int channel, int pair, Vector* const(&to)[2]) {
+      alignas(Vector) uint16_t values[2][kVector];
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) values[k] = tile[channel + k][pixel];
-      to = *reinterpret_cast<Vector*>(values);
+      for (int k = 0; k < kVector; ++k) {
+        const uint32_t word = tile.word(channel + k, pair);
+        values[0][k] = static_cast<uint16_t>(word), values[1][k] = static_cast<uint16_t>(word >> 16);
+      }
+      *to[0] = *reinterpret_cast<Vector*>(values[0]);
+      if (2 * pair + 1 < pixels) *to[1] = *reinterpret_cast<Vector*>(values[1]);
     });
   }
 }
