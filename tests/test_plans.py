@@ -1605,6 +1605,41 @@ def test_large_kernels_are_exact(kernel: tuple, size: tuple, batch: int, stride:
         assert (("grad_input", "toeplitz_large") in forced) == (stride == 1 and case.multiplier == 1), str(case)
 
 
+# So many planes as wide as a warp's tiles that every slot of a block is filled more than once.
+PLANES = [
+    ((13, 13), (28, 28), 64, 150),
+    ((29, 29), (27, 26), 33, 190),
+    ((21, 25), (31, 32), 45, 160),
+    ((15, 17), (9, 30), 93, 300),
+    ((27, 27), (14, 14), 61, 280),
+    ((21, 31), (56, 52), 23, 140),
+    ((5, 51), (56, 56), 23, 140),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("kernel", "size", "batch", "channels"), PLANES, ids=str)
+def test_large_kernels_on_many_planes(
+    kernel: tuple, size: tuple, batch: int, channels: int, dtype: torch.dtype
+) -> None:
+    """Exact, NaN where F.conv2d has it, and the same each time."""
+    case = Case(batch, channels, size, kernel, padding=tuple(k // 2 for k in kernel))
+    for offset in (0, 2, 4):
+        input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+        grad_output = integers(*output_size(case)).to(input)
+        input, grad_output = lay(input, offset=offset), lay(grad_output, offset=offset)
+        if offset > 0:
+            for tensor in (input, grad_output):
+                tensor[0, 1, 3, 5], tensor[-1, -1, -1, -1] = torch.inf, torch.nan
+        exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+        for _ in range(3):
+            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
+                if plan == "toeplitz_large":
+                    expected = exact[name].to(result)
+                    assert torch.equal(result.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0)), (name, offset)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(

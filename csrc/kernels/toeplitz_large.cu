@@ -6,11 +6,11 @@
 
 #include "device.h"
 #include "launch.h"
-#include "mapping.h"
 #include "relayout.cuh"
 #include "stream.cuh"
 #include "toeplitz_large.cuh"
 #include "toeplitz_large.h"
+#include "toeplitz_large_planes.h"
 
 namespace dwconv {
 namespace {
@@ -27,26 +27,6 @@ struct Cut {
   int threads = 0;
   double time = std::numeric_limits<double>::infinity();  // expected, in cycles
 };
-
-// `across`: rows of the problem are columns in memory.
-Large arguments_of(const Problem& p, bool across = false) {
-  const Mapping map(p);
-  Large a{};
-  a.source = map.source.data, a.weight = map.weight.data, a.bias = map.bias, a.target = map.target.data;
-  a.across = across;
-  const int row = across ? 3 : 2;
-  a.source_image = map.source.stride[0], a.source_channel = map.source.stride[1], a.source_row = map.source.stride[row];
-  a.target_image = map.target.stride[0], a.target_channel = map.target.stride[1], a.target_row = map.target.stride[row];
-  a.weight_filter = map.weight.stride[0], a.weight_row = map.weight.stride[2], a.weight_column = map.weight.stride[3];
-  a.bias_stride = map.bias_stride;
-  a.batch = static_cast<int>(p.batch), a.targets = map.targets;
-  a.height = map.height, a.width = map.width, a.out_height = map.out_height, a.out_width = map.out_width;
-  a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
-  a.padding_h = map.padding_h, a.padding_w = map.padding_w;
-  a.stride = static_cast<int>(p.stride_h);
-  a.by_fan_out = Divider(map.fan_out);
-  return a;
-}
 
 // Lays a block's shared memory out. Returns how much of it there is: the other numbers mean nothing if it is too much.
 int64_t apply(Large& a, const Cut& cut) {
@@ -361,10 +341,12 @@ void launch_toeplitz_large(const Problem& problem, const Allocate& allocate, cud
   const bool copies = !across && !has_rows(result, map.out_width);
   if (!across) source = to_planes(source, p.batch, map.sources, map.height, map.width, allocate, stream);
   if (copies) target = new_planes(p.batch, map.targets, map.out_height, map.out_width, allocate);
-  if (p.dtype == DType::kFloat16)
-    launch<__half>(p, across, stream);
-  else
-    launch<__nv_bfloat16>(p, across, stream);
+  if (across || !launch_toeplitz_large_planes(p, stream)) {
+    if (p.dtype == DType::kFloat16)
+      launch<__half>(p, across, stream);
+    else
+      launch<__nv_bfloat16>(p, across, stream);
+  }
   if (copies) launch_relayout<false>(result, target, p.batch, map.targets, map.out_height, map.out_width, stream);
 }
 

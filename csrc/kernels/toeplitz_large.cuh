@@ -28,6 +28,7 @@
 
 #include "common.cuh"
 #include "copies.cuh"
+#include "mapping.h"
 #include "overlap.cuh"
 #include "tensor_cores.cuh"
 
@@ -83,6 +84,26 @@ struct Large {
   Divider by_image_tiles, by_column_tiles;  // tiles of warps
   int bands, ranges, row_tiles, column_tiles, image_tiles;
 };
+
+// `across`: rows of the problem are columns in memory.
+inline Large arguments_of(const Problem& p, bool across = false) {
+  const Mapping map(p);
+  Large a{};
+  a.source = map.source.data, a.weight = map.weight.data, a.bias = map.bias, a.target = map.target.data;
+  a.across = across;
+  const int row = across ? 3 : 2;
+  a.source_image = map.source.stride[0], a.source_channel = map.source.stride[1], a.source_row = map.source.stride[row];
+  a.target_image = map.target.stride[0], a.target_channel = map.target.stride[1], a.target_row = map.target.stride[row];
+  a.weight_filter = map.weight.stride[0], a.weight_row = map.weight.stride[2], a.weight_column = map.weight.stride[3];
+  a.bias_stride = map.bias_stride;
+  a.batch = static_cast<int>(p.batch), a.targets = map.targets;
+  a.height = map.height, a.width = map.width, a.out_height = map.out_height, a.out_width = map.out_width;
+  a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
+  a.padding_h = map.padding_h, a.padding_w = map.padding_w;
+  a.stride = static_cast<int>(p.stride_h);
+  a.by_fan_out = Divider(map.fan_out);
+  return a;
+}
 
 // What a block does between two barriers.
 struct alignas(16) LargeTask {
@@ -236,19 +257,20 @@ __device__ void load_source(const Large& a, const LargeTask& t) {
   }
 }
 
-// The weights of a filter on their way to where zeros surround them. A thread stays with a column of the kernel.
-template <typename T>
+// The weights of a filter on their way to where zeros surround them. A thread stays with a column of the kernel, and
+// has kBatch loads under way.
+template <typename T, int kBatch = 4>
 class LargeWeights {
  public:
   // Begins to load them.
-  __device__ void begin(const Large& a, int filter) {
-    uint32_t row = threadIdx.x;
+  __device__ void begin(const Large& a, int filter, int thread) {
+    uint32_t row = thread;
     tap_ = a.by_weight_side.split(row), row_ = static_cast<int>(row);
     from_ = static_cast<const T*>(a.weight) + filter * a.weight_filter;
     if (row_ < a.weight_lanes) load(a, tap_, row_);
   }
 
-  __device__ void write(const Large& a) {
+  __device__ void write(const Large& a, int weights_at) {
     const int step = a.weight_lanes;
     if (row_ >= step) return;
     for (int tap = tap_; tap < a.kernel_w; tap += a.by_weight_side.divisor) {
@@ -259,7 +281,7 @@ class LargeWeights {
 #pragma unroll
         for (int k = 0; k < kBatch; ++k) {
           if (row + k * step >= a.kernel_h) continue;
-          const int to = a.weights_at + (row + k * step) * a.weight_pitch + 2 * column;
+          const int to = weights_at + (row + k * step) * a.weight_pitch + 2 * column;
           shared<T>(to) = values_[k];
           if (column > 0) shared<T>(to + a.copy - 2) = values_[k];
         }
@@ -268,7 +290,6 @@ class LargeWeights {
   }
 
  private:
-  static constexpr int kBatch = 4;  // loads under way
   T values_[kBatch];
   const T* from_;
   int tap_, row_;
@@ -436,57 +457,44 @@ __device__ void compute(const Large& a, const LargeTask& task, float bias) {
     } while (d < a.depth);
 
     // Sums go to shared memory, from where they are stored as they lie side by side. There is room for those of rows
-    // and images that are not there, too.
+    // and images that are not there, too. Across, a word has two rows, of which there is an even number.
     const auto none = narrow_pair(0.f, 0.f, T{});
     Pair<T> zero[] = {none, none};
-    [[maybe_unused]] const int column = tile * kLargeGroup + pair, columns = t.columns - column;
-    [[maybe_unused]] const auto stage = [&](auto pairs) {
+    const int first_slot = kAcross ? pair : quad, first_column = tile * kLargeGroup + (kAcross ? quad : pair);
+    const int columns = t.columns - first_column, tile_step = kLargeGroup * (kAcross ? a.out_pitch : 2);
+    const auto stage = [&](auto pairs) {
 #pragma unroll
       for (int m = 0; m < kBlocksM; ++m)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const int slot = 16 * m + 8 * h + quad, r = row + (slot & (tile_rows - 1)), n = image + (slot >> a.rows_log);
-          const int to = a.out_at + n * a.out_plane + r * a.out_pitch + 2 * column;
+          const int slot = 16 * m + 8 * h + first_slot, n = image + (slot >> a.rows_log);
+          const int r = row + (slot & (tile_rows - 1));
+          const int to = a.out_at + n * a.out_plane +
+                         (kAcross ? first_column * a.out_pitch + 2 * r : r * a.out_pitch + 2 * first_column);
 #pragma unroll
           for (int j = 0; j < kTiles; ++j) {
-            const auto values = narrow_pair(sum[m][j][2 * h], sum[m][j][2 * h + 1], T{});
+            auto values = narrow_pair(sum[m][j][2 * h], sum[m][j][2 * h + 1], T{});
 #if __CUDA_ARCH__ >= 800
             zero[h] = __hfma2(values, none, zero[h]);
 #endif
+            if constexpr (kAcross) {
+              auto& word = reinterpret_cast<uint32_t&>(values);
+              word = exchange_matrix(word);
+            }
             if (pairs) {
-              if (j * kLargeGroup < columns) shared<Pair<T>>(to + j * kLargeGroupBytes) = values;
+              if (j * kLargeGroup < columns) shared<Pair<T>>(to + j * tile_step) = values;
             } else {
-              if (j * kLargeGroup < columns) shared<T>(to + j * kLargeGroupBytes) = values.x;
-              if (j * kLargeGroup + 1 < columns) shared<T>(to + j * kLargeGroupBytes + 2) = values.y;
+              if (j * kLargeGroup < columns) shared<T>(to + j * tile_step) = values.x;
+              if (j * kLargeGroup + 1 < columns) shared<T>(to + j * tile_step + 2) = values.y;
             }
           }
         }
     };
-    // Pairs of rows, which are side by side in memory. There is an even number of those that there is room for.
-    [[maybe_unused]] const auto stage_across = [&] {
-#pragma unroll
-      for (int m = 0; m < kBlocksM; ++m)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int slot = 16 * m + 8 * h + pair, r = row + (slot & (tile_rows - 1)), n = image + (slot >> a.rows_log);
-          const int x = tile * kLargeGroup + quad, to = a.out_at + n * a.out_plane + x * a.out_pitch + 2 * r;
-#pragma unroll
-          for (int j = 0; j < kTiles; ++j) {
-            const auto values = narrow_pair(sum[m][j][2 * h], sum[m][j][2 * h + 1], T{});
-#if __CUDA_ARCH__ >= 800
-            zero[h] = __hfma2(values, none, zero[h]);
-#endif
-            const uint32_t rows = exchange_matrix(reinterpret_cast<const uint32_t&>(values));
-            if (x + j * kLargeGroup < t.columns) shared<uint32_t>(to + j * kLargeGroup * a.out_pitch) = rows;
-          }
-        }
-    };
-    if constexpr (kAcross)
-      stage_across(), __syncwarp();
-    else if (a.pairs)
+    if (kAcross || a.pairs)
       stage(std::true_type{});
     else
       stage(std::false_type{});
+    if constexpr (kAcross) __syncwarp();
     zero[0] = __hadd2(zero[0], zero[1]);
     if (!(__low2float(zero[0]) == 0 && __high2float(zero[0]) == 0)) {  // NaN: an output of the thread is not finite
 #pragma unroll 1
@@ -530,13 +538,13 @@ __global__ void __launch_bounds__(kMaxLargeThreads, 2) toeplitz_large(const __gr
       changes = t.target != filter;
       filter = t.target;
       if (changes) {
-        weights.begin(a, filter);
+        weights.begin(a, filter, threadIdx.x);
         bias = a.bias ? widen(static_cast<const T*>(a.bias)[filter * a.bias_stride]) : 0.f;
       }
     }
     if (slot > 0) store_target<T, kAcross>(a, task(slot + 1));
     if (number == last) break;
-    if (changes) weights.write(a);
+    if (changes) weights.write(a, a.weights_at);
     commit_copies();
     wait_copies<0>();
     __syncthreads();

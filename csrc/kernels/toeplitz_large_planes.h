@@ -1,0 +1,13 @@
+// What the launcher of kernels/toeplitz_large.cu has to know of kernels/toeplitz_large_planes.cu.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../problem.h"
+
+namespace dwconv {
+
+// Launches a kernel for whole planes of images, if there is one that is faster than toeplitz_large. Returns whether.
+bool launch_toeplitz_large_planes(const Problem& problem, cudaStream_t stream);
+
+}  // namespace dwconv
