@@ -11,7 +11,7 @@
 #include <algorithm>
 
 #include "launch.h"
-#include "partial_sums.cuh"
+#include "partial_sums.h"
 #include "stream.cuh"
 #include "three_channels.h"
 
@@ -266,7 +266,7 @@ bool launch(const Problem& p, Images a, int groups, const Allocate& allocate, cu
                 all_sums = int64_t{4} * (kSums + kChannels) * threads;
   launch_early(kernel, a, blocks, threads, stream, {.shared_bytes = kRing + std::max(rings, all_sums)});
   check_launch("three_channels_grad_weight");
-  launch_add_partial_sums<T>(p, a.partial, blocks, true, stream);
+  launch_add_partial_sums(p, a.partial, blocks, stream);
   return true;
 }
 
