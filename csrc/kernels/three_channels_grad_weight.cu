@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "launch.h"
+#include "overlap.cuh"
 #include "partial_sums.h"
 #include "stream.cuh"
 #include "three_channels.h"
