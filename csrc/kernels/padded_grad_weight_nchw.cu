@@ -9,8 +9,8 @@
 //
 // A block has some channels of whole planes, or bands of rows of one, of 16 images at a time, and works through a part
 // of the images; a warp works on tiles of 7 rows and 8 columns, whose gradients stay in registers while the rows of the
-// input go by, and another one loads. Rows of at most 16 columns are multiplied whole. Diagonals are summed up at the
-// end, in a fixed order: parts by the first one of a cluster of two blocks, or by a second kernel.
+// input go by, and another one loads, or all of them do. Rows of at most 16 columns are multiplied whole. Diagonals are
+// summed up at the end, in a fixed order: parts by the first one of a cluster of two blocks, or by a second kernel.
 //
 // Zeros are exact unless the other factor is Inf or NaN. So sums that are finite are right, and the others are taken
 // again, product by product.
@@ -29,10 +29,16 @@ namespace dwconv {
 namespace {
 
 constexpr int kImages = 16;  // that are multiplied together
-constexpr int kMaxWarps = 4;
+constexpr int kMaxWarps = 4, kColumnWarps = 7;  // of a block: of all kernels but those of one column, and of these
 constexpr int kRows = 7, kColumns = 8;  // of a tile
 constexpr int kPitch = kColumns + 1;    // of the products that are summed up at the end, in floats
-constexpr int kStages = 2;
+constexpr int kMaxStages = 2;
+
+#if __CUDA_ARCH__ >= 900
+constexpr bool kBulkCopies = true;
+#else
+constexpr bool kBulkCopies = false;
+#endif
 
 // Rows of 16 images in shared memory.
 struct PaddedRows {
@@ -40,6 +46,7 @@ struct PaddedRows {
   int64_t image_bytes;         // from one image to the next
   int height, row_bytes;       // of a plane
   int piece;                   // bytes that are copied at once
+  bool joined, bulk;           // rows lie in shared memory as in memory; a copy has all of them
   int row_pitch, image_pitch;  // in shared memory
   int shift;                   // bytes of zeros before a row there
   int memory;
@@ -53,7 +60,7 @@ struct Padded {
   int images, filters, multiplier;
   int block_filters, share;  // warps that share a filter
   int chunk_rows, bands;     // of the gradient; bands of whole planes: 1
-  int groups, splits, stage_bytes;
+  int groups, splits, stages, stage_bytes;
   int totals;   // where the first block of a cluster of all splits gets their sums in shared memory, or 0
   int strips;   // tiles side by side
   int window;   // the first column of a window for the kernel's first one
@@ -62,6 +69,11 @@ struct Padded {
   float* partial;  // [split][tap, or bias behind the last tap][filter], or null
   void *grad_weight, *grad_bias;
 };
+
+// The barrier of a stage for what all warps load together: of a stage that there is not.
+__device__ inline int full_at_first(int stage) {
+  return Barriers::done(kMaxStages + stage);
+}
 
 // The rows that a step of a block works on, of 16 images.
 struct Step {
@@ -87,8 +99,58 @@ __device__ inline Step step_of(const Padded& a, int number) {
   return s;
 }
 
-// Begins to load rows [row, row + rows) of an image's planes, counted through all of them, of 16 images; those that are
-// not there become zeros. A warp loads every so many images.
+// Begins to load rows [row, row + rows) of an image's planes, counted through all of them, of 16 images, to `place`;
+// those that are not there become zeros. A lane loads all rows of an image, which a barrier waits for, or else a piece
+// of all images; pieces are counted through all rows.
+__device__ inline void load_rows(const PaddedRows& v, int place, const Step& s, int row, int rows, int warp, int warps,
+                                 int barrier) {
+  constexpr int kAtOnce = 8;  // images
+  const int lane = threadIdx.x % 32;
+  const char* const from = v.base + s.image * v.image_bytes + static_cast<int64_t>(row) * v.row_bytes;
+  const uint32_t to = shared_address(place + v.shift);
+  if (v.bulk) {
+    if (lane < s.images) {
+      expect_bytes(barrier, rows * v.row_bytes);
+      copy_bulk(to + lane * v.image_pitch, from + lane * v.image_bytes, rows * v.row_bytes, barrier);
+    }
+  } else {
+    const auto copy = [&](auto piece) {
+      constexpr int kPiece = decltype(piece)::value;
+      const int pieces = rows * v.row_bytes / kPiece;
+#pragma unroll 1
+      for (int at = 32 * warp + lane; at < pieces; at += 32 * warps) {
+        uint32_t r = at;
+        const uint32_t column = v.by_pieces.split(r);
+        const char* unit = from + at * kPiece;
+        uint32_t slot = to + r * v.row_pitch + column * kPiece;
+        const auto copy_images = [&](auto count) {
+          constexpr int kCount = decltype(count)::value;
+#pragma unroll
+          for (int n = 0; n < kCount; ++n) copy_unit<kPiece>(slot + n * v.image_pitch, unit + n * v.image_bytes);
+          slot += kCount * v.image_pitch, unit += kCount * v.image_bytes;
+        };
+        int images = s.images;
+#pragma unroll 1
+        for (; images >= kAtOnce; images -= kAtOnce) copy_images(std::integral_constant<int, kAtOnce>{});
+#pragma unroll 1
+        for (; images > 0; --images) copy_images(std::integral_constant<int, 1>{});
+      }
+    };
+    if (v.piece == 16)
+      copy(std::integral_constant<int, 16>{});
+    else if (v.piece == 8)
+      copy(std::integral_constant<int, 8>{});
+    else
+      copy(std::integral_constant<int, 4>{});
+  }
+#pragma unroll 1
+  for (int n = s.images + warp; n < kImages; n += warps)
+#pragma unroll 1
+    for (int at = lane * kUnit; at < rows * v.row_pitch; at += 32 * kUnit)
+      shared<uint4>(place + n * v.image_pitch + at) = uint4{};
+}
+
+// The same of rows of at most 16 columns, to a stage: a warp loads every so many images, which is faster there.
 template <int kPiece>
 __device__ void load_pieces(const PaddedRows& v, int stage, const Step& s, int row, int rows, int warp, int warps) {
   constexpr int kAtOnce = 4;  // images
@@ -121,8 +183,8 @@ __device__ void load_pieces(const PaddedRows& v, int stage, const Step& s, int r
       shared<uint4>(stage + v.memory + n * v.image_pitch + at) = uint4{};
 }
 
-__device__ inline void load_rows(const PaddedRows& v, int stage, const Step& s, int row, int rows, int warp,
-                                 int warps) {
+__device__ inline void load_narrow_rows(const PaddedRows& v, int stage, const Step& s, int row, int rows, int warp,
+                                        int warps) {
   if (v.piece == 16) return load_pieces<16>(v, stage, s, row, rows, warp, warps);
   if (v.piece == 8) return load_pieces<8>(v, stage, s, row, rows, warp, warps);
   load_pieces<4>(v, stage, s, row, rows, warp, warps);
@@ -168,7 +230,9 @@ __device__ void store(const Padded& a, int filter, int split, int tap, float tot
 template <typename T, int kKernelH, int kStride, bool kWhole, bool kColumn = false>
 struct Sums {
   static constexpr bool kNear = !kWhole && !kColumn && kStride == 1;
-  static constexpr bool kLoader = !kWhole;  // whether there may be a warp that loads
+  static constexpr bool kLoader = !kWhole;                // whether there may be a warp that loads
+  static constexpr int kWarps = kColumn ? kColumnWarps : kMaxWarps;
+  static constexpr int kBlocks = kColumn ? 2 : 3;         // that are to share a multiprocessor
   static constexpr int kWindow = (kColumn ? 1 : kNear ? 2 : 4) * kColumns;
   static constexpr int kHalves = kWhole ? 2 : 1;  // of the gradient
   static constexpr int kSourceRows = (kRows - 1) * kStride + kKernelH;
@@ -286,12 +350,21 @@ struct Sums {
   }
 };
 
-__device__ inline void clear(int begin, int end, int threads) {
-  for (int at = begin + threadIdx.x * kUnit; at < end; at += threads * kUnit) shared<uint4>(at) = uint4{};
+// What rows do not cover in a stage becomes zero, before they are loaded.
+__device__ inline void clear_stage(const Padded& a, int stage) {
+#pragma unroll 1
+  for (int row = threadIdx.x / 32; row < 2 * kImages; row += blockDim.x / 32) {
+    const PaddedRows v = row < kImages ? a.source : a.grad;
+    const int image = stage * a.stage_bytes + v.memory + row % kImages * v.image_pitch;
+    const int begin = v.joined ? v.image_pitch - 2 * kUnit : 0;
+#pragma unroll 1
+    for (int at = begin + threadIdx.x % 32 * kUnit; at < v.image_pitch; at += 32 * kUnit)
+      shared<uint4>(image + at) = uint4{};
+  }
 }
 
 template <typename T, class Sums>
-__global__ void __launch_bounds__(32 * (kMaxWarps + Sums::kLoader), 3)
+__global__ void __launch_bounds__(32 * (Sums::kWarps + Sums::kLoader), Sums::kBlocks)
     padded_grad_weight_nchw(const __grid_constant__ Padded a) {
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const bool cluster = a.totals > 0;
@@ -301,10 +374,20 @@ __global__ void __launch_bounds__(32 * (kMaxWarps + Sums::kLoader), 3)
   const int taps = a.kernel_h * a.kernel_w, slots = taps + (a.grad_bias != nullptr), turns = (slots + 31) / 32;
   if (cluster) enter_cluster(split == 0, kTotalsBarrier, 4 * a.splits * filters * slots);
   const Copier copier(false, true, a.loader);
-  copier.init();
-  // The second stage is cleared while the first one is loaded.
-  const int first_end = kHead + a.stage_bytes, end = kHead + kStages * a.stage_bytes + kTail;
-  clear(kZeros, copier.dedicated ? first_end : end, blockDim.x);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kMaxStages; ++i) {
+      init_barrier(full_at_first(i), blockDim.x);
+      init_barrier(Barriers::full(i), 32);
+      init_barrier(Barriers::done(i), copier.workers() / 32);
+    }
+  }
+#pragma unroll 1
+  for (int at = kZeros + threadIdx.x * kUnit; at < kHead; at += blockDim.x * kUnit) shared<uint4>(at) = uint4{};
+  if (threadIdx.x < kTail / kUnit) shared<uint4>(kHead + a.stages * a.stage_bytes + threadIdx.x * kUnit) = uint4{};
+  const int warps = blockDim.x / 32;
+#pragma unroll 1
+  for (int stage = 0; stage < a.stages; ++stage) clear_stage(a, stage);
+  before_bulk_copies();
   let_next_kernel_start();
   wait_for_kernel_before();
   __syncthreads();
@@ -314,52 +397,88 @@ __global__ void __launch_bounds__(32 * (kMaxWarps + Sums::kLoader), 3)
   const int channel = (first_filter + filter) / a.multiplier - first_channel;
   const int steps = (a.images + kImages - 1) / kImages * a.bands, whole = steps / a.splits, more = steps % a.splits;
   const int first = split * whole + min(split, more), last = first + whole + (split < more);
-  // Whole planes follow each other, and bands of the gradient are loaded one by one.
-  const auto load = [&](int number, int stage) {
+  // Whole planes follow each other, and bands of the gradient are loaded one by one, by a warp of so many.
+  const auto load = [&](int number, int stage, int rank, int warps, int barrier) {
     const Step s = step_of(a, number);
-    const int rank = copier.dedicated ? 0 : warp, warps = copier.dedicated ? 1 : blockDim.x / 32;
-    load_rows(a.source, stage, s, first_channel * a.height + s.source_begin,
-              (channels - 1) * a.height + s.source_end - s.source_begin, rank, warps);
-    const int runs = a.bands > 1 ? filters : 1, more = (filters - runs) * a.out_height;
-    for (int f = 0; f < runs; ++f)
-      load_rows(a.grad, stage + f * a.chunk_rows * a.grad.row_pitch, s, (first_filter + f) * a.out_height + s.row,
-                more + s.rows, rank, warps);
-    if (!copier.dedicated) commit_copies();
+    const int runs = a.bands > 1 ? filters : 1, more = (filters - runs) * a.out_height + s.rows;
+#pragma unroll 1
+    for (int run = -1; run < runs; ++run) {
+      const bool input = run < 0;
+      PaddedRows v = input ? a.source : a.grad;
+      v.bulk = v.bulk && kBulkCopies;
+      if (v.bulk && rank < warps - 1) continue;  // the last warp has it, alone
+      const int place = stage + v.memory + (input ? 0 : run * a.chunk_rows * v.row_pitch);
+      load_rows(v, place, s,
+                input ? first_channel * a.height + s.source_begin : (first_filter + run) * a.out_height + s.row,
+                input ? (channels - 1) * a.height + s.source_end - s.source_begin : more, v.bulk ? 0 : rank,
+                v.bulk ? 1 : warps, barrier);
+    }
   };
 
   Sums sums;
-  if (!copier.is_worker()) {
-    for (int next = first; next < last; ++next) {
-      const int turn = (next - first) / kStages, stage = (next - first) % kStages;
-      if (turn + stage > 0) wait(Barriers::done(stage), (turn + stage - 1) & 1);
-      load(next, stage * a.stage_bytes);
-      arrive_after_copies(Barriers::full(stage));
+  const bool worker = copier.is_worker();
+  const auto add = [&](int number, int stage) {
+    const Step s = step_of(a, number);
+    const int tiles = filter < filters ? (s.rows + kRows - 1) / kRows * a.strips : 0;
+    sums.place(a, stage, channel, filter);
+    for (int tile = first_tile; tile < tiles; tile += a.share) {
+      uint32_t segment = tile;
+      const int strip = static_cast<int>(a.by_strips.split(segment));
+      sums.add(a, s, strip, static_cast<int>(segment) * kRows);
+    }
+  };
+  if constexpr (!Sums::kLoader) {
+    const auto load_narrow = [&](int number, int stage) {
+      const Step s = step_of(a, number);
+      load_narrow_rows(a.source, stage, s, first_channel * a.height + s.source_begin,
+                       (channels - 1) * a.height + s.source_end - s.source_begin, warp, warps);
+      const int runs = a.bands > 1 ? filters : 1, more = (filters - runs) * a.out_height;
+      for (int f = 0; f < runs; ++f)
+        load_narrow_rows(a.grad, stage + f * a.chunk_rows * a.grad.row_pitch, s,
+                         (first_filter + f) * a.out_height + s.row, more + s.rows, warp, warps);
+      commit_copies();
+    };
+    if (first < last) load_narrow(first, 0);
+    for (int now = first; now < last; ++now) {
+      const int stage = (now - first) % kMaxStages;
+      wait_copies<0>();
+      __syncthreads();
+      if (now + 1 < last) load_narrow(now + 1, (kMaxStages - 1 - stage) * a.stage_bytes);
+      add(now, stage * a.stage_bytes);
     }
   } else {
-    if (copier.dedicated) {
-      clear(first_end, end, copier.workers());
-      copier.finish(1);
-    } else if (first < last) {
-      load(first, 0);
-    }
-    for (int now = first; now < last; ++now) {
-      const int turn = (now - first) / kStages, stage = (now - first) % kStages;
-      if (copier.dedicated) {
-        wait(Barriers::full(stage), turn & 1);
-      } else {
+    // Each turn begins to load a step, and adds one that was loaded before. All warps load, or, if one does nothing
+    // else, that one, but for the first step of each stage.
+    const int ahead = copier.dedicated ? kMaxStages : a.stages - 1;
+    const auto stage_of = [&](int turn) { return turn % kMaxStages & (a.stages - 1); };
+    const auto full = [](int turn) {
+      return turn < kMaxStages ? full_at_first(turn) : Barriers::full(turn % kMaxStages);
+    };
+    const auto parity = [](int turn) { return turn < kMaxStages ? 0 : (turn / kMaxStages - 1) & 1; };
+#pragma unroll 1
+    for (int turn = 0; turn < last - first + ahead; ++turn) {
+      const bool alone = copier.dedicated && turn >= kMaxStages;
+      if (!copier.dedicated) {
         wait_copies<0>();
         __syncthreads();
-        if (now + 1 < last) load(now + 1, (kStages - 1 - stage) * a.stage_bytes);
       }
-      const Step s = step_of(a, now);
-      const int tiles = filter < filters ? (s.rows + kRows - 1) / kRows * a.strips : 0;
-      sums.place(a, stage * a.stage_bytes, channel, filter);
-      for (int tile = first_tile; tile < tiles; tile += a.share) {
-        uint32_t segment = tile;
-        const int strip = static_cast<int>(a.by_strips.split(segment));
-        sums.add(a, s, strip, static_cast<int>(segment) * kRows);
+      if (first + turn < last && !(alone && worker)) {
+        if (alone) wait(Barriers::done(stage_of(turn)), parity(turn));
+        load(first + turn, stage_of(turn) * a.stage_bytes, alone ? 0 : warp, alone ? 1 : warps, full(turn));
+        if (copier.dedicated)
+          arrive_after_copies(full(turn));
+        else
+          commit_copies();
       }
-      if (copier.dedicated) copier.finish(stage);
+      if (ahead == 0) {
+        wait_copies<0>();
+        __syncthreads();
+      }
+      const int before = turn - ahead;
+      if (before < 0 || !worker) continue;
+      if (copier.dedicated) wait(full(before), parity(before));
+      add(first + before, stage_of(before) * a.stage_bytes);
+      if (copier.dedicated) copier.finish(stage_of(before));
     }
   }
   __syncthreads();
@@ -403,9 +522,8 @@ __global__ void __launch_bounds__(32 * (kMaxWarps + Sums::kLoader), 3)
 }
 
 // Whole planes of some channels, or bands of rows of one channel's filters, so that several blocks share a
-// multiprocessor; a warp for each tile, or as many as keep all of them busy. Returns the bytes of shared memory, or 0
-// where there is no room.
-int64_t lay_out(Padded& a, bool whole, const Device& device) {
+// multiprocessor; a warp for each tile, or as many as keep all of them busy. Returns whether there is room.
+bool lay_out(Padded& a, bool whole, int warps, const Device& device) {
   const int extent_h = (a.kernel_h - 1) * a.dilation_h + 1, extent_w = (a.kernel_w - 1) * a.dilation_w + 1;
   a.strips = whole ? 1 : static_cast<int>(ceil_div(a.out_width, kColumns));
   // Between rows there are as many zeros as windows reach beside them.
@@ -435,7 +553,7 @@ int64_t lay_out(Padded& a, bool whole, const Device& device) {
   };
   const auto room_of = [&](int blocks) {
     return (std::min(device.shared_per_block, device.shared_per_multiprocessor / blocks - 1024) - kHead - kTail) /
-           kStages;
+           a.stages;
   };
   int64_t room = 0, rows = 0;
   for (int blocks = 3; blocks > 0; --blocks) {
@@ -443,38 +561,43 @@ int64_t lay_out(Padded& a, bool whole, const Device& device) {
     if (rows >= a.out_height) break;
     if (rows > 0 && 2 * source_rows(rows) <= 3 * rows * a.stride) break;  // bands share rows
   }
-  if (rows == 0) return 0;
+  if (rows == 0) return false;
   a.bands = static_cast<int>(ceil_div(a.out_height, rows));
   a.chunk_rows = static_cast<int>(a.bands == 1 ? a.out_height : round_up(ceil_div(a.out_height, a.bands), kRows));
   const auto stage_of = [&](int filters) { return stage(filters, source_rows(a.chunk_rows), a.chunk_rows); };
   a.block_filters = 1;
-  while (2 * a.block_filters <= kMaxWarps && a.block_filters < a.filters &&
+  while (2 * a.block_filters <= warps && a.block_filters < a.filters &&
          (a.bands == 1 || a.multiplier % (2 * a.block_filters) == 0) && stage_of(2 * a.block_filters) <= room)
     a.block_filters *= 2;
   a.stage_bytes = static_cast<int>(stage_of(a.block_filters));
   const int64_t tiles = ceil_div(a.chunk_rows, kRows) * a.strips;
   a.share = 1;
   double busy = 0;
-  for (int share = 1; share <= kMaxWarps / a.block_filters; ++share) {
+  for (int share = 1; share <= warps / a.block_filters; ++share) {
     const double now = static_cast<double>(tiles) / ceil_div(tiles, share);
     if (now > busy * 1.1) busy = now, a.share = share;
   }
   a.groups = static_cast<int>(ceil_div(a.filters, a.block_filters));
   a.by_bands = Divider(a.bands), a.by_strips = Divider(a.strips);
-  return kHead + kStages * a.stage_bytes + kTail;
+  return true;
 }
 
 template <typename T, class Sums>
-void launch(const Problem& p, Padded a, int64_t room, bool clusters, const Device& device, const Allocate& allocate,
+void launch(const Problem& p, Padded a, bool clusters, const Device& device, const Allocate& allocate,
             cudaStream_t stream) {
   const auto kernel = padded_grad_weight_nchw<T, Sums>;
   const int warps = a.share * a.block_filters, threads = 32 * (warps + (a.loader ? 1 : 0));
-  const int64_t bytes = std::max<int64_t>(room, kHead + warps * Sums::kBytes);
+  const int64_t bytes = std::max<int64_t>(kHead + a.stages * a.stage_bytes + kTail, kHead + warps * Sums::kBytes);
   const int64_t steps = ceil_div(a.images, kImages) * a.bands;
   const int64_t slots = p.taps() + (p.bias != nullptr), totals = 4 * 2 * a.block_filters * slots;
   static thread_local Decisions<7, Splits> decisions;
   const auto [splits, cluster] = decisions({device.id, steps, a.groups, threads, bytes, clusters, totals}, [&] {
-    return split_steps(kernel, device, steps, a.groups, threads, bytes, clusters ? totals : 0);
+    // A block alone on its multiprocessor overlaps nothing at its beginning and its end: one is better than several in
+    // turn, if most multiprocessors have one, and no sum is so long that it loses digits.
+    const bool alone = 2 * (bytes + 1024) > device.shared_per_multiprocessor;
+    const bool most = a.groups <= device.multiprocessors && 3 * a.groups >= 2 * device.multiprocessors;
+    const Splits several = split_steps(kernel, device, steps, a.groups, threads, bytes, clusters ? totals : 0);
+    return alone && most && steps <= 64 ? Splits{1, false} : several;
   });
   a.splits = splits;
   if (cluster)
@@ -488,10 +611,10 @@ void launch(const Problem& p, Padded a, int64_t room, bool clusters, const Devic
     launch_add_partial_sums(p, a.partial, a.splits, stream);
 }
 
-// The most bytes that all rows are whole pieces of, or 0.
-int piece_of(const View& view, int64_t images, int64_t row_bytes) {
+// The most bytes that all runs of `bytes` are whole pieces of, or 0.
+int piece_of(const View& view, int64_t images, int64_t bytes) {
   for (int piece = kUnit; piece >= 4; piece /= 2)
-    if (row_bytes % piece == 0 && reinterpret_cast<uintptr_t>(view.data) % piece == 0 &&
+    if (bytes % piece == 0 && reinterpret_cast<uintptr_t>(view.data) % piece == 0 &&
         (images == 1 || 2 * view.stride[0] % piece == 0))
       return piece;
   return 0;
@@ -501,9 +624,20 @@ void set_piece(PaddedRows& v, int piece) {
   v.piece = piece, v.by_pieces = Divider(v.row_bytes / piece);
 }
 
+// Rows that lie as in memory are like one, of `planes` whole planes or of a band: larger pieces may fit it, and where
+// these are of 16 bytes a bulk copy has them all.
+void join_rows(PaddedRows& v, const View& view, const Padded& a, int64_t planes, bool bulk) {
+  if (v.row_pitch != v.row_bytes || v.shift > 0) return;
+  const int64_t bytes = a.bands > 1 ? v.row_bytes : planes * v.height * v.row_bytes;
+  v.piece = piece_of(view, a.images, bytes);
+  v.by_pieces = Divider(1 << 30);
+  v.joined = true;
+  v.bulk = bulk && v.piece == kUnit;
+}
+
 }  // namespace
 
-bool launch_padded_grad_weight_nchw(const Problem& p, bool clusters, const Allocate& allocate, cudaStream_t stream) {
+bool launch_padded_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& allocate, cudaStream_t stream) {
   Padded a{};
   const auto arrange = [&](PaddedRows& v, const View& view, int64_t height, int64_t width) {
     v.base = static_cast<const char*>(view.data), v.image_bytes = 2 * view.stride[0];
@@ -542,8 +676,22 @@ bool launch_padded_grad_weight_nchw(const Problem& p, bool clusters, const Alloc
   }
   // A warp does all the loading, unless there are too many pieces for one, as where they are of 4 bytes.
   a.loader = device.capability >= 80 && !whole && std::min(a.source.piece, a.grad.piece) > 4;
-  const int64_t room = lay_out(a, whole, device);
-  if (room == 0) return false;
+  const int warps = column ? kColumnWarps : kMaxWarps;
+  a.stages = kMaxStages;
+  if (!lay_out(a, whole, warps, device)) return false;
+  // Bands share rows. Where three blocks of whole planes fit, if they load and add in turns, these are faster.
+  if (a.bands > 1 && !column && !whole) {
+    Padded one = a;
+    one.stages = 1, one.loader = false;
+    if (lay_out(one, whole, warps, device) && one.bands == 1 &&
+        3 * (kHead + one.stage_bytes + kTail + 1024) <= device.shared_per_multiprocessor)
+      a = one;
+  }
+  // Groups of filters begin with whole pieces, and end with them.
+  const int64_t planes = a.filters % a.block_filters == 0 ? a.block_filters : 1;
+  const bool can_bulk = bulk && a.loader && device.capability >= 90;
+  if (!whole) join_rows(a.source, p.input, a, a.multiplier == 1 ? planes : 1, can_bulk);
+  if (!whole) join_rows(a.grad, p.output, a, planes, can_bulk);
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
@@ -551,14 +699,14 @@ bool launch_padded_grad_weight_nchw(const Problem& p, bool clusters, const Alloc
         constexpr int kKernelH = decltype(kernel_h)::value;
         if constexpr (kKernelH < 9)  // as far as strides are claimed
           if (a.stride == 2)
-            return launch<T, Sums<T, kKernelH, 2, false>>(p, a, room, clusters, device, allocate, stream);
+            return launch<T, Sums<T, kKernelH, 2, false>>(p, a, bulk, device, allocate, stream);
         if constexpr (kKernelH != 5) {
-          if (whole) return launch<T, Sums<T, kKernelH, 1, true>>(p, a, room, clusters, device, allocate, stream);
-          launch<T, Sums<T, kKernelH, 1, false>>(p, a, room, clusters, device, allocate, stream);
+          if (whole) return launch<T, Sums<T, kKernelH, 1, true>>(p, a, bulk, device, allocate, stream);
+          launch<T, Sums<T, kKernelH, 1, false>>(p, a, bulk, device, allocate, stream);
         }
       };
       if (column)
-        return launch<T, Sums<T, kMaxColumnRows, 1, false, true>>(p, a, room, clusters, device, allocate, stream);
+        return launch<T, Sums<T, kMaxColumnRows, 1, false, true>>(p, a, bulk, device, allocate, stream);
       if (rows <= 3) return go(std::integral_constant<int, 3>{});
       if (rows <= 5) return go(std::integral_constant<int, 5>{});
       if (rows <= 7) return go(std::integral_constant<int, 7>{});

@@ -6,8 +6,7 @@
 namespace dwconv {
 
 // Returns whether it serves the problem, of those that are claimed.
-// `clusters`: whether blocks may form clusters, where there are some.
-bool launch_padded_grad_weight_nchw(const Problem& problem, bool clusters, const Allocate& allocate,
-                                    cudaStream_t stream);
+// `bulk`: by bulk copies and clusters of blocks, where the GPU has them.
+bool launch_padded_grad_weight_nchw(const Problem& problem, bool bulk, const Allocate& allocate, cudaStream_t stream);
 
 }  // namespace dwconv
