@@ -1210,6 +1210,53 @@ def test_batch_grad_weight_is_exact(kernel: tuple, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FAST[1:], ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "dilation"),
+    [
+        ((3, 3), 1),
+        ((3, 3), 2),
+        ((5, 5), 1),
+        ((7, 7), 1),
+        ((9, 9), 1),
+        ((4, 3), 1),
+        ((1, 11), 1),
+        ((1, 7), 1),
+        ((11, 1), 1),
+        ((4, 1), 2),
+    ],
+    ids=str,
+)
+def test_batch_grad_weight_of_whole_units_is_exact(kernel: tuple, dilation: int, dtype: torch.dtype) -> None:
+    """Rows of 16 bytes, and small planes in images of them: bands, filters that end within a block, images apart."""
+    planes = (
+        (24, (7, 7)),
+        (768, (7, 7)),
+        (8, (5, 7)),
+        (16, (3, 3)),
+        (3, (9, 8)),
+        (9, (15, 24)),
+        (5, (22, 56)),
+        (2, (57, 64)),
+    )
+    for number, (channels, size) in enumerate((*planes, (3, (8, 120)), (150, (14, 16)))):
+        for turn, layout in enumerate([{}, {"steps": (2, 1, 1, 1)}, {"offset": 8}]):
+            padding = tuple(dilation * (k - 1) // 2 for k in kernel)
+            case = Case(
+                [16, 37, 60][turn], channels, size, kernel, padding=(0 if turn == 1 else padding[0], padding[1])
+            )
+            case = case._replace(dilation=(dilation, dilation), multiplier=1 + (number + turn) % 3 // 2, bias=turn != 1)
+            if any(side + 2 * p < dilation * (k - 1) + 1 for side, p, k in zip(size, case.padding, kernel)):
+                continue
+            input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+            input, grad_output = lay(input, **layout), lay(integers(*output_size(case)).to(input), **layout)
+            exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
+                if plan == "batch_grad_weight_nchw":
+                    assert wrong_numbers(result, exact[name].round()) == 0, (name, str(case), layout)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST[1:], ids=str)
 @pytest.mark.parametrize("side", [3, 5, 7])
 def test_grad_weight_of_long_rows_is_exact(side: int, dtype: torch.dtype) -> None:
     """Rows of whole 16 bytes, in 16 segments, the last of them empty or cut; at addresses that are none, too."""
