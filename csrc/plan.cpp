@@ -98,15 +98,15 @@ bool claims_stream_nchw(const Problem& p) {
 // What kernels that march down contiguous planes ask for. Lanes have to be busy, and there have to be so many rows that
 // every warp of a GPU has some.
 bool can_march_planes(const Problem& p, int64_t least_rows) {
-  if (p.dtype != DType::kFloat32 || p.multiplier > 1) return false;
-  if (!March9x9::is_of(p) && !SmallKernel<kMarchKernel, kMarchKernel, 1, 1>::is_of(p)) return false;
+  if (p.dtype != DType::kFloat32) return false;
   constexpr int64_t kShared = 96 << 10;  // what the least that a block loads takes up
   const int64_t width = target_width(p), height = p.pass == Pass::kGradInput ? p.height : p.out_height;
   if (p.shared_memory < kShared || width < kStrip || !can_stream(p)) return false;
-  const MarchLanes lanes(width, p.channels);
+  const int64_t planes = p.pass == Pass::kGradInput ? p.channels : p.filters();
+  const MarchLanes lanes(width, planes);
   constexpr double kBusy = 0.6;
-  if (lanes.busy < kBusy) return false;
-  const int64_t rows = p.batch * ((p.channels + lanes.planes - 1) / lanes.planes) * lanes.spans * height;
+  if (lanes.busy < kBusy || lanes.planes % p.multiplier > 0) return false;  // a warp has all filters of a channel
+  const int64_t rows = p.batch * ((planes + lanes.planes - 1) / lanes.planes) * lanes.spans * height;
   return rows >= least_rows && rows <= std::numeric_limits<int32_t>::max();
 }
 
@@ -117,18 +117,24 @@ bool has_known_bounds(const Problem& p) {
          p.padding_w == p.padding_h && claims_stream_nchw(p);
 }
 
+using March7x7 = SmallKernel<kMarchKernel, kMarchKernel, 1, 1>;
+using March7x7Stride2 = SmallKernel<kMarchKernel, kMarchKernel, 2, 1>;  // for grad_weight
+
 bool claims_march_nchw(const Problem& p) {
   constexpr int64_t kFar = 1 << 27;  // offsets of weights are counted in 32 bits
   if (p.pass == Pass::kGradWeight || std::max(p.weight.stride[2], p.weight.stride[3]) >= kFar) return false;
+  if (p.multiplier > 1 || (!March7x7::is_of(p) && !March9x9::is_of(p))) return false;
   return !has_known_bounds(p) && can_march_planes(p, 16 << 10);
 }
 
 bool claims_march_grad_weight_nchw(const Problem& p) {
+  if (p.pass != Pass::kGradWeight || p.filters() > (1 << 30) / (p.taps() + 1)) return false;
   // On small planes every warp adds up the sums of many filters in the end: of 7x7, they stream.
-  const bool nine = March9x9::is_of(p);
-  const int64_t least_pixels = nine ? 784 : 3136, least_rows = (nine ? 32 : 64) << 10;
-  return p.pass == Pass::kGradWeight && p.out_height * p.out_width >= least_pixels && can_march_planes(p, least_rows) &&
-         p.filters() <= (1 << 30) / (p.taps() + 1);
+  constexpr int64_t kLeastPixels = 784;
+  if (p.out_height * p.out_width < kLeastPixels) return false;
+  if (March7x7Stride2::is_of(p))  // of one filter a channel, smaller planes stream faster
+    return (p.multiplier > 1 || p.out_height * p.out_width >= 2500) && can_march_planes(p, 16 << 10);
+  return p.multiplier == 1 && (March7x7::is_of(p) || March9x9::is_of(p)) && can_march_planes(p, 32 << 10);
 }
 
 bool claims_toeplitz_nchw(const Problem& p) {
@@ -545,8 +551,8 @@ const std::vector<Plan>& plans() {
       {PlanId::kStreamNchw, "stream_nchw", "a small kernel on contiguous planes: rows stream through shared memory",
        claims_stream_nchw},
       {PlanId::kMarchGradWeightNchw, "march_grad_weight_nchw",
-       "7x7 or 9x9 in float32 on large contiguous planes: warps march down the rows of input and gradient, sums stay "
-       "in registers",
+       "7x7, also at stride 2, or 9x9 in float32 on large contiguous planes: warps march down the rows of input and "
+       "gradient, sums stay in registers",
        claims_march_grad_weight_nchw},
       {PlanId::kStreamGradWeightNchw, "stream_grad_weight_nchw",
        "a small kernel on contiguous planes: input and gradient stream through shared memory",

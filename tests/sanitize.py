@@ -44,6 +44,7 @@ CASES = [
 RUNS = list(product(CASES, (torch.float32, torch.bfloat16), (torch.contiguous_format, torch.channels_last)))
 # Kernels that march down planes claim no less than what every warp of a GPU has some rows of.
 RUNS.append((Case(1, 4, (65600, 35), (7, 7), padding=(3, 3)), torch.float32, torch.contiguous_format))
+RUNS.append((Case(1, 3, (33000, 56), (7, 7), (2, 2), (3, 3), multiplier=2), torch.float32, torch.contiguous_format))
 
 
 def main() -> None:

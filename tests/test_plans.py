@@ -91,7 +91,8 @@ def test_small_kernels_in_nchw(name: str, tile: tuple, dtype: torch.dtype) -> No
         least = None if area == 1 else 196 if area >= 25 else 784 if square else 2048
     for size in ((512, 512), (7, 13), (113, 95), (20, 900)):
         pixels = size[0] * size[1] // (1 if name == "grad_input" else stride**2)
-        marches = kernel == (7, 7) and stride == 1 and dtype == torch.float32 and size != (7, 13)
+        strides = 2 if name == "grad_weight" else 1
+        marches = kernel == (7, 7) and stride <= strides and dtype == torch.float32 and size != (7, 13)
         expected = MARCH_NCHW[name] if marches else STREAM[name]
         if dtype != torch.float32 and least is not None and pixels >= least:
             expected = expected.replace("stream", "toeplitz")
@@ -1023,30 +1024,49 @@ def test_streams_with_much_to_do(dtype: torch.dtype) -> None:
                 assert wrong_numbers(result, exact.grad_input.round()) == 0, (plan, str(case))
 
 
-# Of 7x7 and 9x9 in float32: batch, channels, size; so much of it that warps march, in grad_weight where the flag says
-# so.
+# Of 7x7 and 9x9 in float32: batch, channels, size; so much of it that warps march, in grad_weight for the sides of the
+# kernel that are named.
 PLANES = [
-    (128, 64, (28, 28), False),
-    (512, 37, (14, 13), False),
-    (1200, 64, (8, 7), False),
-    (600, 40, (14, 15), False),
-    (3, 3, (301, 1921), False),
-    (50, 96, (56, 56), True),
-    (32, 41, (113, 95), True),
-    (6, 5, (400, 1301), True),
+    (128, 64, (28, 28), ()),
+    (512, 37, (14, 13), ()),
+    (1200, 64, (8, 7), ()),
+    (600, 40, (14, 15), ()),
+    (3, 3, (301, 1921), ()),
+    (50, 96, (56, 56), (7, 9)),
+    (32, 41, (113, 95), (7, 9)),
+    (6, 5, (400, 1301), (7, 9)),
 ]
 
 
-@pytest.mark.parametrize(("batch", "channels", "size", "weight"), PLANES, ids=str)
-def test_planes_to_march_down(batch: int, channels: int, size: tuple[int, int], weight: bool) -> None:
+@pytest.mark.parametrize(("batch", "channels", "size", "sides"), PLANES, ids=str)
+def test_planes_to_march_down(batch: int, channels: int, size: tuple[int, int], sides: tuple[int, ...]) -> None:
     case = Case(batch, channels, size, (7, 7), padding=(3, 3))
     for name in PASSES:
-        assert (plan_of(name, case) == MARCH_NCHW[name]) == (weight or name != "grad_weight"), name
+        assert (plan_of(name, case) == MARCH_NCHW[name]) == (name != "grad_weight" or 7 in sides), name
     assert plan_of("forward", case._replace(batch=1, channels=2)) != "march_nchw"
     assert plan_of("forward", case._replace(multiplier=2)) != "march_nchw"
     assert plan_of("forward", case, torch.float16) != "march_nchw"
     nine = case._replace(kernel=(9, 9), padding=(4, 4))
-    assert [plan_of(name, nine) == MARCH_NCHW[name] for name in PASSES] == [True, True, weight]
+    assert [plan_of(name, nine) == MARCH_NCHW[name] for name in PASSES] == [True, True, 9 in sides]
+
+
+# Of 7x7 at stride 2: batch, channels, filters of each, size.
+PLANES_OF_STRIDE_2 = [
+    (64, 64, 2, (56, 56)),
+    (300, 12, 1, (121, 117)),
+    (96, 32, 4, (98, 56)),
+    (70, 7, 1, (90, 450)),
+]
+
+
+@pytest.mark.parametrize(("batch", "channels", "multiplier", "size"), PLANES_OF_STRIDE_2, ids=str)
+def test_planes_to_march_down_at_stride_2(batch: int, channels: int, multiplier: int, size: tuple[int, int]) -> None:
+    case = Case(batch, channels, size, (7, 7), multiplier=multiplier, stride=(2, 2), padding=(3, 3))
+    assert plan_of("grad_weight", case) == "march_grad_weight_nchw"
+    for name in PASSES[:2]:
+        assert plan_of(name, case) != "march_nchw"
+    assert plan_of("grad_weight", case._replace(batch=1, channels=2)) != "march_grad_weight_nchw"
+    assert plan_of("grad_weight", case, torch.float16) != "march_grad_weight_nchw"
 
 
 @pytest.mark.parametrize("name", PASSES[:2])
@@ -1060,17 +1080,34 @@ def test_planes_whose_bounds_are_known(name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("side", [7, 9])
-@pytest.mark.parametrize(("batch", "channels", "size", "weight"), PLANES, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "channels", "multiplier", "size", "side", "stride", "plans"),
+    [
+        (batch, channels, 1, size, side, 1, [*PASSES[:2], *PASSES[2:] * (side in sides)])
+        for batch, channels, size, sides in PLANES
+        for side in (7, 9)
+    ]
+    + [(*planes, 7, 2, PASSES[2:]) for planes in PLANES_OF_STRIDE_2],
+    ids=str,
+)
 def test_marches_down_planes_are_exact(
-    batch: int, channels: int, size: tuple[int, int], weight: bool, side: int
+    batch: int, channels: int, multiplier: int, size: tuple[int, int], side: int, stride: int, plans: list[str]
 ) -> None:
     """Any padding, addresses and images apart; what is not finite stays with the outputs that it reaches."""
     for turn in range(4):
         padding = [(side // 2, side // 2), (0, 0), (side - 1, side - 1), (side // 2, side // 2)][turn]
         if min(size) + 2 * min(padding) < 2 * side - 1:
             continue
-        case = Case(batch, channels, size, (side, side), padding=padding, bias=turn % 2 == 0)
+        case = Case(
+            batch,
+            channels,
+            size,
+            (side, side),
+            multiplier=multiplier,
+            stride=(stride, stride),
+            padding=padding,
+            bias=turn % 2 == 0,
+        )
         input, filters, bias = make_inputs(case, torch.float32, "cuda", make=integers)
         grad_output = integers(*output_size(case)).to(input)
         if turn == 1:
@@ -1091,9 +1128,8 @@ def test_marches_down_planes_are_exact(
             assert torch.equal(result.nan_to_num(nan=12345.0), wanted.nan_to_num(nan=12345.0)), (name, plan, str(case))
             forced.add((name, plan))
         if turn == 0:
-            plans = [("output", "march_nchw"), ("grad_input", "march_nchw")]
-            plans += [("grad_weight", "march_grad_weight_nchw")] if weight else []
-            assert {(name, plan + end) for name, plan in plans for end in ("", "_portable")} <= forced, str(case)
+            named = [("output" if name == "forward" else name, MARCH_NCHW[name]) for name in plans]
+            assert {(name, plan + end) for name, plan in named for end in ("", "_portable")} <= forced, str(case)
 
 
 @pytest.mark.gpu

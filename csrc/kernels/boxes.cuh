@@ -5,6 +5,7 @@
 #include <cuda.h>
 
 #include <algorithm>
+#include <array>
 
 #include "copies.cuh"
 
@@ -21,9 +22,10 @@ inline bool has_boxes(const View& view, int64_t element, int64_t alignment) {
   return alignment % kUnit == 0 && least > 0 && most * element < kFar;
 }
 
-// Describes boxes of some channels, a multiple of 16 bytes, of some pixels. Returns whether CUDA can.
-inline bool describe_boxes(CUtensorMap& map, const View& view, int64_t batch, int64_t channels, int64_t height,
-                           int64_t width, int64_t element, int box_channels, int box_pixels) {
+// Describes boxes of an array of four dimensions, of which elements of the first one lie side by side. `strides`: the
+// bytes from one to the next in the others. Returns whether CUDA can.
+inline bool describe_boxes(CUtensorMap& map, void* data, int64_t element, const std::array<int64_t, 4>& sizes,
+                           const std::array<int64_t, 3>& strides, const std::array<int, 4>& box) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found{};
@@ -34,16 +36,24 @@ inline bool describe_boxes(CUtensorMap& map, const View& view, int64_t batch, in
       function = nullptr;
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
-  const auto size = [](int64_t value) { return static_cast<cuuint64_t>(value); };
-  const cuuint64_t sizes[] = {size(channels), size(width), size(height), size(batch)};
-  const cuuint64_t strides[] = {size(view.stride[3] * element), size(view.stride[2] * element),
-                                size(view.stride[0] * element)};
-  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_channels), static_cast<cuuint32_t>(box_pixels), 1, 1};
+  cuuint64_t all[4], steps_between[3];
+  cuuint32_t sides[4];
+  std::copy(sizes.begin(), sizes.end(), all);
+  std::copy(strides.begin(), strides.end(), steps_between);
+  std::copy(box.begin(), box.end(), sides);
   const cuuint32_t steps[] = {1, 1, 1, 1};
   return encode != nullptr &&
-         encode(&map, element == 4 ? CU_TENSOR_MAP_DATA_TYPE_UINT32 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, view.data,
-                sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+         encode(&map, element == 4 ? CU_TENSOR_MAP_DATA_TYPE_UINT32 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, data, all,
+                steps_between, sides, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
                 CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// The same of a channels_last array: some channels, a multiple of 16 bytes, of some pixels.
+inline bool describe_boxes(CUtensorMap& map, const View& view, int64_t batch, int64_t channels, int64_t height,
+                           int64_t width, int64_t element, int box_channels, int box_pixels) {
+  return describe_boxes(map, view.data, element, {channels, width, height, batch},
+                        {view.stride[3] * element, view.stride[2] * element, view.stride[0] * element},
+                        {box_channels, box_pixels, 1, 1});
 }
 
 // Fetches a description, which lies in memory, so that the first copy need not wait for it.

@@ -307,8 +307,8 @@ void launch(March a, int64_t images, int side, Kernel kernel, cudaStream_t strea
 void launch_march_nchw(const Problem& p, bool bulk, cudaStream_t stream) {
   const Mapping map(p);
   March a{};
-  a.source = plane_rows(map.source, map.height, map.width);
-  a.target = plane_rows(map.target, map.out_height, map.out_width);
+  a.source = plane_rows(map.source, map.targets, map.height, map.width);
+  a.target = plane_rows(map.target, map.targets, map.out_height, map.out_width);
   a.weight = static_cast<const float*>(map.weight.data), a.weight_filter = map.weight.stride[0];
   a.weight_row = static_cast<int>(map.weight.stride[2]), a.weight_column = static_cast<int>(map.weight.stride[3]);
   const int64_t step = map.weight.stride[3];

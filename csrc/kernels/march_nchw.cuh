@@ -20,10 +20,10 @@ constexpr int kRowMargin = 64;   // bytes before the first and behind the last r
 struct PlaneRows {
   char* base;
   int64_t image_bytes, plane_bytes;
-  int row_bytes, height, width;
-  int row_pitch;    // from row to row in shared memory
-  int row_phase;    // from row to row within 16 bytes, where rows do not go together
-  int piece_pitch;  // from plane to plane
+  int row_bytes, planes, height, width;  // of an image
+  int row_pitch;                         // from row to row in shared memory
+  int row_phase;                         // from row to row within 16 bytes, where rows do not go together
+  int piece_pitch;                       // from plane to plane
   int group_rows, group_bytes;
   bool whole;     // planes go whole, and together as they lie in memory
   bool together;  // whole rows do
@@ -154,7 +154,7 @@ class MarchRing {
       const int copies = spans ? count : 1;
       const char* row = from + static_cast<int64_t>(share.unit) * rows.row_bytes;
       for (int i = share.unit; i < copies; i += share.step, row += static_cast<int64_t>(share.step) * rows.row_bytes)
-        load_bulk(row, bytes, image, image + a.channels * rows.plane_bytes, to + i * rows.row_pitch);
+        load_bulk(row, bytes, image, image + rows.planes * rows.plane_bytes, to + i * rows.row_pitch);
       from += spans ? static_cast<int64_t>(count) * rows.row_bytes : bytes;
       return;
     }
@@ -172,6 +172,15 @@ class MarchRing {
           [&](int at) { copy_unit<4>(address + at, base + at); });
       from += spans ? rows.row_bytes : bytes;
     }
+  }
+
+  // The same by one lane: copy(to, barrier) begins to copy so many bytes.
+  template <typename Copy>
+  __device__ void load_boxes(const MarchCut& a, int bytes, Copy&& copy) {
+    if (threadIdx.x % 32 > 0) return;
+    const int barrier = barriers_ + 8 * loading_;
+    expect_bytes(barrier, bytes);
+    copy(memory_ + loading_ * a.group_bytes, barrier);
   }
 
   // Ends the loads of a group.
@@ -269,11 +278,12 @@ struct ColumnMasks {
   }
 };
 
-// How many times the busiest bank is read when all lanes read a word each.
-inline int conflicts(const MarchCut& cut, int piece_pitch) {
+// How many times the busiest bank is read when all lanes read a word each. Of a source its `stride`, and how many
+// planes `share` one.
+inline int conflicts(const MarchCut& cut, int piece_pitch, int stride = 1, int share = 1) {
   std::array<int, 32> readers{};
-  for (int p = 0; p < cut.planes; ++p)
-    for (int s = 0; s < cut.strips; ++s) ++readers[(p * (piece_pitch / 4) + s * kStrip) % 32];
+  for (int p = 0; p < cut.planes / share; ++p)
+    for (int s = 0; s < cut.strips; ++s) ++readers[(p * (piece_pitch / 4) + s * kStrip * stride) % 32];
   return *std::max_element(readers.begin(), readers.end());
 }
 
@@ -293,7 +303,8 @@ inline int march_budget(const Device& device, int blocks = kMarchBlocks) {
 }
 
 // Arranges groups of `count` rows, `columns` of a span, in shared memory.
-inline void arrange(PlaneRows& rows, const MarchCut& cut, int columns, int count, bool whole) {
+inline void arrange(PlaneRows& rows, const MarchCut& cut, int columns, int count, bool whole, int stride = 1,
+                    int share = 1) {
   rows.group_rows = count, rows.whole = whole, rows.together = whole || cut.spans == 1;
   if (whole) {
     rows.row_pitch = rows.row_bytes, rows.row_phase = 0;
@@ -306,13 +317,21 @@ inline void arrange(PlaneRows& rows, const MarchCut& cut, int columns, int count
   const int least = static_cast<int>(round_up(count * rows.row_pitch + (cut.spans == 1 ? kUnit - 4 : 0), kUnit));
   int best = 1 << 30;
   for (int pitch = least; pitch < least + 8 * kUnit; pitch += kUnit)
-    if (const int now = conflicts(cut, pitch); now < best) best = now, rows.piece_pitch = pitch;
-  rows.group_bytes = cut.planes * rows.piece_pitch;
+    if (const int now = conflicts(cut, pitch, stride, share); now < best) best = now, rows.piece_pitch = pitch;
+  rows.group_bytes = cut.planes / share * rows.piece_pitch;
 }
 
-inline PlaneRows plane_rows(const View& view, int height, int width) {
+// The same for boxes, which lie dense: `columns` are whole units of 16 bytes.
+inline void arrange_box(PlaneRows& rows, int planes, int columns, int count) {
+  rows.group_rows = count, rows.whole = false, rows.together = true;
+  rows.row_pitch = columns * 4, rows.row_phase = 0, rows.piece_pitch = count * rows.row_pitch;
+  rows.group_bytes = static_cast<int>(round_up(planes * rows.piece_pitch, 128));
+}
+
+inline PlaneRows plane_rows(const View& view, int planes, int height, int width) {
   PlaneRows rows{};
-  rows.base = static_cast<char*>(view.data), rows.height = height, rows.width = width, rows.row_bytes = width * 4;
+  rows.base = static_cast<char*>(view.data), rows.planes = planes, rows.height = height, rows.width = width,
+  rows.row_bytes = width * 4;
   rows.image_bytes = view.stride[0] * 4, rows.plane_bytes = int64_t{height} * width * 4;
   return rows;
 }
