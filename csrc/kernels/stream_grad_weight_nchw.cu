@@ -40,9 +40,9 @@ struct Window : AnyPart<Kernel::kKernelW> {
     const int x0 = column * kStride - a.padding_w;
     const int plane = c.source_plane + static_cast<int>(channel) * a.height;
     const int y0 = plane + (c.row + row) * kStride - a.padding_h;
-    const int begin = max(c.source_begin, plane), end = min(c.source_end, plane + a.height);
-    RowWalk source(a.source_ring, c.source_slot + y0 - c.source_begin);
-    RowWalk grad(a.grad_ring, c.grad_slot + (a.single ? 0 : filter * a.out_height) + row);
+    const int begin = max(c.source.begin, plane), end = min(c.source.end, plane + a.height);
+    RowWalk source(a.flows[kInput].ring, c.source.slot + y0 - c.source.begin);
+    RowWalk grad(a.flows[kGradient].ring, c.grad.slot + (a.single ? 0 : filter * a.out_height) + row);
 
     float part[kKernelH][kKernelW] = {};
     const auto add = [&](int i, int j, float x, float g) {
@@ -93,13 +93,15 @@ template <int kKernel, int kSide>
 struct Corner {
   static constexpr int kKernelH = kKernel, kKernelW = kKernel;
   static constexpr int kRows = 7, kColumns = 7, kTiles = 1, kLanes = 1;
-  static constexpr bool kOddStrips = false, kWhole = true;
-  static constexpr int kMaxThreads = kKernel == 7 && kSide == 14 ? 160 : 224, kBlocks = 2;
+  static constexpr bool kOddStrips = false, kWhole = true, kPlane = kSide == 7;
+  static constexpr int kMaxThreads = kKernel == 7 ? 160 : 224, kBlocks = 2;
   static constexpr int kMostMultiplier = 8;      // shared memory holds the planes of a channel
   static constexpr bool kInParts = kKernel < 5;  // as Window
   static constexpr int kReach = kKernel / 2;
   static constexpr int kSource = kSide == 7 ? 7 : 7 + kReach;  // rows and columns that it reads
   static constexpr bool kMirrors = kSide > 7;
+  static constexpr bool kLoop =
+      kKernel == 7 && kSide == 14;  // all rows one by one would not fit the instruction caches
 
   float sum[kKernel][kKernel] = {};
   double bias = 0;
@@ -137,30 +139,48 @@ struct Corner {
   __device__ void add(const GradStream& a, const GradChunk& c, int filter, int) {
     uint32_t channel = filter;
     a.by_multiplier.split(channel);
-    Walk source(a.source_ring, c.source_slot + static_cast<int>(channel) * kSide, up, left, sizeof(T));
-    Walk grad(a.grad_ring, c.grad_slot + filter * kSide, up, left, sizeof(T));
+    Walk source(a.flows[kInput].ring, c.source.slot + static_cast<int>(channel) * kSide, up, left, sizeof(T));
+    Walk grad(a.flows[kGradient].ring, c.grad.slot + filter * kSide, up, left, sizeof(T));
+    float bias_part = 0;
+    const auto take = [&](float (&row)[kColumns]) {
+      grad.template read_next<T>(row);
+      if (a.with_bias)
+#pragma unroll
+        for (int v = 0; v < kColumns; ++v) bias_part += row[v];
+    };
+    if constexpr (kLoop)
+      add_in_loop<T>(source, take);
+    else
+      add_rows<T>(source, take);
+    bias += bias_part;
+  }
+
+  // What a source row has with a gradient row.
+  __device__ static void add_products(const float (&x)[kSource], const float (&g)[kColumns], float (&total)[kKernel]) {
+#pragma unroll
+    for (int v = 0; v < kColumns; ++v)
+#pragma unroll
+      for (int j = 0; j < kKernel; ++j) {
+        const int s = v + j - kReach;
+        if (s >= 0 && s < kSource) total[j] = fmaf(x[s], g[v], total[j]);
+      }
+  }
+
+  template <typename T, typename Take>
+  __device__ void add_rows(Walk& source, Take&& take) {
     float part[kKernel][kKernel] = {};
     float g[kRows][kColumns];
 #pragma unroll
     for (int r = 0; r < kSource; ++r) {
 #pragma unroll
       for (int o = 0; o < kRows; ++o)
-        if (o == r + kReach || (r == 0 && o < kReach)) grad.template read_next<T>(g[o]);
+        if (o == r + kReach || (r == 0 && o < kReach)) take(g[o]);
       float x[kSource];
       source.template read_next<T>(x);
 #pragma unroll
       for (int i = 0; i < kKernel; ++i) {
         const int o = r - i + kReach;
-        if (o < 0 || o >= kRows) continue;
-#pragma unroll
-        for (int v = 0; v < kColumns; ++v)
-#pragma unroll
-          for (int j = 0; j < kKernel; ++j) {
-            const int s = v + j - kReach;
-            if (s < 0 || s >= kSource) continue;
-            float& total = kInParts ? part[i][j] : sum[i][j];
-            total = fmaf(x[s], g[o][v], total);
-          }
+        if (o >= 0 && o < kRows) add_products(x, g[o], kInParts ? part[i] : sum[i]);
       }
     }
     if constexpr (kInParts)
@@ -168,13 +188,35 @@ struct Corner {
       for (int i = 0; i < kKernel; ++i)
 #pragma unroll
         for (int j = 0; j < kKernel; ++j) sum[i][j] += part[i][j];
-    if (!a.with_bias) return;
-    float bias_part = 0;
+  }
+
+  // Two source rows at a time, r and r + 1, and gradient row r + kReach + 1 - k in g[k].
+  template <typename T, typename Take>
+  __device__ void add_in_loop(Walk& source, Take&& take) {
+    static_assert(kSource % 2 == 0 || !kLoop);
+    float g[kKernel + 1][kColumns] = {};
 #pragma unroll
-    for (int o = 0; o < kRows; ++o)
+    for (int o = 0; o < kReach; ++o) take(g[kReach - 1 - o]);
+#pragma unroll 1
+    for (int r = 0; r < kSource; r += 2) {
 #pragma unroll
-      for (int v = 0; v < kColumns; ++v) bias_part += g[o][v];
-    bias += bias_part;
+      for (int k = kKernel; k > 1; --k)
+#pragma unroll
+        for (int v = 0; v < kColumns; ++v) g[k][v] = g[k - 2][v];
+#pragma unroll
+      for (int k = 1; k >= 0; --k)
+        if (r + kReach + 1 - k < kRows) take(g[k]);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float x[kSource];
+        source.template read_next<T>(x);
+#pragma unroll
+        for (int i = 0; i < kKernel; ++i) {
+          const int o = r + e - i + kReach;
+          if (o >= 0 && o < kRows) add_products(x, g[i + 1 - e], sum[i]);
+        }
+      }
+    }
   }
 };
 

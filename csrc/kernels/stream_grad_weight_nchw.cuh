@@ -13,6 +13,7 @@
 //   kKernelH, kKernelW    the size of the kernel
 //   kMaxThreads, kBlocks  of a block, besides a warp that copies, and blocks of that size on a multiprocessor
 //   kWhole                whether it takes whole planes only
+//   kPlane                whether it is a whole plane, so that a thread has all sums of its filter
 //   add<T>(stream, chunk, filter, tile)  adds a tile, or the first of several, to the thread's sums
 //   total(i, j), total_bias()            the sums
 //   tap(i, j)                            whose sum total(i, j) is
@@ -28,56 +29,70 @@
 
 namespace dwconv {
 
+// An array that streams, through a ring of its own.
+struct Flow {
+  Planes planes;
+  RowRing ring;
+  bool joined;  // whether the images follow each other without a gap
+};
+enum { kInput, kGradient };
+
 struct GradStream {
-  Planes source, grad;
+  Flow flows[2];
   float* partial;  // [split][tap, or bias behind the last tap][filter]
   int height, width, out_height, out_width;
   int kernel_h, kernel_w, stride, padding_h, padding_w, dilation;
   int images, channels, multiplier, filters;
-  bool source_joined, grad_joined;  // whether the images follow each other without a gap
-  bool single;                      // a block works for one filter, on bands of rows; else for whole planes
+  bool single;  // a block works for one filter, on bands of rows; else for whole planes
   int block_channels, block_filters, chunk_rows, bands;
-  int splits;
+  int splits, split_steps, more_steps;  // so many splits have a step more than the others
   int strips, segments;
   int filter_warps;  // where tiles are added by warps: how many work for a filter
-  Divider by_strips, by_tiles, by_multiplier;
+  Divider by_strips, by_tiles, by_multiplier, by_bands, by_groups;
   bool with_bias, bulk, float32;
-  RowRing source_ring, grad_ring;
   int chunks_at;  // what the block knows of the chunks under way, in shared memory
+};
+
+// Rows of an image, and the slot of the first of them in the ring.
+struct ImageRows {
+  int image, begin, end, slot;
 };
 
 // A step of a block: some rows of an image, of the block's planes.
 struct GradChunk {
-  int row, rows;                               // of each gradient plane
-  int source_image, source_begin, source_end;  // rows of the image
-  int source_plane;                            // the row of the image in which the block's first plane begins
-  int grad_image, grad_begin, grad_end;
-  int source_slot, grad_slot;  // of the first of the rows in the rings
+  int row, rows;     // of each gradient plane
+  int source_plane;  // the row of the image in which the block's first plane begins
+  ImageRows source, grad;
 };
 
 __device__ inline GradChunk chunk_of(const GradStream& a, int group, int step) {
-  const int image = step / a.bands, band = step % a.bands;
-  const int filter = group * a.block_filters, channel = filter / a.multiplier;
-  const int filters = min(a.block_filters, a.filters - filter);
+  uint32_t number = step, first_channel = group * a.block_filters;
+  const int filter = group * a.block_filters, filters = min(a.block_filters, a.filters - filter);
+  const int band = a.by_bands.split(number), image = number;
+  a.by_multiplier.split(first_channel);
+  const int channel = first_channel;
+  const bool source_joined = a.flows[kInput].joined, grad_joined = a.flows[kGradient].joined;
   GradChunk c;
   c.row = band * a.chunk_rows;
   c.rows = min(a.chunk_rows, a.out_height - c.row);
-  c.source_image = a.source_joined ? 0 : image;
-  c.grad_image = a.grad_joined ? 0 : image;
-  c.source_plane = ((a.source_joined ? image * a.channels : 0) + channel) * a.height;
-  const int grad_plane = ((a.grad_joined ? image * a.filters : 0) + filter) * a.out_height;
+  c.source.image = source_joined ? 0 : image;
+  c.grad.image = grad_joined ? 0 : image;
+  c.source_plane = ((source_joined ? image * a.channels : 0) + channel) * a.height;
+  const int grad_plane = ((grad_joined ? image * a.filters : 0) + filter) * a.out_height;
   if (a.single) {
     const int first = c.row * a.stride - a.padding_h;
     const int last = first + (c.rows - 1) * a.stride + (a.kernel_h - 1) * a.dilation;
-    c.source_begin = c.source_plane + min(max(first, 0), a.height);
-    c.source_end = c.source_plane + min(max(last + 1, 0), a.height);
-    c.grad_begin = grad_plane + c.row;
-    c.grad_end = c.grad_begin + c.rows;
+    c.source.begin = c.source_plane + min(max(first, 0), a.height);
+    c.source.end = c.source_plane + min(max(last + 1, 0), a.height);
+    c.grad.begin = grad_plane + c.row;
+    c.grad.end = c.grad.begin + c.rows;
   } else {
-    c.source_begin = c.source_plane;
-    c.source_end = c.source_plane + filters / a.multiplier * a.height;
-    c.grad_begin = grad_plane;
-    c.grad_end = grad_plane + filters * a.out_height;
+    uint32_t channels = filters;
+    a.by_multiplier.split(channels);
+    c.source.begin = c.source_plane;
+    c.source.end = c.source_plane + static_cast<int>(channels) * a.height;
+    c.grad.begin = grad_plane;
+    c.grad.end = grad_plane + filters * a.out_height;
   }
   return c;
 }
@@ -92,9 +107,10 @@ __device__ __noinline__ float sum_by_products(const GradStream& a, int group, in
   for (int step = first; step < last; ++step) {
     const GradChunk c = chunk_of(a, group, step);
     const int image = step / a.bands;
-    const auto* x = reinterpret_cast<const T*>(a.source.base + image * a.source.image_bytes) +
+    const Planes &source = a.flows[kInput].planes, &grad = a.flows[kGradient].planes;
+    const auto* x = reinterpret_cast<const T*>(source.base + image * source.image_bytes) +
                     static_cast<int64_t>(channel) * a.height * a.width;
-    const auto* g = reinterpret_cast<const T*>(a.grad.base + image * a.grad.image_bytes) +
+    const auto* g = reinterpret_cast<const T*>(grad.base + image * grad.image_bytes) +
                     static_cast<int64_t>(group * a.block_filters + filter) * a.out_height * a.out_width;
     for (int at = threadIdx.x; at < c.rows * a.out_width; at += blockDim.x) {
       const int row = c.row + at / a.out_width, column = at % a.out_width;
@@ -117,10 +133,16 @@ __device__ inline float sum_of(int values, int count, int lanes) {
 // What tiles have in common that take any part of a plane, and have the taps in their order.
 template <int kKernelW>
 struct AnyPart {
-  static constexpr bool kWhole = false;
+  static constexpr bool kWhole = false, kPlane = false;
 
   __device__ int tap(int i, int j) const { return i * kKernelW + j; }
 };
+
+template <typename T>
+__device__ void exchange(T& a, T& b) {
+  const T before = a;
+  a = b, b = before;
+}
 
 template <typename T, class Tile>
 __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
@@ -130,37 +152,48 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
   const Copier copier(a.bulk, true);
   copier.init();
   let_next_kernel_start();
-  wait_for_kernel_before();
   __syncthreads();
+  const bool loads = !copier.dedicated || !copier.is_worker();
+  if (!loads) wait_for_kernel_before();
 
-  const int groups = (a.filters + a.block_filters - 1) / a.block_filters;
-  const int group = blockIdx.x % groups, split = blockIdx.x / groups;
+  uint32_t quotient = blockIdx.x;
+  const int group = a.by_groups.split(quotient), split = quotient;
   const int filters = min(a.block_filters, a.filters - group * a.block_filters);
-  const int64_t steps = static_cast<int64_t>(a.images) * a.bands;
-  const int first = static_cast<int>(steps * split / a.splits), last = static_cast<int>(steps * (split + 1) / a.splits);
-  Cursor source_cursor, grad_cursor;
-  const auto load = [&](int step, int stage) {
+  const int first = split * a.split_steps + min(split, a.more_steps);
+  const int last = first + a.split_steps + (split < a.more_steps ? 1 : 0);
+  Cursor cursor, other_cursor;
+  bool may_read = false;  // the kernel before is done
+  int stage = 0;
+  uint32_t parity = loads ? 1 : 0;
+  // By one piece of code for both arrays, and all chunks: instructions are slow to come the first time. What there is
+  // to find out is so before the wait for the place that the chunk takes.
+  const auto load = [&](int step) {
     if (step < last && copier.loads()) {
       GradChunk c = chunk_of(a, group, step);
-      const int barrier = Barriers::full(stage);
-      load_rows<T>(copier, a.source_ring, a.source, source_cursor, c.source_image, c.source_begin, c.source_end,
-                   barrier);
-      load_rows<T>(copier, a.grad_ring, a.grad, grad_cursor, c.grad_image, c.grad_begin, c.grad_end, barrier);
-      c.source_slot = source_cursor.slot_of(a.source_ring, c.source_image * a.source.rows + c.source_begin);
-      c.grad_slot = grad_cursor.slot_of(a.grad_ring, c.grad_image * a.grad.rows + c.grad_begin);
+      bool taken = copier.dedicated && step >= first + kDepth;
+      const auto ready = [&] {
+        if (taken) wait(Barriers::done(stage), parity);
+        taken = false;
+        if (!may_read) settle_and_wait_for_kernel_before(a.splits);
+        may_read = true;
+      };
+#pragma unroll 1
+      for (int k = 0; k < 2; ++k) {
+        const Flow& flow = a.flows[k];
+        load_rows<T>(copier, flow.ring, flow.planes, cursor, c.source.image, c.source.begin, c.source.end,
+                     Barriers::full(stage), ready);
+        c.source.slot = cursor.slot_of(flow.ring, c.source.image * flow.planes.rows + c.source.begin);
+        exchange(c.source, c.grad), exchange(cursor, other_cursor);
+      }
       if (copier.rank() == 0) shared<GradChunk>(a.chunks_at + stage * static_cast<int>(sizeof(GradChunk))) = c;
     }
-    copier.commit(stage);
+    if (step < last || !copier.bulk) copier.commit(stage);
   };
-  if (!copier.dedicated || !copier.is_worker())
-    for (int d = 0; d < kDepth; ++d) load(first + d, d);
 
   Tile sums(a);
   const int tiles = a.strips * a.segments, units = a.single ? tiles : filters * tiles;
-  int stage = 0;
-  uint32_t parity = 0;
-  for (int step = first; step < last; ++step) {
-    if (copier.is_worker()) {
+  for (int step = loads ? first - kDepth : first; step < last; ++step) {
+    if (step >= first && copier.is_worker()) {
       copier.wait_full(stage, parity);
       if (!copier.dedicated) __syncthreads();
       const GradChunk c = shared<GradChunk>(a.chunks_at + stage * static_cast<int>(sizeof(GradChunk)));
@@ -177,50 +210,63 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
                tile += a.filter_warps * Tile::kTiles)
             sums.template add<T>(a, c, filter, tile);
       }
-      if (copier.dedicated) {
+      if (copier.dedicated)
         copier.finish(stage);
-      } else {
+      else
         __syncthreads();
-        load(step + kDepth, stage);
-      }
-    } else {
-      wait(Barriers::done(stage), parity);
-      load(step + kDepth, stage);
     }
+    if (loads) load(step + kDepth);
     if (++stage == kDepth) stage = 0, parity ^= 1;
   }
   __syncthreads();
 
-  // The rings have served: their memory takes the sums, tap by tap, of all threads. An odd pitch keeps those of
-  // different taps in different banks.
-  const int threads = blockDim.x, pitch = threads + 1;
-#pragma unroll
-  for (int i = 0; i < Tile::kKernelH; ++i)
-#pragma unroll
-    for (int j = 0; j < Tile::kKernelW; ++j)
-      shared<float>(kHead + 4 * (sums.tap(i, j) * pitch + threadIdx.x)) = sums.total(i, j);
-  shared<float>(kHead + 4 * (kTaps * pitch + threadIdx.x)) = sums.total_bias();
-  __syncthreads();
-  const int slots = kTaps + a.with_bias,
-            per_filter = a.single            ? copier.workers()
-                         : Tile::kLanes == 1 ? tiles
-                                             : 32 * a.filter_warps,
-            lanes = per_filter < 32 ? 1 : 32;
+  const int slots = kTaps + a.with_bias;
   float* partial = a.partial + static_cast<int64_t>(split) * slots * a.filters + group * a.block_filters;
-  // Lanes that add up together stay with a filter, of which there are not more than such lanes.
-  const int team = threadIdx.x / lanes, at_once = threads / lanes / filters;
-  const int first_slot = team / filters, own = team - first_slot * filters;
   bool again = false;
-  if (first_slot < at_once) {
-    int from = kHead + 4 * (first_slot * pitch + own * per_filter);
-    float* to = partial + static_cast<int64_t>(first_slot) * a.filters + own;
-    for (int slot = first_slot; slot < slots; slot += at_once) {
-      const float total = sum_of(from, per_filter, lanes);
-      if (threadIdx.x % lanes == 0) {
-        *to = total;
-        again |= slot < kTaps && !is_finite(total);
+  if constexpr (Tile::kPlane) {  // a thread has all sums of its filter
+    if (static_cast<int>(threadIdx.x) < filters) {
+      float* to = partial + threadIdx.x;
+      float zero = 0;
+#pragma unroll
+      for (int i = 0; i < Tile::kKernelH; ++i)
+#pragma unroll
+        for (int j = 0; j < Tile::kKernelW; ++j) {
+          *to = sums.total(i, j);
+          to += a.filters;
+          zero = fmaf(sums.total(i, j), 0.f, zero);
+        }
+      if (a.with_bias) *to = sums.total_bias();
+      again = zero != 0.f;
+    }
+  } else {
+    // The rings have served: their memory takes the sums, tap by tap, of all threads. An odd pitch keeps those of
+    // different taps in different banks.
+    const int threads = blockDim.x, pitch = threads + 1;
+#pragma unroll
+    for (int i = 0; i < Tile::kKernelH; ++i)
+#pragma unroll
+      for (int j = 0; j < Tile::kKernelW; ++j)
+        shared<float>(kHead + 4 * (sums.tap(i, j) * pitch + threadIdx.x)) = sums.total(i, j);
+    shared<float>(kHead + 4 * (kTaps * pitch + threadIdx.x)) = sums.total_bias();
+    __syncthreads();
+    const int per_filter = a.single            ? copier.workers()
+                           : Tile::kLanes == 1 ? tiles
+                                               : 32 * a.filter_warps,
+              lanes = per_filter < 32 ? 1 : 32;
+    // Lanes that add up together stay with a filter, of which there are not more than such lanes.
+    const int team = threadIdx.x / lanes, at_once = threads / lanes / filters;
+    const int first_slot = team / filters, own = team - first_slot * filters;
+    if (first_slot < at_once) {
+      int from = kHead + 4 * (first_slot * pitch + own * per_filter);
+      float* to = partial + static_cast<int64_t>(first_slot) * a.filters + own;
+      for (int slot = first_slot; slot < slots; slot += at_once) {
+        const float total = sum_of(from, per_filter, lanes);
+        if (threadIdx.x % lanes == 0) {
+          *to = total;
+          again |= slot < kTaps && !is_finite(total);
+        }
+        from += 4 * at_once * pitch, to += static_cast<int64_t>(at_once) * a.filters;
       }
-      from += 4 * at_once * pitch, to += static_cast<int64_t>(at_once) * a.filters;
     }
   }
   if (!__syncthreads_or(again)) return;
@@ -232,7 +278,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
     if (finite) continue;
     shared<float>(kHead + 4 * threadIdx.x) = sum_by_products<T>(a, group, first, last, filter, slot);
     __syncthreads();
-    const float exact = sum_of(kHead, threads, 32);
+    const float exact = sum_of(kHead, blockDim.x, 32);
     if (threadIdx.x == 0) *result = exact;
     __syncthreads();
   }
@@ -259,14 +305,17 @@ struct GradTileSize {
 inline void apply(GradStream& a, GradCut& cut, const GradTileSize& tile) {
   a.single = cut.single, a.block_channels = cut.block_channels, a.chunk_rows = cut.chunk_rows, a.splits = cut.splits;
   a.block_filters = cut.single ? 1 : cut.block_channels * a.multiplier;
-  a.bands = static_cast<int>(ceil_div(a.out_height, cut.chunk_rows));
+  a.bands = static_cast<int>(ceil_div(a.out_height, cut.chunk_rows)), a.by_bands = Divider(a.bands);
+  a.by_groups = Divider(ceil_div(a.filters, a.block_filters));
+  const int64_t steps = int64_t{a.images} * a.bands;
+  a.split_steps = static_cast<int>(steps / cut.splits), a.more_steps = static_cast<int>(steps % cut.splits);
   a.filter_warps = cut.filter_warps;
   a.strips = static_cast<int>(tile.strips(a.out_width));
   a.by_strips = Divider(a.strips);
   a.segments = static_cast<int>(ceil_div(cut.chunk_rows, tile.rows));
   a.by_tiles = Divider(cut.single ? int64_t{1} << 30 : int64_t{a.strips} * a.segments);
   const int extent = (a.kernel_h - 1) * a.dilation + 1;
-  RowRing &source = a.source_ring, &grad = a.grad_ring;
+  RowRing &source = a.flows[kInput].ring, &grad = a.flows[kGradient].ring;
   const int64_t source_rows = cut.single ? rows_for_bands(a.bands, cut.chunk_rows * a.stride, extent, source.row_bytes)
                                          : rows_for_planes(int64_t{cut.block_channels} * a.height, source.row_bytes);
   const int64_t grad_rows =
@@ -324,7 +373,8 @@ inline GradCut cut_for(GradStream a, const GradTileSize& tile, const Device& dev
       const auto in_lines = [&](const RowRing& ring, int64_t planes, int height) {
         return planes * height * ring.row_bytes % 128 == 0;
       };
-      const bool lines = in_lines(a.source_ring, channels, a.height) && in_lines(a.grad_ring, filters, a.out_height);
+      const bool lines = in_lines(a.flows[kInput].ring, channels, a.height) &&
+                         in_lines(a.flows[kGradient].ring, filters, a.out_height);
       if (a.bands > 1 || !lines) busy *= 0.9;
       busy *= static_cast<double>(a.out_height) / (a.bands * rows);
     }
@@ -381,15 +431,15 @@ inline GradStream grad_stream_of(const Problem& p, bool bulk) {
   a.multiplier = static_cast<int>(p.multiplier), a.filters = static_cast<int>(p.filters());
   a.by_multiplier = Divider(p.multiplier);
   a.with_bias = p.bias != nullptr, a.bulk = bulk, a.float32 = p.dtype == DType::kFloat32;
-  const auto arrange = [&](const View& view, int planes, int h, int w, Planes& array, RowRing& ring, bool& joined) {
-    joined = p.batch == 1 || view.stride[0] == int64_t{planes} * h * w;
-    array.base = static_cast<char*>(view.data), array.image_bytes = view.stride[0] * size;
-    array.rows = planes * h * (joined ? a.images : 1), array.row_bytes = static_cast<int>(w * size);
-    ring.row_bytes = array.row_bytes;
-    ring.phase = static_cast<int>(reinterpret_cast<uintptr_t>(view.data) % kUnit);
+  const auto arrange = [&](const View& view, int planes, int h, int w, Flow& flow) {
+    flow.joined = p.batch == 1 || view.stride[0] == int64_t{planes} * h * w;
+    flow.planes = {static_cast<char*>(view.data), view.stride[0] * size, planes * h * (flow.joined ? a.images : 1),
+                   static_cast<int>(w * size)};
+    flow.ring.row_bytes = flow.planes.row_bytes;
+    flow.ring.phase = static_cast<int>(reinterpret_cast<uintptr_t>(view.data) % kUnit);
   };
-  arrange(p.input, a.channels, a.height, a.width, a.source, a.source_ring, a.source_joined);
-  arrange(p.output, a.filters, a.out_height, a.out_width, a.grad, a.grad_ring, a.grad_joined);
+  arrange(p.input, a.channels, a.height, a.width, a.flows[kInput]);
+  arrange(p.output, a.filters, a.out_height, a.out_width, a.flows[kGradient]);
   return a;
 }
 

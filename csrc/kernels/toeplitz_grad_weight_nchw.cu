@@ -31,7 +31,7 @@ struct Toeplitz : AnyPart<kKernel> {
   int shift;  // then windows begin `shift` columns earlier, so that pixels are read in pairs
 
   __device__ explicit Toeplitz(const GradStream& a)
-      : fit(a.width % 2 == 0), shift(fit ? (a.source_ring.phase / 2 + a.padding_w) & 1 : 0) {}
+      : fit(a.width % 2 == 0), shift(fit ? (a.flows[kInput].ring.phase / 2 + a.padding_w) & 1 : 0) {}
 
   // A thread has columns m = 2 g and 2 g + 1 of the window, and columns n = 2 t and 2 t + 1 of the gradient.
   __device__ float total(int i, int j) const {
@@ -64,7 +64,7 @@ struct Toeplitz : AnyPart<kKernel> {
     }
     column += lane / 4;
     const int plane = c.source_plane + filter / a.multiplier * a.height, y = c.row + row - a.padding_h;
-    const int begin = max(-y, 0), end = min(min(a.height, c.source_end - plane) - y, 32);
+    const int begin = max(-y, 0), end = min(min(a.height, c.source.end - plane) - y, 32);
     inside = rows > 0 && end > begin ? ~0u >> (32 - end) & ~0u << begin : 0;
   }
 
@@ -80,10 +80,10 @@ struct Toeplitz : AnyPart<kKernel> {
   template <typename T, bool kFit>
   __device__ void add_placed(const GradStream& a, const GradChunk& c, int filter) {
     constexpr int kSourceRows = kRows + kKernel - 1;
-    const RowRing &xs = a.source_ring, &gs = a.grad_ring;
+    const RowRing &xs = a.flows[kInput].ring, &gs = a.flows[kGradient].ring;
     const int first = c.source_plane + filter / a.multiplier * a.height + c.row + row - a.padding_h;
-    uint32_t source = (inside ? xs.wrap(c.source_slot + first - c.source_begin) : 0) * xs.row_bytes;
-    uint32_t grad = (rows > 0 ? gs.wrap(c.grad_slot + (a.single ? 0 : filter * a.out_height) + row) : 0) * gs.row_bytes;
+    uint32_t source = (inside ? xs.wrap(c.source.slot + first - c.source.begin) : 0) * xs.row_bytes;
+    uint32_t grad = (rows > 0 ? gs.wrap(c.grad.slot + (a.single ? 0 : filter * a.out_height) + row) : 0) * gs.row_bytes;
     const uint32_t source_bytes = xs.capacity * xs.row_bytes, grad_bytes = gs.capacity * gs.row_bytes;
     const int source_origin = xs.at(0) + 2 * source_column, grad_origin = gs.at(0) + 2 * column;
 
@@ -165,7 +165,7 @@ struct Segments : AnyPart<kKernel> {
 
   template <typename T>
   __device__ void add(const GradStream& a, const GradChunk& c, int filter, int tile) {
-    const RowRing &xs = a.source_ring, &gs = a.grad_ring;
+    const RowRing &xs = a.flows[kInput].ring, &gs = a.flows[kGradient].ring;
     const int lane = threadIdx.x % 32;
     uint32_t segment = tile;
     const int column = static_cast<int>(a.by_strips.split(segment)) * 8, width = a.strips * 8;  // of a segment
@@ -176,7 +176,7 @@ struct Segments : AnyPart<kKernel> {
     const int x = (lane % 8 + lane / 16 * 8) * width + column + (lane / 8 % 2 - 1) * 8;
     const int v = lane % 16 * width + column, beside = v + 8;
     const int plane = c.source_plane + filter / a.multiplier * a.height, y = c.row + row - a.padding_h;
-    const int begin = max(-y, 0), end = min(min(a.height, c.source_end - plane) - y, 32);
+    const int begin = max(-y, 0), end = min(min(a.height, c.source.end - plane) - y, 32);
     const uint32_t inside = end > begin ? ~0u >> (32 - end) & ~0u << begin : 0;
     const uint32_t mine = x >= 0 && x < a.width ? inside : 0, right = beside < a.width ? inside : 0;
     const uint32_t zeros = shared_address(kZeros);
@@ -186,7 +186,7 @@ struct Segments : AnyPart<kKernel> {
 
     uint32_t g[kRows + 1][2];
     uint32_t at =
-        gs.wrap(gs.wrap(c.grad_slot + (a.single ? 0 : filter * a.out_height) + row) + lane / 16) * gs.row_bytes;
+        gs.wrap(gs.wrap(c.grad.slot + (a.single ? 0 : filter * a.out_height) + row) + lane / 16) * gs.row_bytes;
 #pragma unroll
     for (int r = 0; r < kRows; r += 2) {
       uint32_t both[4];
@@ -199,7 +199,7 @@ struct Segments : AnyPart<kKernel> {
     if (a.with_bias)
 #pragma unroll
       for (int r = 0; r < kRows; ++r) multiply(bias, bias, {ones(T{}), ones(T{}), ones(T{}), ones(T{})}, g[r], T{});
-    at = (inside ? xs.wrap(c.source_slot + plane + y - c.source_begin) : 0) * xs.row_bytes;
+    at = (inside ? xs.wrap(c.source.slot + plane + y - c.source.begin) : 0) * xs.row_bytes;
 #pragma unroll
     for (int r = 0; r < kRows - 1 + kKernel; ++r) {
       uint32_t above[4], next[4] = {};
@@ -226,7 +226,7 @@ void launch_kernel(const Problem& p, const GradStream& a, const Allocate& alloca
   };
   constexpr int kWide = 256;  // rows of which few fit
   const auto begins_with_units = [](const RowRing& ring) { return ring.phase == 0 && ring.row_bytes % kUnit == 0; };
-  if (a.out_width >= kWide && begins_with_units(a.source_ring) && begins_with_units(a.grad_ring))
+  if (a.out_width >= kWide && begins_with_units(a.flows[kInput].ring) && begins_with_units(a.flows[kGradient].ring))
     return launch<T, Segments<kKernel>>(p, a, allocate, stream);
   if constexpr (kKernel == 3)
     launch_stream_grad_weight_nchw(p, a.bulk, allocate, stream);
