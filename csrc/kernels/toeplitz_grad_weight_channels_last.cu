@@ -93,6 +93,11 @@ __device__ inline uint32_t kept(uint32_t value) {
   return __shfl_sync(~0u, value, threadIdx.x % 32);
 }
 
+// The same of what all threads have.
+__device__ inline uint32_t kept_by_all(uint32_t value) {
+  return __shfl_sync(~0u, threadIdx.x % 32 == 0 ? value : 0, 0);
+}
+
 // The stages' barriers by their addresses.
 struct StageAddresses {
   uint32_t base;
@@ -105,6 +110,35 @@ __device__ inline uint2 load_at(uint32_t address) {
   uint2 value;
   asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address));
   return value;
+}
+
+// Begins to copy bytes, or writes zeros.
+template <int kBytes>
+__device__ void copy_or_clear(uint32_t to, const char* from, uint32_t copy) {
+  static_assert(kBytes == 2 || kBytes == kUnit);
+  if constexpr (kBytes == 2) {
+    const uint16_t value = copy ? __ldg(reinterpret_cast<const uint16_t*>(from)) : uint16_t{0};
+    asm volatile("st.shared.b16 [%0], %1;" ::"r"(to), "h"(value));  // loads may go before
+  } else {
+#if __CUDA_ARCH__ >= 800
+    asm volatile(
+        "{\n.reg .pred clear;\nsetp.eq.s32 clear, %2, 0;\n"
+        "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, clear;\n}" ::"r"(to),
+        "l"(from), "r"(copy)
+        : "memory");
+#endif
+  }
+}
+
+// The same, of 16 bytes, or nothing.
+__device__ inline void copy_or_clear_if(bool any, uint32_t to, const char* from, uint32_t copy) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "{\n.reg .pred any, clear;\nsetp.ne.s32 any, %3, 0;\nsetp.eq.s32 clear, %2, 0;\n"
+      "@any cp.async.cg.shared.global.L2::128B [%0], [%1], 16, clear;\n}" ::"r"(to),
+      "l"(from), "r"(copy), "r"(static_cast<int>(any))
+      : "memory");
+#endif
 }
 
 // A thread's part in loading the streams of a block: 16 bytes of a few pixels of one of them, row by row. It writes
@@ -120,6 +154,13 @@ class StreamLoader {
     const int to = shared_address(kRing) + place_of(pixel_) + unit * kUnit;
     source_to_ = kept(to + stream * a.source.ring_bytes());
     grad_to_ = kept(to + a.grad_at + stream * a.grad.ring_bytes());
+    third_ = kept(pixel_ < kRun);
+    to_step_ = kRunBytes << a.group_shift;
+    source_step_ = step(a) * a.source.pixel_bytes, grad_step_ = step(a) * a.grad.pixel_bytes;
+    if (Size::kRows < 9) {  // there are registers
+      to_step_ = kept_by_all(to_step_);
+      source_step_ = kept_by_all(source_step_), grad_step_ = kept_by_all(grad_step_);
+    }
 
     const int number = split * a.streams + stream, first = a.shares.begin(number);
     left_ = byte_ < a.channels * 2 ? a.shares.begin(number + 1) - first : 0;
@@ -134,8 +175,9 @@ class StreamLoader {
   // Begins to load the next row of each stream to a stage, and arrives at its barrier when that is there.
   __device__ void load(const Toeplitz& a, int stage, uint32_t barrier) {
     const uint32_t to = stage * a.stage_bytes;
-    load_row<kSourcePixels>(a, a.source, source_, row_ >= a.padding_h && !ends_ ? source_inside_ : 0, to + source_to_);
-    load_row<kGradPixels>(a, a.grad, grad_, row_ < a.out_height && left_ > 0 ? grad_inside_ : 0, to + grad_to_);
+    load_row<kSourcePixels>(a, source_, source_step_, row_ >= a.padding_h && !ends_ ? source_inside_ : 0,
+                            to + source_to_);
+    load_row<kGradPixels>(a, grad_, grad_step_, row_ < a.out_height && left_ > 0 ? grad_inside_ : 0, to + grad_to_);
     if (Size::kBytes == kUnit)
       arrive_after_copies_at(barrier);
     else
@@ -155,6 +197,9 @@ class StreamLoader {
 
   int pixel_, byte_;              // the first one, and what of it
   uint32_t source_to_, grad_to_;  // where that goes in the first stage
+  uint32_t to_step_;              // from one pixel to the next
+  int source_step_, grad_step_;
+  int third_;  // whether there is a third one: 8 pixels of the input are beyond the columns of the span
   int row_, image_, span_;
   int left_;                              // rows of the gradient
   bool ends_;                             // no row of the input has any of them to meet
@@ -176,33 +221,16 @@ class StreamLoader {
   static __device__ int step(const Toeplitz& a) { return Size::kWide ? kRun << a.group_shift : kRun / 2; }
 
   template <int kPixels>
-  __device__ void load_row(const Toeplitz& a, const Rows& v, const char* from, uint32_t inside, uint32_t to) const {
-    const int64_t step_bytes = int64_t{step(a)} * v.pixel_bytes;
+  __device__ void load_row(const Toeplitz& a, const char* from, int step, uint32_t inside, uint32_t to) const {
 #pragma unroll
     for (int k = 0; k < kPixels; ++k) {
-      if (Size::kWide && k == 2 && pixel_ >= kRun) break;  // 8 pixels of the input are beyond the columns of the span
-      const uint32_t target = to + (Size::kWide ? k * kRunBytes << a.group_shift : place_of(k * kRun / 2));
+      if (Size::kWide && k == 2 && !third_) break;
+      const uint32_t target = to + (Size::kWide ? k * to_step_ : place_of(k * kRun / 2));
 #pragma unroll
       for (int part = 0; part < kUnit; part += Size::kBytes)
-        copy_or_clear(target + part, from + part,
-                      Size::kBytes == kUnit || byte_ + part < a.channels * 2 ? inside & 1 << k : 0);
-      from += step_bytes;
-    }
-  }
-
-  static __device__ void copy_or_clear(uint32_t to, const char* from, uint32_t copy) {
-    static_assert(Size::kBytes == 2 || Size::kBytes == kUnit);
-    if constexpr (Size::kBytes == 2) {
-      const uint16_t value = copy ? __ldg(reinterpret_cast<const uint16_t*>(from)) : uint16_t{0};
-      asm volatile("st.shared.b16 [%0], %1;" ::"r"(to), "h"(value));  // loads may go before
-    } else {
-#if __CUDA_ARCH__ >= 800
-      asm volatile(
-          "{\n.reg .pred clear;\nsetp.eq.s32 clear, %2, 0;\n"
-          "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, clear;\n}" ::"r"(to),
-          "l"(from), "r"(copy)
-          : "memory");
-#endif
+        copy_or_clear<Size::kBytes>(target + part, from + part,
+                                    Size::kBytes == kUnit || byte_ + part < a.channels * 2 ? inside & 1 << k : 0);
+      from += step;
     }
   }
 };
@@ -271,6 +299,13 @@ __device__ inline void pair_up(uint2 low, uint2 high, uint32_t (&pair)[kQuad]) {
   pair[2] = __byte_perm(low.y, high.y, 0x5410), pair[3] = __byte_perm(low.y, high.y, 0x7632);
 }
 
+// The same by other instructions. A multiplication takes four words side by side: of two that are the same one, a
+// compiler would copy all four before every multiplication.
+__device__ inline void pair_up_again(uint2 low, uint2 high, uint32_t (&pair)[kQuad]) {
+  pair[0] = __byte_perm(high.x, low.x, 0x1054), pair[1] = __byte_perm(high.x, low.x, 0x3276);
+  pair[2] = __byte_perm(high.y, low.y, 0x1054), pair[3] = __byte_perm(high.y, low.y, 0x3276);
+}
+
 // Adds up what the 4 threads of a row have for 4 channels; each returns the sum of channel `place`.
 __device__ inline float add_up(const float (&part)[kQuad], int place) {
   const bool odd = place % 2 != 0, high = place / 2 != 0;
@@ -281,6 +316,28 @@ __device__ inline float add_up(const float (&part)[kQuad], int place) {
     half[h] = kept + __shfl_xor_sync(~0u, sent, 1);
   }
   return (high ? half[1] : half[0]) + __shfl_xor_sync(~0u, high ? half[0] : half[1], 2);
+}
+
+// Stores a block's sums, which are in shared memory but for those of the bias: channel c's in row c.
+template <typename T>
+__device__ void store_sums(const Toeplitz& a, int slab, int split, const float (&bias)[4]) {
+  const int taps = a.kernel_h * a.kernel_w, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const auto sum_at = [](int number) -> float& { return shared<float>(kRing + 4 * number); };
+  float bias_total = bias[0] + bias[1];
+  for (const int offset : {1, 2}) bias_total += __shfl_xor_sync(~0u, bias_total, offset);
+  if (lane % 4 == 0 && lane < 4 * kQuad) sum_at(taps * kSlab + warp * kQuad + lane / 4) = bias_total;
+  __syncthreads();
+  const int slots = taps + a.with_bias;
+  float* partial = a.partial + static_cast<int64_t>(split) * slots * a.channels;
+  bool again = false;
+  for (int i = threadIdx.x; i < slots * kSlab; i += kThreads) {
+    const int slot = i / kSlab, channel = slab * kSlab + i % kSlab;
+    if (channel >= a.channels) continue;
+    const float total = sum_at(i);
+    partial[static_cast<int64_t>(slot) * a.channels + channel] = total;
+    again |= !is_finite(total);
+  }
+  if (__syncthreads_or(again)) sum_again<T>(a, slab, split, partial);
 }
 
 template <typename T, class Size>
@@ -321,6 +378,7 @@ __global__ void __launch_bounds__(kThreads, Size::kBlocks)
       wait_at(barriers.full(stage), parity);
       const uint32_t at = stage * a.stage_bytes;
       uint32_t x[kQuad][4];  // of a half of the tiles, and of the 8 columns behind
+      uint2 low, high;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         uint32_t pair[kQuad];
@@ -333,10 +391,10 @@ __global__ void __launch_bounds__(kThreads, Size::kBlocks)
           if (!Size::kWide || half == 0 || behind == 1) {
             const uint32_t x_at =
                 at + half * (Size::kWide ? kRunBytes : kTiles * a.source.ring_bytes()) + behind * kRunBytes;
-            pair_up(load_at(source_at[0] + x_at), load_at(source_at[1] + x_at), pair);
+            low = load_at(source_at[0] + x_at), high = load_at(source_at[1] + x_at);
+            pair_up(low, high, pair);
           } else {
-#pragma unroll
-            for (int c = 0; c < kQuad; ++c) pair[c] = x[c][1];
+            pair_up_again(low, high, pair);
           }
 #pragma unroll
           for (int c = 0; c < kQuad; ++c) x[c][2 * half + behind] = pair[c];
@@ -395,21 +453,153 @@ __global__ void __launch_bounds__(kThreads, Size::kBlocks)
       if (row == 0 && i < a.kernel_h) sum_at((i * a.kernel_w + kRun) * kSlab + warp * kQuad + place) = last;
     }
   }
-  float bias_total = bias[0] + bias[1];
-  for (const int offset : {1, 2}) bias_total += __shfl_xor_sync(~0u, bias_total, offset);
-  if (lane % 4 == 0 && lane < 4 * kQuad) sum_at(taps * kSlab + warp * kQuad + lane / 4) = bias_total;
-  __syncthreads();
-  const int slots = taps + a.with_bias;
-  float* partial = a.partial + static_cast<int64_t>(split) * slots * a.channels;
-  bool again = false;
-  for (int i = threadIdx.x; i < slots * kSlab; i += kThreads) {
-    const int slot = i / kSlab, channel = slab * kSlab + i % kSlab;
-    if (channel >= a.channels) continue;
-    const float total = sum_at(i);
-    partial[static_cast<int64_t>(slot) * a.channels + channel] = total;
-    again |= !is_finite(total);
+  store_sums<T>(a, slab, split, bias);
+}
+
+// Images of at most 8 x 8 are loaded 8 at once, and then multiplied without a wait. The places of a multiplication are
+// the images in two rows y and y + 1 of the gradient; the 16 rows of A are the 8 columns of a row of the input and
+// those of the next one, which makes the sums of two rows of the kernel. Copies of the images to come are begun between
+// multiplications: what they take is time of the way to shared memory.
+constexpr int kImages = 8, kImageRows = 8, kRowBytes = kRun * kPixelBytes;
+constexpr int kMaxGroups = 256;  // of a block: longer sums lose digits
+
+// In shared memory, from one image to the next: for 4 columns of 4 of them half of a bank's accesses are of one.
+__host__ __device__ constexpr int image_bytes_of(int rows) {
+  return rows * kRowBytes + 64;
+}
+
+template <typename T, int kPairs>  // of rows of the kernel
+__global__ void __launch_bounds__(kThreads, 1) toeplitz_grad_weight_of_images(const __grid_constant__ Toeplitz a) {
+  let_next_kernel_start();
+  uint32_t rest = blockIdx.x;
+  const int slab = a.by_slabs.split(rest), split = static_cast<int>(rest);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, place = lane % 4;
+  uint32_t image = a.shares.begin(split), last = a.shares.begin(split + 1);
+  a.by_period.split(image), a.by_period.split(last);
+
+  // A warp loads an image, a thread 16 bytes of a pixel of each row.
+  const int byte = slab * kSlab * 2 + place * kUnit, ahead = a.depth - 1;
+  int next = static_cast<int>(image) + warp;
+  const uint32_t nothing = shared_address(kRing), ring = nothing + kRowBytes;
+  const uint32_t copies_to = ring + row * kPixelBytes + place * kUnit;
+  struct Copies {
+    const char* from;
+    uint32_t to;
+    int rows;
+    bool inside;
+  };
+  // What there is to copy of the next images.
+  const auto next_images = [&](const Rows& v, int height, uint32_t to) {
+    return Copies{v.base + (next * v.image_bytes + int64_t{row} * v.pixel_bytes + byte),
+                  to + warp * image_bytes_of(height), next - warp < static_cast<int>(last) ? height : 0,
+                  next < static_cast<int>(last) && row < v.width && byte < a.channels * 2};
+  };
+  const auto copy_row = [&](Copies& copies, const Rows& v, int y) {
+    copy_or_clear_if(y < copies.rows, copies.to + y * kRowBytes, copies.from, copies.inside);
+    copies.from += v.row_bytes;
+  };
+  for (int i = threadIdx.x * kUnit; i < kRowBytes; i += kThreads * kUnit) shared<uint4>(kRing + i) = {};
+  settle_and_wait_for_kernel_before(a.depth);
+#pragma unroll 1
+  for (int stage = 0; stage < ahead; ++stage, next += kImages) {
+    Copies source = next_images(a.source, a.height, copies_to + stage * a.stage_bytes);
+    Copies grad = next_images(a.grad, a.out_height, copies_to + stage * a.stage_bytes + a.grad_at);
+#pragma unroll 1
+    for (int y = 0; y < kImageRows; ++y) copy_row(source, a.source, y), copy_row(grad, a.grad, y);
+    commit_copies();
   }
-  if (__syncthreads_or(again)) sum_again<T>(a, slab, split, partial);
+
+  // Sums of rows 2 p and 2 p + 1 of the kernel, of column `row` of the input by columns 2 place and 2 place + 1.
+  float sum[kPairs][kQuad][4] = {}, bias[4] = {};
+  int stage = 0, free_stage = ahead;
+#pragma unroll 1
+  for (; image < last; image += kImages, next += kImages) {
+    if (ahead > 1)
+      wait_copies<1>();
+    else
+      wait_copies<0>();
+    __syncthreads();
+    // A thread's pixels are of images `place` and `place` + 4, or of a row of zeros.
+    const uint32_t offset = row * kPixelBytes + warp * kQuad * 2, at = ring + stage * a.stage_bytes + offset;
+    const auto load_row = [&](uint32_t images, int height, int y, uint2& low, uint2& high) {
+      const bool there = static_cast<uint32_t>(y) < static_cast<uint32_t>(height);
+      const uint32_t from = images + place * image_bytes_of(height) + y * kRowBytes;
+      low = load_at(there ? from : nothing + offset);
+      high = load_at(there ? from + 4 * image_bytes_of(height) : nothing + offset);
+    };
+    Copies source = next_images(a.source, a.height, copies_to + free_stage * a.stage_bytes);
+    Copies grad = next_images(a.grad, a.out_height, copies_to + free_stage * a.stage_bytes + a.grad_at);
+    uint2 low, high;
+    uint32_t g[kImageRows / 2][kQuad][2];
+#pragma unroll
+    for (int y = 0; y < kImageRows; ++y) {
+      uint32_t pair[kQuad];
+      load_row(at + a.grad_at, a.out_height, y, low, high);
+      pair_up(low, high, pair);
+#pragma unroll
+      for (int c = 0; c < kQuad; ++c) g[y / 2][c][y % 2] = pair[c];
+    }
+    // Rows 2 p of the kernel and 2 q of the gradient meet row 2 t of the input, where p + q = t, and two more.
+    constexpr int kTurns = kPairs + kImageRows / 2 - 1;
+    uint2 rows[2 * kTurns + 1][2];
+#pragma unroll
+    for (int r = 0; r < 2 * kTurns + 1; ++r) load_row(at, a.height, r - a.padding_h, rows[r][0], rows[r][1]);
+#pragma unroll
+    for (int t = 0; t < kTurns; ++t) {
+#pragma unroll
+      for (int y = t * kImageRows / kTurns; y < (t + 1) * kImageRows / kTurns; ++y)
+        copy_row(source, a.source, y), copy_row(grad, a.grad, y);
+      if (2 * t + 2 < a.padding_h || 2 * t >= a.padding_h + a.height) continue;
+      uint32_t x[4][kQuad];
+      pair_up(rows[2 * t][0], rows[2 * t][1], x[0]), pair_up(rows[2 * t + 1][0], rows[2 * t + 1][1], x[1]);
+      pair_up_again(rows[2 * t + 1][0], rows[2 * t + 1][1], x[2]);
+      pair_up(rows[2 * t + 2][0], rows[2 * t + 2][1], x[3]);
+#pragma unroll
+      for (int p = 0; p < kPairs; ++p) {
+        const int q = t - p;
+        if (q < 0 || q >= kImageRows / 2) continue;
+#pragma unroll
+        for (int c = 0; c < kQuad; ++c) {
+          float (&to)[4] = sum[p][c];
+          multiply(to, to, {x[0][c], x[1][c], x[2][c], x[3][c]}, g[q][c], T{});
+        }
+      }
+    }
+    commit_copies();
+    if (a.with_bias)  // channel c in row c
+#pragma unroll
+      for (int q = 0; q < kImageRows / 2; ++q)
+#pragma unroll
+        for (int c = 0; c < kQuad; ++c) {
+          const uint32_t one = row == c ? ones(T{}) : 0;
+          multiply(bias, bias, {one, 0, one, 0}, g[q][c], T{});
+        }
+    if (++stage == a.depth) stage = 0;
+    if (++free_stage == a.depth) free_stage = 0;
+  }
+  __syncthreads();
+
+  // The sums for column j of the kernel are on the diagonal row - column = j - padding.
+#pragma unroll
+  for (int i = 0; i < 2 * kPairs; ++i) {
+    float upper[kQuad] = {}, lower[kQuad] = {};  // of diagonals `row` and `row` - 8: the thread's part, of two columns
+#pragma unroll
+    for (int c = 0; c < kQuad; ++c)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int n = 2 * place + e;
+        const float value = __shfl_sync(~0u, sum[i / 2][c][i % 2 * 2 + e], (row + n) % kRun * 4 + place);
+        (row + n < kRun ? upper[c] : lower[c]) += value;
+      }
+    const float totals[2] = {add_up(upper, place), add_up(lower, place)};
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int j = row - h * kRun + a.padding_w;
+      if (i < a.kernel_h && j >= 0 && j < a.kernel_w)
+        shared<float>(kRing + 4 * ((i * a.kernel_w + j) * kSlab + warp * kQuad + place)) = totals[h];
+    }
+  }
+  store_sums<T>(a, slab, split, bias);
 }
 
 // How the work is cut.
@@ -487,6 +677,40 @@ void launch(const Problem& p, Toeplitz a, const Allocate& allocate, cudaStream_t
   launch_add_partial_sums(p, a.partial, a.splits, stream);
 }
 
+// Fills in how many images of at most 8 x 8 are worked on together, and returns whether they are that small. Their sums
+// are of no column of the kernel beyond the 16 diagonals.
+bool has_small_images(Toeplitz& a) {
+  a.grad_at = kImages * image_bytes_of(a.height);
+  a.stage_bytes = a.grad_at + kImages * image_bytes_of(a.out_height);
+  a.depth =
+      static_cast<int>(std::min<int64_t>((current_device().shared_per_block - kRing - kRowBytes) / a.stage_bytes, 3));
+  const int most = std::max({a.height, a.out_height, a.source.width, a.grad.width, a.kernel_h, a.padding_w});
+  return most <= kImageRows && a.depth > 1;
+}
+
+template <typename T, int kPairs>
+void launch_images(const Problem& p, Toeplitz a, const Allocate& allocate, cudaStream_t stream) {
+  const Device& device = current_device();
+  const auto kernel = toeplitz_grad_weight_of_images<T, kPairs>;
+  static thread_local Decisions<1, bool> decisions;
+  const bool sum_early = decisions({device.id}, [&] {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+    return waits_for_kernel_before<T>();
+  });
+  const int64_t groups = ceil_div(a.images, kImages);
+  a.splits =
+      static_cast<int>(std::clamp<int64_t>(device.multiprocessors / a.slabs, ceil_div(groups, kMaxGroups), groups));
+  a.streams = 1, a.columns = kRun, a.period = a.out_height, a.by_period = Divider(a.period);
+  a.shares = Shares(int64_t{a.images} * a.period, a.splits, 1, a.period);
+  a.partial = static_cast<float*>(
+      allocate(a.splits * (p.taps() + a.with_bias) * a.channels * static_cast<int64_t>(sizeof(float))));
+  const int64_t sums = (block_sums(a.kernel_h * a.kernel_w) + kWarps) * int64_t{sizeof(float)};
+  launch_early(kernel, a, int64_t{a.slabs} * a.splits, kThreads, stream,
+               {.shared_bytes = kRing + std::max(sums, kRowBytes + int64_t{a.depth} * a.stage_bytes)});
+  check_launch("toeplitz_grad_weight_of_images");
+  launch_add_partial_sums<T>(p, a.partial, a.splits, sum_early, stream);
+}
+
 }  // namespace
 
 void launch_toeplitz_grad_weight_channels_last(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
@@ -519,6 +743,9 @@ void launch_toeplitz_grad_weight_channels_last(const Problem& p, const Allocate&
     };
     using std::integral_constant;
     if constexpr (sizeof(T) == 2) {
+      if (bytes % kUnit == 0 && has_small_images(a))
+        return a.kernel_h <= 4 ? launch_images<T, 2>(p, a, allocate, stream)
+                               : launch_images<T, 4>(p, a, allocate, stream);
       if (a.kernel_h <= 3) return launch_rows(integral_constant<int, 3>{}, integral_constant<int, 2>{});
       if (a.kernel_h <= 5) return launch_rows(integral_constant<int, 5>{}, integral_constant<int, 1>{});
       if (a.kernel_h <= 7) return launch_rows(integral_constant<int, 7>{}, integral_constant<int, 1>{});
