@@ -13,7 +13,7 @@
 #include <algorithm>
 
 #include "clusters.cuh"
-#include "partial_sums.cuh"
+#include "partial_sums.h"
 #include "tensor_cores.cuh"
 
 namespace dwconv {
@@ -194,8 +194,7 @@ bool launch(const Problem& p, Flat a, const Device& device, const Allocate& allo
   if (a.splits > 1) a.partial = static_cast<float*>(allocate(a.splits * slots * p.filters() * int64_t{sizeof(float)}));
   launch_early(kernel, a, int64_t{a.groups} * a.splits, threads, stream, {.shared_bytes = bytes});
   check_launch("flat_grad_weight_nchw");
-  if (a.partial != nullptr)
-    launch_add_partial_sums<T>(p, a.partial, a.splits, can_overlap(add_partial_sums<T>), stream);
+  if (a.partial != nullptr) launch_add_partial_sums(p, a.partial, a.splits, stream);
   return true;
 }
 

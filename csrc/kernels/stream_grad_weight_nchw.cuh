@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
         if (!may_read) settle_and_wait_for_kernel_before(a.splits);
         may_read = true;
       };
-#pragma unroll 1
+#pragma unroll
       for (int k = 0; k < 2; ++k) {
         const Flow& flow = a.flows[k];
         load_rows<T>(copier, flow.ring, flow.planes, cursor, c.source.image, c.source.begin, c.source.end,

@@ -692,11 +692,7 @@ template <typename T, int kPairs>
 void launch_images(const Problem& p, Toeplitz a, const Allocate& allocate, cudaStream_t stream) {
   const Device& device = current_device();
   const auto kernel = toeplitz_grad_weight_of_images<T, kPairs>;
-  static thread_local Decisions<1, bool> decisions;
-  const bool sum_early = decisions({device.id}, [&] {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
-    return waits_for_kernel_before<T>();
-  });
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
   const int64_t groups = ceil_div(a.images, kImages);
   a.splits =
       static_cast<int>(std::clamp<int64_t>(device.multiprocessors / a.slabs, ceil_div(groups, kMaxGroups), groups));
@@ -708,7 +704,7 @@ void launch_images(const Problem& p, Toeplitz a, const Allocate& allocate, cudaS
   launch_early(kernel, a, int64_t{a.slabs} * a.splits, kThreads, stream,
                {.shared_bytes = kRing + std::max(sums, kRowBytes + int64_t{a.depth} * a.stage_bytes)});
   check_launch("toeplitz_grad_weight_of_images");
-  launch_add_partial_sums<T>(p, a.partial, a.splits, sum_early, stream);
+  launch_add_partial_sums(p, a.partial, a.splits, stream);
 }
 
 }  // namespace
