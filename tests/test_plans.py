@@ -1459,7 +1459,8 @@ def test_toeplitz_channels_last_is_exact(kernel: tuple, dtype: torch.dtype) -> N
             assert expected <= forced, str(case)
 
 
-# Kernels that are tall, wide, or as large as images, and sizes for which they are served with a padding of half of them.
+# Kernels that are tall, wide, or as large as images, and sizes for which they are served with a padding of half of
+# them.
 LARGE_BANDS = [
     ((13, 13), [(28, 28), (14, 14), (7, 8), (9, 150)]),
     ((10, 17), [(31, 57), (13, 29), (301, 40)]),

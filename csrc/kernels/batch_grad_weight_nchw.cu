@@ -14,8 +14,8 @@
 // What lies beside the image is made zero, which is exact unless the other factor is Inf or NaN. So sums that are
 // finite are right, and the others are taken again, product by product.
 //
-// There are other ways for rows that do not begin with 16 bytes (padded_grad_weight_nchw.cu), and on sm_90 for planes of
-// few pixels (flat_grad_weight_nchw.cu).
+// There are other ways for rows that do not begin with 16 bytes (padded_grad_weight_nchw.cu), and on sm_90 for planes
+// of few pixels (flat_grad_weight_nchw.cu).
 #include <algorithm>
 #include <cmath>
 

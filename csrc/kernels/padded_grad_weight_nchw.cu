@@ -28,10 +28,10 @@
 namespace dwconv {
 namespace {
 
-constexpr int kImages = 16;  // that are multiplied together
+constexpr int kImages = 16;                     // that are multiplied together
 constexpr int kMaxWarps = 4, kColumnWarps = 7;  // of a block: of all kernels but those of one column, and of these
-constexpr int kRows = 7, kColumns = 8;  // of a tile
-constexpr int kPitch = kColumns + 1;    // of the products that are summed up at the end, in floats
+constexpr int kRows = 7, kColumns = 8;          // of a tile
+constexpr int kPitch = kColumns + 1;            // of the products that are summed up at the end, in floats
 constexpr int kMaxStages = 2;
 
 #if __CUDA_ARCH__ >= 900
@@ -230,9 +230,9 @@ __device__ void store(const Padded& a, int filter, int split, int tap, float tot
 template <typename T, int kKernelH, int kStride, bool kWhole, bool kColumn = false>
 struct Sums {
   static constexpr bool kNear = !kWhole && !kColumn && kStride == 1;
-  static constexpr bool kLoader = !kWhole;                // whether there may be a warp that loads
+  static constexpr bool kLoader = !kWhole;  // whether there may be a warp that loads
   static constexpr int kWarps = kColumn ? kColumnWarps : kMaxWarps;
-  static constexpr int kBlocks = kColumn ? 2 : 3;         // that are to share a multiprocessor
+  static constexpr int kBlocks = kColumn ? 2 : 3;  // that are to share a multiprocessor
   static constexpr int kWindow = (kColumn ? 1 : kNear ? 2 : 4) * kColumns;
   static constexpr int kHalves = kWhole ? 2 : 1;  // of the gradient
   static constexpr int kSourceRows = (kRows - 1) * kStride + kKernelH;
@@ -607,8 +607,7 @@ void launch(const Problem& p, Padded a, bool clusters, const Device& device, con
   launch_early(kernel, a, int64_t{a.groups} * a.splits, threads, stream,
                {.cluster = cluster ? a.splits : 1, .shared_bytes = bytes + (cluster ? totals : 0)});
   check_launch("padded_grad_weight_nchw");
-  if (a.partial != nullptr)
-    launch_add_partial_sums(p, a.partial, a.splits, stream);
+  if (a.partial != nullptr) launch_add_partial_sums(p, a.partial, a.splits, stream);
 }
 
 // The most bytes that all runs of `bytes` are whole pieces of, or 0.
@@ -698,15 +697,13 @@ bool launch_padded_grad_weight_nchw(const Problem& p, bool bulk, const Allocate&
       const auto go = [&](auto kernel_h) {
         constexpr int kKernelH = decltype(kernel_h)::value;
         if constexpr (kKernelH < 9)  // as far as strides are claimed
-          if (a.stride == 2)
-            return launch<T, Sums<T, kKernelH, 2, false>>(p, a, bulk, device, allocate, stream);
+          if (a.stride == 2) return launch<T, Sums<T, kKernelH, 2, false>>(p, a, bulk, device, allocate, stream);
         if constexpr (kKernelH != 5) {
           if (whole) return launch<T, Sums<T, kKernelH, 1, true>>(p, a, bulk, device, allocate, stream);
           launch<T, Sums<T, kKernelH, 1, false>>(p, a, bulk, device, allocate, stream);
         }
       };
-      if (column)
-        return launch<T, Sums<T, kMaxColumnRows, 1, false, true>>(p, a, bulk, device, allocate, stream);
+      if (column) return launch<T, Sums<T, kMaxColumnRows, 1, false, true>>(p, a, bulk, device, allocate, stream);
       if (rows <= 3) return go(std::integral_constant<int, 3>{});
       if (rows <= 5) return go(std::integral_constant<int, 5>{});
       if (rows <= 7) return go(std::integral_constant<int, 7>{});
