@@ -41,8 +41,8 @@ struct Window : AnyPart<Kernel::kKernelW> {
     const int plane = c.source_plane + static_cast<int>(channel) * a.height;
     const int y0 = plane + (c.row + row) * kStride - a.padding_h;
     const int begin = max(c.source.begin, plane), end = min(c.source.end, plane + a.height);
-    RowWalk source(a.flows[kInput].ring, c.source.slot + y0 - c.source.begin);
-    RowWalk grad(a.flows[kGradient].ring, c.grad.slot + (a.single ? 0 : filter * a.out_height) + row);
+    RowWalk source(a.source.ring, c.source.slot + y0 - c.source.begin);
+    RowWalk grad(a.grad.ring, c.grad.slot + (a.single ? 0 : filter * a.out_height) + row);
 
     float part[kKernelH][kKernelW] = {};
     const auto add = [&](int i, int j, float x, float g) {
@@ -139,8 +139,8 @@ struct Corner {
   __device__ void add(const GradStream& a, const GradChunk& c, int filter, int) {
     uint32_t channel = filter;
     a.by_multiplier.split(channel);
-    Walk source(a.flows[kInput].ring, c.source.slot + static_cast<int>(channel) * kSide, up, left, sizeof(T));
-    Walk grad(a.flows[kGradient].ring, c.grad.slot + filter * kSide, up, left, sizeof(T));
+    Walk source(a.source.ring, c.source.slot + static_cast<int>(channel) * kSide, up, left, sizeof(T));
+    Walk grad(a.grad.ring, c.grad.slot + filter * kSide, up, left, sizeof(T));
     float bias_part = 0;
     const auto take = [&](float (&row)[kColumns]) {
       grad.template read_next<T>(row);

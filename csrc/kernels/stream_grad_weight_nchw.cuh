@@ -35,10 +35,9 @@ struct Flow {
   RowRing ring;
   bool joined;  // whether the images follow each other without a gap
 };
-enum { kInput, kGradient };
 
 struct GradStream {
-  Flow flows[2];
+  Flow source, grad;
   float* partial;  // [split][tap, or bias behind the last tap][filter]
   int height, width, out_height, out_width;
   int kernel_h, kernel_w, stride, padding_h, padding_w, dilation;
@@ -71,7 +70,7 @@ __device__ inline GradChunk chunk_of(const GradStream& a, int group, int step) {
   const int band = a.by_bands.split(number), image = number;
   a.by_multiplier.split(first_channel);
   const int channel = first_channel;
-  const bool source_joined = a.flows[kInput].joined, grad_joined = a.flows[kGradient].joined;
+  const bool source_joined = a.source.joined, grad_joined = a.grad.joined;
   GradChunk c;
   c.row = band * a.chunk_rows;
   c.rows = min(a.chunk_rows, a.out_height - c.row);
@@ -107,7 +106,7 @@ __device__ __noinline__ float sum_by_products(const GradStream& a, int group, in
   for (int step = first; step < last; ++step) {
     const GradChunk c = chunk_of(a, group, step);
     const int image = step / a.bands;
-    const Planes &source = a.flows[kInput].planes, &grad = a.flows[kGradient].planes;
+    const Planes &source = a.source.planes, &grad = a.grad.planes;
     const auto* x = reinterpret_cast<const T*>(source.base + image * source.image_bytes) +
                     static_cast<int64_t>(channel) * a.height * a.width;
     const auto* g = reinterpret_cast<const T*>(grad.base + image * grad.image_bytes) +
@@ -138,12 +137,6 @@ struct AnyPart {
   __device__ int tap(int i, int j) const { return i * kKernelW + j; }
 };
 
-template <typename T>
-__device__ void exchange(T& a, T& b) {
-  const T before = a;
-  a = b, b = before;
-}
-
 template <typename T, class Tile>
 __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
     stream_grad_weight_nchw(const __grid_constant__ GradStream a) {
@@ -161,12 +154,12 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
   const int filters = min(a.block_filters, a.filters - group * a.block_filters);
   const int first = split * a.split_steps + min(split, a.more_steps);
   const int last = first + a.split_steps + (split < a.more_steps ? 1 : 0);
-  Cursor cursor, other_cursor;
+  Cursor source_cursor, grad_cursor;
   bool may_read = false;  // the kernel before is done
   int stage = 0;
   uint32_t parity = loads ? 1 : 0;
-  // By one piece of code for both arrays, and all chunks: instructions are slow to come the first time. What there is
-  // to find out is so before the wait for the place that the chunk takes.
+  // By one piece of code for all chunks: instructions are slow to come the first time. What there is to find out is so
+  // before the wait for the place that the chunk takes.
   const auto load = [&](int step) {
     if (step < last && copier.loads()) {
       GradChunk c = chunk_of(a, group, step);
@@ -177,14 +170,13 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
         if (!may_read) settle_and_wait_for_kernel_before(a.splits);
         may_read = true;
       };
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const Flow& flow = a.flows[k];
-        load_rows<T>(copier, flow.ring, flow.planes, cursor, c.source.image, c.source.begin, c.source.end,
-                     Barriers::full(stage), ready);
-        c.source.slot = cursor.slot_of(flow.ring, c.source.image * flow.planes.rows + c.source.begin);
-        exchange(c.source, c.grad), exchange(cursor, other_cursor);
-      }
+      const auto load_flow = [&](const Flow& flow, Cursor& cursor, ImageRows& rows) {
+        load_rows<T>(copier, flow.ring, flow.planes, cursor, rows.image, rows.begin, rows.end, Barriers::full(stage),
+                     ready);
+        rows.slot = cursor.slot_of(flow.ring, rows.image * flow.planes.rows + rows.begin);
+      };
+      load_flow(a.source, source_cursor, c.source);
+      load_flow(a.grad, grad_cursor, c.grad);
       if (copier.rank() == 0) shared<GradChunk>(a.chunks_at + stage * static_cast<int>(sizeof(GradChunk))) = c;
     }
     if (step < last || !copier.bulk) copier.commit(stage);
@@ -315,7 +307,7 @@ inline void apply(GradStream& a, GradCut& cut, const GradTileSize& tile) {
   a.segments = static_cast<int>(ceil_div(cut.chunk_rows, tile.rows));
   a.by_tiles = Divider(cut.single ? int64_t{1} << 30 : int64_t{a.strips} * a.segments);
   const int extent = (a.kernel_h - 1) * a.dilation + 1;
-  RowRing &source = a.flows[kInput].ring, &grad = a.flows[kGradient].ring;
+  RowRing &source = a.source.ring, &grad = a.grad.ring;
   const int64_t source_rows = cut.single ? rows_for_bands(a.bands, cut.chunk_rows * a.stride, extent, source.row_bytes)
                                          : rows_for_planes(int64_t{cut.block_channels} * a.height, source.row_bytes);
   const int64_t grad_rows =
@@ -373,8 +365,7 @@ inline GradCut cut_for(GradStream a, const GradTileSize& tile, const Device& dev
       const auto in_lines = [&](const RowRing& ring, int64_t planes, int height) {
         return planes * height * ring.row_bytes % 128 == 0;
       };
-      const bool lines = in_lines(a.flows[kInput].ring, channels, a.height) &&
-                         in_lines(a.flows[kGradient].ring, filters, a.out_height);
+      const bool lines = in_lines(a.source.ring, channels, a.height) && in_lines(a.grad.ring, filters, a.out_height);
       if (a.bands > 1 || !lines) busy *= 0.9;
       busy *= static_cast<double>(a.out_height) / (a.bands * rows);
     }
@@ -438,8 +429,8 @@ inline GradStream grad_stream_of(const Problem& p, bool bulk) {
     flow.ring.row_bytes = flow.planes.row_bytes;
     flow.ring.phase = static_cast<int>(reinterpret_cast<uintptr_t>(view.data) % kUnit);
   };
-  arrange(p.input, a.channels, a.height, a.width, a.flows[kInput]);
-  arrange(p.output, a.filters, a.out_height, a.out_width, a.flows[kGradient]);
+  arrange(p.input, a.channels, a.height, a.width, a.source);
+  arrange(p.output, a.filters, a.out_height, a.out_width, a.grad);
   return a;
 }
 

@@ -192,15 +192,13 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
   const int to = a.stage_at + stream * a.target.stream_bytes + column;
   const int from_lower = kSplit && lower_live ? from + kTiles * a.source.stream_bytes : from;
   const int to_lower = kSplit ? to + kTiles * a.target.stream_bytes : to + Shape::place_of(8);
-  // If channels are parted: where the thread's row of the 4 matrices of a channel begins, and of the last block's 2 of
-  // both channels.
-  int parted_from = 0, last_from = 0;
+  // If channels are parted: where the thread's row of the 4 matrices of a channel begins.
+  int parted_from = 0;
   if constexpr (kParted) {
     const int part = lane / 8, row = lane % 8 < a.tiles * a.streams ? lane % 8 : 0;
     const int at =
         a.planes_at + warp * kChannels * a.plane_bytes + (row / a.tiles * a.stream_units + row % a.tiles) * kUnit;
     parted_from = at + (part == 1 || part == 2 ? a.odd_bytes : 0) + (part == 3 ? kUnit : 0);
-    last_from = at + part / 2 * a.plane_bytes + part % 2 * a.odd_bytes + kBlocks / 2 * kUnit;
   }
 
   Outputs<T, Shape> outputs(a, channel);
@@ -224,7 +222,7 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
   const auto begin_step = [&] {
     const bool stores = written & 2;
     written = written << 1 & 2;
-    drain.find(a, stores);
+    if (kFlat) drain.find(a, stores);
     wait(kBarrier, parity);
     parity ^= 1;
     return stores;
@@ -260,12 +258,6 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
           for (int c = 0; c < kChannels; ++c)
             load_matrices(x[block / 2][c],
                           shared_address(parted_from + planes + c * a.plane_bytes + block / 2 * kUnit));
-        if (kBlocks % 2 != 0) {
-          uint32_t both[4];
-          load_matrices(both, shared_address(last_from + planes));
-#pragma unroll
-          for (int v = 0; v < 4; ++v) x[kBlocks / 2][v / 2][v % 2] = both[v];
-        }
         planes ^= a.planes_bytes;
       }
       using Pixel = typename Shape::Pixel;
@@ -274,6 +266,7 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
       for (int j = 0; j < 2 * Shape::kPairs && !kParted; ++j)
         pixels[j] = kSplit ? shared<Pixel>((j < 2 ? from : from_lower) + slot + Shape::place_of(j % 2))
                            : shared<Pixel>(from + slot + Shape::place_of(j / 2 * 8 + j % 2));
+      if (!kFlat) drain.find(a, stores);
       if (kFlat || stores) drain.take(a, units, stores);
       if constexpr (kParted) parting.write(planes);
       wait_copies<kDepth - 3>();  // the next row, or the one behind it
@@ -284,37 +277,32 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
       else
         feed.load_step(a);
       if (kFlat || stores) drain.store(a, units, stores);
-      if constexpr (!kParted) {
-#pragma unroll
-        for (int c = 0; c < kChannels; ++c) {
-          const auto word = [&](int j) {
-            if constexpr (kChannels == 4)
-              return c < 2 ? pixels[j].x : pixels[j].y;
-            else
-              return pixels[j];
-          };
-          const auto pair = [&](int j) {
-            return __byte_perm(word(2 * j), word(2 * j + 1), c % 2 == 0 ? 0x5410 : 0x7632);
-          };
-          // The same by another instruction: of a copy, a move would be left before every multiplication.
-          const auto same_pair = [&](int j) {
-            return __byte_perm(word(2 * j + 1), word(2 * j), c % 2 == 0 ? 0x1054 : 0x3276);
-          };
-#pragma unroll
-          for (int block = 0; block < kBlocks; block += 2) {
-            uint32_t (&pairs)[4] = x[block / 2][c];
-            const bool last = block + 1 == kBlocks;  // alone
-            pairs[0] = last && !kSplit ? same_pair(block) : pair(block);
-            pairs[1] = kSplit ? pair(1) : same_pair(block + 1);
-            if (!last) pairs[2] = pair(block + 1), pairs[3] = pair(block + 2);
-          }
-        }
-      }
+      // What multiplications with a block take, and with the next one.
+      const auto pairs_of = [&](int block, int c, uint32_t (&pairs)[4]) {
+        const auto word = [&](int j) {
+          if constexpr (kChannels == 4)
+            return c < 2 ? pixels[j].x : pixels[j].y;
+          else
+            return pixels[j];
+        };
+        const auto pair = [&](int j) {
+          return __byte_perm(word(2 * j), word(2 * j + 1), c % 2 == 0 ? 0x5410 : 0x7632);
+        };
+        // The same by another instruction: of a copy, a move would be left before every multiplication.
+        const auto same_pair = [&](int j) {
+          return __byte_perm(word(2 * j + 1), word(2 * j), c % 2 == 0 ? 0x1054 : 0x3276);
+        };
+        const bool last = block + 1 == kBlocks;  // alone
+        pairs[0] = last && !kSplit ? same_pair(block) : pair(block);
+        pairs[1] = kSplit ? pair(1) : same_pair(block + 1);
+        if (!last) pairs[2] = pair(block + 1), pairs[3] = pair(block + 2);
+      };
 #pragma unroll
       for (int block = 0; block < kBlocks; block += 2)
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) {
-          const auto& pairs = x[block / 2][c];
+          uint32_t (&pairs)[4] = x[block / 2][c];
+          if constexpr (!kParted) pairs_of(block, c, pairs);
           const float nothing[4] = {};
 #pragma unroll
           for (int o = 0; o < kRows; ++o) {
@@ -344,6 +332,7 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
     for (int o = 1; o < kRows; ++o, ++y) {
       if (y >= r.end) break;
       const bool stores = begin_step();
+      if (!kFlat) drain.find(a, stores);
       if (stores) drain.take(a, units, true);
       arrive_step();
       if (stores) drain.store(a, units, true);
@@ -352,6 +341,7 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
   }
   for (int last = 0; last < 2; ++last) {
     const bool stores = begin_step();
+    if (!kFlat) drain.find(a, stores);
     drain.take(a, units, stores);
     if (last == 0) arrive_step();
     drain.store(a, units, stores);

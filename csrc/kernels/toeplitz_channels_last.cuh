@@ -282,8 +282,12 @@ class Feed {
   __device__ void load_step(const Toeplitz& a) {
     find(a);
     if constexpr (Shape::kSourceRows == 1) {
-      load(a);
-      load_more(a);
+      if (left_ > 0) {
+        load(a);
+        load_more(a);
+      } else {
+        commit_copies();
+      }
     } else {
 #pragma unroll 1
       for (int k = 0; k < Shape::kSourceRows; ++k) {

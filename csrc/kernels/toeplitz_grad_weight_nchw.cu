@@ -31,7 +31,7 @@ struct Toeplitz : AnyPart<kKernel> {
   int shift;  // then windows begin `shift` columns earlier, so that pixels are read in pairs
 
   __device__ explicit Toeplitz(const GradStream& a)
-      : fit(a.width % 2 == 0), shift(fit ? (a.flows[kInput].ring.phase / 2 + a.padding_w) & 1 : 0) {}
+      : fit(a.width % 2 == 0), shift(fit ? (a.source.ring.phase / 2 + a.padding_w) & 1 : 0) {}
 
   // A thread has columns m = 2 g and 2 g + 1 of the window, and columns n = 2 t and 2 t + 1 of the gradient.
   __device__ float total(int i, int j) const {
@@ -80,7 +80,7 @@ struct Toeplitz : AnyPart<kKernel> {
   template <typename T, bool kFit>
   __device__ void add_placed(const GradStream& a, const GradChunk& c, int filter) {
     constexpr int kSourceRows = kRows + kKernel - 1;
-    const RowRing &xs = a.flows[kInput].ring, &gs = a.flows[kGradient].ring;
+    const RowRing &xs = a.source.ring, &gs = a.grad.ring;
     const int first = c.source_plane + filter / a.multiplier * a.height + c.row + row - a.padding_h;
     uint32_t source = (inside ? xs.wrap(c.source.slot + first - c.source.begin) : 0) * xs.row_bytes;
     uint32_t grad = (rows > 0 ? gs.wrap(c.grad.slot + (a.single ? 0 : filter * a.out_height) + row) : 0) * gs.row_bytes;
@@ -165,7 +165,7 @@ struct Segments : AnyPart<kKernel> {
 
   template <typename T>
   __device__ void add(const GradStream& a, const GradChunk& c, int filter, int tile) {
-    const RowRing &xs = a.flows[kInput].ring, &gs = a.flows[kGradient].ring;
+    const RowRing &xs = a.source.ring, &gs = a.grad.ring;
     const int lane = threadIdx.x % 32;
     uint32_t segment = tile;
     const int column = static_cast<int>(a.by_strips.split(segment)) * 8, width = a.strips * 8;  // of a segment
@@ -226,7 +226,7 @@ void launch_kernel(const Problem& p, const GradStream& a, const Allocate& alloca
   };
   constexpr int kWide = 256;  // rows of which few fit
   const auto begins_with_units = [](const RowRing& ring) { return ring.phase == 0 && ring.row_bytes % kUnit == 0; };
-  if (a.out_width >= kWide && begins_with_units(a.flows[kInput].ring) && begins_with_units(a.flows[kGradient].ring))
+  if (a.out_width >= kWide && begins_with_units(a.source.ring) && begins_with_units(a.grad.ring))
     return launch<T, Segments<kKernel>>(p, a, allocate, stream);
   if constexpr (kKernel == 3)
     launch_stream_grad_weight_nchw(p, a.bulk, allocate, stream);
