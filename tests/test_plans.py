@@ -1690,7 +1690,7 @@ def test_large_kernels_are_exact(kernel: tuple, size: tuple, batch: int, stride:
 
 
 # So many planes as wide as a warp's tiles that every slot of a block is filled more than once.
-PLANES = [
+LARGE_PLANES = [
     ((13, 13), (28, 28), 64, 150),
     ((29, 29), (27, 26), 33, 190),
     ((21, 25), (31, 32), 45, 160),
@@ -1703,7 +1703,7 @@ PLANES = [
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("kernel", "size", "batch", "channels"), PLANES, ids=str)
+@pytest.mark.parametrize(("kernel", "size", "batch", "channels"), LARGE_PLANES, ids=str)
 def test_large_kernels_on_many_planes(
     kernel: tuple, size: tuple, batch: int, channels: int, dtype: torch.dtype
 ) -> None:
