@@ -7,6 +7,7 @@ python benchmarks/run.py models --output models.json      whole models before an
 python benchmarks/run.py sweep --output sweep.json        kernels from 3x3 to 63x63: is there a cliff?
 python benchmarks/run.py conditions --quick               misaligned tensors, odd widths, the way of older GPUs
 python benchmarks/run.py overhead                         the host's part of a call
+python benchmarks/run.py limiters results.json            what ncu says about the cells that miss their targets
 python benchmarks/run.py compare before.json after.json   what got slower
 python benchmarks/run.py plot results.json --models models.json --sweep sweep.json
 python benchmarks/run.py readme results.json              the table in README.md
@@ -24,6 +25,7 @@ COMMANDS = {
     "sweep": ("sweep", "kernels from 3x3 to 63x63 against PyTorch: is there a cliff?"),
     "conditions": ("conditions", "layers on misaligned tensors, narrower images, and as older GPUs run them"),
     "overhead": ("overhead", "host time per call against F.conv2d"),
+    "limiters": ("limiters", "what the cells that miss their targets are limited by, by ncu"),
     "compare": ("compare", "two results of layers: what got slower"),
     "plot": ("plots", "pictures of the results"),
     "readme": ("readme", "the table of results in README.md"),

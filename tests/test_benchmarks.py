@@ -86,7 +86,7 @@ def module(monkeypatch: pytest.MonkeyPatch):
 
 def test_help_of_all_commands():
     printed = run("--help")
-    for command in ("layers", "models", "sweep", "conditions", "overhead", "compare", "plot", "readme"):
+    for command in ("layers", "models", "sweep", "conditions", "overhead", "limiters", "compare", "plot", "readme"):
         assert re.search(rf"^    {command}\s", printed, re.MULTILINE)
 
 
@@ -447,6 +447,52 @@ def test_compare_lists_new_and_missing_cells(before: Path):
     after = changed(before, fewer)
     assert "Missing: 1\n  seed float32 NCHW forward" in run("compare", before, after)
     assert "New: 1\n  seed float32 NCHW forward" in run("compare", after, before)
+
+
+def ncu_page(module: ModuleType, **values: str) -> str:
+    """The page `raw` of ncu, as CSV, for one launch of 1,500 ns."""
+    metrics = {
+        module.DURATION: ("ns", "1,500"),
+        module.WARPS: ("%", "25.5"),
+        **{metric: ("%", "10") for metric in module.UNITS.values()},
+        **{f"{module.STALLED}{reason}": ("warp", "10") for reason in ("selected", "not_selected", "wait", "barrier")},
+        f"{module.STALLED}wait_not_issued": ("warp", "1000"),
+    }
+    metrics |= {name: (metrics[name][0], value) for name, value in values.items()}
+    rows = (
+        ["ID", "Kernel Name", *metrics],
+        ["", "", *(unit for unit, _ in metrics.values())],
+        ["0", "void dwconv::<unnamed>::stream<float, (int)3>(int)", *(value for _, value in metrics.values())],
+    )
+    return "==PROF== noise\n" + "\n".join(",".join(f'"{value}"' for value in row) for row in rows) + "\n"
+
+
+def test_limiters_read_what_ncu_measured(module):
+    limiters = module("limiters")
+    (kernel,) = limiters.kernels(ncu_page(limiters, **{limiters.STALLED + "barrier": "70"}))
+    assert kernel.name == "stream" and kernel.us == 1.5 and kernel.warps == 25.5
+    assert kernel.stalls == {"selected": 0.1, "not_selected": 0.1, "wait": 0.1, "barrier": 0.7}
+    assert kernel.limiter == "latency: barriers 70%, results of fixed latency 10%"
+    (kernel,) = limiters.kernels(ncu_page(limiters, **{limiters.UNITS["memory"]: "91"}))
+    assert kernel.limiter == "memory"
+    assert limiters.kernels("==ERROR== nothing\n") == []
+    assert limiters.short_name("add_partial_sums(const float *)") == "add_partial_sums"
+
+
+def test_limiters_know_the_cell_of_each_launch(module):
+    limiters = module("limiters")
+    log = 'cell: a\n==PROF== Profiling "f": 0%....100% - 6 passes\n==PROF== Profiling "g": 100% - 6 passes\ncell: b\n'
+    assert list(limiters.launches(log + '==PROF== Profiling "f": 100% - 6 passes\n')) == ["a", "a", "b"]
+
+
+def test_limiters_want_the_gpu_of_the_results(before: Path):
+    result = json.loads(before.read_text())
+    result["meta"]["gpu"] = "another"
+    path = before.with_name("elsewhere.json")
+    path.write_text(json.dumps(result))
+    command = [sys.executable, BENCHMARKS / "run.py", "limiters", path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "measured on another" in done.stderr
 
 
 def test_pictures(layers_json: Path, models_json: Path, sweep_json: Path, tmp_path: Path):
