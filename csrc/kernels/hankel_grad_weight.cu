@@ -15,10 +15,10 @@
 
 #include "launch.h"
 #include "overlap.cuh"
-#include "partial_sums.h"
 #include "planes.cuh"
 #include "stream.cuh"
 #include "tensor_cores.cuh"
+#include "weight_sums.cuh"
 
 namespace dwconv {
 namespace {
@@ -64,8 +64,7 @@ struct Images : ImagePlanes {
 
 struct Hankel {
   Images source, grad;
-  float* partial;  // [split][tap, or bias behind the last tap][filter]
-  void *grad_weight, *grad_bias;
+  WeightSums result;
   int kernel_h, kernel_w, padding_h, padding_w;
   int tap_row, tap_column;  // taps from one row of the kernel to the next, and from a column to the next
   int images, filters, multiplier;
@@ -341,17 +340,6 @@ __device__ float sum_of_gradients(const Hankel& a, const Part& part, const Place
   return sum;
 }
 
-template <typename T>
-__device__ void store(const Hankel& a, const Part& part, int tap, float total) {
-  const int taps = a.kernel_h * a.kernel_w;
-  if (a.splits > 1)
-    a.partial[(int64_t{part.split} * (taps + (a.grad_bias != nullptr)) + tap) * a.filters + part.filter] = total;
-  else if (tap < taps)
-    static_cast<T*>(a.grad_weight)[int64_t{part.filter} * taps + tap] = narrow<T>(total);
-  else
-    static_cast<T*>(a.grad_bias)[part.filter] = narrow<T>(total);
-}
-
 template <typename T, class Tile>
 __global__ void __launch_bounds__(kThreads, Tile::kBlocks) hankel_grad_weight(const __grid_constant__ Hankel a) {
   let_next_kernel_start();
@@ -369,7 +357,7 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks) hankel_grad_weight(co
   const uint32_t first_grad =
       keep(shared_address(a.first_stage + a.grad_offset + (Tile::kRows - 1 - lane % 8) * a.grad.pitch + lane / 8 * 16));
   const int row_tiles = min(Tile::kRowTiles, (a.kernel_h - part.i + 7) / 8);
-  const bool with_bias = a.grad_bias != nullptr && part.i == 0 && part.j == 0;
+  const bool with_bias = a.result.with_bias() && part.i == 0 && part.j == 0;
   float bias = 0;
   Marcher<T, Tile> marcher;
   const Loader<Tile::kBeside> source_loader(a, a.source, part.filter / a.multiplier, 0, (part.j - a.padding_w) & ~7);
@@ -442,12 +430,12 @@ __global__ void __launch_bounds__(kThreads, Tile::kBlocks) hankel_grad_weight(co
     for (int w = 0; w < kWarps; ++w)
       total += shared<float>(4 * ((w * Tile::kRows + row) * Tile::kSumPitch + index % Tile::kColumns));
     if (!is_finite(total)) total = sum_by_products<T, Tile>(a, part, i, j);
-    store<T>(a, part, i * a.tap_row + j * a.tap_column, total);
+    a.result.put<T>(part.filter, part.split, i * a.tap_row + j * a.tap_column, total);
   }
   if (with_bias && threadIdx.x == 0) {
     float total = 0;
     for (int w = 0; w < kWarps; ++w) total += shared<float>(Tile::kBiasSums + 4 * w);
-    store<T>(a, part, a.kernel_h * a.kernel_w, total);
+    a.result.put<T>(part.filter, part.split, a.kernel_h * a.kernel_w, total);
   }
 }
 
@@ -572,12 +560,11 @@ void launch(const Problem& p, Hankel a, const Allocate& allocate, cudaStream_t s
                        a.kernel_h, a.kernel_w, a.padding_w},
                       [&] { return cut_for<T, Tile>(a, device); });
   apply<Tile>(a, cut);
-  const int64_t sums = (p.taps() + (p.bias != nullptr)) * p.filters();
-  if (a.splits > 1) a.partial = static_cast<float*>(allocate(a.splits * sums * int64_t{sizeof(float)}));
+  a.result = weight_sums(p, a.splits, allocate);
   const int64_t blocks = int64_t{a.tiles_h} * a.tiles_w * a.filters * a.splits;
   launch_early(hankel_grad_weight<T, Tile>, a, blocks, kThreads, stream, {.shared_bytes = cut.shared_bytes});
   check_launch("hankel_grad_weight");
-  if (a.splits > 1) launch_add_partial_sums(p, a.partial, a.splits, stream);
+  launch_add_partial_sums(p, a.result, a.splits, stream);
 }
 
 template <int kBeside>
@@ -644,7 +631,6 @@ void launch_hankel_grad_weight(const Problem& problem, const Allocate& allocate,
   static_cast<ImagePlanes&>(a.source) = planes_of(p.input, p.batch, p.channels, p.height, p.width, allocate, stream);
   static_cast<ImagePlanes&>(a.grad) =
       planes_of(p.output, p.batch, p.filters(), p.out_height, p.out_width, allocate, stream);
-  a.grad_weight = p.weight.data, a.grad_bias = p.bias;
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
   a.images = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());

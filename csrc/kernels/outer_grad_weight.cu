@@ -20,10 +20,10 @@
 #include "launch.h"
 #include "outer_grad_weight_planes.h"
 #include "overlap.cuh"
-#include "partial_sums.h"
 #include "planes.cuh"
 #include "stream.cuh"
 #include "tensor_cores.cuh"
+#include "weight_sums.cuh"
 
 namespace dwconv {
 namespace {
@@ -70,8 +70,7 @@ struct Images : ImagePlanes {
 
 struct Outer {
   Images source, grad;
-  float* partial;  // [split][tap, or bias behind the last tap][filter]
-  void *grad_weight, *grad_bias;
+  WeightSums result;
   int kernel_h, kernel_w, padding_h, padding_w;
   int tap_row, tap_column;  // taps from one row of the kernel to the next, and from a column to the next
   int images, filters, multiplier;
@@ -334,17 +333,6 @@ struct Products {
   __device__ float at(int k, int m, int n, int e) const { return sum[k][m][n < 0 ? 0 : n % kSources][e]; }
 };
 
-template <typename T>
-__device__ void store(const Outer& a, const Walk& at, int tap, float total) {
-  const int taps = a.kernel_h * a.kernel_w, filter = at.filter(a);
-  if (a.splits > 1)
-    a.partial[(int64_t{at.split(a)} * (taps + (a.grad_bias != nullptr)) + tap) * a.filters + filter] = total;
-  else if (tap < taps)
-    static_cast<T*>(a.grad_weight)[int64_t{filter} * taps + tap] = narrow<T>(total);
-  else
-    static_cast<T*>(a.grad_bias)[filter] = narrow<T>(total);
-}
-
 template <typename T, class Tile>
 __global__ void __launch_bounds__(32 * Tile::kWarps, Tile::kBlocks) outer_grad_weight(const __grid_constant__ Outer a) {
   constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
@@ -406,7 +394,7 @@ __global__ void __launch_bounds__(32 * Tile::kWarps, Tile::kBlocks) outer_grad_w
                    shared_address(source + (y - piece.first_source) * a.source.row_pitch), a.source.row_pitch, begin,
                    end, y, piece.first_source, piece.last_source, a.far);
     }
-    if (a.grad_bias != nullptr)
+    if (a.result.with_bias())
       for (int r = piece.first_grad + warp; r < piece.last_grad; r += warps)
 #pragma unroll
         for (int m = 0; m < Tile::kGrads; ++m) {
@@ -438,17 +426,18 @@ __global__ void __launch_bounds__(32 * Tile::kWarps, Tile::kBlocks) outer_grad_w
               if (first + g >= 0 && first + g < 8 * Tile::kDiagonals)
                 sum += shared<float>(matrices + (warp + s * a.groups) * Tile::kSumBytes +
                                      4 * (g * Tile::kSumPitch + first + g));
-          store<T>(a, here, (i + k) * a.tap_row + j * a.tap_column, sum);
+          a.result.put<T>(here.filter(a), here.split(a), (i + k) * a.tap_row + j * a.tap_column, sum);
         }
       }
       // Rows of the kernel that never meet the images.
       for (int row = warp; row < a.kernel_h; row += warps)
         if (row < a.first_row || row >= a.last_row)
-          for (int j = lane; j < a.kernel_w; j += 32) store<T>(a, here, row * a.tap_row + j * a.tap_column, 0);
-      if (a.grad_bias != nullptr && threadIdx.x == 0) {
+          for (int j = lane; j < a.kernel_w; j += 32)
+            a.result.put<T>(here.filter(a), here.split(a), row * a.tap_row + j * a.tap_column, 0);
+      if (a.result.with_bias() && threadIdx.x == 0) {
         float sum = 0;
         for (int w = 0; w < warps; ++w) sum += shared<float>(bias_at + 4 * w);
-        store<T>(a, here, a.kernel_h * a.kernel_w, sum);
+        a.result.put<T>(here.filter(a), here.split(a), a.kernel_h * a.kernel_w, sum);
       }
       products.clear();
 #pragma unroll
@@ -575,12 +564,11 @@ void launch(const Problem& p, Outer a, const Allocate& allocate, cudaStream_t st
                 [&] { return cut_for<T, Tile>(a, device); });
   const int64_t shared_bytes = apply<Tile>(a, cut.rows, cut.shares);
   a.splits = cut.splits;
-  const int64_t sums = (p.taps() + (p.bias != nullptr)) * p.filters();
-  if (a.splits > 1) a.partial = static_cast<float*>(allocate(a.splits * sums * int64_t{sizeof(float)}));
+  a.result = weight_sums(p, a.splits, allocate);
   launch_early(outer_grad_weight<T, Tile>, a, cut.blocks, 32 * a.groups * a.shares, stream,
                {.shared_bytes = shared_bytes});
   check_launch("outer_grad_weight");
-  if (a.splits > 1) launch_add_partial_sums(p, a.partial, a.splits, stream);
+  launch_add_partial_sums(p, a.result, a.splits, stream);
 }
 
 }  // namespace
@@ -606,7 +594,6 @@ void launch_outer_grad_weight(const Problem& problem, const Allocate& allocate, 
       v.unit = std::min(v.unit, (2 * v.width) & -(2 * v.width));
   };
   arrange(a.source, source), arrange(a.grad, grad);
-  a.grad_weight = p.weight.data, a.grad_bias = p.bias;
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
   a.tap_row = static_cast<int>(exchanged ? 1 : problem.kernel_w);

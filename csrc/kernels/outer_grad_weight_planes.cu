@@ -20,9 +20,9 @@
 #include "outer_grad_weight.h"
 #include "outer_grad_weight_planes.h"
 #include "overlap.cuh"
-#include "partial_sums.h"
 #include "planes.cuh"
 #include "tensor_cores.cuh"
+#include "weight_sums.cuh"
 
 namespace dwconv {
 namespace {
@@ -44,8 +44,7 @@ struct Plane {
 
 struct Planes {
   Plane source, grad;
-  float* partial;  // [split][tap, or bias behind the last tap][filter]
-  void *grad_weight, *grad_bias;
+  WeightSums result;
   int kernel_short, kernel_long, padding_short, padding_long;
   int tap_short, tap_long;  // taps from one to the next
   int first_row, last_row;  // of the short side, that meet the images: from and up to, less one
@@ -299,17 +298,6 @@ struct Products {
   return total;
 }
 
-template <typename T>
-__device__ void store(const Planes& a, const Item& item, int tap, float total) {
-  const int taps = a.kernel_short * a.kernel_long;
-  if (a.splits > 1)
-    a.partial[(int64_t{item.split} * (taps + (a.grad_bias != nullptr)) + tap) * a.filters + item.filter] = total;
-  else if (tap < taps)
-    static_cast<T*>(a.grad_weight)[int64_t{item.filter} * taps + tap] = narrow<T>(total);
-  else
-    static_cast<T*>(a.grad_bias)[item.filter] = narrow<T>(total);
-}
-
 // The same, product by product: where zeros stand for rows that there are not, they meet others.
 template <typename T>
 __device__ __noinline__ float sum_by_products(const Planes& a, const Item& item, int i, int j) {
@@ -423,7 +411,7 @@ __global__ void __launch_bounds__(32 * kAllWarps, 1) outer_planes(const __grid_c
   for (int number = blockIdx.x; number < a.items(); number += gridDim.x) {
     const Item item(a, number);
     const int tap = warp % a.shifts, share = warp / a.shifts, shift = a.first_shift + tap;
-    const bool with_bias = a.grad_bias != nullptr;
+    const bool with_bias = a.result.with_bias();
     const Rows rows(a, shift);
     Products<T> products;
     products.clear();
@@ -466,16 +454,17 @@ __global__ void __launch_bounds__(32 * kAllWarps, 1) outer_planes(const __grid_c
       const int i = a.first_row + k / a.kernel_long, j = k % a.kernel_long;
       float sum = sum_of_tap(a, i, j);
       if (!bulk && !tall && !is_finite(sum)) sum = sum_by_products<T>(a, item, i, j);
-      store<T>(a, item, i * a.tap_short + j * a.tap_long, sum);
+      a.result.put<T>(item.filter, item.split, i * a.tap_short + j * a.tap_long, sum);
     }
     // Taps that never meet the images.
     for (int i = warp; i < a.kernel_short; i += warps)
       if (i < a.first_row || i >= a.last_row)
-        for (int j = lane; j < a.kernel_long; j += 32) store<T>(a, item, i * a.tap_short + j * a.tap_long, 0);
+        for (int j = lane; j < a.kernel_long; j += 32)
+          a.result.put<T>(item.filter, item.split, i * a.tap_short + j * a.tap_long, 0);
     if (with_bias && threadIdx.x == 0) {
       float sum = 0;
       for (int w = 0; w < warps; ++w) sum += shared<float>(bias_sums + 4 * w);
-      store<T>(a, item, a.kernel_short * a.kernel_long, sum);
+      a.result.put<T>(item.filter, item.split, a.kernel_short * a.kernel_long, sum);
     }
     sync_multiplying(32 * warps);
   }
@@ -508,7 +497,7 @@ void launch(const Problem& p, const Planes& a, int64_t shared_bytes, const Alloc
   const int threads = 32 * a.shifts * a.shares + a.loaders;
   launch_early(kernel, a, blocks, threads, stream, {.shared_bytes = shared_bytes});
   check_launch("outer_planes");
-  if (a.splits > 1) launch_add_partial_sums(p, a.partial, a.splits, stream);
+  launch_add_partial_sums(p, a.result, a.splits, stream);
 }
 
 }  // namespace
@@ -538,7 +527,6 @@ bool launch_outer_grad_weight_planes(const Problem& p, bool exchanged, bool tall
     return from.row_bytes == 2 * from.width && v.pitch % 16 == 0 && columns <= kLong && 2 * columns > kLong;
   };
   if (!arrange(a.source, source) || !arrange(a.grad, grad) || a.unit < 4) return false;
-  a.grad_weight = p.weight.data, a.grad_bias = p.bias;
   a.kernel_short = static_cast<int>(p.kernel_h), a.kernel_long = static_cast<int>(p.kernel_w);
   a.padding_short = static_cast<int>(p.padding_h), a.padding_long = static_cast<int>(p.padding_w);
   a.tap_short = exchanged ? 1 : a.kernel_long, a.tap_long = exchanged ? a.kernel_short : 1;
@@ -576,8 +564,7 @@ bool launch_outer_grad_weight_planes(const Problem& p, bool exchanged, bool tall
   a.stages = static_cast<int>(std::min<int64_t>(room / stage, kMaxStages));
   if (a.stages < 2) return false;
   a.splits = splits_for(a, device.multiprocessors);
-  const int64_t sums = (p.taps() + (p.bias != nullptr)) * p.filters();
-  if (a.splits > 1) a.partial = static_cast<float*>(allocate(a.splits * sums * int64_t{sizeof(float)}));
+  a.result = weight_sums(p, a.splits, allocate);
   const int64_t shared_bytes = a.first_stage + a.stages * stage + beyond;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
