@@ -66,6 +66,8 @@ class Kernel:
         unit = max(self.busy, key=lambda unit: self.busy[unit])
         if self.busy[unit] >= BUSY:
             return unit
+        if not any(self.stalls.values()):
+            return "-"  # over before a sample was taken
         waits = sorted((reason for reason in self.stalls if reason not in NO_WAIT), key=lambda r: -self.stalls[r])
         return "latency: " + ", ".join(f"{STALLS.get(r, r)} {self.stalls[r]:.0%}" for r in waits[:2])
 
@@ -165,12 +167,11 @@ def table(cells: Iterable[report.Cell], found: Mapping[str, list[Kernel]]) -> st
     def rows() -> Iterator[tuple[str, ...]]:
         for cell in cells:
             name = " ".join(report.identity(cell))
-            target = report.show(cell["target_x_copy"] * cell["copy_us"], ".1f")
+            head = (name, report.show(cell["us"], ".1f"), f"{cell['target_x_copy'] * cell['copy_us']:.1f}")
             for kernel in found.get(name, []):
                 figures = (f"{value:.0f} %" for value in (*kernel.busy.values(), kernel.warps))
-                yield (name, report.show(cell["us"], ".1f"), target, kernel.name, f"{kernel.us:.1f}", *figures,
-                       kernel.limiter)  # fmt: skip
-                name = ""
+                yield (*head, kernel.name, f"{kernel.us:.1f}", *figures, kernel.limiter)
+                head = ("", "", "")
 
     return report.table(("cell", "us", "target", "kernel", "us in ncu", *UNITS, "warps", "limited by"), rows())
 
