@@ -93,6 +93,24 @@ __device__ inline void expect_bytes(int barrier, int bytes) {
 #endif
 }
 
+// True for one thread of a warp, all of which ask. ptxas then knows that it is one, and makes no loop over the threads
+// of each bulk copy.
+__device__ inline bool is_elected() {
+#if __CUDA_ARCH__ >= 900
+  uint32_t elected = 0;
+  asm volatile(
+      "{\n"
+      ".reg .pred one;\n"
+      "elect.sync _|one, 0xffffffff;\n"
+      "@one mov.b32 %0, 1;\n"
+      "}"
+      : "+r"(elected));
+  return elected != 0;
+#else
+  return threadIdx.x % 32 == 0;
+#endif
+}
+
 // Begins a bulk copy, which a barrier expects; both addresses and `bytes` are multiples of 16.
 __device__ inline void copy_bulk(uint32_t to, const void* from, int bytes, int barrier) {
 #if __CUDA_ARCH__ >= 900

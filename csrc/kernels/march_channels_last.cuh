@@ -135,24 +135,6 @@ class RowLoader {
   }
 };
 
-// True for one thread of a warp, all of which ask. ptxas then knows that it is one, and makes no loop over the threads
-// of each bulk copy.
-__device__ inline bool is_elected() {
-#if __CUDA_ARCH__ >= 900
-  uint32_t elected = 0;
-  asm volatile(
-      "{\n"
-      ".reg .pred one;\n"
-      "elect.sync _|one, 0xffffffff;\n"
-      "@one mov.b32 %0, 1;\n"
-      "}"
-      : "+r"(elected));
-  return elected != 0;
-#else
-  return threadIdx.x % 32 == 0;
-#endif
-}
-
 // The same by bulk copies, which one warp begins: one for a pixel, or for a row of pixels without gaps.
 class BulkLoader {
  public:
