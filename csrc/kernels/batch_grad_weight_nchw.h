@@ -3,6 +3,7 @@
 
 namespace dwconv {
 
-constexpr int kMaxColumnRows = 11;  // of kernels of one column, with what dilation puts between them
+constexpr int kMaxColumnRows = 11;        // of kernels of one column, with what dilation puts between them
+constexpr int kLeastAlignedColumns = 48;  // of planes that chunks of rows are copied of (aligned_grad_weight_nchw.cu)
 
 }  // namespace dwconv

@@ -1,0 +1,581 @@
+// grad_weight (and the bias gradient) of small kernels in 16 bits at stride 1, on tensor cores, as sums over images:
+// the products of batch_grad_weight_nchw.cu where rows begin with 16 bytes. On sm_90 and later.
+//
+// Rows come in chunks of 7, of 16 images each, and flow through a ring that one warp fills. A tile of the gradient is 8
+// columns of a chunk; it meets the chunk of the input that lies there and those below, which the tile below finds
+// there, too: so every row is loaded once. What is above and below an image becomes zeros when it is loaded, and lanes
+// whose columns are beside it read zeros all the way down: there is nothing to mask or to decide. A tile of 3x3 takes
+// 18 loads of matrices and 35 multiplications, some 130 instructions in all.
+//
+// A warp takes every so many columns of tiles. All bands of tiles of all filters are one run, of which blocks have
+// equal parts, all of them at once: where a filter or a part ends, diagonals are summed up and written as a partial
+// sum.
+//
+// Zeros beside the image are exact unless the other factor is Inf or NaN. So sums that are finite are right, and the
+// others are taken again, product by product.
+#include "aligned_grad_weight_nchw.h"
+
+#include <algorithm>
+
+#include "batch_grad_weight_nchw.h"
+#include "copies.cuh"
+#include "overlap.cuh"
+#include "partial_sums.h"
+#include "stream.cuh"
+#include "tensor_cores.cuh"
+
+namespace dwconv {
+namespace {
+
+constexpr int kImages = 16;             // that are multiplied together
+constexpr int kRows = 7, kColumns = 8;  // of a tile
+constexpr int kMaxRows = 9;             // of kernels of more than one column
+constexpr int kPitch = kColumns + 1;    // of a product that is summed up, in floats
+
+// Planes of one array, and how a stage of the ring has some of their rows: of 16 images, one behind the other.
+struct Rows {
+  const char* base;
+  int64_t image_bytes;
+  int height, row_bytes;
+  int memory;  // where the first stage has them
+  int pitch;   // between images: an odd number of units, so that rows of matrices are in different banks
+
+  __host__ __device__ int bytes() const { return kImages * pitch; }
+
+  __device__ const char* at(int image, int plane, int row) const {
+    return base + image * image_bytes + (int64_t{plane} * height + row) * row_bytes;
+  }
+
+  // A warp loads rows of 16 images from `row` on, and makes zero what is outside. A barrier expects their bytes.
+  __device__ void load(int stage, int image, int images, int plane, int row, int count, int barrier) const {
+    const int to = memory + stage * bytes(), there = min(images - image, kImages);
+    const int first = min(max(row, 0), height), rows = max(min(row + count, height) - first, 0);
+    const int all = count * row_bytes, size = rows * row_bytes, head = (first - row) * row_bytes;
+    if (rows > 0 && is_elected()) {
+      expect_bytes(barrier, there * size);
+      const char* from = at(image, plane, first);
+      uint32_t place = shared_address(to + head);
+      const auto copy = [&] {
+        copy_bulk(place, from, size, barrier);
+        place += pitch, from += image_bytes;
+      };
+      if (there == kImages) {
+#pragma unroll  // addresses in uniform registers, as copies take them
+        for (int i = 0; i < kImages; ++i) copy();
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < there; ++i) copy();
+      }
+    }
+    __syncwarp();
+    if (rows == count && there == kImages) return;
+    const int lane = threadIdx.x % 32, mine = lane % kImages;
+    const auto clear = [&](int begin, int end) {
+      for (int i = begin + lane / kImages * kUnit; i < end; i += 2 * kUnit)
+        shared<uint4>(to + mine * pitch + i) = uint4{};
+    };
+    const bool is_there = rows > 0 && mine < there;
+    clear(0, is_there ? head : all);
+    if (is_there) clear(head + size, all);
+    before_bulk_copies();
+  }
+};
+
+// What stages are waited for with. Zeros lie before.
+struct StageBarriers {
+  static constexpr int kStages = 8;  // at most
+  static __device__ int full(int stage) { return 128 + 8 * stage; }
+  static __device__ int done(int stage) { return 128 + 8 * (kStages + stage); }
+};
+static_assert(kZeros + kUnit <= 128 && 128 + 16 * StageBarriers::kStages <= kHead);
+
+struct Aligned {
+  Rows source, grad;
+  int width, out_width;
+  int kernel_h, kernel_w, padding_h, padding_w, dilation_h, dilation_w;
+  int images, filters, multiplier;
+  int columns, workers;          // of tiles, and warps that share them
+  int stages, grad_stages;       // that there is room for, of the input and of the gradient
+  int scratch_at, sums_at;       // of each warp: a product, and the taps' sums
+  int least, more, all;          // bands of a block: the first ones have one more; of all blocks
+  int filter_bands, parts;       // bands of a filter, and parts that they are summed up in, at most
+  Divider by_bands, by_batches;  // of an image, of 16 images each
+  float* partial;                // [part][tap, or bias behind the last tap][filter], or null
+  void *grad_weight, *grad_bias;
+};
+
+// Bands of a filter and of 16 images, one below the other: 7 rows of the gradient each.
+struct Stretch {
+  int filter, image;
+  int begin, end;
+
+  // From band `at` of all on, up to `last`.
+  __device__ Stretch(const Aligned& a, int at, int last) {
+    uint32_t left = at;
+    begin = a.by_bands.split(left), end = min(static_cast<int>(a.by_bands.divisor), begin + last - at);
+    image = a.by_batches.split(left) * kImages;
+    filter = left;
+  }
+  __device__ int bands() const { return end - begin; }
+};
+
+// Where a block's bands begin, and which block has a band.
+__device__ inline int first_band(const Aligned& a, int block) {
+  return min(block * a.least + min(block, a.more), a.all);
+}
+__device__ inline int block_of_band(const Aligned& a, int at) {
+  const int longer = a.more * (a.least + 1);
+  return at < longer ? at / (a.least + 1) : a.more + (at - longer) / a.least;
+}
+
+// Counts through the stages of a ring.
+struct Turn {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ void next(int stages) {
+    if (++stage == stages) stage = 0, parity ^= 1;
+  }
+};
+
+// The sum of one tap over a warp's tiles of some bands, of products inside the image only.
+template <typename T>
+__device__ __noinline__ float sum_by_products(const Aligned& a, int filter, int warp, int first, int last, int tap) {
+  const int i = tap / a.kernel_w * a.dilation_h - a.padding_h, j = tap % a.kernel_w * a.dilation_w - a.padding_w;
+  const int height = a.source.height, out_height = a.grad.height;
+  float sum = 0;
+  for (int at = first; at < last; ++at) {
+    const Stretch band(a, at, at + 1);
+    for (int c = warp; c < a.columns; c += a.workers)
+      for (int e = threadIdx.x % 32; e < kImages * kRows * kColumns; e += 32) {
+        const int n = band.image + e / (kRows * kColumns), r = band.begin * kRows + e / kColumns % kRows;
+        const int v = c * kColumns + e % kColumns, y = r + i, x = v + j;
+        if (n >= a.images || r >= out_height || v >= a.out_width || y < 0 || y >= height || x < 0 || x >= a.width)
+          continue;
+        const auto* from = reinterpret_cast<const T*>(a.source.base + n * a.source.image_bytes);
+        const auto* grad = reinterpret_cast<const T*>(a.grad.base + n * a.grad.image_bytes);
+        sum = fmaf(widen(from[(filter / a.multiplier * height + y) * a.width + x]),
+                   widen(grad[(filter * out_height + r) * a.out_width + v]), sum);
+      }
+  }
+  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+  return sum;
+}
+
+// Of the threads that multiply.
+__device__ inline void meet_workers() {
+  asm volatile("bar.sync 1, %0;" ::"r"(blockDim.x - 32) : "memory");
+}
+
+// A tile of the gradient: a matrix of 16 images and 8 columns for each row.
+struct Tile {
+  uint32_t row[kRows + 1][2];
+
+  // `from`: where the lane's first row of matrices begins.
+  __device__ Tile(const Aligned& a, uint32_t from) {
+#pragma unroll
+    for (int r = 0; r < kRows - 1; r += 2) {
+      uint32_t both[4];
+      load_matrices_transposed(both, from + r * a.grad.row_bytes);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) row[r + e / 2][e % 2] = both[e];
+    }
+    load_two_transposed(row[kRows - 1][0], row[kRows - 1][1], from + (kRows - 1) * a.grad.row_bytes);
+  }
+};
+
+// Where a lane reads columns of the input: those beside the image from zeros, which have but one row.
+struct Lane {
+  uint32_t from, mask;
+
+  // `image`: where the image begins in the first slot. Columns: 8 each.
+  __device__ Lane(const Aligned& a, uint32_t image, int column) {
+    const bool inside = column >= 0 && column * kColumns < a.width;
+    from = inside ? image + column * kUnit : shared_address(kZeros), mask = inside ? ~0u : 0;
+  }
+};
+
+// What a warp sums up, for kernels of up to kKernelH rows that are kDilation rows from each other. A product is of 8
+// columns of the gradient and 24 of the input: the same ones, and 8 on either side of them. Those on the right are
+// multiplied for two rows at once, the upper one in front.
+template <typename T, int kKernelH, int kDilation>
+struct Sums {
+  static constexpr int kMost = kRows - 1 + (kKernelH - 1) * kDilation;  // the last row that a tile meets
+  static constexpr int kBelow = kMost / kRows;                          // chunks below that it meets
+  static constexpr int kChunks = kBelow == 0 ? 2 : 1;                   // of a stage
+  static constexpr int kWarps = kKernelH < 5 ? 8 : 7;                   // of a block that multiply, at most
+  static constexpr int kWindow = 3 * kColumns;
+  static constexpr int kScratch = 4 * kWindow * kPitch;  // bytes for the products of a row of the kernel
+
+  float sum[kKernelH][4] = {}, right[kKernelH + 1][4] = {};  // the latter of rows i - 1 and i of the kernel
+
+  // Adds a tile. `image`: where the lane's image begins in the first slot. `slots`: of the chunks, from there.
+  __device__ void add(const Aligned& a, uint32_t image, int column, const uint32_t (&slots)[kBelow + 1],
+                      const Tile& grad) {
+    const int half = threadIdx.x / 8 % 2;
+    const Lane near(a, image, column - 1 + half), beside(a, image, column + 1);
+    const uint32_t near_row = a.source.row_bytes & near.mask, beside_row = a.source.row_bytes & beside.mask;
+    uint32_t near_from[kBelow + 1], beside_from[kBelow + 1];
+#pragma unroll
+    for (int i = 0; i <= kBelow; ++i) {
+      near_from[i] = near.from + (slots[i] & near.mask);
+      beside_from[i] = beside.from + (slots[i] & beside.mask) + half * kDilation * beside_row;
+    }
+#pragma unroll
+    for (int y = 0; y <= kMost; ++y) {
+      uint32_t x[4];
+      load_matrices_transposed(x, near_from[y / kRows] + y % kRows * near_row);
+#pragma unroll
+      for (int i = 0; i < kKernelH; ++i) {
+        const int r = y - i * kDilation;
+        if (r >= 0 && r < kRows) multiply(sum[i], sum[i], x, grad.row[r], T{});
+      }
+      if (y / kDilation % 2 != 0) continue;
+      const int lower = y + kDilation;
+      uint32_t row = beside_from[y / kRows] + y % kRows * beside_row;
+      if (lower / kRows != y / kRows && half == 1)
+        row = beside_from[lower / kRows < kBelow ? lower / kRows : kBelow] + (lower % kRows - kDilation) * beside_row;
+      load_matrices_transposed(x, row);
+#pragma unroll
+      for (int i = 0; i <= kKernelH; ++i) {
+        const int r = lower - i * kDilation;
+        if (r >= 0 && r < kRows) multiply(right[i], right[i], x, grad.row[r], T{});
+      }
+    }
+  }
+
+  // Puts the taps' sums, those of diagonals, to shared memory, and begins anew.
+  __device__ void put(const Aligned& a, int scratch, int sums) {
+    const int lane = threadIdx.x % 32, step = a.dilation_h / kDilation;  // from a row of the kernel to the next one
+    const int to = scratch + 4 * (lane / 4 * kPitch + lane % 4 * 2);
+    const int from = scratch + 4 * (kColumns - a.padding_w + lane * a.dilation_w) * kPitch;
+#pragma unroll
+    for (int i = 0; i < kKernelH; ++i) {
+#pragma unroll
+      for (int e = 0; e < 6; ++e)
+        shared<float>(to + 4 * (e / 2 * kColumns * kPitch + e % 2)) =
+            e < 4 ? sum[i][e] : right[i + 1][e % 2] + right[i][2 + e % 2];
+      __syncwarp();
+      if (i % step == 0 && i / step < a.kernel_h && lane < a.kernel_w) {
+        float total = 0;
+#pragma unroll
+        for (int k = 0; k < kColumns; ++k) total += shared<float>(from + 4 * k * (kPitch + 1));
+        shared<float>(sums + 4 * (i / step * a.kernel_w + lane)) = total;
+      }
+      __syncwarp();
+    }
+    *this = {};
+  }
+};
+
+// The same for kernels of one column: a product is of two rows of the input, the upper one in front.
+template <typename T, int kKernelH>
+struct ColumnSums {
+  static constexpr int kMost = kRows - 1 + kKernelH - 1, kBelow = kMost / kRows, kChunks = 1, kWarps = 7, kScratch = 0;
+
+  float sum[kKernelH + 1][4] = {};  // of upper rows that are one row above to kKernelH - 1 rows below the gradient's
+
+  __device__ void add(const Aligned& a, uint32_t image, int column, const uint32_t (&slots)[kBelow + 1],
+                      const Tile& grad) {
+    const int half = threadIdx.x / 8 % 2;
+    const Lane lane(a, image, column);
+    const uint32_t row_bytes = a.source.row_bytes & lane.mask;
+    uint32_t from[kBelow + 1];
+#pragma unroll
+    for (int i = 0; i <= kBelow; ++i) from[i] = lane.from + (slots[i] & lane.mask);
+#pragma unroll
+    for (int y = 0; y <= kMost; y += 2) {
+      uint32_t x[4];
+      load_matrices_transposed(
+          x, half == 0 ? from[y / kRows] + y % kRows * row_bytes : from[(y + 1) / kRows] + (y + 1) % kRows * row_bytes);
+#pragma unroll
+      for (int i = 0; i <= kKernelH; ++i) {
+        const int r = y + 1 - i;
+        if (r >= 0 && r < kRows) multiply(sum[i], sum[i], x, grad.row[r], T{});
+      }
+    }
+  }
+
+  __device__ void put(const Aligned& a, int, int sums) {
+    const int lane = threadIdx.x % 32, first = lane % 4 * 2;
+    const auto diagonal = [&](const float* pair) {
+      return lane / 4 == first ? pair[0] : lane / 4 == first + 1 ? pair[1] : 0;
+    };
+#pragma unroll
+    for (int i = 0; i < kKernelH; ++i) {
+      float total = diagonal(sum[i + 1]) + diagonal(sum[i] + 2);
+      for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
+      if (lane == 0 && i % a.dilation_h == 0 && i / a.dilation_h < a.kernel_h)
+        shared<float>(sums + 4 * (i / a.dilation_h)) = total;
+    }
+    __syncwarp();
+    *this = {};
+  }
+};
+
+// The bias gradient's part.
+template <typename T>
+struct Bias {
+  float sum[4] = {};
+
+  __device__ void add(const Tile& grad) {
+    constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) multiply(sum, sum, {kOnes, kOnes, kOnes, kOnes}, grad.row[r], T{});
+  }
+
+  __device__ void put(int place) {
+    float total = sum[0] + sum[1];  // every row of the product is the same
+    total += __shfl_xor_sync(~0u, total, 1);
+    total += __shfl_xor_sync(~0u, total, 2);
+    if (threadIdx.x % 32 == 0) shared<float>(place) = total;
+    *this = {};
+  }
+};
+
+// Takes sums that are not finite again.
+template <typename T>
+__device__ void correct(const Aligned& a, int sums, int filter, int warp, int first, int last) {
+  const int lane = threadIdx.x % 32, taps = a.kernel_h * a.kernel_w;
+  for (int begin = 0; begin < taps; begin += 32) {
+    const bool mine = begin + lane < taps;
+    uint32_t again = __ballot_sync(~0u, mine && !is_finite(shared<float>(sums + 4 * (mine ? begin + lane : 0))));
+    for (; again; again &= again - 1) {
+      const int tap = begin + __ffs(again) - 1;
+      const float exact = sum_by_products<T>(a, filter, warp, first, last, tap);
+      if (lane == 0) shared<float>(sums + 4 * tap) = exact;
+    }
+  }
+}
+
+// Writes a filter's sums over the block's bands up to `at`, and zeros for parts that there are not.
+template <typename T>
+__device__ void write(const Aligned& a, int filter, int at) {
+  const int taps = a.kernel_h * a.kernel_w, slots = taps + (a.grad_bias != nullptr);
+  const int begin = filter * a.filter_bands, end = begin + a.filter_bands;
+  const int part = blockIdx.x - block_of_band(a, begin), parts = at == end ? a.parts : part + 1;
+  for (int slot = threadIdx.x; slot < slots; slot += 32 * a.workers) {
+    float total = 0;
+    for (int w = 0; w < a.workers; ++w) total += shared<float>(a.sums_at + 4 * (w * slots + slot));
+    if (a.partial != nullptr) {
+      float* const to = a.partial + int64_t{slot} * a.filters + filter;
+      for (int p = part; p < parts; ++p) to[int64_t{p} * slots * a.filters] = p == part ? total : 0.f;
+    } else if (slot < taps) {
+      static_cast<T*>(a.grad_weight)[int64_t{filter} * taps + slot] = narrow<T>(total);
+    } else {
+      static_cast<T*>(a.grad_bias)[filter] = narrow<T>(total);
+    }
+  }
+}
+
+// What the warp that loads does: with a stage of the input comes the gradient's that meets it last, since until then
+// nobody has a use for it.
+template <class Sum>
+__device__ void load_stages(const Aligned& a, int first, int last) {
+  constexpr int kMostRows = Sum::kChunks * kRows;
+  Turn turn, grad_turn;
+  bool again = false;  // whether all stages have been filled
+  for (int at = first; at < last;) {
+    const Stretch s(a, at, last);
+    const int end = (s.end - 1) * kRows + Sum::kMost + 1;  // of the rows that tiles meet, with those above the image
+    for (int chunk = s.begin; chunk < s.end + Sum::kBelow; chunk += Sum::kChunks) {
+      const int full = StageBarriers::full(turn.stage), row = chunk * kRows, band = chunk - Sum::kBelow;
+      if (again) wait(StageBarriers::done(turn.stage), turn.parity ^ 1);
+      a.source.load(turn.stage, s.image, a.images, s.filter / a.multiplier, row - a.padding_h,
+                    min(kMostRows, end - row), full);
+      if (band >= s.begin) {
+        a.grad.load(grad_turn.stage, s.image, a.images, s.filter, band * kRows, min(kMostRows, (s.end - band) * kRows),
+                    full);
+        grad_turn.next(a.grad_stages);
+      }
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) arrive(full);
+      turn.next(a.stages);
+      again |= turn.stage == 0;
+    }
+    at += s.bands();
+  }
+}
+
+template <typename T, class Sum>
+__global__ void __launch_bounds__(32 * Sum::kWarps + 32, 2)
+    aligned_grad_weight_nchw(const __grid_constant__ Aligned a) {
+#if __CUDA_ARCH__ < 900
+  if constexpr (sizeof(T) == 2) return;  // it is not launched
+#endif
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < a.stages; ++i)
+      init_barrier(StageBarriers::full(i), 1), init_barrier(StageBarriers::done(i), a.workers);
+    before_bulk_copies();
+  }
+  if (threadIdx.x < kUnit / 4) shared<uint32_t>(kZeros + 4 * threadIdx.x) = 0;
+  let_next_kernel_start();
+  wait_for_kernel_before();
+  __syncthreads();
+  const int first = first_band(a, blockIdx.x), last = first_band(a, blockIdx.x + 1);
+  if (warp == a.workers) return load_stages<Sum>(a, first, last);
+
+  Sum sums;
+  Bias<T> bias;
+  const int taps_and_bias = a.kernel_h * a.kernel_w + (a.grad_bias != nullptr);
+  const int place = a.sums_at + 4 * warp * taps_and_bias;
+  // Where the lane's rows of matrices begin.
+  const uint32_t source = shared_address(a.source.memory) + (lane % 8 + lane / 16 * 8) * a.source.pitch;
+  const uint32_t grad = shared_address(a.grad.memory) + lane % 16 * a.grad.pitch + lane / 16 * a.grad.row_bytes;
+  const int source_chunk = kRows * a.source.row_bytes, grad_chunk = kRows * a.grad.row_bytes;
+  Turn turn, grad_turn, oldest;
+  int begin = first;  // of what is being summed up
+  for (int at = first; at < last;) {
+    const Stretch s(a, at, last);
+    int held = 0, left = Sum::kChunks;  // stages that are there, and bands until the oldest one is not needed
+    const auto give_back = [&] {
+      __syncwarp();
+      if (lane == 0) arrive(StageBarriers::done(oldest.stage));
+      oldest.next(a.stages), --held, left = Sum::kChunks;
+    };
+    uint32_t source_at[Sum::kBelow + 1];  // the chunks that a tile meets
+    uint32_t grad_at = grad_turn.stage * a.grad.bytes();
+    for (int chunk = s.begin, index = 0; chunk < s.end + Sum::kBelow; ++chunk) {
+      if (index == 0) {
+        wait(StageBarriers::full(turn.stage), turn.parity);
+        source_at[Sum::kBelow] = turn.stage * a.source.bytes();
+        turn.next(a.stages), ++held;
+      } else {
+        source_at[Sum::kBelow] += source_chunk;
+      }
+      if (++index == Sum::kChunks) index = 0;
+      if (chunk >= s.begin + Sum::kBelow) {
+        for (int c = warp; c < a.columns; c += a.workers) {
+          const Tile tile(a, grad + grad_at + c * kUnit);
+          if (a.grad_bias != nullptr) bias.add(tile);
+          sums.add(a, source, c, source_at, tile);
+        }
+        grad_at += grad_chunk;
+        if (--left == 0 || chunk + 1 == s.end + Sum::kBelow) {
+          grad_turn.next(a.grad_stages);
+          grad_at = grad_turn.stage * a.grad.bytes();
+          give_back();
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < Sum::kBelow; ++i) source_at[i] = source_at[i + 1];
+    }
+    while (held > 0) give_back();
+    at += s.bands();
+    if (at < last && at < (s.filter + 1) * a.filter_bands) continue;
+    sums.put(a, a.scratch_at + warp * Sum::kScratch, place);
+    correct<T>(a, place, s.filter, warp, begin, at);
+    if (a.grad_bias != nullptr) bias.put(place + 4 * (taps_and_bias - 1));
+    meet_workers();
+    write<T>(a, s.filter, at);
+    meet_workers();
+    begin = at;
+  }
+}
+
+// How a block's shared memory is laid out. Returns its bytes.
+template <class Sum>
+int64_t lay_out(Aligned& a, int64_t taps_and_bias, int64_t shared_per_multiprocessor) {
+  const int64_t columns = ceil_div(a.out_width, kColumns), workers = ceil_div(columns, ceil_div(columns, Sum::kWarps));
+  a.columns = static_cast<int>(columns), a.workers = static_cast<int>(workers);
+  for (Rows* v : {&a.source, &a.grad}) v->pitch = (Sum::kChunks * kRows * v->row_bytes / kUnit | 1) * kUnit;
+  const auto bytes = [&](int stages) {
+    a.stages = stages, a.grad_stages = stages - Sum::kBelow;
+    a.source.memory = kHead, a.grad.memory = kHead + a.stages * a.source.bytes();
+    a.scratch_at = a.grad.memory + a.grad_stages * a.grad.bytes();
+    a.sums_at = static_cast<int>(a.scratch_at + workers * Sum::kScratch);
+    return a.sums_at + 4 * workers * taps_and_bias;
+  };
+  // As many stages as leave room for another block, if any do; at least one to load beside those that a tile meets.
+  constexpr int kLeast = Sum::kBelow + 2;
+  const auto fits = [&](int stages, int blocks) {
+    return blocks * (bytes(stages) + 1024) <= shared_per_multiprocessor;
+  };
+  const int blocks = fits(kLeast, 2) ? 2 : 1;
+  int stages = StageBarriers::kStages;
+  while (stages > kLeast && !fits(stages, blocks)) --stages;
+  return bytes(stages);
+}
+
+template <typename T, class Sum>
+bool launch(const Problem& p, Aligned a, const Device& device, const Allocate& allocate, cudaStream_t stream) {
+  const auto kernel = aligned_grad_weight_nchw<T, Sum>;
+  if (!can_overlap(kernel)) return false;  // it is not code for sm_90
+  const int64_t slots = p.taps() + (p.bias != nullptr);
+  const int64_t bytes = lay_out<Sum>(a, slots, device.shared_per_multiprocessor);
+  if (bytes > device.shared_per_block) return false;
+  const int64_t bands = ceil_div(p.out_height, kRows), items = ceil_div(a.images, kImages);
+  a.by_bands = Divider(bands), a.by_batches = Divider(items);
+  a.filter_bands = static_cast<int>(items * bands);
+  const int64_t all = p.filters() * a.filter_bands;
+  if (all >= int64_t{1} << 30) return false;
+  const int threads = 32 * (a.workers + 1);
+  static thread_local Decisions<3, int> decisions;
+  const int resident = decisions({device.id, threads, bytes}, [&] {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+    int blocks = 0;
+    cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, bytes);
+    return std::max(blocks, 1) * device.multiprocessors;
+  });
+  // As many blocks as run at once, or so many times more that no sum is so long that it loses digits.
+  constexpr int64_t kLongest = 64;  // bands
+  int64_t blocks = std::min(all, resident * ceil_div(all, resident * kLongest));
+  a.least = static_cast<int>(all / blocks), a.more = static_cast<int>(all % blocks), a.all = static_cast<int>(all);
+  // Parts that end with an image cost a few bands, but save loads and sums.
+  const int64_t whole = round_up(ceil_div(all, blocks), bands);
+  if (16 * whole * blocks <= 17 * all) a.least = static_cast<int>(whole), a.more = 0, blocks = ceil_div(all, whole);
+  a.parts = static_cast<int>(a.more == 0 && a.least % a.filter_bands == 0 ? 1
+                             : a.more == 0 && a.filter_bands % a.least == 0
+                                 ? a.filter_bands / a.least
+                                 : std::min(ceil_div(a.filter_bands - 1, a.least) + 1, int64_t{a.filter_bands}));
+  if (a.parts > 1) a.partial = static_cast<float*>(allocate(a.parts * slots * p.filters() * int64_t{sizeof(float)}));
+  launch_early(kernel, a, blocks, threads, stream, {.shared_bytes = bytes});
+  check_launch("aligned_grad_weight_nchw");
+  if (a.partial != nullptr) launch_add_partial_sums(p, a.partial, a.parts, stream);
+  return true;
+}
+
+}  // namespace
+
+bool launch_aligned_grad_weight_nchw(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
+  const Device& device = current_device();
+  const int64_t rows = (p.kernel_h - 1) * p.dilation_h + 1, columns = (p.kernel_w - 1) * p.dilation_w + 1;
+  // Windows reach 8 columns beside a tile, at most.
+  const bool tall = rows > kMaxRows;
+  if (device.capability < 90 || p.stride_h > 1 || p.padding_w > kColumns || columns - 1 - p.padding_w > kColumns ||
+      (tall && (columns > 1 || rows > kMaxColumnRows)))
+    return false;
+  // Shorter rows: copies of so few bytes that one thread does not begin them fast enough.
+  if (std::min(p.width, p.out_width) < kLeastAlignedColumns) return false;
+  Aligned a{};
+  const auto arrange = [](Rows& v, const View& view, int64_t height, int64_t width) {
+    v.base = static_cast<const char*>(view.data), v.image_bytes = 2 * view.stride[0];
+    v.height = static_cast<int>(height), v.row_bytes = static_cast<int>(2 * width);
+  };
+  arrange(a.source, p.input, p.height, p.width);
+  arrange(a.grad, p.output, p.out_height, p.out_width);
+  a.width = static_cast<int>(p.width), a.out_width = static_cast<int>(p.out_width);
+  a.grad_weight = p.weight.data, a.grad_bias = p.bias;
+  a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
+  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+  a.dilation_h = static_cast<int>(p.dilation_h), a.dilation_w = static_cast<int>(p.dilation_w);
+  a.images = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());
+  a.multiplier = static_cast<int>(p.multiplier);
+  bool served = false;
+  visit_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (sizeof(T) == 2) {
+      const auto go = [&]<class Sum>(Sum) { served = launch<T, Sum>(p, a, device, allocate, stream); };
+      if (tall) return go(ColumnSums<T, kMaxColumnRows>{});
+      if (rows == 1) return go(Sums<T, 1, 1>{});
+      if (p.dilation_h == 2 && p.kernel_h <= 3) return go(Sums<T, 3, 2>{});
+      if (rows <= 3) return go(Sums<T, 3, 1>{});
+      if (rows <= 5) return go(Sums<T, 5, 1>{});
+      if (rows <= 7) return go(Sums<T, 7, 1>{});
+      go(Sums<T, kMaxRows, 1>{});
+    }
+  });
+  return served;
+}
+
+}  // namespace dwconv
