@@ -163,7 +163,7 @@ bool claims_toeplitz_nchw(const Problem& p) {
 // What kernels ask for that take rows of many images at once: planes that follow each other without gaps.
 bool has_runs(const Problem& p) {
   constexpr int64_t kFewImages = 8;
-  if (size_of(p.dtype) != 2 || p.capability < 80 || p.batch < kFewImages || p.taps() == 1) return false;
+  if (size_of(p.dtype) != 2 || p.capability < 80 || p.batch < kFewImages) return false;
   if (p.stride_h != p.stride_w || p.stride_h > 2) return false;
   const auto lies = [&](const View& view, int64_t planes, int64_t height, int64_t width) {
     constexpr int64_t kMany = 1 << 15, kMost = 1 << 29;  // rows, columns, and elements of an image
@@ -181,7 +181,7 @@ constexpr int64_t kMaxBatchRows = 7, kMoreBatchRows = 9;
 
 bool claims_toeplitz_small_planes(const Problem& p) {
   constexpr int64_t kMaxWidth = 16, kMaxHeight = 64;
-  return p.pass != Pass::kGradWeight && p.multiplier == 1 && has_runs(p) &&
+  return p.pass != Pass::kGradWeight && p.multiplier == 1 && p.taps() > 1 && has_runs(p) &&
          (p.kernel_h - 1) * p.dilation_h < kMaxBatchRows && std::max(p.height, p.out_height) <= kMaxHeight &&
          std::max(p.width, p.out_width * p.stride_h) <= kMaxWidth;
 }
@@ -211,6 +211,13 @@ bool claims_batch_grad_weight_nchw(const Problem& p) {
     return begins(p.input, p.width) && begins(p.output, p.out_width);
   };
   if (p.padding_w >= columns) return false;
+  // One tap, where the kernel for rows that begin with 16 bytes has two blocks a multiprocessor, and each input one
+  // gradient.
+  constexpr int64_t kMostColumns = 64, kWhole = 16;
+  if (p.taps() == 1 &&
+      (p.capability < 90 || p.stride_h > 1 || p.padding_h > 0 || p.multiplier > 1 || p.batch < kWhole ||
+       p.width < kLeastAlignedColumns || p.width > kMostColumns || !begins_with(kUnit)))
+    return false;
   int64_t width = p.width, out_width = p.out_width;  // in shared memory
   if (rows > most_rows) {
     // Taller ones of one column, as words.

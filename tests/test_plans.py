@@ -381,6 +381,18 @@ def test_grad_weight_in_channels_last_on_tensor_cores(dtype: torch.dtype) -> Non
     assert plan_of("grad_weight", case, torch.float32, torch.channels_last) == MARCH["grad_weight"]
 
 
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+def test_one_tap_on_rows_of_units(dtype: torch.dtype) -> None:
+    """In 16 bits, from 48 to 64 columns, tensor cores sum over the images."""
+    case = Case(128, 96, (56, 56), (1, 1))
+    for width in (40, 48, 52, 64, 72):
+        multiplies = dtype != torch.float32 and width in (48, 64)
+        plan = "batch_grad_weight_nchw" if multiplies else STREAM["grad_weight"]
+        assert plan_of("grad_weight", case._replace(size=(56, width)), dtype) == plan, width
+    for change in ({"batch": 12}, {"multiplier": 2}):
+        assert plan_of("grad_weight", case._replace(**change), dtype) == STREAM["grad_weight"], change
+
+
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", [*FAST, torch.float64], ids=str)
 @pytest.mark.parametrize("name", PASSES)
@@ -1249,6 +1261,7 @@ def test_batch_grad_weight_is_exact(kernel: tuple, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("kernel", "dilation"),
     [
+        ((1, 1), 1),
         ((3, 3), 1),
         ((3, 3), 2),
         ((5, 5), 1),
