@@ -196,6 +196,14 @@ class Schedule {
   bool asks_ = false;
 };
 
+// A barrier like __syncthreads(), for so many threads, who may come to it at different places of the code; that one is
+// number 0.
+template <int kNumber>
+__device__ void meet_at(int threads) {
+  static_assert(kNumber > 0 && kNumber < 16);
+  asm volatile("bar.sync %0, %1;" ::"n"(kNumber), "r"(threads) : "memory");
+}
+
 template <typename T, class Tile>
 __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlocks)
     stream_nchw(const __grid_constant__ Stream a) {
@@ -214,6 +222,13 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
     for (int d = 0; d < kDepth; ++d) number_in(d) = schedule.next();
   let_next_kernel_start();
   __syncthreads();
+  // A warp that copies and the others come to the same barriers at different places of the code.
+  const auto meet = [] {
+    if (kByWarps)
+      meet_at<1>(blockDim.x);
+    else
+      __syncthreads();
+  };
   Tile tiles;
   Cursor loaded, read;
   const auto known = [&](int stage) -> Chunk& {
@@ -238,7 +253,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
     const auto to = reinterpret_cast<T*>(c.target_row);  // read before the barrier: another chunk may take c's place
     const int out = a.buffer_at + static_cast<int>(c.target_row % kUnit), count = c.targets * c.rows * a.out_width;
     copier.before_store();
-    __syncthreads();
+    meet();
     copier.store(to, &shared<T>(out), count);
   };
 
@@ -250,11 +265,11 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
   if (copier.dedicated && !copier.is_worker()) {
     load(number_in(0), 0, ready);
     wait_for_kernel_before();
-    __syncthreads();
+    meet();
     for (bool first = true; number_in(stage) < a.chunks; first = false) {
       copier.wait_full(stage, parity);
       copier.stored();
-      __syncthreads();
+      meet();
       const int next = 1 - stage;
       if (!first && copier.rank() == 0) number_in(next) = schedule.next();
       __syncwarp();
@@ -275,7 +290,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
     if (at_first > 1) load(number_in(1), 1, ready);
   }
   wait_for_kernel_before();
-  if (kByWarps) __syncthreads();
+  if (kByWarps) meet();
   bool first = true;
   for (int number; (number = number_in(stage)) < a.chunks; first = false) {
     Chunk own;
@@ -291,7 +306,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
     tiles.template prepare<T>(a, c);
     copier.wait_full(stage, parity);
     if (!copier.dedicated) copier.stored();
-    __syncthreads();
+    meet();
     if (!copier.dedicated) {
       if (Tile::kSoon && first && at_first < kDepth) load(number_in(1), 1, Nothing{});
       if (copier.rank() == 0) schedule.ask();
