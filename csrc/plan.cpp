@@ -156,8 +156,8 @@ bool claims_toeplitz_nchw(const Problem& p) {
   const int64_t few = p.kernel_h == p.kernel_w ? 784 : 2048;
   const bool pays = area >= (p.stride_h > 1 ? 36 : pixels < few ? 25 : 9) && p.taps() >= 9;
   if (!pays && claims_stream_nchw(p)) return false;
-  return can_stream(p) &&
-         fits_stream_nchw(p, kChunkBytes + kBandHeadBytes + rows * (wide ? kWideRowBytes : kBandRowBytes));
+  return can_stream(p) && fits_stream_nchw(p, kMoreThanRing + kChunkBytes + kBandHeadBytes +
+                                                  rows * (wide ? kWideRowBytes : kBandRowBytes));
 }
 
 // What kernels ask for that take rows of many images at once: planes that follow each other without gaps.

@@ -371,21 +371,21 @@ struct Spread : TileOfThread<Spread<kKernel, kOdd>> {
 };
 
 struct Setting {
-  int* counter;
+  int* counters;
   int value;
 };
 
-__global__ void write_counter(const __grid_constant__ Setting setting) {
+__global__ void write_counters(const __grid_constant__ Setting setting) {
   let_next_kernel_start();
   wait_for_kernel_before();
-  *setting.counter = setting.value;
+  setting.counters[threadIdx.x] = setting.value;
 }
 
 }  // namespace
 
-void set_counter(int* counter, int value, cudaStream_t stream) {
-  launch_early(write_counter, Setting{counter, value}, 1, 1, stream);
-  check_launch("set_counter");
+void set_counters(int* counters, int count, int value, cudaStream_t stream) {
+  launch_early(write_counters, Setting{counters, value}, 1, count, stream);
+  check_launch("set_counters");
 }
 
 void launch_stream_nchw(const Problem& p, bool bulk, const Allocate& allocate, cudaStream_t stream) {

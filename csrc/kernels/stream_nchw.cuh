@@ -1,7 +1,8 @@
 // Forward and grad_input on contiguous planes, as far as it does not depend on how a tile of outputs is computed: rows
 // stream through shared memory, tiles are computed from there into a second buffer, and that is stored as the
 // contiguous piece of memory it is. Every input row is read from memory once, every output row written once, both in
-// large pieces, however short and unaligned the rows.
+// large pieces, however short and unaligned the rows. (Rows that two bands of a plane share are read by each of them if
+// warps compute tiles: from L2.)
 //
 // A tile is a class with
 //   kRows, kColumns          its size
@@ -9,10 +10,11 @@
 //   kMaxThreads, kBlocks     of a block, and blocks of that size on a multiprocessor, as its registers allow
 //   kLoaders                 threads besides them that load: 0, or 32 where tiles are computed by warps
 //   kWhole                   whether it computes whole planes only
-//   kSoon                    whether a block asks for one chunk at first, which then is there sooner
+//   kSoon                    whether a block of threads asks for one chunk at first, which then is there sooner
 //   kFilterBytes             of shared memory, zeros at first, for each filter of a chunk, where filters go there
 //   prepare<T>(stream, chunk)             fills that, while the chunk is under way
-//   compute<T>(stream, ring, chunk, out)  computes the chunk, by all threads; may remember what it knows of its tiles
+//   compute<T>(stream, ring, chunk, out)  computes the chunk, by all threads; may remember what it knows of its tiles.
+//                                         Tiles that are computed by warps know no ring
 // The tiles of a plane are numbered along its rows, unless Stream::down says otherwise.
 #pragma once
 
@@ -51,7 +53,9 @@ struct Stream {
   bool by_pairs;  // rows, and columns that tiles begin to read from, lie evenly (8 bytes), or oddly as the kernel is
   int phase, capacity, period, ring_bytes;
   int run, runs;  // chunks that follow each other in memory and stay in one block, and the number of such runs
-  int* counter;   // of the runs that were taken, or null: then blocks take every so many of them
+  int* counters;  // of the runs that were taken, one for every `classes` of them, or null: then blocks take every so
+  int classes;    // many of them
+  Divider by_beside;  // of so many planes, chunks are the first bands, then the second ones: they have the same filters
   Divider by_sub, by_bands, by_chunks_per_image, by_strips, by_units, by_fan_out, by_filters;
   // Of tiles that a warp computes together:
   bool down;        // they are numbered down the columns
@@ -60,6 +64,7 @@ struct Stream {
   int warps_side;   // of them, those that share a plane
   int plane_step;   // planes that a block works on at a time
   int chunks_at;    // what is known of the chunks under way, in shared memory
+  int stage_bytes;  // of the source rows of a chunk
   Divider by_tile_rows, by_warps_side, by_kernel_w, by_weights;
 };
 
@@ -74,14 +79,16 @@ struct __align__(16) Chunk {
   int row, rows;                 // of each target plane
   int source_begin, source_end;  // rows of the image's source
   int source_slot;               // of the first of them in the ring
+  int source_at;                 // where it lies, if tiles are computed by warps
   uint64_t target_row;           // address of the first row to be written
 };
 
 __device__ inline Chunk chunk_of(const Stream& a, uint32_t number) {
   Chunk c;
   const int sub = a.by_sub.split(number);
+  const int beside = a.by_beside.split(number);
   const int band = a.by_bands.split(number);
-  c.group = a.by_chunks_per_image.split(number) * a.chunk_groups;
+  c.group = a.by_chunks_per_image.split(number) * a.chunk_groups * a.by_beside.divisor + beside;
   c.image = number;
   const int groups = min(a.chunk_groups, a.groups - c.group);
   c.target = c.group * a.fan_out + sub;
@@ -133,7 +140,6 @@ __device__ inline int source_index(int target, int tap, int stride, int padding,
 template <typename T>
 __device__ __noinline__ void tile_by_taps(const Stream& a, const Chunk& c, int to, int plane, int row, int rows,
                                           int column, int columns) {
-  const RowRing ring = ring_of(a);
   const T* weight = static_cast<const T*>(a.weight);
   uint32_t filter = c.target + plane;
   filter = a.by_filters.split(filter) * a.fan_in;
@@ -147,7 +153,7 @@ __device__ __noinline__ void tile_by_taps(const Stream& a, const Chunk& c, int t
         for (int i = 0; i < a.kernel_h; ++i) {
           const int y = source_index(c.row + r, i, a.stride_h, a.padding_h, a.dilation_h, a.spread);
           if (y < 0 || y >= a.height) continue;
-          const int source = ring.at(ring.wrap(c.source_slot + top + y));
+          const int source = c.source_at + (top + y) * a.source.row_bytes;
           for (int j = 0; j < a.kernel_w; ++j) {
             const int x = source_index(v, j, a.stride_w, a.padding_w, a.dilation_w, a.spread);
             if (x >= 0 && x < a.width)
@@ -163,15 +169,17 @@ __device__ __noinline__ void tile_by_taps(const Stream& a, const Chunk& c, int t
 // The chunks of a block in their order. Some multiprocessors get less of the memory's bandwidth than others, by a
 // quarter on an H100: with equal shares all would wait for those. So a block takes its third run and all that follow
 // from a counter. The results do not depend on who computes them. Memory likes to be read and written in one place at a
-// time: blocks side by side take runs side by side.
+// time: blocks side by side take runs side by side. Where every so many runs have the same filters, they have a counter
+// of their own, and a block keeps its filters.
 class Schedule {
  public:
   __device__ explicit Schedule(const Stream& a) : a_(a), run_(blockIdx.x) {}
 
   // Asks for the run after this one, if it is not known: some time before it is needed.
   __device__ void ask() {
-    if (a_.counter == nullptr || !asks_) return;
-    run_ = atomicAdd(a_.counter, 1);
+    if (a_.counters == nullptr || !asks_) return;
+    const int own = static_cast<int>(blockIdx.x) % a_.classes;
+    run_ = atomicAdd(a_.counters + own, 1) * a_.classes + own;
     asks_ = false;
   }
 
@@ -196,23 +204,13 @@ class Schedule {
   bool asks_ = false;
 };
 
-// A barrier like __syncthreads(), for so many threads, who may come to it at different places of the code; that one is
-// number 0.
-template <int kNumber>
-__device__ void meet_at(int threads) {
-  static_assert(kNumber > 0 && kNumber < 16);
-  asm volatile("bar.sync %0, %1;" ::"n"(kNumber), "r"(threads) : "memory");
-}
-
+// Where threads compute tiles by themselves.
 template <typename T, class Tile>
-__global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlocks)
-    stream_nchw(const __grid_constant__ Stream a) {
+__global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks) stream_nchw(const __grid_constant__ Stream a) {
   const RowRing ring = ring_of(a);
   if (threadIdx.x < 32) shared<uint32_t>(kZeros + 4 * threadIdx.x) = 0;
   for (int i = 4 * threadIdx.x; i < a.filters_bytes; i += 4 * blockDim.x) shared<uint32_t>(a.filters_at + i) = 0;
-  constexpr bool kByWarps = Tile::kLanes > 1;  // then a warp of its own looks chunks up and loads them
-  static_assert(2 * sizeof(Chunk) + 16 <= kChunkBytes);
-  const Copier copier(a.bulk, kByWarps, true);
+  const Copier copier(a.bulk, false);
   copier.init();
 
   // What the stages hold is decided by the thread that begins copies, and known to the others after a barrier.
@@ -222,50 +220,113 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
     for (int d = 0; d < kDepth; ++d) number_in(d) = schedule.next();
   let_next_kernel_start();
   __syncthreads();
-  // A warp that copies and the others come to the same barriers at different places of the code.
-  const auto meet = [] {
-    if (kByWarps)
-      meet_at<1>(blockDim.x);
-    else
-      __syncthreads();
-  };
   Tile tiles;
   Cursor loaded, read;
-  const auto known = [&](int stage) -> Chunk& {
-    return shared<Chunk>(a.chunks_at + stage * static_cast<int>(sizeof(Chunk)));
-  };
   const auto load = [&](int number, int stage, auto&& ready) {
     if (number < a.chunks && copier.loads()) {
-      Chunk c = chunk_of(a, number);
-      const int begin = c.image * a.source.rows + c.source_begin;
+      const Chunk c = chunk_of(a, number);
       load_rows<T>(copier, ring, a.source, loaded, c.image, c.source_begin, c.source_end, Barriers::full(stage), ready);
-      if (kByWarps && copier.rank() == 0) {
-        c.source_slot = loaded.slot_of(ring, begin);
-        known(stage) = c;
-      }
     }
     copier.commit(stage);
   };
   // Where the first chunk lies is found out while the kernel before still runs.
   const auto ready = [&] { settle_and_wait_for_kernel_before(a.chunks); };
-  // A buffer, once it is full.
-  const auto store = [&](const Chunk& c) {
-    const auto to = reinterpret_cast<T*>(c.target_row);  // read before the barrier: another chunk may take c's place
-    const int out = a.buffer_at + static_cast<int>(c.target_row % kUnit), count = c.targets * c.rows * a.out_width;
-    copier.before_store();
-    meet();
-    copier.store(to, &shared<T>(out), count);
-  };
+  // Memory has enough to do with a chunk for every block, and if each asked for two, some would wait long for the
+  // first.
+  const int at_first = Tile::kSoon && copier.bulk ? 1 : kDepth;
+  load(number_in(0), 0, ready);
+  if (at_first > 1) load(number_in(1), 1, ready);
+  wait_for_kernel_before();
+  int stage = 0;
+  uint32_t parity = 0;
+  bool first = true;
+  for (int number; (number = number_in(stage)) < a.chunks; first = false) {
+    Chunk c = chunk_of(a, number);
+    const int before = c.image * a.source.rows;
+    read.place(ring, before + c.source_begin, before + c.source_end);
+    c.source_slot = read.slot_of(ring, before + c.source_begin);
+    const int out = a.buffer_at + static_cast<int>(c.target_row % kUnit);
 
+    tiles.template prepare<T>(a, c);
+    copier.wait_full(stage, parity);
+    copier.stored();
+    __syncthreads();
+    if (Tile::kSoon && first && at_first < kDepth) load(number_in(1), 1, Nothing{});
+    if (copier.rank() == 0) schedule.ask();
+    tiles.template compute<T>(a, ring, c, out);
+    if (copier.rank() == 0) number_in(stage) = schedule.next();
+    copier.before_store();
+    __syncthreads();
+    copier.store(reinterpret_cast<T*>(c.target_row), &shared<T>(out), c.targets * c.rows * a.out_width);
+    load(number_in(stage), stage, Nothing{});
+    if (++stage == kDepth) stage = 0, parity ^= 1;
+  }
+  copier.stored();
+}
+
+// A barrier like __syncthreads(), for so many threads, who may come to it at different places of the code; that one is
+// number 0.
+template <int kNumber>
+__device__ void meet_at(int threads) {
+  static_assert(kNumber > 0 && kNumber < 16);
+  asm volatile("bar.sync %0, %1;" ::"n"(kNumber), "r"(threads) : "memory");
+}
+
+// Where warps compute tiles: one more looks chunks up, loads them, and stores what was computed. A chunk has a place of
+// its own in shared memory, all rows of it: then a row is found by one addition, where a ring would come round.
+template <typename T, class Tile>
+__global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlocks)
+    stream_nchw_by_warps(const __grid_constant__ Stream a) {
+#if __CUDA_ARCH__ >= 800
+  if (threadIdx.x < 32) shared<uint32_t>(kZeros + 4 * threadIdx.x) = 0;
+  for (int i = 4 * threadIdx.x; i < a.filters_bytes; i += 4 * blockDim.x) shared<uint32_t>(a.filters_at + i) = 0;
+  static_assert(2 * sizeof(Chunk) + 16 <= kChunkBytes);
+  const Copier copier(a.bulk, true, true);
+  copier.init();
+
+  // What the stages hold is decided by the thread that begins copies, and known to the others after a barrier.
+  Schedule schedule(a);
+  const auto number_in = [](int stage) -> int& { return shared<int>(kNumbers + 4 * stage); };
+  if (copier.rank() == 0)
+    for (int d = 0; d < kDepth; ++d) number_in(d) = schedule.next();
+  let_next_kernel_start();
+  __syncthreads();
+  const auto known = [&](int stage) -> Chunk& {
+    return shared<Chunk>(a.chunks_at + stage * static_cast<int>(sizeof(Chunk)));
+  };
+  // The warp that copies and the others come to the same barriers at different places of the code.
+  const auto meet = [] { meet_at<1>(blockDim.x); };
   int stage = 0;
   uint32_t parity = 0;
   const auto advance = [&] {
     if (++stage == kDepth) stage = 0, parity ^= 1;
   };
-  if (copier.dedicated && !copier.is_worker()) {
-    load(number_in(0), 0, ready);
-    wait_for_kernel_before();
+  const auto store = [&](uint64_t target_row, int count) {
+    copier.store(reinterpret_cast<T*>(target_row), &shared<T>(a.buffer_at + static_cast<int>(target_row % kUnit)),
+                 count);
+  };
+  if (!copier.is_worker()) {
+    // Looks a chunk up, for all.
+    const auto find = [&](int number, int stage) {
+      Chunk c = chunk_of(a, number);
+      const int phase = static_cast<int>((a.phase + int64_t{c.source_begin} * a.source.row_bytes) % kUnit);
+      c.source_at = kHead + stage * a.stage_bytes + phase;
+      if (copier.rank() == 0) known(stage) = c;
+      return c;
+    };
+    const auto load = [&](const Chunk& c, int stage, auto&& ready) {
+      const RowRing place{c.source_at - a.phase, a.phase, a.source.row_bytes};
+      if (const int rows = c.source_end - c.source_begin; rows > 0)
+        load_rows<T>(copier, place, a.source, c.image, c.source_begin, rows, 0, false, Barriers::full(stage), ready);
+    };
+    // Where the first chunk lies is found out while the kernel before still runs.
+    Chunk c;
+    if (copier.loads()) c = find(number_in(0), 0);
+    __syncwarp();
     meet();
+    if (copier.loads()) load(c, 0, [&] { settle_and_wait_for_kernel_before(a.chunks); });
+    wait_for_kernel_before();
+    copier.commit(0);
     for (bool first = true; number_in(stage) < a.chunks; first = false) {
       copier.wait_full(stage, parity);
       copier.stored();
@@ -273,51 +334,39 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
       const int next = 1 - stage;
       if (!first && copier.rank() == 0) number_in(next) = schedule.next();
       __syncwarp();
-      load(number_in(next), next, Nothing{});  // in place of the chunk before, if any
+      if (const int number = number_in(next); number < a.chunks && copier.loads())
+        load(find(number, next), next, Nothing{});  // in place of the chunk before, if any
+      copier.commit(next);
       if (copier.rank() == 0) schedule.ask();
-      store(known(stage));
+      const Chunk& c = known(stage);
+      const uint64_t target_row = c.target_row;
+      const int count = c.targets * c.rows * a.out_width;
+      copier.before_store();
+      meet();
+      store(target_row, count);
       advance();
     }
     copier.stored();
     return;
   }
 
-  // Memory has enough to do with a chunk for every block, and if each asked for two, some would wait long for the
-  // first.
-  const int at_first = Tile::kSoon && copier.bulk ? 1 : kDepth;
-  if (!copier.dedicated) {
-    load(number_in(0), 0, ready);
-    if (at_first > 1) load(number_in(1), 1, ready);
-  }
+  Tile tiles;
+  meet();
   wait_for_kernel_before();
-  if (kByWarps) meet();
-  bool first = true;
-  for (int number; (number = number_in(stage)) < a.chunks; first = false) {
-    Chunk own;
-    if (!kByWarps) {
-      own = chunk_of(a, number);
-      const int before = own.image * a.source.rows;
-      read.place(ring, before + own.source_begin, before + own.source_end);
-      own.source_slot = read.slot_of(ring, before + own.source_begin);
-    }
-    const Chunk& c = kByWarps ? known(stage) : own;
-    const int out = a.buffer_at + static_cast<int>(c.target_row % kUnit);
-
+  while (number_in(stage) < a.chunks) {
+    const Chunk& c = known(stage);
+    const uint64_t target_row = c.target_row;  // read before the last barrier: another chunk may take c's place
     tiles.template prepare<T>(a, c);
     copier.wait_full(stage, parity);
-    if (!copier.dedicated) copier.stored();
     meet();
-    if (!copier.dedicated) {
-      if (Tile::kSoon && first && at_first < kDepth) load(number_in(1), 1, Nothing{});
-      if (copier.rank() == 0) schedule.ask();
-    }
-    tiles.template compute<T>(a, ring, c, out);
-    if (!copier.dedicated && copier.rank() == 0) number_in(stage) = schedule.next();
-    store(c);
-    if (!copier.dedicated) load(number_in(stage), stage, Nothing{});
+    tiles.template compute<T>(a, c, a.buffer_at + static_cast<int>(target_row % kUnit));
+    const int count = copier.bulk ? 0 : c.targets * c.rows * a.out_width;
+    copier.before_store();
+    meet();
+    if (!copier.bulk) store(target_row, count);
     advance();
   }
-  if (!copier.dedicated) copier.stored();
+#endif
 }
 
 // How a pass is cut into chunks; the rest of the arguments follows from it.
@@ -394,7 +443,10 @@ inline void apply(Stream& a, const Cut& cut, const TileSize& tile, int64_t image
   a.strips = static_cast<int>(ceil_div(a.out_width, tile.columns));
   a.tiles = static_cast<int>(ceil_div(cut.chunk_rows, tile.rows)) * a.strips;
   a.units = static_cast<int>(ceil_div(a.tiles, tile.together));
-  a.by_sub = Divider(sub), a.by_bands = Divider(cut.bands), a.by_chunks_per_image = Divider(chunks_per_image);
+  constexpr int kFewPlanes = 8;  // else memory would be read in too many places at a time
+  const int64_t beside = tile.together > 1 && cut.bands > 1 && a.channels <= kFewPlanes ? a.channels : 1;
+  a.by_sub = Divider(sub), a.by_bands = Divider(cut.bands), a.by_beside = Divider(beside);
+  a.by_chunks_per_image = Divider(chunks_per_image / beside);
   a.by_strips = Divider(a.strips), a.by_units = Divider(a.units), a.by_fan_out = Divider(a.fan_out);
 
   a.warps = cut.threads / 32;
@@ -409,8 +461,11 @@ inline void apply(Stream& a, const Cut& cut, const TileSize& tile, int64_t image
       cut.bands == 1 ? rows_for_planes(int64_t{cut.chunk_groups} * a.fan_in * a.height, a.source.row_bytes)
                      : rows_for_bands(cut.bands, step, extent, a.source.row_bytes));
   a.ring_bytes = a.capacity * a.source.row_bytes;
+  const int64_t rows = cut.bands == 1 ? int64_t{cut.chunk_groups} * a.fan_in * a.height : step + extent;
+  a.stage_bytes = static_cast<int>(stage_bytes(rows, a.source.row_bytes));
   const int64_t targets = cut.bands > 1 ? 1 : cut.chunk_groups * a.fan_out;
-  a.buffer_at = static_cast<int>(kHead + ring_bytes(a.capacity, a.source.row_bytes));
+  a.buffer_at = static_cast<int>(
+      kHead + (tile.together > 1 ? kDepth * a.stage_bytes + kTail : ring_bytes(a.capacity, a.source.row_bytes)));
   a.filters_at = static_cast<int>(a.buffer_at + round_up(targets * cut.chunk_rows * a.target.row_bytes + kUnit, 128));
   a.filters_bytes = static_cast<int>(targets * a.fan_in * tile.filter_bytes);
   a.chunks_at = static_cast<int>(round_up(a.filters_at + a.filters_bytes, 16));
@@ -502,9 +557,11 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
 
 // The number of chunks in a row that have different filters.
 inline int64_t chunks_of_filters(const Stream& a) {
-  const int64_t parts = int64_t{a.bands} * (a.bands > 1 ? a.fan_out : 1);
-  return parts * (a.groups == a.channels ? ceil_div(a.channels, a.chunk_groups)
-                                         : a.channels / std::gcd(a.channels, a.chunk_groups));
+  const int64_t sub = a.bands > 1 ? a.fan_out : 1;
+  if (a.by_beside.divisor > 1) return sub * a.channels;
+  return sub * a.bands *
+         (a.groups == a.channels ? ceil_div(a.channels, a.chunk_groups)
+                                 : a.channels / std::gcd(a.channels, a.chunk_groups));
 }
 
 // As many blocks as there is room for, or a few less if each then keeps its filters from chunk to chunk.
@@ -524,8 +581,9 @@ inline bool pays_to_count(const Stream& a, int64_t images, int blocks, bool alon
          a.chunks >= int64_t{keeps ? 6 : 3} * blocks;
 }
 
-// Sets a counter to the first run that is not a block's first or second one (stream_nchw.cu).
-void set_counter(int* counter, int value, cudaStream_t stream);
+// Sets counters to the first run of their class that is not a block's first or second one (stream_nchw.cu).
+void set_counters(int* counters, int count, int value, cudaStream_t stream);
+constexpr int kMaxClasses = 256;
 
 template <typename T, class Tile>
 void launch(Stream a, int64_t images, const Allocate& allocate, cudaStream_t stream) {
@@ -535,7 +593,12 @@ void launch(Stream a, int64_t images, const Allocate& allocate, cudaStream_t str
                        Tile::kWhole, Tile::kMaxThreads, (Tile::kMaxThreads + Tile::kLoaders) * Tile::kBlocks,
                        sizeof(T)};
   const Device& device = current_device();
-  const auto kernel = stream_nchw<T, Tile>;
+  constexpr auto kernel = [] {
+    if constexpr (Tile::kLanes > 1)
+      return stream_nchw_by_warps<T, Tile>;
+    else
+      return stream_nchw<T, Tile>;
+  }();
   a.bulk = a.bulk && device.capability >= 90;
   struct Decision {
     Cut cut;
@@ -559,11 +622,17 @@ void launch(Stream a, int64_t images, const Allocate& allocate, cudaStream_t str
   // Without a counter bands come in runs, since those that follow each other share rows. With one, neighbours are in
   // work at the same time, and find these rows in L2.
   const bool counts = pays_to_count(a, images, blocks, Tile::kLanes == 1);
-  a.run = counts || a.bands == 1 ? 1 : static_cast<int>(ceil_div(a.chunks, blocks));
+  a.run = counts || a.bands == 1 || a.by_beside.divisor > 1 ? 1 : static_cast<int>(ceil_div(a.chunks, blocks));
   a.runs = static_cast<int>(ceil_div(a.chunks, a.run));
   if (counts) {
-    a.counter = static_cast<int*>(allocate(sizeof(int)));
-    set_counter(a.counter, 2 * blocks, stream);
+    const int64_t classes = chunks_of_filters(a);
+    // Of few blocks those that get less of the bandwidth would make the others wait.
+    constexpr int kLeastBlocks = 10;
+    const bool keeps =
+        Tile::kLanes > 1 && classes <= kMaxClasses && blocks % classes == 0 && blocks >= kLeastBlocks * classes;
+    a.classes = keeps ? static_cast<int>(classes) : 1;
+    a.counters = static_cast<int*>(allocate(a.classes * sizeof(int)));
+    set_counters(a.counters, a.classes, 2 * blocks / a.classes, stream);
   }
   launch_early(kernel, a, blocks, decision.cut.threads + Tile::kLoaders, stream, {.shared_bytes = shared_bytes(a)});
   check_launch("stream_nchw");

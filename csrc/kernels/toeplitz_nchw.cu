@@ -7,8 +7,9 @@
 // rows or down its columns, whichever lets the 8 of a warp meet in fewer banks of shared memory.
 //
 // Pixels are read in pairs. Where rows have an even width, all begin at an even place or all at an odd one: then a
-// window that would begin between two pairs begins a column earlier, and so does the band. In rows of an odd width a
-// pair is put together from two words.
+// window that would begin between two pairs begins a column earlier, and so does the band. Rows of an odd width begin
+// at even and odd places in turn: tiles of an even number of rows agree on that, and so every other row has a band of
+// its own that begins earlier. In other tiles a pair is put together from two words.
 //
 // A dilated kernel is one with zeros between its weights. A kernel of one row may be wider than a band matrix of 16 x 8
 // allows: then 8 x 8 more follow, as they do at stride 2. A kernel of one column needs 8 x 8 alone.
@@ -30,7 +31,7 @@ namespace {
 template <int kTileRows, int kBytesOfFilter>
 struct EightTiles {
   static constexpr int kRows = kTileRows, kColumns = 16, kTiles = 8, kLanes = 32, kLoaders = 32;
-  static constexpr bool kWhole = false, kSoon = true;
+  static constexpr bool kWhole = false;
   static constexpr int kFilterBytes = kBytesOfFilter;
 
   int first_filter = -1;  // of those that are prepared
@@ -104,6 +105,12 @@ struct EightTiles {
     }
   }
 
+  // Where the sources of a target plane begin in a chunk. Of bands plane 0 is the only one.
+  static __device__ int source_of(const Stream& a, uint32_t plane) {
+    a.by_fan_out.split(plane);
+    return plane * (a.fan_in * a.height * a.source.row_bytes);
+  }
+
   // Computes what is not finite again, tap by tap.
   template <typename T>
   __device__ void by_taps(const Stream& a, const Chunk& c, int to, int plane) const {
@@ -114,28 +121,43 @@ struct EightTiles {
   }
 };
 
+// The pixels of a pair that are inside the image, once more: in a register of its own. A multiplication takes its
+// registers side by side; where one would have to be at two places, ptxas copies all four for many of them.
+__device__ inline uint32_t masked_again(uint32_t pair, uint32_t mask) {
+  uint32_t value;
+  asm("and.b32 %0, %1, %2;" : "=r"(value) : "r"(pair), "r"(mask));
+  return value;
+}
+
 enum class Columns { kOne, kFew, kMany };  // of a kernel: one, or up to kMaxBandColumns, or up to kMaxWideColumns
 
 constexpr int bytes_of_filter(int rows, Columns columns) {
   return kBandHeadBytes + rows * (columns == Columns::kMany ? kWideRowBytes : kBandRowBytes);
 }
 
-// kKernelH: with what dilation puts between the rows. kSum: where fan_in is not 1.
-template <int kKernelH, int kStride, int kTileRows, bool kSum, Columns kColumnsOfKernel = Columns::kFew>
+// kKernelH: with what dilation puts between the rows. kSum: where fan_in is not 1. kInTurn: rows have an odd width, and
+// the tiles of a warp their even rows in common.
+template <int kKernelH, int kStride, int kTileRows, bool kSum, Columns kColumnsOfKernel = Columns::kFew,
+          bool kInTurn = false>
 struct Toeplitz : EightTiles<kTileRows, bytes_of_filter(kKernelH, kColumnsOfKernel)> {
   using Tiles = EightTiles<kTileRows, bytes_of_filter(kKernelH, kColumnsOfKernel)>;
   using Tiles::column, Tiles::height, Tiles::kFilterBytes, Tiles::kRows, Tiles::row;
   static constexpr bool kWide = kColumnsOfKernel == Columns::kMany, kNarrow = kColumnsOfKernel == Columns::kOne;
   static_assert((!kWide && !kNarrow) || kStride == 1);
+  static_assert(!kInTurn || (kStride == 1 && kRows % 2 == 0 && !kSum && !kWide && !kNarrow));
   // Of long rows only one block of tall tiles fits, which then has a warp for every part of them.
   static constexpr bool kTall = kRows == 14;
-  static constexpr int kMaxThreads = kTall ? 480 : kStride == 1 && !kSum ? 288 : 224, kBlocks = kTall ? 1 : 2;
+  static constexpr int kMaxThreads = kTall                                ? 480
+                                     : kSum || (kInTurn && kKernelH == 7) ? 224
+                                                                          : 288,
+                       kBlocks = kTall ? 1 : 2;
   static constexpr int kRowBytes = kWide ? kWideRowBytes : kBandRowBytes;
   static constexpr int kMaxColumns = kWide ? kMaxWideColumns : kNarrow ? 1 : kMaxBandColumns;
   static constexpr int kBand = kStride == 2 || kWide ? 3
                                : kNarrow             ? 1
                                                      : 2;  // pairs of weights of a band matrix that a thread has
   static constexpr int kWords = kBand + kStride;           // pairs of pixels, 8 columns apart, that it reads of a row
+  static constexpr int kLast = kNarrow ? 1 : 1 + kStride;  // of those that 16 columns of a band meet
 
   // Whether all rows begin at an even place, or all at an odd one; then windows begin `shift` columns earlier.
   struct Pairs {
@@ -144,7 +166,7 @@ struct Toeplitz : EightTiles<kTileRows, bytes_of_filter(kKernelH, kColumnsOfKern
   };
   static __device__ Pairs pairs_of(const Stream& a) {
     const int shift = (a.phase / 2 + a.padding_w) & 1;
-    const bool fit = a.width % 2 == 0 && (a.kernel_w - 1) * a.dilation_w + 1 + shift <= kMaxColumns;
+    const bool fit = !kInTurn && a.width % 2 == 0 && (a.kernel_w - 1) * a.dilation_w + 1 + shift <= kMaxColumns;
     return {fit, fit ? shift : 0};
   }
 
@@ -190,40 +212,45 @@ struct Toeplitz : EightTiles<kTileRows, bytes_of_filter(kKernelH, kColumnsOfKern
         });
   }
 
-  int weights;  // of the thread in the band matrices
-  int source_row, source_column;
-  bool fit;               // see Pairs
-  uint32_t inside;        // a bit for each row that is inside the image, or the chunk's part of it
-  uint32_t mask[kWords];  // of the pixels inside the image
+  // Of windows as they are, and of those that begin a column earlier, if rows do in turn:
+  static constexpr int kTurns = kInTurn ? 2 : 1;
+  int weights[kTurns];            // of the thread in the band matrices
+  uint32_t mask[kTurns][kWords];  // of the pixels inside the image
+  int first_pair;                 // where the thread's first pair lies, or would lie: from the chunk's first row on
+  bool fit;                       // see Pairs
+  uint32_t inside;                // a bit for each row that is inside the image, or the chunk's part of it
 
   __device__ void place(const Stream& a, const Chunk& c, int unit) {
     const int rows = Tiles::place(a, c, unit), lane = threadIdx.x % 32, pair = lane % 4 * 2;
     const auto [fit, shift] = pairs_of(a);
     this->fit = fit;
-    source_column = (column - pair) * kStride - a.padding_w - shift + pair;
+    const int source_column = (column - pair) * kStride - a.padding_w - shift + pair;
 #pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      const auto inside = [&](int x) { return static_cast<uint32_t>(x) < static_cast<uint32_t>(a.width); };
-      const int x = source_column + 8 * w;
-      mask[w] = (inside(x) ? 0xffffu : 0) | (inside(x + 1) ? 0xffff0000u : 0);
+    for (int n = 0; n < kTurns; ++n) {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        const auto inside = [&](int x) { return static_cast<uint32_t>(x) < static_cast<uint32_t>(a.width); };
+        const int x = source_column - n + 8 * w;
+        mask[n][w] = (inside(x) ? 0xffffu : 0) | (inside(x + 1) ? 0xffff0000u : 0);
+      }
+      const int entry = pair - lane / 4 * kStride - shift - n;  // of the thread's first pair in a row of weights
+      weights[n] =
+          a.filters_at + (kStride == 1 ? 2 * (kMiddle + entry) + (entry & 1) * kCopy : 2 * (kMiddle + shift + entry));
     }
     const int y = (c.row + row) * kStride - a.padding_h, top = c.group * a.fan_in * a.height - c.source_begin;
     const int begin = max(-y, 0), end = min(min(a.height, c.source_end - c.source_begin - top) - y, 32);
     inside = rows > 0 && end > begin ? ~0u >> (32 - end) & ~0u << begin : 0;
-    source_row = top + y;
-    const int entry = pair - lane / 4 * kStride - shift;  // of the thread's first pair in a row of weights
-    weights =
-        a.filters_at + (kStride == 1 ? 2 * (kMiddle + entry) + (entry & 1) * kCopy : 2 * (kMiddle + shift + entry));
+    first_pair = (top + y) * a.source.row_bytes + 2 * source_column;
   }
 
   template <typename T>
-  __device__ void compute(const Stream& a, const RowRing& ring, const Chunk& c, int out) {
+  __device__ void compute(const Stream& a, const Chunk& c, int out) {
     const bool even = a.out_width % 2 == 0 && c.target_row % 4 == 0;
-    const int source_slot = c.source_slot;
+    const int source_at = c.source_at;
     this->for_planes(
         a, c, out, [&](int unit) { place(a, c, unit); },
         [&](int plane, int filter, int to) {
-          const int slot = source_slot + source_row + group_of(a, plane) * a.fan_in * a.height;
+          const int source = source_at + first_pair + this->source_of(a, plane);
           uint32_t zero = 0;
           const int left = height(0), right = height(2), corner = to;
           const auto store = [&](auto pairs, int r, const float (&sum)[4]) {
@@ -241,20 +268,19 @@ struct Toeplitz : EightTiles<kTileRows, bytes_of_filter(kKernelH, kColumnsOfKern
             }
             to += a.target.row_bytes;
           };
-          if (fit && even)
-            add<T, true>(a, ring, slot, filter, store);
+          if (!kInTurn && fit && even)
+            add<T, true>(a, source, filter, store);
           else
-            add<T, false>(a, ring, slot, filter, store);
+            add<T, false>(a, source, filter, store);
           if (zero != 0) this->template by_taps<T>(a, c, corner, plane);  // NaN: an output is not finite
         });
   }
 
-  // Computes 8 tiles of which the first source row is, or would be, in the ring's `slot`, row by row.
+  // Computes 8 tiles, row by row. `source`: where the thread's first pair lies, or would lie.
   template <typename T, bool kPairs, typename Store>
-  __device__ void add(const Stream& a, const RowRing& ring, int slot, int filter, Store&& store) const {
+  __device__ void add(const Stream& a, int source, int filter, Store&& store) const {
     constexpr int kSourceRows = (kRows - 1) * kStride + kKernelH;
-    const uint32_t ring_bytes = a.ring_bytes;
-    const int origin = ring.at(0) + 2 * source_column;
+    const int odd = kInTurn ? source >> 1 & 1 : 0;  // whether the first row begins a column earlier, or the next one
     const float4 start = shared<float4>(a.filters_at + filter);
     const float before[4] = {start.x, start.y, start.z, start.w};
     float sum[kRows][4];
@@ -264,35 +290,42 @@ struct Toeplitz : EightTiles<kTileRows, bytes_of_filter(kKernelH, kColumnsOfKern
 #pragma unroll
         for (int v = 0; v < 4; ++v) sum[r][v] = before[v];
 
-    for (int q = 0; q < (kSum ? a.fan_in : 1); ++q, filter += kFilterBytes, slot += a.height) {
-      uint32_t band[kKernelH][kBand];
+    for (int q = 0; q < (kSum ? a.fan_in : 1); ++q, filter += kFilterBytes) {
+      uint32_t band[kTurns][kKernelH][kBand], inside_row[kTurns][kWords];
+      int next_row[kTurns];
 #pragma unroll
-      for (int i = 0; i < kKernelH; ++i)
+      for (int n = 0; n < kTurns; ++n) {  // of every other row
+        const bool earlier = kInTurn && odd != n;
+        const int from = (earlier ? weights[kTurns - 1] : weights[0]) + filter + kBandHeadBytes;
 #pragma unroll
-        for (int h = 0; h < kBand; ++h)
-          band[i][h] = shared<uint32_t>(weights + filter + kBandHeadBytes + i * kRowBytes + 16 * h);
-      uint32_t source = (inside ? ring.wrap(slot) : 0) * ring.row_bytes;
+        for (int i = 0; i < kKernelH; ++i)
+#pragma unroll
+          for (int h = 0; h < kBand; ++h) band[n][i][h] = shared<uint32_t>(from + i * kRowBytes + 16 * h);
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) inside_row[n][w] = earlier ? mask[kTurns - 1][w] : mask[0][w];
+        next_row[n] = source + (q * a.height + n) * a.source.row_bytes - 2 * earlier;
+      }
       uint32_t next[kWords];
       const auto load = [&](int r) {
-        const int from = (inside >> r & 1 ? static_cast<int>(source) : kZeros - origin) + origin;
+        const int from = inside >> r & 1 ? next_row[r % kTurns] : kZeros;
 #pragma unroll
         for (int w = 0; w < kWords; ++w) {
-          if (kPairs) {
+          if (kPairs || kInTurn) {
             next[w] = shared<uint32_t>(from + 16 * w);
           } else {
             const int at = (from & ~3) + 16 * w;  // zeros are that many too
             next[w] = __funnelshift_r(shared<uint32_t>(at), shared<uint32_t>(at + 4), (from & 2) * 8);
           }
         }
-        source += ring.row_bytes;
-        source = min(source, source - ring_bytes);
+        next_row[r % kTurns] += kTurns * a.source.row_bytes;
       };
       load(0);
 #pragma unroll
       for (int r = 0; r < kSourceRows; ++r) {
-        uint32_t x[kWords];
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) x[w] = next[w] & mask[w];
+        const auto word = [&](int w) { return next[w] & inside_row[r % kTurns][w]; };
+        const auto word_again = [&](int w) { return masked_again(next[w], inside_row[r % kTurns][w]); };
+        const uint32_t x[4] = {word(0), word(kStride), kStride == 1 ? word_again(1) : word(1), word(kLast)};
+        const uint32_t beyond[2] = {kBand == 3 ? word_again(2) : 0, word(kWords - 1)};
         if (r + 1 < kSourceRows) load(r + 1);
 #pragma unroll
         for (int i = kKernelH - 1; i >= 0; --i) {
@@ -300,10 +333,10 @@ struct Toeplitz : EightTiles<kTileRows, bytes_of_filter(kKernelH, kColumnsOfKern
           if (reach < 0 || reach % kStride != 0 || o >= kRows) continue;
           const float (&sum_before)[4] = kSum || i > 0 ? std::as_const(sum[o]) : before;
           if constexpr (kNarrow)
-            multiply(sum[o], sum_before, {x[0], x[1]}, band[i][0], T{});
+            multiply(sum[o], sum_before, {x[0], x[1]}, band[r % kTurns][i][0], T{});
           else
-            multiply(sum[o], sum_before, {x[0], x[kStride], x[1], x[1 + kStride]}, {band[i][0], band[i][1]}, T{});
-          if constexpr (kBand == 3) multiply(sum[o], {x[2], x[2 + kStride]}, band[i][2], T{});
+            multiply(sum[o], sum_before, x, {band[r % kTurns][i][0], band[r % kTurns][i][1]}, T{});
+          if constexpr (kBand == 3) multiply(sum[o], beyond, band[r % kTurns][i][2], T{});
         }
         const int done = r - kKernelH;  // the output row that the row before was the last for
         if (!kSum && done >= 0 && done % kStride == 0)
@@ -365,15 +398,16 @@ struct ToeplitzSpread : EightTiles<8, kSpreadRowBytes * kKernel> {
         });
   }
 
-  int weights;  // of the thread in the rows of weights
-  int source_row, source_column;
+  int weights;       // of the thread in the rows of weights
+  int first_pair;    // where the thread's first pair lies, or would lie: from the chunk's first row on
   uint32_t inside;   // a bit for each source row that is inside the image, or the chunk's part of it
   uint32_t mask[2];  // of the pixels inside the image
 
   __device__ void place(const Stream& a, const Chunk& c, int unit) {
     const int rows = Tiles::place(a, c, unit), lane = threadIdx.x % 32, pair = lane % 4 * 2;
     const auto [fit, odd, low, shift] = window_of(a);
-    source_column = (column - pair) / 2 + low - shift + pair;  // the tile's column is a multiple of 4, half of it even
+    // The tile's column is a multiple of 4, half of it even.
+    const int source_column = (column - pair) / 2 + low - shift + pair;
 #pragma unroll
     for (int w = 0; w < 2; ++w) {
       const auto inside = [&](int x) { return static_cast<uint32_t>(x) < static_cast<uint32_t>(a.width); };
@@ -385,41 +419,38 @@ struct ToeplitzSpread : EightTiles<8, kSpreadRowBytes * kKernel> {
     const int begin = max(-y, 0),
               end = min((a.bands > 1 ? min(a.height, c.source_end - c.source_begin - top) : a.height) - y, 32);
     inside = rows > 0 && end > begin ? ~0u >> (32 - end) & ~0u << begin : 0;
-    source_row = top + y;
+    first_pair = (top + y) * a.source.row_bytes + 2 * source_column;
     // The tap of the thread's first weight: that of the source column `low` less than half the target's is the last.
     const int tap = odd + 2 * ((kKernel - 1 - odd) / 2) + 2 * shift + lane / 4 - 2 * pair;
     weights = a.filters_at + 4 * (kMiddle + tap);
   }
 
   template <typename T>
-  __device__ void compute(const Stream& a, const RowRing& ring, const Chunk& c, int out) {
+  __device__ void compute(const Stream& a, const Chunk& c, int out) {
     const bool pairs = window_of(a).fit && a.out_width % 2 == 0 && c.target_row % 4 == 0;
-    const int source_slot = c.source_slot;
+    const int source_at = c.source_at;
     this->for_planes(
         a, c, out, [&](int unit) { place(a, c, unit); },
         [&](int plane, int filter, int to) {
-          const int slot = source_slot + source_row + group_of(a, plane) * a.fan_in * a.height;
-          const bool finite =
-              pairs ? add<T, true>(a, ring, slot, filter, to) : add<T, false>(a, ring, slot, filter, to);
+          const int source = source_at + first_pair + this->source_of(a, plane);
+          const bool finite = pairs ? add<T, true>(a, source, filter, to) : add<T, false>(a, source, filter, to);
           if (!finite) this->template by_taps<T>(a, c, to, plane);
         });
   }
 
-  // Computes 8 tiles of which the first source row is, or would be, in the ring's `slot`. Returns whether all outputs
-  // are finite.
+  // Computes 8 tiles. `source`: where the thread's first pair lies, or would lie. Returns whether all outputs are
+  // finite.
   template <typename T, bool kPairs>
-  __device__ bool add(const Stream& a, const RowRing& ring, int slot, int filter, int to) const {
+  __device__ bool add(const Stream& a, int source, int filter, int to) const {
     float sum[kRows][4] = {};
-    const uint32_t ring_bytes = a.ring_bytes;
-    const int origin = ring.at(0) + 2 * source_column;
-    for (int q = 0; q < a.fan_in; ++q, filter += kFilterBytes, slot += a.height) {
+    for (int q = 0; q < a.fan_in; ++q, filter += kFilterBytes) {
       uint32_t band[kKernel];
 #pragma unroll
       for (int i = 0; i < kKernel; ++i) band[i] = shared<uint32_t>(weights + filter + i * kSpreadRowBytes);
-      uint32_t source = (inside ? ring.wrap(slot) : 0) * ring.row_bytes;
+      const int first_row = source + q * a.height * a.source.row_bytes;
 #pragma unroll
       for (int r = 0; r < kSourceRows; ++r) {
-        const int from = (inside >> r & 1 ? static_cast<int>(source) : kZeros - origin) + origin;
+        const int from = inside >> r & 1 ? first_row + r * a.source.row_bytes : kZeros;
         uint32_t x[2];
 #pragma unroll
         for (int w = 0; w < 2; ++w) {
@@ -431,8 +462,6 @@ struct ToeplitzSpread : EightTiles<8, kSpreadRowBytes * kKernel> {
           }
           x[w] &= mask[w];
         }
-        source += ring.row_bytes;
-        source = min(source, source - ring_bytes);
 #pragma unroll
         for (int i = 0; i < kKernel; ++i) {
           const int o = 2 * (r + kLow) + i - kOdd;
@@ -467,17 +496,34 @@ void choose_rows(const Stream& a, Go&& go) {
   // What has fewer columns is served by CUDA cores where it has fewer rows, too.
   if constexpr (kStride == 1 && kKernelH >= 9 && kColumns == Columns::kFew)
     if (a.kernel_w == 1) return choose_rows<kKernelH, 1, Columns::kOne>(a, go);
-  if constexpr (kStride == 1 && (kKernelH == 5 || kKernelH == 7))
-    if (a.out_height >= 112 && a.source.row_bytes <= 4096) return go(Toeplitz<kKernelH, 1, 14, false>{});
+  // Rows of an odd width are read with fewer instructions by tiles of an even number of rows.
+  constexpr bool kSquare =
+      kStride == 1 && (kKernelH == 3 || kKernelH == 5 || kKernelH == 7) && kColumns == Columns::kFew;
+  const bool in_turn = kSquare && a.width % 2 == 1 && (a.kernel_w - 1) * a.dilation_w + 1 < kMaxBandColumns;
+  if constexpr (kSquare && kKernelH > 3)
+    if (a.out_height >= 112 && a.source.row_bytes <= 4096) {
+      if (in_turn) return go(Toeplitz<kKernelH, 1, 14, false, kColumns, true>{});
+      return go(Toeplitz<kKernelH, 1, 14, false>{});
+    }
   if constexpr (kStride == 1 && kKernelH == 11) {  // tall tiles, unless they waste more of a plane
     const bool fit = ceil_div(a.out_height, 14) * 2 == ceil_div(a.out_height, 7);
     if (a.out_height >= 28 && fit && a.source.row_bytes <= 4096) return go(Toeplitz<11, 1, 14, false, kColumns>{});
   }
   const auto cost = [&](int rows) {
     constexpr int kSetUp = 80 + 2 * kKernelH;  // instructions, about
+    const int row = a.width % 2 == 0 || (in_turn && rows == 8) ? 9 : 16;
     const int64_t tiles = ceil_div(a.out_height, rows) * ceil_div(a.out_width, 16);
-    return ceil_div(tiles, 8) * (12 * ((rows - 1) * kStride + kKernelH) + rows * (8 + kKernelH * kStride) + kSetUp);
+    return ceil_div(tiles, 8) * (row * ((rows - 1) * kStride + kKernelH) + rows * (8 + kKernelH * kStride) + kSetUp);
   };
+  // Not where two or three tiles beside each other would meet those below them in the same banks, nor for planes that
+  // are cut.
+  constexpr int kLeastWidth = 48, kLongRow = 512;  // columns, bytes
+  if constexpr (kSquare)
+    if ((in_turn || a.out_width > kLeastWidth) && a.source.row_bytes <= kLongRow &&
+        cost(8) < std::min(cost(2), cost(7))) {
+      if (in_turn) return go(Toeplitz<kKernelH, 1, 8, false, kColumns, true>{});
+      return go(Toeplitz<kKernelH, 1, 8, false>{});
+    }
   if (cost(2) < cost(7))
     go(Toeplitz<kKernelH, kStride, 2, false, kColumns>{});
   else
