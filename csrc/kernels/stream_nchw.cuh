@@ -83,12 +83,15 @@ struct __align__(16) Chunk {
   uint64_t target_row;           // address of the first row to be written
 };
 
-__device__ inline Chunk chunk_of(const Stream& a, uint32_t number) {
+// kBeside: whether there may be bands that follow each other across planes.
+template <bool kBeside>
+__device__ Chunk chunk_of(const Stream& a, uint32_t number) {
   Chunk c;
   const int sub = a.by_sub.split(number);
-  const int beside = a.by_beside.split(number);
+  const int beside = kBeside ? a.by_beside.split(number) : 0;
   const int band = a.by_bands.split(number);
-  c.group = a.by_chunks_per_image.split(number) * a.chunk_groups * a.by_beside.divisor + beside;
+  c.group = a.by_chunks_per_image.split(number) * a.chunk_groups;
+  if (kBeside) c.group = c.group * a.by_beside.divisor + beside;
   c.image = number;
   const int groups = min(a.chunk_groups, a.groups - c.group);
   c.target = c.group * a.fan_out + sub;
@@ -171,6 +174,7 @@ __device__ __noinline__ void tile_by_taps(const Stream& a, const Chunk& c, int t
 // from a counter. The results do not depend on who computes them. Memory likes to be read and written in one place at a
 // time: blocks side by side take runs side by side. Where every so many runs have the same filters, they have a counter
 // of their own, and a block keeps its filters.
+template <bool kClasses>
 class Schedule {
  public:
   __device__ explicit Schedule(const Stream& a) : a_(a), run_(blockIdx.x) {}
@@ -178,8 +182,12 @@ class Schedule {
   // Asks for the run after this one, if it is not known: some time before it is needed.
   __device__ void ask() {
     if (a_.counters == nullptr || !asks_) return;
-    const int own = static_cast<int>(blockIdx.x) % a_.classes;
-    run_ = atomicAdd(a_.counters + own, 1) * a_.classes + own;
+    if (kClasses) {
+      const int own = static_cast<int>(blockIdx.x) % a_.classes;
+      run_ = atomicAdd(a_.counters + own, 1) * a_.classes + own;
+    } else {
+      run_ = atomicAdd(a_.counters, 1);
+    }
     asks_ = false;
   }
 
@@ -214,7 +222,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks) stream_nchw(
   copier.init();
 
   // What the stages hold is decided by the thread that begins copies, and known to the others after a barrier.
-  Schedule schedule(a);
+  Schedule<false> schedule(a);
   const auto number_in = [](int stage) -> int& { return shared<int>(kNumbers + 4 * stage); };
   if (copier.rank() == 0)
     for (int d = 0; d < kDepth; ++d) number_in(d) = schedule.next();
@@ -224,7 +232,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks) stream_nchw(
   Cursor loaded, read;
   const auto load = [&](int number, int stage, auto&& ready) {
     if (number < a.chunks && copier.loads()) {
-      const Chunk c = chunk_of(a, number);
+      const Chunk c = chunk_of<false>(a, number);
       load_rows<T>(copier, ring, a.source, loaded, c.image, c.source_begin, c.source_end, Barriers::full(stage), ready);
     }
     copier.commit(stage);
@@ -241,7 +249,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks) stream_nchw(
   uint32_t parity = 0;
   bool first = true;
   for (int number; (number = number_in(stage)) < a.chunks; first = false) {
-    Chunk c = chunk_of(a, number);
+    Chunk c = chunk_of<false>(a, number);
     const int before = c.image * a.source.rows;
     read.place(ring, before + c.source_begin, before + c.source_end);
     c.source_slot = read.slot_of(ring, before + c.source_begin);
@@ -285,7 +293,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
   copier.init();
 
   // What the stages hold is decided by the thread that begins copies, and known to the others after a barrier.
-  Schedule schedule(a);
+  Schedule<true> schedule(a);
   const auto number_in = [](int stage) -> int& { return shared<int>(kNumbers + 4 * stage); };
   if (copier.rank() == 0)
     for (int d = 0; d < kDepth; ++d) number_in(d) = schedule.next();
@@ -308,7 +316,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
   if (!copier.is_worker()) {
     // Looks a chunk up, for all.
     const auto find = [&](int number, int stage) {
-      Chunk c = chunk_of(a, number);
+      Chunk c = chunk_of<true>(a, number);
       const int phase = static_cast<int>((a.phase + int64_t{c.source_begin} * a.source.row_bytes) % kUnit);
       c.source_at = kHead + stage * a.stage_bytes + phase;
       if (copier.rank() == 0) known(stage) = c;
