@@ -5,8 +5,8 @@
 // the input at a stride): multiplied from the left by the same row of pixels of 16 images, it gives a row of outputs of
 // as many, without any column of zeros beside the image. A block works through parts of the problem, the planes of some
 // channels of 16 images (image_runs.cuh): one is computed while the next one arrives. One warp has a channel, or two
-// that take its tiles of rows in turn; the matrices stay in registers, and outputs leave by way of shared memory. On
-// planes of 14 x 14 one more warp begins all copies.
+// that take its tiles of rows in turn; the matrices stay in registers, and outputs leave by way of shared memory. For
+// planes of 7 x 7 and 14 x 14 one more warp begins all copies.
 //
 // Planes of 7 x 7 and 14 x 14 that stay as large have code without a branch: what lies outside of them is known, and
 // what is beside a row, another one, meets zeros of B. Rows of 7 begin at even and odd places in turn: a pair of pixels
@@ -284,11 +284,6 @@ struct Fourteen {
   }
 };
 
-// Whether a warp of its own begins all copies.
-constexpr bool has_copier(bool known, int units) {
-  return known && units == 2;
-}
-
 // Blocks on a multiprocessor, as registers allow.
 constexpr int blocks_of(int units) {
   return units > 2 ? 2 : 3;
@@ -298,7 +293,7 @@ constexpr int blocks_of(int units) {
 // the source and the target, in units of 8. kPairs, kPairsOut: whether every row of the source, and of the target,
 // begins at a multiple of 4 bytes. kKnown: planes are of 7 x 7, in one unit, or of 14 x 14.
 template <typename T, int kKernelH, int kStride, int kIn, int kOut, bool kPairs, bool kPairsOut, bool kKnown>
-__global__ void __launch_bounds__(32 * (kMaxWarps + has_copier(kKnown, kIn)), blocks_of(kIn + kOut))
+__global__ void __launch_bounds__(32 * (kMaxWarps + kKnown), blocks_of(kIn + kOut))
     toeplitz_small_planes(const __grid_constant__ Small a) {
   using Tile = Rows<kKernelH, kStride>;
   constexpr bool kSpread = kStride < 0;
@@ -306,9 +301,12 @@ __global__ void __launch_bounds__(32 * (kMaxWarps + has_copier(kKnown, kIn)), bl
   const Copier copier(a.bulk, false);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row_of_a = lane / 4, pair = lane % 4 * 2;
   const int workers = a.block_channels * a.share;  // warps that compute
-  constexpr bool kApart = has_copier(kKnown, kIn);
+  constexpr bool kApart = kKnown;
   const bool apart = kApart && a.apart, copies = apart ? warp == workers : warp < a.copiers;
-  const int copied = apart ? lane : warp + lane * a.copiers;  // the image that a lane copies in bulk, if its warp does
+  // On planes of 7 columns one thread of that warp begins all copies; with longer ones its lanes are as fast or faster.
+  const bool by_one = kIn == 1 && apart;
+  // The image that a lane copies in bulk, if its warp does; or the first one.
+  const int copied = by_one ? 0 : apart ? lane : warp + lane * a.copiers;
   if (copier.bulk && threadIdx.x == 0)
 #pragma unroll
     for (int stage = 0; stage < Barriers::kStages; ++stage) {
@@ -350,18 +348,41 @@ __global__ void __launch_bounds__(32 * (kMaxWarps + has_copier(kKnown, kIn)), bl
                     (before + part.channels * source_plane + kUnit - 1) & -kUnit};
   };
   const auto begin_bulk_store = [&](const Part& part, int buffer) {
-    if (copied < part.images) {
-      const int64_t offset = target_offset(part);
-      const int place = a.target.memory + copied * a.target.pitch + (static_cast<int>(offset) & (kUnit - 1));
-      store_bulk(a.target.base + (part.image + copied) * a.target.image_bytes + offset,
-                 shared_address(buffer * target_bytes + place), part.channels * target_plane);
+    const int64_t offset = target_offset(part);
+    const int place = a.target.memory + copied * a.target.pitch + (static_cast<int>(offset) & (kUnit - 1));
+    char* to = a.target.base + (part.image + copied) * a.target.image_bytes + offset;
+    uint32_t from = shared_address(buffer * target_bytes + place);
+    const int bytes = part.channels * target_plane;
+    if (!by_one) {
+      if (copied < part.images) store_bulk(to, from, bytes);
+      return commit_stores();
     }
-    commit_stores();
+    if (is_elected()) {
+#pragma unroll 4
+      for (int n = 0; n < part.images; ++n, to += a.target.image_bytes, from += a.target.pitch)
+        store_bulk(to, from, bytes);
+      commit_stores();
+    }
+    __syncwarp();
   };
   const auto begin_bulk_load = [&](const UnitLoad& one, const Part& part, int stage) {
-    if (copied < part.images) one.begin(stage * a.stage_bytes, Barriers::full(stage));
+    const int barrier = Barriers::full(stage);
+    if (!by_one) {
+      if (copied < part.images) one.begin(stage * a.stage_bytes, barrier);
+      __syncwarp();
+      if (lane == 0) arrive(barrier);
+      return;
+    }
+    if (is_elected()) {
+      expect_bytes(barrier, part.images * one.bytes);
+      uint32_t to = shared_address(stage * a.stage_bytes + one.to);
+      const char* from = one.from;
+#pragma unroll 4
+      for (int n = 0; n < part.images; ++n, from += a.source.image_bytes, to += a.source.pitch)
+        copy_bulk(to, from, one.bytes, barrier);
+      arrive(barrier);
+    }
     __syncwarp();
-    if (lane == 0) arrive(Barriers::full(stage));
   };
   const auto load_in_bulk = [&](int number, int stage) {
     if (number >= last || !copies) return;
@@ -417,11 +438,16 @@ __global__ void __launch_bounds__(32 * (kMaxWarps + has_copier(kKnown, kIn)), bl
     begin_bulk_load(first_load, first_part, 0);
   if (!kWeightsFirst) fetch(first_part, true);
   if (!soon)
+#pragma unroll 1
     for (int stage = 1; stage < a.stages; ++stage) load(first + stage * step, stage);
 
   if (apart && copies) {
     int stage = 0;
     uint32_t parity = 0;
+    if (soon) {
+      wait(Barriers::full(0), 0);
+      load(first + step, 1);
+    }
     for (int number = first; number < last; number += step) {
       const Part part = part_of(number);
       wait(Barriers::done(stage), parity);
@@ -498,7 +524,8 @@ __global__ void __launch_bounds__(32 * (kMaxWarps + has_copier(kKnown, kIn)), bl
     }
     if (!apart) __syncthreads();
     if (kAhead) fetch_next(number);
-    if (soon && number == first)
+    if (soon && !apart && number == first)
+#pragma unroll 1
       for (int more = 1; more < a.stages; ++more) load_in_bulk(first + more * step, more);
 
     if (own < part.channels) {
@@ -630,7 +657,7 @@ template <typename T, int kKernelH, int kStride, int kIn, int kOut, bool kPairs,
 void launch_kernel(Small a, cudaStream_t stream) {
   const auto kernel = toeplitz_small_planes<T, kKernelH, kStride, kIn, kOut, kPairs, kPairsOut, kKnown>;
   const Device& device = current_device();
-  constexpr bool kApart = has_copier(kKnown, kIn);
+  constexpr bool kApart = kKnown;
   a.bulk = a.bulk && device.capability >= 90;
   a.batches = static_cast<int>(ceil_div(a.images, kImages));
   // Where sums take so many registers that few warps fit, two of them share a channel if it has work for both.
@@ -671,7 +698,7 @@ void launch_kernel(Small a, cudaStream_t stream) {
   for (int i = 0; i < a.kernel_h; ++i) a.rows |= 1u << (skipped + i * a.dilation_h);
   const int threads = 32 * (channels * a.share + a.apart);
   // To begin 16 copies takes a warp some time, but on wide planes it was slower to have all warps do it.
-  a.copiers = kStride == 1 && kIn > 1 ? 1 : threads / 32;
+  a.copiers = a.apart || (kStride == 1 && kIn > 1) ? 1 : threads / 32;
   const int64_t parts = int64_t{a.groups} * a.batches;
   static thread_local Decisions<6, int64_t> decisions;
   // Else so many blocks that all of them run at once and, on the smallest planes, have as many parts, if possible.
