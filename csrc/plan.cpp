@@ -307,23 +307,36 @@ bool can_march(const Problem& p) {
          p.padding_w <= (p.kernel_w - 1) * p.dilation_w && have_channels(p);
 }
 
+// Whether all pixels of input and output are whole units of 16 bytes.
+bool have_whole_pixels(const Problem& p) {
+  const int64_t elements = kUnit / size_of(p.dtype);
+  const auto whole = [&](const View& view, int64_t height, int64_t width) {
+    return (view.stride[3] % elements == 0 || width == 1) && (view.stride[2] % elements == 0 || height == 1) &&
+           (view.stride[0] % elements == 0 || p.batch == 1);
+  };
+  return p.channels % elements == 0 && whole(p.input, p.height, p.width) && whole(p.output, p.out_height, p.out_width);
+}
+
+// What kernels/toeplitz_strided_channels_last.cu is compiled for. 4 rows of 32 outputs are a block's at least.
+bool can_go_toeplitz_strided(const Problem& p) {
+  constexpr int64_t kMost = 1 << 30, kKernel = 7;
+  return p.kernel_h == kKernel && p.kernel_w == kKernel && p.stride_h == 2 && p.stride_w == 2 && p.dilation_h == 1 &&
+         p.dilation_w == 1 && p.padding_h < kKernel && p.padding_w < kKernel && p.multiplier == 2 &&
+         p.shared_memory >= kStridedBytes && have_channels(p) && have_whole_pixels(p) &&
+         p.batch <= kMost / p.filters() / (p.height / 4 + 2) / (p.width / 32 + 2);
+}
+
 bool claims_toeplitz_channels_last(const Problem& p) {
-  if (size_of(p.dtype) != 2 || p.capability < 80 || p.pass == Pass::kGradWeight || p.multiplier > 1) return false;
+  if (size_of(p.dtype) != 2 || p.capability < 80 || p.pass == Pass::kGradWeight) return false;
+  if (p.stride_h > 1) return can_go_toeplitz_strided(p);
+  if (p.multiplier > 1) return false;
   if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
   // CUDA cores are as fast for 3x3, and have single rows and columns.
   constexpr int64_t kMany = 1 << 20;
   if (p.taps() == 1 || std::max(p.kernel_h, p.kernel_w) > kMany) return false;
   if (is_small_kernel(p) && (p.taps() <= 9 || std::max(p.kernel_h, p.kernel_w) > kMaxBandColumns)) return false;
   if (p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
-  // Pixels of whole units of 16 bytes: of others CUDA cores make more.
-  const auto whole = [&](const View& view, int64_t height, int64_t width) {
-    constexpr int64_t kElements = kUnit / 2;
-    return (view.stride[3] % kElements == 0 || width == 1) && (view.stride[2] % kElements == 0 || height == 1) &&
-           (view.stride[0] % kElements == 0 || p.batch == 1);
-  };
-  if (p.channels % (kUnit / 2) != 0 || !whole(p.input, p.height, p.width) ||
-      !whole(p.output, p.out_height, p.out_width))
-    return false;
+  if (!have_whole_pixels(p)) return false;  // of others CUDA cores make more
   // Rows are what is marched down; columns do as well. Those of all images in spans of at least 8 columns are counted
   // in 32 bits.
   const auto serves = [](const Problem& p) {

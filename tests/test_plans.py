@@ -328,6 +328,11 @@ def test_toeplitz_channels_last_claims(name: str, dtype: torch.dtype) -> None:
         *((5, 40), (40, 5), (2, 57), (57, 3)),  # wide
     ):
         assert claimed(case._replace(kernel=kernel, padding=tuple(k - 1 for k in kernel))), kernel
+    at_two = case._replace(kernel=(7, 7), stride=(2, 2), padding=(3, 6), multiplier=2)
+    assert claimed(at_two)
+    others = {"multiplier": 1}, {"multiplier": 3}, {"stride": (2, 1)}, {"kernel": (5, 7)}, {"padding": (7, 3)}
+    for change in (*others, {"channels": 12}):
+        assert not claimed(at_two._replace(**change)), change
     for size, kernel in (((14, 16), (27, 27)), ((7, 7), (40, 20)), ((16, 14), (15, 63))):  # planes that are small
         assert claimed(case._replace(size=size, kernel=kernel, padding=tuple(k // 2 for k in kernel))), kernel
     for change in (
@@ -1472,6 +1477,28 @@ def test_toeplitz_channels_last_is_exact(kernel: tuple, dtype: torch.dtype) -> N
             assert expected <= forced, str(case)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_toeplitz_channels_last_is_exact_at_stride_two(dtype: torch.dtype) -> None:
+    """Two filters a channel: bands, spans and slabs of all sorts, at any address."""
+    order = (0, 2, 3, 1)
+    for number, size in enumerate([(7, 7), (8, 70), (9, 96), (56, 56), (33, 101), (113, 95), (70, 8), (20, 200)]):
+        for turn in range(4):
+            batch, channels = [1, 3, 40][turn % 3], [8, 40, 64, 136][(number + turn) % 4]
+            side = [3, 0, 6][(number + turn) % 3]
+            case = Case(batch, channels, size, (7, 7), (2, 2), (side, side), multiplier=2, bias=turn % 2 == 0)
+            input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
+            grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=torch.channels_last)
+            if turn:
+                input, grad_output = lay(input, order, offset=[1, 2, 4][turn - 1]), lay(grad_output, order, offset=turn)
+            exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+            forced = set()
+            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output, True):
+                assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, str(case), input.stride())
+                forced.add((name, plan))
+            assert {("output", BAND), ("grad_input", BAND)} <= forced, str(case)
+
+
 # Kernels that are tall, wide, or as large as images, and sizes for which they are served with a padding of half of
 # them.
 LARGE_BANDS = [
@@ -1839,8 +1866,10 @@ def test_marches_repeat_bit_for_bit(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [(14, 14), (56, 60)], ids=str)
 def test_toeplitz_channels_last_repeats_bit_for_bit(size: tuple, dtype: torch.dtype) -> None:
-    for kernel in ((5, 5), (7, 7), (9, 9), (13, 13), (5, 31), (31, 5), *(((27, 27),) if size[0] == 14 else ())):
-        case = Case(16, 200, size, kernel, padding=tuple(k // 2 for k in kernel))
+    kernels = ((5, 5), (7, 7), (9, 9), (13, 13), (5, 31), (31, 5), *(((27, 27),) if size[0] == 14 else ()))
+    cases = [Case(16, 200, size, kernel, padding=tuple(k // 2 for k in kernel)) for kernel in kernels]
+    cases += [Case(16, 72, size, (7, 7), stride=(2, 2), padding=(3, 3), multiplier=2)]
+    for case in cases:
         input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last)
         first = torch.ops.dwconv.forward.plan(input, weight, bias, *arguments_of(case), BAND)
         for _ in range(300):

@@ -1,5 +1,6 @@
 // Forward and grad_input in channels_last in 16 bits, on tensor cores: of small kernels, and of those that have few
-// rows or few columns. (On small images toeplitz_whole_channels_last.cu serves all kernels.)
+// rows or few columns. (On small images toeplitz_whole_channels_last.cu serves all kernels, and at stride 2
+// toeplitz_strided_channels_last.cu.)
 //
 // A row of the kernel is, for one channel, a band matrix B of 16 columns in and 8 columns out, B[k][n] = weight[k - n]:
 // one multiplication of it from the left by 16 rows of pixels gives 16 x 8 sums. The upper 8 rows are pixels of 8
@@ -75,22 +76,6 @@ class Drain {
   int row_ = -1;              // behind the run
   int left_ = 0, stage_ = 0;  // rows of the run, and where the next one is
 };
-
-// What load_matrices loads, the other way.
-__device__ inline void store_matrices(uint32_t address, const uint32_t (&a)[4]) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a[0]), "r"(a[1]),
-               "r"(a[2]), "r"(a[3])
-               : "memory");
-#else
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t row = __shfl_sync(~0u, address, i * 8 + lane / 4);
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(row + lane % 4 * 4), "r"(a[i]) : "memory");
-  }
-#endif
-}
 
 // A warp's part in parting the channels of source rows: of 8 columns by 8 channels, four times at once.
 template <class Shape>
@@ -361,6 +346,7 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
 }  // namespace
 
 void launch_toeplitz_channels_last(const Problem& problem, cudaStream_t stream) {
+  if (problem.stride_h > 1) return launch_toeplitz_strided_channels_last(problem, stream);
   const bool exchanged = band_shape_of(problem) == BandShape::kNone;
   const Problem p = exchanged ? exchange(problem) : problem;
   const BandShape shape = band_shape_of(p);

@@ -18,6 +18,9 @@ namespace dwconv {
 // Of images whose sums are all in registers: kernels/toeplitz_whole_channels_last.cu.
 void launch_toeplitz_whole_channels_last(const Problem& problem, cudaStream_t stream);
 
+// At stride 2: kernels/toeplitz_strided_channels_last.cu.
+void launch_toeplitz_strided_channels_last(const Problem& problem, cudaStream_t stream);
+
 namespace {
 
 constexpr int kTiles = 8;                   // of a warp
@@ -311,6 +314,22 @@ class Feed {
   int row_ = -1;             // behind the run
   int left_ = 0, slot_ = 0;  // source rows of the run, and the next one's place in the ring
 };
+
+// What load_matrices loads, the other way.
+__device__ inline void store_matrices(uint32_t address, const uint32_t (&a)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a[0]), "r"(a[1]),
+               "r"(a[2]), "r"(a[3])
+               : "memory");
+#else
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t row = __shfl_sync(~0u, address, i * 8 + lane / 4);
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(row + lane % 4 * 4), "r"(a[i]) : "memory");
+  }
+#endif
+}
 
 // The weights of a slab on their way to shared memory, or as many of them as threads have at once.
 template <typename T, class Shape>

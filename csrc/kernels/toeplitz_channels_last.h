@@ -19,6 +19,7 @@ constexpr int kMaxWholeRows = 14, kMaxWholeColumns = 16;  // of an image, whose 
 constexpr int kWholeBlocks = 3, kWholeLead = 8;           // the first one before, or the last one behind, is outside
 // What the smallest block takes of shared memory, or a little more.
 constexpr int64_t kWholeBytes = 136 << 10, kMoreBytes = 64 << 10;
+constexpr int64_t kStridedBytes = 112 << 10;  // what a block takes at stride 2, at most
 
 // The columns of the source that 8 columns of the target read, in blocks of 8, but for those outside of the image
 // whichever 8 columns these are. The first block begins `lead` columns before the 8.

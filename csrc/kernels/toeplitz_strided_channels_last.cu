@@ -1,0 +1,439 @@
+// Forward and grad_input of 7x7 at stride 2 with two filters a channel in channels_last in 16 bits, on tensor cores.
+//
+// Targets are counted in units: outputs, or, where grad_input spreads the gradient, squares of 2 x 2 of them, each of
+// which has some of the taps. A tile are 4 units of a row, and a step's 16 rows of pixels are 8 tiles of 2 rows of
+// units. Both filters of a channel are in one multiplication, of 16 x 16 by 16 x 8:
+// - forward, 16 columns of a channel by 4 units of either filter, B[k][2 u + f] = weight f[k - 2 u];
+// - grad_input, 8 columns of either filter by 4 units, of which each is two columns of the target,
+//   B[8 f + k][2 u + e] = weight f[2 (u + 3 - k) + e].
+//
+// A block owns a slab of source channels and the targets that belong to them, a span of 8 tiles, and a band of rows of
+// an image, which it goes down in steps of 4 rows of units. Chunks of source rows come by cp.async as they lie in
+// memory. Then their channels are parted: 8 columns by 8 channels are loaded as a matrix, transposed, and stored where
+// each channel has its own rows, in a ring of three chunks: two to multiply, one to write. There a matrix instruction
+// finds all of A, from all banks; for grad_input, whose tiles are 4 columns apart, every second one in a copy that
+// begins 4 columns later. Outputs go through shared memory, from where they are stored as they lie side by side.
+//
+// The zeros of B spoil an output if they meet Inf or NaN, which then is NaN. So outputs that are finite are right, and
+// the others are computed again, tap by tap.
+#include "toeplitz_channels_last.cuh"
+
+namespace dwconv {
+namespace {
+
+struct Side {  // an array (N, height, width, channels)
+  char* base;
+  int64_t image_bytes, row_bytes;
+  int pixel_bytes, bytes;  // from one pixel to the next; of a pixel, all channels
+  int height, width;
+  int unit;  // bytes that are copied at once: 16, 8, 4 or 2
+};
+
+struct Strided {
+  Side source, target;
+  const void* weight;
+  int64_t weight_filter, weight_row, weight_column;
+  const void* bias;
+  int64_t bias_stride;
+  int padding_h, padding_w;
+  int units_h;     // rows of units of an image
+  int band_steps;  // of a block, at most
+  Divider by_slabs, by_spans, by_bands;
+};
+
+constexpr int kKernel = 7;
+
+// What a kernel is compiled for. kSpread: grad_input.
+template <bool kSpread_>
+struct Way {
+  static constexpr bool kSpread = kSpread_;
+  static constexpr int kStepRows = 4, kSpan = 32;  // of units
+  static constexpr int kWarps = 8, kThreads = 32 * kWarps;
+  static constexpr int kSources = kSpread ? 32 : 16, kTargets = kSpread ? 16 : 32;  // of a slab
+
+  static constexpr int kStep = kSpread ? 1 : 2, kPair = kSpread ? 2 : 1;
+  // Of the source: rows of a chunk, columns of a span, and how it is there as it lies in memory.
+  static constexpr int kChunkRows = kStepRows * kStep, kColumns = kSpread ? 40 : 72;
+  static constexpr int kRowWarps = kWarps / kChunkRows;  // that have a row of the chunk
+  static constexpr int kOctets = kSources / 8, kChunkBytes = kChunkRows * kColumns * kSources * 2;
+  // Where channels are parted: copies, their columns, and what a row, a channel and a copy take. The numbers keep the
+  // rows of a matrix in different banks.
+  static constexpr int kCopies = kSpread ? 2 : 1, kGroups = kSpread ? 4 : 9;
+  static constexpr int kRows = 3 * kChunkRows, kRowBytes = kGroups * kUnit, kPlaneBytes = kRows * kRowBytes + kUnit;
+  static constexpr int kCopyBytes = kSources * kPlaneBytes + 64;
+  // The same of outputs.
+  static constexpr int kOutRows = kStepRows * kPair, kOutColumns = kSpan * kPair, kOutOctets = kTargets / 8;
+  static constexpr int kOutPixelBytes = 2 * kTargets + kUnit;
+
+  // Places in shared memory: chunks as they came, parted channels, and the outputs of a step.
+  static constexpr int kPlanes = 2 * kChunkBytes, kOut = kPlanes + kCopies * kCopyBytes;
+  static constexpr int kSharedBytes = kOut + kOutRows * kOutColumns / 8 * (8 * kOutPixelBytes + kUnit);
+
+  // Where 8 channels of a pixel are in a chunk: one after the other, but 8 pixels' in different banks.
+  static __device__ int place_of(int pixel, int octet) {
+    return (pixel * kOctets + (octet ^ pixel / (8 / kOctets) % kOctets)) * kUnit;
+  }
+  // Where a pixel of the outputs is.
+  static __device__ int out_of(int row, int column) {
+    const int pixel = row * kOutColumns + column;
+    return kOut + pixel * kOutPixelBytes + pixel / 8 * kUnit;
+  }
+};
+
+// Where a block works.
+struct Place {
+  int slab;              // its number
+  int image, row, rows;  // of units: the first row, and how many
+  int column;            // of units: the first one
+  int source_row, source_column;
+};
+
+template <class Way>
+__device__ Place place_of_block(const Strided& a) {
+  uint32_t rest = blockIdx.x;
+  Place b;
+  b.slab = a.by_slabs.split(rest);
+  b.column = a.by_spans.split(rest) * Way::kSpan;
+  b.row = a.by_bands.split(rest) * a.band_steps * Way::kStepRows;
+  b.image = rest;
+  b.rows = min(a.units_h - b.row, a.band_steps * Way::kStepRows);
+  b.source_row = Way::kSpread ? b.row + a.padding_h / 2 - 3 : 2 * b.row - a.padding_h;
+  b.source_column = Way::kSpread ? b.column + a.padding_w / 2 - 3 : 2 * b.column - a.padding_w;
+  return b;
+}
+
+// Copies 16 bytes to shared memory, or clears them.
+__device__ inline void copy_or_clear(int to, const char* from, bool copy) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(copy ? kUnit : 0)
+               : "memory");
+#endif
+}
+
+// The same in parts of `unit` bytes.
+__device__ inline void copy_parts_or_clear(int to, const char* from, bool copy, int unit) {
+  if (!copy) {
+    shared<uint4>(to) = {};
+    return;
+  }
+#pragma unroll 1
+  for (int i = 0; i < kUnit; i += unit) switch (unit) {
+      case 8: copy_unit<8>(shared_address(to + i), from + i); break;
+      case 4: copy_unit<4>(shared_address(to + i), from + i); break;
+      default: copy_unit<2>(shared_address(to + i), from + i);
+    }
+}
+
+// Begins to load a chunk of source rows, of which each has its warps. What is outside the image are zeros.
+template <class Way>
+__device__ void load_chunk(const Strided& a, const Place& b, int chunk) {
+  constexpr int kAtOnce = 32 * Way::kRowWarps / Way::kOctets, kTurns = (Way::kColumns - 1) / kAtOnce + 1;  // pixels
+  const int thread = threadIdx.x % (32 * Way::kRowWarps), octet = thread % Way::kOctets;
+  const int row = threadIdx.x / (32 * Way::kRowWarps), first = thread / Way::kOctets;
+  const int to = chunk % 2 * Way::kChunkBytes + Way::place_of(row * Way::kColumns + first, octet);
+  const int y = b.source_row + chunk * Way::kChunkRows + row, x = b.source_column + first;
+  const int at = (b.slab * Way::kSources + octet * 8) * 2;
+  const bool any = static_cast<uint32_t>(y) < static_cast<uint32_t>(a.source.height) && at < a.source.bytes;
+  const char* image = a.source.base + b.image * a.source.image_bytes;
+  const char* from = image + y * a.source.row_bytes + static_cast<int64_t>(x) * a.source.pixel_bytes + at;
+  const auto load = [&](int t, auto&& copy) {
+    const bool inside = any && static_cast<uint32_t>(x + t * kAtOnce) < static_cast<uint32_t>(a.source.width);
+    if (first + t * kAtOnce < Way::kColumns)
+      copy(to + t * kAtOnce * Way::kOctets * kUnit, inside ? from + t * kAtOnce * a.source.pixel_bytes : image, inside);
+  };
+  if (a.source.unit == kUnit) {
+#pragma unroll
+    for (int t = 0; t < kTurns; ++t)
+      load(t, [](int to, const char* from, bool copy) { copy_or_clear(to, from, copy); });
+  } else {
+#pragma unroll 1
+    for (int t = 0; t < kTurns; ++t)
+      load(t, [&](int to, const char* from, bool copy) { copy_parts_or_clear(to, from, copy, a.source.unit); });
+  }
+  commit_copies();
+}
+
+// Parts the channels of a chunk.
+template <class Way>
+__device__ void part_chunk(int chunk) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp / Way::kRowWarps;
+  const int copy = warp % Way::kRowWarps, octet = lane / 8 % Way::kOctets, first = lane / 8 / Way::kOctets;
+  const int from = chunk % 2 * Way::kChunkBytes + Way::place_of(row * Way::kColumns + 4 * copy + lane % 8, octet);
+  const int to = Way::kPlanes + copy * Way::kCopyBytes + (octet * 8 + lane % 8) * Way::kPlaneBytes +
+                 (chunk % 3 * Way::kChunkRows + row) * Way::kRowBytes;
+#pragma unroll
+  for (int g = 0; g < Way::kGroups; g += 4 / Way::kOctets) {
+    const int group = min(g + first, Way::kGroups - 1);  // the last one perhaps twice
+    uint32_t matrices[4];
+    load_matrices_transposed(matrices, shared_address(from + group * 8 * Way::kOctets * kUnit));
+    store_matrices(shared_address(to + group * kUnit), matrices);
+  }
+}
+
+// Stores the outputs of a step.
+template <class Way>
+__device__ void store_step(const Strided& a, const Place& b, int step) {
+  constexpr int kAtOnce = Way::kThreads / (Way::kOutColumns * Way::kOutOctets);  // rows
+  const int octet = threadIdx.x % Way::kOutOctets, column = threadIdx.x / Way::kOutOctets % Way::kOutColumns;
+  const int first_row = threadIdx.x / (Way::kOutColumns * Way::kOutOctets);
+  const int lead_h = Way::kSpread ? a.padding_h % 2 : 0, lead_w = Way::kSpread ? a.padding_w % 2 : 0;
+  const int end_row = min((b.row + b.rows) * Way::kPair - lead_h, a.target.height);
+  const int y = (b.row + step * Way::kStepRows) * Way::kPair - lead_h + first_row;
+  const int x = b.column * Way::kPair - lead_w + column, at = (b.slab * Way::kTargets + octet * 8) * 2;
+  if (x < 0 || x >= a.target.width || at >= a.target.bytes) return;
+  char* to = a.target.base + (b.image * a.target.image_bytes + y * a.target.row_bytes +
+                              static_cast<int64_t>(x) * a.target.pixel_bytes + at);
+#pragma unroll
+  for (int r = 0; r < Way::kOutRows; r += kAtOnce, to += kAtOnce * a.target.row_bytes) {
+    const uint4 value = shared<uint4>(Way::out_of(first_row + r, column) + octet * kUnit);
+    if (y + r < 0 || y + r >= end_row) continue;
+    if (a.target.unit == kUnit) {
+      *reinterpret_cast<uint4*>(to) = value;
+    } else {
+      const uint32_t words[4] = {value.x, value.y, value.z, value.w};
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        reinterpret_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(words[i / 2] >> i % 2 * 16);
+    }
+  }
+}
+
+// Computes the block's outputs that are not finite again.
+template <typename T, class Way>
+__device__ __noinline__ void outputs_by_taps(const Strided& a) {
+  const Place b = place_of_block<Way>(a);
+  const int lead_h = Way::kSpread ? a.padding_h % 2 : 0, lead_w = Way::kSpread ? a.padding_w % 2 : 0;
+  const int y_begin = max(b.row * Way::kPair - lead_h, 0);
+  const int y_end = min((b.row + b.rows) * Way::kPair - lead_h, a.target.height);
+  const int x_begin = max(b.column * Way::kPair - lead_w, 0);
+  const int x_end = min(b.column * Way::kPair - lead_w + Way::kOutColumns, a.target.width);
+  const T* image = reinterpret_cast<const T*>(a.source.base + b.image * a.source.image_bytes);
+  for (int y = y_begin; y < y_end; ++y)
+    for (int i = threadIdx.x; i < (x_end - x_begin) * Way::kTargets; i += Way::kThreads) {
+      const int x = x_begin + i / Way::kTargets, channel = b.slab * Way::kTargets + i % Way::kTargets;
+      if (channel * 2 >= a.target.bytes) continue;
+      T& output = reinterpret_cast<T*>(a.target.base + b.image * a.target.image_bytes + y * a.target.row_bytes +
+                                       static_cast<int64_t>(x) * a.target.pixel_bytes)[channel];
+      if (is_finite(widen(output))) continue;
+      float sum = a.bias ? widen(static_cast<const T*>(a.bias)[channel * a.bias_stride]) : 0.f;
+      for (int q = 0; q < (Way::kSpread ? 2 : 1); ++q) {
+        const int source = Way::kSpread ? channel * 2 + q : channel / 2;
+        const int filter = Way::kSpread ? source : channel;
+        const auto place_of = [](int target, int padding, int tap) {
+          if (!Way::kSpread) return target * 2 - padding + tap;
+          return (target + padding - tap) % 2 == 0 ? (target + padding - tap) / 2 : -1;
+        };
+        sum = sum_of_taps(
+            sum, image + source, a.source.row_bytes, a.source.pixel_bytes, a.source.height, a.source.width,
+            static_cast<const T*>(a.weight) + filter * a.weight_filter, a.weight_row, a.weight_column, kKernel, kKernel,
+            [&](int i) { return place_of(y, a.padding_h, i); }, [&](int j) { return place_of(x, a.padding_w, j); });
+      }
+      output = narrow<T>(sum);
+    }
+}
+
+// A warp's two source channels, or two target channels: the band matrices, the sums of a step, and where it reads.
+template <typename T, class Way>
+class Step {
+ public:
+  __device__ Step(const Strided& a, const Place& b) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile = lane % 8;
+    load_bands(a, b, warp);
+    row_ = lane / 8 % 2 * Way::kStep;
+    from_ = Way::kSpread ? Way::kPlanes + tile % 2 * Way::kCopyBytes + (4 * warp + lane / 16) * Way::kPlaneBytes +
+                               tile / 2 * kUnit
+                         : Way::kPlanes + 2 * warp * Way::kPlaneBytes + (tile + lane / 16) * kUnit;
+    // The two targets of a thread's sums: of a pair of neighbouring channels, or both filters of a channel.
+#pragma unroll
+    for (int q = 0; q < kBiases; ++q) {
+      const int target = b.slab * Way::kTargets + warp * 4 + q;
+      if (a.bias && target * 2 < a.target.bytes)
+        bias_[q] = widen(static_cast<const T*>(a.bias)[target * a.bias_stride]);
+    }
+  }
+
+  __device__ void run(int step) {
+    // Of either channel, rows of either parity, either pair of rows of units.
+    float sum[2][kParities][2][4];
+#pragma unroll
+    for (int c = 0; c < 2; ++c)
+#pragma unroll
+      for (int v = 0; v < 8 * kParities; ++v)
+        sum[c][v / 8][v / 4 % 2][v % 4] = Way::kSpread ? 0.f : bias_[(2 * c + v % 2) % kBiases];
+    const int first = step % 3 * Way::kChunkRows + row_;
+    constexpr int kReach = Way::kSpread ? 4 : kKernel, kNext = 2 * Way::kStep;  // rows; to the next pair of rows
+#pragma unroll
+    for (int o = 0; o < kReach + kNext; ++o) {
+      const int row = first + o;
+      const int from = from_ + (row < Way::kRows ? row : row - Way::kRows) * Way::kRowBytes;
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        uint32_t x[4];
+        load_matrices(x, shared_address(from + c * (Way::kSpread ? 2 : 1) * Way::kPlaneBytes));
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair)
+          if (const int reach = o - pair * kNext; reach >= 0 && reach < kReach)
+#pragma unroll
+            for (int e = 0; e < kParities; ++e)
+              if (const int i = Way::kSpread ? 2 * (3 - reach) + e : reach; i < kKernel) {
+                float (&into)[4] = sum[c][e][pair];
+                multiply(into, std::as_const(into), x, bands_[c][i], T{});
+              }
+      }
+    }
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile = lane / 4, place = lane % 4;
+    const auto pair_of = [&](float low, float high) {
+      const Pair<T> pair = narrow_pair(low, high, T{});
+      add_zeros(zeros_, pair);
+      return reinterpret_cast<const uint32_t&>(pair);
+    };
+#pragma unroll
+    for (int e = 0; e < kParities; ++e)
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int row = (2 * pair + h) * Way::kPair + e;
+          const float *low = sum[0][e][pair] + 2 * h, *high = sum[1][e][pair] + 2 * h;
+          if constexpr (Way::kSpread)
+#pragma unroll
+            for (int v = 0; v < 2; ++v)
+              shared<uint32_t>(Way::out_of(row, tile * 8 + place * 2 + v) + warp * 4) = pair_of(low[v], high[v]);
+          else
+            shared<uint2>(Way::out_of(row, tile * 4 + place) + warp * 8) = {pair_of(low[0], low[1]),
+                                                                            pair_of(high[0], high[1])};
+        }
+  }
+
+  // Whether all outputs were finite.
+  __device__ bool is_finite() const { return (zeros_ & 0x7fff7fff) == 0; }
+
+ private:
+  static constexpr int kParities = Way::kSpread ? 2 : 1, kBiases = Way::kSpread ? 0 : 4;
+
+  uint32_t bands_[2][kKernel][2];
+  float bias_[kBiases > 0 ? kBiases : 1] = {};
+  uint32_t zeros_ = 0;
+  int row_, from_;
+
+  __device__ void load_bands(const Strided& a, const Place& b, int warp) {
+    const int n = threadIdx.x % 32 / 4, k = threadIdx.x % 4 * 2;
+    const int filters = (Way::kSpread ? a.source.bytes : a.target.bytes) / 2;
+#pragma unroll
+    for (int c = 0; c < 2; ++c)
+#pragma unroll
+      for (int w = 0; w < 2; ++w) {
+        const int filter = (b.slab * 16 + warp * 2 + c) * 2 + (Way::kSpread ? w : n % 2);
+        const uint16_t* at[2];
+        bool is_tap[2];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int j = Way::kSpread ? 2 * (n / 2 + 3 - k - h) + n % 2 : 8 * w + k + h - n / 2 * 2;
+          is_tap[h] = filter < filters && j >= 0 && j < kKernel;
+          at[h] = static_cast<const uint16_t*>(a.weight) + (filter * a.weight_filter + j * a.weight_column);
+        }
+#pragma unroll
+        for (int i = 0; i < kKernel; ++i) {
+          uint32_t word = 0;
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            if (is_tap[h]) word |= static_cast<uint32_t>(*at[h]) << 16 * h;
+            at[h] += a.weight_row;
+          }
+          bands_[c][i][w] = word;
+        }
+      }
+  }
+};
+
+template <typename T, class Way>
+__global__ void __launch_bounds__(Way::kThreads, 2) toeplitz_strided_channels_last(const __grid_constant__ Strided a) {
+  const Place b = place_of_block<Way>(a);
+  const int steps = (b.rows + Way::kStepRows - 1) / Way::kStepRows;  // chunks: one more
+  settle_and_wait_for_kernel_before(a.band_steps);
+  let_next_kernel_start();
+  // A step takes two chunks. They are parted a step before, and asked for two steps before that.
+  const auto load = [&](int chunk) { chunk <= steps ? load_chunk<Way>(a, b, chunk) : commit_copies(); };
+  const auto wait = [&] {
+    wait_copies<1>();
+    __syncthreads();
+  };
+  load(0);
+  load(1);
+  Step<T, Way> work(a, b);
+  for (int chunk = 0; chunk < 2; ++chunk) {
+    wait();
+    part_chunk<Way>(chunk);
+    __syncthreads();
+    load(chunk + 2);
+  }
+  for (int step = 0; step < steps; ++step) {
+    wait();
+    work.run(step);
+    if (step + 2 <= steps) part_chunk<Way>(step + 2);
+    __syncthreads();
+    load(step + 4);
+    store_step<Way>(a, b, step);
+  }
+  if (__syncthreads_and(work.is_finite())) return;
+  outputs_by_taps<T, Way>(a);
+}
+
+Side side_of(const View& view, int64_t batch, int64_t channels, int64_t height, int64_t width) {
+  Side s{};
+  s.base = static_cast<char*>(view.data);
+  s.image_bytes = view.stride[0] * 2, s.row_bytes = view.stride[2] * 2;
+  s.pixel_bytes = static_cast<int>((width == 1 ? channels : view.stride[3]) * 2);
+  s.bytes = static_cast<int>(channels * 2);
+  s.height = static_cast<int>(height), s.width = static_cast<int>(width);
+  s.unit = alignment_of(view, 2, channels, height, width, batch);
+  return s;
+}
+
+template <typename T, class Way>
+void launch_way(const Problem& p, cudaStream_t stream) {
+  static_assert(Way::kSharedBytes <= kStridedBytes);
+  const Mapping map(p);
+  Strided a{};
+  a.source = side_of(map.source, p.batch, map.sources, map.height, map.width);
+  a.target = side_of(map.target, p.batch, map.targets, map.out_height, map.out_width);
+  a.weight = map.weight.data, a.weight_filter = map.weight.stride[0];
+  a.weight_row = map.weight.stride[2], a.weight_column = map.weight.stride[3];
+  a.bias = map.bias, a.bias_stride = map.bias_stride;
+  a.padding_h = map.padding_h, a.padding_w = map.padding_w;
+  const auto units = [](int size, int padding) {
+    return Way::kSpread ? (size - 1 + padding) / 2 - padding / 2 + 1 : size;
+  };
+  a.units_h = units(map.out_height, a.padding_h);
+  const int64_t slabs = ceil_div(map.sources, Way::kSources);
+  const int64_t spans = ceil_div(units(map.out_width, a.padding_w), Way::kSpan);
+  // As many bands as blocks run at once, if these have at least a few steps each.
+  const Device& device = current_device();
+  const int64_t steps = ceil_div(a.units_h, Way::kStepRows), parts = slabs * spans * p.batch;
+  const int64_t most = std::max<int64_t>(2 * device.multiprocessors / parts, 1);
+  a.band_steps = static_cast<int>(std::max<int64_t>(ceil_div(steps, most), std::min<int64_t>(steps, 2)));
+  const int64_t bands = ceil_div(steps, a.band_steps);
+  a.by_slabs = Divider(slabs), a.by_spans = Divider(spans), a.by_bands = Divider(bands);
+  const auto kernel = toeplitz_strided_channels_last<T, Way>;
+  static thread_local int prepared = -1;
+  if (prepared != device.id) {
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Way::kSharedBytes);
+    prepared = device.id;
+  }
+  launch_early<Strided>(kernel, a, parts * bands, Way::kThreads, stream, {.shared_bytes = Way::kSharedBytes});
+  check_launch("toeplitz_channels_last");
+}
+
+}  // namespace
+
+void launch_toeplitz_strided_channels_last(const Problem& p, cudaStream_t stream) {
+  visit_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (sizeof(T) == 2) {
+      p.pass == Pass::kGradInput ? launch_way<T, Way<true>>(p, stream) : launch_way<T, Way<false>>(p, stream);
+    }
+  });
+}
+
+}  // namespace dwconv
