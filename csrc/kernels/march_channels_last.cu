@@ -21,6 +21,7 @@ namespace {
 struct March {
   Pixels source;
   int height, width;  // of the source
+  int rows;           // of the source, of both halves of an image, see Tile::kHalves
   char* target;
   int64_t target_image_bytes, target_row_bytes;
   int target_pixel_bytes;
@@ -65,10 +66,31 @@ constexpr int kRing = 128;                  // offset of the ring, behind the ba
 constexpr int kTapsBarrier = 64;            // offset of the one for weights
 static_assert(kTapsBarrier >= 16 * Barriers::kStages);
 
+// Of an image, or half of one, see Tile::kHalves: where it lies in either array, and what of it.
+struct Image {
+  int64_t source, target;  // bytes
+  int lead_h, height, target_height;
+};
+
+template <class Tile>
+__device__ Image image_of(const March& a, int number) {
+  if constexpr (!Tile::kHalves) {
+    return {number * a.source.image_bytes, number * a.target_image_bytes, a.lead_h, a.height, a.target_height};
+  } else {
+    const int half = number % 2, image = number / 2, source_half = (half + a.padding_h) % 2;
+    return {image * a.source.image_bytes + source_half * (a.source.row_bytes / 2),
+            image * a.target_image_bytes + half * (a.target_row_bytes / 2), (a.padding_h - half + source_half) / 2,
+            (a.rows - source_half + 1) / 2, (a.target_height - half + 1) / 2};
+  }
+}
+
 // Rows of units [begin, end) of all images, as far as they are of one image.
 template <class Tile>
 __device__ Run run_of(const March& a, int begin, int end) {
-  return run_of<Tile::kStep, Tile::kExtentH>(a.by_units, a.lead_h, a.height, begin, end);
+  uint32_t number = begin;
+  if (Tile::kHalves) a.by_units.split(number);
+  const Image image = image_of<Tile>(a, number);
+  return run_of<Tile::kStep, Tile::kExtentH>(a.by_units, image.lead_h, image.height, begin, end);
 }
 
 // Source rows of a block on their way to the ring.
@@ -84,7 +106,7 @@ class Feed {
       const Run r = run_of<Tile>(a, begin_, end_);
       begin_ += r.end - r.begin;
       left_ = r.row_end - r.row;
-      loader_.seek(a.source, r.image, r.row);
+      loader_.seek(a.source, image_of<Tile>(a, r.image).source, r.row);
     }
     return left_ > 0;
   }
@@ -117,7 +139,9 @@ __device__ __noinline__ void strip_by_taps(const March& a, int begin, int end, i
   a.by_fan_out.split(channel);
   for (; begin < end; ++begin) {
     uint32_t image = begin;
-    const int y_begin = static_cast<int>(a.by_units.split(image)) * Tile::kPair - a.skew_h;
+    int y_begin = static_cast<int>(a.by_units.split(image)) * Tile::kPair - a.skew_h;
+    if (Tile::kHalves) y_begin = 2 * y_begin + image % 2, image /= 2;
+    constexpr int kRows = Tile::kHalves ? 2 : 1;  // from one that an array's `row_bytes` lead to to the next
     for (int y = max(y_begin, 0); y < min(y_begin + Tile::kPair, a.target_height); ++y)
       for (int x = max(column * Tile::kPair - a.skew_w, 0); x < x_end; ++x) {
         float sum = a.bias ? widen(static_cast<const T*>(a.bias)[filter * a.bias_stride]) : 0.f;
@@ -133,10 +157,11 @@ __device__ __noinline__ void strip_by_taps(const March& a, int begin, int end, i
         };
         const char* from = a.source.base + image * a.source.image_bytes;
         for (int q = 0; q < a.fan_in; ++q)
-          sum = sum_of_taps(sum, reinterpret_cast<const T*>(from) + channel * a.fan_in + q, a.source.row_bytes,
-                            a.source.pixel_bytes, a.height, a.width, weight + q * a.weight_filter, a.weight_row,
-                            a.weight_column, Tile::kKernelH, Tile::kKernelW, row_of, column_of);
-        char* to = a.target + image * a.target_image_bytes + y * a.target_row_bytes +
+          sum = sum_of_taps(sum, reinterpret_cast<const T*>(from) + channel * a.fan_in + q, a.source.row_bytes / kRows,
+                            a.source.pixel_bytes, Tile::kHalves ? a.rows : a.height, a.width,
+                            weight + q * a.weight_filter, a.weight_row, a.weight_column, Tile::kKernelH, Tile::kKernelW,
+                            row_of, column_of);
+        char* to = a.target + image * a.target_image_bytes + y * (a.target_row_bytes / kRows) +
                    static_cast<int64_t>(x) * a.target_pixel_bytes;
         reinterpret_cast<T*>(to)[filter] = narrow<T>(sum);
       }
@@ -146,22 +171,25 @@ __device__ __noinline__ void strip_by_taps(const March& a, int begin, int end, i
 // What a kernel is compiled for. kSpread: grad_input at stride 2. kFan: source channels that a filter sums over, if
 // kChannels, those that a thread owns side by side, is 1. kTwins: the two that a thread owns are filters of one
 // channel.
-template <class Kernel, bool kSpread_, int kChannels_, int kFan_, bool kTwins_ = false>
+template <class Kernel, bool kSpread_, int kChannels_, int kFan_, bool kTwins_ = false, bool kHalves_ = false>
 struct Tile {
   static constexpr int kKernelH = Kernel::kKernelH, kKernelW = Kernel::kKernelW;
   static constexpr int kStride = Kernel::kStride, kDilation = Kernel::kDilation;
   static constexpr bool kSpread = kSpread_;
   static constexpr int kChannels = kChannels_, kFan = kFan_;
   static constexpr bool kTwins = kTwins_;
+  // Whether even and odd rows are images of their own, since no row meets one of the other sort: at dilation 2.
+  static constexpr bool kHalves = kHalves_;
+  static constexpr int kRowDilation = kHalves ? 1 : kDilation;
 
   static constexpr int kPair = kSpread ? 2 : 1;                     // outputs of a unit, along a side
   static constexpr int kStep = kSpread ? 1 : kStride;               // source rows from unit to unit
   static constexpr int kStrip = kSpread || kChannels == 3 ? 4 : 7;  // units of a thread
   static constexpr int kLive = (kKernelH - 1) / kStride + 1;        // rows of units under way
-  static constexpr int kExtentH = kSpread ? kLive : (kKernelH - 1) * kDilation + 1;
+  static constexpr int kExtentH = kSpread ? kLive : (kKernelH - 1) * kRowDilation + 1;
   static constexpr int kExtentW = kSpread ? (kKernelW - 1) / 2 + 1 : (kKernelW - 1) * kDilation + 1;
   static constexpr int kColumns = (kStrip - 1) * kStep + kExtentW;  // of the source, for a strip
-  static constexpr int kRowsPerStep = kStep * kDilation;
+  static constexpr int kRowsPerStep = kStep * kRowDilation;
 
   static constexpr bool kBulk = kChannels >= 2 || kFan == 2 || kKernelH > 3;  // whether it is compiled for bulk copies
   // Whether rows of pixels that fit no units of 16 bytes may come so, too.
@@ -173,7 +201,7 @@ struct Tile {
   // Whether sums that are never stored are left out: where a row has many taps, and they are not the few of a band.
   static constexpr bool kSkips = !kSpread && kStride == 1 && kKernelH >= 5 && kKernelW >= 5;
   // As many threads as registers allow.
-  static constexpr int kRegisters = kDilation * (kSpread ? kKernelH : kLive) * kPair * kStrip * kChannels +
+  static constexpr int kRegisters = kRowDilation * (kSpread ? kKernelH : kLive) * kPair * kStrip * kChannels +
                                     kKernelH * kKernelW * kChannels * kFan + kColumns * kChannels + 16 + 16 * kFan;
   static constexpr int kThreads = std::min(65536 / kRegisters, 1024) / 128 * 128;
   static constexpr int kBlocks = kThreads > 512 ? 2 : 1;
@@ -372,6 +400,7 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
 #endif
   constexpr int kChannels = Tile::kChannels, kFan = Tile::kFan, kStrip = Tile::kStrip, kLive = Tile::kLive;
   constexpr int kPair = Tile::kPair, kStep = Tile::kStep, kDilation = Tile::kDilation;
+  constexpr int kRowDilation = Tile::kRowDilation;
   constexpr bool kStages = !kBulk || kChannels == 3;  // whether outputs of a warp may go by way of shared memory
   constexpr int kSize = sizeof(T), kWidth = kStrip * kPair, kTaps = Tile::kKernelH * Tile::kKernelW;
 
@@ -502,7 +531,7 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
 
   // Sums of the rows of units under way, the oldest first. Rows of either parity have sums of their own where there is
   // dilation, and so have both rows of a pair.
-  constexpr int kSets = Tile::kSpread ? 2 : kDilation;
+  constexpr int kSets = Tile::kSpread ? 2 : kRowDilation;
   float sum[kSets][kLive][kWidth][kChannels] = {};
   const auto begins = [&](int c) { return Tile::kSpread ? 0.f : bias[c]; };
   const auto clear = [&](int set) {
@@ -565,14 +594,16 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
   for (int at = begin; at < end;) {
     const Run t = run_of<Tile>(a, at, end);
     const int count = t.end - t.begin;
-    char* to = a.target + (t.image * a.target_image_bytes + (t.begin * kPair - a.skew_h) * a.target_row_bytes +
+    const Image image = image_of<Tile>(a, t.image);
+    char* to = a.target + (image.target + (t.begin * kPair - a.skew_h) * a.target_row_bytes +
                            static_cast<int64_t>(target_x - stage.before) * a.target_pixel_bytes +
                            (kStages && a.warp_strips ? 0 : filter * kSize));
 
     const auto store = [&](int y, const float (&values)[kWidth][kChannels]) {
       char* pixel = to;
       to += a.target_row_bytes;
-      if (Tile::kSpread && static_cast<uint32_t>(y) >= static_cast<uint32_t>(a.target_height)) return;
+      if ((Tile::kSpread || Tile::kHalves) && static_cast<uint32_t>(y) >= static_cast<uint32_t>(image.target_height))
+        return;
       if (kBulk && Tile::kLeaves && rows_leave) {
         // Two buffers: the first warp sees to it that the other one is free before anybody may go on to it.
         if (live)
@@ -605,19 +636,19 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
     };
 
     // Rows above the image leave the sums as they begin, and there are outputs to store when all are under way.
-    const int first_row = t.begin * kStep - a.lead_h;
+    const int first_row = t.begin * kStep - image.lead_h;
     const int above = min((t.row - first_row) / Tile::kRowsPerStep, kLive - 1);
     if (above > 0)
 #pragma unroll
       for (int set = 0; set < kSets; ++set) clear(set);
     uint32_t lies = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(a.source.base)) +
-                    t.image * static_cast<uint32_t>(a.source.image_bytes) +
-                    t.row * static_cast<uint32_t>(a.source.row_bytes) + source_column * a.source.pixel_bytes;
+                    static_cast<uint32_t>(image.source) + t.row * static_cast<uint32_t>(a.source.row_bytes) +
+                    source_column * a.source.pixel_bytes;
     // The next row, counted from the first one inside the image: a number that changes is not worked out again for
     // every row.
     int next = first_row + above * Tile::kRowsPerStep - t.row;
     const uint32_t inside = max(t.row_end - t.row, 0), outputs = count;
-    for (int done = (above - (kLive - 1)) * kDilation; done < count; done += kDilation) {
+    for (int done = (above - (kLive - 1)) * kRowDilation; done < count; done += kRowDilation) {
 #pragma unroll
       for (int u = 0; u < Tile::kRowsPerStep; ++u) {
         const int set = kStep == 1 ? u : 0;  // not spread
@@ -645,7 +676,7 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
           // The row of units whose sums are the oldest, and whether those of others are ever stored.
           const int oldest = done + (kStep == 1 ? u : 0);
           const auto wanted = [&](int o) {
-            return static_cast<uint32_t>(oldest + o * kDilation) < static_cast<uint32_t>(count);
+            return static_cast<uint32_t>(oldest + o * kRowDilation) < static_cast<uint32_t>(count);
           };
           const bool all_wanted = !Tile::kSkips || (wanted(0) && wanted(kLive - 1));
           const auto read = [&](int q, float (&x)[Tile::kColumns][kChannels]) {
@@ -747,7 +778,7 @@ struct Cut {
 // What there is to know of a class of tiles.
 struct TileSize {
   int kernel_h, kernel_w, channels, fan, pair, step, strip, live, extent_h, extent_w;
-  bool leaves, skips, bulk_joined;
+  bool leaves, skips, bulk_joined, halves;
   int loading;                    // threads for that alone where rows come by bulk copies
   int threads_per_block[2];       // at most, where rows come without bulk copies and with them
   int registers[2] = {128, 128};  // of a thread
@@ -871,8 +902,8 @@ double time_of(const March& a, const TileSize& tile, int64_t element, int64_t re
 
   const double pixel = a.source.bytes, outer = (a.by_spans.divisor - 1.) * std::max(tile.extent_w - tile.step, 0);
   const double in = pixel * a.width * work.source_rows * a.workers;
-  const double out =
-      static_cast<double>(a.all_units / a.units) * a.target_height * a.target_width * a.filters * element;
+  const double out = static_cast<double>(a.all_units / a.units) * a.target_height * a.target_width * a.filters *
+                     element / (tile.halves ? 2 : 1);
   const double again = pixel * a.width * work.again * a.workers;
   const double beside = pixel * outer * (work.source_rows + work.again) * a.workers;
   double bytes = in + out + 0.012 * again + (tile.skips ? 0.3 : 0.88) * beside;
@@ -936,10 +967,16 @@ Cut cut_for(const March& whole, const TileSize& tile, int64_t element, const Dev
 
 template <typename T, class Tile>
 void launch(March a, cudaStream_t stream) {
-  constexpr TileSize kTile{
-      Tile::kKernelH, Tile::kKernelW, Tile::kChannels,   Tile::kFan,     Tile::kPair,
-      Tile::kStep,    Tile::kStrip,   Tile::kLive,       Tile::kExtentH, Tile::kExtentW,
-      Tile::kLeaves,  Tile::kSkips,   Tile::kBulkJoined, Tile::kLoading, {Tile::kMaxThreads, Tile::kBulkThreads}};
+  if (Tile::kHalves) {
+    a.rows = a.height, a.height = (a.height + 1) / 2;
+    a.source.row_bytes *= 2, a.target_row_bytes *= 2;
+    const int images = a.all_units / a.units;
+    a.units = (a.units + 1) / 2, a.all_units = 2 * images * a.units;
+  }
+  constexpr TileSize kTile{Tile::kKernelH,    Tile::kKernelW, Tile::kChannels, Tile::kFan,
+                           Tile::kPair,       Tile::kStep,    Tile::kStrip,    Tile::kLive,
+                           Tile::kExtentH,    Tile::kExtentW, Tile::kLeaves,   Tile::kSkips,
+                           Tile::kBulkJoined, Tile::kHalves,  Tile::kLoading,  {Tile::kMaxThreads, Tile::kBulkThreads}};
   const Device& device = current_device();
   const auto kernel_for = [](bool bulk) {
     return bulk ? march_channels_last<T, Tile, Tile::kBulk> : march_channels_last<T, Tile, false>;
@@ -1044,9 +1081,11 @@ void launch_kernel(const March& a, cudaStream_t stream) {
     if (a.twins) return launch<T, Tile<Kernel, kSpread, 2, 1, true>>(a, stream);
   if constexpr (Kernel::kKernelH == 3 && Kernel::kStride == 1 && Kernel::kDilation == 1)
     if (a.filters == 3 && a.fan_in == 1 && a.fan_out == 1) return launch<T, Tile<Kernel, false, 3, 1>>(a, stream);
+  // Fewer sums of a thread pay where memory is not all that counts.
+  constexpr bool kHalves = Kernel::kDilation == 2 && sizeof(T) == 2;
   if constexpr (Kernel::kKernelH <= 3)
-    if (a.pairs) return launch<T, Tile<Kernel, kSpread, 2, 1>>(a, stream);
-  launch<T, Tile<Kernel, kSpread, 1, 1>>(a, stream);
+    if (a.pairs) return launch<T, Tile<Kernel, kSpread, 2, 1, false, kHalves>>(a, stream);
+  launch<T, Tile<Kernel, kSpread, 1, 1, false, kHalves>>(a, stream);
 }
 
 }  // namespace

@@ -92,9 +92,9 @@ class RowLoader {
     offset_ += static_cast<int64_t>(before + pixel) * p.pixel_bytes + part;
   }
 
-  // Goes to a row of an image.
-  __device__ void seek(const Pixels& p, int image, int row) {
-    from_ = p.base + (image * p.image_bytes + row * p.row_bytes + offset_);
+  // Goes to a row of an image that begins so many bytes behind the first one.
+  __device__ void seek(const Pixels& p, int64_t image, int row) {
+    from_ = p.base + (image + row * p.row_bytes + offset_);
   }
   __device__ void next(const Pixels& p) { from_ += p.row_bytes; }
 
@@ -151,8 +151,8 @@ class BulkLoader {
     offset_ = static_cast<int64_t>(first_column + before) * p.pixel_bytes + slab;
   }
 
-  __device__ void seek(const Pixels& p, int image, int row) {
-    from_ = p.base + (image * p.image_bytes + row * p.row_bytes + offset_);
+  __device__ void seek(const Pixels& p, int64_t image, int row) {
+    from_ = p.base + (image + row * p.row_bytes + offset_);
   }
   __device__ void next(const Pixels& p) { from_ += p.row_bytes; }
 
