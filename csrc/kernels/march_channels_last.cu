@@ -530,7 +530,7 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
   if constexpr (kBulk && Tile::kLeaves) rows_leave = a.row_bytes > 0 && all_of(32 * warps, finite);
 
   // Sums of the rows of units under way, the oldest first. Rows of either parity have sums of their own where there is
-  // dilation, and so have both rows of a pair.
+  // dilation, if they are not images of their own, and so have both rows of a pair.
   constexpr int kSets = Tile::kSpread ? 2 : kRowDilation;
   float sum[kSets][kLive][kWidth][kChannels] = {};
   const auto begins = [&](int c) { return Tile::kSpread ? 0.f : bias[c]; };

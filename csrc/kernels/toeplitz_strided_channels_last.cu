@@ -80,7 +80,7 @@ struct Way {
   }
 };
 
-// Where a block works.
+// Where a block works, and where the source begins that it reads.
 struct Place {
   int slab;              // its number
   int image, row, rows;  // of units: the first row, and how many
