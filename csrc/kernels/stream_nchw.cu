@@ -3,6 +3,7 @@
 // free of bank conflicts for rows of 7, 14, 28, 56 and most others.
 #include "stream_nchw.cuh"
 
+#include <type_traits>
 #include <utility>
 
 #include "launch.h"
@@ -240,7 +241,7 @@ struct Corner : TileOfThread<Corner<kKernel, kSide>> {
 // tiles, and memory is far away.
 template <int kKernel>
 struct SummedFilters {
-  static constexpr int kTaps = kKernel * kKernel, kBytes = 4 * kTaps;
+  static constexpr int kTaps = kKernel * kKernel, kBytes = (4 * kTaps + kUnit - 1) / kUnit * kUnit;
 
   int first = -1;  // of those that are there
 
@@ -254,7 +255,7 @@ struct SummedFilters {
     for (int i = threadIdx.x; i < c.targets * a.fan_in * kTaps; i += blockDim.x) {
       const int tap = i % kTaps;
       const T* weight = static_cast<const T*>(a.weight) + number(i / kTaps) * a.weight_filter;
-      shared<float>(a.filters_at + 4 * i) =
+      shared<float>(a.filters_at + i / kTaps * kBytes + 4 * tap) =
           widen(__ldg(weight + tap / kKernel * a.weight_row + tap % kKernel * a.weight_column));
     }
   }
@@ -263,20 +264,26 @@ struct SummedFilters {
   static __device__ bool read(const Stream& a, int plane, float (&weight)[kKernel][kKernel]) {
     float zero = 0;
 #pragma unroll
-    for (int i = 0; i < kKernel; ++i)
+    for (int unit = 0; unit < kBytes / kUnit; ++unit) {
+      const float4 taps = shared<float4>(a.filters_at + plane * kBytes + unit * kUnit);
+      const float four[] = {taps.x, taps.y, taps.z, taps.w};
 #pragma unroll
-      for (int j = 0; j < kKernel; ++j) {
-        weight[i][j] = shared<float>(a.filters_at + plane * kBytes + 4 * (i * kKernel + j));
-        zero = fmaf(weight[i][j], 0.f, zero);
+      for (int k = 0; k < 4; ++k) {
+        const int tap = 4 * unit + k;
+        if (tap >= kTaps) continue;
+        weight[tap / kKernel][tap % kKernel] = four[k];
+        zero = fmaf(four[k], 0.f, zero);
       }
+    }
     return zero == 0.f;
   }
 };
 
 // grad_input at stride 2: a tile of kPairs x 7 pairs of rows and columns. Which taps reach a row depends on whether the
-// row plus the padding is even: known at compile time, given whether the padding is (kOdd).
-template <int kKernel, int kOdd>
-struct Spread : TileOfThread<Spread<kKernel, kOdd>> {
+// row plus the padding is even: known at compile time, given whether the padding is (kOdd). kMiddle: whether the kernel is
+// laid over the middle, and tiles fill the rows: then few columns may lie outside the image.
+template <int kKernel, int kOdd, bool kMiddle = false>
+struct Spread : TileOfThread<Spread<kKernel, kOdd, kMiddle>> {
   static constexpr bool kSoon = false;
   static constexpr int kPairs = kKernel == 3 ? 3 : 2;
   static constexpr int kRows = 2 * kPairs, kColumns = 14;
@@ -336,7 +343,10 @@ struct Spread : TileOfThread<Spread<kKernel, kOdd>> {
       for (int r = 0; r < kSourceRows; ++r) {
         const bool inside = static_cast<uint32_t>(y0 + r) < static_cast<uint32_t>(a.height);
         float x[kSourceColumns];
-        read_next<T, 0, 0>(walk, inside, x0, a.width, x);
+        constexpr int kPadding = kKernel / 2;
+        constexpr int kSure = kMiddle ? -(kPadding / 2 + kLow) : 0;
+        constexpr int kSureEnd = kMiddle ? kSourceColumns - (kPadding + 1) / 2 : 0;
+        read_next<T, kSure, kSureEnd>(walk, inside, x0, a.width, x);
 #pragma unroll
         for (int o = 0; o < kRows; ++o) {
           const int i = o % 2 + kOdd - 2 * (r + kLow - o / 2);
@@ -422,13 +432,21 @@ void launch_stream_nchw(const Problem& p, bool bulk, const Allocate& allocate, c
         // is 56 columns wide, say, those below each other lie in different banks, unlike 8 rows.
         constexpr int kRows = sizeof(T) == 4 && kSide == 7 && Kernel::kStride == 2 ? 3 : 7;
         if (!a.spread && a.fan_in == 1) return window(std::integral_constant<int, kRows>{});
+        const auto spread_over = [&](auto may_know) {
+          constexpr int kMiddle = kSide / 2;
+          if constexpr (decltype(may_know)::value)
+            if (a.padding_h % 2 == kMiddle % 2 && a.padding_w == kMiddle && a.out_width % 14 == 0)
+              return launch<T, Spread<kSide, kMiddle % 2, true>>(a, images, allocate, stream);
+          if (a.padding_h % 2 == 0)
+            launch<T, Spread<kSide, 0>>(a, images, allocate, stream);
+          else
+            launch<T, Spread<kSide, 1>>(a, images, allocate, stream);
+        };
         if constexpr (Kernel::kSquare && Kernel::kKernelH > 1 && Kernel::kDilation == 1) {
           if constexpr (Kernel::kStride == 1)
             launch<T, Window<Kernel, true>>(a, images, allocate, stream);
-          else if (a.padding_h % 2 == 0)
-            launch<T, Spread<Kernel::kKernelH, 0>>(a, images, allocate, stream);
           else
-            launch<T, Spread<Kernel::kKernelH, 1>>(a, images, allocate, stream);
+            spread_over(std::bool_constant<sizeof(T) == 4>{});
         }
       });
       if (!compiled) throw std::runtime_error("dwconv: no tile of stream_nchw is compiled for this kernel");
