@@ -1,5 +1,9 @@
 // grad_weight (and the bias gradient) on contiguous planes, streamed (stream_grad_weight_nchw.cuh), on CUDA cores: a
-// thread keeps the sums of all taps in registers.
+// thread keeps the sums of all taps in registers. Of small planes a block takes those of a few filters, of all images,
+// where that gives every multiprocessor some: then there is nothing to add up behind the kernel.
+#include <stdexcept>
+
+#include "boxes.cuh"
 #include "launch.h"
 #include "small_kernels.h"
 #include "stream_grad_weight_nchw.cuh"
@@ -107,7 +111,8 @@ struct Corner {
   double bias = 0;
   const bool up, left;  // a thread stays with a filter and a corner
 
-  __device__ explicit Corner(const GradStream&)
+  __device__ explicit Corner(const GradStream&) : Corner() {}
+  __device__ Corner()
       : up(kMirrors && threadIdx.x / 2 % 2 != 0), left(kMirrors && threadIdx.x % 2 != 0) {}
   __device__ int tap(int i, int j) const { return (up ? kKernel - 1 - i : i) * kKernel + (left ? kKernel - 1 - j : j); }
   __device__ float total(int i, int j) const { return sum[i][j]; }
@@ -141,10 +146,15 @@ struct Corner {
     a.by_multiplier.split(channel);
     Walk source(a.source.ring, c.source.slot + static_cast<int>(channel) * kSide, up, left, sizeof(T));
     Walk grad(a.grad.ring, c.grad.slot + filter * kSide, up, left, sizeof(T));
+    add_plane<T>(source, grad, a.with_bias);
+  }
+
+  template <typename T, class Rows>
+  __device__ void add_plane(Rows& source, Rows& grad, bool with_bias) {
     float bias_part = 0;
     const auto take = [&](float (&row)[kColumns]) {
       grad.template read_next<T>(row);
-      if (a.with_bias)
+      if (with_bias)
 #pragma unroll
         for (int v = 0; v < kColumns; ++v) bias_part += row[v];
     };
@@ -166,8 +176,8 @@ struct Corner {
       }
   }
 
-  template <typename T, typename Take>
-  __device__ void add_rows(Walk& source, Take&& take) {
+  template <typename T, class Rows, typename Take>
+  __device__ void add_rows(Rows& source, Take&& take) {
     float part[kKernel][kKernel] = {};
     float g[kRows][kColumns];
 #pragma unroll
@@ -191,8 +201,8 @@ struct Corner {
   }
 
   // Two source rows at a time, r and r + 1, and gradient row r + kReach + 1 - k in g[k].
-  template <typename T, typename Take>
-  __device__ void add_in_loop(Walk& source, Take&& take) {
+  template <typename T, class Rows, typename Take>
+  __device__ void add_in_loop(Rows& source, Take&& take) {
     static_assert(kSource % 2 == 0 || !kLoop);
     float g[kKernel + 1][kColumns] = {};
 #pragma unroll
@@ -220,6 +230,133 @@ struct Corner {
   }
 };
 
+struct PlaneGrad {
+  CUtensorMap source_map, grad_map;  // the planes of an image as one row, image below image
+  float *weight, *bias;
+  int images;
+};
+
+// How a block of `plane_grad_weight` is cut: filters whose planes begin and end with 16 bytes, and images at a time, as
+// many as keep the multiprocessor's threads busy.
+template <int kSide>
+struct PlaneCut {
+  static constexpr int kCorners = kSide > 7 ? 4 : 1, kPlane = kSide * kSide;
+  static constexpr int kFilters = kSide > 7 ? 1 : 4, kImages = kSide > 7 ? 24 : 32, kBlocks = kSide > 7 ? 3 : 2;
+  static constexpr int kThreads = kCorners * kFilters * kImages;  // besides the warp that copies
+  static constexpr int kArray = kFilters * kImages * kPlane * 4, kBytes = kHead + 2 * kDepth * kArray;
+  static_assert(kArray % kBoxUnit == 0 && kHead % kBoxUnit == 0 && kFilters * kPlane <= kMostBoxSide);
+};
+
+// The rows of a plane in shared memory, one after the other, from any corner.
+struct PlaneRows {
+  int at, column, row;
+
+  template <typename T, int kCount>
+  __device__ void read_next(float (&x)[kCount]) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) x[j] = shared<T>(at + j * column);
+    at += row;
+  }
+};
+
+// A thread has a tile of a filter's planes, of some images. All products are of pixels inside the image: sums are Inf or
+// NaN where they have to be.
+template <int kKernel, int kSide>
+__global__ void __launch_bounds__(PlaneCut<kSide>::kThreads + 32, PlaneCut<kSide>::kBlocks)
+    plane_grad_weight(const __grid_constant__ PlaneGrad a) {
+  using Cut = PlaneCut<kSide>;
+  constexpr int kTaps = kKernel * kKernel, kThreads = Cut::kThreads;
+  const int thread = threadIdx.x;
+  if (thread == 0) {
+    for (int i = 0; i < kDepth; ++i) init_barrier(Barriers::full(i), 1), init_barrier(Barriers::done(i), kThreads / 32);
+    before_bulk_copies();
+  }
+  let_next_kernel_start();
+  __syncthreads();
+  const int chunks = (a.images + Cut::kImages - 1) / Cut::kImages;
+  Corner<kKernel, kSide> sums;
+  if (thread == kThreads) {
+    wait_for_kernel_before();
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      const int stage = chunk % kDepth, to = kHead + stage * 2 * Cut::kArray, full = Barriers::full(stage);
+      if (chunk >= kDepth) wait(Barriers::done(stage), (chunk / kDepth - 1) % 2);
+      expect_bytes(full, 2 * Cut::kArray);
+      const int column = blockIdx.x * Cut::kFilters * Cut::kPlane, image = chunk * Cut::kImages;
+      copy_box(to, a.source_map, column, image, 0, 0, full);
+      copy_box(to + Cut::kArray, a.grad_map, column, image, 0, 0, full);
+      arrive(full);
+    }
+  } else if (thread < kThreads) {
+    const int row = kSide * 4, first = ((sums.up ? kSide - 1 : 0) * kSide + (sums.left ? kSide - 1 : 0)) * 4;
+    const int column = Cut::kCorners > 1 && sums.left ? -4 : 4, down = sums.up ? -row : row;
+    const int warp_image = thread / 32 * 32 / (Cut::kCorners * Cut::kFilters);
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      const int stage = chunk % kDepth;
+      wait(Barriers::full(stage), chunk / kDepth % 2);
+      const int at = kHead + stage * 2 * Cut::kArray + thread / Cut::kCorners * (Cut::kPlane * 4) + first;
+      PlaneRows source{at, column, down}, grad{at + Cut::kArray, column, down};
+      if (chunk * Cut::kImages + warp_image < a.images)  // those behind the last image are zeros
+        sums.template add_plane<float>(source, grad, a.bias != nullptr);
+      __syncwarp();
+      if (thread % 32 == 0) arrive(Barriers::done(stage));
+    }
+  }
+  __syncthreads();
+
+  // The stages have served: their memory takes the sums of all threads, tap by tap, those of all filters side by side.
+  constexpr int kPitch = kThreads + Cut::kFilters;
+  static_assert((kTaps + 1) * kPitch * 4 <= Cut::kBytes - kHead);
+  if (thread < kThreads) {
+#pragma unroll
+    for (int i = 0; i < kKernel; ++i)
+#pragma unroll
+      for (int j = 0; j < kKernel; ++j) shared<float>(kHead + 4 * (sums.tap(i, j) * kPitch + thread)) = sums.total(i, j);
+    shared<float>(kHead + 4 * (kTaps * kPitch + thread)) = sums.total_bias();
+  }
+  __syncthreads();
+  const int slots = kTaps + (a.bias != nullptr);
+  for (int i = thread; i < slots * Cut::kFilters; i += blockDim.x) {
+    // Where planes have corners a filter's threads are all of the block's.
+    const int slot = i / Cut::kFilters, own = i % Cut::kFilters, filter = blockIdx.x * Cut::kFilters + own;
+    float part[4] = {};
+#pragma unroll 32
+    for (int k = 0; k < kThreads / Cut::kFilters; ++k)
+      part[k % 4] += shared<float>(kHead + 4 * (slot * kPitch + k * Cut::kFilters + own));
+    (slot < kTaps ? a.weight[filter * kTaps + slot] : a.bias[filter]) = part[0] + part[1] + (part[2] + part[3]);
+  }
+}
+
+// Launches it, unless blocks of so few filters leave multiprocessors idle, or planes do not lie as boxes need them.
+template <int kKernel, int kSide>
+bool launch_plane_grad_weight(const Problem& p, bool bulk, cudaStream_t stream) {
+  using Cut = PlaneCut<kSide>;
+  const Device& device = current_device();
+  if (!bulk || device.capability < 90 || p.multiplier > 1 || p.channels % Cut::kFilters > 0) return false;
+  constexpr int64_t kFar = int64_t{1} << 37;
+  const auto lies = [&](const View& view) {
+    return reinterpret_cast<uintptr_t>(view.data) % kUnit == 0 && view.stride[0] > 0 && view.stride[0] * 4 % kUnit == 0 &&
+           view.stride[0] < kFar;
+  };
+  if (p.batch < Cut::kImages || !lies(p.input) || !lies(p.output)) return false;
+  // Small planes are bound by bytes: some multiprocessors may be idle.
+  constexpr double kBusy = kSide > 7 ? 0.9 : 0.7;
+  const int64_t blocks = p.channels / Cut::kFilters, slots = int64_t{Cut::kBlocks} * device.multiprocessors;
+  if (static_cast<double>(blocks) < kBusy * static_cast<double>(slots * ceil_div(blocks, slots))) return false;
+  const auto kernel = plane_grad_weight<kKernel, kSide>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Cut::kBytes);
+  PlaneGrad a{{}, {}, static_cast<float*>(p.weight.data), static_cast<float*>(p.bias), static_cast<int>(p.batch)};
+  const auto describe = [&](CUtensorMap& map, const View& view) {
+    const int64_t bytes = view.stride[0] * 4;
+    if (!describe_boxes(map, view.data, sizeof(float), {p.channels * Cut::kPlane, p.batch, 1, 1}, {bytes, bytes, bytes},
+                        {Cut::kFilters * Cut::kPlane, Cut::kImages, 1, 1}))
+      throw std::runtime_error("dwconv: CUDA cannot describe boxes of planes");
+  };
+  describe(a.source_map, p.input), describe(a.grad_map, p.output);
+  launch_early(kernel, a, blocks, Cut::kThreads + 32, stream, {.shared_bytes = Cut::kBytes});
+  check_launch("plane_grad_weight");
+  return true;
+}
+
 }  // namespace
 
 void launch_stream_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& allocate, cudaStream_t stream) {
@@ -233,7 +370,9 @@ void launch_stream_grad_weight_nchw(const Problem& p, bool bulk, const Allocate&
         if constexpr (sizeof(T) == 4 && Kernel::kSquare && kSide > 1 && Kernel::kStride == 1 && Kernel::kDilation == 1)
           if (a.padding_h == kSide / 2 && a.padding_w == kSide / 2 && a.height == a.width &&
               a.multiplier <= Corner<kSide, 7>::kMostMultiplier) {
+            if (a.height == 7 && launch_plane_grad_weight<kSide, 7>(p, bulk, stream)) return;
             if (a.height == 7) return launch<T, Corner<kSide, 7>>(p, a, allocate, stream);
+            if (a.height == 14 && launch_plane_grad_weight<kSide, 14>(p, bulk, stream)) return;
             if (a.height == 14) return launch<T, Corner<kSide, 14>>(p, a, allocate, stream);
           }
         launch<T, Window<Kernel>>(p, a, allocate, stream);

@@ -2,7 +2,8 @@
 // added: input and gradient stream through shared memory side by side, and the sums of all taps stay in registers.
 //
 // Bytes bound by design: both arrays are read once. A block works for a fixed group of filters on a part of the images;
-// the parts are added up by a second, small kernel. Every sum has a fixed order, the same on every run.
+// the parts, if there are several, are added up by a second, small kernel. Every sum has a fixed order, the same on every
+// run.
 //
 // What is not part of a sum is multiplied by zero, which is exact unless the other factor is Inf or NaN. So sums that
 // are finite are right, and the others are taken again, product by product.
@@ -38,7 +39,9 @@ struct Flow {
 
 struct GradStream {
   Flow source, grad;
-  float* partial;  // [split][tap, or bias behind the last tap][filter]
+  float* partial;  // [split][tap, or bias behind the last tap][filter], or null if there is one split:
+  void *weight, *bias;
+  int totals;  // then the block's sums lie here in shared memory
   int height, width, out_height, out_width;
   int kernel_h, kernel_w, stride, padding_h, padding_w, dilation;
   int images, channels, multiplier, filters;
@@ -46,6 +49,8 @@ struct GradStream {
   int block_channels, block_filters, chunk_rows, bands;
   int splits, split_steps, more_steps;  // so many splits have a step more than the others
   int strips, segments;
+  int lanes_log2, slots_at_once;  // so many lanes add up the threads' sums of a tap, and so many taps at a time
+  Divider by_block_filters;
   int filter_warps;  // where tiles are added by warps: how many work for a filter
   Divider by_strips, by_tiles, by_multiplier, by_bands, by_groups;
   bool with_bias, bulk, float32;
@@ -125,7 +130,8 @@ __device__ __noinline__ float sum_by_products(const GradStream& a, int group, in
 __device__ inline float sum_of(int values, int count, int lanes) {
   float sum = 0;
   for (int i = threadIdx.x % lanes; i < count; i += lanes) sum += shared<float>(values + 4 * i);
-  for (int offset = lanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+  const uint32_t team = (~0u >> (32 - lanes)) << (threadIdx.x % 32 & -lanes);
+  for (int offset = lanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(team, sum, offset);
   return sum;
 }
 
@@ -213,27 +219,30 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
   __syncthreads();
 
   const int slots = kTaps + a.with_bias;
-  float* partial = a.partial + static_cast<int64_t>(split) * slots * a.filters + group * a.block_filters;
+  const bool complete = a.partial == nullptr;
+  float* results = complete ? &shared<float>(a.totals)
+                            : a.partial + static_cast<int64_t>(split) * slots * a.filters + group * a.block_filters;
+  const int pitch_of_slots = complete ? filters : a.filters;
   bool again = false;
   if constexpr (Tile::kPlane) {  // a thread has all sums of its filter
     if (static_cast<int>(threadIdx.x) < filters) {
-      float* to = partial + threadIdx.x;
+      float* to = results + threadIdx.x;
       float zero = 0;
 #pragma unroll
       for (int i = 0; i < Tile::kKernelH; ++i)
 #pragma unroll
         for (int j = 0; j < Tile::kKernelW; ++j) {
           *to = sums.total(i, j);
-          to += a.filters;
+          to += pitch_of_slots;
           zero = fmaf(sums.total(i, j), 0.f, zero);
         }
       if (a.with_bias) *to = sums.total_bias();
       again = zero != 0.f;
     }
   } else {
-    // The rings have served: their memory takes the sums, tap by tap, of all threads. An odd pitch keeps those of
+    // The rings have served: their memory takes the sums, tap by tap, of all threads, at a pitch that keeps those of
     // different taps in different banks.
-    const int threads = blockDim.x, pitch = threads + 1;
+    const int lanes = 1 << a.lanes_log2, pitch = blockDim.x + lanes;
 #pragma unroll
     for (int i = 0; i < Tile::kKernelH; ++i)
 #pragma unroll
@@ -243,36 +252,41 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
     __syncthreads();
     const int per_filter = a.single            ? copier.workers()
                            : Tile::kLanes == 1 ? tiles
-                                               : 32 * a.filter_warps,
-              lanes = per_filter < 32 ? 1 : 32;
+                                               : 32 * a.filter_warps;
     // Lanes that add up together stay with a filter, of which there are not more than such lanes.
-    const int team = threadIdx.x / lanes, at_once = threads / lanes / filters;
-    const int first_slot = team / filters, own = team - first_slot * filters;
-    if (first_slot < at_once) {
+    uint32_t team = threadIdx.x >> a.lanes_log2;
+    const int own = a.by_block_filters.split(team), first_slot = team, at_once = a.slots_at_once;
+    if (first_slot < at_once && own < filters) {
       int from = kHead + 4 * (first_slot * pitch + own * per_filter);
-      float* to = partial + static_cast<int64_t>(first_slot) * a.filters + own;
+      float* to = results + static_cast<int64_t>(first_slot) * pitch_of_slots + own;
       for (int slot = first_slot; slot < slots; slot += at_once) {
         const float total = sum_of(from, per_filter, lanes);
         if (threadIdx.x % lanes == 0) {
           *to = total;
           again |= slot < kTaps && !is_finite(total);
         }
-        from += 4 * at_once * pitch, to += static_cast<int64_t>(at_once) * a.filters;
+        from += 4 * at_once * pitch, to += static_cast<int64_t>(at_once) * pitch_of_slots;
       }
     }
   }
-  if (!__syncthreads_or(again)) return;
-  for (int at = 0; at < kTaps * filters; ++at) {
-    const int slot = at / filters, filter = at % filters;
-    float* result = partial + static_cast<int64_t>(slot) * a.filters + filter;
-    const bool finite = is_finite(*const_cast<volatile float*>(result));  // the same for all threads
-    __syncthreads();
-    if (finite) continue;
-    shared<float>(kHead + 4 * threadIdx.x) = sum_by_products<T>(a, group, first, last, filter, slot);
-    __syncthreads();
-    const float exact = sum_of(kHead, blockDim.x, 32);
-    if (threadIdx.x == 0) *result = exact;
-    __syncthreads();
+  if (__syncthreads_or(again))
+    for (int at = 0; at < kTaps * filters; ++at) {
+      const int slot = at / filters, filter = at % filters;
+      float* result = results + static_cast<int64_t>(slot) * pitch_of_slots + filter;
+      const bool finite = is_finite(*const_cast<volatile float*>(result));  // the same for all threads
+      __syncthreads();
+      if (finite) continue;
+      shared<float>(kHead + 4 * threadIdx.x) = sum_by_products<T>(a, group, first, last, filter, slot);
+      __syncthreads();
+      const float exact = sum_of(kHead, blockDim.x, 32);
+      if (threadIdx.x == 0) *result = exact;
+      __syncthreads();
+    }
+  if (!complete) return;
+  for (int i = threadIdx.x; i < slots * filters; i += blockDim.x) {
+    const int slot = i / filters, filter = group * a.block_filters + i - slot * filters;
+    T* to = slot < kTaps ? static_cast<T*>(a.weight) + filter * kTaps + slot : static_cast<T*>(a.bias) + filter;
+    *to = narrow<T>(results[i]);
   }
 }
 
@@ -293,6 +307,9 @@ struct GradTileSize {
   int64_t strips(int64_t width) const { return ceil_div(width, columns) | (odd_strips ? 1 : 0); }
 };
 
+// Besides the threads that add: a warp that copies, and what sets taps apart by the lanes that add up.
+constexpr int kMoreThreads = 32 + 8;
+
 // Fills in what follows from a cut.
 inline void apply(GradStream& a, GradCut& cut, const GradTileSize& tile) {
   a.single = cut.single, a.block_channels = cut.block_channels, a.chunk_rows = cut.chunk_rows, a.splits = cut.splits;
@@ -305,6 +322,11 @@ inline void apply(GradStream& a, GradCut& cut, const GradTileSize& tile) {
   a.strips = static_cast<int>(tile.strips(a.out_width));
   a.by_strips = Divider(a.strips);
   a.segments = static_cast<int>(ceil_div(cut.chunk_rows, tile.rows));
+  const int per_filter = cut.single ? cut.threads : tile.lanes == 1 ? a.strips * a.segments : 32 * cut.filter_warps;
+  constexpr int kFew = 32;  // sums that one lane adds up; more are added by 8
+  a.lanes_log2 = per_filter < kFew ? 0 : 3;
+  a.slots_at_once = (cut.threads + (a.bulk ? 32 : 0)) / (a.block_filters << a.lanes_log2);
+  a.by_block_filters = Divider(a.block_filters);
   a.by_tiles = Divider(cut.single ? int64_t{1} << 30 : int64_t{a.strips} * a.segments);
   const int extent = (a.kernel_h - 1) * a.dilation + 1;
   RowRing &source = a.source.ring, &grad = a.grad.ring;
@@ -318,8 +340,9 @@ inline void apply(GradStream& a, GradCut& cut, const GradTileSize& tile) {
   source.memory = kHead;
   grad.memory = static_cast<int>(kHead + ring_bytes(source_rows, source.row_bytes));
   a.chunks_at = static_cast<int>(grad.memory + ring_bytes(grad_rows, grad.row_bytes));
-  cut.shared_bytes = std::max<int64_t>(a.chunks_at + kDepth * sizeof(GradChunk),
-                                       kHead + int64_t{tile.taps + 1} * (cut.threads + 33) * sizeof(float));
+  const int64_t slot_bytes = int64_t{tile.taps + 1} * static_cast<int64_t>(sizeof(float));
+  a.totals = static_cast<int>(kHead + slot_bytes * (cut.threads + kMoreThreads));
+  cut.shared_bytes = std::max<int64_t>(a.chunks_at + kDepth * sizeof(GradChunk), a.totals + slot_bytes * a.block_filters);
 }
 
 // Cuts the work so that as many threads as possible have some on a multiprocessor at a time, and every block about as
@@ -337,7 +360,8 @@ inline GradCut cut_for(GradStream a, const GradTileSize& tile, const Device& dev
       cut.threads = threads_for(units, tile.threads_per_block), rounds = ceil_div(units, cut.threads);
       if (!single && units > cut.threads) return false;  // a thread works for one filter only
     } else {
-      const int64_t sums = (device.shared_per_block - kHead) / (4 * (tile.taps + 1)) - 33;  // that there is room for
+      // The sums of so many threads there is room for, and those of a filter.
+      const int64_t sums = (device.shared_per_block - kHead) / (4 * (tile.taps + 1)) - kMoreThreads - 1;
       const int64_t most = std::min<int64_t>(tile.threads_per_block, sums) / tile.lanes;
       if (filters > most) return false;  // so does a warp
       rounds = ceil_div(each, std::min(each, most / filters));
@@ -403,10 +427,13 @@ void launch(const Problem& p, GradStream a, const Allocate& allocate, cudaStream
   apply(a, cut, kTile);
   const int64_t blocks = ceil_div(a.filters, a.block_filters) * a.splits;
   const int64_t sums = int64_t{kTaps + a.with_bias} * a.filters;
-  a.partial = static_cast<float*>(allocate(a.splits * sums * static_cast<int64_t>(sizeof(float))));
+  if (a.splits > 1)
+    a.partial = static_cast<float*>(allocate(a.splits * sums * static_cast<int64_t>(sizeof(float))));
+  else
+    a.weight = p.weight.data, a.bias = p.bias;
   launch_early(kernel, a, blocks, cut.threads + (a.bulk ? 32 : 0), stream, {.shared_bytes = cut.shared_bytes});
   check_launch("stream_grad_weight_nchw");
-  launch_add_partial_sums(p, a.partial, a.splits, stream);
+  if (a.splits > 1) launch_add_partial_sums(p, a.partial, a.splits, stream);
 }
 
 // The arguments that follow from a problem.
