@@ -92,7 +92,7 @@ bool claims_stream_nchw(const Problem& p) {
   if (p.pass == Pass::kGradInput && p.multiplier > 1)  // sums over filters are compiled for squares only
     if (p.kernel_h != p.kernel_w || p.kernel_h == 1 || p.dilation_h > 1) return false;
   const bool sums = p.pass == Pass::kGradInput && p.multiplier > 1;  // then filters may lie in shared memory
-  return can_stream(p) && fits_stream_nchw(p, sums ? kChunkBytes + 4 * p.taps() : 0);
+  return can_stream(p) && fits_stream_nchw(p, sums ? kChunkBytes + round_up(4 * p.taps(), kUnit) : 0);
 }
 
 // What kernels that march down contiguous planes ask for. Lanes have to be busy, and there have to be so many rows that
@@ -118,13 +118,30 @@ bool has_known_bounds(const Problem& p) {
 }
 
 using March7x7 = SmallKernel<kMarchKernel, kMarchKernel, 1, 1>;
+// Whether march_nchw has them too, of planes of two strips.
+bool has_halves(const Problem& p) {
+  const auto begin = [&](const View& view) {  // planes with 16 bytes
+    return reinterpret_cast<uintptr_t>(view.data) % kUnit == 0 &&
+           (p.batch == 1 || (view.stride[0] > 0 && view.stride[0] * size_of(p.dtype) % kUnit == 0));
+  };
+  return p.kernel_h == kMarchKernel && p.width == 2 * kTileColumns && p.capability >= 90 && begin(p.input) &&
+         begin(p.output);
+}
+
+using MarchDilated = SmallKernel<3, 3, 1, 2>;
 using March7x7Stride2 = SmallKernel<kMarchKernel, kMarchKernel, 2, 1>;  // for grad_weight
 
 bool claims_march_nchw(const Problem& p) {
   constexpr int64_t kFar = 1 << 27;  // offsets of weights are counted in 32 bits
   if (p.pass == Pass::kGradWeight || std::max(p.weight.stride[2], p.weight.stride[3]) >= kFar) return false;
+  if (p.pass == Pass::kForward && March7x7Stride2::is_of(p)) return can_march_planes(p, 16 << 10);
+  // Rows of a multiple of 32 columns lie in the same banks of shared memory: stream_nchw, whose tiles lie below each
+  // other, would read most of them several times.
+  constexpr int64_t kBanks = 32;
+  if (MarchDilated::is_of(p) && p.multiplier == 1 && (p.pass == Pass::kForward ? p.width : p.out_width) % kBanks == 0)
+    return can_march_planes(p, 16 << 10);
   if (p.multiplier > 1 || (!March7x7::is_of(p) && !March9x9::is_of(p))) return false;
-  return !has_known_bounds(p) && can_march_planes(p, 16 << 10);
+  return (!has_known_bounds(p) || has_halves(p)) && can_march_planes(p, 16 << 10);
 }
 
 bool claims_march_grad_weight_nchw(const Problem& p) {
@@ -191,7 +208,7 @@ bool claims_stream_grad_weight_nchw(const Problem& p) {
   if (p.filters() > (1 << 30) / (p.taps() + 1)) return false;  // sums are counted in 32 bits
   const int64_t source_bytes = p.width * size_of(p.dtype), grad_bytes = p.out_width * size_of(p.dtype);
   const int64_t extent = (p.kernel_h - 1) * p.dilation_h + 1, rows = std::min<int64_t>(kLeastRows, p.out_height);
-  constexpr int64_t kThreads = 256 + 32;
+  constexpr int64_t kThreads = 256 + 32 + 8 + 1;
   const int64_t source = rows_for_bands((p.out_height + rows - 1) / rows, rows * p.stride_h, extent, source_bytes);
   const int64_t grad = rows_for_planes(rows, grad_bytes);
   return kHead + std::max(ring_bytes(source, source_bytes) + ring_bytes(grad, grad_bytes) + 256,
@@ -566,7 +583,8 @@ const std::vector<Plan>& plans() {
        "cores",
        claims_toeplitz_grad_weight_nchw},
       {PlanId::kMarchNchw, "march_nchw",
-       "7x7 or 9x9 in float32 on contiguous planes: warps march down the rows, sums stay in registers",
+       "7x7, also forward at stride 2, 9x9 or dilated 3x3 in float32 on contiguous planes: warps march down the rows, "
+       "sums stay in registers",
        claims_march_nchw},
       {PlanId::kStreamNchw, "stream_nchw", "a small kernel on contiguous planes: rows stream through shared memory",
        claims_stream_nchw},

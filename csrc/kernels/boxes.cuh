@@ -76,4 +76,14 @@ __device__ inline void copy_box(int to, const CUtensorMap& map, int channel, int
 #endif
 }
 
+// Begins to store a box from a multiple of 128 bytes in shared memory; what is outside of the array goes nowhere. It is
+// waited for as bulk copies from there are.
+__device__ inline void store_box(const CUtensorMap& map, int from, int channel, int column, int row, int image) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+               "r"(shared_address(from)), "r"(channel), "r"(column), "r"(row), "r"(image)
+               : "memory");
+#endif
+}
+
 }  // namespace dwconv

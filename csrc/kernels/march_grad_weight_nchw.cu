@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel))
     const int grad_lane = a.grad_at + own * a.grad.piece_pitch + (column - r.column) * 4;
 
     float g[kHeld][kStrip] = {};
-    RowPlace source, grad;
+    RowPlace<> source, grad;
     int fresh = 0;
     // Rows above the image meet no tap: the first gradient rows only take their places.
     youngest -= r.first - r.begin;
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel))
         source.begin(group + source_lane, source_low + max(step * kStride - cut.padding_h, 0) * a.source.row_bytes);
         grad.begin(group + grad_lane, grad_low + step * a.grad.row_bytes);
         if (a.with_bias) {
-          RowPlace row = grad;
+          RowPlace<> row = grad;
           float part = 0;
 #pragma unroll 1
           for (int i = min(fresh, r.end - step); i > 0; --i) {

@@ -1,9 +1,16 @@
-// Forward and grad_input of 7x7 and 9x9 in float32 on contiguous planes (march_nchw.cuh). A lane marches down a strip
-// of 7 columns: each source row, read once, is added to all the output rows that it reaches, whose sums are in
-// registers; the oldest of them is then complete. The loop is one row, so that it stays in the instruction cache.
+// Forward and grad_input of 7x7, 9x9 and dilated 3x3 in float32 on contiguous planes (march_nchw.cuh), and forward of 7x7
+// at stride 2. A lane marches down a strip of 7 columns: each source row, read once, is added to all the output rows
+// that it reaches, whose sums are in registers; the oldest of them is then complete. The loop is one output row, so that
+// it stays in the instruction cache. Where planes begin with 16 bytes, rows of all planes of a warp come and go as one
+// box.
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
+#include <numeric>
+#include <stdexcept>
+#include <type_traits>
 
+#include "boxes.cuh"
 #include "launch.h"
 #include "mapping.h"
 #include "march_nchw.cuh"
@@ -13,9 +20,18 @@
 namespace dwconv {
 namespace {
 
+// How rows come and go: in pieces, whatever their address, or in boxes of rows of planes that begin with 16 bytes, so many
+// rows that they end with 16 bytes too. Halves are boxes of planes of two strips that a kernel is laid over the middle
+// of: right halves are mirror images of left ones, and what lies outside on the left is not multiplied.
+enum class Way { kPieces, kBoxes, kHalves };
+
 struct March {
+  CUtensorMap source_map, target_map;  // of boxes: a plane's rows are one, planes and images follow
   MarchCut cut;
   PlaneRows source, target;
+  int multiplier;
+  int box_bytes;  // of the source
+  Divider by_multiplier;
   const float* weight;
   int64_t weight_filter;
   int weight_row, weight_column;
@@ -24,19 +40,52 @@ struct March {
   int64_t bias_stride;
 };
 
+// The plane of the source that a plane of the target is of.
+__device__ inline int source_plane(const March& a, int plane) {
+  uint32_t source = plane;
+  a.by_multiplier.split(source);
+  return source;
+}
+
+// The target rows that a source row may reach, of a kernel that is so large with what dilation puts between its taps.
+constexpr int held_rows(int extent, int stride) {
+  return (extent - 1) / stride + 1;
+}
+
+// Here step i is the `stride` source rows that end with row i * stride - padding: they begin target row i, and complete
+// the one held_rows - 1 before. `first` and `last` are the first step with a source row and the last one.
+template <int kExtent, int kStride>
+__device__ inline MarchRun steps_of(const March& a, int begin, int end, int span) {
+  const MarchCut& cut = a.cut;
+  MarchRun r = run_of(cut, a.source.height, a.source.width, begin, end, kExtent, span);
+  r.first = max(r.begin, (cut.padding_h + kStride - 1) / kStride);
+  r.last = min(r.end + held_rows(kExtent, kStride) - 2, (a.source.height + cut.padding_h + kStride - 2) / kStride);
+  if (kStride > 1 && cut.spans > 1) {
+    r.source_column = max(r.column * kStride - cut.padding_w, 0);
+    r.source_end = min((r.column_end - 1) * kStride + kExtent - cut.padding_w, a.source.width);
+  }
+  return r;
+}
+
+// The first source row of a step.
+template <int kStride>
+__device__ inline int row_of_step(const March& a, int step) {
+  return (step - 1) * kStride + 1 - a.cut.padding_h;
+}
+
 // The outputs of a strip by the taps that meet the image. For kernels with a tap that is Inf or NaN, which must not
 // meet padding.
-template <int kKernel>
+template <int kKernel, int kStride, int kDilation>
 __device__ __noinline__ void strip_by_taps(const March& a, int image, int plane, int begin, int end, int column) {
   const float* weight = a.weight + plane * a.weight_filter;
-  const char* source = a.source.base + image * a.source.image_bytes + plane * a.source.plane_bytes;
+  const char* source = a.source.base + image * a.source.image_bytes + source_plane(a, plane) * a.source.plane_bytes;
   char* target = a.target.base + image * a.target.image_bytes + plane * a.target.plane_bytes;
   for (int row = begin; row < end; ++row)
     for (int v = column; v < column + kStrip; ++v) {
       float sum = a.bias ? a.bias[plane * a.bias_stride] : 0.f;
       for (int i = 0; i < kKernel; ++i)
         for (int j = 0; j < kKernel; ++j) {
-          const int y = row - a.cut.padding_h + i, x = v - a.cut.padding_w + j;
+          const int y = row * kStride - a.cut.padding_h + i * kDilation, x = v * kStride - a.cut.padding_w + j * kDilation;
           if (y < 0 || y >= a.source.height || x < 0 || x >= a.source.width) continue;
           sum = fmaf(reinterpret_cast<const float*>(source + static_cast<int64_t>(y) * a.source.row_bytes)[x],
                      weight[i * a.weight_row + j * a.weight_column], sum);
@@ -48,46 +97,72 @@ __device__ __noinline__ void strip_by_taps(const March& a, int image, int plane,
 // What a warp has to know now and then, in its shared memory: registers are short, and only if there are some to spare
 // do sums and pixels lie in different banks of them.
 struct __align__(16) Known {
-  int image, channel, planes, row, column, bytes;  // where the rows of the target go that are computed next
-  int begin;                                       // the first row of the target whose source was not yet loaded,
-  int done;                                        // and how many rows of that were
-};
+  static constexpr int kMostColumns = 20;  // of a lane
 
-// Begins to load the next group of a warp's source rows, through all of its runs, if there is one.
-template <int kKernel>
-__device__ inline void load_next(const MarchCut& a, const PlaneRows& rows, int end, int span, Known& known,
-                                 MarchRing& ring) {
+  int source_lane[32], target_lane[32];            // where each lane reads and writes
+  float zeros[kMostColumns];                       // a row outside the image
+  int image, channel, planes, row, column, bytes;  // where the rows of the target go that are computed next
+  uint32_t finite;                                 // lanes whose taps are: then a product with a zero is a zero
+  int begin;                                       // the first row of the target whose source was not yet loaded,
+  int done;                                        // and how many steps of that were
+};
+constexpr int kBeforeRows = kRowMargin + MarchRing::kBarrierBytes;
+constexpr int kKnownBytes = (kBeforeRows + sizeof(Known) + kBoxUnit - 1) / kBoxUnit * kBoxUnit - kBeforeRows;
+
+// Begins to load the source rows of a warp's next group of steps, through all of its runs, if there is one. `ready`:
+// called when memory is about to be read.
+template <int kExtent, int kStride, Way kWay, typename Ready = Nothing>
+__device__ inline void load_next(const March& a, int end, int span, Known& known, MarchRing& ring, Ready&& ready = {}) {
+  const MarchCut& cut = a.cut;
+  const PlaneRows& rows = a.source;
   const int begin = known.begin, done = known.done;
   __syncwarp();
   if (begin < end) {
-    const MarchRun r = run_of(a, rows.height, rows.width, begin, end, kKernel, span);
-    const CopyShare share(a, rows);
-    const int row = r.first + done, left = r.last + 1 - row, count = min(left, rows.group_rows);
-    const char* from = rows.at(r.image, r.channel + share.piece, row, r.source_column);
-    const char* image = rows.at(r.image, 0, 0, 0);
-    ring.load(a, rows, share, r.planes, count, (r.source_end - r.source_column) * 4, from, image, 0);
+    const MarchRun r = steps_of<kExtent, kStride>(a, begin, end, span);
+    const int step = r.first + done, left = r.last + 1 - step, count = min(left, rows.group_rows / kStride);
+    const int row = row_of_step<kStride>(a, step), plane = source_plane(a, r.channel);
+    if constexpr (kWay != Way::kPieces) {
+      ready();
+      ring.load_boxes(cut, a.box_bytes, [&](int to, int barrier) {
+        copy_box(to, a.source_map, row * rows.width, plane, 0, r.image, barrier);
+      });
+    } else {
+      const CopyShare share(cut, rows);
+      const int row_begin = max(row, 0), row_end = min(row_of_step<kStride>(a, step + count), rows.height);
+      const char* from = rows.at(r.image, plane + share.piece, row_begin, r.source_column);
+      const char* image = rows.at(r.image, 0, 0, 0);
+      ready();
+      ring.load(cut, rows, share, source_plane(a, r.planes), row_end - row_begin,
+                (r.source_end - r.source_column) * 4, from, image, 0);
+    }
     if (threadIdx.x % 32 == 0) {
       known.begin = count < left ? begin : begin + (r.end - r.begin);
       known.done = count < left ? done + count : 0;
     }
   }
-  ring.commit(a);
+  ring.commit(cut);
 }
 
 // Blocks on a multiprocessor, as registers allow.
 constexpr int blocks_of(int kernel) {
-  return kernel > kMarchKernel ? 2 : kMarchBlocks;
+  return kernel > kMarchKernel ? 2 : kernel < kMarchKernel ? 4 : kMarchBlocks;
 }
 
-// kMargin: how many columns at most lie outside the image on either side of a strip.
-template <int kKernel, int kMargin>
+// kMargin: how many columns at most lie outside the image on either side of a strip and are not zeros.
+template <int kKernel, int kStride, int kDilation, int kMargin, Way kWay>
 __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nchw(const __grid_constant__ March a) {
-  constexpr int kColumns = kStrip + kKernel - 1, kTaps = kKernel * kKernel;
+  constexpr bool kHalves = kWay == Way::kHalves;
+  constexpr int kExtent = (kKernel - 1) * kDilation + 1, kReach = kExtent / 2;
+  constexpr int kColumns = kHalves ? kStrip + kReach : (kStrip - 1) * kStride + kExtent;
+  constexpr int kTaps = kKernel * kKernel;
+  constexpr int kHeld = held_rows(kExtent, kStride);
+  constexpr bool kBoxes = kWay != Way::kPieces;
+  static_assert(kColumns <= Known::kMostColumns);
   const MarchCut& cut = a.cut;
   const int lane = threadIdx.x % 32;
-  const int stage = kRowMargin + threadIdx.x / 32 * cut.warp_bytes;
+  const int memory = kRowMargin + threadIdx.x / 32 * cut.warp_bytes;
   uint32_t worker = blockIdx.x * kMarchWarps + threadIdx.x / 32;
-  const int span = cut.by_worker_spans.split(worker);
+  const int span = kBoxes ? 0 : cut.by_worker_spans.split(worker);
   const auto row_of = [&](int worker) {
     return static_cast<int>(static_cast<int64_t>(cut.units) * min(worker, cut.workers) / cut.workers) * cut.unit_rows;
   };
@@ -95,83 +170,112 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
   uint32_t plane = lane;
   const int strip = cut.by_strips.split(plane);
 
-  Known& known = shared<Known>(stage + cut.stage_bytes);
-  if (lane == 0) known.begin = begin, known.done = 0;
-  MarchRing ring(cut, stage + cut.stage_bytes + static_cast<int>(sizeof(Known)));
+  Known& known = shared<Known>(memory);
+  if (lane == 0) known.begin = begin, known.done = 0, known.channel = -1;
+  if (lane < Known::kMostColumns) known.zeros[lane] = 0;
+  MarchRing ring(cut, memory + kKnownBytes);
+  const int stage = ring.memory() + MarchRing::kGroups * cut.group_bytes;
+  if (kBoxes && lane == 0) prefetch(a.source_map), prefetch(a.target_map);
   __syncwarp();
   let_next_kernel_start();
-  wait_for_kernel_before();
-  load_next<kKernel>(cut, a.source, end, span, known, ring);
+  load_next<kExtent, kStride, kWay>(a, end, span, known, ring,
+                                    [&] { settle_and_wait_for_kernel_before(cut.workers); });
 
   const uint32_t weights = shared_address(stage);
+  const uint32_t zeros = shared_address(memory + static_cast<int>(offsetof(Known, zeros)));
+  // Waits until what lies in the stage is read by copies.
+  const auto stored = [&] {
+    if (!kBoxes) return;
+    if (is_elected()) wait_stores();
+    __syncwarp();
+  };
   float weight[kKernel][kKernel], bias = 0;
-  bool finite = true;  // then a product with a zero is a zero
-  int channel = -1;
   for (int at = begin; at < end;) {
-    const MarchRun r = run_of(cut, a.source.height, a.source.width, at, end, kKernel, span);
+    const MarchRun r = steps_of<kExtent, kStride>(a, at, end, span);
     at += r.end - r.begin;
     const bool live = static_cast<int>(plane) < r.planes;
+    const bool mirrored = kHalves && live && strip > 0;
     const int own = live ? static_cast<int>(plane) : 0;  // lanes to spare do what another one does, and store nothing
-    if (r.channel != channel) {
-      channel = r.channel;
+    if (const int channel = r.channel; channel != known.channel) {
+      stored();
       const int count = r.planes * kTaps;
+      int first = lane;
+      asm volatile("" : "+r"(first));  // or else what follows from it is kept in registers all the time
       if (a.dense != 0) {  // forwards or backwards
         const float* from = a.weight + channel * kTaps - (a.dense < 0 ? kTaps - 1 : 0);
-        for (int i = lane; i < count; i += 32)
-          at_address<float>(weights + 4 * (a.dense > 0 ? i : 2 * (i / kTaps * kTaps) + kTaps - 1 - i)) = from[i];
+#pragma unroll 1
+        for (int i = first; i < count; i += 32)
+          copy_unit<4>(weights + 4 * (a.dense > 0 ? i : 2 * (i / kTaps * kTaps) + kTaps - 1 - i), from + i);
       } else {
-        for (int i = lane; i < count; i += 32)
-          at_address<float>(weights + 4 * i) =
-              a.weight[(channel + i / kTaps) * a.weight_filter + i % kTaps / kKernel * a.weight_row +
-                       i % kTaps % kKernel * a.weight_column];
+#pragma unroll 1
+        for (int i = first; i < count; i += 32)
+          copy_unit<4>(weights + 4 * i, a.weight + (channel + i / kTaps) * a.weight_filter +
+                                            i % kTaps / kKernel * a.weight_row + i % kTaps % kKernel * a.weight_column);
       }
+      commit_copies();
+      wait_copies<0>();
       __syncwarp();
       float zero = 0;
 #pragma unroll
       for (int i = 0; i < kKernel; ++i)
 #pragma unroll
         for (int j = 0; j < kKernel; ++j) {
-          weight[i][j] = at_address<float>(weights + 4 * (own * kTaps + i * kKernel + j));
+          weight[i][j] = at_address<float>(weights + 4 * (own * kTaps + i * kKernel + (mirrored ? kKernel - 1 - j : j)));
           zero = fmaf(weight[i][j], 0.f, zero);
         }
-      finite = zero == 0.f;
+      const uint32_t finite = __ballot_sync(~0u, zero == 0.f);
+      if (lane == 0) known.finite = finite;
       if (a.bias) bias = a.bias[(channel + own) * a.bias_stride];
       __syncwarp();
     }
 
     const int column = min(r.column + (live ? strip : 0) * kStrip, cut.target_width - kStrip);
-    const int x0 = column - cut.padding_w;
+    const int x0 = column * kStride - cut.padding_w;
     ColumnMasks<kColumns, kMargin> masks;
-    masks.set(x0, a.source.width);
-    const uint32_t source_low = a.source.phase(r.image, r.channel + (a.source.whole ? 0 : own), 0, r.source_column);
-    const uint32_t target_low = a.target.phase(r.image, r.channel + (a.target.whole ? 0 : own), 0, r.column);
-    const int source_lane = own * a.source.piece_pitch + (x0 - r.source_column) * 4;
-    const uint32_t target_lane = shared_address(stage) + own * a.target.piece_pitch + (column - r.column) * 4;
+    uint32_t source_low = 0, target_low = 0;
+    if constexpr (kMargin > 0) masks.set(x0, a.source.width);
+    if constexpr (!kBoxes) {
+      source_low = a.source.phase(r.image, source_plane(a, r.channel + (a.source.whole ? 0 : own)), 0, r.source_column);
+      target_low = a.target.phase(r.image, r.channel + (a.target.whole ? 0 : own), 0, r.column);
+    }
+    const int source_column = !kHalves ? x0 - r.source_column : mirrored ? a.source.width - 1 : 0;
+    known.source_lane[lane] = source_plane(a, own) * a.source.piece_pitch + source_column * 4;
+    known.target_lane[lane] = own * a.target.piece_pitch + (mirrored ? a.target.width - 1 : column - r.column) * 4;
+    const int turn = mirrored ? -4 : 4;  // from a column to the next
     if (lane == 0) {
       known.image = r.image, known.channel = r.channel, known.planes = r.planes;
       known.row = r.begin, known.column = r.column, known.bytes = (r.column_end - r.column) * 4;
     }
 
-    RowPlace source, target;
-    target.begin(target_lane, target_low + r.begin * a.target.row_bytes);
+    RowPlace<kBoxes> source, target;
+    target.begin(shared_address(stage) + known.target_lane[lane], target_low + r.begin * a.target.row_bytes);
     int fresh = 0, staged = 0;
-    float sum[kKernel][kStrip];  // the oldest output row first; those that lie above the run are never stored
+    float sum[kHeld][kStrip];  // the oldest output row first; those that lie above the run are never stored
 #pragma unroll
-    for (int o = 0; o < kKernel; ++o)
+    for (int o = 0; o < kHeld; ++o)
 #pragma unroll
       for (int v = 0; v < kStrip; ++v) sum[o][v] = bias;
 
     // Puts a complete row beside others, and stores them when they are as many as there is room for.
     const auto store = [&](int row) {
+      if (staged == 0) stored();
       const uint32_t here = target.next(a.target);
       if (live)
 #pragma unroll
-        for (int v = 0; v < kStrip; ++v) at_address<float>(here + 4 * v) = sum[0][v];
+        for (int v = 0; v < kStrip; ++v) at_address<float>(kHalves ? here + v * turn : here + 4 * v) = sum[0][v];
       if (++staged < a.target.group_rows && row + 1 < r.end) return;
+      // A box that is not full may end with the planes only. What is written again does not go this way.
+      const bool box = kBoxes && known.finite == ~0u && (staged == a.target.group_rows || row + 1 == cut.target_height);
+      if (box) before_bulk_copies();
       __syncwarp();
       const CopyShare share(cut, a.target);
       const int planes = known.planes;
-      if (share.piece < planes) {
+      if (box) {
+        if (is_elected()) {
+          store_box(a.target_map, stage, known.row * a.target.width, known.channel, 0, known.image);
+          commit_stores();
+        }
+      } else if (share.piece < planes) {
         char* to = a.target.at(known.image, known.channel + share.piece, known.row, known.column);
         uint32_t from = shared_address(stage) + share.piece * a.target.piece_pitch;
         const int bytes = a.target.whole      ? static_cast<int>(a.target.plane_bytes) * planes
@@ -197,87 +301,168 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
       __syncwarp();
       if (lane == 0) known.row = row + 1;
       staged = 0;
-      target.begin(target_lane, target_low + (row + 1) * a.target.row_bytes);
+      target.begin(shared_address(stage) + known.target_lane[lane], target_low + (row + 1) * a.target.row_bytes);
     };
 
-    int row = r.first + cut.padding_h - (kKernel - 1);  // the oldest
-    for (int y = r.first; y <= r.last; ++y, ++row) {
+    constexpr int kAhead = kHeld - 1;  // rows from the oldest one to the newest
+    for (int step = r.first; step <= r.last; ++step) {
       if (fresh == 0) {
         const uint32_t group = ring.next(cut);
-        load_next<kKernel>(cut, a.source, end, span, known, ring);
-        fresh = min(a.source.group_rows, r.last + 1 - y);
-        source.begin(group + source_lane, source_low + y * a.source.row_bytes);
+        load_next<kExtent, kStride, kWay>(a, end, span, known, ring);
+        fresh = min(a.source.group_rows / kStride, r.last + 1 - step);
+        source.begin(group + known.source_lane[lane],
+                     source_low + max(row_of_step<kStride>(a, step), 0) * a.source.row_bytes);
       }
       --fresh;
-      float x[kColumns];
-      masks.read(source.next(a.source), x);
 #pragma unroll
-      for (int j = 0; j < kKernel; ++j)
+      for (int e = 0; e < kStride; ++e) {
+        float x[kColumns];
+        const int y = row_of_step<kStride>(a, step) + e;
+        const bool inside = kBoxes || kStride == 1 || (y >= 0 && y < a.source.height);  // or else it was not loaded
+        const uint32_t from = inside ? source.next(a.source) : zeros;
+        if constexpr (kHalves) {
 #pragma unroll
-        for (int o = 0; o < kKernel; ++o)
+          for (int s = 0; s < kColumns; ++s) x[s] = at_address<float>(from + s * turn);
+        } else {
+          masks.read(from, x);
+        }
+        const bool begins = e + 1 == kStride;  // a new row, and all move on
+const auto add = [&](int o, int j, int v, bool is_first) {
+          const int reach = (kHeld - o - begins) * kStride - (begins ? 0 : kStride - 1 - e), i = reach / kDilation;
+          const int s = kHalves ? v + j - kReach : v * kStride + j * kDilation;
+          if (i >= kKernel || s < 0) return;
+          if (reach % kDilation > 0) {
+            if (is_first) sum[o][v] = sum[o + 1][v];
+            return;
+          }
+          const float before = !is_first || !begins ? sum[o][v] : o + 1 < kHeld ? sum[o + 1][v] : bias;
+          sum[o][v] = fmaf(x[s], weight[i][j], before);
+        };
+        // In the order in which ptxas finds the most operands in different banks.
+        if constexpr (kKernel > kMarchKernel || !kBoxes) {
 #pragma unroll
-          for (int v = 0; v < kStrip; ++v)
-            sum[o][v] = fmaf(x[v + j], weight[kKernel - 1 - o][j],
-                             j > 0             ? sum[o][v]
-                             : o + 1 < kKernel ? sum[o + 1][v]
-                                               : bias);
-      if (row >= r.begin) store(row);
+          for (int o = 0; o < kHeld; ++o)
+#pragma unroll
+            for (int n = 0; n < kKernel; ++n)
+#pragma unroll
+              for (int v = 0; v < kStrip; ++v) add(o, kBoxes ? kKernel - 1 - n : n, v, n == 0);
+        } else {
+#pragma unroll
+          for (int j = 0; j < kKernel; ++j)
+#pragma unroll
+            for (int v = 0; v < kStrip; ++v)
+#pragma unroll
+              for (int o = 0; o < kHeld; ++o) add(o, j, v, j == (kHalves && v < kReach ? kReach - v : 0));
+        }
+      }
+      if (step >= r.begin + kAhead) store(step - kAhead);
     }
     // Rows below the image are zeros: in a loop of their own, or else the sums were moved for every row.
-    for (; row < r.end; ++row) {
+    for (int row = max(r.first, r.last + 1) - kAhead; row < r.end; ++row) {
 #pragma unroll
-      for (int o = 0; o + 1 < kKernel; ++o)
+      for (int o = 0; o + 1 < kHeld; ++o)
 #pragma unroll
         for (int v = 0; v < kStrip; ++v) sum[o][v] = sum[o + 1][v];
       if (row >= r.begin) store(row);
     }
-    if (!finite && live) strip_by_taps<kKernel>(a, r.image, r.channel + own, r.begin, r.end, column);
+    if (live && !(known.finite >> lane & 1)) strip_by_taps<kKernel, kStride, kDilation>(a, r.image, r.channel + own, r.begin, r.end, column);
   }
+  stored();
 }
 
 using Kernel = void (*)(March);
+
+// What a kernel is compiled for, and how, each way that it may go, or null.
+struct Kernels {
+  int side, extent, stride;
+  std::array<Kernel, 3> by_way;
+
+  Kernel& operator[](Way way) { return by_way[static_cast<int>(way)]; }
+  const Kernel& operator[](Way way) const { return by_way[static_cast<int>(way)]; }
+};
 
 // How a problem is cut.
 struct Decision {
   MarchCut cut;
   PlaneRows source, target;
+  Way way;
   int blocks, shared_bytes;
 };
 
-Decision decide(const March& a, int64_t images, int side, Kernel kernel, const Device& device) {
-  Decision d{a.cut, a.source, a.target, 0, 0};
+Decision decide(const March& a, int64_t images, const Kernels& kernels, const Device& device) {
+  Decision d{a.cut, a.source, a.target, Way::kPieces, 0, 0};
   MarchCut& cut = d.cut;
   choose_lanes(cut);
+  const int side = kernels.side, extent = kernels.extent, stride = kernels.stride;
+  const bool small = cut.spans == 1 && cut.target_width <= 2 * kStrip;  // planes are not cut
+  // So many rows begin and end with 16 bytes, and so many of them a box has at most.
+  const int even_rows = kUnit / 4 / std::gcd(std::gcd(a.source.width, a.target.width), kUnit / 4);
+  const auto most_of = [&](int columns) { return kMostBoxSide / columns / even_rows * even_rows; };
+  const int most_rows = most_of(a.source.width * stride), most_target_rows = most_of(a.target.width);
+  if (kernels[Way::kBoxes] != nullptr && cut.spans == 1 && (even_rows == 1 || (small && stride == 1)) &&
+      most_rows > 0 && most_target_rows > 0) {
+    const bool two = a.source.width == 2 * kStrip && cut.target_width == 2 * kStrip && cut.padding_w == extent / 2;
+    d.way = two && kernels[Way::kHalves] != nullptr ? Way::kHalves : Way::kBoxes;
+  }
+  const bool boxes = d.way != Way::kPieces;
   const int budget = march_budget(device, blocks_of(side));
   const int taps = static_cast<int>(round_up(cut.planes * side * side * 4, kUnit));
   const auto fill = [&](bool whole, int rows, int target_rows) {
-    arrange(d.source, cut, cut.columns + side - 1, rows, whole);
-    arrange(d.target, cut, cut.columns, target_rows, whole);
+    if (boxes) {
+      arrange_box(d.source, cut.planes / a.multiplier, a.source.width, rows * stride);
+      arrange_box(d.target, cut.planes, a.target.width, target_rows);
+    } else {
+      arrange(d.source, cut, (cut.columns - 1) * stride + extent, rows * stride, whole, stride, a.multiplier);
+      arrange(d.target, cut, cut.columns, target_rows, whole);
+    }
     cut.stage_bytes = std::max(taps, static_cast<int>(round_up(d.target.group_bytes, kUnit)));
     cut.group_bytes = d.source.group_bytes;
-    cut.warp_bytes = cut.stage_bytes + static_cast<int>(sizeof(Known)) + MarchRing::kBarrierBytes +
-                     MarchRing::kGroups * cut.group_bytes;
+    cut.warp_bytes = static_cast<int>(round_up(kKnownBytes + MarchRing::kBarrierBytes +
+                                                   MarchRing::kGroups * cut.group_bytes + cut.stage_bytes,
+                                               kBoxUnit));
     return cut.warp_bytes <= budget;
   };
-  // Planes whole if they are small enough.
-  constexpr int kRows = 8, kTargetRows = 4;
-  if (cut.spans > 1 || cut.target_width > 2 * kStrip || !fill(true, a.source.height, cut.target_height)) {
-    int rows = std::min(kRows, a.source.height);
+  constexpr int kRows = 8, kTargetRows = 4, kTargetRowsOfBox = 6;
+  int rows = std::min(kRows / stride, cut.target_height);
+  if (boxes) {
+    // Boxes lie as they are: with some rows less lanes may meet in fewer banks.
+    rows = static_cast<int>(round_up(rows, even_rows));
+    const int most = std::max(kTargetRowsOfBox / even_rows * even_rows, even_rows);
+    int target_rows = std::min({rows, most, most_target_rows});
+    rows = std::min(rows, most_rows);
+    while (!fill(false, rows, target_rows) && rows > even_rows) rows -= even_rows;
+    const auto best = [&](int most, auto&& meet) {
+      int best = most, least = 1 << 30;
+      for (int count = most; count >= std::max(most / 2, even_rows); count -= even_rows)
+        if (const int now = meet(count); now < least) least = now, best = count;
+      return best;
+    };
+    target_rows = best(target_rows, [&](int count) {
+      fill(false, rows, count);
+      return conflicts(cut, d.target.piece_pitch);
+    });
+    rows = best(rows, [&](int count) {
+      fill(false, count, target_rows);
+      return conflicts(cut, d.source.piece_pitch, stride, a.multiplier);
+    });
+    fill(false, rows, target_rows);
+  } else if (stride > 1 || !small || !fill(true, a.source.height, cut.target_height)) {  // small planes go whole
     while (!fill(false, rows, std::min(rows, kTargetRows)) && rows > 1) --rows;
   }
+  const Kernel kernel = kernels[d.way];
   d.shared_bytes = kMarchWarps * cut.warp_bytes + 2 * kRowMargin;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
   int resident = 0;
   cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, 32 * kMarchWarps, d.shared_bytes);
-  const int64_t columns = ceil_div(cut.channels, cut.planes) * cut.spans * images, rows = columns * cut.target_height;
+  const int64_t all = ceil_div(cut.channels, cut.planes) * cut.spans * images, all_rows = all * cut.target_height;
   const int64_t slots = int64_t{std::max(resident, 1)} * device.multiprocessors;  // for blocks
-  const double turns = static_cast<double>(columns) / (slots * kMarchWarps);
+  const double turns = static_cast<double>(all) / (slots * kMarchWarps);
   // A cut through a plane costs rows that both sides need.
   constexpr int kLeast = 8;
-  const bool together = d.source.whole || std::ceil(turns) < 1.06 * turns;
+  const bool together = d.source.whole || (boxes && even_rows > 1) || std::ceil(turns) < 1.06 * turns;
   cut.unit_rows = together ? cut.target_height : 1;
-  cut.units = static_cast<int>(rows / cut.unit_rows);
-  d.blocks = static_cast<int>(std::min(ceil_div(together ? columns : ceil_div(rows, kLeast), kMarchWarps), slots));
+  cut.units = static_cast<int>(all_rows / cut.unit_rows);
+  d.blocks = static_cast<int>(std::min(ceil_div(together ? all : ceil_div(all_rows, kLeast), kMarchWarps), slots));
   // Warps side by side take the spans of the same rows, if there are as many: memory likes to be read and written in
   // one place at a time.
   cut.workers = d.blocks * kMarchWarps;
@@ -289,16 +474,35 @@ Decision decide(const March& a, int64_t images, int side, Kernel kernel, const D
   return d;
 }
 
-void launch(March a, int64_t images, int side, Kernel kernel, cudaStream_t stream) {
+void launch(March a, int64_t images, Kernels kernels, cudaStream_t stream) {
   const Device& device = current_device();
-  static thread_local Decisions<8, Decision> decisions;
+  // Whether all planes begin with 16 bytes, as boxes have to.
+  const auto begin = [&](const PlaneRows& rows) {
+    constexpr int64_t kFar = int64_t{1} << 39;
+    return reinterpret_cast<uintptr_t>(rows.base) % kUnit == 0 && rows.plane_bytes % kUnit == 0 &&
+           (images == 1 || (rows.image_bytes > 0 && rows.image_bytes % kUnit == 0 && rows.image_bytes < kFar));
+  };
+  if (!a.cut.bulk || !begin(a.source) || !begin(a.target)) kernels[Way::kBoxes] = nullptr;
+  static thread_local Decisions<14, Decision> decisions;
   const Decision& d = decisions(
-      {device.id, side, images, a.cut.channels, a.source.height, a.source.width, a.target.height, a.target.width},
-      [&] { return decide(a, images, side, kernel, device); });
+      {device.id, kernels[Way::kBoxes] != nullptr, kernels.side, kernels.extent, kernels.stride, images, a.cut.channels,
+       a.multiplier, a.source.height, a.source.width, a.target.height, a.target.width, a.cut.padding_w, a.cut.bulk},
+      [&] { return decide(a, images, kernels, device); });
   const bool bulk = a.cut.bulk;
   a.cut = d.cut, a.cut.bulk = bulk;
   a.source.arrange_as(d.source), a.target.arrange_as(d.target);
-  launch_early(kernel, a, d.blocks, 32 * kMarchWarps, stream, {.shared_bytes = d.shared_bytes});
+  if (d.way != Way::kPieces) {
+    const auto describe = [&](CUtensorMap& map, const PlaneRows& rows, int planes) {
+      const int64_t image_bytes = images == 1 ? rows.planes * rows.plane_bytes : rows.image_bytes;
+      if (!describe_boxes(map, rows.base, sizeof(float), {rows.plane_bytes / 4, rows.planes, 1, images},
+                          {rows.plane_bytes, image_bytes, image_bytes}, {rows.group_rows * rows.width, planes, 1, 1}))
+        throw std::runtime_error("dwconv: CUDA cannot describe boxes of planes");
+      return planes * rows.piece_pitch;
+    };
+    a.box_bytes = describe(a.source_map, a.source, a.cut.planes / a.multiplier);
+    describe(a.target_map, a.target, a.cut.planes);
+  }
+  launch_early(kernels[d.way], a, d.blocks, 32 * kMarchWarps, stream, {.shared_bytes = d.shared_bytes});
   check_launch("march_nchw");
 }
 
@@ -307,8 +511,9 @@ void launch(March a, int64_t images, int side, Kernel kernel, cudaStream_t strea
 void launch_march_nchw(const Problem& p, bool bulk, cudaStream_t stream) {
   const Mapping map(p);
   March a{};
-  a.source = plane_rows(map.source, map.targets, map.height, map.width);
+  a.source = plane_rows(map.source, map.sources, map.height, map.width);
   a.target = plane_rows(map.target, map.targets, map.out_height, map.out_width);
+  a.multiplier = map.fan_out, a.by_multiplier = Divider(map.fan_out);
   a.weight = static_cast<const float*>(map.weight.data), a.weight_filter = map.weight.stride[0];
   a.weight_row = static_cast<int>(map.weight.stride[2]), a.weight_column = static_cast<int>(map.weight.stride[3]);
   const int64_t step = map.weight.stride[3];
@@ -319,12 +524,21 @@ void launch_march_nchw(const Problem& p, bool bulk, cudaStream_t stream) {
   a.cut.channels = map.targets, a.cut.target_height = map.out_height, a.cut.target_width = map.out_width;
   a.cut.padding_h = map.padding_h, a.cut.padding_w = map.padding_w;
   static_assert(kMarchKernel == 7 && March9x9::kKernelH == 9);
-  const int side = static_cast<int>(p.kernel_h);
-  const bool wide = map.padding_w > side / 2;
-  if (side == kMarchKernel)
-    launch(a, p.batch, side, wide ? march_nchw<7, 6> : march_nchw<7, 3>, stream);
-  else
-    launch(a, p.batch, side, wide ? march_nchw<9, 8> : march_nchw<9, 4>, stream);
+  const bool wide = map.padding_w > (p.kernel_w - 1) * p.dilation_w / 2;
+  const auto launch_one = [&](auto kernel) {
+    using One = decltype(kernel);
+    constexpr int kSide = One::kKernelH, kStride = One::kStride, kDilation = One::kDilation;
+    constexpr int kReach = (kSide - 1) * kDilation;
+    const Kernel pieces = wide ? march_nchw<kSide, kStride, kDilation, kReach, Way::kPieces>
+                               : march_nchw<kSide, kStride, kDilation, kReach / 2, Way::kPieces>;
+    const Kernel boxes = wide ? nullptr : march_nchw<kSide, kStride, kDilation, kReach / 2, Way::kBoxes>;
+    Kernel halves = nullptr;
+    if constexpr (kSide == kMarchKernel && kStride == 1)
+      halves = march_nchw<kSide, kStride, kDilation, 0, Way::kHalves>;
+    launch(a, p.batch, {kSide, kReach + 1, kStride, {pieces, boxes, halves}}, stream);
+  };
+  visit_small_kernel<std::tuple<SmallKernel<7, 7, 1, 1>, SmallKernel<7, 7, 2, 1>, March9x9, SmallKernel<3, 3, 1, 2>>>(
+      p, launch_one);
 }
 
 }  // namespace dwconv

@@ -144,7 +144,7 @@ class MarchRing {
   __device__ void load(const MarchCut& a, const PlaneRows& rows, const CopyShare& share, int planes, int count,
                        int bytes, const char*& from, const char* image, int offset) {
     if (count <= 0 || share.piece >= planes) return;
-    int to = memory_ + loading_ * a.group_bytes + offset + share.piece * rows.piece_pitch;
+    int to = memory_ + group() * a.group_bytes + offset + share.piece * rows.piece_pitch;
     const bool spans = !rows.together;
     if (rows.whole)
       bytes = static_cast<int>(rows.plane_bytes) * planes;
@@ -177,32 +177,31 @@ class MarchRing {
   // The same by one lane: copy(to, barrier) begins to copy so many bytes.
   template <typename Copy>
   __device__ void load_boxes(const MarchCut& a, int bytes, Copy&& copy) {
-    if (threadIdx.x % 32 > 0) return;
-    const int barrier = barriers_ + 8 * loading_;
+    if (!is_elected()) return;
+    const int barrier = barriers_ + 8 * group();
     expect_bytes(barrier, bytes);
-    copy(memory_ + loading_ * a.group_bytes, barrier);
+    copy(memory_ + group() * a.group_bytes, barrier);
   }
 
   // Ends the loads of a group.
   __device__ void commit(const MarchCut& a) {
     if (a.bulk) {
       __syncwarp();
-      if (threadIdx.x % 32 == 0) arrive(barriers_ + 8 * loading_);
+      if (threadIdx.x % 32 == 0) arrive(barriers_ + 8 * group());
     } else {
       commit_copies();
     }
-    if (++loading_ == kGroups) loading_ = 0;
   }
 
   // Waits for the next group; returns the address where it lies. The one before it may be loaded over.
   __device__ uint32_t next(const MarchCut& a) {
     if (a.bulk)
-      wait(barriers_ + 8 * reading_, parity_);
+      wait(barriers_ + 8 * group(), read_ / kGroups % 2);
     else
       wait_copies<kGroups - 2>();
     __syncwarp();
-    const uint32_t here = shared_address(memory_ + reading_ * a.group_bytes);
-    if (++reading_ == kGroups) reading_ = 0, parity_ ^= 1;
+    const uint32_t here = shared_address(memory_ + group() * a.group_bytes);
+    ++read_;
     return here;
   }
 
@@ -218,7 +217,7 @@ class MarchRing {
     const uint64_t high = min((end + unit) & ~unit, number(image_end) & ~unit);
     const uint32_t base = to - static_cast<uint32_t>(begin & ~unit);
     if (low < high) {
-      const int size = static_cast<int>(high - low), barrier = barriers_ + 8 * loading_;
+      const int size = static_cast<int>(high - low), barrier = barriers_ + 8 * group();
       expect_bytes(barrier, size);
       const int address = static_cast<int>(base + static_cast<uint32_t>(low));
       copy_bulk(shared_address(address), reinterpret_cast<const char*>(low), size, barrier);
@@ -230,12 +229,15 @@ class MarchRing {
     for (uint64_t at = max(max(low, high), begin); at < end; at += 4) copy(at);
   }
 
+  // The one to be read next. As one is under way ahead of it only, also the one to be loaded after that.
+  __device__ int group() const { return static_cast<int>(read_ % kGroups); }
+
   const int barriers_, memory_;
-  int loading_ = 0, reading_ = 0;
-  uint32_t parity_ = 0;
+  uint32_t read_ = 0;  // groups that were read
 };
 
-// Rows of a group as a lane reads or writes them, one after the other.
+// Rows of a group as a lane reads or writes them, one after the other. kEven: all lie at the same place within 16 bytes.
+template <bool kEven = false>
 class RowPlace {
  public:
   // From a row on; `low`: its address.
@@ -243,7 +245,7 @@ class RowPlace {
   __device__ uint32_t next(const PlaneRows& rows) {
     const uint32_t here = row_ + phase_;
     row_ += rows.row_pitch;
-    phase_ = (phase_ + rows.row_phase) % kUnit;
+    if (!kEven) phase_ = (phase_ + rows.row_phase) % kUnit;
     return here;
   }
 
