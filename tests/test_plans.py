@@ -1315,6 +1315,48 @@ def test_batch_grad_weight_of_whole_units_is_exact(kernel: tuple, dilation: int,
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FAST[1:], ids=str)
+@pytest.mark.parametrize("finite", [True, False])
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "dilation", "multiplier"),
+    [
+        ((14, 14), (3, 3), 1, 1, 1),
+        ((14, 14), (5, 5), 1, 1, 1),
+        ((14, 14), (7, 7), 1, 1, 1),
+        ((14, 14), (3, 3), 1, 2, 1),
+        ((14, 14), (3, 3), 1, 3, 1),
+        ((14, 14), (1, 7), 1, 1, 1),
+        ((14, 14), (7, 3), 1, 1, 1),
+        ((14, 14), (5, 5), 2, 1, 1),
+        ((56, 56), (7, 7), 2, 1, 1),
+        ((56, 56), (7, 7), 2, 1, 2),
+        ((28, 56), (5, 5), 2, 1, 2),
+        ((84, 56), (5, 7), 2, 1, 1),
+    ],
+    ids=str,
+)
+def test_batch_grad_weight_of_rows_as_they_lie_is_exact(
+    size: tuple, kernel: tuple, stride: int, dilation: int, multiplier: int, finite: bool, dtype: torch.dtype
+) -> None:
+    """Filters that end within a block, images that end within 16 and that blocks share, images apart; Inf and NaN."""
+    padding = tuple(dilation * (k - 1) // 2 for k in kernel)
+    many = 680 if size[1] == 14 else 70
+    for batch, channels, layout in ((37, 8, {}), (16, many, {"steps": (2, 1, 1, 1)}), (400, 8, {"offset": 8})):
+        case = Case(batch, channels, size, kernel, (stride, stride), padding, (dilation, dilation), multiplier)
+        case = case._replace(bias=batch != 16)
+        input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+        input, grad_output = lay(input, **layout), lay(integers(*output_size(case)).to(input), **layout)
+        if not finite:
+            for tensor in (input, grad_output):
+                tensor[0, 1, 0, 0], tensor[1, 0, -1, -1], tensor[-1, 2, 3, 0] = torch.inf, torch.nan, -torch.inf
+        exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+        for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
+            if plan.startswith("batch_grad_weight_nchw"):
+                wanted = exact[name].round().to(result)
+                assert torch.equal(result.nan_to_num(nan=12345.0), wanted.nan_to_num(nan=12345.0)), (plan, str(case))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST[1:], ids=str)
 @pytest.mark.parametrize("side", [3, 5, 7])
 def test_grad_weight_of_long_rows_is_exact(side: int, dtype: torch.dtype) -> None:
     """Rows of whole 16 bytes, in 16 segments, the last of them empty or cut; at addresses that are none, too."""

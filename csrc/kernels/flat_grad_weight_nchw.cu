@@ -1,169 +1,159 @@
-// grad_weight (and the bias gradient) of small kernels in 16 bits at stride 1 on planes of at most 49 pixels, on tensor
-// cores, as sums over images.
+// grad_weight (and the bias gradient) of small kernels in 16 bits on small planes, on tensor cores, as sums over
+// images.
 //
 // With all pixels of a plane in a row, A[m][n] = input[n][m] and B[n][k] = gradient[n][k], the product has the sums of
 // every pixel of the input with every one of the gradient, of which a tap's sum is those that are as far from each
-// other as it says: whatever pairs no tap has is never added. So there is nothing to lay anew, to mask or to take
-// again: 8 loads of matrices and 22 multiplications for 16 images of a plane of 7x7 and 7x7, 13 for 3x3.
+// other as it says: whatever pairs no tap has is never added. So there is nothing to lay anew, and planes lie in shared
+// memory as they do in memory: a block has some of them, of 16 images at a time, and matrices begin where 16 bytes do,
+// in both arrays alike, before or where a plane begins. Two warps do nothing but begin bulk copies. On sm_90 and later.
 //
-// A block has some planes, a warp each, of 16 images at a time, which lie as they do in memory: matrices begin where 16
-// bytes do, in both arrays alike, before or where a plane begins. On sm_90 and later.
+// Products are of 16 pixels of the input by 8 of the gradient, of those that are near enough. Of planes of at most 49
+// pixels all of them stay in registers, 22 for 7x7 and 13 for 3x3, as they do at stride 2 for 49 gradients, by two
+// warps. Planes of 14 x 14 have 72 for 3x3 and 154 for 7x7: 7 times 8 gradients are 4 rows, so products of gradients so
+// far apart are of the same columns, and are added up.
 #include "flat_grad_weight_nchw.h"
 
 #include <algorithm>
 
 #include "clusters.cuh"
+#include "march_channels_last.cuh"
 #include "partial_sums.h"
 #include "tensor_cores.cuh"
 
 namespace dwconv {
 namespace {
 
-constexpr int kImages = 16;         // that are multiplied together
-constexpr int kPlanes = 8;          // of a block: a warp each
-constexpr int kStages = 4;          // of 16 images
-constexpr int kMaxPixels = 49;      // of a plane
-constexpr int kUnits = 7;           // of 8 pixels, that a plane is part of wherever it begins
-constexpr int kPitch = 8 * kUnits;  // of a plane's product, in floats
-constexpr int kProductBytes = 4 * 8 * kUnits * kPitch;
-constexpr int kAtOnce = 14;                    // products that are added before it is seen whether there are more
-constexpr int kFull = 0, kDone = 8 * kStages;  // where barriers are
+constexpr int kImages = 16;                       // that are multiplied together
+constexpr int kPixels = 8;                        // of 16 bytes
+constexpr int kMaxStages = 8;                     // of 16 images
+constexpr int kLoaders = 2;                       // warps: of the input, of the gradient
+constexpr int kFull = 0, kDone = 8 * kMaxStages;  // where barriers are
+constexpr int kSide = 14;                         // of larger planes
+
+// An array. A block loads the planes of 16 images to a stage.
+struct FlatPlanes {
+  const char* base;
+  int64_t image_bytes;       // from one image to the next
+  int pixels;                // of a plane
+  int bytes;                 // of all planes of an image
+  int run_bytes, row_bytes;  // of an image's planes in a block, and from one image to the next in shared memory
+  int memory;                // where the first image is in a stage
+};
 
 struct Flat {
-  const char *source, *grad;
-  int64_t source_image_bytes, grad_image_bytes;
-  int height, width, kernel_h, kernel_w, padding_h, padding_w, dilation_h, dilation_w;
+  FlatPlanes source, grad;
+  int height, width, out_height, out_width, kernel_h, kernel_w, padding_h, padding_w, dilation_h, dilation_w;
   int images, filters, groups, splits;
-  int planes;          // of a block: a warp each
-  int image_bytes;     // of all planes
+  int planes;  // of a block
+  int stages, stage_bytes;
   Divider by_columns;  // of the kernel
-  int row_bytes;       // of an image: the planes of a block
-  int array_bytes;     // of 16 images of one array
-  uint64_t rows;       // a bit for the first pixel of each row of a plane
+  uint64_t rows;       // a bit for the first pixel of each row of a plane of at most 49 pixels
   float* partial;      // [split][tap, or bias behind the last tap][filter], or null
   void *grad_weight, *grad_bias;
 };
 
-// Which pixels of the input have one of the gradient so many rows above and columns to the left, a bit each.
-__device__ inline uint64_t pixels_of(const Flat& a, int y, int x) {
-  const int top = max(y, 0), bottom = min(a.height + y, a.height);
-  const int left = max(x, 0), right = min(a.width + x, a.width);
-  if (top >= bottom || left >= right) return 0;
-  const uint64_t rows = a.rows & (uint64_t{1} << bottom * a.width) - (uint64_t{1} << top * a.width);
-  return rows * ((1u << right) - (1u << left));
+// A plane of a block.
+struct FlatPlane {
+  int source, grad;                // where the 16 bytes are in a stage that its first pixel is in
+  int source_before, grad_before;  // pixels of the plane before, in these
+};
+
+// Where a lane's rows of matrices begin: of 16 pixels of 16 images of the input, of twice 8 of the gradient that are
+// `step` bytes apart.
+__device__ inline uint32_t source_rows(const Flat& a, const FlatPlane& plane) {
+  const int lane = threadIdx.x % 32;
+  return shared_address(plane.source) + (lane % 8 + lane / 16 * 8) * a.source.row_bytes + lane / 8 % 2 * kUnit;
+}
+__device__ inline uint32_t grad_rows(const Flat& a, const FlatPlane& plane, int step) {
+  const int lane = threadIdx.x % 32;
+  return shared_address(plane.grad) + lane % 16 * a.grad.row_bytes + lane / 16 * step;
 }
 
-// kReach: pixels from one of the input to one of the gradient that it is multiplied with, at most.
+// Adds a lane's part of a plane's gradients of 16 images.
+template <typename T>
+__device__ void add_bias(const Flat& a, const FlatPlane& plane, int stage, float& bias) {
+  const int lane = threadIdx.x % 32;
+  const int from = stage + plane.grad + lane % kImages * a.grad.row_bytes + 2 * plane.grad_before;
+  for (int at = lane / kImages; at < a.grad.pixels; at += 2) bias += widen(shared<T>(from + 2 * at));
+}
+
+__device__ inline float sum_of_lanes(float value) {
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
+  return value;
+}
+
+// Planes of at most 49 pixels. kReach: pixels from one of the input to one of the gradient that it is multiplied with,
+// at most.
 template <typename T, int kReach>
-__global__ void __launch_bounds__(32 * kPlanes, 2) flat_grad_weight_nchw(const __grid_constant__ Flat a) {
-#if __CUDA_ARCH__ < 900
-  if constexpr (sizeof(T) == 2) return;  // it is not launched
-#endif
-  constexpr int kTiles = (kUnits + 1) / 2;
-  const auto needed = [](int m, int k) {
+struct AllPairs {
+  static constexpr int kRoles = 1, kMaxPlanes = 6, kBlocks = 2;  // warps of a plane, planes of a block, blocks together
+  static constexpr int kUnits = 7, kTiles = (kUnits + 1) / 2;
+  static constexpr int kPitch = kPixels * kUnits;  // of a plane's product, in floats
+  static constexpr int kProductBytes = 4 * kPixels * kUnits * kPitch;
+  static constexpr bool kExact = true;  // nothing is multiplied by zero
+
+  static constexpr bool needed(int m, int k) {
     return 8 * k + 7 >= 16 * m - kReach && 8 * k <= (16 * m + 16 < 8 * kUnits ? 16 * m + 15 : 8 * kUnits - 1) + kReach;
-  };
-  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  const int group = blockIdx.x % a.groups, split = blockIdx.x / a.groups, filter = group * a.planes + warp;
-  const int all = (a.images + kImages - 1) / kImages, whole = all / a.splits, more = all % a.splits;
-  const int first = split * whole + min(split, more), steps = whole + (split < more);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) init_barrier(kFull + 8 * i, 1), init_barrier(kDone + 8 * i, a.planes);
-    before_bulk_copies();
   }
-  let_next_kernel_start();
-  wait_for_kernel_before();
-  __syncthreads();
-  const int pixels = a.height * a.width, begin = filter * pixels, before = begin % 8;  // pixels of other planes
-  const int from = 2 * group * a.planes * pixels / kUnit * kUnit;  // of an image's bytes: where the block's rows begin
-  const auto load = [&](int step, int stage) {
-    const int full = kFull + 8 * stage, to = kHead + stage * 2 * a.array_bytes;
-    const int image = (first + step) * kImages + lane % kImages;
-    const int mine = to + lane / kImages * a.array_bytes + lane % kImages * a.row_bytes;
-    const int bytes = min(a.row_bytes, a.image_bytes - from);
-    if (image < a.images) {
-      expect_bytes(full, bytes);
-      copy_bulk(shared_address(mine),
-                (lane < kImages ? a.source + image * a.source_image_bytes : a.grad + image * a.grad_image_bytes) + from,
-                bytes, full);
-    } else {
-      for (int at = 0; at < a.row_bytes; at += kUnit) shared<uint4>(mine + at) = uint4{};
-    }
-    __syncwarp();
-    if (lane == 0) arrive(full);
-  };
-  if (warp == 0)
-    for (int step = 0; step < min(kStages, steps); ++step) load(step, step);
 
-  float sum[kTiles][kUnits][4] = {}, bias = 0;
-  const int plane = kHead + begin / 8 * kUnit - from;
-  const uint32_t source = shared_address(plane) + (lane % 8 + lane / 16 * 8) * a.row_bytes + lane / 8 % 2 * kUnit;
-  const uint32_t grad = shared_address(plane) + a.array_bytes + lane % 16 * a.row_bytes + lane / 16 * kUnit;
-  int stage = 0;
-  uint32_t parity = 0;
-  for (int step = 0; step < steps; ++step) {
-    const int place = stage * 2 * a.array_bytes;
-    __syncwarp();
-    wait(kFull + 8 * stage, parity);
-    uint32_t g[kUnits + 1][2];
+  template <int kRole>
+  struct Part {
+    float sum[kTiles][kUnits][4] = {}, bias = 0;
+    const FlatPlane plane;
+    const uint32_t source, grad;
+
+    __device__ Part(const Flat& a, const FlatPlane& plane)
+        : plane(plane), source(source_rows(a, plane)), grad(grad_rows(a, plane, kUnit)) {}
+
+    __device__ void add(const Flat& a, int stage) {
+      uint32_t g[kUnits + 1][2];
 #pragma unroll
-    for (int k = 0; k < kUnits - 1; k += 2) {
-      uint32_t both[4];
-      load_matrices_transposed(both, grad + place + k * kUnit);
+      for (int k = 0; k < kUnits - 1; k += 2) {
+        uint32_t both[4];
+        load_matrices_transposed(both, grad + stage + k * kUnit);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) g[k + e / 2][e % 2] = both[e];
+        for (int e = 0; e < 4; ++e) g[k + e / 2][e % 2] = both[e];
+      }
+      load_two_transposed(g[kUnits - 1][0], g[kUnits - 1][1], grad + stage + (kUnits - 1) * kUnit);
+#pragma unroll
+      for (int m = 0; m < kTiles; ++m) {
+        uint32_t x[4];
+        load_matrices_transposed(x, source + stage + 2 * m * kUnit);
+#pragma unroll
+        for (int k = 0; k < kUnits; ++k)
+          if (needed(m, k)) multiply(sum[m][k], sum[m][k], x, g[k], T{});
+      }
+      if (a.grad_bias != nullptr) add_bias<T>(a, plane, stage, bias);
     }
-    load_two_transposed(g[kUnits - 1][0], g[kUnits - 1][1], grad + place + (kUnits - 1) * kUnit);
+
+    __device__ void put(const Flat&, int place) {
+      const int lane = threadIdx.x % 32, put = place + 4 * (lane / 4 * kPitch + lane % 4 * 2);
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
-      uint32_t x[4];
-      load_matrices_transposed(x, source + place + 2 * m * kUnit);
+      for (int m = 0; m < kTiles; ++m)
 #pragma unroll
-      for (int k = 0; k < kUnits; ++k)
-        if (needed(m, k)) multiply(sum[m][k], sum[m][k], x, g[k], T{});
+        for (int k = 0; k < kUnits; ++k)
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            if (needed(m, k) && 2 * m + e < kUnits)
+              shared<float2>(put + 4 * (8 * (2 * m + e) * kPitch + 8 * k)) = {sum[m][k][2 * e], sum[m][k][2 * e + 1]};
     }
-    if (a.grad_bias != nullptr)
-      for (int at = lane / kImages; at < pixels; at += 2)
-        bias +=
-            widen(shared<T>(kHead + place + a.array_bytes + lane % kImages * a.row_bytes + 2 * (begin + at) - from));
-    __syncwarp();
-    if (lane == 0) arrive(kDone + 8 * stage);
-    if (warp == 0 && step + kStages < steps) {
-      wait(kDone + 8 * stage, parity);
-      load(step + kStages, stage);
-    }
-    if (++stage == kStages) stage = 0, parity ^= 1;
+    __device__ float total_bias() const { return sum_of_lanes(bias); }
+  };
+
+  // Which pixels of the input have one of the gradient so many rows above and columns to the left, a bit each.
+  static __device__ uint64_t pixels_of(const Flat& a, int y, int x) {
+    const int top = max(y, 0), bottom = min(a.height + y, a.height);
+    const int left = max(x, 0), right = min(a.width + x, a.width);
+    if (top >= bottom || left >= right) return 0;
+    const uint64_t rows = a.rows & (uint64_t{1} << bottom * a.width) - (uint64_t{1} << top * a.width);
+    return rows * ((1u << right) - (1u << left));
   }
-  __syncthreads();
 
-  const int taps = a.kernel_h * a.kernel_w, slots = taps + (a.grad_bias != nullptr);
-  const auto store = [&](int slot, float total) {
-    if (filter >= a.filters) return;
-    if (a.partial != nullptr)
-      a.partial[(int64_t{split} * slots + slot) * a.filters + filter] = total;
-    else if (slot < taps)
-      static_cast<T*>(a.grad_weight)[int64_t{filter} * taps + slot] = narrow<T>(total);
-    else
-      static_cast<T*>(a.grad_bias)[filter] = narrow<T>(total);
-  };
-  // The products go to shared memory, for lanes to take their taps' sums.
-  const int mine = kHead + warp * kProductBytes, put = mine + 4 * (lane / 4 * kPitch + lane % 4 * 2);
-#pragma unroll
-  for (int m = 0; m < kTiles; ++m)
-#pragma unroll
-    for (int k = 0; k < kUnits; ++k)
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        if (needed(m, k) && 2 * m + e < kUnits)
-          shared<float2>(put + 4 * (8 * (2 * m + e) * kPitch + 8 * k)) = {sum[m][k][2 * e], sum[m][k][2 * e + 1]};
-  __syncwarp();
-#pragma unroll 1
-  for (int tap = lane; tap < taps; tap += 32) {
-    uint32_t row = tap;
-    const int x = static_cast<int>(a.by_columns.split(row)) * a.dilation_w - a.padding_w;
-    const int y = static_cast<int>(row) * a.dilation_h - a.padding_h;
-    uint64_t pixels = pixels_of(a, y, x) << before;
-    int at = mine - (pixels == 0 ? 0 : 4 * (y * a.width + x));
+  // The sum of a tap that has pixels of the input so many rows below and columns to the right.
+  static __device__ float tap(const Flat& a, const FlatPlane& plane, int place, int y, int x) {
+    constexpr int kAtOnce = 14;  // products that are added before it is seen whether there are more
+    uint64_t pixels = pixels_of(a, y, x) << plane.source_before;
+    int at = place - (pixels == 0 ? 0 : 4 * (y * a.width + x));
     float total = 0;
 #pragma unroll 1
     for (; pixels != 0; pixels >>= kAtOnce, at += 4 * kAtOnce * (kPitch + 1))
@@ -172,24 +162,377 @@ __global__ void __launch_bounds__(32 * kPlanes, 2) flat_grad_weight_nchw(const _
         const float value = shared<float>(at + 4 * k * (kPitch + 1));
         if (pixels >> k & 1) total += value;
       }
-    store(tap, total);
+    return total;
   }
-  if (a.grad_bias == nullptr) return;
-  for (int offset = 16; offset > 0; offset /= 2) bias += __shfl_xor_sync(~0u, bias, offset);
-  if (lane == 0) store(taps, bias);
+};
+
+// Planes of 14 x 14. 8 gradients are multiplied with kTiles times 16 pixels, from so many times 8 before them on; tiles
+// begin at even or at odd multiples of 8 pixels, as the gradients do. What is outside the plane becomes zero.
+template <typename T, int kBefore>
+struct Folded {
+  static constexpr int kTiles = kBefore + 1, kRoleTiles = kTiles <= 3 ? kTiles : (kTiles + 1) / 2;
+  static constexpr int kRoles = (kTiles + kRoleTiles - 1) / kRoleTiles;
+  static constexpr int kMaxPlanes = kRoles == 1 ? 8 : kTiles <= 5 ? 5 : 4, kBlocks = 1;
+  static constexpr int kUnits = (kSide * kSide + 4) / kPixels;  // that a plane is part of wherever it begins
+  static constexpr int kPhases = kSide / 2;  // so many times 8 gradients on, they are in the same columns
+  static constexpr int kPitch = kPixels + 1, kPhaseBytes = 4 * 2 * kPixels * kTiles * kPitch;
+  static constexpr int kProductBytes = kPhases * kPhaseBytes;
+  static constexpr bool kExact = false;
+  static_assert(kBefore % 2 == 0 && kSide * kSide % kPixels == 4);
+
+  template <int kRole>
+  struct Part {
+    static constexpr int kFirst = kRole * kRoleTiles;
+    static constexpr int kMine = kTiles - kFirst < kRoleTiles ? kTiles - kFirst : kRoleTiles;
+    float sum[kPhases][kMine][4] = {}, bias = 0;
+    const FlatPlane plane;
+    const uint32_t source, grad;
+    uint32_t in_first, in_last;  // which of the lane's pixels of the first and of the last 16 bytes are the plane's
+
+    __device__ Part(const Flat& a, const FlatPlane& plane)
+        : plane(plane), source(source_rows(a, plane)), grad(grad_rows(a, plane, 2 * kUnit)) {
+      const int pixel = threadIdx.x % 32 / 4;
+      in_first = pixel >= plane.source_before ? ~0u : 0;
+      in_last = pixel < plane.source_before + 4 ? ~0u : 0;
+    }
+
+    __device__ void add(const Flat& a, int stage) {
+#pragma unroll
+      for (int odd = 0; odd < 2; ++odd) {
+        uint32_t g[kUnits / 2 + 2][2];  // 8 gradients 16 apart
+#pragma unroll
+        for (int begin = -odd; begin < kUnits; begin += 2) {
+          // As far as this tile needs them.
+          const int newest = begin + kBefore - 2 * kFirst;
+#pragma unroll
+          for (int k = odd; k < kUnits; k += 4) {
+            const bool now = begin == -odd ? k <= newest : k == newest;
+            if (!now) continue;
+            uint32_t both[4];
+            load_matrices_transposed(both, grad + stage + k * kUnit);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              const int unit = k + e / 2 * 2;
+              g[unit / 2][e % 2] = unit == 0 ? both[e] & in_first : unit == kUnits - 1 ? both[e] & in_last : both[e];
+            }
+          }
+          uint32_t x[4];
+          load_matrices_transposed(x, source + stage + begin * kUnit);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int unit = begin + e % 2;
+            if (unit < 0 || unit >= kUnits) x[e] = 0;
+            if (unit == 0) x[e] &= in_first;
+            if (unit == kUnits - 1) x[e] &= in_last;
+          }
+#pragma unroll
+          for (int tile = 0; tile < kMine; ++tile) {
+            const int k = begin + kBefore - 2 * (kFirst + tile);
+            if (k < 0 || k >= kUnits) continue;
+            multiply(sum[k % kPhases][tile], sum[k % kPhases][tile], x, g[k / 2], T{});
+          }
+        }
+      }
+      if (kRole == 0 && a.grad_bias != nullptr) add_bias<T>(a, plane, stage, bias);
+    }
+
+    __device__ void put(const Flat&, int place) {
+      const int lane = threadIdx.x % 32;
+      const int put = place + 4 * ((2 * kPixels * kFirst + lane / 4) * kPitch + lane % 4 * 2);
+#pragma unroll
+      for (int phase = 0; phase < kPhases; ++phase)
+#pragma unroll
+        for (int tile = 0; tile < kMine; ++tile)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            shared<float>(put + phase * kPhaseBytes + 4 * ((2 * tile + e / 2) * kPixels * kPitch + e % 2)) =
+                sum[phase][tile][e];
+    }
+    __device__ float total_bias() const { return sum_of_lanes(bias); }
+  };
+
+  static __device__ float tap(const Flat&, const FlatPlane& plane, int place, int y, int x) {
+    constexpr uint32_t kAll = (1u << kSide) - 1;
+    // A bit for each column of the gradient, from that of the first product on.
+    const uint32_t columns = x > 0 ? kAll >> min(x, kSide) : kAll & kAll << min(-x, kSide);
+    const uint32_t valid = columns << plane.grad_before | columns >> (kSide - plane.grad_before);
+    const int from = place + 4 * (y * kSide + x + kPixels * kBefore) * kPitch;
+    float total = 0;
+#pragma unroll
+    for (int phase = 0; phase < kPhases; ++phase)
+#pragma unroll
+      for (int k = 0; k < kPixels; ++k) {
+        const float value = shared<float>(from + phase * kPhaseBytes + 4 * k * (kPitch + 1));
+        if (valid >> (phase * kPixels + k) % kSide & 1) total += value;
+      }
+    return total;
+  }
+};
+
+// 7 x 7 gradients at stride 2 of planes of 14 x 14. 8 gradients, of two rows, are multiplied with so many tiles of 16
+// pixels from where the first of them has its first tap's on.
+template <typename T>
+struct Strided {
+  static constexpr int kRoles = 2, kMaxPlanes = 6, kBlocks = 1;
+  static constexpr int kOutSide = kSide / 2, kUnits = 7, kRoleUnits = 4, kTiles = 7;
+  // Of a gradient's products tap sums need these, from kLeft pixels before the fourfold of its number on.
+  static constexpr int kLeft = 42, kPitch = 77;
+  static constexpr int kProductBytes = 4 * kPixels * kUnits * kPitch;
+  static constexpr bool kExact = true;
+
+  // Where the pixels begin that 8 gradients are multiplied with, in units of 8.
+  static __device__ int first_unit(const Flat& a, const FlatPlane& plane, int k) {
+    const int row = max(kPixels * k - plane.grad_before, 0) / kOutSide;
+    return max((2 * row - a.padding_h) * kSide + plane.source_before, 0) / kPixels;
+  }
+
+  template <int kRole>
+  struct Part {
+    static constexpr int kFirst = kRole * kRoleUnits;
+    static constexpr int kMine = kUnits - kFirst < kRoleUnits ? kUnits - kFirst : kRoleUnits;
+    float sum[kMine][kTiles][4] = {}, bias = 0;
+    const FlatPlane plane;
+    uint32_t source[kMine];
+    const uint32_t grad;
+
+    __device__ Part(const Flat& a, const FlatPlane& plane) : plane(plane), grad(grad_rows(a, plane, kUnit)) {
+#pragma unroll
+      for (int k = 0; k < kMine; ++k) source[k] = source_rows(a, plane) + first_unit(a, plane, kFirst + k) * kUnit;
+    }
+
+    __device__ void add(const Flat& a, int stage) {
+      uint32_t g[kRoleUnits][2];
+#pragma unroll
+      for (int k = 0; k < kMine; k += 2) {
+        uint32_t both[4];
+        load_matrices_transposed(both, grad + stage + (kFirst + k) * kUnit);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) g[k + e / 2][e % 2] = both[e];
+      }
+#pragma unroll
+      for (int k = 0; k < kMine; ++k)
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          uint32_t x[4];
+          load_matrices_transposed(x, source[k] + stage + 2 * tile * kUnit);
+          multiply(sum[k][tile], sum[k][tile], x, g[k], T{});
+        }
+      if (kRole == 0 && a.grad_bias != nullptr) add_bias<T>(a, plane, stage, bias);
+    }
+
+    __device__ void put(const Flat& a, int place) {
+      const int lane = threadIdx.x % 32;
+#pragma unroll
+      for (int k = 0; k < kMine; ++k) {
+        const int unit = kFirst + k, from = first_unit(a, plane, unit) * kPixels + lane / 4;
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int gradient = unit * kPixels + lane % 4 * 2 + e,
+                    left = from - 4 * (gradient - plane.grad_before) + kLeft;
+          const int row = place + 4 * (gradient * kPitch + left);
+#pragma unroll
+          for (int at = 0; at < 2 * kTiles; ++at)
+            if (static_cast<uint32_t>(left + at * kPixels) < static_cast<uint32_t>(kPitch))
+              shared<float>(row + 4 * at * kPixels) = sum[k][at / 2][at % 2 * 2 + e];
+        }
+      }
+    }
+    __device__ float total_bias() const { return sum_of_lanes(bias); }
+  };
+
+  static __device__ float tap(const Flat&, const FlatPlane& plane, int place, int y, int x) {
+    int from = place + 4 * (plane.grad_before * kPitch + kLeft + y * kSide + x + plane.source_before);
+    float total = 0;
+#pragma unroll 1
+    for (int r = 0; r < kOutSide; ++r, from += 4 * (kOutSide * (kPitch - 4) + 2 * kSide)) {
+      const bool inside = static_cast<uint32_t>(2 * r + y) < static_cast<uint32_t>(kSide);
+#pragma unroll
+      for (int v = 0; v < kOutSide; ++v)
+        if (inside && static_cast<uint32_t>(2 * v + x) < static_cast<uint32_t>(kSide))
+          total += shared<float>(from + 4 * v * (kPitch - 2));
+    }
+    return total;
+  }
+};
+
+// The sum of one tap over the block's part of the images, by a warp, of products inside the image only, at stride 1.
+template <typename T>
+__device__ __noinline__ float sum_by_products(const Flat& a, int filter, int first, int last, int y, int x) {
+  float sum = 0;
+  for (int image = first; image < last; ++image) {
+    const T* source =
+        reinterpret_cast<const T*>(a.source.base + image * a.source.image_bytes) + filter * a.source.pixels;
+    const T* grad = reinterpret_cast<const T*>(a.grad.base + image * a.grad.image_bytes) + filter * a.grad.pixels;
+    for (int at = threadIdx.x % 32; at < a.grad.pixels; at += 32) {
+      const int row = at / a.out_width + y, column = at % a.out_width + x;
+      if (row >= 0 && row < a.height && column >= 0 && column < a.width)
+        sum = fmaf(widen(source[row * a.width + column]), widen(grad[at]), sum);
+    }
+  }
+  return sum_of_lanes(sum);
 }
 
-template <typename T, int kReach>
+template <typename T, class Products>
+__global__ void __launch_bounds__(32 * (Products::kMaxPlanes * Products::kRoles + kLoaders), Products::kBlocks)
+    flat_grad_weight_nchw(const __grid_constant__ Flat a) {
+#if __CUDA_ARCH__ < 900
+  if constexpr (sizeof(T) == 2) return;  // it is not launched
+#endif
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int workers = blockDim.x / 32 - kLoaders;
+  const int group = blockIdx.x % a.groups, split = blockIdx.x / a.groups;
+  const int all = (a.images + kImages - 1) / kImages, whole = all / a.splits, more = all % a.splits;
+  const int first = split * whole + min(split, more), steps = whole + (split < more);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < a.stages; ++i) init_barrier(kFull + 8 * i, kLoaders), init_barrier(kDone + 8 * i, workers);
+    before_bulk_copies();
+  }
+  let_next_kernel_start();
+  __syncthreads();
+  const int first_filter = group * a.planes;
+  const auto unit_of = [&](const FlatPlanes& v, int plane) { return plane * v.pixels / kPixels; };
+  int stage = 0;
+  uint32_t parity = 0;
+  const auto next = [&] {
+    if (++stage == a.stages) stage = 0, parity ^= 1;
+  };
+
+  const int number = warp / Products::kRoles, role = warp % Products::kRoles, filter = first_filter + number;
+  const auto place_of = [&](const FlatPlanes& v) {
+    return kHead + v.memory + (unit_of(v, filter) - unit_of(v, first_filter)) * kUnit;
+  };
+  const FlatPlane plane{place_of(a.source), place_of(a.grad), filter * a.source.pixels % kPixels,
+                        filter * a.grad.pixels % kPixels};
+  const int place = kHead + number * Products::kProductBytes;  // of the products, when all are added
+  const int taps = a.kernel_h * a.kernel_w, slots = taps + (a.grad_bias != nullptr);
+  const auto store = [&](int slot, float total) {
+    if (a.partial != nullptr)
+      a.partial[(int64_t{split} * slots + slot) * a.filters + filter] = total;
+    else if (slot < taps)
+      static_cast<T*>(a.grad_weight)[int64_t{filter} * taps + slot] = narrow<T>(total);
+    else
+      static_cast<T*>(a.grad_bias)[filter] = narrow<T>(total);
+  };
+
+  if (warp >= workers) {
+    const FlatPlanes& v = warp == workers ? a.source : a.grad;
+    const int from = unit_of(v, first_filter) * kUnit, bytes = min(v.run_bytes, v.bytes - from);
+    wait_for_kernel_before();
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step, next()) {
+      const int image = (first + step) * kImages, images = min(kImages, a.images - image);
+      const int full = kFull + 8 * stage, to = kHead + stage * a.stage_bytes + v.memory;
+      if (step >= a.stages) wait(kDone + 8 * stage, parity ^ 1);
+      for (int n = images; n < kImages; ++n)  // those that are not there are zeros
+        for (int at = lane * kUnit; at < v.row_bytes; at += 32 * kUnit)
+          shared<uint4>(to + n * v.row_bytes + at) = uint4{};
+      __syncwarp();
+      if (is_elected()) {
+        expect_bytes(full, images * bytes);
+        const char* row = v.base + image * v.image_bytes + from;
+        uint32_t slot = shared_address(to);
+#pragma unroll 4
+        for (int n = 0; n < images; ++n, row += v.image_bytes, slot += v.row_bytes) copy_bulk(slot, row, bytes, full);
+        arrive(full);
+      }
+      __syncwarp();
+    }
+    __syncthreads();
+    __syncthreads();
+    return;
+  }
+
+  wait_for_kernel_before();
+  const auto work = [&](auto part) {
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step, next()) {
+      wait(kFull + 8 * stage, parity);
+      part.add(a, stage * a.stage_bytes);
+      __syncwarp();
+      if (lane == 0) arrive(kDone + 8 * stage);
+    }
+    __syncthreads();  // what was loaded has served
+    part.put(a, place);
+    if (role == 0 && a.grad_bias != nullptr) {
+      const float total = part.total_bias();
+      if (lane == 0 && filter < a.filters) store(taps, total);
+    }
+  };
+  if constexpr (Products::kRoles == 1) {
+    work(typename Products::template Part<0>(a, plane));
+  } else {
+    if (role == 0)
+      work(typename Products::template Part<0>(a, plane));
+    else
+      work(typename Products::template Part<1>(a, plane));
+  }
+  __syncthreads();
+  if (filter >= a.filters) return;
+#pragma unroll 1
+  for (int begin = role * 32; begin < taps; begin += Products::kRoles * 32) {
+    const auto row_of = [&](int tap) { return tap / a.kernel_w * a.dilation_h - a.padding_h; };
+    const auto column_of = [&](int tap) { return tap % a.kernel_w * a.dilation_w - a.padding_w; };
+    const int tap = begin + lane;
+    float total = 0;
+    if (tap < taps) {
+      uint32_t row = tap;
+      const int x = static_cast<int>(a.by_columns.split(row)) * a.dilation_w - a.padding_w;
+      total = Products::tap(a, plane, place, static_cast<int>(row) * a.dilation_h - a.padding_h, x);
+    }
+    if constexpr (!Products::kExact) {
+      // A sum that is finite is right. The others may be of Inf or NaN and a zero.
+      uint32_t again = __ballot_sync(~0u, !is_finite(total));
+      for (; again; again &= again - 1) {
+        const int which = begin + __ffs(again) - 1, end = min((first + steps) * kImages, a.images);
+        const float exact = sum_by_products<T>(a, filter, first * kImages, end, row_of(which), column_of(which));
+        if (tap == which) total = exact;
+      }
+    }
+    if (tap < taps) store(tap, total);
+  }
+}
+
+template <typename T, class Products>
 bool launch(const Problem& p, Flat a, const Device& device, const Allocate& allocate, cudaStream_t stream) {
-  const auto kernel = flat_grad_weight_nchw<T, kReach>;
+  const auto kernel = flat_grad_weight_nchw<T, Products>;
   if (!can_overlap(kernel)) return false;  // it is not code for sm_90
-  const int64_t slots = p.taps() + (p.bias != nullptr);
-  const int64_t bytes = kHead + std::max(kStages * 2 * a.array_bytes, a.planes * kProductBytes) + kTail;
-  const int threads = 32 * a.planes;
-  const int64_t steps = ceil_div(a.images, kImages);
+  const int64_t slots = p.taps() + (p.bias != nullptr), steps = ceil_div(a.images, kImages);
+  const auto arrange = [&](FlatPlanes& v, int64_t memory) {
+    const int64_t pixels = int64_t{a.planes} * v.pixels;
+    const int64_t units = pixels % kPixels == 0 ? pixels / kPixels : (pixels + 2 * kPixels - 2) / kPixels;
+    v.run_bytes = static_cast<int>(units * kUnit);
+    v.row_bytes = static_cast<int>((units | 1) * kUnit);  // so that 8 images' are in different banks
+    v.memory = static_cast<int>(memory);
+    return memory + kImages * v.row_bytes;
+  };
+  const auto stage_of = [&](int planes) {
+    a.planes = planes;
+    return arrange(a.grad, arrange(a.source, 0));
+  };
+  const int64_t room = device.shared_per_block - kHead - kTail;
+  // As few planes as give all multiprocessors a block, or several one after the other.
+  const int least = Products::kExact && Products::kRoles == 1 ? 4 : 1;
+  int planes = 0;
+  int64_t longest = 0;
+  for (int now = least; now <= Products::kMaxPlanes; ++now) {
+    const int64_t turns = ceil_div(ceil_div(p.filters(), now), device.multiprocessors) * now;
+    if (2 * stage_of(now) > room || now * Products::kProductBytes > room) break;
+    if (planes == 0 || turns <= longest) planes = now, longest = turns;
+  }
+  if (planes == 0) return false;
+  a.stage_bytes = static_cast<int>(stage_of(planes));
+  a.groups = static_cast<int>(ceil_div(p.filters(), planes));
+  // Memory is faster where less is on its way at once, if it is enough.
+  constexpr int64_t kEnoughBytes = (140 << 10) / Products::kBlocks;
+  a.stages =
+      static_cast<int>(std::min<int64_t>({kMaxStages, steps, std::max<int64_t>(kEnoughBytes / a.stage_bytes, 2)}));
+  const int64_t bytes = kHead + std::max(a.stages * a.stage_bytes, planes * Products::kProductBytes) + kTail;
+  const int threads = 32 * (planes * Products::kRoles + kLoaders);
   static thread_local Decisions<5, Splits> decisions;
   a.splits = decisions({device.id, steps, a.groups, threads, bytes}, [&] {
-               return split_steps(kernel, device, steps, a.groups, threads, bytes, 0);
+               // Adding up parts takes longer than some idle multiprocessors, as long as no sum loses digits.
+               const Splits several = split_steps(kernel, device, steps, a.groups, threads, bytes, 0);
+               return 3 * a.groups >= 2 * device.multiprocessors && steps <= 64 ? Splits{1, false} : several;
              }).count;
   if (a.splits > 1) a.partial = static_cast<float*>(allocate(a.splits * slots * p.filters() * int64_t{sizeof(float)}));
   launch_early(kernel, a, int64_t{a.groups} * a.splits, threads, stream, {.shared_bytes = bytes});
@@ -202,43 +545,57 @@ bool launch(const Problem& p, Flat a, const Device& device, const Allocate& allo
 
 bool launch_flat_grad_weight_nchw(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
   const Device& device = current_device();
-  const int64_t pixels = p.height * p.width;
-  const auto reach = [](int64_t kernel, int64_t dilation, int64_t padding) {
-    return std::max(padding, (kernel - 1) * dilation - padding);
-  };
-  const int64_t most =
-      reach(p.kernel_h, p.dilation_h, p.padding_h) * p.width + reach(p.kernel_w, p.dilation_w, p.padding_w);
-  constexpr int kNear = 8, kFar = 24;
   const auto begins_with_units = [](const View& view) {
     return reinterpret_cast<uintptr_t>(view.data) % kUnit == 0 && 2 * view.stride[0] % kUnit == 0;
   };
-  if (device.capability < 90 || p.stride_h > 1 || p.multiplier > 1 || pixels > kMaxPixels || p.out_height != p.height ||
-      p.out_width != p.width || most > kFar || p.channels * pixels % 8 != 0 || !begins_with_units(p.input) ||
-      !begins_with_units(p.output))
+  const int64_t pixels = p.height * p.width, gradients = p.out_height * p.out_width;
+  if (device.capability < 90 || p.multiplier > 1 || p.channels * pixels % kPixels != 0 ||
+      p.channels * gradients % kPixels != 0 || !begins_with_units(p.input) || !begins_with_units(p.output))
     return false;
   Flat a{};
   a.height = static_cast<int>(p.height), a.width = static_cast<int>(p.width);
+  a.out_height = static_cast<int>(p.out_height), a.out_width = static_cast<int>(p.out_width);
   a.grad_weight = p.weight.data, a.grad_bias = p.bias;
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
   a.dilation_h = static_cast<int>(p.dilation_h), a.dilation_w = static_cast<int>(p.dilation_w);
   a.images = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());
-  a.source = static_cast<const char*>(p.input.data), a.source_image_bytes = 2 * p.input.stride[0];
-  a.grad = static_cast<const char*>(p.output.data), a.grad_image_bytes = 2 * p.output.stride[0];
-  // As few planes as give all multiprocessors a block.
-  constexpr int64_t kLeast = 4;
-  a.planes = static_cast<int>(std::clamp<int64_t>(ceil_div(p.filters(), device.multiprocessors), kLeast, kPlanes));
-  a.groups = static_cast<int>(ceil_div(p.filters(), a.planes));
-  const int64_t elements = a.planes * pixels, units = elements % 8 == 0 ? elements / 8 : (elements + 14) / 8;
-  a.row_bytes = static_cast<int>((units | 1) * kUnit), a.array_bytes = kImages * a.row_bytes;
-  a.image_bytes = static_cast<int>(2 * p.filters() * pixels), a.by_columns = Divider(p.kernel_w);
-  for (int64_t y = 0; y < p.height; ++y) a.rows |= uint64_t{1} << y * p.width;
+  a.by_columns = Divider(p.kernel_w);
+  const auto arrange = [&](FlatPlanes& v, const View& view, int64_t pixels) {
+    v.base = static_cast<const char*>(view.data), v.image_bytes = 2 * view.stride[0];
+    v.pixels = static_cast<int>(pixels), v.bytes = static_cast<int>(2 * p.channels * pixels);
+  };
+  arrange(a.source, p.input, pixels), arrange(a.grad, p.output, gradients);
+
+  const auto reach = [](int64_t kernel, int64_t dilation, int64_t padding) {
+    return std::max(padding, (kernel - 1) * dilation - padding);
+  };
+  const int64_t reach_h = reach(p.kernel_h, p.dilation_h, p.padding_h);
+  const int64_t reach_w = reach(p.kernel_w, p.dilation_w, p.padding_w);
+  const int64_t most = reach_h * p.width + reach_w;
+  const bool same = p.stride_h == 1 && p.out_height == p.height && p.out_width == p.width;
+  const bool sides = p.height == kSide && p.width == kSide;
   bool served = false;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if constexpr (sizeof(T) == 2)
-      served = most <= kNear ? launch<T, kNear>(p, a, device, allocate, stream)
-                             : launch<T, kFar>(p, a, device, allocate, stream);
+    if constexpr (sizeof(T) == 2) {
+      const auto go = [&](auto products) { served = launch<T, decltype(products)>(p, a, device, allocate, stream); };
+      constexpr int kNear = 8, kFar = 24, kMostPixels = 49, kMaxSide = 8;
+      if (same && pixels <= kMostPixels && std::max(p.height, p.width) <= kMaxSide && most <= kFar) {
+        for (int64_t y = 0; y < p.height; ++y) a.rows |= uint64_t{1} << y * p.width;
+        if (most <= kNear) return go(AllPairs<T, kNear>{});
+        return go(AllPairs<T, kFar>{});
+      }
+      if (same && sides && reach_w < kSide) {
+        if (most <= 2 * kPixels) return go(Folded<T, 2>{});
+        if (most <= 4 * kPixels) return go(Folded<T, 4>{});
+        if (most <= 6 * kPixels) return go(Folded<T, 6>{});
+      }
+      constexpr int kRows = 2;
+      if (p.stride_h == 2 && sides && 2 * p.out_height == kSide && 2 * p.out_width == kSide && reach_h <= kRows &&
+          reach_w <= kRows)
+        go(Strided<T>{});
+    }
   });
   return served;
 }

@@ -21,8 +21,10 @@
 
 #include "batch_grad_weight_nchw.h"
 #include "clusters.cuh"
+#include "flat_grad_weight_nchw.h"
 #include "partial_sums.h"
 #include "stream.cuh"
+#include "stride2_grad_weight_nchw.h"
 #include "tensor_cores.cuh"
 
 namespace dwconv {
@@ -637,6 +639,9 @@ void join_rows(PaddedRows& v, const View& view, const Padded& a, int64_t planes,
 }  // namespace
 
 bool launch_padded_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& allocate, cudaStream_t stream) {
+  if (bulk &&
+      (launch_flat_grad_weight_nchw(p, allocate, stream) || launch_stride2_grad_weight_nchw(p, allocate, stream)))
+    return true;
   Padded a{};
   const auto arrange = [&](PaddedRows& v, const View& view, int64_t height, int64_t width) {
     v.base = static_cast<const char*>(view.data), v.image_bytes = 2 * view.stride[0];

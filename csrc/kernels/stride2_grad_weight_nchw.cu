@@ -1,0 +1,336 @@
+// grad_weight (and the bias gradient) at stride 2 of kernels of at most 7 x 7 in 16 bits, where the gradient has 28
+// columns and the input 56, on tensor cores, as sums over images.
+//
+// As in flat_grad_weight_nchw.cu rows lie in shared memory as they do in memory, with A[m][n] = input[n][m] and
+// B[n][k] = gradient[n][k], of 16 images. Two rows of the gradient are 7 times 8: a warp has every seventh 8 of them,
+// which are in the same columns of all pairs of rows and meet 32 pixels of 7 rows of the input each. All their products
+// stay in registers, of both filters where a channel has two. A tap's sum is of those that are as far from each other
+// as it says; the others are left out at the end.
+//
+// A block has a channel, of 14 rows of the gradient and 16 images at a time. Two warps do nothing but begin bulk
+// copies. Rows outside the image are zeros. That is exact unless the gradient is Inf or NaN: so sums that are finite
+// are right, and the others are taken again, product by product. On sm_90 and later.
+#include "stride2_grad_weight_nchw.h"
+
+#include <algorithm>
+
+#include "clusters.cuh"
+#include "march_channels_last.cuh"
+#include "partial_sums.h"
+#include "tensor_cores.cuh"
+
+namespace dwconv {
+namespace {
+
+constexpr int kImages = 16;                             // that are multiplied together
+constexpr int kPixels = 8;                              // of 16 bytes
+constexpr int kColumns = 28, kRowBytes = 2 * kColumns;  // of the gradient
+constexpr int kRows = 14;                               // of the gradient that are loaded together
+constexpr int kReach = 3, kKernel = 2 * kReach + 1;     // rows and columns around twice a gradient's that taps are in
+constexpr int kPhases = 7, kPairs = kRows / 2;          // warps that multiply, pairs of rows
+constexpr int kThreads = 32 * (kPhases + 2);
+constexpr int kSourceRowBytes = 2 * kRowBytes, kSourceRows = 2 * (kRows - 1) + kKernel;
+constexpr int kSourceBytes = kSourceRows * kSourceRowBytes;  // of an image: an odd number of 16, as is kGradBytes
+constexpr int kStages = 2;
+constexpr int kFull = 0, kDone = 32;                                               // where barriers are
+constexpr int kSlots = kKernel * kKernel + 1, kSlotPitch = kPhases * kPixels + 1;  // of what is added up at the end
+static_assert(kTotalsBarrier >= kFull + 8 * kStages && kTotalsBarrier < kDone);
+static_assert(kSourceBytes / kUnit % 2 == 1 && kPhases * kPixels == 2 * kColumns);
+
+struct Stride2 {
+  const char *source, *grad;
+  int64_t source_image_bytes, grad_image_bytes;
+  int height, bands;  // of the input; of kRows rows of the gradient
+  int kernel_h, kernel_w, padding_h, padding_w, dilation_h, dilation_w;
+  int images, filters, groups, splits;
+  int totals;      // where the first block of a cluster gets the sums of all of it in shared memory, or 0
+  float* partial;  // [split][tap, or bias behind the last tap][filter], or null
+  void *grad_weight, *grad_bias;
+};
+
+// The first 16 pixels, or the last 16, of the 32 of a row of the input that a phase's gradients meet, by 8. The middle
+// phase has the end of one row and the beginning of the next one, and meets 16 pixels of the one and of the other.
+__device__ inline int first_unit(int phase, int half) {
+  const int first = phase == 0 ? 0 : phase == 1 ? 1 : phase == 2 ? 3 : phase == 4 ? 0 : phase == 5 ? 2 : 3;
+  return phase == kPhases / 2 ? (half == 0 ? 5 : 0) : first + 2 * half;
+}
+__device__ inline bool is_second_row(int phase, int half) {
+  return phase + half > kPhases / 2;
+}
+
+// The sum of one tap over the block's part of the images, by a warp, of products inside the image only.
+template <typename T>
+__device__ __noinline__ float sum_by_products(const Stride2& a, int channel, int filter, int first, int last, int y,
+                                              int x) {
+  constexpr int kWidth = 2 * kColumns;
+  const int out_height = a.bands * kRows;
+  float sum = 0;
+  for (int image = first; image < last; ++image) {
+    const T* source = reinterpret_cast<const T*>(a.source + image * a.source_image_bytes) + channel * a.height * kWidth;
+    const T* grad = reinterpret_cast<const T*>(a.grad + image * a.grad_image_bytes) + filter * out_height * kColumns;
+    for (int at = threadIdx.x % 32; at < out_height * kColumns; at += 32) {
+      const int row = 2 * (at / kColumns) + y, column = 2 * (at % kColumns) + x;
+      if (row >= 0 && row < a.height && column >= 0 && column < kWidth)
+        sum = fmaf(widen(source[row * kWidth + column]), widen(grad[at]), sum);
+    }
+  }
+  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+  return sum;
+}
+
+// kFilters: of a channel.
+template <typename T, int kFilters>
+__global__ void __launch_bounds__(kThreads, 1) stride2_grad_weight_nchw(const __grid_constant__ Stride2 a) {
+#if __CUDA_ARCH__ < 900
+  if constexpr (sizeof(T) == 2) return;  // it is not launched
+#endif
+  constexpr int kBandBytes = kRows * kRowBytes;                            // of a gradient plane
+  constexpr int kGradBytes = (kFilters * kBandBytes / kUnit | 1) * kUnit;  // of an image
+  constexpr int kGradAt = kImages * kSourceBytes, kStageBytes = kGradAt + kImages * kGradBytes;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const bool cluster = a.totals > 0;
+  const int channel = cluster ? blockIdx.x / a.splits : blockIdx.x % a.groups;
+  const int split = cluster ? blockIdx.x % a.splits : blockIdx.x / a.groups;
+  const int taps = a.kernel_h * a.kernel_w, slots = taps + (a.grad_bias != nullptr);
+  const int all = (a.images + kImages - 1) / kImages, whole = all / a.splits, more = all % a.splits;
+  const int first = split * whole + min(split, more), last = first + whole + (split < more);
+  const int steps = (last - first) * a.bands;
+  if (cluster) enter_cluster(split == 0, kTotalsBarrier, 4 * a.splits * kFilters * slots);
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) init_barrier(kFull + 8 * i, 2), init_barrier(kDone + 8 * i, kPhases);
+    before_bulk_copies();
+  }
+  let_next_kernel_start();
+  __syncthreads();
+  wait_for_kernel_before();
+
+  if (warp >= kPhases) {
+    const bool input = warp == kPhases;
+    const int64_t image_bytes = input ? a.source_image_bytes : a.grad_image_bytes;
+    const int plane_bytes = (input ? 4 : 1) * a.bands * kBandBytes, pitch = input ? kSourceBytes : kGradBytes;
+    const char* const plane = input ? a.source + channel * plane_bytes : a.grad + channel * kFilters * plane_bytes;
+    int image = first * kImages, band = 0;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      const int stage = step % kStages, full = kFull + 8 * stage, images = min(kImages, a.images - image);
+      const int to = kHead + stage * kStageBytes + (input ? 0 : kGradAt);
+      if (step >= kStages) wait(kDone + 8 * stage, (step / kStages - 1) & 1);
+      // Rows of the input that are not there are zeros, as are images.
+      const int top = 2 * kRows * band - kReach, begin = max(top, 0), end = min(top + kSourceRows, a.height);
+      const int before = input ? (begin - top) * kSourceRowBytes : 0;
+      const int bytes = input ? (end - begin) * kSourceRowBytes : kBandBytes;
+      const auto clear = [&](int from, int size) {
+        for (int at = lane * kUnit; at < size; at += 32 * kUnit) shared<uint4>(from + at) = uint4{};
+      };
+      if (input && (step < kStages || a.bands % kStages != 0))  // else the stage had the same rows before
+#pragma unroll 1
+        for (int n = 0; n < images; ++n) {
+          clear(to + n * pitch, before);
+          clear(to + n * pitch + before + bytes, kSourceBytes - before - bytes);
+        }
+      for (int n = images; n < kImages; ++n) clear(to + n * pitch, pitch);
+      before_bulk_copies();
+      __syncwarp();
+      if (is_elected()) {
+        expect_bytes(full, images * bytes * (input ? 1 : kFilters));
+        const char* from = plane + image * image_bytes + (input ? begin * kSourceRowBytes : band * kBandBytes);
+        uint32_t slot = shared_address(to + before);
+#pragma unroll 2
+        for (int n = 0; n < images; ++n, from += image_bytes, slot += pitch) {
+          copy_bulk(slot, from, bytes, full);
+          if (kFilters == 2 && !input) copy_bulk(slot + kBandBytes, from + plane_bytes, kBandBytes, full);
+        }
+        arrive(full);
+      }
+      __syncwarp();
+      if (++band == a.bands) band = 0, image += kImages;
+    }
+    __syncthreads();
+    __syncthreads();
+  } else {
+    float sum[kFilters][kKernel][2][4] = {}, bias[kFilters][4] = {};
+    const uint32_t source = shared_address(kHead) + (lane % 8 + lane / 16 * 8) * kSourceBytes + lane / 8 % 2 * kUnit;
+    uint32_t from[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      from[h] = source + first_unit(warp, h) * kUnit + (is_second_row(warp, h) ? 2 * kSourceRowBytes : 0);
+    // Of both filters, or of two pairs of rows.
+    const uint32_t grad = shared_address(kHead) + kGradAt + lane % 16 * kGradBytes + warp * kUnit +
+                          lane / 16 * (kFilters == 2 ? kBandBytes : 2 * kRowBytes);
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      const int stage = step % kStages, place = stage * kStageBytes;
+      wait(kFull + 8 * stage, step / kStages & 1);
+      uint32_t g[kPairs + 1][kFilters][2];
+#pragma unroll
+      for (int y = 0; y < 4 * (kPairs - 1) + kKernel; ++y) {
+        if (y % 4 == 0 && y / 4 < kPairs && (kFilters == 2 || y % 8 == 0)) {
+          const int q = y / 4;
+          uint32_t both[4];
+          load_matrices_transposed(both, grad + place + 2 * q * kRowBytes);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) (kFilters == 2 ? g[q][e / 2 % kFilters] : g[q + e / 2][0])[e % 2] = both[e];
+        }
+        uint32_t x[2][4];
+#pragma unroll
+        for (int h = 0; h < 2; ++h) load_matrices_transposed(x[h], from[h] + place + y * kSourceRowBytes);
+#pragma unroll
+        for (int q = 0; q < kPairs; ++q) {
+          const int i = y - 4 * q;
+          if (i < 0 || i >= kKernel) continue;
+#pragma unroll
+          for (int f = 0; f < kFilters; ++f)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) multiply(sum[f][i][h], sum[f][i][h], x[h], g[q][f], T{});
+        }
+      }
+      if (a.grad_bias != nullptr) {
+        constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
+#pragma unroll 1
+        for (int q = 0; q < kPairs; ++q) {
+          uint32_t both[4];
+          load_matrices_transposed(both, grad + place + 2 * q * kRowBytes);
+#pragma unroll
+          for (int f = 0; f < kFilters; ++f)
+            multiply(bias[f], bias[f], {kOnes, kOnes, kOnes, kOnes}, {both[2 * f], both[2 * f + 1]}, T{});
+        }
+      }
+      __syncwarp();
+      if (lane == 0) arrive(kDone + 8 * stage);
+    }
+
+    // What was loaded has served: for each tap there are to be the products of a pair of rows, zeros where it has none.
+    __syncthreads();
+    for (int at = threadIdx.x; at < kFilters * kSlots * kSlotPitch; at += 32 * kPhases)
+      shared<float>(kHead + 4 * at) = 0;
+    asm volatile("bar.sync 1, %0;" ::"n"(32 * kPhases) : "memory");
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int gradient = kPixels * warp + lane % 4 * 2 + e;
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int m = 0; m < 2; ++m) {
+          const int column = (first_unit(warp, h) + m) * kPixels + lane / 4;
+          const int j = column - 2 * (gradient % kColumns) + kReach;
+          if (j < 0 || j >= kKernel) continue;
+#pragma unroll
+          for (int f = 0; f < kFilters; ++f)
+#pragma unroll
+            for (int i = 0; i < kKernel; ++i)
+              shared<float>(kHead + 4 * ((f * kSlots + i * kKernel + j) * kSlotPitch + gradient)) =
+                  sum[f][i][h][2 * m + e];
+        }
+      if (lane < 4)  // every row of the product is the same
+#pragma unroll
+        for (int f = 0; f < kFilters; ++f)
+          shared<float>(kHead + 4 * ((f * kSlots + kSlots - 1) * kSlotPitch + gradient)) = bias[f][e];
+    }
+    __syncthreads();
+  }
+  if (cluster) meet_cluster();
+
+  const auto store = [&](int filter, int slot, float total) {
+    if (a.partial != nullptr)
+      a.partial[(int64_t{split} * slots + slot) * a.filters + filter] = total;
+    else if (slot < taps)
+      static_cast<T*>(a.grad_weight)[int64_t{filter} * taps + slot] = narrow<T>(total);
+    else
+      static_cast<T*>(a.grad_bias)[filter] = narrow<T>(total);
+  };
+  const auto place_of = [&](int part, int at) { return a.totals + 4 * (part * kFilters * slots + at); };
+#pragma unroll 1
+  for (int begin = 32 * warp; begin < kFilters * slots; begin += kThreads) {
+    const auto row_of = [&](int tap) { return tap / a.kernel_w * a.dilation_h - a.padding_h; };
+    const auto column_of = [&](int tap) { return tap % a.kernel_w * a.dilation_w - a.padding_w; };
+    const int at = begin + lane, f = at / slots, slot = at % slots;
+    float total = 0;
+    if (f < kFilters) {
+      const int product = slot == taps ? kSlots - 1 : (row_of(slot) + kReach) * kKernel + column_of(slot) + kReach;
+      const int from = kHead + 4 * (f * kSlots + product) * kSlotPitch;
+#pragma unroll 8
+      for (int k = 0; k < kPhases * kPixels; ++k) total += shared<float>(from + 4 * k);
+    }
+    uint32_t again = __ballot_sync(~0u, slot < taps && !is_finite(total));
+    for (; again; again &= again - 1) {
+      const int which = begin + __ffs(again) - 1, tap = which % slots, end = min(last * kImages, a.images);
+      const float exact = sum_by_products<T>(a, channel, channel * kFilters + which / slots, first * kImages, end,
+                                             row_of(tap), column_of(tap));
+      if (at == which) total = exact;
+    }
+    if (f >= kFilters) continue;
+    if (cluster)
+      send_to_first(place_of(split, at), total, kTotalsBarrier);
+    else
+      store(channel * kFilters + f, slot, total);
+  }
+  if (!cluster || split > 0) return;
+  wait(kTotalsBarrier, 0);
+  for (int at = threadIdx.x; at < kFilters * slots; at += kThreads) {
+    float total = 0;
+    for (int part = 0; part < a.splits; ++part) total += shared<float>(place_of(part, at));
+    store(channel * kFilters + at / slots, at % slots, total);
+  }
+}
+
+template <typename T, int kFilters>
+bool launch(const Problem& p, Stride2 a, const Device& device, const Allocate& allocate, cudaStream_t stream) {
+  const auto kernel = stride2_grad_weight_nchw<T, kFilters>;
+  if (!can_overlap(kernel)) return false;  // it is not code for sm_90
+  const int64_t slots = p.taps() + (p.bias != nullptr), totals = 4 * 2 * kFilters * slots;
+  const int64_t grad_bytes = (kFilters * kRows * kRowBytes / kUnit | 1) * kUnit;
+  const int64_t bytes = kHead + kStages * kImages * (kSourceBytes + grad_bytes) + kTail;
+  if (bytes > device.shared_per_block) return false;
+  const int64_t steps = ceil_div(a.images, kImages);
+  static thread_local Decisions<3, Splits> decisions;
+  const auto [splits, cluster] = decisions({device.id, steps, a.groups}, [&] {
+    return split_steps(kernel, device, steps, a.groups, kThreads, bytes, totals);
+  });
+  a.splits = splits;
+  if (cluster)
+    a.totals = static_cast<int>(bytes);
+  else if (a.splits > 1)
+    a.partial = static_cast<float*>(allocate(a.splits * slots * p.filters() * int64_t{sizeof(float)}));
+  launch_early(kernel, a, int64_t{a.groups} * a.splits, kThreads, stream,
+               {.cluster = cluster ? a.splits : 1, .shared_bytes = bytes + (cluster ? totals : 0)});
+  check_launch("stride2_grad_weight_nchw");
+  if (a.partial != nullptr) launch_add_partial_sums(p, a.partial, a.splits, stream);
+  return true;
+}
+
+}  // namespace
+
+bool launch_stride2_grad_weight_nchw(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
+  const Device& device = current_device();
+  const auto begins_with_units = [](const View& view) {
+    return reinterpret_cast<uintptr_t>(view.data) % kUnit == 0 && 2 * view.stride[0] % kUnit == 0;
+  };
+  const auto is_near = [](int64_t kernel, int64_t dilation, int64_t padding) {
+    return padding <= kReach && (kernel - 1) * dilation - padding <= kReach;
+  };
+  if (device.capability < 90 || p.stride_h != 2 || p.out_width != kColumns || p.width != 2 * kColumns ||
+      p.out_height % kRows != 0 || p.height != 2 * p.out_height || p.multiplier > 2 ||
+      !is_near(p.kernel_h, p.dilation_h, p.padding_h) || !is_near(p.kernel_w, p.dilation_w, p.padding_w) ||
+      !begins_with_units(p.input) || !begins_with_units(p.output))
+    return false;
+  Stride2 a{};
+  a.source = static_cast<const char*>(p.input.data), a.source_image_bytes = 2 * p.input.stride[0];
+  a.grad = static_cast<const char*>(p.output.data), a.grad_image_bytes = 2 * p.output.stride[0];
+  a.height = static_cast<int>(p.height), a.bands = static_cast<int>(p.out_height / kRows);
+  a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
+  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+  a.dilation_h = static_cast<int>(p.dilation_h), a.dilation_w = static_cast<int>(p.dilation_w);
+  a.images = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());
+  a.groups = static_cast<int>(p.channels);
+  a.grad_weight = p.weight.data, a.grad_bias = p.bias;
+  bool served = false;
+  visit_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (sizeof(T) == 2)
+      served = p.multiplier == 2 ? launch<T, 2>(p, a, device, allocate, stream)
+                                 : launch<T, 1>(p, a, device, allocate, stream);
+  });
+  return served;
+}
+
+}  // namespace dwconv

@@ -1,0 +1,11 @@
+// The way of batch_grad_weight_nchw.cu for gradients of 28 columns at stride 2.
+#pragma once
+
+#include "launch.h"
+
+namespace dwconv {
+
+// Returns whether it serves the problem, of those that are claimed.
+bool launch_stride2_grad_weight_nchw(const Problem& problem, const Allocate& allocate, cudaStream_t stream);
+
+}  // namespace dwconv
