@@ -18,6 +18,11 @@
 //   add<T>(stream, chunk, filter, tile)  adds a tile, or the first of several, to the thread's sums
 //   total(i, j), total_bias()            the sums
 //   tap(i, j)                            whose sum total(i, j) is
+//   kProducts                            0; or, of tiles that a warp adds, how many products a thread has for a row of
+//                                        the kernel, instead of taps' sums, which are on diagonals of them:
+//   product(i, e)                        the products
+//   kDiagonal, begin(j)                  of so many gradients side by side, from so many pixels of the input on,
+//   product_of(m, n)                     that of pixel m and gradient n: 32 times e, and the lane
 #pragma once
 
 #include <algorithm>
@@ -139,6 +144,7 @@ __device__ inline float sum_of(int values, int count, int lanes) {
 template <int kKernelW>
 struct AnyPart {
   static constexpr bool kWhole = false, kPlane = false;
+  static constexpr int kProducts = 0;
 
   __device__ int tap(int i, int j) const { return i * kKernelW + j; }
 };
@@ -238,6 +244,43 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
         }
       if (a.with_bias) *to = sums.total_bias();
       again = zero != 0.f;
+    }
+  } else if constexpr (Tile::kProducts > 0) {
+    static_assert(Tile::kProducts <= Tile::kKernelW);  // so that there is room
+    // The rings have served: their memory takes the products of all warps. A filter's warps' are added up, then those
+    // of a tap.
+    constexpr int kCount = 32 * (Tile::kKernelH * Tile::kProducts + 1);
+    const int lane = threadIdx.x % 32;
+    if (copier.is_worker()) {
+      const int put = kHead + 4 * (threadIdx.x / 32 * kCount + lane);
+#pragma unroll
+      for (int i = 0; i < Tile::kKernelH; ++i)
+#pragma unroll
+        for (int e = 0; e < Tile::kProducts; ++e)
+          shared<float>(put + 128 * (i * Tile::kProducts + e)) = sums.product(i, e);
+      shared<float>(put + 4 * (kCount - 32)) = sums.total_bias();
+    }
+    __syncthreads();
+    for (int at = threadIdx.x; at < filters * kCount; at += blockDim.x) {
+      const int place = kHead + 4 * (at / kCount * a.filter_warps * kCount + at % kCount);
+      float sum = 0;
+      for (int w = 0; w < a.filter_warps; ++w) sum += shared<float>(place + 4 * w * kCount);
+      shared<float>(place) = sum;
+    }
+    __syncthreads();
+    for (int at = threadIdx.x; at < filters * slots; at += blockDim.x) {
+      const int slot = at / filters, own = at % filters, place = kHead + 4 * own * a.filter_warps * kCount;
+      float total = 0;
+      if (slot < kTaps) {
+        const int row = place + 128 * (slot / Tile::kKernelW * Tile::kProducts), m = sums.begin(slot % Tile::kKernelW);
+#pragma unroll
+        for (int n = 0; n < Tile::kDiagonal; ++n) total += shared<float>(row + 4 * Tile::product_of(m + n, n));
+        again |= !is_finite(total);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) total += shared<float>(place + 4 * (kCount - 32 + i));
+      }
+      partial[static_cast<int64_t>(slot) * a.filters + own] = total;
     }
   } else {
     // The rings have served: their memory takes the sums, tap by tap, of all threads, at a pitch that keeps those of

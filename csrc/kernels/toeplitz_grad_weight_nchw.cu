@@ -19,6 +19,10 @@ __device__ inline uint32_t ones(__nv_bfloat16) {
   return 0x3f803f80u;
 }
 
+// Where rows of the input begin: all of them at an even place, so that pixels are read in pairs, or at any; or at an
+// even one and at an odd one in turns, in a tile around which no ring wraps.
+enum class Begin { kEven, kAny, kEvenOdd, kOddEven };
+
 template <int kKernel, int kTileRows>
 struct Toeplitz : AnyPart<kKernel> {
   static constexpr int kRows = kTileRows, kColumns = 16, kTiles = 4, kLanes = 32;
@@ -34,10 +38,10 @@ struct Toeplitz : AnyPart<kKernel> {
       : fit(a.width % 2 == 0), shift(fit ? (a.source.ring.phase / 2 + a.padding_w) & 1 : 0) {}
 
   // A thread has columns m = 2 g and 2 g + 1 of the window, and columns n = 2 t and 2 t + 1 of the gradient.
-  __device__ float total(int i, int j) const {
-    const int middle = threadIdx.x % 32 / 4 * 2 - threadIdx.x % 4 * 2 - shift;
-    return j == middle ? sum[i][0] + sum[i][3] : j == middle - 1 ? sum[i][1] : j == middle + 1 ? sum[i][2] : 0.f;
-  }
+  static constexpr int kProducts = 4, kDiagonal = 8;
+  __device__ float product(int i, int e) const { return sum[i][e]; }
+  __device__ int begin(int j) const { return j + shift; }
+  static __device__ int product_of(int m, int n) { return (m % 2 * 2 + n % 2) * 32 + m / 2 * 4 + n / 2; }
   __device__ float total_bias() const { return threadIdx.x % 32 < 4 ? bias[0] + bias[1] : 0.f; }
 
   // The warp's 4 tiles, as far as they are the thread's.
@@ -46,7 +50,7 @@ struct Toeplitz : AnyPart<kKernel> {
   uint32_t source_mask[2], grad_mask[2];  // of the pixels inside the image, of the gradients that are added
   uint32_t inside;                        // a bit for each row that is inside the image, or the chunk's part of it
 
-  __device__ void place(const GradStream& a, const GradChunk& c, int filter, int tile) {
+  __device__ void place(const GradStream& a, const GradChunk& c, int channel, int tile) {
     this->tile = tile;
     const int lane = threadIdx.x % 32;
     uint32_t segment = tile + lane % 4;
@@ -63,35 +67,66 @@ struct Toeplitz : AnyPart<kKernel> {
       grad_mask[h] = v >= strip * kColumns && v < a.out_width ? ~0u : 0;
     }
     column += lane / 4;
-    const int plane = c.source_plane + filter / a.multiplier * a.height, y = c.row + row - a.padding_h;
+    const int plane = c.source_plane + channel * a.height, y = c.row + row - a.padding_h;
     const int begin = max(-y, 0), end = min(min(a.height, c.source.end - plane) - y, 32);
     inside = rows > 0 && end > begin ? ~0u >> (32 - end) & ~0u << begin : 0;
   }
 
   template <typename T>
   __device__ void add(const GradStream& a, const GradChunk& c, int filter, int first_tile) {
-    if (tile != first_tile || a.bands > 1) place(a, c, filter, first_tile);
-    if (fit)
-      add_placed<T, true>(a, c, filter);
+    uint32_t quotient = filter;
+    a.by_multiplier.split(quotient);
+    const int channel = quotient;
+    if (tile != first_tile || a.bands > 1) place(a, c, channel, first_tile);
+    if (fit) return add_placed<T, Begin::kEven>(a, c, channel, filter);
+    const auto is_straight = [](const RowRing& ring, const ImageRows& rows) {
+      return rows.slot + rows.end - rows.begin <= ring.capacity;
+    };
+    if (!is_straight(a.source.ring, c.source) || !is_straight(a.grad.ring, c.grad))
+      return add_placed<T, Begin::kAny>(a, c, channel, filter);
+    // The same for all tiles, as they have an even number of rows.
+    if ((source_row(a, c, channel) * a.source.ring.row_bytes + a.source.ring.at(0) + 2 * source_column) & 2)
+      add_placed<T, Begin::kOddEven>(a, c, channel, filter);
     else
-      add_placed<T, false>(a, c, filter);
+      add_placed<T, Begin::kEvenOdd>(a, c, channel, filter);
   }
 
-  template <typename T, bool kFit>
-  __device__ void add_placed(const GradStream& a, const GradChunk& c, int filter) {
+  // The slot of the first row of the input, where no wrap is.
+  __device__ int source_row(const GradStream& a, const GradChunk& c, int channel) const {
+    const int first = c.source_plane + channel * a.height + c.row + row - a.padding_h;
+    return c.source.slot + first - c.source.begin;
+  }
+
+  template <typename T, Begin kBegin>
+  __device__ void add_placed(const GradStream& a, const GradChunk& c, int channel, int filter) {
     constexpr int kSourceRows = kRows + kKernel - 1;
+    constexpr bool kInTurns = kBegin == Begin::kEvenOdd || kBegin == Begin::kOddEven;
     const RowRing &xs = a.source.ring, &gs = a.grad.ring;
-    const int first = c.source_plane + filter / a.multiplier * a.height + c.row + row - a.padding_h;
-    uint32_t source = (inside ? xs.wrap(c.source.slot + first - c.source.begin) : 0) * xs.row_bytes;
-    uint32_t grad = (rows > 0 ? gs.wrap(c.grad.slot + (a.single ? 0 : filter * a.out_height) + row) : 0) * gs.row_bytes;
+    const int first = source_row(a, c, channel),
+              first_grad = c.grad.slot + (a.single ? 0 : filter * a.out_height) + row;
     const uint32_t source_bytes = xs.capacity * xs.row_bytes, grad_bytes = gs.capacity * gs.row_bytes;
     const int source_origin = xs.at(0) + 2 * source_column, grad_origin = gs.at(0) + 2 * column;
+    uint32_t source = (inside ? xs.wrap(first) : 0) * xs.row_bytes,
+             grad = (rows > 0 ? gs.wrap(first_grad) : 0) * gs.row_bytes;
+    if (kInTurns) source = first * xs.row_bytes + source_origin, grad = first_grad * gs.row_bytes + grad_origin;
 
     const auto load_source = [&](int r, uint32_t (&x)[2]) {
+      if constexpr (kInTurns) {
+        const int odd = (r + (kBegin == Begin::kOddEven)) % 2, from = inside >> r & 1 ? source : kZeros + 2 * odd;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int at = from + 16 * h;
+          x[h] =
+              (odd ? __byte_perm(shared<uint32_t>(at - 2), shared<uint32_t>(at + 2), 0x5432) : shared<uint32_t>(at)) &
+              source_mask[h];
+        }
+        source += xs.row_bytes;
+        return;
+      }
       const int from = (inside >> r & 1 ? static_cast<int>(source) : kZeros - source_origin) + source_origin;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        if (kFit) {
+        if (kBegin == Begin::kEven) {
           x[h] = shared<uint32_t>(from + 16 * h) & source_mask[h];
         } else {
           const int at = (from & ~3) + 16 * h;
@@ -102,13 +137,25 @@ struct Toeplitz : AnyPart<kKernel> {
       source = min(source, source - source_bytes);
     };
     const auto load_grad = [&](int r, uint32_t (&g)[2]) {
-      const int from = (r < rows ? static_cast<int>(grad) : kZeros - grad_origin) + grad_origin;
+      const int origin = kInTurns ? 0 : grad_origin;
+      const int from = (r < rows ? static_cast<int>(grad) : kZeros - origin) + origin;
 #pragma unroll
       for (int h = 0; h < 2; ++h) g[h] = shared<uint16_t>(from + 16 * h);
       grad += gs.row_bytes;
+      if (kInTurns) return;
       grad = min(grad, grad - grad_bytes);
     };
 
+    // Of the next two rows.
+    const auto load_grads = [&](int r, uint32_t (&g)[2]) {
+      uint32_t upper[2], lower[2];
+      load_grad(r, upper);
+      load_grad(r + 1, lower);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) g[h] = __byte_perm(upper[h], lower[h], 0x5410) & grad_mask[h];
+    };
+
+    const uint32_t first_row = grad;
     uint32_t pairs[kSourceRows - 1][4];  // of rows r and r + 1, at the thread's columns; 7 or less are alive
     uint32_t above[2];
     load_source(0, above);
@@ -124,14 +171,18 @@ struct Toeplitz : AnyPart<kKernel> {
       }
       const int o = r - (kKernel - 1);  // the gradient row that the window's rows up to r + 1 suffice for, and the next
       if (o < 0 || o % 2 != 0) continue;
-      uint32_t upper[2], lower[2], g[2];
-      load_grad(o, upper);
-      load_grad(o + 1, lower);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) g[h] = __byte_perm(upper[h], lower[h], 0x5410) & grad_mask[h];
+      uint32_t g[2];
+      load_grads(o, g);
 #pragma unroll
       for (int i = 0; i < kKernel; ++i) multiply(sum[i], sum[i], pairs[o + i], g, T{});
-      if (a.with_bias) multiply(bias, bias, {ones(T{}), ones(T{}), ones(T{}), ones(T{})}, g, T{});
+    }
+    if (!a.with_bias) return;
+    grad = first_row;
+#pragma unroll 1
+    for (int r = 0; r < kRows; r += 2) {
+      uint32_t g[2];
+      load_grads(r, g);
+      multiply(bias, bias, {ones(T{}), ones(T{}), ones(T{}), ones(T{})}, g, T{});
     }
   }
 };
