@@ -90,6 +90,77 @@ struct Window : AnyPart<Kernel::kKernelW> {
   }
 };
 
+// A tile of 8 x 8 gradients in 16 bits, where rows begin with 16 bytes and a kernel is laid over the middle of them: a
+// row of the tile is one load, of either array, and the pixels beside it one each.
+template <int kKernel>
+struct Units : AnyPart<kKernel> {
+  static constexpr int kKernelH = kKernel, kKernelW = kKernel, kReach = kKernel / 2;
+  static constexpr int kRows = 8, kColumns = kUnit / 2, kTiles = 1, kLanes = 1;
+  static constexpr bool kOddStrips = false;
+  static constexpr int kMaxThreads = 224, kBlocks = 2;
+
+  float sum[kKernel][kKernel] = {};
+  double bias = 0;
+
+  __device__ explicit Units(const GradStream&) {}
+  __device__ float total(int i, int j) const { return sum[i][j]; }
+  __device__ float total_bias() const { return static_cast<float>(bias); }
+
+  template <typename T>
+  static __device__ void read(int from, float* x) {
+    const uint4 unit = shared<uint4>(from);
+    widen_pair(unit.x, x[0], x[1], T{}), widen_pair(unit.y, x[2], x[3], T{});
+    widen_pair(unit.z, x[4], x[5], T{}), widen_pair(unit.w, x[6], x[7], T{});
+  }
+
+  template <typename T>
+  __device__ void add(const GradStream& a, const GradChunk& c, int filter, int tile) {
+    uint32_t segment = tile, channel = filter;
+    const int column = static_cast<int>(a.by_strips.split(segment)) * kColumns;
+    a.by_multiplier.split(channel);
+    const int row = segment * kRows, rows = c.rows - row;
+    if (rows <= 0) return;
+    const int plane = c.source_plane + static_cast<int>(channel) * a.height, y0 = plane + c.row + row - kReach;
+    const int begin = max(c.source.begin, plane), end = min(c.source.end, plane + a.height);
+    RowWalk source(a.source.ring, c.source.slot + y0 - c.source.begin);
+    RowWalk grad(a.grad.ring, c.grad.slot + (a.single ? 0 : filter * a.out_height) + row);
+    const bool has_left = column > 0, has_right = column + kColumns < a.width;
+
+    float part[kKernel][kKernel] = {}, g[kRows][kColumns], bias_part = 0;
+#pragma unroll
+    for (int r = 0; r < kRows + kKernel - 1; ++r) {
+      if (r < kRows) {
+        const int from = grad.next();
+        read<T>(r < rows ? from + 2 * column : kZeros, g[r]);
+        if (a.with_bias)
+#pragma unroll
+          for (int v = 0; v < kColumns; ++v) bias_part += g[r][v];
+      }
+      const int at = source.next(), from = y0 + r >= begin && y0 + r < end ? at + 2 * column : kZeros + kUnit;
+      float x[kColumns + 2 * kReach];
+      read<T>(from, x + kReach);
+#pragma unroll
+      for (int j = 0; j < kReach; ++j) {
+        x[j] = has_left ? widen(shared<T>(from + 2 * (j - kReach))) : 0;
+        x[kReach + kColumns + j] = has_right ? widen(shared<T>(from + kUnit + 2 * j)) : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kKernel; ++i) {
+        if (r < i || r - i >= kRows) continue;
+#pragma unroll
+        for (int v = 0; v < kColumns; ++v)
+#pragma unroll
+          for (int j = 0; j < kKernel; ++j) part[i][j] = fmaf(x[v + j], g[r - i][v], part[i][j]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kKernel; ++i)
+#pragma unroll
+      for (int j = 0; j < kKernel; ++j) sum[i][j] += part[i][j];
+    bias += bias_part;
+  }
+};
+
 // A tile of 7 x 7 gradients in a corner of a plane of 7 x 7 or 14 x 14 that a kernel is laid over the middle of: what
 // lies outside is known at compile time, and is not multiplied. Other corners are mirror images of the upper left one,
 // and so are their sums.
@@ -376,6 +447,15 @@ void launch_stream_grad_weight_nchw(const Problem& p, bool bulk, const Allocate&
             if (a.height == 14 && launch_plane_grad_weight<kSide, 14>(p, bulk, stream)) return;
             if (a.height == 14) return launch<T, Corner<kSide, 14>>(p, a, allocate, stream);
           }
+        if constexpr (sizeof(T) == 2 && Kernel::kSquare && kSide <= 3 && Kernel::kStride == 1 &&
+                      Kernel::kDilation == 1) {
+          const auto begins_with_units = [](const RowRing& ring) {
+            return ring.phase == 0 && ring.row_bytes % kUnit == 0;
+          };
+          if (a.padding_h == kSide / 2 && a.padding_w == kSide / 2 && begins_with_units(a.source.ring) &&
+              begins_with_units(a.grad.ring))
+            return launch<T, Units<kSide>>(p, a, allocate, stream);
+        }
         launch<T, Window<Kernel>>(p, a, allocate, stream);
       });
   });
