@@ -522,10 +522,10 @@ bool launch(const Problem& p, Flat a, const Device& device, const Allocate& allo
   if (planes == 0) return false;
   a.stage_bytes = static_cast<int>(stage_of(planes));
   a.groups = static_cast<int>(ceil_div(p.filters(), planes));
-  // Memory is faster where less is on its way at once, if it is enough.
-  constexpr int64_t kEnoughBytes = (140 << 10) / Products::kBlocks;
-  a.stages =
-      static_cast<int>(std::min<int64_t>({kMaxStages, steps, std::max<int64_t>(kEnoughBytes / a.stage_bytes, 2)}));
+  // Memory is faster where less is on its way at once, if it is enough. Where there is a block for each multiprocessor,
+  // no two are to share one.
+  const int64_t enough = (140 << 10) / (a.groups > device.multiprocessors ? Products::kBlocks : 1);
+  a.stages = static_cast<int>(std::min<int64_t>({kMaxStages, steps, std::max<int64_t>(enough / a.stage_bytes, 2)}));
   const int64_t bytes = kHead + std::max(a.stages * a.stage_bytes, planes * Products::kProductBytes) + kTail;
   const int threads = 32 * (planes * Products::kRoles + kLoaders);
   static thread_local Decisions<5, Splits> decisions;
