@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
 #pragma unroll
         for (int i = 0; i < 4; ++i) total += shared<float>(place + 4 * (kCount - 32 + i));
       }
-      partial[static_cast<int64_t>(slot) * a.filters + own] = total;
+      results[static_cast<int64_t>(slot) * pitch_of_slots + own] = total;
     }
   } else {
     // The rings have served: their memory takes the sums, tap by tap, of all threads, at a pitch that keeps those of
