@@ -19,7 +19,7 @@
 #include "partial_sums.h"
 #include "shares.cuh"
 #include "small_kernels.h"
-#include "three_channels.h"
+#include "three_channels_grad_weight.h"
 
 namespace dwconv {
 namespace {

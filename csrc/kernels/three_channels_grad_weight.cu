@@ -14,7 +14,7 @@
 #include "overlap.cuh"
 #include "partial_sums.h"
 #include "stream.cuh"
-#include "three_channels.h"
+#include "three_channels_grad_weight.h"
 
 namespace dwconv {
 namespace {
