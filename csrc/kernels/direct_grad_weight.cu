@@ -4,17 +4,19 @@
 // a cluster share them: there is nothing to add up behind the kernel.
 //
 // Only taps that meet the image are multiplied: a gradient that is Inf or NaN does not meet the padding.
+#include "block_clusters.cuh"
 #include "common.cuh"
 #include "device.h"
 #include "direct.cuh"
 #include "launch.h"
 #include "overlap.cuh"
 #include "small_kernels.h"
+#include "stream.cuh"
 
 namespace dwconv {
 namespace {
 
-constexpr int kMaxSplits = 8;      // blocks of a cluster
+constexpr int kMaxSplits = 16;     // blocks of a cluster
 constexpr int kFewGradients = 64;  // a thread of a block for each
 
 // Kernels that are compiled for strips of several gradients.
@@ -203,10 +205,19 @@ void launch(const Problem& p, Arguments a, cudaStream_t stream) {
   const int64_t strips = ceil_div(p.out_height, kRows), blocks = ceil_div(p.filters(), kVector * kLanes);
   a.by_strips = Divider(strips), a.units = static_cast<int>(p.batch * strips * p.out_width), a.splits = 1;
   // So many blocks for the same filters that every thread has one strip, unless multiprocessors have to share them.
-  if (kRows > 1 && can_overlap(kernel))
+  if (kRows > 1 && can_overlap(kernel)) {
+    const Device& device = current_device();
+    const auto has_room =
+        [&](int splits) {  // for all clusters at once, where they are larger than any GPU has room for
+          static thread_local Decisions<3, bool> decisions;
+          return splits <= kPortableCluster || decisions({device.id, blocks, splits}, [&] {
+                   return fits_clusters(kernel, blocks, splits, kThreads, 0);
+                 });
+        };
     while (a.splits < kMaxSplits && a.units > a.splits * (kThreads / kLanes) &&
-           4 * a.splits * blocks <= 3 * current_device().multiprocessors)
+           4 * a.splits * blocks <= 3 * device.multiprocessors && has_room(2 * a.splits))
       a.splits *= 2;
+  }
   launch_early(kernel, a, blocks * a.splits, kThreads, stream, {.cluster = a.splits});
 }
 
