@@ -23,9 +23,11 @@ inline bool has_boxes(const View& view, int64_t element, int64_t alignment) {
 }
 
 // Describes boxes of an array of four dimensions, of which elements of the first one lie side by side. `strides`: the
-// bytes from one to the next in the others. Returns whether CUDA can.
+// bytes from one to the next in the others. `swizzle`: how units of 16 bytes are exchanged in shared memory. Returns
+// whether CUDA can.
 inline bool describe_boxes(CUtensorMap& map, void* data, int64_t element, const std::array<int64_t, 4>& sizes,
-                           const std::array<int64_t, 3>& strides, const std::array<int, 4>& box) {
+                           const std::array<int64_t, 3>& strides, const std::array<int, 4>& box,
+                           CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_NONE) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found{};
@@ -44,8 +46,8 @@ inline bool describe_boxes(CUtensorMap& map, void* data, int64_t element, const 
   const cuuint32_t steps[] = {1, 1, 1, 1};
   return encode != nullptr &&
          encode(&map, element == 4 ? CU_TENSOR_MAP_DATA_TYPE_UINT32 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, data, all,
-                steps_between, sides, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
-                CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+                steps_between, sides, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 // The same of a channels_last array: some channels, a multiple of 16 bytes, of some pixels.

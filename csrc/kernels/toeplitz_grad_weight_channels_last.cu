@@ -20,19 +20,17 @@
 #include <algorithm>
 #include <cmath>
 
+#include "block_clusters.cuh"
 #include "launch.h"
-#include "march_grad_weight_channels_last.cuh"
 #include "overlap.cuh"
 #include "partial_sums.h"
 #include "shares.cuh"
 #include "stream.cuh"
-#include "tensor_cores.cuh"
+#include "toeplitz_grad_weight_channels_last.cuh"
 
 namespace dwconv {
 namespace {
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kQuad = 4, kSlab = kQuad * kWarps;  // channels of a warp, of a block
 constexpr int kUnits = kSlab * 2 / kUnit;         // of 16 bytes, of a block's channels of a pixel
 constexpr int kRun = 8, kTileColumns = 2 * kRun;  // columns
 constexpr int kTiles = 8;                         // of a stage
@@ -68,7 +66,8 @@ struct Rows {
 
 struct Toeplitz {
   Rows source, grad;
-  float* partial;  // [split][tap, or bias behind the last tap][channel]
+  float* partial;                 // [split][tap, or bias behind the last tap][channel]
+  void *grad_weight, *grad_bias;  // where there is no second kernel
   int height, out_height, kernel_h, kernel_w, padding_h, padding_w;
   int images, channels;
   int slabs, spans, splits;  // of channels, columns, rows
@@ -83,34 +82,11 @@ struct Toeplitz {
   int ahead;                 // stages that are loaded, or under way
   int grad_at;               // where in a stage the rows of the gradient are
   bool with_bias;
+  bool cluster;  // whether the splits of a slab are one
   Divider by_slabs, by_period, by_images;
 
   __device__ int groups() const { return 1 << group_shift; }
 };
-
-// What is the same in every step stays in a register: a compiler works out again what it can, step by step.
-__device__ inline uint32_t kept(uint32_t value) {
-  return __shfl_sync(~0u, value, threadIdx.x % 32);
-}
-
-// The same of what all threads have.
-__device__ inline uint32_t kept_by_all(uint32_t value) {
-  return __shfl_sync(~0u, threadIdx.x % 32 == 0 ? value : 0, 0);
-}
-
-// The stages' barriers by their addresses.
-struct StageAddresses {
-  uint32_t base;
-
-  __device__ uint32_t full(int stage) const { return base + StageBarriers::full(stage); }
-  __device__ uint32_t done(int stage) const { return base + StageBarriers::done(stage); }
-};
-
-__device__ inline uint2 load_at(uint32_t address) {
-  uint2 value;
-  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address));
-  return value;
-}
 
 // Begins to copy bytes, or writes zeros.
 template <int kBytes>
@@ -246,7 +222,7 @@ template <typename T>
 __device__ float sum_by_products(const Toeplitz& a, int split, int channel, int slot) {
   const bool is_bias = slot == a.kernel_h * a.kernel_w;
   const int i = is_bias ? 0 : slot / a.kernel_w - a.padding_h, j = is_bias ? 0 : slot % a.kernel_w - a.padding_w;
-  const int last = a.shares.begin((split + 1) * a.streams);
+  const int last = min(a.shares.begin((split + 1) * a.streams), a.rows);
   float sum = 0;
   for (int at = a.shares.begin(split * a.streams) + threadIdx.x / 32; at < last; at += kWarps) {
     const int row = at % a.period, image = at / a.period % a.images;
@@ -266,44 +242,29 @@ __device__ float sum_by_products(const Toeplitz& a, int split, int channel, int 
   return sum;
 }
 
+// The same by all threads of a block; the first one has it.
+template <typename T>
+__device__ float block_sum_by_products(const Toeplitz& a, int split, int channel, int slot) {
+  const int scratch = kRing + block_sums(a.kernel_h * a.kernel_w) * 4;
+  float sum = sum_by_products<T>(a, split, channel, slot);
+  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+  if (threadIdx.x % 32 == 0) shared<float>(scratch + threadIdx.x / 32 * 4) = sum;
+  __syncthreads();
+  for (int warp = 1; warp < kWarps; ++warp) sum += shared<float>(scratch + warp * 4);
+  __syncthreads();
+  return sum;
+}
+
 // Takes those of the block's sums again that are not finite.
 template <typename T>
 __device__ __noinline__ void sum_again(const Toeplitz& a, int slab, int split, float* partial) {
   const int taps = a.kernel_h * a.kernel_w;
-  const int scratch = kRing + block_sums(taps) * 4;
   for (int at = 0; at < (taps + a.with_bias) * kSlab; ++at) {
     const int slot = at / kSlab, channel = slab * kSlab + at % kSlab;
     if (is_finite(shared<float>(kRing + 4 * at)) || channel >= a.channels) continue;
-    float sum = sum_by_products<T>(a, split, channel, slot);
-    for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
-    if (threadIdx.x % 32 == 0) shared<float>(scratch + threadIdx.x / 32 * 4) = sum;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      for (int warp = 1; warp < kWarps; ++warp) sum += shared<float>(scratch + warp * 4);
-      partial[static_cast<int64_t>(slot) * a.channels + channel] = sum;
-    }
-    __syncthreads();
+    const float sum = block_sum_by_products<T>(a, split, channel, slot);
+    if (threadIdx.x == 0) partial[static_cast<int64_t>(slot) * a.channels + channel] = sum;
   }
-}
-
-__device__ inline uint32_t ones(__half) {
-  return 0x3c003c00u;
-}
-__device__ inline uint32_t ones(__nv_bfloat16) {
-  return 0x3f803f80u;
-}
-
-// Four channels of a pixel in each of two tiles, as a pair for each channel.
-__device__ inline void pair_up(uint2 low, uint2 high, uint32_t (&pair)[kQuad]) {
-  pair[0] = __byte_perm(low.x, high.x, 0x5410), pair[1] = __byte_perm(low.x, high.x, 0x7632);
-  pair[2] = __byte_perm(low.y, high.y, 0x5410), pair[3] = __byte_perm(low.y, high.y, 0x7632);
-}
-
-// The same by other instructions. A multiplication takes four words side by side: of two that are the same one, a
-// compiler would copy all four before every multiplication.
-__device__ inline void pair_up_again(uint2 low, uint2 high, uint32_t (&pair)[kQuad]) {
-  pair[0] = __byte_perm(high.x, low.x, 0x1054), pair[1] = __byte_perm(high.x, low.x, 0x3276);
-  pair[2] = __byte_perm(high.y, low.y, 0x1054), pair[3] = __byte_perm(high.y, low.y, 0x3276);
 }
 
 // Adds up what the 4 threads of a row have for 4 channels; each returns the sum of channel `place`.
@@ -318,16 +279,24 @@ __device__ inline float add_up(const float (&part)[kQuad], int place) {
   return (high ? half[1] : half[0]) + __shfl_xor_sync(~0u, high ? half[0] : half[1], 2);
 }
 
-// Stores a block's sums, which are in shared memory but for those of the bias: channel c's in row c.
+__device__ inline float& sum_at(int number) {
+  return shared<float>(kRing + 4 * number);
+}
+
+// Takes the sums of the bias to the others in shared memory: channel c's are in row c.
+__device__ inline void store_bias(const Toeplitz& a, const float (&bias)[4]) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float total = bias[0] + bias[1];
+  for (const int offset : {1, 2}) total += __shfl_xor_sync(~0u, total, offset);
+  if (lane % 4 == 0 && lane < 4 * kQuad) sum_at(a.kernel_h * a.kernel_w * kSlab + warp * kQuad + lane / 4) = total;
+}
+
+// Stores a block's sums, which are in shared memory but for those of the bias.
 template <typename T>
 __device__ void store_sums(const Toeplitz& a, int slab, int split, const float (&bias)[4]) {
-  const int taps = a.kernel_h * a.kernel_w, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const auto sum_at = [](int number) -> float& { return shared<float>(kRing + 4 * number); };
-  float bias_total = bias[0] + bias[1];
-  for (const int offset : {1, 2}) bias_total += __shfl_xor_sync(~0u, bias_total, offset);
-  if (lane % 4 == 0 && lane < 4 * kQuad) sum_at(taps * kSlab + warp * kQuad + lane / 4) = bias_total;
+  store_bias(a, bias);
   __syncthreads();
-  const int slots = taps + a.with_bias;
+  const int slots = a.kernel_h * a.kernel_w + a.with_bias;
   float* partial = a.partial + static_cast<int64_t>(split) * slots * a.channels;
   bool again = false;
   for (int i = threadIdx.x; i < slots * kSlab; i += kThreads) {
@@ -338,6 +307,47 @@ __device__ void store_sums(const Toeplitz& a, int slab, int split, const float (
     again |= !is_finite(total);
   }
   if (__syncthreads_or(again)) sum_again<T>(a, slab, split, partial);
+}
+
+// Adds up the sums of all splits, which are the blocks of a cluster: each does a part of it.
+template <typename T>
+__device__ void add_up_splits(const Toeplitz& a, int slab, int split, const float (&bias)[4]) {
+  const int taps = a.kernel_h * a.kernel_w, count = (taps + a.with_bias) * kSlab;
+  const auto add = [&](int number) {
+    float values[kPortableCluster], total = 0;
+#pragma unroll
+    for (int block = 0; block < kPortableCluster; ++block)  // the last one again: no branch between the loads
+      values[block] = read_in_cluster(min(block, a.splits - 1), kRing + 4 * number);
+#pragma unroll
+    for (int block = 0; block < kPortableCluster; ++block) total += block < a.splits ? values[block] : 0;
+    return total;
+  };
+  const auto store = [&](int number, float total) {
+    const int tap = number / kSlab;
+    const int64_t channel = slab * kSlab + number % kSlab;
+    if (tap < taps)
+      static_cast<T*>(a.grad_weight)[channel * taps + tap] = narrow<T>(total);
+    else
+      static_cast<T*>(a.grad_bias)[channel] = narrow<T>(total);
+  };
+  store_bias(a, bias);
+  meet_in_cluster();
+  bool again = false;
+  for (int i = split * kThreads + threadIdx.x; i < count; i += a.splits * kThreads) {
+    if (slab * kSlab + i % kSlab >= a.channels) continue;
+    const float total = add(i);
+    store(i, total);
+    again |= !is_finite(total);
+  }
+  if (__syncthreads_or(again))
+    for (int i = 0; i < count; ++i) {
+      const int channel = slab * kSlab + i % kSlab;
+      if (i / kThreads % a.splits != split || channel >= a.channels || is_finite(add(i))) continue;
+      float total = 0;
+      for (int block = 0; block < a.splits; ++block) total += block_sum_by_products<T>(a, block, channel, i / kSlab);
+      if (threadIdx.x == 0) store(i, total);
+    }
+  meet_in_cluster();  // others read what is here
 }
 
 template <typename T, class Size>
@@ -427,8 +437,6 @@ __global__ void __launch_bounds__(kThreads, Size::kBlocks)
   __syncthreads();
 
   // The ring has served: its memory takes the sums.
-  const int taps = a.kernel_h * a.kernel_w;
-  const auto sum_at = [](int number) -> float& { return shared<float>(kRing + 4 * number); };
   const int row = lane / 4, place = lane % 4;
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
@@ -466,6 +474,32 @@ constexpr int kMaxGroups = 256;  // of a block: longer sums lose digits
 // In shared memory, from one image to the next: for 4 columns of 4 of them half of a bank's accesses are of one.
 __host__ __device__ constexpr int image_bytes_of(int rows) {
   return rows * kRowBytes + 64;
+}
+
+// Takes the sums of images that were worked on together to shared memory.
+template <int kRows, int kPairs>
+__device__ void store_image_sums(const Toeplitz& a, const float (&sum)[kPairs][kQuad][4]) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, place = lane % 4;
+  // The sums for column j of the kernel are on the diagonal row - column = j - padding.
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    float upper[kQuad] = {}, lower[kQuad] = {};  // of diagonals `row` and `row` - 8: the thread's part, of two columns
+#pragma unroll
+    for (int c = 0; c < kQuad; ++c)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int n = 2 * place + e;
+        const float value = __shfl_sync(~0u, sum[i / 2][c][i % 2 * 2 + e], (row + n) % kRun * 4 + place);
+        (row + n < kRun ? upper[c] : lower[c]) += value;
+      }
+    const float totals[2] = {add_up(upper, place), add_up(lower, place)};
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int j = row - h * kRun + a.padding_w;
+      if (i < a.kernel_h && j >= 0 && j < a.kernel_w)
+        shared<float>(kRing + 4 * ((i * a.kernel_w + j) * kSlab + warp * kQuad + place)) = totals[h];
+    }
+  }
 }
 
 template <typename T, int kPairs>  // of rows of the kernel
@@ -579,27 +613,121 @@ __global__ void __launch_bounds__(kThreads, 1) toeplitz_grad_weight_of_images(co
   }
   __syncthreads();
 
-  // The sums for column j of the kernel are on the diagonal row - column = j - padding.
-#pragma unroll
-  for (int i = 0; i < 2 * kPairs; ++i) {
-    float upper[kQuad] = {}, lower[kQuad] = {};  // of diagonals `row` and `row` - 8: the thread's part, of two columns
-#pragma unroll
-    for (int c = 0; c < kQuad; ++c)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int n = 2 * place + e;
-        const float value = __shfl_sync(~0u, sum[i / 2][c][i % 2 * 2 + e], (row + n) % kRun * 4 + place);
-        (row + n < kRun ? upper[c] : lower[c]) += value;
-      }
-    const float totals[2] = {add_up(upper, place), add_up(lower, place)};
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int j = row - h * kRun + a.padding_w;
-      if (i < a.kernel_h && j >= 0 && j < a.kernel_w)
-        shared<float>(kRing + 4 * ((i * a.kernel_w + j) * kSlab + warp * kQuad + place)) = totals[h];
-    }
-  }
+  store_image_sums<2 * kPairs>(a, sum);
   store_sums<T>(a, slab, split, bias);
+}
+
+// The same of images of at most 7 rows whose padding is kPairs - 1: a box has 8 columns of 7 rows of 8 images, with
+// zeros for what is outside of an image, and all that a thread reads is at offsets that are known at compile time.
+// Boxes are swizzled: within 64 bytes, units are exchanged by the column.
+constexpr int kBoxRows = 7, kBoxRowBytes = kRun * kSlab * 2, kBoxImageBytes = kBoxRows * kBoxRowBytes;
+constexpr int kBoxBytes = kImages * kBoxImageBytes, kBoxesAt = 512;  // where the first one begins in shared memory
+
+struct Boxes {
+  CUtensorMap source, grad;
+  Toeplitz images;
+};
+
+template <typename T, int kPairs>
+__global__ void __launch_bounds__(kThreads, 1) toeplitz_grad_weight_of_boxes(const __grid_constant__ Boxes boxes) {
+#if __CUDA_ARCH__ >= 900
+  const Toeplitz& a = boxes.images;
+  let_next_kernel_start();
+  uint32_t rest = blockIdx.x;
+  int slab = a.by_slabs.split(rest), split = static_cast<int>(rest);
+  if (a.cluster) slab = cluster_number(), split = rank_in_cluster();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = lane / 4, place = lane % 4;
+  uint32_t image = a.shares.begin(split), last = a.shares.begin(split + 1);
+  a.by_period.split(image), a.by_period.split(last);
+  StageBarriers::init(1, kWarps, true);
+  if (threadIdx.x == 0) prefetch(boxes.source), prefetch(boxes.grad);
+  before_bulk_copies();
+  __syncthreads();
+  const auto load = [&](uint32_t image, int stage) {
+    const int to = kBoxesAt + stage * a.stage_bytes, barrier = StageBarriers::full(stage);
+    expect_bytes(barrier, 2 * kBoxBytes);
+    copy_box(to, boxes.source, slab * kSlab, 0, 0, image, barrier);
+    copy_box(to + kBoxBytes, boxes.grad, slab * kSlab, 0, 0, image, barrier);
+    arrive(barrier);
+  };
+  settle_and_wait_for_kernel_before(a.depth);
+  uint32_t next = image + a.depth * kImages;
+  if (threadIdx.x == 0)
+    for (int stage = 0; stage < a.depth && image + stage * kImages < last; ++stage)
+      load(image + stage * kImages, stage);
+
+  // Sums of rows 2 p and 2 p + 1 of the kernel, of column `column` of the input by columns 2 place and 2 place + 1.
+  float sum[kPairs][kQuad][4] = {}, bias[4] = {};
+  const uint32_t unit = warp / 2 ^ (column / 2 % kUnits);
+  const uint32_t first =
+      shared_address(kBoxesAt) + place * kBoxImageBytes + column * kSlab * 2 + unit * kUnit + warp % 2 * kQuad * 2;
+  int stage = 0;
+  uint32_t parity = 0;
+#pragma unroll 1
+  for (; image < last; image += kImages, next += kImages) {
+    wait(StageBarriers::full(stage), parity);
+    const uint32_t source_at = first + stage * a.stage_bytes, grad_at = source_at + kBoxBytes;
+    // A thread's pixels are of images `place` and `place` + 4.
+    const auto load_row = [](uint32_t box, int y, uint2& low, uint2& high) {
+      const bool there = y >= 0 && y < kBoxRows;
+      low = there ? load_at(box + y * kBoxRowBytes) : uint2{};
+      high = there ? load_at(box + y * kBoxRowBytes + 4 * kBoxImageBytes) : uint2{};
+    };
+    uint32_t g[kImageRows / 2][kQuad][2];
+#pragma unroll
+    for (int y = 0; y < kImageRows; ++y) {
+      uint2 low, high;
+      uint32_t pair[kQuad];
+      load_row(grad_at, y, low, high);
+      pair_up(low, high, pair);
+#pragma unroll
+      for (int c = 0; c < kQuad; ++c) g[y / 2][c][y % 2] = pair[c];
+    }
+    // Rows 2 p of the kernel and 2 q of the gradient meet row 2 t of the input, where p + q = t, and two more.
+    constexpr int kTurns = kPairs + kImageRows / 2 - 1, kPadding = kPairs - 1;
+    uint2 rows[2 * kTurns + 1][2];
+#pragma unroll
+    for (int r = 0; r < 2 * kTurns + 1; ++r) load_row(source_at, r - kPadding, rows[r][0], rows[r][1]);
+    if (next < last) {  // into the stage that all warps have read
+      __syncwarp();
+      if (lane == 0) arrive(StageBarriers::done(stage));
+      if (threadIdx.x == 0) wait(StageBarriers::done(stage), parity), load(next, stage);
+    }
+#pragma unroll
+    for (int t = 0; t < kTurns; ++t) {
+      if (2 * t + 2 < kPadding || 2 * t >= kPadding + kBoxRows) continue;
+      uint32_t x[4][kQuad];
+      pair_up(rows[2 * t][0], rows[2 * t][1], x[0]), pair_up(rows[2 * t + 1][0], rows[2 * t + 1][1], x[1]);
+      pair_up_again(rows[2 * t + 1][0], rows[2 * t + 1][1], x[2]);
+      pair_up(rows[2 * t + 2][0], rows[2 * t + 2][1], x[3]);
+#pragma unroll
+      for (int p = 0; p < kPairs; ++p) {
+        const int q = t - p;
+        if (q < 0 || q >= kImageRows / 2) continue;
+#pragma unroll
+        for (int c = 0; c < kQuad; ++c) {
+          float (&to)[4] = sum[p][c];
+          multiply(to, to, {x[0][c], x[1][c], x[2][c], x[3][c]}, g[q][c], T{});
+        }
+      }
+    }
+    if (a.with_bias)  // channel c in row c
+#pragma unroll
+      for (int q = 0; q < kImageRows / 2; ++q)
+#pragma unroll
+        for (int c = 0; c < kQuad; ++c) {
+          const uint32_t one = column == c ? ones(T{}) : 0;
+          multiply(bias, bias, {one, 0, one, 0}, g[q][c], T{});
+        }
+    if (++stage == a.depth) stage = 0, parity ^= 1;
+  }
+  __syncthreads();
+  store_image_sums<2 * kPairs - 1>(a, sum);
+  if (a.cluster)
+    add_up_splits<T>(a, slab, split, bias);
+  else
+    store_sums<T>(a, slab, split, bias);
+#endif
 }
 
 // How the work is cut.
@@ -688,6 +816,51 @@ bool has_small_images(Toeplitz& a) {
   return most <= kImageRows && a.depth > 1;
 }
 
+// Describes boxes of images, and returns whether CUDA can.
+bool describe_images(CUtensorMap& map, const View& view, const Problem& p, int64_t height, int64_t width) {
+  return describe_boxes(map, view.data, 2, {p.channels, width, height, p.batch},
+                        {view.stride[3] * 2, view.stride[2] * 2, view.stride[0] * 2}, {kSlab, kRun, kBoxRows, kImages},
+                        CU_TENSOR_MAP_SWIZZLE_64B);
+}
+
+// Returns false, and launches nothing, where images do not come as boxes.
+template <typename T, int kPairs>
+bool launch_boxes(const Problem& p, const Toeplitz& images, const Allocate& allocate, cudaStream_t stream) {
+  const auto kernel = toeplitz_grad_weight_of_boxes<T, kPairs>;
+  Boxes boxes{{}, {}, images};
+  Toeplitz& a = boxes.images;
+  if (std::max(a.height, a.out_height) > kBoxRows || a.padding_h != kPairs - 1 || a.kernel_h >= 2 * kPairs)
+    return false;
+  if (!can_overlap(kernel) || !has_boxes(p.input, 2, kUnit) || !has_boxes(p.output, 2, kUnit) ||
+      !describe_images(boxes.source, p.input, p, p.height, p.width) ||
+      !describe_images(boxes.grad, p.output, p, p.out_height, p.out_width))
+    return false;
+  const Device& device = current_device();
+  const int64_t groups = ceil_div(a.images, kImages);
+  a.splits =
+      static_cast<int>(std::clamp<int64_t>(device.multiprocessors / a.slabs, ceil_div(groups, kMaxGroups), groups));
+  a.stage_bytes = 2 * kBoxBytes;
+  a.depth = static_cast<int>(
+      std::min((device.shared_per_block - kBoxesAt) / int64_t{a.stage_bytes}, ceil_div(groups, a.splits)));
+  if (a.depth < 1) return false;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+  a.shares = Shares(groups * kImages * a.period, a.splits, 1, kImages * a.period);
+  const int64_t sums = kRing + (block_sums(a.kernel_h * a.kernel_w) + kWarps) * int64_t{sizeof(float)};
+  const int64_t shared_bytes = std::max(sums, kBoxesAt + int64_t{a.depth} * a.stage_bytes);
+  static thread_local Decisions<4, bool> decisions;
+  a.cluster = decisions({device.id, a.slabs, a.splits, shared_bytes}, [&] {
+    return a.splits <= kPortableCluster && fits_clusters(kernel, a.slabs, a.splits, kThreads, shared_bytes);
+  });
+  if (!a.cluster)
+    a.partial = static_cast<float*>(
+        allocate(a.splits * (p.taps() + a.with_bias) * a.channels * static_cast<int64_t>(sizeof(float))));
+  launch_early(kernel, boxes, int64_t{a.slabs} * a.splits, kThreads, stream,
+               {.cluster = a.cluster ? a.splits : 1, .shared_bytes = shared_bytes});
+  check_launch("toeplitz_grad_weight_of_boxes");
+  if (!a.cluster) launch_add_partial_sums(p, a.partial, a.splits, stream);
+  return true;
+}
+
 template <typename T, int kPairs>
 void launch_images(const Problem& p, Toeplitz a, const Allocate& allocate, cudaStream_t stream) {
   const Device& device = current_device();
@@ -697,6 +870,8 @@ void launch_images(const Problem& p, Toeplitz a, const Allocate& allocate, cudaS
   a.splits =
       static_cast<int>(std::clamp<int64_t>(device.multiprocessors / a.slabs, ceil_div(groups, kMaxGroups), groups));
   a.streams = 1, a.columns = kRun, a.period = a.out_height, a.by_period = Divider(a.period);
+  a.rows = a.images * a.period;
+  if (launch_boxes<T, kPairs>(p, a, allocate, stream)) return;
   a.shares = Shares(int64_t{a.images} * a.period, a.splits, 1, a.period);
   a.partial = static_cast<float*>(
       allocate(a.splits * (p.taps() + a.with_bias) * a.channels * static_cast<int64_t>(sizeof(float))));
@@ -729,7 +904,7 @@ void launch_toeplitz_grad_weight_channels_last(const Problem& p, const Allocate&
   for (Rows* rows : {&a.source, &a.grad}) rows->turn_bytes = rows->image_bytes - a.period * rows->row_bytes;
   a.slabs = static_cast<int>(ceil_div(a.channels, kSlab));
   a.by_slabs = Divider(a.slabs), a.by_period = Divider(a.period), a.by_images = Divider(a.images);
-  a.with_bias = p.bias != nullptr;
+  a.with_bias = p.bias != nullptr, a.grad_weight = p.weight.data, a.grad_bias = p.bias;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto launch_rows = [&](auto rows, auto blocks) {
