@@ -1429,28 +1429,64 @@ def test_march_of_three_channels(dtype: torch.dtype) -> None:
                 check_march(case._replace(padding=padding), dtype)
 
 
+def check_grad_weight(case: Case, plan: str, dtype: torch.dtype, spoilt: bool) -> None:
+    """Grad_weight of channels_last arrays by a plan against float64, with Inf and NaN if `spoilt`, many times."""
+    input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
+    grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=torch.channels_last)
+    if spoilt:
+        for number, tensor in enumerate((input, grad_output)):
+            tensor[0, number, 0, 0], tensor[1, 1 - number, -1, -1] = torch.inf, torch.nan
+    exact = run_float64((input, weight, bias), grad_output, **case.geometry)
+    call = grad_output, input, case.kernel, *arguments_of(case), True, plan
+    first = torch.ops.dwconv.grad_weight.plan(*call)
+    for result, right in zip(first, (exact.grad_weight, exact.grad_bias)):
+        right = right.round().to(result).nan_to_num(nan=12345.0)
+        assert torch.equal(result.nan_to_num(nan=12345.0), right), str(case)
+    for _ in range(20):
+        for a, b in zip(first, torch.ops.dwconv.grad_weight.plan(*call)):
+            assert torch.equal(a.nan_to_num(nan=12345.0), b.nan_to_num(nan=12345.0)), str(case)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("spoilt", [False, True])
 def test_grad_weight_of_three_channels(spoilt: bool, dtype: torch.dtype) -> None:
     """Many rows, in bands of every sort: whole and cut short, several of a group, groups of every width."""
-    plan = MARCH["grad_weight"]
     for batch, size in ((26, (90, 512)), (29, (101, 344)), (7, (333, 1000)), (3000, (9, 128)), (60, (97, 224))):
-        case = tile_case(((3, 3), 1, 1), batch, 3, size)
-        input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
-        grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=torch.channels_last)
-        if spoilt:
-            for number, tensor in enumerate((input, grad_output)):
-                tensor[0, number, 0, 0], tensor[1, 1 - number, -1, -1] = torch.inf, torch.nan
-        exact = run_float64((input, weight, bias), grad_output, **case.geometry)
-        call = grad_output, input, case.kernel, *arguments_of(case), True, plan
-        first = torch.ops.dwconv.grad_weight.plan(*call)
-        for result, right in zip(first, (exact.grad_weight, exact.grad_bias)):
-            right = right.round().to(result).nan_to_num(nan=12345.0)
-            assert torch.equal(result.nan_to_num(nan=12345.0), right), str(case)
-        for _ in range(20):
-            for a, b in zip(first, torch.ops.dwconv.grad_weight.plan(*call)):
-                assert torch.equal(a.nan_to_num(nan=12345.0), b.nan_to_num(nan=12345.0)), str(case)
+        check_grad_weight(tile_case(((3, 3), 1, 1), batch, 3, size), MARCH["grad_weight"], dtype, spoilt)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_grad_weight_of_pairs(spoilt: bool, dtype: torch.dtype) -> None:
+    """Two filters a channel at stride 2: rows of one span and of several, any padding, channels beyond a block's."""
+    for kernel, padding, batch, channels, size in (
+        ((7, 7), (3, 3), 9, 40, (56, 56)),
+        ((7, 7), (0, 2), 13, 8, (33, 30)),
+        ((7, 7), (2, 1), 16, 32, (15, 14)),
+        ((5, 5), (2, 2), 3, 72, (29, 131)),
+        ((5, 5), (4, 3), 40, 16, (11, 61)),
+    ):
+        case = tile_case((kernel, 2, 1), batch, channels, size, multiplier=2)
+        check_grad_weight(case._replace(padding=padding), MARCH["grad_weight"], dtype, spoilt)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_grad_weight_of_small_images(spoilt: bool, dtype: torch.dtype) -> None:
+    """Images of up to 8 x 8, one group of them and many, few slabs of channels and more than multiprocessors."""
+    for kernel, padding, batch, channels, size in (
+        ((7, 7), (3, 3), 128, 96, (7, 7)),
+        ((7, 5), (3, 2), 37, 40, (5, 6)),
+        ((5, 7), (3, 3), 21, 32, (6, 8)),
+        ((7, 7), (3, 3), 9, 64, (8, 8)),
+        ((3, 3), (1, 1), 500, 32, (7, 7)),
+        ((2, 3), (1, 1), 11, 4800, (4, 3)),
+    ):
+        case = tile_case((kernel, 1, 1), batch, channels, size)
+        check_grad_weight(case._replace(padding=padding), MATRIX, dtype, spoilt)
 
 
 @pytest.mark.gpu

@@ -20,6 +20,7 @@
 #include "shares.cuh"
 #include "small_kernels.h"
 #include "three_channels_grad_weight.h"
+#include "toeplitz_grad_weight_pairs.h"
 
 namespace dwconv {
 namespace {
@@ -719,13 +720,15 @@ void launch(const Problem& p, March a, bool boxes, const Allocate& allocate, cud
   const Device& device = current_device();
   const auto kernel = march_grad_weight_channels_last<T, W, kJoined>;
   static thread_local Decisions<11, Cut> decisions;
-  Cut cut =
-      decisions({device.id, a.images, a.filters, a.multiplier, a.height, a.width, a.out_height, a.out_width,
-                 a.source.unit * kUnit + a.grad.unit, boxes, a.joined},
-                [&] {
-                  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
-                  return cut_for(a, kWindow, kElement, boxes, device);
-                });
+  Cut cut = decisions(
+      {device.id, a.images, a.filters, a.multiplier, a.height, a.width, a.out_height, a.out_width,
+       a.source.unit * kUnit + a.grad.unit, boxes, a.joined},
+      [&] {
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+        // With shared memory left, blocks of the second kernel wait beside those of this one.
+        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+        return cut_for(a, kWindow, kElement, boxes, device);
+      });
   apply(a, cut, kWindow, kElement);
   if (cut.boxes && !a.joined &&
       !(describe_boxes(a.source_map, p.input, p.batch, p.channels, p.height, p.width, kElement,
@@ -746,6 +749,7 @@ void launch(const Problem& p, March a, bool boxes, const Allocate& allocate, cud
 
 void launch_march_grad_weight_channels_last(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
   if (launch_three_channels_grad_weight(p, allocate, stream)) return;
+  if (launch_toeplitz_grad_weight_pairs(p, allocate, stream)) return;
   March a{};
   const int64_t element = size_of(p.dtype);
   a.source = pixels_of(p.input, p.batch, p.channels, p.height, p.width, element);
