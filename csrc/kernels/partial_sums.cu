@@ -73,12 +73,15 @@ void launch_add_partial_sums(const Problem& p, const void* partial, int64_t spli
   const int64_t slots = p.taps() + (p.bias != nullptr);
   const Sums sums{partial, p.weight.data, p.bias, p.filters(), p.taps(), slots * p.filters(), static_cast<int>(splits),
                   {}};
-  // Long sums are shared by many threads, where these all run at once.
+  // Long sums are shared by many threads, where these all run at once, but in no larger blocks than it takes to have
+  // all loads under way: small ones find room beside those of the kernel before.
   const bool few = slots * ceil_div(p.filters(), 8) <= 4 * current_device().multiprocessors;
   visit_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
     if (splits <= 8) return launch<T, 64, 1>(sums, stream);
     if (splits <= 64 || !few) return launch<T, 32, 8>(sums, stream);
+    if (splits <= 128) return launch<T, 8, 16>(sums, stream);
+    if (splits <= 256) return launch<T, 4, 32>(sums, stream);
     launch<T, 8, 64>(sums, stream);
   });
   check_launch("add_partial_sums");
