@@ -1,5 +1,6 @@
-// Boxes of channels_last arrays: some channels of some neighbouring pixels of a row, which one instruction copies to
-// shared memory, with zeros for what is outside of the array. From sm_90 on.
+// Boxes of arrays of four dimensions, such as some channels of some neighbouring pixels of a row of a channels_last one,
+// which one instruction copies to shared memory, with zeros for what is outside of the array, or from there. From sm_90
+// on.
 #pragma once
 
 #include <cuda.h>
@@ -78,8 +79,8 @@ __device__ inline void copy_box(int to, const CUtensorMap& map, int channel, int
 #endif
 }
 
-// Begins to store a box from a multiple of 128 bytes in shared memory; what is outside of the array goes nowhere. It is
-// waited for as bulk copies from there are.
+// Begins to copy a box from a multiple of 128 bytes in shared memory; what is outside of the array goes nowhere. It is
+// one of the bulk copies that the thread commits and waits for.
 __device__ inline void store_box(const CUtensorMap& map, int from, int channel, int column, int row, int image) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),

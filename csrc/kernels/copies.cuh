@@ -141,6 +141,13 @@ __device__ inline void wait_stores() {
 #endif
 }
 
+// The same for all but the last ones.
+__device__ inline void wait_stores_but_one() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+#endif
+}
+
 // Copies one unit: under way on return where there is cp.async, but for units of 2 bytes.
 template <int kBytes>
 __device__ void copy_unit(uint32_t to, const void* from) {

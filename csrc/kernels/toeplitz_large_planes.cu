@@ -10,6 +10,7 @@
 // multiplication are one row of 16 images, or two rows of 8.
 #include <algorithm>
 
+#include "boxes.cuh"
 #include "device.h"
 #include "launch.h"
 #include "mapping.h"
@@ -26,17 +27,19 @@ constexpr int kMostSlots = 8;
 
 // A problem, and how it is cut.
 struct Planes : Large {
+  CUtensorMap target_map;            // if units are boxes: of planes, targets and images
   int units;                         // of a task: of some planes in a slot
   int each, more;                    // tasks of a block: `each`, and one more for the first `more`
   int producers, consumers;          // warps
   int slots, slot_bytes, out_bytes;  // out_bytes: of a warp
   int weight_bytes;                  // of a filter, for two of which there is room
   int barriers_at, counter_at;       // offsets in shared memory
-  bool bulk_load, bulk_store;        // whether planes, and units of them, are copied as one
+  bool bulk_load, box_store;         // whether planes are copied as one, and the units of all images
   Divider by_units, by_slots;
-  Divider by_load_pieces, by_store_pieces;  // of a row of the source, and of the planes of a unit
-  int load_step_pieces, load_step_rows;     // to a thread's next piece
-  int store_step_bytes, store_step_images;  // to a lane's next piece
+  Divider by_load_pieces;                // of a row of the source
+  int load_step_pieces, load_step_rows;  // to a thread's next piece
+  Divider by_store_pieces;               // of an image's unit, as far as a warp stores them at once
+  int store_images;                      // at once
 };
 
 // What lies in a slot.
@@ -173,8 +176,8 @@ __device__ void slide(const Planes& a, const PlanesTask& t, int source_at, int o
 #pragma unroll
   for (int q = 1; q < kSteps; ++q)
     if (begin - q >= 0) load_band(b[kSteps - q], band - 2 * q * a.weight_pitch);
-#pragma unroll 1
-  for (int first = begin; first < end; first += kSteps) {
+  int first = begin;
+  do {
 #pragma unroll
     for (int u = 0; u < kSteps; ++u) {
       const int s = first + u;
@@ -211,9 +214,12 @@ __device__ void slide(const Planes& a, const PlanesTask& t, int source_at, int o
       }
       source += 2 * a.source_pitch, y += 2;
     }
-  }
+    first += kSteps;
+  } while (first < end);
 
-  if (a.bulk_store) wait_stores(), __syncwarp();  // what lay there is on its way
+  const int out = out_at + quad / kRows * a.out_plane + quad % kRows * a.out_pitch + 2 * pair;
+  const bool last = (kTiles - 1) * kLargeGroup + pair < a.out_width;
+  if (a.box_store) wait_stores(), __syncwarp();  // what lay there is on its way
   const auto none = narrow_pair(0.f, 0.f, T{});
   Pair<T> zero[] = {none, none};
 #pragma unroll
@@ -222,15 +228,14 @@ __device__ void slide(const Planes& a, const PlanesTask& t, int source_at, int o
     for (int q = 0; q < kSteps; ++q)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int n = (8 * h + quad) / kRows, r = 2 * q + p + quad % kRows;
-        const int to = out_at + n * a.out_plane + r * a.out_pitch + 2 * pair;
+        const int to = out + 8 / kRows * h * a.out_plane + (2 * q + p) * a.out_pitch;
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
           const auto values = narrow_pair(sum[p][q][j][2 * h], sum[p][q][j][2 * h + 1], T{});
 #if __CUDA_ARCH__ >= 800
           zero[h] = __hfma2(values, none, zero[h]);
 #endif
-          if (j * kLargeGroup + pair < a.out_width) shared<Pair<T>>(to + j * kLargeGroupBytes) = values;
+          if (j < kTiles - 1 || last) shared<Pair<T>>(to + j * kLargeGroupBytes) = values;
         }
       }
   zero[0] = __hadd2(zero[0], zero[1]);
@@ -250,16 +255,22 @@ __device__ void slide(const Planes& a, const PlanesTask& t, int source_at, int o
 template <int kBytes>
 __device__ void store_planes(const Planes& a, char* target, int out_at, int bytes, int images) {
   using Word = LargeWord<kBytes>;
-  uint32_t image = threadIdx.x % 32;
-  int piece = a.by_store_pieces.split(image) * kBytes;
-  const int pieces = static_cast<int>(a.by_store_pieces.divisor) * kBytes;
-#pragma unroll 2
-  while (static_cast<int>(image) < images) {
-    if (piece < bytes)
-      *reinterpret_cast<Word*>(target + 2 * image * a.target_image + piece) =
-          shared<Word>(out_at + static_cast<int>(image) * a.out_plane + piece);
-    piece += a.store_step_bytes, image += a.store_step_images;
-    if (piece >= pieces) piece -= pieces, ++image;
+  uint32_t first = threadIdx.x % 32;
+  const int piece = a.by_store_pieces.split(first) * kBytes, image = static_cast<int>(first);
+  if (image >= a.store_images) return;
+  const int64_t step = 2 * a.store_images * a.target_image;
+  const int step_shared = a.store_images * a.out_plane;
+#pragma unroll 1
+  for (int at = piece; at < bytes; at += static_cast<int>(a.by_store_pieces.divisor) * kBytes) {
+    char* to = target + 2 * image * a.target_image + at;
+    int from = out_at + image * a.out_plane + at;
+    visit_images(image, a.store_images, images, [&](auto count) {
+      Word words[count];
+#pragma unroll
+      for (int k = 0; k < count; ++k, from += step_shared) words[k] = shared<Word>(from);
+#pragma unroll
+      for (int k = 0; k < count; ++k, to += step) *reinterpret_cast<Word*>(to) = words[k];
+    });
   }
 }
 
@@ -280,7 +291,7 @@ __device__ void consume(const Planes& a, int count, int warp) {
     wait(full_barrier(a, slot), round & 1);
     const PlanesTask t = task_in(a, slot);
     slide<T, kTiles, kDepth, kSides, kSteps>(a, t, a.source_at + slot * a.slot_bytes, out_at, row);
-    if (a.bulk_store) before_bulk_copies();
+    if (a.box_store) before_bulk_copies();
     __syncwarp();
     const int lane = threadIdx.x % 32;
     if (lane == 0) {
@@ -288,15 +299,14 @@ __device__ void consume(const Planes& a, int count, int warp) {
       number = atomicAdd(&shared<int>(a.counter_at), 1);
     }
     number = __shfl_sync(~0u, number, 0);
-    T* target = static_cast<T*>(a.target) + t.image * a.target_image + t.target * a.target_channel +
-                static_cast<int64_t>(row) * a.out_width;
-    const int bytes = 2 * rows * a.out_width;
-    if (a.bulk_store) {
-      if (lane < t.images)
-        store_bulk(target + lane * a.target_image, shared_address(out_at + lane * a.out_plane), bytes);
+    if (a.box_store) {
+      if (is_elected()) store_box(a.target_map, out_at, row * a.out_width, t.target, t.image, 0);
       commit_stores();
       continue;
     }
+    T* target = static_cast<T*>(a.target) + t.image * a.target_image + t.target * a.target_channel +
+                static_cast<int64_t>(row) * a.out_width;
+    const int bytes = 2 * rows * a.out_width;
     switch (a.store_unit) {
       case 16: store_planes<16>(a, reinterpret_cast<char*>(target), out_at, bytes, t.images); break;
       case 8: store_planes<8>(a, reinterpret_cast<char*>(target), out_at, bytes, t.images); break;
@@ -304,7 +314,7 @@ __device__ void consume(const Planes& a, int count, int warp) {
     }
     __syncwarp();
   }
-  if (a.bulk_store) wait_stores();
+  if (a.box_store) wait_stores();
 }
 
 template <typename T, int kTiles, int kDepth, int kSides, int kSteps, int kThreads>
@@ -314,10 +324,11 @@ __global__ void __launch_bounds__(kThreads, 1) toeplitz_large_planes(const __gri
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = kThreads / 32;
   // Zeros where nothing is copied to: the row outside of all images, around the weights, and behind the columns.
   for (int i = 16 * threadIdx.x; i < a.source_at; i += 16 * kThreads) shared<uint4>(i) = uint4{};
+  constexpr int kImages = 8 * kSides;
   if (a.width % kLargeGroup != 0)
-    for (int image = warp; image < a.slots * a.images; image += warps)
+    for (int image = warp; image < a.slots * kImages; image += warps)
       for (int row = lane; row < a.height; row += 32)
-        shared<uint4>(a.source_at + image / a.images * a.slot_bytes + image % a.images * a.source_plane +
+        shared<uint4>(a.source_at + image / kImages * a.slot_bytes + image % kImages * a.source_plane +
                       row * a.source_pitch + (kTiles - 1) * kLargeGroupBytes) = uint4{};
   __syncthreads();
   if (threadIdx.x < a.slots) {
@@ -371,7 +382,7 @@ int64_t apply(Planes& a, int tiles, int depth, int sides, int steps, int threads
   const int together = 2 / sides;
   while (source_plane / kLargeGroupBytes % (2 * together) != together) source_plane += kLargeGroupBytes;
   a.out_pitch = 2 * a.out_width;
-  const int64_t out_plane = round_up(unit_rows * a.out_pitch, 16), out_bytes = a.images * out_plane;
+  const int64_t out_plane = round_up(unit_rows * a.out_pitch, 16), out_bytes = round_up(a.images * out_plane, kBoxUnit);
   a.weight_pitch = static_cast<int>(2 * round_up(kLargeGroup * depth + 7, 2));
   int64_t copy = (a.kernel_h + int64_t{1}) * a.weight_pitch;
   copy += (64 - copy % 128 + 128) % 128;  // so that the copies do not meet in a bank
@@ -401,15 +412,20 @@ int64_t apply(Planes& a, int tiles, int depth, int sides, int steps, int threads
                           a.units > 1 ? unit_rows * a.out_pitch : 0, last_rows * a.out_pitch});
   if (a.load_unit < 4 || a.store_unit < 4) return 0;
   a.bulk_load = bulk && a.load_unit == 16 && a.source_row == a.width && a.source_pitch == 2 * a.width;
-  a.bulk_store = bulk && a.store_unit == 16;
   const int loaders = 32 * a.producers, side = std::min(a.kernel_w, loaders);
   a.by_weight_side = Divider(side), a.weight_lanes = loaders / side;
-  const int load_pieces = 2 * a.width / a.load_unit, store_pieces = unit_rows * a.out_pitch / a.store_unit;
-  a.by_load_pieces = Divider(load_pieces), a.by_store_pieces = Divider(store_pieces);
+  const int load_pieces = 2 * a.width / a.load_unit;
+  const int store_pieces = std::min(unit_rows * a.out_pitch / a.store_unit, 32);
+  a.by_load_pieces = Divider(load_pieces);
   a.load_step_pieces = loaders % load_pieces, a.load_step_rows = loaders / load_pieces;
-  a.store_step_bytes = 32 % store_pieces * a.store_unit, a.store_step_images = 32 / store_pieces;
+  a.by_store_pieces = Divider(store_pieces), a.store_images = 32 / store_pieces;
   a.by_images = Divider(ceil_div(a.batch, a.images)), a.by_units = Divider(a.units), a.by_slots = Divider(a.slots);
   set(a.tasks, ceil_div(a.batch, a.images) * a.targets);
+  a.box_store = bulk && out_plane == unit_rows * a.out_pitch && out_plane <= 2 * kMostBoxSide &&
+                describe_boxes(a.target_map, a.target, sizeof(uint16_t),
+                               {int64_t{a.out_height} * a.out_width, a.targets, a.batch, 1},
+                               {2 * a.target_channel, 2 * a.target_image, 2 * a.target_image},
+                               {unit_rows * a.out_width, 1, a.images, 1});
   return out_at + a.consumers * out_bytes;
 }
 
