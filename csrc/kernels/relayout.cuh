@@ -16,6 +16,7 @@ struct Relayout {
   uint16_t *pixels, *planes;                        // channels_last, and planes without gaps
   int64_t pixels_image, pixels_row, pixels_column;  // strides in elements
   int channels, size;                               // of an image; the pixels of a plane
+  bool joined;                                      // whether rows of pixels have no gaps
   Divider by_width, by_channel_tiles, by_pixel_tiles;
 };
 
@@ -24,57 +25,88 @@ struct Relayout {
 struct RelayoutTile {
   alignas(16) uint32_t words[kTileChannels * kTilePixels / 2];
 
-  __device__ uint32_t& word(int channel, int pair) {
-    return words[channel * (kTilePixels / 2) + (pair ^ (channel / 8 ^ channel) % 8 * 4)];
+  __device__ static uint32_t place(uint32_t channel, uint32_t pair) {
+    return channel * (kTilePixels / 2) + (pair ^ (channel / 8 ^ channel) % 8 * 4);
   }
+  // Of the channel after, `k` of 8 from one on that is a multiple of 8.
+  __device__ static uint32_t place_after(uint32_t place, uint32_t k) { return place ^ k * (kTilePixels / 2 + 4); }
 };
 
-// kVector: channels that are copied at once.
+// Channels of a pixel that are copied at once, in words of two.
+template <int kVector>
+struct PixelChannels;
+
+template <>
+struct PixelChannels<8> {
+  using Vector = uint4;
+  uint32_t words[4];
+
+  PixelChannels() = default;
+  __device__ explicit PixelChannels(uint4 v) : words{v.x, v.y, v.z, v.w} {}
+  __device__ uint4 vector() const { return {words[0], words[1], words[2], words[3]}; }
+};
+
+template <>
+struct PixelChannels<1> {
+  using Vector = uint16_t;
+  uint32_t words[1];
+
+  PixelChannels() = default;
+  __device__ explicit PixelChannels(uint16_t v) : words{v} {}
+  __device__ uint16_t vector() const { return static_cast<uint16_t>(words[0]); }
+};
+
 template <bool kToPlanes, int kVector>
 __global__ void __launch_bounds__(kRelayoutThreads) relayout(const __grid_constant__ Relayout a) {
-  constexpr int kSlots = kTileChannels / kVector, kPairs = kTilePixels / 2;
-  using Vector = std::conditional_t<kVector == 8, uint4, uint16_t>;
+  constexpr uint32_t kSlots = kTileChannels / kVector, kPairs = kTilePixels / 2;
+  using Vector = typename PixelChannels<kVector>::Vector;
   __shared__ RelayoutTile tile;
   uint32_t number = blockIdx.x;
-  const int first_channel = a.by_channel_tiles.split(number) * kTileChannels;
-  const int first_pixel = a.by_pixel_tiles.split(number) * kTilePixels;
-  const int channels = min(kTileChannels, a.channels - first_channel), pixels = min(kTilePixels, a.size - first_pixel);
+  const uint32_t first_channel = a.by_channel_tiles.split(number) * kTileChannels;
+  const uint32_t first_pixel = a.by_pixel_tiles.split(number) * kTilePixels;
+  const uint32_t channels = min(kTileChannels, a.channels - first_channel);
+  const uint32_t pixels = min(kTilePixels, a.size - first_pixel);
   uint16_t* planes = a.planes + (static_cast<int64_t>(number) * a.channels + first_channel) * a.size + first_pixel;
+  uint16_t* image = a.pixels + number * a.pixels_image + first_channel;
 
+  // Calls visit(channel, pair, at) with what each thread copies of the image: at(k) is a pixel of a pair.
   const auto visit_pixels = [&](auto&& visit) {
-#pragma unroll 4
-    for (int i = threadIdx.x; i < kSlots * kPairs; i += kRelayoutThreads) {
-      const int channel = i % kSlots * kVector, pair = i / kSlots;
-      if (channel >= channels || 2 * pair >= pixels) continue;
-      Vector* at[2];
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        uint32_t row = first_pixel + min(2 * pair + k, pixels - 1);
-        const int column = a.by_width.split(row);
-        at[k] = reinterpret_cast<Vector*>(a.pixels + number * a.pixels_image + row * a.pixels_row +
-                                          column * a.pixels_column + first_channel + channel);
-      }
-      visit(channel, pair, at);
+    for (uint32_t k = 0; k < kSlots * kPairs / kRelayoutThreads; ++k) {
+      const uint32_t i = threadIdx.x + k * kRelayoutThreads, channel = i % kSlots * kVector, pair = i / kSlots;
+      if (channel >= channels || 2 * pair >= pixels) continue;
+      const auto at = [&](uint32_t pixel) {
+        uint32_t row = first_pixel + pixel;
+        int64_t place = row * a.pixels_column;
+        if (!a.joined) {
+          const uint32_t column = a.by_width.split(row);
+          place = row * a.pixels_row + column * a.pixels_column;
+        }
+        return reinterpret_cast<Vector*>(image + place + channel);
+      };
+      Vector* both[] = {at(2 * pair), at(min(2 * pair + 1, pixels - 1))};
+      visit(channel, pair, both);
     }
   };
   const auto visit_planes = [&](auto&& visit) {
     if (a.size % 8 == 0) {  // then pieces of planes begin at multiples of 16 bytes
 #pragma unroll
-      for (int i = threadIdx.x; i < kTileChannels * kTilePixels / 8; i += kRelayoutThreads) {
-        const int channel = i / (kTilePixels / 8), pixel = i % (kTilePixels / 8) * 8;
+      for (uint32_t k = 0; k < kTileChannels * kTilePixels / 8 / kRelayoutThreads; ++k) {
+        const uint32_t i = threadIdx.x + k * kRelayoutThreads;
+        const uint32_t channel = i / (kTilePixels / 8), pixel = i % (kTilePixels / 8) * 8;
         if (channel < channels && pixel < pixels)
-          visit(reinterpret_cast<uint4&>(tile.word(channel, pixel / 2)),
+          visit(reinterpret_cast<uint4&>(tile.words[tile.place(channel, pixel / 2)]),
                 reinterpret_cast<uint4&>(planes[static_cast<int64_t>(channel) * a.size + pixel]));
       }
       return;
     }
     const bool pairs = a.size % 2 == 0;  // then planes begin at even places, as tiles do
 #pragma unroll 4
-    for (int i = threadIdx.x; i < kTileChannels * kPairs; i += kRelayoutThreads) {
-      const int channel = i / kPairs, pixel = i % kPairs * 2;
+    for (uint32_t i = threadIdx.x; i < kTileChannels * kPairs; i += kRelayoutThreads) {
+      const uint32_t channel = i / kPairs, pixel = i % kPairs * 2;
       if (channel >= channels || pixel >= pixels) continue;
       uint16_t* at = planes + static_cast<int64_t>(channel) * a.size + pixel;
-      uint32_t& word = tile.word(channel, pixel / 2);
+      uint32_t& word = tile.words[tile.place(channel, pixel / 2)];
       if (pairs) {
         visit(word, *reinterpret_cast<uint32_t*>(at));
       } else {
@@ -87,28 +119,30 @@ __global__ void __launch_bounds__(kRelayoutThreads) relayout(const __grid_consta
   let_next_kernel_start();
   wait_for_kernel_before();
   if constexpr (kToPlanes) {
-    visit_pixels([&](int channel, int pair, Vector* const(&from)[2]) {
-      alignas(Vector) uint16_t values[2][kVector];
-#pragma unroll
-      for (int k = 0; k < 2; ++k) *reinterpret_cast<Vector*>(values[k]) = *from[k];
+    visit_pixels([&](uint32_t channel, uint32_t pair, Vector* const(&from)[2]) {
+      const PixelChannels<kVector> first(*from[0]), second(*from[1]);
+      const uint32_t place = tile.place(channel, pair);
 #pragma unroll
       for (int k = 0; k < kVector; ++k)
-        tile.word(channel + k, pair) = values[0][k] | static_cast<uint32_t>(values[1][k]) << 16;
+        tile.words[tile.place_after(place, k)] =
+            __byte_perm(first.words[k / 2], second.words[k / 2], k % 2 == 0 ? 0x5410 : 0x7632);
     });
     __syncthreads();
     visit_planes([](auto& in_tile, auto& in_plane) { in_plane = in_tile; });
   } else {
     visit_planes([](auto& in_tile, auto& in_plane) { in_tile = in_plane; });
     __syncthreads();
-    visit_pixels([&](int channel, int pair, Vector* const(&to)[2]) {
-      alignas(Vector) uint16_t values[2][kVector];
+    visit_pixels([&](uint32_t channel, uint32_t pair, Vector* const(&to)[2]) {
+      const uint32_t place = tile.place(channel, pair);
+      PixelChannels<kVector> first, second;
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) {
-        const uint32_t word = tile.word(channel + k, pair);
-        values[0][k] = static_cast<uint16_t>(word), values[1][k] = static_cast<uint16_t>(word >> 16);
+      for (int k = 0; k < kVector; k += 2) {
+        const uint32_t low = tile.words[tile.place_after(place, k)];
+        const uint32_t high = kVector > 1 ? tile.words[tile.place_after(place, k + 1)] : 0;
+        first.words[k / 2] = __byte_perm(low, high, 0x5410), second.words[k / 2] = __byte_perm(low, high, 0x7632);
       }
-      *to[0] = *reinterpret_cast<Vector*>(values[0]);
-      if (2 * pair + 1 < pixels) *to[1] = *reinterpret_cast<Vector*>(values[1]);
+      __stwb(to[0], first.vector());  // as one
+      if (2 * pair + 1 < pixels) __stwb(to[1], second.vector());
     });
   }
 }
@@ -119,6 +153,7 @@ inline Relayout relayout_of(const View& pixels, const View& planes, int64_t chan
   a.pixels = static_cast<uint16_t*>(pixels.data), a.planes = static_cast<uint16_t*>(planes.data);
   a.pixels_image = pixels.stride[0], a.pixels_row = pixels.stride[2], a.pixels_column = pixels.stride[3];
   a.channels = static_cast<int>(channels), a.size = static_cast<int>(height * width);
+  a.joined = pixels.stride[2] == width * pixels.stride[3] || height == 1;
   a.by_width = Divider(width), a.by_channel_tiles = Divider(ceil_div(channels, kTileChannels));
   a.by_pixel_tiles = Divider(ceil_div(a.size, kTilePixels));
   return a;
