@@ -59,7 +59,7 @@ __device__ PlanesTask& task_in(const Planes& a, int slot) {
 }
 
 // Begins to copy planes to a slot. Behind their columns are zeros already.
-template <typename T, int kBytes>
+template <typename T, int kImages, int kBytes>
 __device__ void load_planes(const Planes& a, const PlanesTask& t, int source_at, int thread) {
   uint32_t channel = t.target;
   a.by_fan_out.split(channel);
@@ -72,13 +72,17 @@ __device__ void load_planes(const Planes& a, const PlanesTask& t, int source_at,
   while (static_cast<int>(row) < a.height) {
     auto from = reinterpret_cast<const char*>(source + row * a.source_row) + piece * kBytes;
     uint32_t to = shared_address(source_at + static_cast<int>(row) * a.source_pitch + piece * kBytes);
-    visit_images(0, 1, t.images, [&](auto count) {
+    const auto copy = [&](auto count) {
       const char* places[count];
 #pragma unroll
       for (int k = 0; k < count; ++k, from += step) places[k] = from;
 #pragma unroll
       for (int k = 0; k < count; ++k, to += a.source_plane) copy_unit<kBytes>(to, places[k]);
-    });
+    };
+    if (t.images == kImages)
+      copy(std::integral_constant<int, kImages>{});
+    else
+      visit_images(0, 1, t.images, copy);
     piece += a.load_step_pieces, row += a.load_step_rows;
     if (piece >= pieces) piece -= pieces, ++row;
   }
@@ -95,32 +99,27 @@ __device__ void load_plane(const Planes& a, const PlanesTask& t, int barrier, in
   copy_bulk(shared_address(source_at + image * a.source_plane), source, bytes, barrier);
 }
 
-// Producers fill slots with what tasks need, one after the other: planes and, where it changes, a filter.
-template <typename T>
-__device__ void produce(const Planes& a, int first, int count, int thread) {
-  PlanesTask t{-1};
-  int begin = 0, set = 0, slot = 0;
+// Of the first filter, which all threads load.
+__device__ int first_barrier(const Planes& a) {
+  return a.counter_at + 8;
+}
+
+// Producers fill slots with what tasks need, one after the other: planes and, where it changes, a filter, which they
+// begin to load a task before.
+template <typename T, int kImages, int kThreads>
+__device__ void produce(const Planes& a, int first, int count, int thread, FirstFilter<T, kThreads>& first_filter) {
+  int target = -1, begin = 0, set = 1, slot = 0;
+  float bias = 0;
   uint32_t parity = 1;
+  LargeWeights<T, 8> weights;
 #pragma unroll 1
   for (int task = 0; task < count; ++task) {
     if (task >= a.slots) wait(empty_barrier(a, slot), parity);
-    uint32_t target = first + task;
-    t.image = a.by_images.split(target) * a.images, t.images = min(a.images, a.batch - t.image);
-    const bool changes = static_cast<int>(target) != t.target;
-    t.target = static_cast<int>(target);
-    LargeWeights<T, 8> weights;
-    if (changes) weights.begin(a, t.target, thread);
-    const int source_at = a.source_at + slot * a.slot_bytes;
-    if (a.bulk_load) {
-      if (thread < t.images) load_plane<T>(a, t, full_barrier(a, slot), source_at, thread);
-    } else {
-      switch (a.load_unit) {
-        case 16: load_planes<T, 16>(a, t, source_at, thread); break;
-        case 8: load_planes<T, 8>(a, t, source_at, thread); break;
-        default: load_planes<T, 4>(a, t, source_at, thread); break;
-      }
-    }
-    if (changes) {
+    PlanesTask t{};
+    uint32_t rest = first + task;
+    t.image = a.by_images.split(rest) * a.images, t.images = min(a.images, a.batch - t.image);
+    t.target = static_cast<int>(rest);
+    if (t.target != target) {
       // Tasks that needed the filter before the last one, whose place these weights take, are done.
       const int before = begin - 1;
       if (before >= 0 && before > task - a.slots) {
@@ -128,10 +127,27 @@ __device__ void produce(const Planes& a, int first, int count, int thread) {
         const int at = a.by_slots.split(round);
         wait(empty_barrier(a, at), round & 1);
       }
-      t.weights_at = a.weights_at + set * a.weight_bytes;
-      t.bias = a.bias ? widen(static_cast<const T*>(a.bias)[t.target * a.bias_stride]) : 0.f;
-      begin = task, set ^= 1;
-      weights.write(a, t.weights_at);
+      target = t.target, begin = task, set ^= 1;
+      bias = a.bias ? widen(static_cast<const T*>(a.bias)[target * a.bias_stride]) : 0.f;
+      if (task > 0) weights.write(a, a.weights_at + set * a.weight_bytes);
+    }
+    t.weights_at = a.weights_at + set * a.weight_bytes, t.bias = bias;
+    uint32_t next = first + task + 1;
+    a.by_images.split(next);
+    if (static_cast<int>(next) != target && task + 1 < count) weights.begin(a, static_cast<int>(next), thread);
+    const int source_at = a.source_at + slot * a.slot_bytes;
+    if (a.bulk_load) {
+      if (thread < t.images) load_plane<T>(a, t, full_barrier(a, slot), source_at, thread);
+    } else {
+      switch (a.load_unit) {
+        case 16: load_planes<T, kImages, 16>(a, t, source_at, thread); break;
+        case 8: load_planes<T, kImages, 8>(a, t, source_at, thread); break;
+        default: load_planes<T, kImages, 4>(a, t, source_at, thread); break;
+      }
+    }
+    if (task == 0) {
+      first_filter.write(a, t.weights_at);
+      arrive(first_barrier(a));
     }
     if (thread == 0) task_in(a, slot) = t;
     arrive_after_copies(full_barrier(a, slot));
@@ -142,10 +158,19 @@ __device__ void produce(const Planes& a, int first, int count, int thread) {
   wait_copies<0>();
 }
 
-// Computes 2 * kSteps rows of the target from `row` on, and puts them at out_at as they lie side by side there.
+// The number of a block's next unit, for one thread: by itself, or else the compiler counts threads.
+__device__ int take_unit(const Planes& a) {
+  int number;
+  asm volatile("atom.shared.add.u32 %0, [%1], 1;" : "=r"(number) : "r"(shared_address(a.counter_at)) : "memory");
+  return number;
+}
+
+// Computes 2 * kSteps rows of the target from `row` on, and puts them at out_at as they lie side by side there. Returns
+// the number of the next unit to the first lane, which has asked for it meanwhile.
 template <typename T, int kTiles, int kDepth, int kSides, int kSteps>
-__device__ void slide(const Planes& a, const PlanesTask& t, int source_at, int out_at, int row) {
+__device__ int slide(const Planes& a, const PlanesTask& t, int source_at, int out_at, int row) {
   constexpr int kEdge = kDepth / 2, kRows = 2 / kSides;  // of an image in a multiplication
+  constexpr int kTogether = kTiles == 2 ? kSides : 1;    // sides whose source is loaded at once, as registers allow
   const int lane = threadIdx.x % 32, quad = lane / 4, pair = lane % 4 * 2, image = lane % 16 / kRows;
   const int entry = pair - quad + 7;  // of the lane's first pair in a row of weights
 
@@ -162,16 +187,25 @@ __device__ void slide(const Planes& a, const PlanesTask& t, int source_at, int o
   // At step s rows of the source from top + p + 2 s on meet rows of the kernel from 2 (s - q) on.
   const int pairs = (a.kernel_h + 1) / 2, top = row - a.padding_h, steps = (a.out_height - row + 1) / 2;
   const int begin = max(-top - 1, 0) / 2, end = min((a.height - top + 1) / 2, pairs + kSteps - 1);
-  const int height = image < t.images ? a.height : 0;
   int y = top + 2 * begin + lane / 16 + lane % kRows;
-  int source = source_at + image * a.source_plane + y * a.source_pitch;
-  int band = t.weights_at + (entry & 1) * a.copy + 2 * (entry & ~1) + 2 * begin * a.weight_pitch;
+  const uint32_t zeros = __shfl_sync(~0u, shared_address(0), 0);
+  uint32_t source = zeros + source_at + image * a.source_plane + y * a.source_pitch;
+  if (image >= t.images) y = -(1 << 30);
+  const char* band =
+      shared_memory + t.weights_at + (entry & 1) * a.copy + 2 * (entry & ~1) + 2 * begin * a.weight_pitch;
+  // From this step on all rows have met some of the kernel; never where more rows are missing than is compiled for.
+  // What has gone through a shuffle is not computed again at each step.
+  const int all_from = __shfl_sync(~0u,
+                                   steps >= kSteps                     ? kSteps - 1
+                                   : kSteps > 2 && steps == kSteps - 1 ? kSteps - 2
+                                                                       : pairs,
+                                   0);
   uint32_t b[kSteps][kDepth][2];
-  const auto load_band = [&](auto& to, int from) {
+  const auto load_band = [&](auto& to, const char* from) {
 #pragma unroll
     for (int k = 0; k < kDepth; ++k)
-      to[k][0] = shared<uint32_t>(from + k * kLargeGroupBytes),
-      to[k][1] = shared<uint32_t>(from + a.weight_pitch + k * kLargeGroupBytes);
+      to[k][0] = *reinterpret_cast<const uint32_t*>(from + k * kLargeGroupBytes),
+      to[k][1] = *reinterpret_cast<const uint32_t*>(from + a.weight_pitch + k * kLargeGroupBytes);
   };
 #pragma unroll
   for (int q = 1; q < kSteps; ++q)
@@ -184,38 +218,51 @@ __device__ void slide(const Planes& a, const PlanesTask& t, int source_at, int o
       if (s >= end) break;
       if (s < pairs) load_band(b[u], band);
       band += 2 * a.weight_pitch;
+      uint32_t x[kTogether][kTiles][4];
+      const auto load_rows = [&](int p) {
+        const bool there = static_cast<uint32_t>(y + p) < static_cast<uint32_t>(a.height);
+        const uint32_t from = there ? source + p * a.source_pitch : zeros;
 #pragma unroll
-      for (int p = 0; p < kSides; ++p) {
-        const bool there = static_cast<uint32_t>(y + p) < static_cast<uint32_t>(height);
-        const uint32_t from = shared_address(there ? source + p * a.source_pitch : 0);
-        uint32_t x[kTiles][4];
+        for (int c = 0; c < kTiles; ++c) load_matrices(x[p % kTogether][c], from + c * kLargeGroupBytes);
+      };
+      const auto multiply_rows = [&](int p, int first_q, int last_q) {
 #pragma unroll
-        for (int c = 0; c < kTiles; ++c) load_matrices(x[c], from + c * kLargeGroupBytes);
-        const auto multiply_rows = [&](int first_q, int last_q) {
+        for (int c = 0; c < kTiles; ++c)
 #pragma unroll
-          for (int c = 0; c < kTiles; ++c)
+          for (int k = 0; k < kDepth; ++k) {
+            const int j = c + kEdge - k;
+            if (j < 0 || j >= kTiles) continue;
 #pragma unroll
-            for (int k = 0; k < kDepth; ++k) {
-              const int j = c + kEdge - k;
-              if (j < 0 || j >= kTiles) continue;
+            for (int q = first_q; q <= last_q; ++q)
+              multiply(sum[p][q][j], std::as_const(sum[p][q][j]), x[p % kTogether][c], b[(u - q + kSteps) % kSteps][k],
+                       T{});
+          }
+      };
+      // Mostly all rows have some of the kernel to meet, and more sums are there to be added to at once.
+      const bool all_meet = s >= all_from && s < pairs;
 #pragma unroll
-              for (int q = first_q; q <= last_q; ++q)
-                multiply(sum[p][q][j], std::as_const(sum[p][q][j]), x[c], b[(u - q + kSteps) % kSteps][k], T{});
-            }
+      for (int side = 0; side < kSides; side += kTogether) {
+        const auto multiply_sides = [&](int first_q, int last_q) {
+#pragma unroll
+          for (int p = side; p < side + kTogether; ++p) multiply_rows(p, first_q, last_q);
         };
-        // Mostly all rows have some of the kernel to meet, and more sums are there to be added to at once.
-        if (kSteps == 2 && s >= kSteps - 1 && s < pairs && steps >= kSteps) {
-          multiply_rows(0, kSteps - 1);
+#pragma unroll
+        for (int p = side; p < side + kTogether; ++p) load_rows(p);
+        if (all_meet && (kSteps == 2 || steps >= kSteps)) {
+          multiply_sides(0, kSteps - 1);
+        } else if (kSteps > 2 && all_meet) {
+          multiply_sides(0, kSteps - 2);
         } else {
 #pragma unroll
           for (int q = 0; q < kSteps; ++q)
-            if (static_cast<uint32_t>(s - q) < static_cast<uint32_t>(pairs) && q < steps) multiply_rows(q, q);
+            if (static_cast<uint32_t>(s - q) < static_cast<uint32_t>(pairs) && q < steps) multiply_sides(q, q);
         }
       }
       source += 2 * a.source_pitch, y += 2;
     }
     first += kSteps;
   } while (first < end);
+  const int next = lane == 0 ? take_unit(a) : 0;
 
   const int out = out_at + quad / kRows * a.out_plane + quad % kRows * a.out_pitch + 2 * pair;
   const bool last = (kTiles - 1) * kLargeGroup + pair < a.out_width;
@@ -249,6 +296,7 @@ __device__ void slide(const Planes& a, const PlanesTask& t, int source_at, int o
       if (!is_finite(widen(to))) to = narrow<T>(sum_of_taps<T>(a, t.target, t.image + n, row + r, column, 1, false));
     }
   }
+  return next;
 }
 
 // A warp stores what lies at out_at: `bytes` of each image.
@@ -279,6 +327,7 @@ template <typename T, int kTiles, int kDepth, int kSides, int kSteps>
 __device__ void consume(const Planes& a, int count, int warp) {
   const int all = count * a.units, out_at = a.out_at + warp * a.out_bytes;
   int number = warp;
+  wait(first_barrier(a), 0);
 #pragma unroll 1
   while (number < all) {
     uint32_t task = number;
@@ -290,15 +339,12 @@ __device__ void consume(const Planes& a, int count, int warp) {
     const int row = place * 2 * kSteps, rows = min(a.out_height - row, 2 * kSteps);
     wait(full_barrier(a, slot), round & 1);
     const PlanesTask t = task_in(a, slot);
-    slide<T, kTiles, kDepth, kSides, kSteps>(a, t, a.source_at + slot * a.slot_bytes, out_at, row);
+    const int next = slide<T, kTiles, kDepth, kSides, kSteps>(a, t, a.source_at + slot * a.slot_bytes, out_at, row);
     if (a.box_store) before_bulk_copies();
     __syncwarp();
     const int lane = threadIdx.x % 32;
-    if (lane == 0) {
-      arrive(empty_barrier(a, slot));
-      number = atomicAdd(&shared<int>(a.counter_at), 1);
-    }
-    number = __shfl_sync(~0u, number, 0);
+    if (lane == 0) arrive(empty_barrier(a, slot));
+    number = __shfl_sync(~0u, next, 0);
     if (a.box_store) {
       if (is_elected()) store_box(a.target_map, out_at, row * a.out_width, t.target, t.image, 0);
       commit_stores();
@@ -335,14 +381,23 @@ __global__ void __launch_bounds__(kThreads, 1) toeplitz_large_planes(const __gri
     init_barrier(full_barrier(a, threadIdx.x), 2 * 32 * a.producers);
     init_barrier(empty_barrier(a, threadIdx.x), a.units);
   }
-  if (threadIdx.x == 0) shared<int>(a.counter_at) = a.consumers;
+  if (threadIdx.x == 0) {
+    init_barrier(first_barrier(a), kThreads);
+    shared<int>(a.counter_at) = a.consumers;
+  }
   if (a.bulk_load) before_bulk_copies();
   wait_for_kernel_before();
   __syncthreads();
-  if (warp < a.producers)
-    produce<T>(a, first, count, threadIdx.x);
-  else
-    consume<T, kTiles, kDepth, kSides, kSteps>(a, count, warp - a.producers);
+  uint32_t first_target = first;
+  a.by_images.split(first_target);
+  FirstFilter<T, kThreads> first_filter(a, static_cast<int>(first_target));
+  if (warp < a.producers) {
+    produce<T, kImages>(a, first, count, threadIdx.x, first_filter);
+    return;
+  }
+  first_filter.write(a, a.weights_at);
+  arrive(first_barrier(a));
+  consume<T, kTiles, kDepth, kSides, kSteps>(a, count, warp - a.producers);
 }
 
 template <int value>
@@ -357,7 +412,7 @@ bool visit_shapes(int kernel_h, Visitor&& visit) {
            visit(Constant<4>{}, Constant<5>{}, Constant<2>{}, Constant<2>{}, Constant<512>{}, Constant<2>{}))) ||
          (kernel_h >= 15 &&
           (visit(Constant<2>{}, Constant<3>{}, Constant<2>{}, Constant<4>{}, Constant<512>{}, Constant<4>{}) ||
-           visit(Constant<7>{}, Constant<5>{}, Constant<1>{}, Constant<2>{}, Constant<512>{}, Constant<2>{}))) ||
+           visit(Constant<7>{}, Constant<5>{}, Constant<1>{}, Constant<2>{}, Constant<448>{}, Constant<2>{}))) ||
          (kernel_h <= 8 &&
           visit(Constant<7>{}, Constant<9>{}, Constant<1>{}, Constant<1>{}, Constant<640>{}, Constant<1>{}));
 }
@@ -415,9 +470,9 @@ int64_t apply(Planes& a, int tiles, int depth, int sides, int steps, int threads
   const int loaders = 32 * a.producers, side = std::min(a.kernel_w, loaders);
   a.by_weight_side = Divider(side), a.weight_lanes = loaders / side;
   const int load_pieces = 2 * a.width / a.load_unit;
+  a.load_step_pieces = loaders % load_pieces, a.load_step_rows = loaders / load_pieces;
   const int store_pieces = std::min(unit_rows * a.out_pitch / a.store_unit, 32);
   a.by_load_pieces = Divider(load_pieces);
-  a.load_step_pieces = loaders % load_pieces, a.load_step_rows = loaders / load_pieces;
   a.by_store_pieces = Divider(store_pieces), a.store_images = 32 / store_pieces;
   a.by_images = Divider(ceil_div(a.batch, a.images)), a.by_units = Divider(a.units), a.by_slots = Divider(a.slots);
   set(a.tasks, ceil_div(a.batch, a.images) * a.targets);
