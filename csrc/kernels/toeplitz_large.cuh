@@ -80,7 +80,6 @@ struct Large {
   bool across;                                         // whether rows are columns in memory
   Divider by_images, by_fan_out, by_bands, by_ranges;  // tasks
   Divider by_weight_side;                              // threads side by side in a row of weights
-  Divider by_taps;                                     // of a row of the kernel
   LargeWalk load, store;
   Divider by_image_tiles, by_column_tiles;  // tiles of warps
   int bands, ranges, row_tiles, column_tiles, image_tiles;
@@ -102,7 +101,7 @@ inline Large arguments_of(const Problem& p, bool across = false) {
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
   a.padding_h = map.padding_h, a.padding_w = map.padding_w;
   a.stride = static_cast<int>(p.stride_h);
-  a.by_fan_out = Divider(map.fan_out), a.by_taps = Divider(p.kernel_w);
+  a.by_fan_out = Divider(map.fan_out);
   return a;
 }
 
@@ -300,47 +299,6 @@ class LargeWeights {
 #pragma unroll
     for (int k = 0; k < kBatch; ++k, from += a.weight_lanes * a.weight_row)
       if (row + k * a.weight_lanes < a.kernel_h) values_[k] = __ldg(from);
-  }
-};
-
-// The first filter of a block, which all of its threads load at once.
-template <typename T, int kThreads>
-class FirstFilter {
- public:
-  // Begins to load it.
-  __device__ FirstFilter(const Large& a, int filter) {
-    from_ = static_cast<const T*>(a.weight) + filter * a.weight_filter;
-    load(a, threadIdx.x);
-  }
-
-  __device__ void write(const Large& a, int weights_at) {
-    const int taps = a.kernel_h * a.kernel_w;
-    for (int first = threadIdx.x; first < taps; first += kBatch * kThreads) {
-      if (first != threadIdx.x) load(a, first);
-#pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
-        uint32_t row = first + k * kThreads;
-        const int column = a.by_taps.split(row) - a.first_tap;
-        if (static_cast<int>(row) >= a.kernel_h || column < 0 || 2 * column >= a.weight_pitch) continue;
-        const int to = weights_at + static_cast<int>(row) * a.weight_pitch + 2 * column;
-        shared<T>(to) = values_[k];
-        if (column > 0) shared<T>(to + a.copy - 2) = values_[k];
-      }
-    }
-  }
-
- private:
-  static constexpr int kBatch = 4;
-  T values_[kBatch];
-  const T* from_;
-
-  __device__ void load(const Large& a, int first) {
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      uint32_t row = first + k * kThreads;
-      const int tap = a.by_taps.split(row);
-      if (static_cast<int>(row) < a.kernel_h) values_[k] = __ldg(from_ + tap * a.weight_column + row * a.weight_row);
-    }
   }
 };
 

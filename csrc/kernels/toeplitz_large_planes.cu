@@ -99,42 +99,21 @@ __device__ void load_plane(const Planes& a, const PlanesTask& t, int barrier, in
   copy_bulk(shared_address(source_at + image * a.source_plane), source, bytes, barrier);
 }
 
-// Of the first filter, which all threads load.
-__device__ int first_barrier(const Planes& a) {
-  return a.counter_at + 8;
-}
-
-// Producers fill slots with what tasks need, one after the other: planes and, where it changes, a filter, which they
-// begin to load a task before.
-template <typename T, int kImages, int kThreads>
-__device__ void produce(const Planes& a, int first, int count, int thread, FirstFilter<T, kThreads>& first_filter) {
-  int target = -1, begin = 0, set = 1, slot = 0;
-  float bias = 0;
+// Producers fill slots with what tasks need, one after the other: planes and, where it changes, a filter.
+template <typename T, int kImages>
+__device__ void produce(const Planes& a, int first, int count, int thread) {
+  PlanesTask t{-1};
+  int begin = 0, set = 0, slot = 0;
   uint32_t parity = 1;
-  LargeWeights<T, 8> weights;
 #pragma unroll 1
   for (int task = 0; task < count; ++task) {
     if (task >= a.slots) wait(empty_barrier(a, slot), parity);
-    PlanesTask t{};
-    uint32_t rest = first + task;
-    t.image = a.by_images.split(rest) * a.images, t.images = min(a.images, a.batch - t.image);
-    t.target = static_cast<int>(rest);
-    if (t.target != target) {
-      // Tasks that needed the filter before the last one, whose place these weights take, are done.
-      const int before = begin - 1;
-      if (before >= 0 && before > task - a.slots) {
-        uint32_t round = before;
-        const int at = a.by_slots.split(round);
-        wait(empty_barrier(a, at), round & 1);
-      }
-      target = t.target, begin = task, set ^= 1;
-      bias = a.bias ? widen(static_cast<const T*>(a.bias)[target * a.bias_stride]) : 0.f;
-      if (task > 0) weights.write(a, a.weights_at + set * a.weight_bytes);
-    }
-    t.weights_at = a.weights_at + set * a.weight_bytes, t.bias = bias;
-    uint32_t next = first + task + 1;
-    a.by_images.split(next);
-    if (static_cast<int>(next) != target && task + 1 < count) weights.begin(a, static_cast<int>(next), thread);
+    uint32_t target = first + task;
+    t.image = a.by_images.split(target) * a.images, t.images = min(a.images, a.batch - t.image);
+    const bool changes = static_cast<int>(target) != t.target;
+    t.target = static_cast<int>(target);
+    LargeWeights<T, 8> weights;
+    if (changes) weights.begin(a, t.target, thread);
     const int source_at = a.source_at + slot * a.slot_bytes;
     if (a.bulk_load) {
       if (thread < t.images) load_plane<T>(a, t, full_barrier(a, slot), source_at, thread);
@@ -145,9 +124,18 @@ __device__ void produce(const Planes& a, int first, int count, int thread, First
         default: load_planes<T, kImages, 4>(a, t, source_at, thread); break;
       }
     }
-    if (task == 0) {
-      first_filter.write(a, t.weights_at);
-      arrive(first_barrier(a));
+    if (changes) {
+      // Tasks that needed the filter before the last one, whose place these weights take, are done.
+      const int before = begin - 1;
+      if (before >= 0 && before > task - a.slots) {
+        uint32_t round = before;
+        const int at = a.by_slots.split(round);
+        wait(empty_barrier(a, at), round & 1);
+      }
+      t.weights_at = a.weights_at + set * a.weight_bytes;
+      t.bias = a.bias ? widen(static_cast<const T*>(a.bias)[t.target * a.bias_stride]) : 0.f;
+      begin = task, set ^= 1;
+      weights.write(a, t.weights_at);
     }
     if (thread == 0) task_in(a, slot) = t;
     arrive_after_copies(full_barrier(a, slot));
@@ -327,7 +315,6 @@ template <typename T, int kTiles, int kDepth, int kSides, int kSteps>
 __device__ void consume(const Planes& a, int count, int warp) {
   const int all = count * a.units, out_at = a.out_at + warp * a.out_bytes;
   int number = warp;
-  wait(first_barrier(a), 0);
 #pragma unroll 1
   while (number < all) {
     uint32_t task = number;
@@ -381,23 +368,14 @@ __global__ void __launch_bounds__(kThreads, 1) toeplitz_large_planes(const __gri
     init_barrier(full_barrier(a, threadIdx.x), 2 * 32 * a.producers);
     init_barrier(empty_barrier(a, threadIdx.x), a.units);
   }
-  if (threadIdx.x == 0) {
-    init_barrier(first_barrier(a), kThreads);
-    shared<int>(a.counter_at) = a.consumers;
-  }
+  if (threadIdx.x == 0) shared<int>(a.counter_at) = a.consumers;
   if (a.bulk_load) before_bulk_copies();
   wait_for_kernel_before();
   __syncthreads();
-  uint32_t first_target = first;
-  a.by_images.split(first_target);
-  FirstFilter<T, kThreads> first_filter(a, static_cast<int>(first_target));
-  if (warp < a.producers) {
-    produce<T, kImages>(a, first, count, threadIdx.x, first_filter);
-    return;
-  }
-  first_filter.write(a, a.weights_at);
-  arrive(first_barrier(a));
-  consume<T, kTiles, kDepth, kSides, kSteps>(a, count, warp - a.producers);
+  if (warp < a.producers)
+    produce<T, kImages>(a, first, count, threadIdx.x);
+  else
+    consume<T, kTiles, kDepth, kSides, kSteps>(a, count, warp - a.producers);
 }
 
 template <int value>
