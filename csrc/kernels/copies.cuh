@@ -24,6 +24,19 @@ __device__ inline uint32_t shared_address(int offset) {
   return shared_address(shared_memory + offset);
 }
 
+// Where shared memory begins, as a number that a compiler does not know. What it knows it asks a special register for
+// anew wherever registers are few, and each time waits some 40 cycles.
+__device__ inline uint32_t kept_shared_address() {
+  const uint32_t lane = threadIdx.x % 32;
+  return __shfl_sync(~0u, shared_address(0) + lane, 0);
+}
+
+// What is at an address in shared memory.
+template <typename T>
+__device__ T& shared_at(uint32_t address) {
+  return *static_cast<T*>(__cvta_shared_to_generic(address));
+}
+
 // Barriers, of 8 bytes each: on sm_80 and later.
 __device__ inline void init_barrier(int barrier, int arrivals) {
 #if __CUDA_ARCH__ >= 800

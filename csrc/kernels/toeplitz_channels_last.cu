@@ -40,8 +40,8 @@ class Drain {
  public:
   using Units = typename Share<Shape>::Units;
 
-  __device__ Drain(const Toeplitz& a, int slab, int first_column, int begin, int end)
-      : slab_(slab), first_column_(first_column), begin_(begin), end_(end) {}
+  __device__ Drain(const Toeplitz& a, uint32_t memory, int slab, int first_column, int begin, int end)
+      : share_(memory + a.stage_at), slab_(slab), first_column_(first_column), begin_(begin), end_(end) {}
 
   // Finds the next row, if there is any.
   __device__ void find(const Toeplitz& a, bool any) {
@@ -57,7 +57,7 @@ class Drain {
 
   // Takes it from shared memory.
   __device__ void take(const Toeplitz& a, Units& units, bool any) {
-    share_.take(a.target, a.stage_at + stage_, units, any);
+    share_.take(a.target, stage_, units, any);
     left_ -= any;
     stage_ += any ? a.stage_bytes : 0;
     if (stage_ == Shape::kStages * a.stage_bytes) stage_ = 0;
@@ -90,28 +90,28 @@ class Parting {
   }
 
   // Takes a row from the ring.
-  __device__ void take(int slot) {
+  __device__ void take(uint32_t memory, int slot) {
 #pragma unroll
     for (int t = 0; t < kTurns; ++t)
-      if (places_[t] > 0) load(matrices_[t], places_[t], slot);
+      if (places_[t] > 0) load(matrices_[t], places_[t], memory + slot);
   }
 
   // Writes it where channels are apart.
-  __device__ void write(int planes) const {
+  __device__ void write(uint32_t memory, int planes) const {
 #pragma unroll
     for (int t = 0; t < kTurns; ++t)
-      if (places_[t] > 0) store(matrices_[t], places_[t], planes);
+      if (places_[t] > 0) store(matrices_[t], places_[t], memory + planes);
   }
 
   // Whether there is more, of many images of few columns or for few warps; that is taken and written at once.
   static __device__ bool is_more(const Toeplitz& a) { return a.turns > kTurns * static_cast<int>(blockDim.x / 32); }
-  static __device__ void write_more(const Toeplitz& a, int slot, int planes) {
+  static __device__ void write_more(const Toeplitz& a, uint32_t memory, int slot, int planes) {
 #pragma unroll 1
     for (int turn = (threadIdx.x + kTurns * blockDim.x) / 32; turn < a.turns; turn += blockDim.x / 32) {
       const uint32_t places = places_of(a, turn);
       uint32_t matrices[4];
-      load(matrices, places, slot);
-      store(matrices, places, planes);
+      load(matrices, places, memory + slot);
+      store(matrices, places, memory + planes);
     }
   }
 
@@ -132,11 +132,11 @@ class Parting {
     return from / kUnit | to / kUnit << 16;
   }
 
-  static __device__ void load(uint32_t (&matrices)[4], uint32_t places, int slot) {
-    load_matrices_transposed(matrices, shared_address(places % 0x10000 * kUnit + slot));
+  static __device__ void load(uint32_t (&matrices)[4], uint32_t places, uint32_t memory) {
+    load_matrices_transposed(matrices, memory + places % 0x10000 * kUnit);
   }
-  static __device__ void store(const uint32_t (&matrices)[4], uint32_t places, int planes) {
-    store_matrices(shared_address((places >> 16) * kUnit + planes), matrices);
+  static __device__ void store(const uint32_t (&matrices)[4], uint32_t places, uint32_t memory) {
+    store_matrices(memory + (places >> 16) * kUnit, matrices);
   }
 };
 
@@ -145,18 +145,20 @@ template <typename T, class Shape>
 __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, int end, uint32_t& parity) {
   constexpr int kRows = Shape::kRows, kBlocks = Shape::kBlocks, kChannels = Shape::kChannels, kDepth = Shape::kDepth;
   constexpr bool kSplit = Shape::kSplit, kParted = Shape::kParted, kFlat = Shape::kFlat;
-  Feed<Shape> feed(a, slab, first_column - a.lead, begin, end);
+  const uint32_t memory = kept_shared_address();
+  Feed<Shape> feed(memory, slab, first_column - a.lead, begin, end);
   begin_rows<T>(a, feed, slab, first_column - a.lead, end);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, number = lane / 4, pair = lane % 4 * 2;
   const int channel = slab + warp * kChannels;
   const int entry = pair - number;  // of the thread's first pair in a row of weights
-  const int bands = a.bands_at + warp * kChannels * kRows * Shape::kBandBytes +
+  const uint32_t bands = memory + a.bands_at + warp * kChannels * kRows * Shape::kBandBytes +
                     (Shape::kKept ? 2 * (kMiddle + entry) + (entry & 1) * Shape::kCopy : 8 * (kPairMiddle + entry));
   // The matrices of blocks `block` and `block` + 1, or of the last block alone, at a row of weights.
-  const auto read_band = [&](int at, int block) {
-    if (!Shape::kKept) return shared<uint2>(at + 64 * block);
-    return uint2{shared<uint32_t>(at + 16 * block), block + 1 < kBlocks ? shared<uint32_t>(at + 16 * block + 16) : 0};
+  const auto read_band = [&](uint32_t at, int block) {
+    if (!Shape::kKept) return shared_at<uint2>(at + 64 * block);
+    return uint2{shared_at<uint32_t>(at + 16 * block),
+                 block + 1 < kBlocks ? shared_at<uint32_t>(at + 16 * block + 16) : 0};
   };
   uint2 kept[kChannels][kRows][(kBlocks + 1) / 2];
   if constexpr (Shape::kKept) {
@@ -173,22 +175,22 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
   const bool live = number < a.tiles * a.streams, lower_live = kSplit ? number + kTiles < a.streams : live;
   const int stream = live ? number / a.tiles : 0, tile = live ? number % a.tiles : 0;
   const int column = Shape::place_of(tile * Shape::kColumns + pair) + warp * kChannels * 2;
-  const int from = kRing + stream * a.source.stream_bytes + column;
-  const int to = a.stage_at + stream * a.target.stream_bytes + column;
-  const int from_lower = kSplit && lower_live ? from + kTiles * a.source.stream_bytes : from;
-  const int to_lower = kSplit ? to + kTiles * a.target.stream_bytes : to + Shape::place_of(8);
+  const uint32_t from = memory + kRing + stream * a.source.stream_bytes + column;
+  const uint32_t to = memory + a.stage_at + stream * a.target.stream_bytes + column;
+  const uint32_t from_lower = kSplit && lower_live ? from + kTiles * a.source.stream_bytes : from;
+  const uint32_t to_lower = kSplit ? to + kTiles * a.target.stream_bytes : to + Shape::place_of(8);
   // If channels are parted: where the thread's row of the 4 matrices of a channel begins.
-  int parted_from = 0;
+  uint32_t parted_from = 0;
   if constexpr (kParted) {
     const int part = lane / 8, row = lane % 8 < a.tiles * a.streams ? lane % 8 : 0;
-    const int at =
-        a.planes_at + warp * kChannels * a.plane_bytes + (row / a.tiles * a.stream_units + row % a.tiles) * kUnit;
+    const uint32_t at =
+        memory + a.planes_at + warp * kChannels * a.plane_bytes + (row / a.tiles * a.stream_units + row % a.tiles) * kUnit;
     parted_from = at + (part == 1 || part == 2 ? a.odd_bytes : 0) + (part == 3 ? kUnit : 0);
   }
 
   Outputs<T, Shape> outputs(a, channel);
   Parting<Shape> parting(a);
-  Drain<Shape> drain(a, slab, first_column, begin, end);
+  Drain<Shape> drain(a, memory, slab, first_column, begin, end);
   typename Share<Shape>::Units units;
   int slot = 0, stage = 0;  // of the next source row in the ring, and of the outputs to come
   int planes = 0;           // of the source row whose channels are parted
@@ -208,20 +210,20 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
     const bool stores = written & 2;
     written = written << 1 & 2;
     if (kFlat) drain.find(a, stores);
-    wait(kBarrier, parity);
+    wait_at(memory + kBarrier, parity);
     parity ^= 1;
     return stores;
   };
   const auto arrive_step = [&](bool now = true) {
     __syncwarp();
-    if (now && lane == 0) arrive(kBarrier);
+    if (now && lane == 0) arrive_at(memory + kBarrier);
   };
   wait_copies<kDepth - 2>();
   if constexpr (kParted) {
     __syncthreads();
-    parting.take(0);
-    parting.write(0);
-    parting.write_more(a, 0, 0);
+    parting.take(memory, 0);
+    parting.write(memory, 0);
+    parting.write_more(a, memory, 0, 0);
     slot = a.slot_bytes;
   }
   arrive_step();
@@ -236,24 +238,24 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
       const bool stores = begin_step();
       uint32_t x[(kBlocks + 1) / 2][kChannels][4];  // pairs of pixels, as multiplications take them
       if constexpr (kParted) {
-        parting.take(slot);
+        parting.take(memory, slot);
 #pragma unroll
         for (int block = 0; block + 1 < kBlocks; block += 2)
 #pragma unroll
           for (int c = 0; c < kChannels; ++c)
             load_matrices(x[block / 2][c],
-                          shared_address(parted_from + planes + c * a.plane_bytes + block / 2 * kUnit));
+                          parted_from + planes + c * a.plane_bytes + block / 2 * kUnit);
         planes ^= a.planes_bytes;
       }
       using Pixel = typename Shape::Pixel;
       Pixel pixels[2 * Shape::kPairs];
 #pragma unroll
       for (int j = 0; j < 2 * Shape::kPairs && !kParted; ++j)
-        pixels[j] = kSplit ? shared<Pixel>((j < 2 ? from : from_lower) + slot + Shape::place_of(j % 2))
-                           : shared<Pixel>(from + slot + Shape::place_of(j / 2 * 8 + j % 2));
+        pixels[j] = kSplit ? shared_at<Pixel>((j < 2 ? from : from_lower) + slot + Shape::place_of(j % 2))
+                           : shared_at<Pixel>(from + slot + Shape::place_of(j / 2 * 8 + j % 2));
       if (!kFlat) drain.find(a, stores);
       if (kFlat || stores) drain.take(a, units, stores);
-      if constexpr (kParted) parting.write(planes);
+      if constexpr (kParted) parting.write(memory, planes);
       wait_copies<kDepth - 3>();  // the next row, or the one behind it
       const bool more = kParted && parting.is_more(a);
       arrive_step(!more);
@@ -306,7 +308,7 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
       if (kFlat || y >= r.begin) write(sum[0], y >= r.begin);
       if (kFlat) feed.load_more(a);
       if (more) {
-        parting.write_more(a, slot, planes);
+        parting.write_more(a, memory, slot, planes);
         arrive_step();
       }
       slot += a.slot_bytes;

@@ -126,6 +126,9 @@ class Share {
   static constexpr int kCopies = Shape::kChannels == 2 && !Shape::kParted && !Shape::kWhole ? 1 : 2;
   using Units = uint4[kCopies];
 
+  // `memory`: where rows lie in shared memory.
+  __device__ explicit Share(uint32_t memory) : memory_(memory), place_(memory) {}
+
   // Goes to a row of a group of images. `slab`: the block's first channel; `first_column`: of the image, may lie
   // outside. All that it takes is worked out again each time: there are no registers to keep it in.
   __device__ void seek(const Toeplitz& a, const Rows& r, int slab, int first_column, int group, int row) {
@@ -143,7 +146,7 @@ class Share {
     if (Shape::kAligned && left_ == 1)  // there are either more images or more columns
 #pragma unroll 1
       for (int i = begin_ + r.columns_at_once; i < end_; i += r.columns_at_once) ++left_;
-    place_ = stream * r.stream_bytes + part + (Shape::kAligned ? Shape::place_of(begin_) : 0);
+    place_ = memory_ + stream * r.stream_bytes + part + (Shape::kAligned ? Shape::place_of(begin_) : 0);
     at_ = r.base + (image * r.image_bytes + row * r.row_bytes +
                     static_cast<int64_t>(first_column + begin_) * r.pixel_bytes + slab * 2 + part);
   }
@@ -153,34 +156,35 @@ class Share {
     at_ += a.streams * r.image_bytes + rows * r.row_bytes;
   }
 
-  // Begins to load the row, if there is `any`, to offset `to` in shared memory: by kCopies copies, without a branch...
+  // Begins to load the row, if there is `any`, `to` bytes further on in shared memory: by kCopies copies, without a
+  // branch...
   __device__ void load(const Rows& r, int to, bool any) const {
     if constexpr (Shape::kAligned)
 #pragma unroll
       for (int t = 0; t < kCopies; ++t)
-        copy_unit_if(any && t < left_, shared_address(to + place_ + t * r.place_step), at_ + t * r.step);
+        copy_unit_if(any && t < left_, place_ + to + t * r.place_step, at_ + t * r.step);
   }
   // ... and by more, where there are more.
   __device__ void load_more(const Rows& r, int to, bool any) const {
     if constexpr (Shape::kAligned) {
 #pragma unroll 1
       for (int t = kCopies; any && t < left_; ++t)
-        copy_unit<kUnit>(shared_address(to + place_ + t * r.place_step), at_ + t * r.step);
+        copy_unit<kUnit>(place_ + to + t * r.place_step, at_ + t * r.step);
     } else if (any) {
-      visit(r, to, [](char* at, int place, auto word) { copy_unit<sizeof(word)>(shared_address(place), at); });
+      visit(r, to, [](char* at, uint32_t place, auto word) { copy_unit<sizeof(word)>(place, at); });
     }
   }
 
-  // Takes the row, if there is `any`, from offset `from` in shared memory, to store it. What is not aligned is stored
-  // at once.
+  // Takes the row, if there is `any`, `from` bytes further on in shared memory, to store it. What is not aligned is
+  // stored at once.
   __device__ void take(const Rows& r, int from, Units& units, bool any = true) const {
     if constexpr (Shape::kAligned) {
 #pragma unroll
       for (int t = 0; t < kCopies; ++t)
-        if (any && t < left_) units[t] = shared<uint4>(from + place_ + t * r.place_step);
+        if (any && t < left_) units[t] = shared_at<uint4>(place_ + from + t * r.place_step);
     } else if (any) {
-      visit(r, from, [](char* at, int place, auto word) {
-        *reinterpret_cast<decltype(word)*>(at) = shared<decltype(word)>(place);
+      visit(r, from, [](char* at, uint32_t place, auto word) {
+        *reinterpret_cast<decltype(word)*>(at) = shared_at<decltype(word)>(place);
       });
     }
   }
@@ -197,7 +201,8 @@ class Share {
   __device__ void next(const Rows& r, bool any = true) { at_ += any ? r.row_bytes : 0; }
 
  private:
-  int begin_, end_, place_;
+  uint32_t memory_, place_;
+  int begin_, end_;
   int left_ = 0;  // aligned copies, or images to copy from
   char* at_ = nullptr;
 
@@ -213,9 +218,9 @@ class Share {
   }
 
   template <typename Visit>
-  __device__ void visit(const Rows& r, int place, Visit&& visit) const {
+  __device__ void visit(const Rows& r, int offset, Visit&& visit) const {
     char* at = at_;
-    place += place_;
+    uint32_t place = place_ + offset;
     const auto visit_words = [&](auto word) {
 #pragma unroll 1
       for (int left = left_; left > 0; --left, at += r.stream_step, place += r.streams_at_once * r.stream_bytes) {
@@ -254,8 +259,9 @@ __device__ Run run_of(const Toeplitz& a, int begin, int end) {
 template <class Shape>
 class Feed {
  public:
-  __device__ Feed(const Toeplitz& a, int slab, int first_column, int begin, int end)
-      : slab_(slab), first_column_(first_column), begin_(begin), end_(end) {}
+  // `memory`: the block's, by its address.
+  __device__ Feed(uint32_t memory, int slab, int first_column, int begin, int end)
+      : share_(memory + kRing), slab_(slab), first_column_(first_column), begin_(begin), end_(end) {}
 
   // Finds the next row, if there is one.
   __device__ void find(const Toeplitz& a) {
@@ -270,10 +276,10 @@ class Feed {
   }
 
   // Begins to load it: first what takes no branch.
-  __device__ void load(const Toeplitz& a) const { share_.load(a.source, kRing + slot_, left_ > 0); }
+  __device__ void load(const Toeplitz& a) const { share_.load(a.source, slot_, left_ > 0); }
   __device__ void load_more(const Toeplitz& a) {
     const bool any = left_ > 0;
-    share_.load_more(a.source, kRing + slot_, any);
+    share_.load_more(a.source, slot_, any);
     share_.next(a.source, any);
     commit_copies();
     left_ -= any;
@@ -294,7 +300,7 @@ class Feed {
     } else {
 #pragma unroll 1
       for (int k = 0; k < Shape::kSourceRows; ++k) {
-        const int to = kRing + slot_ + k * (a.slot_bytes / Shape::kSourceRows);
+        const int to = slot_ + k * (a.slot_bytes / Shape::kSourceRows);
         const bool any = left_ > 0;
         share_.load(a.source, to, any);
         share_.load_more(a.source, to, any);
@@ -477,13 +483,13 @@ class Outputs {
   }
 
   // Writes those of a pixel, number v of the thread's sums, to shared memory.
-  __device__ void write(int at, const float (&sum)[Shape::kChannels][4], int v, bool live) {
+  __device__ void write(uint32_t at, const float (&sum)[Shape::kChannels][4], int v, bool live) {
     const auto low = pair_of(sum, v, 0);
     if constexpr (Shape::kChannels == 4) {
       const auto high = pair_of(sum, v, 1);
-      if (live) shared<uint2>(at) = {reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high)};
+      if (live) shared_at<uint2>(at) = {reinterpret_cast<const uint32_t&>(low), reinterpret_cast<const uint32_t&>(high)};
     } else {
-      if (live) shared<uint32_t>(at) = reinterpret_cast<const uint32_t&>(low);
+      if (live) shared_at<uint32_t>(at) = reinterpret_cast<const uint32_t&>(low);
     }
   }
 

@@ -22,7 +22,7 @@ __device__ void store_rows(const Toeplitz& a, Share<Shape>& share, int rows) {
   typename Share<Shape>::Units units[Shape::kStages];
 #pragma unroll
   for (int o = 0; o < Shape::kStages; ++o) {
-    share.take(a.target, a.stage_at + o * a.stage_bytes, units[o], o < rows);
+    share.take(a.target, o * a.stage_bytes, units[o], o < rows);
     if (!Shape::kAligned) share.next(a.target, o < rows);
   }
 #pragma unroll
@@ -45,28 +45,29 @@ __device__ void seek_group(const Toeplitz& a, Share<Shape>& share, int slab, int
 template <typename T, class Shape>
 __device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint32_t& parity) {
   constexpr int kRows = Shape::kRows, kChannels = Shape::kChannels, kDepth = Shape::kDepth, kStages = Shape::kStages;
-  Feed<Shape> feed(a, slab, 0, begin, end);
+  const uint32_t memory = kept_shared_address();
+  Feed<Shape> feed(memory, slab, 0, begin, end);
   begin_rows<T>(a, feed, slab, 0, end);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, number = lane / 4, pair = lane % 4 * 2;
   const int channel = slab + warp * kChannels;
-  const int bands =
-      a.bands_at + warp * kChannels * Shape::kBandRows * Shape::kBandBytes + 8 * (kPairMiddle + pair - number);
+  const uint32_t bands =
+      memory + a.bands_at + warp * kChannels * Shape::kBandRows * Shape::kBandBytes + 8 * (kPairMiddle + pair - number);
   // The thread's pixels are pairs of columns of an image; its outputs are 8 columns apart, of a pair of images.
-  const int from =
-      kRing + (number < a.streams ? number : 0) * a.source.stream_bytes + Shape::place_of(pair) + warp * kChannels * 2;
-  const int to = a.stage_at + pair * a.target.stream_bytes + Shape::place_of(number) + warp * kChannels * 2;
+  const uint32_t from =
+      memory + kRing + (number < a.streams ? number : 0) * a.source.stream_bytes + Shape::place_of(pair) + warp * kChannels * 2;
+  const uint32_t to = memory + a.stage_at + pair * a.target.stream_bytes + Shape::place_of(number) + warp * kChannels * 2;
   const auto is_live = [&](int v) { return pair + v % 2 < a.streams; };
   // Zero, which a compiler does not know: of a copy, all four words would be copied before every multiplication.
   const uint32_t no_bits = __shfl_sync(~0u, lane, 0);
 
   Outputs<T, Shape> outputs(a, channel);
-  Share<Shape> share;
+  Share<Shape> share(memory + a.stage_at);
   const auto arrive_step = [&] {
     __syncwarp();
-    if (lane == 0) arrive(kBarrier);
+    if (lane == 0) arrive_at(memory + kBarrier);
   };
   const auto begin_step = [&] {
-    wait(kBarrier, parity);
+    wait_at(memory + kBarrier, parity);
     parity ^= 1;
   };
   int slot = 0;  // of the next source rows in the ring
@@ -77,8 +78,8 @@ __device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint
     for (int k = 0; k < 2; ++k)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int place = from + slot + k * (a.slot_bytes / 2) + Shape::place_of(8 * h);
-        pixels[k][h][0] = shared<uint32_t>(place), pixels[k][h][1] = shared<uint32_t>(place + Shape::place_of(1));
+        const uint32_t place = from + slot + k * (a.slot_bytes / 2) + Shape::place_of(8 * h);
+        pixels[k][h][0] = shared_at<uint32_t>(place), pixels[k][h][1] = shared_at<uint32_t>(place + Shape::place_of(1));
       }
     slot += a.slot_bytes;
     if (slot == kDepth * a.slot_bytes) slot = 0;
@@ -105,15 +106,15 @@ __device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint
       wait_copies<kDepth - 3>();  // the rows behind the next ones
       arrive_step();
       feed.load_step(a);
-      const int row_bands = bands + row * Shape::kBandBytes;
+      const uint32_t row_bands = bands + row * Shape::kBandBytes;
 #pragma unroll
       for (int i = 0; i <= kRows; ++i) {
         uint32_t band[kChannels][4];
 #pragma unroll
         for (int c = 0; c < kChannels; ++c) {
-          const int band_at = row_bands + (c * Shape::kBandRows + i) * Shape::kBandBytes;
-          const uint2 left = shared<uint2>(band_at);
-          band[c][0] = left.x, band[c][1] = left.y, band[c][2] = shared<uint32_t>(band_at + 64);
+          const uint32_t band_at = row_bands + (c * Shape::kBandRows + i) * Shape::kBandBytes;
+          const uint2 left = shared_at<uint2>(band_at);
+          band[c][0] = left.x, band[c][1] = left.y, band[c][2] = shared_at<uint32_t>(band_at + 64);
           band[c][3] = left.x | no_bits;
         }
 #pragma unroll
