@@ -28,6 +28,22 @@ __device__ inline void load_two_transposed(uint32_t& first, uint32_t& second, ui
                : "memory");
 }
 
+// What load_matrices loads, the other way.
+__device__ inline void store_matrices(uint32_t address, const uint32_t (&a)[4]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(a[0]), "r"(a[1]),
+               "r"(a[2]), "r"(a[3])
+               : "memory");
+#else
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t row = __shfl_sync(~0u, address, i * 8 + lane / 4);
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(row + lane % 4 * 4), "r"(a[i]) : "memory");
+  }
+#endif
+}
+
 // sum = before + a * b, of 16 x 16 by 16 x 8.
 __device__ inline void multiply(float (&sum)[4], const float (&before)[4], const uint32_t (&a)[4],
                                 const uint32_t (&b)[2], __half) {

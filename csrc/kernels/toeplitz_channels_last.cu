@@ -14,9 +14,11 @@
 // complete. Rows may be columns, and columns rows, which takes nothing but other strides: of a kernel those are marched
 // down that are few. Outputs go through shared memory, from where they are stored as they lie side by side.
 //
-// A row is a step. A warp arrives at the step's barrier as soon as it has read its pixels, and the outputs of two steps
+// A row is a step. A warp arrives at the step's barrier when it has read its pixels, and the outputs of two steps
 // before, from shared memory; what it writes later it writes for the next step. It waits for the others when it begins
-// that one, so that some load and store while others multiply.
+// that one, so that some load and store while others multiply. Two warps of a scheduler hide little: a step has one
+// branch, at its end, so that reads, copies and stores have their places between multiplications. What is not for every
+// step, such as to go from one image to the next, is done between steps.
 //
 // Small kernels: a thread reads 4 channels of a pixel at once, and of neighbouring pixels at that, so that a byte
 // permutation for each register of A is all it takes to part the channels. What a warp reads at once are 8 bytes of
@@ -43,9 +45,14 @@ class Drain {
   __device__ Drain(const Toeplitz& a, uint32_t memory, int slab, int first_column, int begin, int end)
       : share_(memory + a.stage_at), slab_(slab), first_column_(first_column), begin_(begin), end_(end) {}
 
-  // Finds the next row, if there is any.
-  __device__ void find(const Toeplitz& a, bool any) {
-    if (!any || left_ > 0) return;
+  // Whether the next row has to be found.
+  __device__ bool is_between() const { return left_ == 0; }
+
+  // Finds it, if there is one.
+  __device__ void find(const Toeplitz& a) {
+    if (left_ != 0) return;
+    left_ = -1;
+    if (begin_ == end_) return;
     const Run r = run_of<Shape>(a, begin_, end_);
     if (row_ >= 0 && begin_ < a.whole_rows)
       share_.advance(a, a.target, r.begin - row_);
@@ -55,26 +62,24 @@ class Drain {
     begin_ += left_;
   }
 
-  // Takes it from shared memory.
-  __device__ void take(const Toeplitz& a, Units& units, bool any) {
-    share_.take(a.target, stage_, units, any);
-    left_ -= any;
-    stage_ += any ? a.stage_bytes : 0;
-    if (stage_ == Shape::kStages * a.stage_bytes) stage_ = 0;
+  // Takes it, if it is to be stored now, from its place among the rows of outputs.
+  __device__ void take(const Toeplitz& a, int stage, Units& units, bool now) {
+    share_.take(a.target, stage, units, now);
+    left_ -= now;
   }
 
   // Stores it.
-  __device__ void store(const Toeplitz& a, const Units& units, bool any) {
-    share_.store(a.target, units, any);
-    share_.next(a.target, any);
+  __device__ void store(const Toeplitz& a, const Units& units, bool now) {
+    share_.store(a.target, units, now);
+    share_.next(a.target, now);
   }
 
  private:
   Share<Shape> share_;
   int slab_, first_column_;
-  int begin_, end_;           // rows that are not yet begun with
-  int row_ = -1;              // behind the run
-  int left_ = 0, stage_ = 0;  // rows of the run, and where the next one is
+  int begin_, end_;  // rows that are not yet begun with
+  int row_ = -1;     // behind the run
+  int left_ = 0;     // rows of the run; fewer than none behind the last one
 };
 
 // A warp's part in parting the channels of source rows: of 8 columns by 8 channels, four times at once.
@@ -84,23 +89,20 @@ class Parting {
   __device__ explicit Parting(const Toeplitz& a) {
 #pragma unroll
     for (int t = 0; t < kTurns; ++t) {
-      const int turn = (threadIdx.x + t * blockDim.x) / 32;
-      places_[t] = turn < a.turns ? places_of(a, turn) : 0;
+      places_[t] = places_of(a, min(static_cast<int>(threadIdx.x + t * blockDim.x) / 32, a.turns - 1));
     }
   }
 
   // Takes a row from the ring.
   __device__ void take(uint32_t memory, int slot) {
 #pragma unroll
-    for (int t = 0; t < kTurns; ++t)
-      if (places_[t] > 0) load(matrices_[t], places_[t], memory + slot);
+    for (int t = 0; t < kTurns; ++t) load(matrices_[t], places_[t], memory + slot);
   }
 
   // Writes it where channels are apart.
   __device__ void write(uint32_t memory, int planes) const {
 #pragma unroll
-    for (int t = 0; t < kTurns; ++t)
-      if (places_[t] > 0) store(matrices_[t], places_[t], memory + planes);
+    for (int t = 0; t < kTurns; ++t) store(matrices_[t], places_[t], memory + planes);
   }
 
   // Whether there is more, of many images of few columns or for few warps; that is taken and written at once.
@@ -144,7 +146,7 @@ class Parting {
 template <typename T, class Shape>
 __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, int end, uint32_t& parity) {
   constexpr int kRows = Shape::kRows, kBlocks = Shape::kBlocks, kChannels = Shape::kChannels, kDepth = Shape::kDepth;
-  constexpr bool kSplit = Shape::kSplit, kParted = Shape::kParted, kFlat = Shape::kFlat;
+  constexpr bool kSplit = Shape::kSplit, kParted = Shape::kParted;
   const uint32_t memory = kept_shared_address();
   Feed<Shape> feed(memory, slab, first_column - a.lead, begin, end);
   begin_rows<T>(a, feed, slab, first_column - a.lead, end);
@@ -152,8 +154,9 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, number = lane / 4, pair = lane % 4 * 2;
   const int channel = slab + warp * kChannels;
   const int entry = pair - number;  // of the thread's first pair in a row of weights
-  const uint32_t bands = memory + a.bands_at + warp * kChannels * kRows * Shape::kBandBytes +
-                    (Shape::kKept ? 2 * (kMiddle + entry) + (entry & 1) * Shape::kCopy : 8 * (kPairMiddle + entry));
+  const uint32_t bands =
+      memory + a.bands_at + warp * kChannels * kRows * Shape::kBandBytes +
+      (Shape::kKept ? 2 * (kMiddle + entry) + (entry & 1) * Shape::kCopy : 8 * (kPairMiddle + entry));
   // The matrices of blocks `block` and `block` + 1, or of the last block alone, at a row of weights.
   const auto read_band = [&](uint32_t at, int block) {
     if (!Shape::kKept) return shared_at<uint2>(at + 64 * block);
@@ -183,8 +186,8 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
   uint32_t parted_from = 0;
   if constexpr (kParted) {
     const int part = lane / 8, row = lane % 8 < a.tiles * a.streams ? lane % 8 : 0;
-    const uint32_t at =
-        memory + a.planes_at + warp * kChannels * a.plane_bytes + (row / a.tiles * a.stream_units + row % a.tiles) * kUnit;
+    const uint32_t at = memory + a.planes_at + warp * kChannels * a.plane_bytes +
+                        (row / a.tiles * a.stream_units + row % a.tiles) * kUnit;
     parted_from = at + (part == 1 || part == 2 ? a.odd_bytes : 0) + (part == 3 ? kUnit : 0);
   }
 
@@ -192,27 +195,30 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
   Parting<Shape> parting(a);
   Drain<Shape> drain(a, memory, slab, first_column, begin, end);
   typename Share<Shape>::Units units;
-  int slot = 0, stage = 0;  // of the next source row in the ring, and of the outputs to come
-  int planes = 0;           // of the source row whose channels are parted
-  int written = 0;          // whether outputs were written in the last step (1), and in the one before (2)
+  // Of the next source row in the ring, which is parted a step ahead, and of the next one to load.
+  int slot = kParted ? a.slot_bytes : 0, loaded = Shape::kAhead % kDepth * a.slot_bytes;
+  int stage = 0;    // of the step's outputs
+  int planes = 0;   // of the source row whose channels are parted
+  int written = 0;  // whether outputs were written in the last step (1), and in the one before (2)
   // Writes outputs, if they are `any`, to where all threads can take them two steps later.
   const auto write = [&](const float (&sum)[kChannels][4], bool any) {
 #pragma unroll
     for (int v = 0; v < 4; ++v)
       outputs.write((v < 2 ? to : to_lower) + stage + Shape::place_of(v % 2), sum, v,
                     any && (v < 2 ? live : lower_live));
-    stage += any ? a.stage_bytes : 0;
-    if (stage == Shape::kStages * a.stage_bytes) stage = 0;
+    stage = next_place(stage, a.stage_bytes, a.stages_bytes);
     written |= any;
   };
   // Returns whether there are outputs to store.
   const auto begin_step = [&] {
-    const bool stores = written & 2;
-    written = written << 1 & 2;
-    if (kFlat) drain.find(a, stores);
     wait_at(memory + kBarrier, parity);
     parity ^= 1;
-    return stores;
+    written <<= 1;
+    return (written & 4) != 0;
+  };
+  // Takes these outputs: of three rows, two steps ago the one behind the next one was written.
+  const auto take = [&](bool stores) {
+    drain.take(a, next_place(stage, a.stage_bytes, a.stages_bytes), units, stores);
   };
   const auto arrive_step = [&](bool now = true) {
     __syncwarp();
@@ -224,17 +230,34 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
     parting.take(memory, 0);
     parting.write(memory, 0);
     parting.write_more(a, memory, 0, 0);
-    slot = a.slot_bytes;
   }
   arrive_step();
-  for (int at = begin; at < end;) {
+  for (int at = begin;;) {
     const Run r = run_of<Shape>(a, at, end);
+    // The last outputs are still to be stored. A run of one source row waits for that, too, so that rows are found
+    // where others are: between steps with source rows.
+    if (at == end || r.row_end - r.row == 1)
+      for (int last = 0; last < 2; ++last) {
+        const bool stores = begin_step();
+        take(stores);
+        stage = next_place(stage, a.stage_bytes, a.stages_bytes);
+        arrive_step(at < end || last == 0);
+        drain.store(a, units, stores);
+      }
+    if (at == end) break;
     at += r.end - r.begin;
     // Of the output rows under way, the oldest first. The oldest, y, is complete with a source row.
     float sum[kRows][kChannels][4] = {};
     int y = r.row + a.padding_h - (kRows - 1);
-    for (int row = r.row; row < r.row_end; ++row, ++y) {
-      if (kFlat) feed.find(a);
+    int left = r.row_end - r.row;
+    // All that is not for every step, so that the others have but one branch.
+    const auto prepare = [&] {
+      feed.load_more(a, place_before(loaded, a.slot_bytes, a.ring_bytes), 1);
+      feed.find(a);
+      drain.find(a);
+    };
+    const auto step = [&] {
+      commit_copies();
       const bool stores = begin_step();
       uint32_t x[(kBlocks + 1) / 2][kChannels][4];  // pairs of pixels, as multiplications take them
       if constexpr (kParted) {
@@ -243,8 +266,7 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
         for (int block = 0; block + 1 < kBlocks; block += 2)
 #pragma unroll
           for (int c = 0; c < kChannels; ++c)
-            load_matrices(x[block / 2][c],
-                          parted_from + planes + c * a.plane_bytes + block / 2 * kUnit);
+            load_matrices(x[block / 2][c], parted_from + planes + c * a.plane_bytes + block / 2 * kUnit);
         planes ^= a.planes_bytes;
       }
       using Pixel = typename Shape::Pixel;
@@ -253,17 +275,7 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
       for (int j = 0; j < 2 * Shape::kPairs && !kParted; ++j)
         pixels[j] = kSplit ? shared_at<Pixel>((j < 2 ? from : from_lower) + slot + Shape::place_of(j % 2))
                            : shared_at<Pixel>(from + slot + Shape::place_of(j / 2 * 8 + j % 2));
-      if (!kFlat) drain.find(a, stores);
-      if (kFlat || stores) drain.take(a, units, stores);
-      if constexpr (kParted) parting.write(memory, planes);
-      wait_copies<kDepth - 3>();  // the next row, or the one behind it
-      const bool more = kParted && parting.is_more(a);
-      arrive_step(!more);
-      if (kFlat)
-        feed.load(a);
-      else
-        feed.load_step(a);
-      if (kFlat || stores) drain.store(a, units, stores);
+      take(stores);
       // What multiplications with a block take, and with the next one.
       const auto pairs_of = [&](int block, int c, uint32_t (&pairs)[4]) {
         const auto word = [&](int j) {
@@ -284,65 +296,74 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
         pairs[1] = kSplit ? pair(1) : same_pair(block + 1);
         if (!last) pairs[2] = pair(block + 1), pairs[3] = pair(block + 2);
       };
+      // Adds the source row to rows [first, last) of the sums.
+      const auto multiply_rows = [&](int first, int last) {
 #pragma unroll
-      for (int block = 0; block < kBlocks; block += 2)
+        for (int block = 0; block < kBlocks; block += 2)
 #pragma unroll
-        for (int c = 0; c < kChannels; ++c) {
-          uint32_t (&pairs)[4] = x[block / 2][c];
-          if constexpr (!kParted) pairs_of(block, c, pairs);
-          const float nothing[4] = {};
+          for (int c = 0; c < kChannels; ++c) {
+            uint32_t (&pairs)[4] = x[block / 2][c];
+            if constexpr (!kParted) pairs_of(block, c, pairs);
+            const float nothing[4] = {};
 #pragma unroll
-          for (int o = 0; o < kRows; ++o) {
-            const int i = kRows - 1 - o;
-            const uint2 band =
-                Shape::kKept ? kept[c][i][block / 2] : read_band(bands + (c * kRows + i) * Shape::kBandBytes, block);
-            const float (&before)[4] = block > 0       ? std::as_const(sum[o][c])
-                                       : o + 1 < kRows ? std::as_const(sum[o + 1][c])
-                                                       : nothing;
-            if (block + 1 == kBlocks)
-              multiply(sum[o][c], before, {pairs[0], pairs[1]}, band.x, T{});
-            else
-              multiply(sum[o][c], before, pairs, {band.x, band.y}, T{});
+            for (int o = first; o < last; ++o) {
+              const int i = kRows - 1 - o;
+              const uint2 band =
+                  Shape::kKept ? kept[c][i][block / 2] : read_band(bands + (c * kRows + i) * Shape::kBandBytes, block);
+              const float (&before)[4] = block > 0       ? std::as_const(sum[o][c])
+                                         : o + 1 < kRows ? std::as_const(sum[o + 1][c])
+                                                         : nothing;
+              if (block + 1 == kBlocks)
+                multiply(sum[o][c], before, {pairs[0], pairs[1]}, band.x, T{});
+              else
+                multiply(sum[o][c], before, pairs, {band.x, band.y}, T{});
+            }
           }
-        }
-      if (kFlat || y >= r.begin) write(sum[0], y >= r.begin);
-      if (kFlat) feed.load_more(a);
+      };
+      constexpr int kEarly = kParted ? 1 : 0;  // rows of sums before the arrival
+      multiply_rows(0, kEarly);
+      if constexpr (kParted) parting.write(memory, planes);
+      wait_copies<kDepth - 3>();  // the next row, or the one behind it
+      const bool more = kParted && parting.is_more(a);
+      // Of parted channels, a compiler puts the arrival behind all multiplications: but not out of a loop, of one turn.
+      do arrive_step(!more);
+      while (kParted && a.workers < 0);
+      if (!kParted) feed.load(a, loaded);
+      drain.store(a, units, stores);
+      if (kParted) write(sum[0], y >= r.begin);
+      multiply_rows(kEarly, kRows);
+      if (!kParted) write(sum[0], y >= r.begin);
+      if (kParted) feed.load(a, loaded);
+      feed.next(a);
       if (more) {
         parting.write_more(a, memory, slot, planes);
         arrive_step();
       }
-      slot += a.slot_bytes;
-      if (slot == kDepth * a.slot_bytes) slot = 0;
+      loaded = slot, slot = next_place(slot, a.slot_bytes, a.ring_bytes);
+      --left, ++y;
+    };
+    for (;;) {
+      prepare();
+      if (left == 0) break;
+      do step();
+      while (left > 0 && !feed.is_between() && !drain.is_between() && !feed.has_more(a));
     }
     // What no further row of the image reaches is complete as it is.
 #pragma unroll
     for (int o = 1; o < kRows; ++o, ++y) {
       if (y >= r.end) break;
       const bool stores = begin_step();
-      if (!kFlat) drain.find(a, stores);
-      if (stores) drain.take(a, units, true);
+      take(stores);
       arrive_step();
-      if (stores) drain.store(a, units, true);
-      if (y >= r.begin) write(sum[o], true);
+      drain.store(a, units, stores);
+      write(sum[o], y >= r.begin);
     }
-  }
-  for (int last = 0; last < 2; ++last) {
-    const bool stores = begin_step();
-    if (!kFlat) drain.find(a, stores);
-    drain.take(a, units, stores);
-    if (last == 0) arrive_step();
-    drain.store(a, units, stores);
   }
   __syncthreads();  // the next part's zeros, and the outputs that are read now, come behind
-  if (outputs.are_finite()) return;
-#pragma unroll 1
-  for (int v = 0; v < 4; ++v)
-#pragma unroll 1
-    for (int c = 0; c < kChannels; ++c) {
-      const int x = first_column + tile * Shape::kColumns + pair + v % 2 + (kSplit ? 0 : v / 2 * 8);
-      if ((v < 2 ? live : lower_live) && x < a.target.width && channel + c < a.channels)
-        column_by_taps<T>(a, begin, end, stream + (kSplit ? v / 2 * kTiles : 0), channel + c, x);
-    }
+  repair(a, outputs, channel, begin, end, [&](int v) {
+    const int column = first_column + tile * Shape::kColumns + pair + v % 2 + (kSplit ? 0 : v / 2 * 8);
+    return OutputPlace{(live ? stream : a.streams) + (kSplit ? v / 2 * kTiles : 0), column};
+  });
 }
 
 }  // namespace

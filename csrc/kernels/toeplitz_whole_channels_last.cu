@@ -18,8 +18,8 @@ namespace {
 
 // Stores rows that all threads have written: the first `rows` of what there is place for.
 template <class Shape>
-__device__ void store_rows(const Toeplitz& a, Share<Shape>& share, int rows) {
-  typename Share<Shape>::Units units[Shape::kStages];
+__device__ void store_rows(const Toeplitz& a, Share<Shape, true>& share, int rows) {
+  typename Share<Shape, true>::Units units[Shape::kStages];
 #pragma unroll
   for (int o = 0; o < Shape::kStages; ++o) {
     share.take(a.target, o * a.stage_bytes, units[o], o < rows);
@@ -34,7 +34,7 @@ __device__ void store_rows(const Toeplitz& a, Share<Shape>& share, int rows) {
 
 // Goes to the first row of group `image` of images, `first` or behind the last row of the one before.
 template <class Shape>
-__device__ void seek_group(const Toeplitz& a, Share<Shape>& share, int slab, int image, bool first) {
+__device__ void seek_group(const Toeplitz& a, Share<Shape, true>& share, int slab, int image, bool first) {
   if (!first && (image + 1) * a.target.height <= a.whole_rows)
     share.advance(a, a.target, -a.target.height);
   else
@@ -53,15 +53,16 @@ __device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint
   const uint32_t bands =
       memory + a.bands_at + warp * kChannels * Shape::kBandRows * Shape::kBandBytes + 8 * (kPairMiddle + pair - number);
   // The thread's pixels are pairs of columns of an image; its outputs are 8 columns apart, of a pair of images.
-  const uint32_t from =
-      memory + kRing + (number < a.streams ? number : 0) * a.source.stream_bytes + Shape::place_of(pair) + warp * kChannels * 2;
-  const uint32_t to = memory + a.stage_at + pair * a.target.stream_bytes + Shape::place_of(number) + warp * kChannels * 2;
+  const uint32_t from = memory + kRing + (number < a.streams ? number : 0) * a.source.stream_bytes +
+                        Shape::place_of(pair) + warp * kChannels * 2;
+  const uint32_t to =
+      memory + a.stage_at + pair * a.target.stream_bytes + Shape::output_place_of(number) + warp * a.target.warp_bytes;
   const auto is_live = [&](int v) { return pair + v % 2 < a.streams; };
   // Zero, which a compiler does not know: of a copy, all four words would be copied before every multiplication.
   const uint32_t no_bits = __shfl_sync(~0u, lane, 0);
 
   Outputs<T, Shape> outputs(a, channel);
-  Share<Shape> share(memory + a.stage_at);
+  Share<Shape, true> share(memory + a.stage_at);
   const auto arrive_step = [&] {
     __syncwarp();
     if (lane == 0) arrive_at(memory + kBarrier);
@@ -70,7 +71,7 @@ __device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint
     wait_at(memory + kBarrier, parity);
     parity ^= 1;
   };
-  int slot = 0;  // of the next source rows in the ring
+  int slot = 0, loaded = 0;  // of the next source rows in the ring, and of the next ones to load
   // Pixels of two rows, which a step multiplies when they were read in the step before.
   uint32_t pixels[2][2][2];
   const auto load_pixels = [&] {
@@ -81,8 +82,7 @@ __device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint
         const uint32_t place = from + slot + k * (a.slot_bytes / 2) + Shape::place_of(8 * h);
         pixels[k][h][0] = shared_at<uint32_t>(place), pixels[k][h][1] = shared_at<uint32_t>(place + Shape::place_of(1));
       }
-    slot += a.slot_bytes;
-    if (slot == kDepth * a.slot_bytes) slot = 0;
+    slot = next_place(slot, a.slot_bytes, a.ring_bytes);
   };
   wait_copies<kDepth - 2>();
   __syncthreads();
@@ -92,6 +92,7 @@ __device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint
     const Run r = run_of<Shape>(a, y, end);
     float sum[kRows][kChannels][4] = {};
     for (int row = 0; row < a.source.height; row += 2) {
+      if (feed.is_between()) feed.find(a);
       begin_step();
       uint32_t x[2][kChannels][2];  // pairs of pixels of a row and the next one, if there is one
 #pragma unroll
@@ -105,7 +106,7 @@ __device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint
       load_pixels();
       wait_copies<kDepth - 3>();  // the rows behind the next ones
       arrive_step();
-      feed.load_step(a);
+      feed.load(a, loaded);
       const uint32_t row_bands = bands + row * Shape::kBandBytes;
 #pragma unroll
       for (int i = 0; i <= kRows; ++i) {
@@ -125,6 +126,10 @@ __device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint
             if (o >= 0 && o < kRows) multiply(sum[o][c], std::as_const(sum[o][c]), band[c], x[k][c], T{});
           }
       }
+      feed.load_more(a, loaded);
+      feed.next(a);
+      commit_copies();
+      loaded = next_place(loaded, a.slot_bytes, a.ring_bytes);
     }
     seek_group(a, share, slab, r.image, y == begin);
 #pragma unroll
@@ -135,7 +140,7 @@ __device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint
         if (o < a.target.height) {
 #pragma unroll
           for (int v = 0; v < 4; ++v) {
-            const int place = v % 2 * a.target.stream_bytes + v / 2 * Shape::place_of(8);
+            const int place = v % 2 * a.target.stream_bytes + v / 2 * Shape::output_place_of(8);
             outputs.write(to + (o - first) * a.stage_bytes + place, sum[o], v, is_live(v));
           }
         }
@@ -145,15 +150,7 @@ __device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint
   }
   begin_step();
   __syncthreads();  // the next part's zeros, and the outputs that are read now, come behind
-  if (outputs.are_finite()) return;
-#pragma unroll 1
-  for (int v = 0; v < 4; ++v)
-#pragma unroll 1
-    for (int c = 0; c < kChannels; ++c) {
-      const int x = number + v / 2 * 8;
-      if (is_live(v) && x < a.target.width && channel + c < a.channels)
-        column_by_taps<T>(a, begin, end, pair + v % 2, channel + c, x);
-    }
+  repair(a, outputs, channel, begin, end, [&](int v) { return OutputPlace{pair + v % 2, number + v / 2 * 8}; });
 }
 
 }  // namespace

@@ -1,0 +1,335 @@
+// What kernels of toeplitz_channels_last.cuh are compiled for, and how rows of channels_last arrays come to shared
+// memory and go from there.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "march_channels_last.cuh"
+#include "toeplitz_channels_last.h"
+
+namespace dwconv {
+namespace {
+
+constexpr int kTiles = 8;                   // of a warp
+constexpr int kMaxWarps = 8;                // of a block, as the registers of the sums allow
+constexpr int kMiddle = 8;                  // zeros before the weights of a band matrix
+constexpr int kBarrier = 0, kRing = kUnit;  // where they are in shared memory
+constexpr int kPairMiddle = 9;              // entries before the weights, see Shape::kBandBytes
+
+// What a kernel is compiled for. kRows: rows of the kernel, which is as many rows of sums; or else, if kWhole, rows of
+// an image, all of whose sums there are at once, whatever the kernel. kBlocks: of 8 columns of the source that 8
+// columns of the target read. kSplit: the lower 8 rows of a multiplication are not the next 8 columns, but those of 8
+// more images, for images of at most 8 columns, which are one block. kAligned: whether all copies are of 16 bytes.
+template <int kRows_, int kBlocks_, bool kSplit_, bool kAligned_, bool kWhole_ = false>
+struct Shape {
+  static constexpr int kRows = kRows_, kBlocks = kBlocks_;
+  static constexpr bool kSplit = kSplit_, kAligned = kAligned_, kWhole = kWhole_;
+  static constexpr int kChannels = kBlocks <= 2 ? 4 : 2;  // of a warp
+  // Whether the channels of a row are parted once, before warps read it, or by each thread that reads pixels.
+  static constexpr bool kParted = !kWhole && kBlocks > 3;
+  static constexpr int kSourceRows = kWhole ? 2 : 1;  // of a step
+  static constexpr int kDepth = 8 / kSourceRows;      // steps in the ring: one to work on, the others on their way
+  // Of those, loaded before the first one: if channels are parted, or rows read ahead, one more.
+  static constexpr int kAhead = kWhole || kParted ? kDepth : kDepth - 1;
+  // Rows of outputs: one that is written, one that is waited for, one that is stored; or those written at once.
+  static constexpr int kStages = kWhole ? 7 : 3;
+  // Whether band matrices stay in registers, beside the sums, or are read from shared memory each time.
+  static constexpr bool kKept = !kWhole && kRows * kChannels * (4 + kBlocks) < 200;
+  static constexpr int kColumns = kSplit ? 8 : 16;             // of a tile
+  static constexpr int kPairs = kSplit ? 2 : kBlocks + 1;      // of pixels, 8 columns apart, that a thread multiplies
+  static constexpr int kReach = kWhole ? 0 : 8 * kBlocks - 8;  // columns of the source beyond those of the last tile
+  static constexpr int kPitch = 2 * kChannels * kMaxWarps + kUnit;  // bytes from pixel to pixel in shared memory
+  using Pixel = std::conditional_t<kChannels == 4, uint2, uint32_t>;
+
+  static constexpr int kBandRows = kWhole ? 2 * kRows - 1 : kRows;  // rows of the kernel that are prepared
+  // Bytes to the same weight in a copy that is a column further on: with both, any two neighbours are one word.
+  static constexpr int kCopy = 2 * (8 * kBlocks + 7);
+  // Of a row of weights: both copies; or 8 bytes for an entry, its two neighbours and those 8 further on, between as
+  // many entries as leave room for all that are written.
+  static constexpr int kBandBytes = kKept ? 32 * (kBlocks + 1) : 8 * (kWhole ? 8 * kBlocks + kPairMiddle : 18);
+  static constexpr int kTogether = 32 / kChannels;  // threads that load a channel's weights
+  static constexpr int kMaxColumns = kBlocks == 1 ? kMaxBandColumns : 8 * kBlocks - 7;  // of the kernel
+  static constexpr int kTurns =
+      kWhole ? 16 : (kRows * kMaxColumns - 1) / kTogether + 1;  // weights a thread has at once
+
+  // Where a column lies in a row in shared memory.
+  static __host__ __device__ constexpr int place_of(int column) { return column * kPitch + column / 16 * kUnit; }
+
+  // Whether outputs of a warp's channels lie side by side, apart from those of the others, so that they are written to
+  // all banks: where several rows are at once.
+  static constexpr bool kApart = kWhole && kAligned;
+  static constexpr int kWord = 2 * kChannels;     // bytes of a pixel, for a warp
+  static constexpr int kImagePitch = 20 * kWord;  // from one image to the next
+  static __host__ __device__ constexpr int output_place_of(int column) {
+    return kApart ? column * kWord : place_of(column);
+  }
+};
+
+// An array (N, height, width, channels), and how the threads of a block copy a row of it.
+struct Rows {
+  char* base;
+  int64_t image_bytes, row_bytes;
+  int pixel_bytes, bytes;  // from one pixel to the next; of a pixel, all channels
+  int height, width;
+  int unit;          // bytes that are copied at once: 16, 8, 4 or 2
+  int columns;       // of a block in an image
+  int stream_bytes;  // in shared memory, from one image to the next
+  int warp_bytes;    // from one warp's channels of a pixel to those of the next
+  // Columns and images that are copied at once, and what leads to the next ones.
+  int columns_at_once, streams_at_once, column_step;
+  int64_t stream_step;
+  // The same for aligned copies, for which there are either more columns or more images.
+  int64_t step;
+  int place_step;
+  int copies;  // of a thread, at most
+  Divider by_units, by_columns;
+};
+
+struct Toeplitz {
+  Rows source, target;
+  int batch, channels, padding_h, padding_w;
+  const void* weight;
+  int64_t weight_filter, weight_row, weight_column;
+  const void* bias;
+  int64_t bias_stride;
+  int kernel_h, kernel_w;
+
+  int lead;       // columns of the source before a tile's first column from which on it is read
+  int first_tap;  // the column of the kernel that the first of them meets in a tile's first column
+  int tiles, streams;
+  int slab;                               // channels of a block
+  int slot_bytes, stage_bytes, stage_at;  // rows of the ring, and of outputs behind it
+  int ring_bytes, stages_bytes;           // all of them
+  int bands_at;                           // weights between zeros; outputs take their place if they are in registers
+  // Of a source row whose channels are parted: in units of 8 columns, the even ones of all images before the odd ones.
+  int planes_at, planes_bytes;  // there are two such rows
+  int plane_bytes;              // from one channel to the next
+  int odd_bytes, stream_units;  // to the odd units; from one image to the next
+  int matrices, turns;          // of 8 columns and 8 channels; of 4 of them for each 8 channels
+  int rows, spans;              // rows of all groups of images; spans of columns
+  int whole_rows;               // those of groups that lack no image
+  int workers;                  // blocks that share the rows of a slab
+  Shares shares;                // of the rows of all spans
+  bool clear;                   // whether there is something outside the images, which is never loaded
+  Divider by_slabs, by_rows, by_height, by_kernel_w, by_groups, by_ring_rows;
+};
+
+// A thread's part of every row that its block copies: some columns of some images, a few channels. kOutputs: of rows of
+// the target, where Shape::kApart counts.
+template <class Shape, bool kOutputs = false>
+class Share {
+ public:
+  // Aligned ones of a row: always enough for outputs, and for most sources.
+  static constexpr int kCopies = Shape::kChannels == 2 ? 1 : 2;
+  using Units = uint4[kCopies];
+
+  // `memory`: where rows lie in shared memory.
+  __device__ explicit Share(uint32_t memory) : memory_(memory), place_(memory) {}
+
+  // Goes to a row of a group of images. `slab`: the block's first channel; `first_column`: of the image, may lie
+  // outside. All that it takes is worked out again each time: there are no registers to keep it in.
+  __device__ void seek(const Toeplitz& a, const Rows& r, int slab, int first_column, int group, int row) {
+    uint32_t rest;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(rest));  // or else the compiler keeps what follows from it
+    const int part = r.by_units.split(rest) * r.unit, before = max(-first_column, 0);
+    begin_ = before + r.by_columns.split(rest);
+    const int stream = rest, image = group * a.streams + stream;
+    const bool any = stream < r.streams_at_once && slab * 2 + part < r.bytes;
+    end_ = any ? min(r.columns, r.width - first_column) : 0;
+    const int images = begin_ < end_ ? min(a.streams - stream, a.batch - image) : 0;
+    left_ = 0;
+#pragma unroll 1
+    for (int i = 0; i < images; i += r.streams_at_once) ++left_;
+    if (Shape::kAligned && left_ == 1)  // there are either more images or more columns
+#pragma unroll 1
+      for (int i = begin_ + r.columns_at_once; i < end_; i += r.columns_at_once) ++left_;
+    const int place = kApart ? part / Shape::kWord * r.warp_bytes + Shape::output_place_of(begin_)
+                             : part + (Shape::kAligned ? Shape::place_of(begin_) : 0);
+    place_ = memory_ + stream * r.stream_bytes + place;
+    at_ = r.base + (image * r.image_bytes + row * r.row_bytes +
+                    static_cast<int64_t>(first_column + begin_) * r.pixel_bytes + slab * 2 + part);
+  }
+
+  // Goes from a group of images to the next one, `rows` further down. Neither lacks an image.
+  __device__ void advance(const Toeplitz& a, const Rows& r, int rows) {
+    at_ += a.streams * r.image_bytes + rows * r.row_bytes;
+  }
+
+  // Begins to load the row, or one of the next, if there is `any`, `to` bytes further on in shared memory: by kCopies
+  // copies, without a branch...
+  __device__ void load(const Rows& r, int to, bool any, int rows = 0) const {
+    if constexpr (Shape::kAligned)
+#pragma unroll
+      for (int t = 0; t < kCopies; ++t)
+        copy_unit_if(any && t < left_, place_ + to + t * r.place_step, at_ + rows * r.row_bytes + t * r.step);
+  }
+  // ... and by more, where there are more: never of small images.
+  static __device__ bool has_more(const Rows& r) { return !Shape::kAligned || (!Shape::kWhole && r.copies > kCopies); }
+  __device__ void load_more(const Rows& r, int to, bool any, int rows = 0) const {
+    if (!any || !has_more(r)) return;
+    const char* from = at_ + rows * r.row_bytes;
+    if constexpr (Shape::kAligned) {
+#pragma unroll 1
+      for (int t = kCopies; t < left_; ++t) copy_unit<kUnit>(place_ + to + t * r.place_step, from + t * r.step);
+    } else {
+      visit(r, from, to, [](const char* from, uint32_t place, auto word) { copy_unit<sizeof(word)>(place, from); });
+    }
+  }
+
+  // Takes the row, if there is `any`, `from` bytes further on in shared memory, to store it. What is not aligned is
+  // stored at once.
+  __device__ void take(const Rows& r, int from, Units& units, bool any = true) const {
+    if constexpr (Shape::kAligned) {
+#pragma unroll
+      for (int t = 0; t < kCopies; ++t)
+        if (any && t < left_) {
+          const uint32_t place = place_ + from + t * r.place_step;
+          if constexpr (!kApart) {
+            units[t] = shared_at<uint4>(place);
+          } else {
+            const auto word = [&](int i) { return shared_at<uint32_t>(place + i * r.warp_bytes); };
+            units[t] = {word(0), word(1), word(2), word(3)};
+          }
+        }
+    } else if (any) {
+      visit(r, at_, from, [](char* at, uint32_t place, auto word) {
+        *reinterpret_cast<decltype(word)*>(at) = shared_at<decltype(word)>(place);
+      });
+    }
+  }
+
+  // Stores what was taken.
+  __device__ void store(const Rows& r, const Units& units, bool any = true) const {
+    if constexpr (Shape::kAligned)
+#pragma unroll
+      for (int t = 0; t < kCopies; ++t)
+        if (any && t < left_) *reinterpret_cast<uint4*>(at_ + t * r.step) = units[t];
+  }
+
+  // Goes to the next row, if there was any.
+  __device__ void next(const Rows& r, bool any = true) { at_ += any ? r.row_bytes : 0; }
+
+ private:
+  static constexpr bool kApart = kOutputs && Shape::kApart;
+
+  uint32_t memory_, place_;
+  int begin_, end_;
+  int left_ = 0;  // aligned copies, or images to copy from
+  char* at_ = nullptr;
+
+  // Without a branch, and with a line of 128 bytes as the least to fetch: another slab's block has use for the rest.
+  static __device__ void copy_unit_if(bool copy, uint32_t to, const char* from) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile(
+        "{\n.reg .pred copy;\nsetp.ne.s32 copy, %2, 0;\n"
+        "@copy cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n}" ::"r"(to),
+        "l"(from), "r"(static_cast<int>(copy))
+        : "memory");
+#endif
+  }
+
+  template <typename Byte, typename Visit>
+  __device__ void visit(const Rows& r, Byte* at, int offset, Visit&& visit) const {
+    uint32_t place = place_ + offset;
+    const auto visit_words = [&](auto word) {
+#pragma unroll 1
+      for (int left = left_; left > 0; --left, at += r.stream_step, place += r.streams_at_once * r.stream_bytes) {
+        Byte* pixel = at;
+#pragma unroll 1
+        for (int column = begin_; column < end_; column += r.columns_at_once, pixel += r.column_step)
+          visit(pixel, place + Shape::place_of(column), word);
+      }
+    };
+    switch (r.unit) {
+      case 16: visit_words(uint4{}); break;
+      case 8: visit_words(uint2{}); break;
+      case 4: visit_words(uint32_t{}); break;
+      default: visit_words(uint16_t{});
+    }
+  }
+};
+
+// What comes after `place` in a ring, and what before.
+__device__ inline int next_place(int place, int bytes, int ring_bytes) {
+  return place + bytes == ring_bytes ? 0 : place + bytes;
+}
+__device__ inline int place_before(int place, int bytes, int ring_bytes) {
+  return (place == 0 ? ring_bytes : place) - bytes;
+}
+
+// Output rows [begin, end) of all groups of images, as far as they are of one group.
+template <class Shape>
+__device__ Run run_of(const Toeplitz& a, int begin, int end) {
+  if constexpr (Shape::kWhole) {
+    Run r;
+    uint32_t group = begin;
+    r.begin = a.by_height.split(group);
+    r.image = group;
+    r.end = min(a.target.height, r.begin + end - begin);
+    r.row = 0, r.row_end = a.source.height;
+    return r;
+  } else {
+    return run_of<1, Shape::kRows>(a.by_height, a.padding_h, a.source.height, begin, end);
+  }
+}
+
+// Source rows of a block on their way to the ring.
+template <class Shape>
+class Feed {
+ public:
+  // `memory`: the block's, by its address.
+  __device__ Feed(uint32_t memory, int slab, int first_column, int begin, int end)
+      : share_(memory + kRing), slab_(slab), first_column_(first_column), begin_(begin), end_(end) {}
+
+  // Whether the next row has to be found.
+  __device__ bool is_between() const { return left_ == 0; }
+
+  // Finds it, if there is one.
+  __device__ void find(const Toeplitz& a) {
+    if (left_ != 0) return;
+    left_ = -1;
+    if (begin_ == end_) return;
+    const Run r = run_of<Shape>(a, begin_, end_);
+    if (row_ >= 0 && begin_ < a.whole_rows)
+      share_.advance(a, a.source, r.row - row_);
+    else
+      share_.seek(a, a.source, slab_, first_column_, r.image, r.row);
+    begin_ += r.end - r.begin;
+    left_ = r.row_end - r.row, row_ = r.row_end;
+  }
+
+  // Begins to load all that a step takes, to a slot of the ring: first what takes no branch...
+  __device__ void load(const Toeplitz& a, int slot) const {
+#pragma unroll
+    for (int k = 0; k < Shape::kSourceRows; ++k)
+      share_.load(a.source, slot + k * (a.slot_bytes / Shape::kSourceRows), left_ > k, k);
+  }
+  // ... and then the rest, if there is more, perhaps only `behind`, when it has gone on to the next row.
+  static __device__ bool has_more(const Toeplitz& a) { return Share<Shape>::has_more(a.source); }
+  __device__ void load_more(const Toeplitz& a, int slot, int behind = 0) const {
+#pragma unroll
+    for (int k = 0; k < Shape::kSourceRows; ++k)
+      share_.load_more(a.source, slot + k * (a.slot_bytes / Shape::kSourceRows), left_ + behind > k, k - behind);
+  }
+
+  // Goes to the next rows.
+  __device__ void next(const Toeplitz& a) {
+    const int left = left_;
+#pragma unroll
+    for (int k = 0; k < Shape::kSourceRows; ++k) {
+      share_.next(a.source, k == 0 || left > k);
+      left_ -= k == 0 || left > k;
+    }
+  }
+
+ private:
+  Share<Shape> share_;
+  int slab_, first_column_;
+  int begin_, end_;  // output rows that no source row was loaded for
+  int row_ = -1;     // behind the run
+  int left_ = 0;     // source rows of the run; fewer than none behind the last one
+};
+
+}  // namespace
+}  // namespace dwconv
