@@ -20,9 +20,9 @@
 #include "batch_grad_weight_nchw.h"
 #include "copies.cuh"
 #include "overlap.cuh"
-#include "partial_sums.h"
 #include "stream.cuh"
 #include "tensor_cores.cuh"
+#include "weight_sums.cuh"
 
 namespace dwconv {
 namespace {
@@ -100,8 +100,7 @@ struct Aligned {
   int least, more, all;          // bands of a block: the first ones have one more; of all blocks
   int filter_bands, parts;       // bands of a filter, and parts that they are summed up in, at most
   Divider by_bands, by_batches;  // of an image, of 16 images each
-  float* partial;                // [part][tap, or bias behind the last tap][filter], or null
-  void *grad_weight, *grad_bias;
+  WeightSums result;
 };
 
 // Bands of a filter and of 16 images, one below the other: 7 rows of the gradient each.
@@ -350,20 +349,13 @@ __device__ void correct(const Aligned& a, int sums, int filter, int warp, int fi
 // Writes a filter's sums over the block's bands up to `at`, and zeros for parts that there are not.
 template <typename T>
 __device__ void write(const Aligned& a, int filter, int at) {
-  const int taps = a.kernel_h * a.kernel_w, slots = taps + (a.grad_bias != nullptr);
+  const int slots = a.kernel_h * a.kernel_w + a.result.with_bias();
   const int begin = filter * a.filter_bands, end = begin + a.filter_bands;
   const int part = blockIdx.x - block_of_band(a, begin), parts = at == end ? a.parts : part + 1;
   for (int slot = threadIdx.x; slot < slots; slot += 32 * a.workers) {
     float total = 0;
     for (int w = 0; w < a.workers; ++w) total += shared<float>(a.sums_at + 4 * (w * slots + slot));
-    if (a.partial != nullptr) {
-      float* const to = a.partial + int64_t{slot} * a.filters + filter;
-      for (int p = part; p < parts; ++p) to[int64_t{p} * slots * a.filters] = p == part ? total : 0.f;
-    } else if (slot < taps) {
-      static_cast<T*>(a.grad_weight)[int64_t{filter} * taps + slot] = narrow<T>(total);
-    } else {
-      static_cast<T*>(a.grad_bias)[filter] = narrow<T>(total);
-    }
+    for (int p = part; p < parts; ++p) a.result.put<T>(filter, p, slot, p == part ? total : 0.f);
   }
 }
 
@@ -417,7 +409,7 @@ __global__ void __launch_bounds__(32 * Sum::kWarps + 32, 2)
 
   Sum sums;
   Bias<T> bias;
-  const int taps_and_bias = a.kernel_h * a.kernel_w + (a.grad_bias != nullptr);
+  const int taps_and_bias = a.kernel_h * a.kernel_w + a.result.with_bias();
   const int place = a.sums_at + 4 * warp * taps_and_bias;
   // Where the lane's rows of matrices begin.
   const uint32_t source = shared_address(a.source.memory) + (lane % 8 + lane / 16 * 8) * a.source.pitch;
@@ -447,7 +439,7 @@ __global__ void __launch_bounds__(32 * Sum::kWarps + 32, 2)
       if (chunk >= s.begin + Sum::kBelow) {
         for (int c = warp; c < a.columns; c += a.workers) {
           const Tile tile(a, grad + grad_at + c * kUnit);
-          if (a.grad_bias != nullptr) bias.add(tile);
+          if (a.result.with_bias()) bias.add(tile);
           sums.add(a, source, c, source_at, tile);
         }
         grad_at += grad_chunk;
@@ -465,7 +457,7 @@ __global__ void __launch_bounds__(32 * Sum::kWarps + 32, 2)
     if (at < last && at < (s.filter + 1) * a.filter_bands) continue;
     sums.put(a, a.scratch_at + warp * Sum::kScratch, place);
     correct<T>(a, place, s.filter, warp, begin, at);
-    if (a.grad_bias != nullptr) bias.put(place + 4 * (taps_and_bias - 1));
+    if (a.result.with_bias()) bias.put(place + 4 * (taps_and_bias - 1));
     meet_workers();
     write<T>(a, s.filter, at);
     meet_workers();
@@ -528,10 +520,10 @@ bool launch(const Problem& p, Aligned a, const Device& device, const Allocate& a
                              : a.more == 0 && a.filter_bands % a.least == 0
                                  ? a.filter_bands / a.least
                                  : std::min(ceil_div(a.filter_bands - 1, a.least) + 1, int64_t{a.filter_bands}));
-  if (a.parts > 1) a.partial = static_cast<float*>(allocate(a.parts * slots * p.filters() * int64_t{sizeof(float)}));
+  a.result = weight_sums(p, a.parts, allocate);
   launch_early(kernel, a, blocks, threads, stream, {.shared_bytes = bytes});
   check_launch("aligned_grad_weight_nchw");
-  if (a.partial != nullptr) launch_add_partial_sums(p, a.partial, a.parts, stream);
+  launch_add_partial_sums(p, a.result, a.parts, stream);
   return true;
 }
 
@@ -555,7 +547,6 @@ bool launch_aligned_grad_weight_nchw(const Problem& p, const Allocate& allocate,
   arrange(a.source, p.input, p.height, p.width);
   arrange(a.grad, p.output, p.out_height, p.out_width);
   a.width = static_cast<int>(p.width), a.out_width = static_cast<int>(p.out_width);
-  a.grad_weight = p.weight.data, a.grad_bias = p.bias;
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
   a.dilation_h = static_cast<int>(p.dilation_h), a.dilation_w = static_cast<int>(p.dilation_w);

@@ -25,7 +25,6 @@
 #include "flat_grad_weight_nchw.h"
 #include "launch.h"
 #include "padded_grad_weight_nchw.h"
-#include "partial_sums.h"
 
 namespace dwconv {
 namespace {
@@ -55,17 +54,6 @@ __device__ __noinline__ float sum_by_products(const Batch& a, int filter, int fi
   return sum;
 }
 
-template <typename T>
-__device__ void store(const Batch& a, int filter, int split, int tap, float total) {
-  const int taps = a.kernel_h * a.kernel_w;
-  if (a.partial != nullptr)
-    a.partial[(int64_t{split} * (taps + (a.grad_bias != nullptr)) + tap) * a.filters + filter] = total;
-  else if (tap < taps)
-    static_cast<T*>(a.grad_weight)[int64_t{filter} * taps + tap] = narrow<T>(total);
-  else
-    static_cast<T*>(a.grad_bias)[filter] = narrow<T>(total);
-}
-
 // Sums up the diagonals, in shared memory from `place` on. `deliver`: takes the sum of each tap, or the bias.
 template <typename T, class Sums, typename Deliver>
 __device__ void finish(const Sums& sums, const Batch& a, int place, int filter, int first, int last, int first_tile,
@@ -85,7 +73,7 @@ __device__ void finish(const Sums& sums, const Batch& a, int place, int filter, 
     }
     if (tap < taps) deliver(tap, total);
   }
-  if (a.grad_bias == nullptr) return;
+  if (!a.result.with_bias()) return;
   float total = sums.bias[0] + sums.bias[1];  // every row of the product is the same
   total += __shfl_xor_sync(~0u, total, 1);
   total += __shfl_xor_sync(~0u, total, 2);
@@ -99,7 +87,7 @@ __global__ void __launch_bounds__(32 * Sums::kWarps + 32, kBlocks)
   const int group = cluster ? blockIdx.x / a.splits : blockIdx.x % a.groups;
   const int split = cluster ? blockIdx.x % a.splits : blockIdx.x / a.groups;
   const int first_filter = group * a.block_filters, filters = min(a.block_filters, a.filters - first_filter);
-  const int slots = a.kernel_h * a.kernel_w + (a.grad_bias != nullptr);
+  const int slots = a.kernel_h * a.kernel_w + a.result.with_bias();
   if (cluster) enter_cluster(split == 0, kTotalsBarrier, 4 * a.splits * filters * slots);
   const Copier copier(a.bulk, true);
   copier.init();
@@ -194,7 +182,7 @@ __global__ void __launch_bounds__(32 * Sums::kWarps + 32, kBlocks)
     finish<T>(sums, a, kHead + warp * Sums::kBytes, first_filter + filter, first, last, first_tile,
               [&](int slot, float total) {
                 if (!cluster)
-                  store<T>(a, first_filter + filter, split * a.share + first_tile, slot, total);
+                  a.result.put<T>(first_filter + filter, split * a.share + first_tile, slot, total);
                 else if (a.share == 1)
                   send_to_first(place_of(split, filter, slot), total, kTotalsBarrier);
                 else
@@ -216,7 +204,7 @@ __global__ void __launch_bounds__(32 * Sums::kWarps + 32, kBlocks)
     const int filter = at / slots, slot = at % slots;
     float total = 0;
     for (int part = 0; part < a.splits; ++part) total += shared<float>(place_of(part, filter, slot));
-    store<T>(a, first_filter + filter, 0, slot, total);
+    a.result.put<T>(first_filter + filter, 0, slot, total);
   }
 }
 
@@ -279,14 +267,12 @@ void launch_kernel(const Problem& p, Batch a, const Allocate& allocate, cudaStre
   });
   a.splits = splits;
   const int64_t parts = int64_t{a.splits} * a.share;
-  if (cluster)
-    a.totals = static_cast<int>(bytes);
-  else if (parts > 1)
-    a.partial = static_cast<float*>(allocate(parts * slots * p.filters() * int64_t{sizeof(float)}));
+  if (cluster) a.totals = static_cast<int>(bytes);
+  a.result = weight_sums(p, cluster ? 1 : parts, allocate);
   launch_early(kernel, a, int64_t{a.groups} * a.splits, threads, stream,
                {.cluster = cluster ? a.splits : 1, .shared_bytes = bytes + (cluster ? totals : 0)});
   check_launch("batch_grad_weight_nchw");
-  if (a.partial != nullptr) launch_add_partial_sums(p, a.partial, parts, stream);
+  launch_add_partial_sums(p, a.result, parts, stream);
 }
 
 }  // namespace
@@ -297,7 +283,6 @@ void launch_batch_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& 
   a.grad.base = static_cast<char*>(p.output.data), a.grad.image_bytes = 2 * p.output.stride[0];
   a.height = static_cast<int>(p.height), a.width = static_cast<int>(p.width);
   a.out_height = static_cast<int>(p.out_height), a.out_width = static_cast<int>(p.out_width);
-  a.grad_weight = p.weight.data, a.grad_bias = p.bias;
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
   a.dilation_h = static_cast<int>(p.dilation_h), a.dilation_w = static_cast<int>(p.dilation_w);

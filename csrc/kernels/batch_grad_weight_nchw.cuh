@@ -4,6 +4,7 @@
 #include "image_runs.cuh"
 #include "stream.cuh"
 #include "tensor_cores.cuh"
+#include "weight_sums.cuh"
 
 namespace dwconv {
 namespace {
@@ -26,8 +27,7 @@ struct Batch {
   bool bulk;
   int shift;  // windows begin so many columns earlier, so that pairs of columns are words
   Divider by_bands, by_strips;
-  float* partial;  // [part][tap, or bias behind the last tap][filter], or null
-  void *grad_weight, *grad_bias;
+  WeightSums result;
 };
 
 // The rows that a step of a block works on, of 16 images.
@@ -136,7 +136,7 @@ struct Products {
       for (int k = 0; k < 2; ++k)
         g[r][k] = pair(grad[2 * k] + r * grad_row, grad[2 * k + 1] + r * grad_row) & grad_mask;
     }
-    if (a.grad_bias != nullptr) {
+    if (a.result.with_bias()) {
       constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
@@ -252,7 +252,7 @@ struct AlignedProducts {
 #pragma unroll
       for (int e = 0; e < 4; ++e) g[r + e / 2][e % 2] = both[e];
     }
-    if (a.grad_bias != nullptr) {
+    if (a.result.with_bias()) {
       constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) multiply(bias, bias, {kOnes, kOnes, kOnes, kOnes}, g[r], T{});
@@ -364,7 +364,7 @@ struct SmallPlanes {
 #pragma unroll
       for (int e = 0; e < 4; ++e) g[2 * y + e / 2][e % 2] = both[e];
     }
-    if (a.grad_bias != nullptr) {
+    if (a.result.with_bias()) {
       constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
 #pragma unroll
       for (int r = 0; r < kSide; ++r) multiply(bias, bias, {kOnes, kOnes, kOnes, kOnes}, g[r], T{});

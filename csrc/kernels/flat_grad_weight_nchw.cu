@@ -16,9 +16,9 @@
 #include <algorithm>
 
 #include "clusters.cuh"
-#include "march_channels_last.cuh"
-#include "partial_sums.h"
+#include "copies.cuh"
 #include "tensor_cores.cuh"
+#include "weight_sums.cuh"
 
 namespace dwconv {
 namespace {
@@ -48,8 +48,7 @@ struct Flat {
   int stages, stage_bytes;
   Divider by_columns;  // of the kernel
   uint64_t rows;       // a bit for the first pixel of each row of a plane of at most 49 pixels
-  float* partial;      // [split][tap, or bias behind the last tap][filter], or null
-  void *grad_weight, *grad_bias;
+  WeightSums result;
 };
 
 // A plane of a block.
@@ -123,7 +122,7 @@ struct AllPairs {
         for (int k = 0; k < kUnits; ++k)
           if (needed(m, k)) multiply(sum[m][k], sum[m][k], x, g[k], T{});
       }
-      if (a.grad_bias != nullptr) add_bias<T>(a, plane, stage, bias);
+      if (a.result.with_bias()) add_bias<T>(a, plane, stage, bias);
     }
 
     __device__ void put(const Flat&, int place) {
@@ -233,7 +232,7 @@ struct Folded {
           }
         }
       }
-      if (kRole == 0 && a.grad_bias != nullptr) add_bias<T>(a, plane, stage, bias);
+      if (kRole == 0 && a.result.with_bias()) add_bias<T>(a, plane, stage, bias);
     }
 
     __device__ void put(const Flat&, int place) {
@@ -317,7 +316,7 @@ struct Strided {
           load_matrices_transposed(x, source[k] + stage + 2 * tile * kUnit);
           multiply(sum[k][tile], sum[k][tile], x, g[k], T{});
         }
-      if (kRole == 0 && a.grad_bias != nullptr) add_bias<T>(a, plane, stage, bias);
+      if (kRole == 0 && a.result.with_bias()) add_bias<T>(a, plane, stage, bias);
     }
 
     __device__ void put(const Flat& a, int place) {
@@ -404,15 +403,7 @@ __global__ void __launch_bounds__(32 * (Products::kMaxPlanes * Products::kRoles 
   const FlatPlane plane{place_of(a.source), place_of(a.grad), filter * a.source.pixels % kPixels,
                         filter * a.grad.pixels % kPixels};
   const int place = kHead + number * Products::kProductBytes;  // of the products, when all are added
-  const int taps = a.kernel_h * a.kernel_w, slots = taps + (a.grad_bias != nullptr);
-  const auto store = [&](int slot, float total) {
-    if (a.partial != nullptr)
-      a.partial[(int64_t{split} * slots + slot) * a.filters + filter] = total;
-    else if (slot < taps)
-      static_cast<T*>(a.grad_weight)[int64_t{filter} * taps + slot] = narrow<T>(total);
-    else
-      static_cast<T*>(a.grad_bias)[filter] = narrow<T>(total);
-  };
+  const int taps = a.kernel_h * a.kernel_w;
 
   if (warp >= workers) {
     const FlatPlanes& v = warp == workers ? a.source : a.grad;
@@ -453,9 +444,9 @@ __global__ void __launch_bounds__(32 * (Products::kMaxPlanes * Products::kRoles 
     }
     __syncthreads();  // what was loaded has served
     part.put(a, place);
-    if (role == 0 && a.grad_bias != nullptr) {
+    if (role == 0 && a.result.with_bias()) {
       const float total = part.total_bias();
-      if (lane == 0 && filter < a.filters) store(taps, total);
+      if (lane == 0 && filter < a.filters) a.result.put<T>(filter, split, taps, total);
     }
   };
   if constexpr (Products::kRoles == 1) {
@@ -488,7 +479,7 @@ __global__ void __launch_bounds__(32 * (Products::kMaxPlanes * Products::kRoles 
         if (tap == which) total = exact;
       }
     }
-    if (tap < taps) store(tap, total);
+    if (tap < taps) a.result.put<T>(filter, split, tap, total);
   }
 }
 
@@ -496,7 +487,7 @@ template <typename T, class Products>
 bool launch(const Problem& p, Flat a, const Device& device, const Allocate& allocate, cudaStream_t stream) {
   const auto kernel = flat_grad_weight_nchw<T, Products>;
   if (!can_overlap(kernel)) return false;  // it is not code for sm_90
-  const int64_t slots = p.taps() + (p.bias != nullptr), steps = ceil_div(a.images, kImages);
+  const int64_t steps = ceil_div(a.images, kImages);
   const auto arrange = [&](FlatPlanes& v, int64_t memory) {
     const int64_t pixels = int64_t{a.planes} * v.pixels;
     const int64_t units = pixels % kPixels == 0 ? pixels / kPixels : (pixels + 2 * kPixels - 2) / kPixels;
@@ -534,10 +525,10 @@ bool launch(const Problem& p, Flat a, const Device& device, const Allocate& allo
                const Splits several = split_steps(kernel, device, steps, a.groups, threads, bytes, 0);
                return 3 * a.groups >= 2 * device.multiprocessors && steps <= 64 ? Splits{1, false} : several;
              }).count;
-  if (a.splits > 1) a.partial = static_cast<float*>(allocate(a.splits * slots * p.filters() * int64_t{sizeof(float)}));
+  a.result = weight_sums(p, a.splits, allocate);
   launch_early(kernel, a, int64_t{a.groups} * a.splits, threads, stream, {.shared_bytes = bytes});
   check_launch("flat_grad_weight_nchw");
-  if (a.partial != nullptr) launch_add_partial_sums(p, a.partial, a.splits, stream);
+  launch_add_partial_sums(p, a.result, a.splits, stream);
   return true;
 }
 
@@ -555,7 +546,6 @@ bool launch_flat_grad_weight_nchw(const Problem& p, const Allocate& allocate, cu
   Flat a{};
   a.height = static_cast<int>(p.height), a.width = static_cast<int>(p.width);
   a.out_height = static_cast<int>(p.out_height), a.out_width = static_cast<int>(p.out_width);
-  a.grad_weight = p.weight.data, a.grad_bias = p.bias;
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
   a.dilation_h = static_cast<int>(p.dilation_h), a.dilation_w = static_cast<int>(p.dilation_w);

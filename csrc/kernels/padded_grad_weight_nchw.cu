@@ -22,10 +22,10 @@
 #include "batch_grad_weight_nchw.h"
 #include "clusters.cuh"
 #include "flat_grad_weight_nchw.h"
-#include "partial_sums.h"
 #include "stream.cuh"
 #include "stride2_grad_weight_nchw.h"
 #include "tensor_cores.cuh"
+#include "weight_sums.cuh"
 
 namespace dwconv {
 namespace {
@@ -68,8 +68,7 @@ struct Padded {
   int window;   // the first column of a window for the kernel's first one
   bool loader;  // a warp does nothing but load
   Divider by_bands, by_strips;
-  float* partial;  // [split][tap, or bias behind the last tap][filter], or null
-  void *grad_weight, *grad_bias;
+  WeightSums result;
 };
 
 // The barrier of a stage for what all warps load together: of a stage that there is not.
@@ -213,17 +212,6 @@ __device__ __noinline__ float sum_by_products(const Padded& a, int filter, int f
   return sum;
 }
 
-template <typename T>
-__device__ void store(const Padded& a, int filter, int split, int tap, float total) {
-  const int taps = a.kernel_h * a.kernel_w;
-  if (a.partial != nullptr)
-    a.partial[(int64_t{split} * (taps + (a.grad_bias != nullptr)) + tap) * a.filters + filter] = total;
-  else if (tap < taps)
-    static_cast<T*>(a.grad_weight)[int64_t{filter} * taps + tap] = narrow<T>(total);
-  else
-    static_cast<T*>(a.grad_bias)[filter] = narrow<T>(total);
-}
-
 // What a warp sums up. kKernelH: with what dilation puts between the rows. At stride 1 rows of the input are laid so
 // that the 16 columns that a tile's windows meet begin with 16 bytes; at stride 2 windows begin 8 columns before a tile
 // and have 32. kWhole: rows of at most 16 columns, at stride 1, are multiplied with both halves of a row of the
@@ -274,7 +262,7 @@ struct Sums {
 #pragma unroll
       for (int e = 0; e < 4; ++e) (kWhole ? g[r][e / 2 % kHalves] : g[r + e / 2][0])[e % 2] = both[e];
     }
-    if (a.grad_bias != nullptr) {
+    if (a.result.with_bias()) {
       constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
 #pragma unroll
       for (int r = 0; r < kRows; ++r)
@@ -373,7 +361,7 @@ __global__ void __launch_bounds__(32 * (Sums::kWarps + Sums::kLoader), Sums::kBl
   const int group = cluster ? blockIdx.x / a.splits : blockIdx.x % a.groups;
   const int split = cluster ? blockIdx.x % a.splits : blockIdx.x / a.groups;
   const int first_filter = group * a.block_filters, filters = min(a.block_filters, a.filters - first_filter);
-  const int taps = a.kernel_h * a.kernel_w, slots = taps + (a.grad_bias != nullptr), turns = (slots + 31) / 32;
+  const int taps = a.kernel_h * a.kernel_w, slots = taps + a.result.with_bias(), turns = (slots + 31) / 32;
   if (cluster) enter_cluster(split == 0, kTotalsBarrier, 4 * a.splits * filters * slots);
   const Copier copier(false, true, a.loader);
   if (threadIdx.x == 0) {
@@ -511,7 +499,7 @@ __global__ void __launch_bounds__(32 * (Sums::kWarps + Sums::kLoader), Sums::kBl
     if (cluster)
       send_to_first(place_of(split, filter, slot), total, kTotalsBarrier);
     else
-      store<T>(a, first_filter + filter, split, slot, total);
+      a.result.put<T>(first_filter + filter, split, slot, total);
   }
   if (!cluster || split > 0) return;
   wait(kTotalsBarrier, 0);
@@ -519,7 +507,7 @@ __global__ void __launch_bounds__(32 * (Sums::kWarps + Sums::kLoader), Sums::kBl
     const int filter = at / slots, slot = at % slots;
     float total = 0;
     for (int part = 0; part < a.splits; ++part) total += shared<float>(place_of(part, filter, slot));
-    store<T>(a, first_filter + filter, 0, slot, total);
+    a.result.put<T>(first_filter + filter, 0, slot, total);
   }
 }
 
@@ -602,14 +590,12 @@ void launch(const Problem& p, Padded a, bool clusters, const Device& device, con
     return alone && most && steps <= 64 ? Splits{1, false} : several;
   });
   a.splits = splits;
-  if (cluster)
-    a.totals = static_cast<int>(bytes);
-  else if (a.splits > 1)
-    a.partial = static_cast<float*>(allocate(a.splits * slots * p.filters() * int64_t{sizeof(float)}));
+  if (cluster) a.totals = static_cast<int>(bytes);
+  a.result = weight_sums(p, cluster ? 1 : a.splits, allocate);
   launch_early(kernel, a, int64_t{a.groups} * a.splits, threads, stream,
                {.cluster = cluster ? a.splits : 1, .shared_bytes = bytes + (cluster ? totals : 0)});
   check_launch("padded_grad_weight_nchw");
-  if (a.partial != nullptr) launch_add_partial_sums(p, a.partial, a.splits, stream);
+  launch_add_partial_sums(p, a.result, a.splits, stream);
 }
 
 // The most bytes that all runs of `bytes` are whole pieces of, or 0.
@@ -652,7 +638,6 @@ bool launch_padded_grad_weight_nchw(const Problem& p, bool bulk, const Allocate&
   };
   if (!arrange(a.source, p.input, p.height, p.width) || !arrange(a.grad, p.output, p.out_height, p.out_width))
     return false;
-  a.grad_weight = p.weight.data, a.grad_bias = p.bias;
   a.height = static_cast<int>(p.height), a.width = static_cast<int>(p.width);
   a.out_height = static_cast<int>(p.out_height), a.out_width = static_cast<int>(p.out_width);
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);

@@ -15,9 +15,9 @@
 #include <algorithm>
 
 #include "clusters.cuh"
-#include "march_channels_last.cuh"
-#include "partial_sums.h"
+#include "copies.cuh"
 #include "tensor_cores.cuh"
+#include "weight_sums.cuh"
 
 namespace dwconv {
 namespace {
@@ -43,9 +43,8 @@ struct Stride2 {
   int height, bands;  // of the input; of kRows rows of the gradient
   int kernel_h, kernel_w, padding_h, padding_w, dilation_h, dilation_w;
   int images, filters, groups, splits;
-  int totals;      // where the first block of a cluster gets the sums of all of it in shared memory, or 0
-  float* partial;  // [split][tap, or bias behind the last tap][filter], or null
-  void *grad_weight, *grad_bias;
+  int totals;  // where the first block of a cluster gets the sums of all of it in shared memory, or 0
+  WeightSums result;
 };
 
 // The first 16 pixels, or the last 16, of the 32 of a row of the input that a phase's gradients meet, by 8. The middle
@@ -91,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, 1) stride2_grad_weight_nchw(const __
   const bool cluster = a.totals > 0;
   const int channel = cluster ? blockIdx.x / a.splits : blockIdx.x % a.groups;
   const int split = cluster ? blockIdx.x % a.splits : blockIdx.x / a.groups;
-  const int taps = a.kernel_h * a.kernel_w, slots = taps + (a.grad_bias != nullptr);
+  const int taps = a.kernel_h * a.kernel_w, slots = taps + a.result.with_bias();
   const int all = (a.images + kImages - 1) / kImages, whole = all / a.splits, more = all % a.splits;
   const int first = split * whole + min(split, more), last = first + whole + (split < more);
   const int steps = (last - first) * a.bands;
@@ -184,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, 1) stride2_grad_weight_nchw(const __
             for (int h = 0; h < 2; ++h) multiply(sum[f][i][h], sum[f][i][h], x[h], g[q][f], T{});
         }
       }
-      if (a.grad_bias != nullptr) {
+      if (a.result.with_bias()) {
         constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
 #pragma unroll 1
         for (int q = 0; q < kPairs; ++q) {
@@ -230,14 +229,6 @@ __global__ void __launch_bounds__(kThreads, 1) stride2_grad_weight_nchw(const __
   }
   if (cluster) meet_cluster();
 
-  const auto store = [&](int filter, int slot, float total) {
-    if (a.partial != nullptr)
-      a.partial[(int64_t{split} * slots + slot) * a.filters + filter] = total;
-    else if (slot < taps)
-      static_cast<T*>(a.grad_weight)[int64_t{filter} * taps + slot] = narrow<T>(total);
-    else
-      static_cast<T*>(a.grad_bias)[filter] = narrow<T>(total);
-  };
   const auto place_of = [&](int part, int at) { return a.totals + 4 * (part * kFilters * slots + at); };
 #pragma unroll 1
   for (int begin = 32 * warp; begin < kFilters * slots; begin += kThreads) {
@@ -262,14 +253,14 @@ __global__ void __launch_bounds__(kThreads, 1) stride2_grad_weight_nchw(const __
     if (cluster)
       send_to_first(place_of(split, at), total, kTotalsBarrier);
     else
-      store(channel * kFilters + f, slot, total);
+      a.result.put<T>(channel * kFilters + f, split, slot, total);
   }
   if (!cluster || split > 0) return;
   wait(kTotalsBarrier, 0);
   for (int at = threadIdx.x; at < kFilters * slots; at += kThreads) {
     float total = 0;
     for (int part = 0; part < a.splits; ++part) total += shared<float>(place_of(part, at));
-    store(channel * kFilters + at / slots, at % slots, total);
+    a.result.put<T>(channel * kFilters + at / slots, 0, at % slots, total);
   }
 }
 
@@ -287,14 +278,12 @@ bool launch(const Problem& p, Stride2 a, const Device& device, const Allocate& a
     return split_steps(kernel, device, steps, a.groups, kThreads, bytes, totals);
   });
   a.splits = splits;
-  if (cluster)
-    a.totals = static_cast<int>(bytes);
-  else if (a.splits > 1)
-    a.partial = static_cast<float*>(allocate(a.splits * slots * p.filters() * int64_t{sizeof(float)}));
+  if (cluster) a.totals = static_cast<int>(bytes);
+  a.result = weight_sums(p, cluster ? 1 : a.splits, allocate);
   launch_early(kernel, a, int64_t{a.groups} * a.splits, kThreads, stream,
                {.cluster = cluster ? a.splits : 1, .shared_bytes = bytes + (cluster ? totals : 0)});
   check_launch("stride2_grad_weight_nchw");
-  if (a.partial != nullptr) launch_add_partial_sums(p, a.partial, a.splits, stream);
+  launch_add_partial_sums(p, a.result, a.splits, stream);
   return true;
 }
 
@@ -322,7 +311,6 @@ bool launch_stride2_grad_weight_nchw(const Problem& p, const Allocate& allocate,
   a.dilation_h = static_cast<int>(p.dilation_h), a.dilation_w = static_cast<int>(p.dilation_w);
   a.images = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());
   a.groups = static_cast<int>(p.channels);
-  a.grad_weight = p.weight.data, a.grad_bias = p.bias;
   bool served = false;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
