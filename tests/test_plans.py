@@ -1091,7 +1091,7 @@ def test_planes_to_march_down_at_stride_2(batch: int, channels: int, multiplier:
 
 @pytest.mark.parametrize("name", PASSES[:2])
 def test_planes_whose_bounds_are_known(name: str) -> None:
-    """Those of 7 x 7 stream, if the kernel lies over the middle; of 14 x 14 only where planes do not begin with 16 bytes."""
+    """Those of 7 x 7 stream, if the kernel lies over the middle; of 14 x 14 where planes do not begin with 16 bytes."""
     for side in (7, 14):
         case = Case(1024, 256, (side, side), (7, 7), padding=(3, 3))
         assert plan_of(name, case) == ("stream_nchw" if side == 7 else "march_nchw")

@@ -1,6 +1,6 @@
-// Boxes of arrays of four dimensions, such as some channels of some neighbouring pixels of a row of a channels_last one,
-// which one instruction copies to shared memory, with zeros for what is outside of the array, or from there. From sm_90
-// on.
+// Boxes of arrays of four dimensions, such as some channels of some neighbouring pixels of a row of a channels_last
+// one, which one instruction copies to shared memory, with zeros for what is outside of the array, or from there. From
+// sm_90 on.
 #pragma once
 
 #include <cuda.h>

@@ -1,8 +1,8 @@
-// Forward and grad_input of 7x7, 9x9 and dilated 3x3 in float32 on contiguous planes (march_nchw.cuh), and forward of 7x7
-// at stride 2. A lane marches down a strip of 7 columns: each source row, read once, is added to all the output rows
-// that it reaches, whose sums are in registers; the oldest of them is then complete. The loop is one output row, so that
-// it stays in the instruction cache. Where planes begin with 16 bytes, rows of all planes of a warp come and go as one
-// box.
+// Forward and grad_input of 7x7, 9x9 and dilated 3x3 in float32 on contiguous planes (march_nchw.cuh), and forward of
+// 7x7 at stride 2. A lane marches down a strip of 7 columns: each source row, read once, is added to all the output
+// rows that it reaches, whose sums are in registers; the oldest of them is then complete. The loop is one output row,
+// so that it stays in the instruction cache. Where planes begin with 16 bytes, rows of all planes of a warp come and go
+// as one box.
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -20,9 +20,9 @@
 namespace dwconv {
 namespace {
 
-// How rows come and go: in pieces, whatever their address, or in boxes of rows of planes that begin with 16 bytes, so many
-// rows that they end with 16 bytes too. Halves are boxes of planes of two strips that a kernel is laid over the middle
-// of: right halves are mirror images of left ones, and what lies outside on the left is not multiplied.
+// How rows come and go: in pieces, whatever their address, or in boxes of rows of planes that begin with 16 bytes, so
+// many rows that they end with 16 bytes too. Halves are boxes of planes of two strips that a kernel is laid over the
+// middle of: right halves are mirror images of left ones, and what lies outside on the left is not multiplied.
 enum class Way { kPieces, kBoxes, kHalves };
 
 struct March {
@@ -85,7 +85,8 @@ __device__ __noinline__ void strip_by_taps(const March& a, int image, int plane,
       float sum = a.bias ? a.bias[plane * a.bias_stride] : 0.f;
       for (int i = 0; i < kKernel; ++i)
         for (int j = 0; j < kKernel; ++j) {
-          const int y = row * kStride - a.cut.padding_h + i * kDilation, x = v * kStride - a.cut.padding_w + j * kDilation;
+          const int y = row * kStride - a.cut.padding_h + i * kDilation,
+                    x = v * kStride - a.cut.padding_w + j * kDilation;
           if (y < 0 || y >= a.source.height || x < 0 || x >= a.source.width) continue;
           sum = fmaf(reinterpret_cast<const float*>(source + static_cast<int64_t>(y) * a.source.row_bytes)[x],
                      weight[i * a.weight_row + j * a.weight_column], sum);
@@ -132,8 +133,8 @@ __device__ inline void load_next(const March& a, int end, int span, Known& known
       const char* from = rows.at(r.image, plane + share.piece, row_begin, r.source_column);
       const char* image = rows.at(r.image, 0, 0, 0);
       ready();
-      ring.load(cut, rows, share, source_plane(a, r.planes), row_end - row_begin,
-                (r.source_end - r.source_column) * 4, from, image, 0);
+      ring.load(cut, rows, share, source_plane(a, r.planes), row_end - row_begin, (r.source_end - r.source_column) * 4,
+                from, image, 0);
     }
     if (threadIdx.x % 32 == 0) {
       known.begin = count < left ? begin : begin + (r.end - r.begin);
@@ -178,8 +179,7 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
   if (kBoxes && lane == 0) prefetch(a.source_map), prefetch(a.target_map);
   __syncwarp();
   let_next_kernel_start();
-  load_next<kExtent, kStride, kWay>(a, end, span, known, ring,
-                                    [&] { settle_and_wait_for_kernel_before(cut.workers); });
+  load_next<kExtent, kStride, kWay>(a, end, span, known, ring, [&] { settle_and_wait_for_kernel_before(cut.workers); });
 
   const uint32_t weights = shared_address(stage);
   const uint32_t zeros = shared_address(memory + static_cast<int>(offsetof(Known, zeros)));
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
       const int count = r.planes * kTaps;
       int first = lane;
       asm volatile("" : "+r"(first));  // or else what follows from it is kept in registers all the time
-      if (a.dense != 0) {  // forwards or backwards
+      if (a.dense != 0) {              // forwards or backwards
         const float* from = a.weight + channel * kTaps - (a.dense < 0 ? kTaps - 1 : 0);
 #pragma unroll 1
         for (int i = first; i < count; i += 32)
@@ -220,7 +220,8 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
       for (int i = 0; i < kKernel; ++i)
 #pragma unroll
         for (int j = 0; j < kKernel; ++j) {
-          weight[i][j] = at_address<float>(weights + 4 * (own * kTaps + i * kKernel + (mirrored ? kKernel - 1 - j : j)));
+          weight[i][j] =
+              at_address<float>(weights + 4 * (own * kTaps + i * kKernel + (mirrored ? kKernel - 1 - j : j)));
           zero = fmaf(weight[i][j], 0.f, zero);
         }
       const uint32_t finite = __ballot_sync(~0u, zero == 0.f);
@@ -327,7 +328,7 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
           masks.read(from, x);
         }
         const bool begins = e + 1 == kStride;  // a new row, and all move on
-const auto add = [&](int o, int j, int v, bool is_first) {
+        const auto add = [&](int o, int j, int v, bool is_first) {
           const int reach = (kHeld - o - begins) * kStride - (begins ? 0 : kStride - 1 - e), i = reach / kDilation;
           const int s = kHalves ? v + j - kReach : v * kStride + j * kDilation;
           if (i >= kKernel || s < 0) return;
@@ -365,7 +366,8 @@ const auto add = [&](int o, int j, int v, bool is_first) {
         for (int v = 0; v < kStrip; ++v) sum[o][v] = sum[o + 1][v];
       if (row >= r.begin) store(row);
     }
-    if (live && !(known.finite >> lane & 1)) strip_by_taps<kKernel, kStride, kDilation>(a, r.image, r.channel + own, r.begin, r.end, column);
+    if (live && !(known.finite >> lane & 1))
+      strip_by_taps<kKernel, kStride, kDilation>(a, r.image, r.channel + own, r.begin, r.end, column);
   }
   stored();
 }
@@ -417,9 +419,8 @@ Decision decide(const March& a, int64_t images, const Kernels& kernels, const De
     }
     cut.stage_bytes = std::max(taps, static_cast<int>(round_up(d.target.group_bytes, kUnit)));
     cut.group_bytes = d.source.group_bytes;
-    cut.warp_bytes = static_cast<int>(round_up(kKnownBytes + MarchRing::kBarrierBytes +
-                                                   MarchRing::kGroups * cut.group_bytes + cut.stage_bytes,
-                                               kBoxUnit));
+    cut.warp_bytes = static_cast<int>(round_up(
+        kKnownBytes + MarchRing::kBarrierBytes + MarchRing::kGroups * cut.group_bytes + cut.stage_bytes, kBoxUnit));
     return cut.warp_bytes <= budget;
   };
   constexpr int kRows = 8, kTargetRows = 4, kTargetRowsOfBox = 6;

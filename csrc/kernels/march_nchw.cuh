@@ -236,7 +236,8 @@ class MarchRing {
   uint32_t read_ = 0;  // groups that were read
 };
 
-// Rows of a group as a lane reads or writes them, one after the other. kEven: all lie at the same place within 16 bytes.
+// Rows of a group as a lane reads or writes them, one after the other. kEven: all lie at the same place within 16
+// bytes.
 template <bool kEven = false>
 class RowPlace {
  public:

@@ -184,8 +184,7 @@ struct Corner {
   const bool up, left;  // a thread stays with a filter and a corner
 
   __device__ explicit Corner(const GradStream&) : Corner() {}
-  __device__ Corner()
-      : up(kMirrors && threadIdx.x / 2 % 2 != 0), left(kMirrors && threadIdx.x % 2 != 0) {}
+  __device__ Corner() : up(kMirrors && threadIdx.x / 2 % 2 != 0), left(kMirrors && threadIdx.x % 2 != 0) {}
   __device__ int tap(int i, int j) const { return (up ? kKernel - 1 - i : i) * kKernel + (left ? kKernel - 1 - j : j); }
   __device__ float total(int i, int j) const { return sum[i][j]; }
   __device__ float total_bias() const { return static_cast<float>(bias); }
@@ -331,8 +330,8 @@ struct PlaneRows {
   }
 };
 
-// A thread has a tile of a filter's planes, of some images. All products are of pixels inside the image: sums are Inf or
-// NaN where they have to be.
+// A thread has a tile of a filter's planes, of some images. All products are of pixels inside the image: sums are Inf
+// or NaN where they have to be.
 template <int kKernel, int kSide>
 __global__ void __launch_bounds__(PlaneCut<kSide>::kThreads + 32, PlaneCut<kSide>::kBlocks)
     plane_grad_weight(const __grid_constant__ PlaneGrad a) {
@@ -382,7 +381,8 @@ __global__ void __launch_bounds__(PlaneCut<kSide>::kThreads + 32, PlaneCut<kSide
 #pragma unroll
     for (int i = 0; i < kKernel; ++i)
 #pragma unroll
-      for (int j = 0; j < kKernel; ++j) shared<float>(kHead + 4 * (sums.tap(i, j) * kPitch + thread)) = sums.total(i, j);
+      for (int j = 0; j < kKernel; ++j)
+        shared<float>(kHead + 4 * (sums.tap(i, j) * kPitch + thread)) = sums.total(i, j);
     shared<float>(kHead + 4 * (kTaps * kPitch + thread)) = sums.total_bias();
   }
   __syncthreads();
@@ -406,8 +406,8 @@ bool launch_plane_grad_weight(const Problem& p, bool bulk, cudaStream_t stream) 
   if (!bulk || device.capability < 90 || p.multiplier > 1 || p.channels % Cut::kFilters > 0) return false;
   constexpr int64_t kFar = int64_t{1} << 37;
   const auto lies = [&](const View& view) {
-    return reinterpret_cast<uintptr_t>(view.data) % kUnit == 0 && view.stride[0] > 0 && view.stride[0] * 4 % kUnit == 0 &&
-           view.stride[0] < kFar;
+    return reinterpret_cast<uintptr_t>(view.data) % kUnit == 0 && view.stride[0] > 0 &&
+           view.stride[0] * 4 % kUnit == 0 && view.stride[0] < kFar;
   };
   if (p.batch < Cut::kImages || !lies(p.input) || !lies(p.output)) return false;
   // Small planes are bound by bytes: some multiprocessors may be idle.

@@ -2,8 +2,8 @@
 // added: input and gradient stream through shared memory side by side, and the sums of all taps stay in registers.
 //
 // Bytes bound by design: both arrays are read once. A block works for a fixed group of filters on a part of the images;
-// the parts, if there are several, are added up by a second, small kernel. Every sum has a fixed order, the same on every
-// run.
+// the parts, if there are several, are added up by a second, small kernel. Every sum has a fixed order, the same on
+// every run.
 //
 // What is not part of a sum is multiplied by zero, which is exact unless the other factor is Inf or NaN. So sums that
 // are finite are right, and the others are taken again, product by product.
@@ -293,9 +293,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
         shared<float>(kHead + 4 * (sums.tap(i, j) * pitch + threadIdx.x)) = sums.total(i, j);
     shared<float>(kHead + 4 * (kTaps * pitch + threadIdx.x)) = sums.total_bias();
     __syncthreads();
-    const int per_filter = a.single            ? copier.workers()
-                           : Tile::kLanes == 1 ? tiles
-                                               : 32 * a.filter_warps;
+    const int per_filter = a.single ? copier.workers() : Tile::kLanes == 1 ? tiles : 32 * a.filter_warps;
     // Lanes that add up together stay with a filter, of which there are not more than such lanes.
     uint32_t team = threadIdx.x >> a.lanes_log2;
     const int own = a.by_block_filters.split(team), first_slot = team, at_once = a.slots_at_once;
@@ -385,7 +383,8 @@ inline void apply(GradStream& a, GradCut& cut, const GradTileSize& tile) {
   a.chunks_at = static_cast<int>(grad.memory + ring_bytes(grad_rows, grad.row_bytes));
   const int64_t slot_bytes = int64_t{tile.taps + 1} * static_cast<int64_t>(sizeof(float));
   a.totals = static_cast<int>(kHead + slot_bytes * (cut.threads + kMoreThreads));
-  cut.shared_bytes = std::max<int64_t>(a.chunks_at + kDepth * sizeof(GradChunk), a.totals + slot_bytes * a.block_filters);
+  cut.shared_bytes =
+      std::max<int64_t>(a.chunks_at + kDepth * sizeof(GradChunk), a.totals + slot_bytes * a.block_filters);
 }
 
 // Cuts the work so that as many threads as possible have some on a multiprocessor at a time, and every block about as

@@ -280,8 +280,8 @@ struct SummedFilters {
 };
 
 // grad_input at stride 2: a tile of kPairs x 7 pairs of rows and columns. Which taps reach a row depends on whether the
-// row plus the padding is even: known at compile time, given whether the padding is (kOdd). kMiddle: whether the kernel is
-// laid over the middle, and tiles fill the rows: then few columns may lie outside the image.
+// row plus the padding is even: known at compile time, given whether the padding is (kOdd). kMiddle: whether the kernel
+// is laid over the middle, and tiles fill the rows: then few columns may lie outside the image.
 template <int kKernel, int kOdd, bool kMiddle = false>
 struct Spread : TileOfThread<Spread<kKernel, kOdd, kMiddle>> {
   static constexpr bool kSoon = false;
