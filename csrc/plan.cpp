@@ -117,10 +117,9 @@ bool has_known_bounds(const Problem& p) {
          p.padding_w == p.padding_h && claims_stream_nchw(p);
 }
 
-using March7x7 = SmallKernel<kMarchKernel, kMarchKernel, 1, 1>;
-// Whether march_nchw has them too, of planes of two strips.
+// Whether march_nchw has such planes too: of two strips, where planes begin with 16 bytes.
 bool has_halves(const Problem& p) {
-  const auto begin = [&](const View& view) {  // planes with 16 bytes
+  const auto begin = [&](const View& view) {
     return reinterpret_cast<uintptr_t>(view.data) % kUnit == 0 &&
            (p.batch == 1 || (view.stride[0] > 0 && view.stride[0] * size_of(p.dtype) % kUnit == 0));
   };
@@ -128,8 +127,9 @@ bool has_halves(const Problem& p) {
          begin(p.output);
 }
 
+using March7x7 = SmallKernel<kMarchKernel, kMarchKernel, 1, 1>;
+using March7x7Stride2 = SmallKernel<kMarchKernel, kMarchKernel, 2, 1>;  // but for grad_input
 using MarchDilated = SmallKernel<3, 3, 1, 2>;
-using March7x7Stride2 = SmallKernel<kMarchKernel, kMarchKernel, 2, 1>;  // for grad_weight
 
 bool claims_march_nchw(const Problem& p) {
   constexpr int64_t kFar = 1 << 27;  // offsets of weights are counted in 32 bits
@@ -208,7 +208,7 @@ bool claims_stream_grad_weight_nchw(const Problem& p) {
   if (p.filters() > (1 << 30) / (p.taps() + 1)) return false;  // sums are counted in 32 bits
   const int64_t source_bytes = p.width * size_of(p.dtype), grad_bytes = p.out_width * size_of(p.dtype);
   const int64_t extent = (p.kernel_h - 1) * p.dilation_h + 1, rows = std::min<int64_t>(kLeastRows, p.out_height);
-  constexpr int64_t kThreads = 256 + 32 + 8 + 1;
+  constexpr int64_t kThreads = 256 + 32 + 8 + 1;  // with the warp that loads, and room between banks
   const int64_t source = rows_for_bands((p.out_height + rows - 1) / rows, rows * p.stride_h, extent, source_bytes);
   const int64_t grad = rows_for_planes(rows, grad_bytes);
   return kHead + std::max(ring_bytes(source, source_bytes) + ring_bytes(grad, grad_bytes) + 256,

@@ -21,7 +21,7 @@
 
 #include "aligned_grad_weight_nchw.h"
 #include "batch_grad_weight_nchw.cuh"
-#include "clusters.cuh"
+#include "cluster_sums.cuh"
 #include "flat_grad_weight_nchw.h"
 #include "launch.h"
 #include "padded_grad_weight_nchw.h"

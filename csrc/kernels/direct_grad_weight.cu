@@ -4,7 +4,7 @@
 // a cluster share them: there is nothing to add up behind the kernel.
 //
 // Only taps that meet the image are multiplied: a gradient that is Inf or NaN does not meet the padding.
-#include "block_clusters.cuh"
+#include "clusters.cuh"
 #include "common.cuh"
 #include "device.h"
 #include "direct.cuh"

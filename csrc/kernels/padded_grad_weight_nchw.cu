@@ -20,7 +20,7 @@
 #include <cmath>
 
 #include "batch_grad_weight_nchw.h"
-#include "clusters.cuh"
+#include "cluster_sums.cuh"
 #include "flat_grad_weight_nchw.h"
 #include "stream.cuh"
 #include "stride2_grad_weight_nchw.h"

@@ -14,7 +14,7 @@
 
 #include <algorithm>
 
-#include "clusters.cuh"
+#include "cluster_sums.cuh"
 #include "copies.cuh"
 #include "tensor_cores.cuh"
 #include "weight_sums.cuh"

@@ -20,7 +20,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "block_clusters.cuh"
+#include "clusters.cuh"
 #include "launch.h"
 #include "overlap.cuh"
 #include "partial_sums.h"
