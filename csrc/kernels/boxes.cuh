@@ -25,7 +25,7 @@ inline bool has_boxes(const View& view, int64_t element, int64_t alignment) {
 
 // Describes boxes of an array of four dimensions, of which elements of the first one lie side by side. `strides`: the
 // bytes from one to the next in the others. `swizzle`: how units of 16 bytes are exchanged in shared memory. Returns
-// whether CUDA can.
+// whether there can be such boxes; CUDA is not asked what it would call an error.
 inline bool describe_boxes(CUtensorMap& map, void* data, int64_t element, const std::array<int64_t, 4>& sizes,
                            const std::array<int64_t, 3>& strides, const std::array<int, 4>& box,
                            CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_NONE) {
@@ -45,7 +45,12 @@ inline bool describe_boxes(CUtensorMap& map, void* data, int64_t element, const 
   std::copy(strides.begin(), strides.end(), steps_between);
   std::copy(box.begin(), box.end(), sides);
   const cuuint32_t steps[] = {1, 1, 1, 1};
-  return encode != nullptr &&
+  constexpr int64_t kFar = int64_t{1} << 40;
+  bool fits = reinterpret_cast<uintptr_t>(data) % kUnit == 0 && box[0] * element % kUnit == 0;
+  for (const int64_t size : sizes) fits = fits && size > 0 && size <= int64_t{1} << 32;
+  for (const int64_t step : strides) fits = fits && step >= 0 && step < kFar && step % kUnit == 0;
+  for (const int side : box) fits = fits && side > 0 && side <= kMostBoxSide;
+  return fits && encode != nullptr &&
          encode(&map, element == 4 ? CU_TENSOR_MAP_DATA_TYPE_UINT32 : CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, data, all,
                 steps_between, sides, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;

@@ -121,7 +121,7 @@ struct Window : TileOfThread<Window<Kernel, kSum, kRows_, kNear>> {
         known = -1, finite = read_weight<kKernelH, kKernelW, T>(a, filter + q, weight);
       else
         know<T>(a, c.target + plane);
-      if (!finite) return tile_by_taps<T>(a, c, corner, plane, row, rows, column, kColumns);
+      if (!finite) return tile_by_taps<T, true>(a, c, corner, plane, row, rows, column, kColumns);
       const int top = ((c.group + group_of(a, plane)) * a.fan_in + q) * a.height - c.source_begin;
       RowWalk walk(ring, c.source_slot + top + y0);
 #pragma unroll
@@ -336,7 +336,7 @@ struct Spread : TileOfThread<Spread<kKernel, kOdd, kMiddle>> {
         known = -1, finite = read_weight<kKernel, kKernel, T>(a, filter + q, weight);
       else
         know<T>(a, c.target + plane);
-      if (!finite) return tile_by_taps<T>(a, c, corner, plane, row, rows, column, columns);
+      if (!finite) return tile_by_taps<T, true>(a, c, corner, plane, row, rows, column, columns);
       const int top = ((c.group + group_of(a, plane)) * a.fan_in + q) * a.height - c.source_begin;
       RowWalk walk(ring, c.source_slot + top + y0);
 #pragma unroll

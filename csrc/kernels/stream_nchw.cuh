@@ -78,8 +78,8 @@ struct __align__(16) Chunk {
   int target, targets;           // the same as target planes of the image
   int row, rows;                 // of each target plane
   int source_begin, source_end;  // rows of the image's source
-  int source_slot;               // of the first of them in the ring
-  int source_at;                 // where it lies, if tiles are computed by warps
+  int source_slot;               // of the first of them in the ring, if threads compute tiles by themselves,
+  int source_at;                 // or where it lies, if warps do
   uint64_t target_row;           // address of the first row to be written
 };
 
@@ -139,10 +139,11 @@ __device__ inline int source_index(int target, int tap, int stride, int padding,
 }
 
 // The outputs of a tile one by one, by the taps that meet the image: for Inf and NaN, which must not meet the padding.
-// `to`: where the first one belongs in shared memory.
-template <typename T>
+// `to`: where the first one belongs in shared memory. kInRing: where the chunk's rows lie.
+template <typename T, bool kInRing>
 __device__ __noinline__ void tile_by_taps(const Stream& a, const Chunk& c, int to, int plane, int row, int rows,
                                           int column, int columns) {
+  const RowRing ring = ring_of(a);
   const T* weight = static_cast<const T*>(a.weight);
   uint32_t filter = c.target + plane;
   filter = a.by_filters.split(filter) * a.fan_in;
@@ -156,7 +157,8 @@ __device__ __noinline__ void tile_by_taps(const Stream& a, const Chunk& c, int t
         for (int i = 0; i < a.kernel_h; ++i) {
           const int y = source_index(c.row + r, i, a.stride_h, a.padding_h, a.dilation_h, a.spread);
           if (y < 0 || y >= a.height) continue;
-          const int source = c.source_at + (top + y) * a.source.row_bytes;
+          const int source =
+              kInRing ? ring.at(ring.wrap(c.source_slot + top + y)) : c.source_at + (top + y) * a.source.row_bytes;
           for (int j = 0; j < a.kernel_w; ++j) {
             const int x = source_index(v, j, a.stride_w, a.padding_w, a.dilation_w, a.spread);
             if (x >= 0 && x < a.width)
