@@ -73,8 +73,8 @@ class Kernel:
 
 
 def short_name(signature: str) -> str:
-    """`void dwconv::<unnamed>::name<float, (int)3>(Arguments)` -> `name`"""
-    found = re.search(r"(\w+)[<(]", re.sub(r"<?unnamed>::", "", signature))
+    """`void dwconv::<unnamed>::name<<unnamed>::Tile<(int)3>>(Arguments)` -> `name`"""
+    found = re.search(r"(\w+)[<(]", signature.replace("unnamed>::", ""))
     return found[1] if found else signature
 
 

@@ -477,6 +477,8 @@ def test_limiters_read_what_ncu_measured(module):
     assert kernel.limiter == "memory"
     assert limiters.kernels("==ERROR== nothing\n") == []
     assert limiters.short_name("add_partial_sums(const float *)") == "add_partial_sums"
+    assert limiters.short_name("void dwconv::<unnamed>::march<unnamed>::Strips>(int)") == "march"
+    assert limiters.short_name("void unnamed>::march<unnamed>::Tile<(int)14>>(unnamed>::Arguments)") == "march"
 
 
 def test_limiters_know_the_cell_of_each_launch(module):
