@@ -22,7 +22,7 @@ import report
 import torch
 from cells import LAYERS, Tensors, read_layers, with_dwconv
 
-BUSY = 70  # per cent of its peak: a unit that limits a kernel
+BUSY = 70  # per cent of its peak, from which on a unit limits a kernel
 UNITS = {
     "memory": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     "shared memory": "l1tex__data_pipe_lsu_wavefronts_mem_shared.avg.pct_of_peak_sustained_elapsed",
@@ -121,7 +121,7 @@ def launches(log: str) -> Iterator[str]:
 
 
 def profile(cells: Iterable[report.Cell]) -> dict[str, list[Kernel]]:
-    """Runs the cells under ncu."""
+    """Runs the cells of layers.csv, this file being the program, under ncu."""
     ncu = shutil.which("ncu")
     if ncu is None:
         raise SystemExit("ncu not found: it comes with the CUDA toolkit and has to be on PATH")
@@ -188,6 +188,9 @@ def main(args: argparse.Namespace) -> None:
     if result["meta"]["gpu"] != gpu:
         raise SystemExit(f"{args.results} was measured on {result['meta']['gpu']}, and here is {gpu}")
     missed = [c for c in result["cells"] if not report.meets_target(c) and c["dtype"] in (args.dtype or [c["dtype"]])]
+    if not missed:
+        print("no cell misses its target")
+        return
     text = table(missed, profile(missed))
     print(text)
     if args.output:

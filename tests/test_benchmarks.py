@@ -496,6 +496,11 @@ def test_limiters_want_the_gpu_of_the_results(before: Path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "measured on another" in done.stderr
 
+    result["meta"]["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    result["cells"] = [cell for cell in result["cells"] if cell["target_x_copy"] > 1e6]
+    path.write_text(json.dumps(result))
+    assert run("limiters", path) == "no cell misses its target\n"
+
 
 def test_pictures(layers_json: Path, models_json: Path, sweep_json: Path, tmp_path: Path):
     def wrong(cells):
