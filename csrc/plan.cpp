@@ -9,6 +9,7 @@
 #include "kernels/batch_grad_weight_nchw.h"
 #include "kernels/exchange.h"
 #include "kernels/fft.h"
+#include "kernels/lanes_forms.h"
 #include "kernels/march_nchw.h"
 #include "kernels/outer_grad_weight.h"
 #include "kernels/small_kernels.h"
@@ -151,6 +152,7 @@ bool claims_march_grad_weight_nchw(const Problem& p) {
   if (p.out_height * p.out_width < kLeastPixels) return false;
   if (March7x7Stride2::is_of(p))  // of one filter a channel, smaller planes stream faster
     return (p.multiplier > 1 || p.out_height * p.out_width >= 2500) && can_march_planes(p, 16 << 10);
+  if (March9x9::is_of(p) && is_sure_of_lanes(p)) return false;  // large_float32_grad_weight is faster
   return p.multiplier == 1 && (March7x7::is_of(p) || March9x9::is_of(p)) && can_march_planes(p, 32 << 10);
 }
 

@@ -5,6 +5,8 @@ Where they serve small kernels, too, is in test_plans.py, which also forces them
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from common import FORMATS, Case, integers, make_inputs, run_float64
@@ -120,6 +122,47 @@ def test_exact_on_whole_layers(kernel: tuple, memory_format: torch.memory_format
         case, (input, weight, bias), grad_output, memory_format == torch.channels_last
     ):
         assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, str(case))
+
+
+# What lanes_grad_weight.cu is compiled for, with room at the edges, other paddings, and some filters idle.
+LANES = [
+    Case(14, 70, (27, 28), (9, 9), padding=(4, 4)),
+    Case(15, 72, (29, 26), (13, 12), padding=(7, 6)),
+    Case(8, 72, (28, 28), (29, 29), padding=(14, 14)),
+    Case(7, 80, (30, 27), (9, 8), padding=(3, 4)),
+    Case(60, 48, (15, 13), (25, 26), padding=(12, 13)),
+    Case(7, 72, (53, 55), (30, 30), padding=(15, 14)),
+    Case(4, 72, (56, 56), (5, 51), padding=(2, 25)),
+    Case(5, 72, (56, 54), (51, 5), padding=(25, 1)),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("case", LANES, ids=str)
+def test_planes_as_wide_as_code_is_compiled_for(case: Case, memory_format: torch.memory_format) -> None:
+    """Exact, wherever tensors begin, and NaN only where a tap meets one."""
+    arguments = arguments_of(case)
+
+    def sums(input: Tensor, grad_output: Tensor, plan: str = PLANS["grad_weight"]) -> tuple[Tensor, Tensor]:
+        return torch.ops.dwconv.grad_weight.plan(grad_output, input, case.kernel, *arguments, True, plan)
+
+    input, weight, bias = make_inputs(case._replace(bias=True), torch.float32, "cuda", make=integers)
+    grad_output = integers(*output_size(case)).to(input)
+    order = (0, 2, 3, 1) if memory_format == torch.channels_last else None
+    for offset in (0, 1):
+        laid = lay(input, order, (1, 1, 1, 1), offset=offset), lay(grad_output, order, (1, 1, 1, 1), offset=offset)
+        exact = run_float64((input, weight, bias), grad_output, **case.geometry)
+        found = sums(*laid)
+        assert wrong_numbers(found[0], exact.grad_weight.round()) == 0, offset
+        assert wrong_numbers(found[1], exact.grad_bias.round()) == 0, offset
+        assert all(torch.equal(a, b) for a, b in zip(found, sums(*laid)))
+    for which, value in product((0, 1), (torch.nan, torch.inf)):
+        spoiled = [input.contiguous(memory_format=memory_format), grad_output.contiguous(memory_format=memory_format)]
+        spoiled[which] = spoiled[which].clone()
+        spoiled[which][-1, 3, 0, -1] = value
+        for found, expected in zip(sums(*spoiled), sums(*spoiled, plan="generic")):
+            assert same(found, expected), (which, value)
 
 
 NONFINITE = [

@@ -462,7 +462,10 @@ def test_what_can_march(name: str) -> None:
 
 
 def test_nine_by_nine() -> None:
-    """In float32 warps march down its planes, and in 16 bits its output and its input's gradient have tensor cores."""
+    """In float32 warps march down its planes, and in 16 bits its output and its input's gradient have tensor cores.
+
+    Gradients of the weight on planes that lanes_grad_weight.cu is compiled for go there.
+    """
     case = Case(64, 192, (28, 28), (9, 9), padding=(4, 4))
     for name, dtype, memory_format in product(PASSES[:2], FAST, FORMATS):
         last = memory_format == torch.channels_last
@@ -471,7 +474,10 @@ def test_nine_by_nine() -> None:
         else:
             expected = BAND if last else "toeplitz_nchw"
         assert plan_of(name, case, dtype, memory_format) == expected
-    assert plan_of("grad_weight", case) == "march_grad_weight_nchw"
+    assert plan_of("grad_weight", case) == "large_float32_grad_weight"
+    for change in ({"size": (56, 56)}, {"size": (36, 24)}, {"size": (300, 28)}):
+        march = "march_grad_weight_nchw"
+        assert plan_of("grad_weight", case._replace(**change)) == march, change
     assert plan_of("forward", case._replace(batch=2)) == "large_float32"
     assert plan_of("grad_weight", case._replace(size=(14, 14))) == "large_float32_grad_weight"
     assert plan_of("grad_input", case._replace(multiplier=2), memory_format=torch.channels_last) == "generic"

@@ -9,11 +9,13 @@
 //
 // Where blocks of 28 columns fit the image, a thread sums all taps of a row: 28 pixels of the input and as many of the
 // gradient are in registers, and a tap is a diagonal of the square between them. In channels_last the lanes of a warp
-// then lie on neighbouring filters first. Kernels much higher than wide go along their columns.
+// then lie on neighbouring filters first. Kernels much higher than wide go along their columns. Planes about as wide as
+// lanes_grad_weight.cu is compiled for go there.
 //
 // The zeros around the image give NaN where they meet Inf or NaN. So sums that are not finite are computed again.
 #include <algorithm>
 
+#include "lanes_grad_weight.h"
 #include "large_float32.cuh"
 #include "launch.h"
 #include "partial_sums.h"
@@ -506,6 +508,7 @@ Cut choose_cut(Arguments& a, bool channels_last, int64_t shared_memory) {
 }  // namespace
 
 void launch_large_float32_grad_weight(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
+  if (launch_lanes_grad_weight(p, allocate, stream)) return;
   Arguments a{};
   a.input = static_cast<const float*>(p.input.data), a.grad = static_cast<const float*>(p.output.data);
   for (int d = 0; d < 4; ++d) a.input_stride[d] = p.input.stride[d], a.grad_stride[d] = p.output.stride[d];
