@@ -855,6 +855,30 @@ def test_direct_on_every_size(width: int) -> None:
         assert (("grad_weight", "direct_grad_weight") in forced) or grad_output[:, 0].numel() > 64, str(case)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(7, 7), (14, 14), (16, 16), (13, 14), (9, 11), (3, 4)], ids=str)
+def test_small_planes_at_any_place(size: tuple[int, int], dtype: torch.dtype) -> None:
+    """Planes of few columns that begin anywhere within 16 bytes, with gaps between images and not."""
+    kernels = [((3, 3), 1), ((5, 5), 1), ((7, 7), 1), ((3, 31), 1), ((3, 23), 1), ((3, 3), 2), ((5, 5), 2)]
+    for number, ((kernel, stride), channels) in enumerate(product(kernels, (8, 21, 100))):
+        padding = (kernel[0] // 2, kernel[1] // 2)
+        case = Case((16, 19, 40)[number % 3], channels, size, kernel, (stride, stride), padding)
+        input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+        grad_output = integers(*output_size(case)).to(input)
+        exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+        for offset in range(8):
+            steps = (1 + (number + offset) % 2, 1, 1, 1)
+            tensors = lay(input, steps=steps, offset=offset), weight, bias
+            places = lay(grad_output, steps=steps, offset=(3 * offset + number) % 8)
+            forced = set()
+            for name, plan, result in results_of_plans(case, tensors, places):
+                if plan.startswith("toeplitz_small_planes"):
+                    assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, str(case), steps, offset)
+                    forced.add((name, plan))
+            assert len(forced) == 4, str(case)
+
+
 def direct_results(case: Case, tensors: tuple, grad_output: Tensor, last: bool) -> Iterator[tuple[str, Tensor]]:
     """What the direct plans compute, of problems with little to do."""
     input, weight, bias = tensors
