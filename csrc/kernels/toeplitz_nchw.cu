@@ -269,16 +269,23 @@ struct Toeplitz : EightTiles<kTileRows, bytes_of_filter(kKernelH, kColumnsOfKern
             to += a.target.row_bytes;
           };
           if (!kInTurn && fit && even)
-            add<T, true>(a, source, filter, store);
+            add<T, Reads::kPairs>(a, source, filter, store);
+          else if (kNarrow && even && a.width % 2 == 0)
+            add<T, kNarrow ? Reads::kOddPairs : Reads::kAny>(a, source, filter, store);
           else
-            add<T, false>(a, source, filter, store);
+            add<T, Reads::kAny>(a, source, filter, store);
           if (zero != 0) this->template by_taps<T>(a, c, corner, plane);  // NaN: an output is not finite
         });
   }
 
+  // How pixels are read: pairs as they lie; pairs that all begin at odd places, put together from two words; any. But
+  // for the last way, outputs are written in pairs.
+  enum class Reads { kPairs, kOddPairs, kAny };
+
   // Computes 8 tiles, row by row. `source`: where the thread's first pair lies, or would lie.
-  template <typename T, bool kPairs, typename Store>
+  template <typename T, Reads kReads, typename Store>
   __device__ void add(const Stream& a, int source, int filter, Store&& store) const {
+    constexpr bool kPairs = kReads != Reads::kAny, kOddPairs = kReads == Reads::kOddPairs;
     constexpr int kSourceRows = (kRows - 1) * kStride + kKernelH;
     const int odd = kInTurn ? source >> 1 & 1 : 0;  // whether the first row begins a column earlier, or the next one
     const float4 start = shared<float4>(a.filters_at + filter);
@@ -303,14 +310,16 @@ struct Toeplitz : EightTiles<kTileRows, bytes_of_filter(kKernelH, kColumnsOfKern
           for (int h = 0; h < kBand; ++h) band[n][i][h] = shared<uint32_t>(from + i * kRowBytes + 16 * h);
 #pragma unroll
         for (int w = 0; w < kWords; ++w) inside_row[n][w] = earlier ? mask[kTurns - 1][w] : mask[0][w];
-        next_row[n] = source + (q * a.height + n) * a.source.row_bytes - 2 * earlier;
+        next_row[n] = source + (q * a.height + n) * a.source.row_bytes - 2 * (earlier || kOddPairs);
       }
       uint32_t next[kWords];
       const auto load = [&](int r) {
         const int from = inside >> r & 1 ? next_row[r % kTurns] : kZeros;
 #pragma unroll
         for (int w = 0; w < kWords; ++w) {
-          if (kPairs || kInTurn) {
+          if (kOddPairs) {
+            next[w] = __byte_perm(shared<uint32_t>(from + 16 * w), shared<uint32_t>(from + 16 * w + 4), 0x5432);
+          } else if (kPairs || kInTurn) {
             next[w] = shared<uint32_t>(from + 16 * w);
           } else {
             const int at = (from & ~3) + 16 * w;  // zeros are that many too
