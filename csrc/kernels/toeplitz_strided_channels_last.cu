@@ -43,6 +43,11 @@ struct Strided {
 
 constexpr int kKernel = 7;
 
+// What is the same in every step stays in a register: a compiler works out again what it can, step by step.
+__device__ inline uint32_t kept(uint32_t value) {
+  return __shfl_sync(~0u, value, threadIdx.x % 32);
+}
+
 // What a kernel is compiled for. kSpread: grad_input.
 template <bool kSpread_>
 struct Way {
@@ -61,22 +66,25 @@ struct Way {
   static constexpr int kCopies = kSpread ? 2 : 1, kGroups = kSpread ? 4 : 9;
   static constexpr int kRows = 3 * kChunkRows, kRowBytes = kGroups * kUnit, kPlaneBytes = kRows * kRowBytes + kUnit;
   static constexpr int kCopyBytes = kSources * kPlaneBytes + 64;
-  // The same of outputs.
+  // The same of outputs; of a pixel, a thread writes and reads kOutPart bytes at once.
   static constexpr int kOutRows = kStepRows * kPair, kOutColumns = kSpan * kPair, kOutOctets = kTargets / 8;
-  static constexpr int kOutPixelBytes = 2 * kTargets + kUnit;
+  static constexpr int kOutPixelBytes = 2 * kTargets, kOutRowBytes = kOutColumns * kOutPixelBytes;
+  static constexpr int kOutPart = kSpread ? 4 : 8;
 
   // Places in shared memory: chunks as they came, parted channels, and the outputs of a step.
   static constexpr int kPlanes = 2 * kChunkBytes, kOut = kPlanes + kCopies * kCopyBytes;
-  static constexpr int kSharedBytes = kOut + kOutRows * kOutColumns / 8 * (8 * kOutPixelBytes + kUnit);
+  static constexpr int kSharedBytes = kOut + kOutRows * kOutRowBytes;
 
   // Where 8 channels of a pixel are in a chunk: one after the other, but 8 pixels' in different banks.
   static __device__ int place_of(int pixel, int octet) {
     return (pixel * kOctets + (octet ^ pixel / (8 / kOctets) % kOctets)) * kUnit;
   }
-  // Where a pixel of the outputs is.
-  static __device__ int out_of(int row, int column) {
-    const int pixel = row * kOutColumns + column;
-    return kOut + pixel * kOutPixelBytes + pixel / 8 * kUnit;
+  // Where a part of an output pixel is, of the first row: exchanged with others, so that those that a warp writes at
+  // once, of the same channels of many pixels, and those that it reads at once, of neighbours, are in all banks.
+  static __device__ int out_of(int column, int byte) {
+    const auto bit = [&](int from, int to) { return (column >> from & 1) << to; };
+    return kOut + (column * kOutPixelBytes + byte ^
+                   (kSpread ? bit(2, 3) | bit(3, 2) | bit(4, 5) | bit(5, 4) : bit(1, 3) | bit(2, 4) | bit(3, 5)));
   }
 };
 
@@ -102,12 +110,14 @@ __device__ Place place_of_block(const Strided& a) {
   return b;
 }
 
-// Copies 16 bytes to shared memory, or clears them.
+// Copies 16 bytes to shared memory, or clears them, wherever `from` is.
 __device__ inline void copy_or_clear(int to, const char* from, bool copy) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(copy ? kUnit : 0)
-               : "memory");
+  asm volatile(
+      "{\n.reg .pred clear;\nsetp.eq.s32 clear, %2, 0;\ncp.async.cg.shared.global [%0], [%1], 16, clear;\n}" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(static_cast<int>(copy))
+      : "memory");
 #endif
 }
 
@@ -125,34 +135,55 @@ __device__ inline void copy_parts_or_clear(int to, const char* from, bool copy, 
     }
 }
 
-// Begins to load a chunk of source rows, of which each has its warps. What is outside the image are zeros.
+// A thread's part in loading chunks of source rows, of which each has its warps: 16 bytes of some pixels of a row.
+// What is outside the image are zeros.
 template <class Way>
-__device__ void load_chunk(const Strided& a, const Place& b, int chunk) {
-  constexpr int kAtOnce = 32 * Way::kRowWarps / Way::kOctets, kTurns = (Way::kColumns - 1) / kAtOnce + 1;  // pixels
-  const int thread = threadIdx.x % (32 * Way::kRowWarps), octet = thread % Way::kOctets;
-  const int row = threadIdx.x / (32 * Way::kRowWarps), first = thread / Way::kOctets;
-  const int to = chunk % 2 * Way::kChunkBytes + Way::place_of(row * Way::kColumns + first, octet);
-  const int y = b.source_row + chunk * Way::kChunkRows + row, x = b.source_column + first;
-  const int at = (b.slab * Way::kSources + octet * 8) * 2;
-  const bool any = static_cast<uint32_t>(y) < static_cast<uint32_t>(a.source.height) && at < a.source.bytes;
-  const char* image = a.source.base + b.image * a.source.image_bytes;
-  const char* from = image + y * a.source.row_bytes + static_cast<int64_t>(x) * a.source.pixel_bytes + at;
-  const auto load = [&](int t, auto&& copy) {
-    const bool inside = any && static_cast<uint32_t>(x + t * kAtOnce) < static_cast<uint32_t>(a.source.width);
-    if (first + t * kAtOnce < Way::kColumns)
-      copy(to + t * kAtOnce * Way::kOctets * kUnit, inside ? from + t * kAtOnce * a.source.pixel_bytes : image, inside);
-  };
-  if (a.source.unit == kUnit) {
-#pragma unroll
+class Source {
+ public:
+  __device__ Source(const Strided& a, const Place& b) {
+    const int thread = threadIdx.x % (32 * Way::kRowWarps), octet = thread % Way::kOctets;
+    const int row = threadIdx.x / (32 * Way::kRowWarps), first = thread / Way::kOctets;
+    const int x = b.source_column + first, at = (b.slab * Way::kSources + octet * 8) * 2;
+    y_ = b.source_row + row;
+    to_ = Way::place_of(row * Way::kColumns + first, octet);
+    from_ = a.source.base + (b.image * a.source.image_bytes + y_ * a.source.row_bytes +
+                             static_cast<int64_t>(x) * a.source.pixel_bytes + at);
+    last_ = first + (kTurns - 1) * kAtOnce < Way::kColumns;
     for (int t = 0; t < kTurns; ++t)
-      load(t, [](int to, const char* from, bool copy) { copy_or_clear(to, from, copy); });
-  } else {
-#pragma unroll 1
-    for (int t = 0; t < kTurns; ++t)
-      load(t, [&](int to, const char* from, bool copy) { copy_parts_or_clear(to, from, copy, a.source.unit); });
+      inside_ |= (at < a.source.bytes &&
+                  static_cast<uint32_t>(x + t * kAtOnce) < static_cast<uint32_t>(a.source.width)) << t;
   }
-  commit_copies();
-}
+
+  // Begins to load the next chunk.
+  __device__ void load(const Strided& a) {
+    const uint32_t inside = static_cast<uint32_t>(y_) < static_cast<uint32_t>(a.source.height) ? inside_ : 0;
+    const int step = kAtOnce * a.source.pixel_bytes;
+    const auto load = [&](int t, auto&& copy) {
+      if (t + 1 < kTurns || last_)
+        copy(to_ + t * kAtOnce * Way::kOctets * kUnit, from_ + t * step, (inside >> t & 1) != 0);
+    };
+    if (a.source.unit == kUnit) {
+#pragma unroll
+      for (int t = 0; t < kTurns; ++t)
+        load(t, [](int to, const char* from, bool copy) { copy_or_clear(to, from, copy); });
+    } else {
+#pragma unroll 1
+      for (int t = 0; t < kTurns; ++t)
+        load(t, [&](int to, const char* from, bool copy) { copy_parts_or_clear(to, from, copy, a.source.unit); });
+    }
+    y_ += Way::kChunkRows, from_ += Way::kChunkRows * a.source.row_bytes;
+    to_ += odd_ ? -Way::kChunkBytes : Way::kChunkBytes;
+    odd_ = !odd_;
+  }
+
+ private:
+  static constexpr int kAtOnce = 32 * Way::kRowWarps / Way::kOctets, kTurns = (Way::kColumns - 1) / kAtOnce + 1;
+
+  int y_, to_;
+  const char* from_;
+  bool last_, odd_ = false;  // whether the last turn has a pixel; whether the next chunk is an odd one
+  uint32_t inside_ = 0;      // a bit for each pixel that is in the image, if its row is
+};
 
 // Parts the channels of a chunk.
 template <class Way>
@@ -171,33 +202,60 @@ __device__ void part_chunk(int chunk) {
   }
 }
 
-// Stores the outputs of a step.
+// A thread's part in storing the outputs of steps: 8 channels of a pixel of some rows.
 template <class Way>
-__device__ void store_step(const Strided& a, const Place& b, int step) {
-  constexpr int kAtOnce = Way::kThreads / (Way::kOutColumns * Way::kOutOctets);  // rows
-  const int octet = threadIdx.x % Way::kOutOctets, column = threadIdx.x / Way::kOutOctets % Way::kOutColumns;
-  const int first_row = threadIdx.x / (Way::kOutColumns * Way::kOutOctets);
-  const int lead_h = Way::kSpread ? a.padding_h % 2 : 0, lead_w = Way::kSpread ? a.padding_w % 2 : 0;
-  const int end_row = min((b.row + b.rows) * Way::kPair - lead_h, a.target.height);
-  const int y = (b.row + step * Way::kStepRows) * Way::kPair - lead_h + first_row;
-  const int x = b.column * Way::kPair - lead_w + column, at = (b.slab * Way::kTargets + octet * 8) * 2;
-  if (x < 0 || x >= a.target.width || at >= a.target.bytes) return;
-  char* to = a.target.base + (b.image * a.target.image_bytes + y * a.target.row_bytes +
-                              static_cast<int64_t>(x) * a.target.pixel_bytes + at);
+class Target {
+ public:
+  __device__ Target(const Strided& a, const Place& b) {
+    const int octet = threadIdx.x % Way::kOutOctets, column = threadIdx.x / Way::kOutOctets % Way::kOutColumns;
+    const int first_row = threadIdx.x / (Way::kOutColumns * Way::kOutOctets);
+    const int lead_h = Way::kSpread ? a.padding_h % 2 : 0, lead_w = Way::kSpread ? a.padding_w % 2 : 0;
+    const int x = b.column * Way::kPair - lead_w + column, at = (b.slab * Way::kTargets + octet * 8) * 2;
+    end_ = min((b.row + b.rows) * Way::kPair - lead_h, a.target.height);
+    if (x < 0 || x >= a.target.width || at >= a.target.bytes) end_ = 0;
+    y_ = b.row * Way::kPair - lead_h + first_row;
 #pragma unroll
-  for (int r = 0; r < Way::kOutRows; r += kAtOnce, to += kAtOnce * a.target.row_bytes) {
-    const uint4 value = shared<uint4>(Way::out_of(first_row + r, column) + octet * kUnit);
-    if (y + r < 0 || y + r >= end_row) continue;
-    if (a.target.unit == kUnit) {
-      *reinterpret_cast<uint4*>(to) = value;
-    } else {
-      const uint32_t words[4] = {value.x, value.y, value.z, value.w};
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
-        reinterpret_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(words[i / 2] >> i % 2 * 16);
-    }
+    for (int i = 0; i < kParts; ++i)
+      from_[i] = kept(shared_address(Way::out_of(column, octet * kUnit + i * Way::kOutPart)) +
+                      first_row * Way::kOutRowBytes);
+    to_ = a.target.base + (b.image * a.target.image_bytes + y_ * a.target.row_bytes +
+                           static_cast<int64_t>(x) * a.target.pixel_bytes + at);
   }
-}
+
+  // Stores those of the next step.
+  __device__ void store(const Strided& a) {
+    using Part = std::conditional_t<Way::kOutPart == 8, uint2, uint32_t>;
+    uint32_t words[kTurns][4];
+#pragma unroll
+    for (int t = 0; t < kTurns; ++t)
+#pragma unroll
+      for (int i = 0; i < kParts; ++i)
+        reinterpret_cast<Part&>(words[t][i * Way::kOutPart / 4]) =
+            shared_at<Part>(from_[i] + t * kAtOnce * Way::kOutRowBytes);
+    const auto store = [&](auto&& put) {
+#pragma unroll
+      for (int t = 0; t < kTurns; ++t)
+        if (const int y = y_ + t * kAtOnce; y >= 0 && y < end_) put(to_ + t * kAtOnce * a.target.row_bytes, words[t]);
+    };
+    if (a.target.unit == kUnit)
+      store([](char* to, const uint32_t (&of)[4]) { *reinterpret_cast<uint4*>(to) = {of[0], of[1], of[2], of[3]}; });
+    else
+      store([](char* to, const uint32_t (&of)[4]) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+          reinterpret_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(of[i / 2] >> i % 2 * 16);
+      });
+    y_ += Way::kOutRows, to_ += Way::kOutRows * a.target.row_bytes;
+  }
+
+ private:
+  static constexpr int kAtOnce = Way::kThreads / (Way::kOutColumns * Way::kOutOctets);  // rows
+  static constexpr int kTurns = Way::kOutRows / kAtOnce, kParts = kUnit / Way::kOutPart;
+
+  int y_, end_;            // rows, and the one behind the last, or none
+  uint32_t from_[kParts];  // in shared memory
+  char* to_;
+};
 
 // Computes the block's outputs that are not finite again.
 template <typename T, class Way>
@@ -240,10 +298,14 @@ class Step {
   __device__ Step(const Strided& a, const Place& b) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile = lane % 8;
     load_bands(a, b, warp);
-    row_ = lane / 8 % 2 * Way::kStep;
+    row_ = lane / 8 % 2 * 2 * Way::kStep;
     from_ = Way::kSpread ? Way::kPlanes + tile % 2 * Way::kCopyBytes + (4 * warp + lane / 16) * Way::kPlaneBytes +
                                tile / 2 * kUnit
                          : Way::kPlanes + 2 * warp * Way::kPlaneBytes + (tile + lane / 16) * kUnit;
+    const int column = lane * Way::kPair;
+#pragma unroll
+    for (int v = 0; v < Way::kPair; ++v)
+      to_[v] = kept(shared_address(Way::out_of(column + v, warp * Way::kOutPart)));
     // The two targets of a thread's sums: of a pair of neighbouring channels, or both filters of a channel.
 #pragma unroll
     for (int q = 0; q < kBiases; ++q) {
@@ -254,19 +316,19 @@ class Step {
   }
 
   __device__ void run(int step) {
-    // Of either channel, rows of either parity, either pair of rows of units.
+    // Of either channel, rows of either parity, either pair of rows of units: rows 0 and 2, or 1 and 3, which meet more
+    // of the same pairs of rows of the source than neighbours would.
     float sum[2][kParities][2][4];
 #pragma unroll
     for (int c = 0; c < 2; ++c)
 #pragma unroll
       for (int v = 0; v < 8 * kParities; ++v)
         sum[c][v / 8][v / 4 % 2][v % 4] = Way::kSpread ? 0.f : bias_[(2 * c + v % 2) % kBiases];
-    const int first = step % 3 * Way::kChunkRows + row_;
-    constexpr int kReach = Way::kSpread ? 4 : kKernel, kNext = 2 * Way::kStep;  // rows; to the next pair of rows
+    const int first = step % 3 * Way::kChunkRows + row_, at = from_ + first * Way::kRowBytes;
+    constexpr int kReach = Way::kSpread ? 4 : kKernel, kNext = Way::kStep;  // rows; to the next pair of rows
 #pragma unroll
     for (int o = 0; o < kReach + kNext; ++o) {
-      const int row = first + o;
-      const int from = from_ + (row < Way::kRows ? row : row - Way::kRows) * Way::kRowBytes;
+      const int from = (o < Way::kRows - first ? at : at - Way::kRows * Way::kRowBytes) + o * Way::kRowBytes;
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         uint32_t x[4];
@@ -282,7 +344,6 @@ class Step {
               }
       }
     }
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile = lane / 4, place = lane % 4;
     const auto pair_of = [&](float low, float high) {
       const Pair<T> pair = narrow_pair(low, high, T{});
       add_zeros(zeros_, pair);
@@ -294,15 +355,14 @@ class Step {
       for (int pair = 0; pair < 2; ++pair)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const int row = (2 * pair + h) * Way::kPair + e;
+          const int row = ((pair + 2 * h) * Way::kPair + e) * Way::kOutRowBytes;
           const float *low = sum[0][e][pair] + 2 * h, *high = sum[1][e][pair] + 2 * h;
           if constexpr (Way::kSpread)
 #pragma unroll
             for (int v = 0; v < 2; ++v)
-              shared<uint32_t>(Way::out_of(row, tile * 8 + place * 2 + v) + warp * 4) = pair_of(low[v], high[v]);
+              shared_at<uint32_t>(to_[v] + row) = pair_of(low[v], high[v]);
           else
-            shared<uint2>(Way::out_of(row, tile * 4 + place) + warp * 8) = {pair_of(low[0], low[1]),
-                                                                            pair_of(high[0], high[1])};
+            shared_at<uint2>(to_[0] + row) = {pair_of(low[0], low[1]), pair_of(high[0], high[1])};
         }
   }
 
@@ -316,6 +376,7 @@ class Step {
   float bias_[kBiases > 0 ? kBiases : 1] = {};
   uint32_t zeros_ = 0;
   int row_, from_;
+  uint32_t to_[Way::kPair];  // where the thread's outputs of the first row go
 
   __device__ void load_bands(const Strided& a, const Place& b, int warp) {
     const int n = threadIdx.x % 32 / 4, k = threadIdx.x % 4 * 2;
@@ -354,7 +415,11 @@ __global__ void __launch_bounds__(Way::kThreads, 2) toeplitz_strided_channels_la
   settle_and_wait_for_kernel_before(a.band_steps);
   let_next_kernel_start();
   // A step takes two chunks. They are parted a step before, and asked for two steps before that.
-  const auto load = [&](int chunk) { chunk <= steps ? load_chunk<Way>(a, b, chunk) : commit_copies(); };
+  Source<Way> source(a, b);
+  const auto load = [&](int chunk) {
+    if (chunk <= steps) source.load(a);
+    commit_copies();
+  };
   const auto wait = [&] {
     wait_copies<1>();
     __syncthreads();
@@ -362,6 +427,7 @@ __global__ void __launch_bounds__(Way::kThreads, 2) toeplitz_strided_channels_la
   load(0);
   load(1);
   Step<T, Way> work(a, b);
+  Target<Way> target(a, b);
   for (int chunk = 0; chunk < 2; ++chunk) {
     wait();
     part_chunk<Way>(chunk);
@@ -374,7 +440,7 @@ __global__ void __launch_bounds__(Way::kThreads, 2) toeplitz_strided_channels_la
     if (step + 2 <= steps) part_chunk<Way>(step + 2);
     __syncthreads();
     load(step + 4);
-    store_step<Way>(a, b, step);
+    target.store(a);
   }
   if (__syncthreads_and(work.is_finite())) return;
   outputs_by_taps<T, Way>(a);
