@@ -38,29 +38,15 @@ namespace {
 
 // Outputs of a block on their way from shared memory.
 template <class Shape>
-class Drain {
+class Drain : public RunRows<Shape, true> {
+  using Base = RunRows<Shape, true>;
+  using Base::left_, Base::share_;
+
  public:
   using Units = typename Share<Shape>::Units;
 
   __device__ Drain(const Toeplitz& a, uint32_t memory, int slab, int first_column, int begin, int end)
-      : share_(memory + a.stage_at), slab_(slab), first_column_(first_column), begin_(begin), end_(end) {}
-
-  // Whether the next row has to be found.
-  __device__ bool is_between() const { return left_ == 0; }
-
-  // Finds it, if there is one.
-  __device__ void find(const Toeplitz& a) {
-    if (left_ != 0) return;
-    left_ = -1;
-    if (begin_ == end_) return;
-    const Run r = run_of<Shape>(a, begin_, end_);
-    if (row_ >= 0 && begin_ < a.whole_rows)
-      share_.advance(a, a.target, r.begin - row_);
-    else
-      share_.seek(a, a.target, slab_, first_column_, r.image, r.begin);
-    left_ = r.end - r.begin, row_ = r.end;
-    begin_ += left_;
-  }
+      : Base(memory + a.stage_at, slab, first_column, begin, end) {}
 
   // Takes it, if it is to be stored now, from its place among the rows of outputs.
   __device__ void take(const Toeplitz& a, int stage, Units& units, bool now) {
@@ -73,13 +59,6 @@ class Drain {
     share_.store(a.target, units, now);
     share_.next(a.target, now);
   }
-
- private:
-  Share<Shape> share_;
-  int slab_, first_column_;
-  int begin_, end_;  // rows that are not yet begun with
-  int row_ = -1;     // behind the run
-  int left_ = 0;     // rows of the run; fewer than none behind the last one
 };
 
 // A warp's part in parting the channels of source rows: of 8 columns by 8 channels, four times at once.

@@ -274,14 +274,10 @@ __device__ Run run_of(const Toeplitz& a, int begin, int end) {
   }
 }
 
-// Source rows of a block on their way to the ring.
-template <class Shape>
-class Feed {
+// A thread's share of the rows of a block's runs, one after the other: of the source, or of the target.
+template <class Shape, bool kOfTarget>
+class RunRows {
  public:
-  // `memory`: the block's, by its address.
-  __device__ Feed(uint32_t memory, int slab, int first_column, int begin, int end)
-      : share_(memory + kRing), slab_(slab), first_column_(first_column), begin_(begin), end_(end) {}
-
   // Whether the next row has to be found.
   __device__ bool is_between() const { return left_ == 0; }
 
@@ -291,13 +287,40 @@ class Feed {
     left_ = -1;
     if (begin_ == end_) return;
     const Run r = run_of<Shape>(a, begin_, end_);
+    const Rows& rows = kOfTarget ? a.target : a.source;
+    const int first = kOfTarget ? r.begin : r.row;
     if (row_ >= 0 && begin_ < a.whole_rows)
-      share_.advance(a, a.source, r.row - row_);
+      share_.advance(a, rows, first - row_);
     else
-      share_.seek(a, a.source, slab_, first_column_, r.image, r.row);
+      share_.seek(a, rows, slab_, first_column_, r.image, first);
     begin_ += r.end - r.begin;
-    left_ = r.row_end - r.row, row_ = r.row_end;
+    row_ = kOfTarget ? r.end : r.row_end, left_ = row_ - first;
   }
+
+ protected:
+  // `memory`: where the rows lie in shared memory.
+  __device__ RunRows(uint32_t memory, int slab, int first_column, int begin, int end)
+      : share_(memory), slab_(slab), first_column_(first_column), begin_(begin), end_(end) {}
+
+  Share<Shape> share_;
+  int left_ = 0;  // rows of the run; fewer than none behind the last one
+
+ private:
+  int slab_, first_column_;
+  int begin_, end_;  // output rows of the runs that are not yet begun with
+  int row_ = -1;     // behind the run
+};
+
+// Source rows of a block on their way to the ring.
+template <class Shape>
+class Feed : public RunRows<Shape, false> {
+  using Base = RunRows<Shape, false>;
+  using Base::left_, Base::share_;
+
+ public:
+  // `memory`: the block's, by its address.
+  __device__ Feed(uint32_t memory, int slab, int first_column, int begin, int end)
+      : Base(memory + kRing, slab, first_column, begin, end) {}
 
   // Begins to load all that a step takes, to a slot of the ring: first what takes no branch...
   __device__ void load(const Toeplitz& a, int slot) const {
@@ -322,13 +345,6 @@ class Feed {
       left_ -= k == 0 || left > k;
     }
   }
-
- private:
-  Share<Shape> share_;
-  int slab_, first_column_;
-  int begin_, end_;  // output rows that no source row was loaded for
-  int row_ = -1;     // behind the run
-  int left_ = 0;     // source rows of the run; fewer than none behind the last one
 };
 
 }  // namespace
