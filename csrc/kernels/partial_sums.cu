@@ -17,11 +17,10 @@ struct Sums {
   Divider by_blocks;  // that a tap takes
 };
 
-// A block takes kColumns filters of a tap, each by kLanes threads.
-template <typename T, int kColumns, int kLanes>
+// A block takes kColumns filters of a tap, each by kLanes threads, which have kLoads under way.
+template <typename T, int kColumns, int kLanes, int kLoads>
 __global__ void __launch_bounds__(kColumns* kLanes) add_partial_sums(const __grid_constant__ Sums a) {
   using Number = Accumulator<T>;
-  constexpr int kLoads = 8;  // a thread's under way
   let_next_kernel_start();
   uint32_t tap = blockIdx.x;
   const int column = threadIdx.x % kColumns, lane = threadIdx.x / kColumns;
@@ -59,12 +58,12 @@ __global__ void __launch_bounds__(kColumns* kLanes) add_partial_sums(const __gri
   *to = narrow<T>(static_cast<Number>(total));
 }
 
-template <typename T, int kColumns, int kLanes>
+template <typename T, int kColumns, int kLanes, int kLoads = 8>
 void launch(Sums sums, cudaStream_t stream) {
   const int64_t blocks = ceil_div(sums.filters, kColumns);
   sums.by_blocks = Divider(blocks);
-  launch_early(add_partial_sums<T, kColumns, kLanes>, sums, sums.count / sums.filters * blocks, kColumns * kLanes,
-               stream);
+  launch_early(add_partial_sums<T, kColumns, kLanes, kLoads>, sums, sums.count / sums.filters * blocks,
+               kColumns * kLanes, stream);
 }
 
 }  // namespace
@@ -79,6 +78,7 @@ void launch_add_partial_sums(const Problem& p, const void* partial, int64_t spli
   visit_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
     if (splits <= 8) return launch<T, 64, 1>(sums, stream);
+    if (splits <= 16) return launch<T, 32, 8, 2>(sums, stream);
     if (splits <= 64 || !few) return launch<T, 32, 8>(sums, stream);
     if (splits <= 128) return launch<T, 8, 16>(sums, stream);
     if (splits <= 256) return launch<T, 4, 32>(sums, stream);
