@@ -36,6 +36,13 @@ __device__ inline uint2 load_at(uint32_t address) {
   return value;
 }
 
+// The same without a branch, if there is `any`, or else the value as it is.
+__device__ inline void load_if(bool any, uint2& value, uint32_t address) {
+  asm volatile("{\n.reg .pred any;\nsetp.ne.s32 any, %3, 0;\n@any ld.shared.v2.b32 {%0, %1}, [%2];\n}"
+               : "+r"(value.x), "+r"(value.y)
+               : "r"(address), "r"(static_cast<int>(any)));
+}
+
 __device__ inline uint32_t ones(__half) {
   return 0x3c003c00u;
 }

@@ -1,0 +1,346 @@
+// grad_weight (and the bias gradient) of images of at most 8 x 8: multiplications as those of
+// toeplitz_grad_weight_channels_last.cu, of whole images.
+//
+// They are loaded 8 at once, and then multiplied without a wait. The places of a multiplication are the images in two
+// rows y and y + 1 of the gradient; the 16 rows of A are the 8 columns of a row of the input and those of the next one,
+// which makes the sums of two rows of the kernel.
+//
+// They come as boxes, from sm_90 on, if they have at most 7 rows and the padding that keeps their size; else all
+// threads copy them. Only what is read where, and when copies are begun, differs.
+#include "boxes.cuh"
+#include "toeplitz_grad_weight_sums.cuh"
+
+namespace dwconv {
+namespace {
+
+constexpr int kImages = 8, kImageRows = 8, kRowBytes = kRun * kPixelBytes;
+constexpr int kMaxGroups = 256;  // of a block: longer sums lose digits
+
+// In shared memory, from one image to the next: for 4 columns of 4 of them half of a bank's accesses are of one.
+__host__ __device__ constexpr int image_bytes_of(int rows) {
+  return rows * kRowBytes + 64;
+}
+
+// How many rows of the input are multiplied two by two, for so many pairs of rows of the kernel.
+constexpr int turns_of(int pairs) {
+  return pairs + kImageRows / 2 - 1;
+}
+
+// A thread's two pixels of a row, of images `place` and `place` + 4.
+struct TwoPixels {
+  uint2 low, high;
+};
+
+// Multiplies images in shared memory. `grad_row`, `source_row`: a row of the gradient, or of the input from `padding`
+// rows before the first one on. `all_read`: called when everything is read; `begin_turn`: before rows 2 t of the input
+// and on are multiplied, returns whether one of them is in the images.
+template <typename T, int kPairs, typename GradRow, typename SourceRow, typename AllRead, typename BeginTurn>
+__device__ void multiply_images(float (&sum)[kPairs][kQuad][4], float (&bias)[4], bool with_bias, GradRow&& grad_row,
+                                SourceRow&& source_row, AllRead&& all_read, BeginTurn&& begin_turn) {
+  uint32_t g[kImageRows / 2][kQuad][2];
+#pragma unroll
+  for (int y = 0; y < kImageRows; ++y) {
+    const TwoPixels two = grad_row(y);
+    uint32_t pair[kQuad];
+    pair_up(two.low, two.high, pair);
+#pragma unroll
+    for (int c = 0; c < kQuad; ++c) g[y / 2][c][y % 2] = pair[c];
+  }
+  // Rows 2 p of the kernel and 2 q of the gradient meet row 2 t of the input, where p + q = t, and two more.
+  constexpr int kTurns = turns_of(kPairs);
+  TwoPixels rows[2 * kTurns + 1];
+#pragma unroll
+  for (int r = 0; r < 2 * kTurns + 1; ++r) rows[r] = source_row(r);
+  all_read();
+#pragma unroll
+  for (int t = 0; t < kTurns; ++t) {
+    if (!begin_turn(t)) continue;
+    const TwoPixels &first = rows[2 * t], &second = rows[2 * t + 1], &third = rows[2 * t + 2];
+    uint32_t x[4][kQuad];
+    pair_up(first.low, first.high, x[0]), pair_up(second.low, second.high, x[1]);
+    pair_up_again(second.low, second.high, x[2]), pair_up(third.low, third.high, x[3]);
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) {
+      const int q = t - p;
+      if (q < 0 || q >= kImageRows / 2) continue;
+#pragma unroll
+      for (int c = 0; c < kQuad; ++c) {
+        float (&to)[4] = sum[p][c];
+        multiply(to, to, {x[0][c], x[1][c], x[2][c], x[3][c]}, g[q][c], T{});
+      }
+    }
+  }
+  if (with_bias)  // channel c in row c
+#pragma unroll
+    for (int q = 0; q < kImageRows / 2; ++q)
+#pragma unroll
+      for (int c = 0; c < kQuad; ++c) {
+        const uint32_t one = threadIdx.x % 32 / 4 == c ? ones(T{}) : 0;
+        multiply(bias, bias, {one, 0, one, 0}, g[q][c], T{});
+      }
+}
+
+// Takes the sums of images that were worked on together to shared memory.
+template <int kRows, int kPairs>
+__device__ void store_image_sums(const Toeplitz& a, const float (&sum)[kPairs][kQuad][4]) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, place = lane % 4;
+  // The sums for column j of the kernel are on the diagonal row - column = j - padding.
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    float upper[kQuad] = {}, lower[kQuad] = {};  // of diagonals `row` and `row` - 8: the thread's part, of two columns
+#pragma unroll
+    for (int c = 0; c < kQuad; ++c)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int n = 2 * place + e;
+        const float value = __shfl_sync(~0u, sum[i / 2][c][i % 2 * 2 + e], (row + n) % kRun * 4 + place);
+        (row + n < kRun ? upper[c] : lower[c]) += value;
+      }
+    const float totals[2] = {add_up(upper, place), add_up(lower, place)};
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int j = row - h * kRun + a.padding_w;
+      if (i < a.kernel_h && j >= 0 && j < a.kernel_w)
+        shared<float>(kRing + 4 * ((i * a.kernel_w + j) * kSlab + warp * kQuad + place)) = totals[h];
+    }
+  }
+}
+
+// By threads that copy. What takes time are the ways to shared memory, so they begin copies between multiplications.
+template <typename T, int kPairs>  // of rows of the kernel
+__global__ void __launch_bounds__(kThreads, 1) toeplitz_grad_weight_of_images(const __grid_constant__ Toeplitz a) {
+  let_next_kernel_start();
+  uint32_t rest = blockIdx.x;
+  const int slab = a.by_slabs.split(rest), split = static_cast<int>(rest);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, place = lane % 4;
+  uint32_t image = a.shares.begin(split), last = a.shares.begin(split + 1);
+  a.by_period.split(image), a.by_period.split(last);
+
+  // A warp loads an image, a thread 16 bytes of a pixel of each row.
+  const int byte = slab * kSlab * 2 + place * kUnit, ahead = a.depth - 1;
+  int next = static_cast<int>(image) + warp;
+  const uint32_t nothing = shared_address(kRing), ring = nothing + kRowBytes;
+  const uint32_t copies_to = ring + row * kPixelBytes + place * kUnit;
+  struct Copies {
+    const char* from;
+    uint32_t to;
+    int rows;
+    bool inside;
+  };
+  // What there is to copy of the next images.
+  const auto next_images = [&](const Rows& v, int height, uint32_t to) {
+    return Copies{v.base + (next * v.image_bytes + int64_t{row} * v.pixel_bytes + byte),
+                  to + warp * image_bytes_of(height), next - warp < static_cast<int>(last) ? height : 0,
+                  next < static_cast<int>(last) && row < v.width && byte < a.channels * 2};
+  };
+  const auto copy_row = [&](Copies& copies, const Rows& v, int y) {
+    copy_or_clear_if(y < copies.rows, copies.to + y * kRowBytes, copies.from, copies.inside);
+    copies.from += v.row_bytes;
+  };
+  for (int i = threadIdx.x * kUnit; i < kRowBytes; i += kThreads * kUnit) shared<uint4>(kRing + i) = {};
+  settle_and_wait_for_kernel_before(a.depth);
+#pragma unroll 1
+  for (int stage = 0; stage < ahead; ++stage, next += kImages) {
+    Copies source = next_images(a.source, a.height, copies_to + stage * a.stage_bytes);
+    Copies grad = next_images(a.grad, a.out_height, copies_to + stage * a.stage_bytes + a.grad_at);
+#pragma unroll 1
+    for (int y = 0; y < kImageRows; ++y) copy_row(source, a.source, y), copy_row(grad, a.grad, y);
+    commit_copies();
+  }
+
+  // Sums of rows 2 p and 2 p + 1 of the kernel, of column `row` of the input by columns 2 place and 2 place + 1.
+  float sum[kPairs][kQuad][4] = {}, bias[4] = {};
+  int stage = 0, free_stage = ahead;
+#pragma unroll 1
+  for (; image < last; image += kImages, next += kImages) {
+    if (ahead > 1)
+      wait_copies<1>();
+    else
+      wait_copies<0>();
+    __syncthreads();
+    // A thread's pixels are of the images, or of a row of zeros.
+    const uint32_t offset = row * kPixelBytes + warp * kQuad * 2, at = ring + stage * a.stage_bytes + offset;
+    const auto load_row = [&](uint32_t images, int height, int y) {
+      const bool there = static_cast<uint32_t>(y) < static_cast<uint32_t>(height);
+      const uint32_t from = images + place * image_bytes_of(height) + y * kRowBytes;
+      return TwoPixels{load_at(there ? from : nothing + offset),
+                       load_at(there ? from + 4 * image_bytes_of(height) : nothing + offset)};
+    };
+    Copies source = next_images(a.source, a.height, copies_to + free_stage * a.stage_bytes);
+    Copies grad = next_images(a.grad, a.out_height, copies_to + free_stage * a.stage_bytes + a.grad_at);
+    multiply_images<T>(
+        sum, bias, a.with_bias, [&](int y) { return load_row(at + a.grad_at, a.out_height, y); },
+        [&](int r) { return load_row(at, a.height, r - a.padding_h); }, [] {},
+        [&](int t) {
+          constexpr int kTurns = turns_of(kPairs);
+#pragma unroll
+          for (int y = t * kImageRows / kTurns; y < (t + 1) * kImageRows / kTurns; ++y)
+            copy_row(source, a.source, y), copy_row(grad, a.grad, y);
+          return 2 * t + 2 >= a.padding_h && 2 * t < a.padding_h + a.height;
+        });
+    commit_copies();
+    if (++stage == a.depth) stage = 0;
+    if (++free_stage == a.depth) free_stage = 0;
+  }
+  __syncthreads();
+
+  store_image_sums<2 * kPairs>(a, sum);
+  store_sums<T>(a, slab, split, bias);
+}
+
+// By boxes: of images of at most 7 rows whose padding is kPairs - 1. A box has 8 columns of 7 rows of 8 images, with
+// zeros for what is outside of an image, and all that a thread reads is at offsets that are known at compile time.
+// Boxes are swizzled: within 64 bytes, units are exchanged by the column.
+constexpr int kBoxRows = 7, kBoxRowBytes = kRun * kSlab * 2, kBoxImageBytes = kBoxRows * kBoxRowBytes;
+constexpr int kBoxBytes = kImages * kBoxImageBytes, kBoxesAt = 512;  // where the first one begins in shared memory
+
+struct Boxes {
+  CUtensorMap source, grad;
+  Toeplitz images;
+};
+
+template <typename T, int kPairs>
+__global__ void __launch_bounds__(kThreads, 1) toeplitz_grad_weight_of_boxes(const __grid_constant__ Boxes boxes) {
+#if __CUDA_ARCH__ >= 900
+  const Toeplitz& a = boxes.images;
+  let_next_kernel_start();
+  uint32_t rest = blockIdx.x;
+  int slab = a.by_slabs.split(rest), split = static_cast<int>(rest);
+  if (a.cluster) slab = cluster_number(), split = rank_in_cluster();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = lane / 4, place = lane % 4;
+  uint32_t image = a.shares.begin(split), last = a.shares.begin(split + 1);
+  a.by_period.split(image), a.by_period.split(last);
+  StageBarriers::init(1, kWarps, true);
+  if (threadIdx.x == 0) prefetch(boxes.source), prefetch(boxes.grad);
+  before_bulk_copies();
+  __syncthreads();
+  const auto load = [&](uint32_t image, int stage) {
+    const int to = kBoxesAt + stage * a.stage_bytes, barrier = StageBarriers::full(stage);
+    expect_bytes(barrier, 2 * kBoxBytes);
+    copy_box(to, boxes.source, slab * kSlab, 0, 0, image, barrier);
+    copy_box(to + kBoxBytes, boxes.grad, slab * kSlab, 0, 0, image, barrier);
+    arrive(barrier);
+  };
+  settle_and_wait_for_kernel_before(a.depth);
+  uint32_t next = image + a.depth * kImages;
+  if (warp == 0 && is_elected())
+    for (int stage = 0; stage < a.depth && image + stage * kImages < last; ++stage)
+      load(image + stage * kImages, stage);
+
+  // Sums of rows 2 p and 2 p + 1 of the kernel, of column `column` of the input by columns 2 place and 2 place + 1.
+  float sum[kPairs][kQuad][4] = {}, bias[4] = {};
+  const uint32_t unit = warp / 2 ^ (column / 2 % kUnits);
+  const uint32_t first =
+      shared_address(kBoxesAt) + place * kBoxImageBytes + column * kSlab * 2 + unit * kUnit + warp % 2 * kQuad * 2;
+  int stage = 0;
+  uint32_t parity = 0;
+#pragma unroll 1
+  for (; image < last; image += kImages, next += kImages) {
+    wait(StageBarriers::full(stage), parity);
+    const uint32_t source_at = first + stage * a.stage_bytes, grad_at = source_at + kBoxBytes;
+    const auto load_row = [](uint32_t box, int y) {
+      if (y < 0 || y >= kBoxRows) return TwoPixels{};
+      return TwoPixels{load_at(box + y * kBoxRowBytes), load_at(box + y * kBoxRowBytes + 4 * kBoxImageBytes)};
+    };
+    constexpr int kPadding = kPairs - 1;
+    multiply_images<T>(
+        sum, bias, a.with_bias, [&](int y) { return load_row(grad_at, y); },
+        [&](int r) { return load_row(source_at, r - kPadding); },
+        [&] {
+          if (next >= last) return;  // else into the stage that all warps have read
+          __syncwarp();
+          if (lane == 0) arrive(StageBarriers::done(stage));
+          if (warp == 0 && is_elected()) wait(StageBarriers::done(stage), parity), load(next, stage);
+        },
+        [](int t) { return 2 * t + 2 >= kPadding && 2 * t < kPadding + kBoxRows; });
+    if (++stage == a.depth) stage = 0, parity ^= 1;
+  }
+  __syncthreads();
+  store_image_sums<2 * kPairs - 1>(a, sum);
+  if (a.cluster)
+    add_up_splits<T>(a, slab, split, bias);
+  else
+    store_sums<T>(a, slab, split, bias);
+#endif
+}
+
+// Fills in how many images of at most 8 x 8 are worked on together, and returns whether they are that small. Their sums
+// are of no column of the kernel beyond the 16 diagonals.
+bool has_small_images(Toeplitz& a) {
+  a.grad_at = kImages * image_bytes_of(a.height);
+  a.stage_bytes = a.grad_at + kImages * image_bytes_of(a.out_height);
+  a.depth =
+      static_cast<int>(std::min<int64_t>((current_device().shared_per_block - kRing - kRowBytes) / a.stage_bytes, 3));
+  const int most = std::max({a.height, a.out_height, a.source.width, a.grad.width, a.kernel_h, a.padding_w});
+  return most <= kImageRows && a.depth > 1;
+}
+
+// Returns false, and launches nothing, where images do not come as boxes.
+template <typename T, int kPairs>
+bool launch_boxes(const Problem& p, const Toeplitz& images, const Allocate& allocate, cudaStream_t stream) {
+  const auto kernel = toeplitz_grad_weight_of_boxes<T, kPairs>;
+  Boxes boxes{{}, {}, images};
+  Toeplitz& a = boxes.images;
+  if (std::max(a.height, a.out_height) > kBoxRows || a.padding_h != kPairs - 1 || a.kernel_h >= 2 * kPairs)
+    return false;
+  const std::array<int, 3> box{kRun, kBoxRows, kImages};
+  if (!can_overlap(kernel) || !describe_slabs(boxes.source, p.input, p, p.height, p.width, box) ||
+      !describe_slabs(boxes.grad, p.output, p, p.out_height, p.out_width, box))
+    return false;
+  const Device& device = current_device();
+  const int64_t groups = ceil_div(a.images, kImages);
+  a.stage_bytes = 2 * kBoxBytes;
+  a.depth = static_cast<int>(
+      std::min((device.shared_per_block - kBoxesAt) / int64_t{a.stage_bytes}, ceil_div(groups, a.splits)));
+  if (a.depth < 1) return false;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+  a.shares = Shares(groups * kImages * a.period, a.splits, 1, kImages * a.period);
+  const int64_t sums = kRing + (block_sums(a.kernel_h * a.kernel_w) + kWarps) * int64_t{sizeof(float)};
+  const int64_t shared_bytes = std::max(sums, kBoxesAt + int64_t{a.depth} * a.stage_bytes);
+  static thread_local Decisions<4, bool> decisions;
+  a.cluster = decisions({device.id, a.slabs, a.splits, shared_bytes}, [&] {
+    return a.splits <= kPortableCluster && fits_clusters(kernel, a.slabs, a.splits, kThreads, shared_bytes);
+  });
+  if (!a.cluster) a.partial = allocate_partial(a, allocate);
+  launch_early(kernel, boxes, int64_t{a.slabs} * a.splits, kThreads, stream,
+               {.cluster = a.cluster ? a.splits : 1, .shared_bytes = shared_bytes});
+  check_launch("toeplitz_grad_weight_of_boxes");
+  if (!a.cluster) launch_add_partial_sums(p, a.partial, a.splits, stream);
+  return true;
+}
+
+template <typename T, int kPairs>
+void launch_images(const Problem& p, Toeplitz a, const Allocate& allocate, cudaStream_t stream) {
+  const Device& device = current_device();
+  const int64_t groups = ceil_div(a.images, kImages);
+  const int64_t most = std::clamp<int64_t>(device.multiprocessors / a.slabs, ceil_div(groups, kMaxGroups), groups);
+  a.splits = static_cast<int>(ceil_div(groups, ceil_div(groups, most)));  // no more than make the longest one shorter
+  a.streams = 1, a.columns = kRun, a.period = a.out_height, a.by_period = Divider(a.period);
+  a.rows = a.images * a.period;
+  if (launch_boxes<T, kPairs>(p, a, allocate, stream)) return;
+  const auto kernel = toeplitz_grad_weight_of_images<T, kPairs>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+  a.shares = Shares(int64_t{a.images} * a.period, a.splits, 1, a.period);
+  a.partial = allocate_partial(a, allocate);
+  const int64_t sums = (block_sums(a.kernel_h * a.kernel_w) + kWarps) * int64_t{sizeof(float)};
+  launch_early(kernel, a, int64_t{a.slabs} * a.splits, kThreads, stream,
+               {.shared_bytes = kRing + std::max(sums, kRowBytes + int64_t{a.depth} * a.stage_bytes)});
+  check_launch("toeplitz_grad_weight_of_images");
+  launch_add_partial_sums(p, a.partial, a.splits, stream);
+}
+
+}  // namespace
+
+bool launch_toeplitz_grad_weight_images(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
+  int64_t bytes = 0;
+  Toeplitz a = toeplitz_of(p, bytes);
+  if (bytes % kUnit != 0 || !has_small_images(a)) return false;
+  visit_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (sizeof(T) == 2)
+      a.kernel_h <= 4 ? launch_images<T, 2>(p, a, allocate, stream) : launch_images<T, 4>(p, a, allocate, stream);
+  });
+  return true;
+}
+
+}  // namespace dwconv
