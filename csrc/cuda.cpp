@@ -11,6 +11,7 @@
 #include "kernels/cast.h"
 #include "kernels/device.h"
 #include "kernels/launch.h"
+#include "kernels/realign.h"
 #include "plan.h"
 
 // Weak, so that a CPU build of torch, which lacks it, can load this library and serve CPU tensors.
@@ -99,11 +100,12 @@ void run(Problem& problem, const Tensor& like, const By& by) {
     case PlanId::kStreamGradWeightNchw: return launch_stream_grad_weight_nchw(problem, true, allocate, stream);
     case PlanId::kStreamGradWeightNchwPortable: return launch_stream_grad_weight_nchw(problem, false, allocate, stream);
     case PlanId::kToeplitzLarge: return launch_toeplitz_large(problem, allocate, stream);
-    case PlanId::kToeplitzChannelsLast: return launch_toeplitz_channels_last(problem, stream);
+    case PlanId::kToeplitzChannelsLast:
+      return launch_toeplitz_channels_last(realigned(problem, allocate, stream), stream);
     case PlanId::kMarchChannelsLast: return launch_march_channels_last(problem, stream);
     case PlanId::kMarchGradWeightChannelsLast: return launch_march_grad_weight_channels_last(problem, allocate, stream);
     case PlanId::kToeplitzGradWeightChannelsLast:
-      return launch_toeplitz_grad_weight_channels_last(problem, allocate, stream);
+      return launch_toeplitz_grad_weight_channels_last(realigned(problem, allocate, stream), allocate, stream);
     case PlanId::kLargeFloat32: return launch_large_float32(problem, stream);
     case PlanId::kLargeFloat32GradWeight: return launch_large_float32_grad_weight(problem, allocate, stream);
     case PlanId::kOuterGradWeight: return launch_outer_grad_weight(problem, allocate, stream);

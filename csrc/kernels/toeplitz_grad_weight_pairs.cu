@@ -20,6 +20,7 @@
 
 #include "overlap.cuh"
 #include "partial_sums.h"
+#include "realign.h"
 #include "shares.cuh"
 #include "stream.cuh"
 #include "toeplitz_grad_weight_channels_last.cuh"
@@ -296,13 +297,24 @@ bool launch(const Problem& p, Pairs a, const Allocate& allocate, cudaStream_t st
 
 }  // namespace
 
-bool launch_toeplitz_grad_weight_pairs(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
-  if (size_of(p.dtype) != 2 || p.stride_h != kStride || p.stride_w != kStride || p.dilation_h != 1 || p.dilation_w != 1)
+bool launch_toeplitz_grad_weight_pairs(const Problem& problem, const Allocate& allocate, cudaStream_t stream) {
+  Problem p = problem;
+  if (p.capability < 90 || size_of(p.dtype) != 2 || p.stride_h != kStride || p.stride_w != kStride ||
+      p.dilation_h != 1 || p.dilation_w != 1)
     return false;
   constexpr int64_t kFewRows = 3;  // for which CUDA cores are as fast
   if (p.multiplier != kFilters || p.kernel_h <= kFewRows || p.kernel_h > kMostRows || p.kernel_w > kMostColumns ||
       p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w || p.width < 2)
     return false;
+  // As many tiles of a row as leave the fewest without a pixel: no more than a third.
+  const auto waste = [&](int tiles) {
+    const int64_t columns = round_up(p.out_width, kTile * tiles), images = round_up(p.batch, kPlaces / tiles);
+    return static_cast<double>(columns * images) / static_cast<double>(p.out_width * p.batch);
+  };
+  const int tiles = waste(8) <= waste(4) && waste(8) <= waste(2) ? 8 : waste(4) <= waste(2) ? 4 : 2;
+  if (waste(tiles) > 1.5) return false;
+
+  p = realigned(p, allocate, stream);
   const auto alignment = [&](const View& view) {
     return static_cast<int64_t>(reinterpret_cast<uintptr_t>(view.data)) | 2 * view.stride[0] | 2 * view.stride[2] |
            2 * view.stride[3] | kUnit;
@@ -320,13 +332,6 @@ bool launch_toeplitz_grad_weight_pairs(const Problem& p, const Allocate& allocat
   a.period = static_cast<int>(std::max(p.out_height, ceil_div(p.height + p.padding_h, kStride)));
   a.behind = (a.kernel_h - 1) / kStride, a.by_period = Divider(a.period), a.with_bias = p.bias != nullptr;
 
-  // As many tiles of a row as leave the fewest without a pixel: no more than a third.
-  const auto waste = [&](int tiles) {
-    const int64_t columns = round_up(p.out_width, kTile * tiles), images = round_up(p.batch, kPlaces / tiles);
-    return static_cast<double>(columns * images) / static_cast<double>(p.out_width * p.batch);
-  };
-  const int tiles = waste(8) <= waste(4) && waste(8) <= waste(2) ? 8 : waste(4) <= waste(2) ? 4 : 2;
-  if (waste(tiles) > 1.5) return false;
   bool launched = false;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);

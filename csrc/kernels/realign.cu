@@ -1,0 +1,97 @@
+#include "realign.h"
+
+#include "copies.cuh"
+#include "device.h"
+#include "overlap.cuh"
+
+namespace dwconv {
+namespace {
+
+constexpr int kThreads = 256, kTurns = 4;  // units of a thread
+
+struct Realign {
+  const char* from;
+  uint4* to;
+  int64_t units;
+};
+
+// 16 bytes of two units, from kMisfit bytes and `shift` bits on.
+template <int kMisfit>
+__device__ uint4 shifted(const uint4& low, const uint4& high, uint32_t shift) {
+  const uint32_t words[9] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w, 0};
+  constexpr int k = kMisfit / 4;
+  return {__funnelshift_r(words[k], words[k + 1], shift), __funnelshift_r(words[k + 1], words[k + 2], shift),
+          __funnelshift_r(words[k + 2], words[k + 3], shift), __funnelshift_r(words[k + 3], words[k + 4], shift)};
+}
+
+// Units are read where they begin in memory; a thread has the next one from its neighbour. The first and the last unit
+// of the array, which are not its own alone, are read element by element.
+template <int kMisfit>  // bytes, a multiple of 4
+__global__ void __launch_bounds__(kThreads) realign_units(const __grid_constant__ Realign a) {
+  wait_for_kernel_before();
+  let_next_kernel_start();
+  const int misfit = static_cast<int>(reinterpret_cast<uintptr_t>(a.from) % kUnit), lane = threadIdx.x % 32;
+  const uint32_t shift = misfit % 4 * 8;
+  const uint4* units = reinterpret_cast<const uint4*>(a.from - misfit);
+  const int64_t first = int64_t{blockIdx.x} * (kThreads * kTurns) + threadIdx.x;
+  const auto read = [&](int64_t at) { return at > 0 && at < a.units ? __ldg(units + at) : uint4{}; };
+  uint4 low[kTurns], high[kTurns];
+#pragma unroll
+  for (int t = 0; t < kTurns; ++t) {
+    low[t] = read(first + t * kThreads);
+    if (lane == 31) high[t] = read(first + t * kThreads + 1);
+  }
+#pragma unroll
+  for (int t = 0; t < kTurns; ++t) {
+    const uint4 next = {__shfl_down_sync(~0u, low[t].x, 1), __shfl_down_sync(~0u, low[t].y, 1),
+                        __shfl_down_sync(~0u, low[t].z, 1), __shfl_down_sync(~0u, low[t].w, 1)};
+    if (lane < 31) high[t] = next;
+    const int64_t at = first + t * kThreads;
+    if (at >= a.units) continue;
+    uint4 value = shifted<kMisfit>(low[t], high[t], shift);
+    if (at == 0 || at == a.units - 1) {
+      const uint16_t* elements = reinterpret_cast<const uint16_t*>(a.from) + at * (kUnit / 2);
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words[i] = elements[2 * i] | static_cast<uint32_t>(elements[2 * i + 1]) << 16;
+      value = {words[0], words[1], words[2], words[3]};
+    }
+    a.to[at] = value;
+  }
+}
+
+void launch(const Realign& a, cudaStream_t stream) {
+  const auto launch_by = [&](auto kernel) {
+    launch_early(kernel, a, ceil_div(a.units, int64_t{kThreads} * kTurns), kThreads, stream);
+  };
+  switch (reinterpret_cast<uintptr_t>(a.from) % kUnit / 4) {
+    case 0: launch_by(realign_units<0>); break;
+    case 1: launch_by(realign_units<4>); break;
+    case 2: launch_by(realign_units<8>); break;
+    default: launch_by(realign_units<12>);
+  }
+  check_launch("realign_units");
+}
+
+}  // namespace
+
+Problem realigned(const Problem& problem, const Allocate& allocate, cudaStream_t stream) {
+  Problem p = problem;
+  const auto realign = [&](View& view, int64_t channels, int64_t height, int64_t width) {
+    const int64_t steps[4] = {height * width * channels, 1, width * channels, channels};
+    const int64_t sizes[4] = {p.batch, channels, height, width};
+    bool dense = reinterpret_cast<uintptr_t>(view.data) % 2 == 0 && channels * 2 % kUnit == 0;
+    for (int d = 0; d < 4; ++d) dense = dense && (sizes[d] == 1 || view.stride[d] == steps[d]);
+    if (!dense || reinterpret_cast<uintptr_t>(view.data) % kUnit == 0) return;
+    const int64_t bytes = p.batch * steps[0] * 2;
+    void* const to = allocate(bytes);
+    launch({static_cast<const char*>(view.data), static_cast<uint4*>(to), bytes / kUnit}, stream);
+    view.data = to;
+  };
+  if (size_of(p.dtype) != 2 || p.batch == 0) return p;
+  if (p.pass != Pass::kGradInput) realign(p.input, p.channels, p.height, p.width);
+  if (p.pass != Pass::kForward) realign(p.output, p.filters(), p.out_height, p.out_width);
+  return p;
+}
+
+}  // namespace dwconv
