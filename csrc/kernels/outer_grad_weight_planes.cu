@@ -28,11 +28,27 @@ namespace dwconv {
 namespace {
 
 constexpr int kGrads = 4, kSources = 7, kLong = 8 * kSources;  // pieces of 16 and 8, and columns, of a long side
-constexpr int kAllWarps = 12;                                  // that there are registers for
+constexpr int kNear = 16;                                      // columns that kWide reaches over, with fewer products
 constexpr int kFewestLoaders = 64, kMostLoaders = 128;         // threads that load, where there are no bulk copies
 constexpr int kMaxStages = 8;
-constexpr int kMultiplications = 25;          // that a warp does for 16 rows
 constexpr int kSumBytes = 4 * kLong * kLong;  // of a warp
+// The same where a warp adds up its diagonals before, of 8 rows by 8 columns each.
+constexpr int kDiagonals = 2 * kNear / 8 + 1, kNearPitch = 8 * kDiagonals, kNearSumBytes = 4 * 8 * kNearPitch;
+
+// What planes are taken for: a wide kernel, one that reaches over kNear columns at most, or a tall one.
+enum class Way { kWide, kNear, kTall };
+
+// The warps that there are registers for, and what each multiplies for 16 rows.
+constexpr int warps_of(Way way) {
+  return way == Way::kNear ? 16 : 12;
+}
+// Whether a warp that multiplies loads as well: one more would leave too few registers for each.
+constexpr bool loads_beside(Way way) {
+  return way == Way::kNear;
+}
+constexpr int multiplications_of(Way way) {
+  return way == Way::kNear ? 17 : 25;
+}
 
 struct Plane {
   const char* base;
@@ -48,32 +64,46 @@ struct Planes {
   int kernel_short, kernel_long, padding_short, padding_long;
   int tap_short, tap_long;  // taps from one to the next
   int first_row, last_row;  // of the short side, that meet the images: from and up to, less one
+  int groups, group_rows;   // parts of those rows for different blocks
   int folded, fold_bits;    // rows of a plane that are taken as one: 1, 2 or 4
   int unit, loaders;        // bytes that threads copy at once, and how many threads do
   int images, filters, multiplier, splits;
-  int first_shift;                     // of rows of the input against those of the gradient that they meet
   int shifts, shares;                  // warps with other shifts, and with other images of a stage
   int together, stages;                // images that a warp has of a stage
   bool uneven;                         // not all warps have as many
   int sums, first_stage, image_bytes;  // places in shared memory
+  int sum_bytes;                       // of a warp
   static constexpr int kZeros = 2 * 8 * kMaxStages, kZeroBytes = 32 * kGrads;
 
   __device__ int full(int stage) const { return 8 * stage; }
   __device__ int empty(int stage) const { return 8 * (kMaxStages + stage); }
   __device__ int stage_images() const { return shares * together; }
-  __host__ __device__ int items() const { return filters * splits; }
+  __host__ __device__ int items() const { return filters * groups * splits; }
+  // Of rows of the input against those of the gradient that they meet, for rows of the kernel from one on and up to one.
+  __host__ __device__ int first_shift(int row) const {
+    const int shift = (row - padding_short) >> fold_bits;
+    return shift > -grad.summed ? shift : 1 - grad.summed;
+  }
+  __host__ __device__ int last_shift(int row) const {
+    const int shift = (row - 1 - padding_short + folded - 1) >> fold_bits;
+    return shift < source.summed ? shift : source.summed - 1;
+  }
 };
 
-// What a block adds up: the images of a split, for a filter.
+// What a block adds up: the images of a split, for a filter and a group of rows.
 struct Item {
-  int filter, split, first, last;
+  int filter, split, group, first, last;
 
-  __device__ Item(const Planes& a, int number)
-      : filter(number % a.filters), split(number / a.filters), first(0), last(a.images) {
-    if (a.splits == 1) return;  // long divisions
+  __device__ Item(const Planes& a, int number) : filter(number), split(0), group(0), first(0), last(a.images) {
+    if (a.groups > 1) group = filter % a.groups, filter /= a.groups;  // they share planes
+    if (a.splits == 1) return;                                        // long divisions
+    split = filter / a.filters, filter %= a.filters;
     first = static_cast<int>(int64_t{a.images} * split / a.splits);
     last = static_cast<int>(int64_t{a.images} * (split + 1) / a.splits);
   }
+
+  __device__ int first_row(const Planes& a) const { return a.first_row + group * a.group_rows; }
+  __device__ int last_row(const Planes& a) const { return min(first_row(a) + a.group_rows, a.last_row); }
 };
 
 // A place in the ring of stages.
@@ -99,35 +129,78 @@ __device__ inline uint32_t load_word(uint32_t from) {
 }
 
 // Where a lane is in the rows that meet any, of the images of a stage: a lane names a row of either matrix.
-struct Rows {
-  int count = 0;                     // of an image
-  int grad_row, source_row;          // the lane's first ones
-  int grad, source;                  // and where they are
-  int step, grad_step, source_step;  // 16 rows on
+class Rows {
+ public:
+  int count;  // of an image
 
-  static __device__ int grad_at(int lane) { return lane % 8 + lane / 16 * 8; }
-  static __device__ int source_at(int lane) { return lane % 16; }
-
-  __device__ Rows(const Planes& a, int shift) {
-    const int lane = threadIdx.x % 32, first = max(-shift, 0);
+  __device__ Rows(const Planes& a, int shift, int lane) {
+    const int first = max(-shift, 0);
     count = max(min(a.grad.summed, a.source.summed - shift) - first, 0);
     if (count == 0) return;
-    const int images = grad_at(lane) / count, source_images = source_at(lane) / count, step_images = 16 / count;
-    grad_row = grad_at(lane) - images * count, source_row = source_at(lane) - source_images * count;
-    grad = images * a.image_bytes + (first + grad_row) * a.grad.pitch + lane / 8 % 2 * 16;
-    source = source_images * a.image_bytes + (first + shift + source_row) * a.source.pitch + lane / 16 * 16;
-    step = 16 - step_images * count;
-    grad_step = step_images * a.image_bytes + step * a.grad.pitch;
-    source_step = step_images * a.image_bytes + step * a.source.pitch;
+    const int step_images = 16 / count;
+    step_ = 16 - step_images * count;
+    const auto side = [&](const Plane& v, int first_row, int at, int column) {
+      const int images = at / count, row = at - images * count;
+      return Side{at, row, images * a.image_bytes + (first_row + row) * v.pitch + column,
+                  step_images * a.image_bytes + step_ * v.pitch, a.image_bytes - count * v.pitch};
+    };
+    grad_ = side(a.grad, first, lane % 8 + lane / 16 * 8, lane / 8 % 2 * 16);
+    source_ = side(a.source, first + shift, lane % 16, lane / 16 * 16);
   }
+
+  // From 16 rows to the next, beginning at the first images: what is behind the last row is zeros.
+  class Walk {
+   public:
+    __device__ Walk(const Rows& rows, uint32_t grad, uint32_t source, int images, uint32_t zeros)
+        : rows_(rows),
+          grad_row_(rows.grad_.row),
+          source_row_(rows.source_.row),
+          grad_left_(images * rows.count - rows.grad_.at),
+          source_left_(images * rows.count - rows.source_.at),
+          grad_(grad + rows.grad_.place),
+          source_(source + rows.source_.place),
+          zeros_(zeros) {}
+
+    __device__ uint32_t next_grad() { return next(rows_.grad_, grad_, grad_row_, grad_left_); }
+    __device__ uint32_t next_source() { return next(rows_.source_, source_, source_row_, source_left_); }
+
+   private:
+    const Rows& rows_;
+    int grad_row_, source_row_, grad_left_, source_left_;
+    uint32_t grad_, source_;
+    const uint32_t zeros_;
+
+    __device__ uint32_t next(const auto& side, uint32_t& place, int& row, int& left) const {
+      const uint32_t here = left > 0 ? place : zeros_;
+      left -= 16, row += rows_.step_, place += side.step;
+      if (row >= rows_.count) row -= rows_.count, place += side.wrap;
+      return here;
+    }
+  };
+
+ private:
+  struct Side {
+    int at, row;     // the lane's first row, of all and of its image
+    int place;       // where that is
+    int step, wrap;  // 16 rows on, and from behind an image's last row to the next image's first one
+  };
+  int step_;  // 16 rows on, in rows of an image
+  Side grad_, source_;
 };
 
 // A warp's products for a shift: pieces of 16 of the gradient by 8 of the input. The last piece of the gradient is one
 // of 8, by 16 of the input: fragments of either matrix lie in registers in the same way.
-template <typename T>
+template <typename T, Way way>
 struct Products {
   static constexpr int kWhole = kGrads - 1, kPairs = (kSources + 1) / 2;
   float sum[kWhole][kSources][4], last[kPairs][4];
+
+  // Whether pieces of so many columns, from the first one on, are near enough to have part in any sum.
+  static constexpr bool is_near(int grad, int grads, int source, int sources) {
+    return way != Way::kNear || (source - (grad + grads - 1) <= kNear && grad - (source + sources - 1) <= kNear);
+  }
+  static constexpr bool has(int m, int n) { return n < kSources && is_near(16 * m, 16, 8 * n, 8); }
+  static constexpr bool has_last(int pair) { return is_near(16 * kWhole, 8, 16 * pair, 16); }
 
   __device__ void clear() {
 #pragma unroll
@@ -141,76 +214,71 @@ struct Products {
     }
   }
 
-  // Adds those of 16 rows, or of 8, with pieces n and n + 1 of the input, as far as they are there.
-  template <bool kHalf>
-  __device__ void add(const uint32_t (&g)[kGrads][4], int n, const uint32_t (&x)[4]) {
+  // Adds those of 16 rows, or of 8, with pieces n and n + 1 of the input, as far as they are there. Calls then(m) after
+  // the last use of piece m of the gradient.
+  template <bool kHalf, typename Then>
+  __device__ void add(const uint32_t (&g)[kGrads][4], int n, const uint32_t (&x)[4], Then&& then) {
 #pragma unroll
-    for (int m = 0; m < kWhole; ++m)
+    for (int m = 0; m < kWhole; ++m) {
 #pragma unroll
       for (int k = 0; k < 2; ++k)
-        if (n + k < kSources) {
+        if (has(m, n + k)) {
           if constexpr (kHalf)
             multiply(sum[m][n + k], {g[m][0], g[m][1]}, x[2 * k], T{});
           else
             multiply(sum[m][n + k], sum[m][n + k], g[m], {x[2 * k], x[2 * k + 1]}, T{});
         }
-    float (&to)[4] = last[n / 2];
-    const int other = n + 1 < kSources ? 2 : 0;
-    if constexpr (kHalf)
-      multiply(to, {x[0], x[other]}, g[kWhole][0], T{});
-    else
-      multiply(to, to, {x[0], x[other], x[1], x[other + 1]}, {g[kWhole][0], g[kWhole][2]}, T{});
-  }
-
-  static __device__ void load_grad(uint32_t (&g)[kGrads][4], uint32_t from) {
-#pragma unroll
-    for (int m = 0; m < kGrads; ++m) load_matrices_transposed(g[m], from + 32 * m);
-  }
-
-  // 16 rows, or 8, of a wide kernel's planes: `source` is the lane's row.
-  template <bool kHalf, typename Then>
-  __device__ void add_rows(const uint32_t (&g)[kGrads][4], uint32_t source, Then&& then) {
-    uint32_t x[kPairs][4];
-#pragma unroll
-    for (int n = 0; n + 1 < kSources; n += 2) load_matrices_transposed(x[n / 2], source + 16 * n);
-    if constexpr (kSources % 2 > 0)
-      load_two_transposed(x[kPairs - 1][0], x[kPairs - 1][1], source + 16 * (kSources - 1));
-    then();
-#pragma unroll
-    for (int n = 0; n < kSources; n += 2) add<kHalf>(g, n, x[n / 2]);
-  }
-
-  // The rows of all images that meet any go side by side.
-  __device__ void add_wide(const Planes& a, const Rows& rows, uint32_t grad, uint32_t source, int images,
-                           uint32_t zeros) {
-    const int all = images * rows.count, lane = threadIdx.x % 32;
-    const int grad_at = Rows::grad_at(lane), source_at = Rows::source_at(lane);
-    int grad_row = rows.grad_row, source_row = rows.source_row, k = 0;
-    grad += rows.grad, source += rows.source;
-    const auto load_next = [&](uint32_t (&g)[kGrads][4]) {
-      load_grad(g, k + grad_at < all ? grad : zeros);
-      grad_row += rows.step, grad += rows.grad_step;
-      if (grad_row >= rows.count) grad_row -= rows.count, grad += a.image_bytes - rows.count * a.grad.pitch;
-    };
-    const auto add_next = [&](const uint32_t (&g)[kGrads][4], uint32_t (&next)[kGrads][4]) {
-      const uint32_t x = k + source_at < all ? source : zeros;
-      const bool whole = all - k > 8;
-      k += 16;
-      if (whole)
-        add_rows<false>(g, x, [&] { load_next(next); });
-      else
-        add_rows<true>(g, x, [] {});
-      source_row += rows.step, source += rows.source_step;
-      if (source_row >= rows.count) source_row -= rows.count, source += a.image_bytes - rows.count * a.source.pitch;
-    };
-    uint32_t g[2][kGrads][4];
-    load_next(g[0]);
-#pragma unroll 1
-    while (k < all) {
-      add_next(g[0], g[1]);
-      if (k >= all) break;
-      add_next(g[1], g[0]);
+      then(m);
     }
+    if (has_last(n / 2)) {
+      float (&to)[4] = last[n / 2];
+      const int other = n + 1 < kSources ? 2 : 0;
+      if constexpr (kHalf)
+        multiply(to, {x[0], x[other]}, g[kWhole][0], T{});
+      else
+        multiply(to, to, {x[0], x[other], x[1], x[other + 1]}, {g[kWhole][0], g[kWhole][2]}, T{});
+    }
+    then(kWhole);
+  }
+  template <bool kHalf>
+  __device__ void add(const uint32_t (&g)[kGrads][4], int n, const uint32_t (&x)[4]) {
+    add<kHalf>(g, n, x, [](int) {});
+  }
+
+  static __device__ void load_pair(uint32_t (&x)[4], int n, uint32_t from) {
+    if (n + 1 < kSources)
+      load_matrices_transposed(x, from + 16 * n);
+    else
+      load_two_transposed(x[0], x[1], from + 16 * n);
+  }
+
+  // The rows of all images that meet any go side by side. What is next is loaded as soon as there is room for it: it
+  // takes the registers of what was multiplied.
+  __device__ void add_wide(const Rows& rows, uint32_t grad, uint32_t source, int images, uint32_t zeros) {
+    Rows::Walk walk(rows, grad, source, images, zeros);
+    uint32_t g[kGrads][4], x[kPairs][4];
+    const uint32_t first_grad = walk.next_grad(), first_source = walk.next_source();
+#pragma unroll
+    for (int n = 0; n < kSources; n += 2) load_pair(x[n / 2], n, first_source);
+#pragma unroll
+    for (int m = 0; m < kGrads; ++m) load_matrices_transposed(g[m], first_grad + 32 * m);
+    int left = images * rows.count;
+    constexpr int kLast = 2 * kPairs - 4;  // the pair that is multiplied last: the one behind it has least to do
+#pragma unroll 1
+    for (; left > 8; left -= 16) {
+      const uint32_t next_grad = walk.next_grad(), next_source = walk.next_source();
+#pragma unroll
+      for (int k = 0; k < kPairs; ++k) {
+        const int n = (kLast + 2 + 2 * k) % (2 * kPairs);
+        add<false>(g, n, x[n / 2], [&](int m) {
+          if (n == kLast) load_matrices_transposed(g[m], next_grad + 32 * m);
+        });
+        load_pair(x[n / 2], n, next_source);
+      }
+    }
+    if (left > 0)
+#pragma unroll
+      for (int n = 0; n < kSources; n += 2) add<true>(g, n, x[n / 2]);
   }
 
   // 16 columns, or 8, of a tall kernel's planes: `column` is the input's that the thread's first one meets. Columns
@@ -262,6 +330,35 @@ struct Products {
     }
   }
 
+  // To shared memory, the sums over blocks of 8 x 8 on the same diagonal.
+  __device__ void store_diagonals(int to) const {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const auto place = [&](int grad, int diagonal, int source) {
+      return to + 4 * (grad * kNearPitch + 8 * diagonal + source);
+    };
+#pragma unroll
+    for (int q = 0; q < kDiagonals; ++q) {
+      float2 total{};
+#pragma unroll
+      for (int m = 0; m < kWhole; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int n = 2 * m + h + q - kDiagonals / 2;
+          if (n >= 0 && n < kSources && has(m, n)) total.x += sum[m][n][2 * h], total.y += sum[m][n][2 * h + 1];
+        }
+      shared<float2>(place(g, q, 2 * t)) = total;
+    }
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < kSources; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int q = n - 2 * kWhole + kDiagonals / 2;
+        if (q >= 0 && q < kDiagonals) shared<float>(place(2 * t + e, q, g)) += last[n / 2][n % 2 * 2 + e];
+      }
+    __syncwarp();
+  }
+
   // To shared memory, as a matrix of the gradient's columns by the input's.
   __device__ void store(int to) const {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -279,22 +376,36 @@ struct Products {
 };
 
 // The sum of a tap, from the products of all warps.
-[[maybe_unused]] __device__ inline float sum_of_tap(const Planes& a, int i, int j) {
+[[maybe_unused]] __device__ inline float sum_of_tap(const Planes& a, int first_shift, int i, int j) {
+  constexpr int kAtOnce = kLong / 2;  // many: none waits
   const int shift = i - a.padding_short, diagonal = j - a.padding_long;
+  const int begin = max(-diagonal, 0), end = min(a.grad.width, a.source.width - diagonal);
   float total = 0;
-  if (diagonal <= -a.grad.width || diagonal >= a.source.width) return 0;
+  if (end <= begin) return 0;
   for (int f = 0; f < a.folded; ++f) {  // which of the rows of the gradient that are taken as one
-    const int warp = ((f + shift) >> a.fold_bits) - a.first_shift;
+    const int warp = ((f + shift) >> a.fold_bits) - first_shift;
     if (warp < 0 || warp >= a.shifts) continue;
     const int source = ((f + shift) & (a.folded - 1)) * a.source.width;
     uint32_t from = shared_address(a.sums + warp * kSumBytes) + 4 * (f * a.grad.width * kLong + source + diagonal);
     for (int share = 0; share < a.shares; ++share, from += a.shifts * kSumBytes)
-#pragma unroll 14
-      for (int w = 0; w < a.grad.width; ++w) {
-        const float product = __uint_as_float(load_word(from + w * 4 * (kLong + 1)));  // many at once: none waits
-        total += static_cast<unsigned>(w + diagonal) < static_cast<unsigned>(a.source.width) ? product : 0;
+      for (int first = 0; first < end; first += kAtOnce) {
+        const int skip = begin - first, past = end - first;
+        uint32_t products[kAtOnce];
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) products[k] = load_word(from + (first * (kLong + 1) + k * (kLong + 1)) * 4);
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) total += k >= skip && k < past ? __uint_as_float(products[k]) : 0;
       }
   }
+  return total;
+}
+
+// The same of a warp's sums over diagonals.
+[[maybe_unused]] __device__ inline float sum_of_diagonal(int sums, int diagonal) {
+  const int from = sums + 4 * (diagonal + 8 * (kDiagonals / 2));
+  float total = 0;
+#pragma unroll
+  for (int row = 0; row < 8; ++row) total += shared<float>(from + 4 * row * (kNearPitch + 1));
   return total;
 }
 
@@ -319,30 +430,38 @@ __device__ __noinline__ float sum_by_products(const Planes& a, const Item& item,
   return static_cast<float>(total);
 }
 
-// Loads planes, as stages become free.
-[[maybe_unused]] __device__ inline void load_planes(const Planes& a) {
+// What a thread that begins bulk copies loads next.
+struct Ahead {
+  int number, image = 0;  // the latter of an item's
   Turn turn;
-  for (int number = blockIdx.x; number < a.items(); number += gridDim.x) {
-    const Item item(a, number);
-    const char* source =
-        a.source.base + item.filter / a.multiplier * a.source.channel_bytes + item.first * a.source.image_bytes;
-    const char* grad = a.grad.base + item.filter * a.grad.channel_bytes + item.first * a.grad.image_bytes;
-    for (int image = item.first; image < item.last; image += a.stage_images(), turn.next(a)) {
-      wait(a.empty(turn.stage), turn.parity ^ 1);
-      const int images = min(a.stage_images(), item.last - image), barrier = a.full(turn.stage);
-      expect_bytes(barrier, images * (a.source.bytes + a.grad.bytes));
-      uint32_t to = shared_address(a.first_stage + turn.stage * a.stage_images() * a.image_bytes);
-      for (int k = 0; k < images; ++k, to += a.image_bytes) {
-        copy_bulk(to, source, a.source.bytes, barrier);
-        copy_bulk(to + a.source.slot, grad, a.grad.bytes, barrier);
-        source += a.source.image_bytes, grad += a.grad.image_bytes;
-      }
-      arrive(barrier);
-    }
-  }
-}
 
-// The same by threads, of which this is number `rank`.
+  __device__ Ahead() : number(blockIdx.x) {}
+  __device__ bool more(const Planes& a) const { return number < a.items(); }
+
+  // Loads a stage, as soon as it is free.
+  __device__ void load_next(const Planes& a) {
+    const Item item(a, number);
+    const int first = item.first + image, images = min(a.stage_images(), item.last - first);
+    const char* source =
+        a.source.base + item.filter / a.multiplier * a.source.channel_bytes + first * a.source.image_bytes;
+    const char* grad = a.grad.base + item.filter * a.grad.channel_bytes + first * a.grad.image_bytes;
+    uint32_t to = shared_address(a.first_stage + turn.stage * a.stage_images() * a.image_bytes);
+    const int barrier = a.full(turn.stage);
+    wait(a.empty(turn.stage), turn.parity ^ 1);
+    expect_bytes(barrier, images * (a.source.bytes + a.grad.bytes));
+    for (int k = 0; k < images; ++k, to += a.image_bytes) {
+      copy_bulk(to, source, a.source.bytes, barrier);
+      copy_bulk(to + a.source.slot, grad, a.grad.bytes, barrier);
+      source += a.source.image_bytes, grad += a.grad.image_bytes;
+    }
+    arrive(barrier);
+    image += a.stage_images();
+    if (first + a.stage_images() >= item.last) number += gridDim.x, image = 0;
+    turn.next(a);
+  }
+};
+
+// Loads planes by threads, of which this is number `rank`.
 template <int kBytes>
 __device__ void load_planes(const Planes& a, int rank) {
   Turn turn;
@@ -374,12 +493,12 @@ __device__ void load_planes(const Planes& a, int rank) {
 #endif
 }
 
-template <typename T, bool tall, bool bulk>
-__global__ void __launch_bounds__(32 * kAllWarps, 1) outer_planes(const __grid_constant__ Planes a) {
+template <typename T, Way way, bool bulk>
+__global__ void __launch_bounds__(32 * warps_of(way), 1) outer_planes(const __grid_constant__ Planes a) {
 #if __CUDA_ARCH__ >= 900
   constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
   let_next_kernel_start();
-  const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), warps = a.shifts * a.shares;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), warps = a.shifts * a.shares;
   if (threadIdx.x == 0)
     for (int s = 0; s < a.stages; ++s) {
       init_barrier(a.full(s), bulk ? 1 : a.loaders);
@@ -395,7 +514,8 @@ __global__ void __launch_bounds__(32 * kAllWarps, 1) outer_planes(const __grid_c
   if (warp >= warps) {
     const int rank = threadIdx.x - 32 * warps;
     if constexpr (bulk) {
-      if (lane == 0) load_planes(a);
+      if (is_elected())
+        for (Ahead ahead; ahead.more(a);) ahead.load_next(a);
     } else if (a.unit == 8) {
       load_planes<8>(a, rank);
     } else {
@@ -404,34 +524,50 @@ __global__ void __launch_bounds__(32 * kAllWarps, 1) outer_planes(const __grid_c
     return;
   }
 
-  const int sums = a.sums + warp * kSumBytes, bias_sums = a.sums + warps * kSumBytes;
-  const uint32_t zeros = shared_address(Planes::kZeros);
+  const uint32_t memory = kept_shared_address(), zeros = memory + Planes::kZeros;
+  const int lane = __shfl_sync(~0u, threadIdx.x % 32, threadIdx.x % 32);  // kept as well
+  const int share = warp / a.shifts, bias_sums = a.sums + warps * a.sum_bytes;
+  int tap = warp % a.shifts;
+  // Shifts have more or fewer rows, the farther they are the fewer: each scheduler has some of all.
+  if (a.shares == 1 && warp / 4 % 2 > 0) tap = warp / 4 * 4 + min(warp / 4 * 4 + 4, a.shifts) - 1 - warp;
+  const int sums = a.sums + (share * a.shifts + tap) * a.sum_bytes;
+  Rows rows(a, a.first_shift(a.first_row) + tap, lane);
+  // It loads two stages late, so as not to wait for warps that are slower.
+  Ahead ahead;
+  const auto load_ahead = [&] {
+    if (warp == 0 && is_elected() && ahead.more(a)) ahead.load_next(a);
+  };
+  if constexpr (loads_beside(way))
+    for (int s = 0; s + 2 < a.stages; ++s) load_ahead();
+  int group = 0;
   Turn turn;
 #pragma unroll 1
   for (int number = blockIdx.x; number < a.items(); number += gridDim.x) {
     const Item item(a, number);
-    const int tap = warp % a.shifts, share = warp / a.shifts, shift = a.first_shift + tap;
-    const bool with_bias = a.result.with_bias();
-    const Rows rows(a, shift);
-    Products<T> products;
+    const int first_row = item.first_row(a), last_row = item.last_row(a);
+    const int first_shift = a.first_shift(first_row), shift = first_shift + tap;
+    const bool with_bias = a.result.with_bias() && item.group == 0;
+    if (item.group != group) rows = Rows(a, shift, lane), group = item.group;
+    Products<T, way> products;
     products.clear();
     float bias[4] = {};
 #pragma unroll 1
     for (int image = item.first; image < item.last; image += a.stage_images(), turn.next(a)) {
-      wait(a.full(turn.stage), turn.parity);
       int begin = share * a.together, end = begin + a.together;
       if (a.uneven && tap % 2 > 0) (share == 0 ? end : begin) += (tap - 2) * a.together / 2;
       const int images = min(end, item.last - image) - begin;
-      const uint32_t source = shared_address(a.first_stage + (turn.stage * a.stage_images() + begin) * a.image_bytes);
+      const uint32_t source = memory + a.first_stage + (turn.stage * a.stage_images() + begin) * a.image_bytes;
       const uint32_t grad = source + a.source.slot;
-      if constexpr (tall) {
+      if constexpr (loads_beside(way)) load_ahead();
+      wait_at(memory + a.full(turn.stage), turn.parity);
+      if constexpr (way == Way::kTall) {
         for (int k = 0; k < images * a.image_bytes; k += a.image_bytes)
           if (shift % 2 == 0)
             products.template add_tall<false>(a, shift, grad + k, source + k);
           else
             products.template add_tall<true>(a, shift, grad + k, source + k);
       } else {
-        products.add_wide(a, rows, grad, source, images, zeros);
+        products.add_wide(rows, grad, source, images, zeros);
       }
       if (with_bias)
         for (int k = 0; k < images; ++k)
@@ -442,46 +578,59 @@ __global__ void __launch_bounds__(32 * kAllWarps, 1) outer_planes(const __grid_c
             multiply(bias, bias, g, {kOnes, kOnes}, T{});
           }
       __syncwarp();
-      if (lane == 0) arrive(a.empty(turn.stage));
+      if (lane == 0) arrive_at(memory + a.empty(turn.stage));
     }
 
-    products.store(sums);
-    float total = lane % 4 == 0 ? bias[0] + bias[2] : 0;
-    for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
-    if (lane == 0) shared<float>(bias_sums + 4 * warp) = total;
-    sync_multiplying(32 * warps);
-    for (int k = threadIdx.x; k < (a.last_row - a.first_row) * a.kernel_long; k += 32 * warps) {
-      const int i = a.first_row + k / a.kernel_long, j = k % a.kernel_long;
-      float sum = sum_of_tap(a, i, j);
-      if (!bulk && !tall && !is_finite(sum)) sum = sum_by_products<T>(a, item, i, j);
+    const auto put = [&](int i, int j, float sum) {
       a.result.put<T>(item.filter, item.split, i * a.tap_short + j * a.tap_long, sum);
+    };
+    if (with_bias) {
+      float total = lane % 4 == 0 ? bias[0] + bias[2] : 0;
+      for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
+      if (lane == 0) shared<float>(bias_sums + 4 * warp) = total;
+    }
+    if constexpr (way == Way::kNear) {
+      products.store_diagonals(sums);
+      if (const int i = shift + a.padding_short; i < last_row)
+        for (int j = lane; j < a.kernel_long; j += 32) put(i, j, sum_of_diagonal(sums, j - a.padding_long));
+      __syncwarp();
+      if (with_bias) sync_multiplying(32 * warps);
+    } else {
+      products.store(sums);
+      sync_multiplying(32 * warps);
+      for (int k = threadIdx.x; k < (last_row - first_row) * a.kernel_long; k += 32 * warps) {
+        const int i = first_row + k / a.kernel_long, j = k % a.kernel_long;
+        float sum = sum_of_tap(a, first_shift, i, j);
+        if (!bulk && way != Way::kTall && !is_finite(sum)) sum = sum_by_products<T>(a, item, i, j);
+        put(i, j, sum);
+      }
     }
     // Taps that never meet the images.
-    for (int i = warp; i < a.kernel_short; i += warps)
-      if (i < a.first_row || i >= a.last_row)
-        for (int j = lane; j < a.kernel_long; j += 32)
-          a.result.put<T>(item.filter, item.split, i * a.tap_short + j * a.tap_long, 0);
+    if (item.group == 0)
+      for (int i = warp; i < a.kernel_short; i += warps)
+        if (i < a.first_row || i >= a.last_row)
+          for (int j = lane; j < a.kernel_long; j += 32) put(i, j, 0);
     if (with_bias && threadIdx.x == 0) {
       float sum = 0;
       for (int w = 0; w < warps; ++w) sum += shared<float>(bias_sums + 4 * w);
       a.result.put<T>(item.filter, item.split, a.kernel_short * a.kernel_long, sum);
     }
-    sync_multiplying(32 * warps);
+    if (way != Way::kNear || with_bias) sync_multiplying(32 * warps);
   }
 #endif
 }
 
 // Into how many parts the images are divided.
-int splits_for(const Planes& a, int multiprocessors) {
+int splits_for(const Planes& a, Way way, int multiprocessors) {
   constexpr int kLongest = 12 << 10;  // products of a sum in float32: longer ones lose digits
   const int fewest = static_cast<int>(
       std::clamp<int64_t>(ceil_div(int64_t{a.images} * a.grad.summed / a.shares, kLongest), 1, a.images));
-  const double multiplications = a.shifts * kMultiplications * static_cast<double>(a.grad.summed) / 16;
+  const double multiplications = a.shifts * multiplications_of(way) * static_cast<double>(a.grad.summed) / 16;
   const double image = std::max(1.8 * multiplications, a.image_bytes / 13.);
   int best = fewest;
   double least = INFINITY;
   for (int splits = fewest; splits <= std::min(a.images, fewest + 64); ++splits) {
-    const auto rounds = static_cast<double>(ceil_div(int64_t{a.filters} * splits, multiprocessors));
+    const auto rounds = static_cast<double>(ceil_div(int64_t{a.filters} * a.groups * splits, multiprocessors));
     const double item = static_cast<double>(ceil_div(a.images, splits)) * image + 2000;
     const double cost = rounds * item + (splits > 1 ? 5000 + 10. * splits : 0);
     if (cost < least) least = cost, best = splits;
@@ -489,9 +638,9 @@ int splits_for(const Planes& a, int multiprocessors) {
   return best;
 }
 
-template <typename T, bool tall, bool bulk>
-void launch(const Problem& p, const Planes& a, int64_t shared_bytes, const Allocate& allocate, cudaStream_t stream) {
-  const auto kernel = outer_planes<T, tall, bulk>;
+template <typename T, Way way, bool bulk>
+void launch(const Problem& p, const Planes& a, int64_t shared_bytes, cudaStream_t stream) {
+  const auto kernel = outer_planes<T, way, bulk>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   const int64_t blocks = std::min<int64_t>(a.items(), current_device().multiprocessors);
   const int threads = 32 * a.shifts * a.shares + a.loaders;
@@ -505,7 +654,7 @@ void launch(const Problem& p, const Planes& a, int64_t shared_bytes, const Alloc
 bool launch_outer_grad_weight_planes(const Problem& p, bool exchanged, bool tall, const ImagePlanes& source,
                                      const ImagePlanes& grad, const Allocate& allocate, cudaStream_t stream) {
   const Device& device = current_device();
-  if (device.capability < 90 || !can_overlap(outer_planes<__half, false, true>)) return false;  // bulk copies
+  if (device.capability < 90 || !can_overlap(outer_planes<__half, Way::kWide, true>)) return false;  // bulk copies
   const OuterSizes sizes = OuterSizes::of(p, false);
   Planes a{};
   const auto can_fold = [&](int rows) {
@@ -533,46 +682,69 @@ bool launch_outer_grad_weight_planes(const Problem& p, bool exchanged, bool tall
   a.first_row = static_cast<int>(sizes.first_row()), a.last_row = static_cast<int>(sizes.last_row());
   a.images = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());
   a.multiplier = static_cast<int>(p.multiplier);
-  a.first_shift = std::max((a.first_row - a.padding_short) >> a.fold_bits, 1 - a.grad.summed);
-  const int last_shift = (a.last_row - 1 - a.padding_short + a.folded - 1) >> a.fold_bits;
-  a.shifts = std::min(last_shift, a.source.summed - 1) - a.first_shift + 1;
-  const int most = kAllWarps - (bulk ? 1 : kFewestLoaders / 32);
+
+  // Which rows of the kernel a block has: as many as it has warps for.
+  Way way = tall ? Way::kTall : Way::kWide;
+  int loading = bulk ? 1 : kFewestLoaders / 32;
+  const auto shifts_of = [&](int groups) {
+    a.groups = groups, a.group_rows = static_cast<int>(ceil_div(a.last_row - a.first_row, groups));
+    int shifts = 0;
+    for (int row = a.first_row; row < a.last_row; row += a.group_rows)
+      shifts = std::max(shifts, a.last_shift(std::min(row + a.group_rows, a.last_row)) - a.first_shift(row) + 1);
+    return shifts;
+  };
+  a.shifts = shifts_of(1);
+  if (bulk && !tall && a.folded == 1 && a.shifts > warps_of(way) - loading && a.padding_long <= kNear &&
+      a.kernel_long - 1 - a.padding_long <= kNear)
+    way = Way::kNear, loading = 0;
+  const int most = warps_of(way) - loading;
+  constexpr int kMostGroups = 2;
+  if (a.shifts > most && bulk) a.shifts = shifts_of(kMostGroups);
   if (a.shifts > most) return false;
-  a.together = tall ? 1 : std::clamp(64 / a.grad.summed, 1, 16);
-  a.shares = static_cast<int>(std::min<int64_t>(most / a.shifts, ceil_div(a.images, a.together)));
+  const bool near = way == Way::kNear;
+  // Against hankel_grad_weight, whose multiplications take longer: those for a row of 16 images.
+  const double multiplications = 1. * a.shifts * a.groups * multiplications_of(way) / a.folded;
+  const double others = 16. * ceil_div(a.grad.width, 16) * ceil_div(a.kernel_short, 8) * ceil_div(a.kernel_long, 16);
+  if ((near || a.groups > 1) && multiplications > 1.5 * others) return false;
+  a.together = tall ? 1 : std::clamp(2 * kLong / a.grad.summed, 1, 16);
+  a.shares = near ? 1 : static_cast<int>(std::min<int64_t>(most / a.shifts, ceil_div(a.images, a.together)));
   // Ten warps: with as many images for all, two of four schedulers would have three warps' work, and two have two's.
   a.uneven = bulk && !tall && a.shifts == 5 && a.shares == 2;
-  if (a.uneven) a.together = std::max(a.together, 2);
-  const bool few = kAllWarps - a.shifts * a.shares < kMostLoaders / 32;
-  a.loaders = bulk ? 32 : few ? kFewestLoaders : kMostLoaders;
+  const bool few = warps_of(way) - a.shifts * a.shares < kMostLoaders / 32;
+  a.loaders = loads_beside(way) ? 0 : bulk ? 32 : few ? kFewestLoaders : kMostLoaders;
   for (Plane* v : {&a.source, &a.grad})
     v->lanes = v->bytes > 64 * a.unit ? a.loaders : v->bytes > 32 * a.unit ? 64 : 32;
   // A filter's products have to be worth to be added up. Cycles, about: for each number that a thread adds, and
   // for each multiplication of a multiprocessor.
-  const int64_t taps_of_thread = ceil_div((a.last_row - a.first_row) * a.kernel_long, 32 * a.shifts * a.shares);
-  const double adding = 45. * static_cast<double>(taps_of_thread) * a.folded * a.grad.width * a.shares;
-  const double multiplying = 2.75 * kMultiplications * a.shifts * a.grad.summed / 16 * a.images;
+  const int64_t taps_of_thread = ceil_div(a.group_rows * a.kernel_long, 32 * a.shifts * a.shares);
+  const double adding = near ? 0 : 36. * static_cast<double>(taps_of_thread) * a.folded * a.grad.width * a.shares;
+  const double multiplying = 2.75 * multiplications_of(way) * a.shifts * a.grad.summed / 16 * a.images;
   if (3 * adding > multiplying) return false;
+  a.sum_bytes = near ? kNearSumBytes : kSumBytes;
   a.sums = Planes::kZeros + Planes::kZeroBytes;
-  a.first_stage = static_cast<int>(round_up(a.sums + a.shifts * a.shares * (kSumBytes + 4), 128));
+  a.first_stage = static_cast<int>(round_up(a.sums + a.shifts * a.shares * (a.sum_bytes + 4), 128));
   a.image_bytes = a.source.slot + a.grad.slot;
   // What is read beyond planes is still a block's.
   const int beyond =
       std::max(64 * std::max(a.source.pitch, a.grad.pitch) + 128 - std::min(a.source.slot, a.grad.slot), 256);
-  const int64_t room = device.shared_per_block - a.first_stage - beyond;
-  const int64_t stage = int64_t{a.shares} * a.together * a.image_bytes;
+  const int64_t room = device.shared_per_block - a.first_stage - beyond, image = int64_t{a.shares} * a.image_bytes;
+  const int few_stages = loads_beside(way) ? 4 : 3;
+  const int fewest = a.uneven ? 2 : 1;
+  while (a.together > fewest && room / (image * a.together) < few_stages) --a.together;
+  const int64_t stage = image * a.together;
   a.stages = static_cast<int>(std::min<int64_t>(room / stage, kMaxStages));
-  if (a.stages < 2) return false;
-  a.splits = splits_for(a, device.multiprocessors);
+  if (a.stages < (loads_beside(way) ? 4 : 2)) return false;
+  a.splits = splits_for(a, way, device.multiprocessors);
   a.result = weight_sums(p, a.splits, allocate);
   const int64_t shared_bytes = a.first_stage + a.stages * stage + beyond;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
-      if (bulk && tall) return launch<T, true, true>(p, a, shared_bytes, allocate, stream);
-      if (bulk) return launch<T, false, true>(p, a, shared_bytes, allocate, stream);
-      if (tall) return launch<T, true, false>(p, a, shared_bytes, allocate, stream);
-      launch<T, false, false>(p, a, shared_bytes, allocate, stream);
+      if (near) return launch<T, Way::kNear, true>(p, a, shared_bytes, stream);
+      if (bulk && tall) return launch<T, Way::kTall, true>(p, a, shared_bytes, stream);
+      if (bulk) return launch<T, Way::kWide, true>(p, a, shared_bytes, stream);
+      if (tall) return launch<T, Way::kTall, false>(p, a, shared_bytes, stream);
+      launch<T, Way::kWide, false>(p, a, shared_bytes, stream);
     }
   });
   return true;
