@@ -1885,6 +1885,37 @@ def test_large_kernels_on_many_planes(
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
+    ("kernel", "size", "batch", "channels"),
+    [
+        ((31, 31), (56, 56), 5, 131),
+        ((29, 33), (56, 56), 33, 2),
+        ((27, 27), (14, 14), 37, 140),
+        ((13, 21), (13, 12), 35, 16),
+        ((13, 13), (28, 28), 40, 134),
+    ],
+    ids=str,
+)
+def test_grad_weight_of_whole_planes(kernel: tuple, size: tuple, batch: int, channels: int, dtype: torch.dtype) -> None:
+    """From shared memory as they are, or as copies where they begin anywhere: exact, NaN where F.conv2d has it."""
+    case = Case(batch, channels, size, kernel, padding=tuple(k // 2 for k in kernel))
+    for offset, multiplier in ((0, 1), (1, 2), (4, 1)):
+        case = case._replace(multiplier=multiplier)
+        input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+        grad_output = integers(*output_size(case)).to(input)
+        input, grad_output = lay(input, offset=offset), lay(grad_output, offset=offset)
+        if offset > 0:
+            for tensor in (input, grad_output):
+                tensor[0, 1, 3, 5], tensor[-1, -1, -1, -1] = torch.inf, torch.nan
+        exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+        for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
+            if plan in ("outer_grad_weight", "hankel_grad_weight"):
+                expected = exact[name].to(result)
+                assert torch.equal(result.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0)), (plan, offset)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
     "kernel", [(31, 31), (27, 29), (13, 9), (8, 8), (51, 5), (5, 51), (1, 63), (63, 2), (20, 40), (63, 63)], ids=str
 )
 def test_grad_weight_of_large_kernels_is_exact(kernel: tuple, dtype: torch.dtype) -> None:

@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "aligned_planes.cuh"
 #include "launch.h"
 #include "outer_grad_weight_planes.h"
 #include "overlap.cuh"
@@ -631,9 +632,10 @@ void launch_hankel_grad_weight(const Problem& problem, const Allocate& allocate,
   Hankel a{};
   a.tap_row = static_cast<int>(exchanged ? 1 : problem.kernel_w);
   a.tap_column = static_cast<int>(exchanged ? problem.kernel_w : 1);
-  static_cast<ImagePlanes&>(a.source) = planes_of(p.input, p.batch, p.channels, p.height, p.width, allocate, stream);
+  static_cast<ImagePlanes&>(a.source) =
+      aligned_planes_of(p.input, p.batch, p.channels, p.height, p.width, allocate, stream);
   static_cast<ImagePlanes&>(a.grad) =
-      planes_of(p.output, p.batch, p.filters(), p.out_height, p.out_width, allocate, stream);
+      aligned_planes_of(p.output, p.batch, p.filters(), p.out_height, p.out_width, allocate, stream);
   if (launch_outer_grad_weight_planes(p, exchanged, false, a.source, a.grad, allocate, stream)) return;
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);

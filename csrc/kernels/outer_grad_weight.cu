@@ -10,14 +10,17 @@
 //
 // Every product that is part of a sum is one of the convolution: Inf and NaN come out where they should.
 //
-// Whole planes of rows that fill 56 columns, alone or together, go another way: outer_grad_weight_planes.cu.
+// Whole planes of rows that fill 56 columns, alone or together, go other ways: outer_grad_weight_planes.cu and
+// outer_grad_weight_images.cu.
 #include "outer_grad_weight.h"
 
 #include <algorithm>
 #include <cmath>
 #include <utility>
 
+#include "aligned_planes.cuh"
 #include "launch.h"
+#include "outer_grad_weight_images.h"
 #include "outer_grad_weight_planes.h"
 #include "overlap.cuh"
 #include "planes.cuh"
@@ -579,10 +582,11 @@ void launch_outer_grad_weight(const Problem& problem, const Allocate& allocate, 
   const OuterSizes sizes = OuterSizes::of(problem, exchanged);
   const auto planes = [&](View view, int64_t channels, int64_t height, int64_t width) {
     if (by_kernel) std::swap(view.stride[2], view.stride[3]), std::swap(height, width);
-    return planes_of(view, p.batch, channels, height, width, allocate, stream);
+    return aligned_planes_of(view, p.batch, channels, height, width, allocate, stream);
   };
   const ImagePlanes source = planes(p.input, p.channels, p.height, p.width);
   const ImagePlanes grad = planes(p.output, p.filters(), p.out_height, p.out_width);
+  if (!by_kernel && launch_outer_grad_weight_images(p, exchanged, source, grad, allocate, stream)) return;
   if (launch_outer_grad_weight_planes(p, exchanged, by_kernel, source, grad, allocate, stream)) return;
 
   Outer a{};

@@ -3,51 +3,55 @@
 // Rows are what is summed over: with A[w][r] = gradient[r][w] and B[r][u] = input[r + shift][u], the product has, for
 // row shift + padding of the kernel, the sums for its columns u + padding - w on the diagonals. So planes stay as they
 // are in memory, and rows of several images go side by side. A warp has all products for a shift in registers, which
-// takes rows of 56 columns: 2 or 4 narrower ones are taken as one, whose products are those of all pairs of them. For a
-// tall kernel with few columns, columns are summed over and rows multiplied: A[r][w] = gradient[r][w], B[w][y] =
-// input[y][w + shift]. An odd shift puts its pairs of pixels together from two words.
+// takes rows of 56 columns: 2 or 4 narrower ones are taken as one, whose products are those of all pairs of them. Of a
+// kernel with many rows that reaches over 16 columns at most, a warp has two shifts, but only products that are near,
+// and a block has half of the rows. For a tall kernel with few columns, columns are summed over and rows multiplied:
+// A[r][w] = gradient[r][w], B[w][y] = input[y][w + shift]. An odd shift puts its pairs of pixels together from two
+// words.
 //
 // Planes are loaded far ahead by a thread that begins bulk copies, or by some warps where they are not aligned to 16
-// bytes.
+// bytes. Shared memory gives fragments hardly faster than they are multiplied: what is next is loaded in between.
 //
 // Products that are not of the convolution have zeros on both sides: Inf and NaN come out where they should. But where
-// rows that are taken as one do not divide a plane, the zeros behind it meet others: sums that are not finite are taken
-// again, product by product.
+// rows that are taken as one do not divide a plane, or a warp has two shifts, zeros meet others: sums that are not
+// finite are taken again, product by product.
 #include <algorithm>
 #include <cmath>
 
 #include "launch.h"
 #include "outer_grad_weight.h"
 #include "outer_grad_weight_planes.h"
+#include "outer_products.cuh"
 #include "overlap.cuh"
 #include "planes.cuh"
-#include "tensor_cores.cuh"
 #include "weight_sums.cuh"
 
 namespace dwconv {
 namespace {
 
-constexpr int kGrads = 4, kSources = 7, kLong = 8 * kSources;  // pieces of 16 and 8, and columns, of a long side
-constexpr int kNear = 16;                                      // columns that kWide reaches over, with fewer products
-constexpr int kFewestLoaders = 64, kMostLoaders = 128;         // threads that load, where there are no bulk copies
+constexpr int kFewestLoaders = 64, kMostLoaders = 128;  // threads that load, where there are no bulk copies
 constexpr int kMaxStages = 8;
 constexpr int kSumBytes = 4 * kLong * kLong;  // of a warp
 // The same where a warp adds up its diagonals before, of 8 rows by 8 columns each.
 constexpr int kDiagonals = 2 * kNear / 8 + 1, kNearPitch = 8 * kDiagonals, kNearSumBytes = 4 * 8 * kNearPitch;
 
-// What planes are taken for: a wide kernel, one that reaches over kNear columns at most, or a tall one.
+// What planes are taken for: a wide kernel, one with many rows that reaches over kNear columns at most, or a tall one.
 enum class Way { kWide, kNear, kTall };
 
-// The warps that there are registers for, and what each multiplies for 16 rows.
-constexpr int warps_of(Way way) {
-  return way == Way::kNear ? 16 : 12;
-}
 // Whether a warp that multiplies loads as well: one more would leave too few registers for each.
 constexpr bool loads_beside(Way way) {
   return way == Way::kNear;
 }
+// The warps that there are registers for, and what each multiplies for 16 rows.
+constexpr int warps_of(Way way) {
+  return way == Way::kNear ? 8 : 12;
+}
 constexpr int multiplications_of(Way way) {
-  return way == Way::kNear ? 17 : 25;
+  return way == Way::kNear ? 34 : 25;
+}
+// The shifts of a warp, one after the other.
+constexpr int shifts_of_warp(Way way) {
+  return way == Way::kNear ? 2 : 1;
 }
 
 struct Plane {
@@ -79,7 +83,8 @@ struct Planes {
   __device__ int empty(int stage) const { return 8 * (kMaxStages + stage); }
   __device__ int stage_images() const { return shares * together; }
   __host__ __device__ int items() const { return filters * groups * splits; }
-  // Of rows of the input against those of the gradient that they meet, for rows of the kernel from one on and up to one.
+  // Of rows of the input against those of the gradient that they meet, for rows of the kernel from `row` on, and for
+  // those before it.
   __host__ __device__ int first_shift(int row) const {
     const int shift = (row - padding_short) >> fold_bits;
     return shift > -grad.summed ? shift : 1 - grad.summed;
@@ -116,12 +121,6 @@ struct Turn {
   }
 };
 
-__device__ inline uint32_t load_word(uint32_t from) {
-  uint32_t word;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(from));
-  return word;
-}
-
 // Which of a pair of places, the first of them `at`, are in [0, size).
 [[maybe_unused]] __device__ inline uint32_t pair_mask(int at, int size) {
   return (static_cast<unsigned>(at) < static_cast<unsigned>(size) ? 0xffffu : 0u) |
@@ -133,8 +132,10 @@ class Rows {
  public:
   int count;  // of an image
 
-  __device__ Rows(const Planes& a, int shift, int lane) {
-    const int first = max(-shift, 0);
+  // `more`: shifts behind this one that the warp has as well.
+  __device__ Rows(const Planes& a, int shift, int more, int lane) {
+    const int first = max(-(shift + more), 0);
+    first_source_ = first + shift;
     count = max(min(a.grad.summed, a.source.summed - shift) - first, 0);
     if (count == 0) return;
     const int step_images = 16 / count;
@@ -145,35 +146,43 @@ class Rows {
                   step_images * a.image_bytes + step_ * v.pitch, a.image_bytes - count * v.pitch};
     };
     grad_ = side(a.grad, first, lane % 8 + lane / 16 * 8, lane / 8 % 2 * 16);
-    source_ = side(a.source, first + shift, lane % 16, lane / 16 * 16);
+    source_ = side(a.source, first_source_, lane % 16, lane / 16 * 16);
   }
 
   // From 16 rows to the next, beginning at the first images: what is behind the last row is zeros.
   class Walk {
    public:
-    __device__ Walk(const Rows& rows, uint32_t grad, uint32_t source, int images, uint32_t zeros)
-        : rows_(rows),
-          grad_row_(rows.grad_.row),
+    __device__ Walk(const Rows& rows, uint32_t grad, uint32_t source, int images)
+        : grad_row_(rows.grad_.row),
           source_row_(rows.source_.row),
           grad_left_(images * rows.count - rows.grad_.at),
           source_left_(images * rows.count - rows.source_.at),
           grad_(grad + rows.grad_.place),
-          source_(source + rows.source_.place),
-          zeros_(zeros) {}
+          source_(source + rows.source_.place) {}
 
-    __device__ uint32_t next_grad() { return next(rows_.grad_, grad_, grad_row_, grad_left_); }
-    __device__ uint32_t next_source() { return next(rows_.source_, source_, source_row_, source_left_); }
+    __device__ uint32_t next_grad(const Rows& rows, uint32_t zeros) {
+      return next(rows, rows.grad_, grad_, grad_row_, grad_left_, zeros);
+    }
+    __device__ uint32_t next_source(const Rows& rows, uint32_t zeros) {
+      return next(rows, rows.source_, source_, source_row_, source_left_, zeros);
+    }
+    // Of two shifts. Rows that one of them does not meet are zeros.
+    __device__ void next_sources(const Planes& a, const Rows& rows, uint32_t zeros, uint32_t (&both)[2]) {
+      const int row = rows.first_source_ + source_row_;
+      const uint32_t from = next_source(rows, zeros);
+      both[0] = row >= 0 ? from : zeros;
+      both[1] = row + 1 >= a.source.summed ? zeros : from == zeros ? zeros : from + a.source.pitch;
+    }
 
    private:
-    const Rows& rows_;
     int grad_row_, source_row_, grad_left_, source_left_;
     uint32_t grad_, source_;
-    const uint32_t zeros_;
 
-    __device__ uint32_t next(const auto& side, uint32_t& place, int& row, int& left) const {
-      const uint32_t here = left > 0 ? place : zeros_;
-      left -= 16, row += rows_.step_, place += side.step;
-      if (row >= rows_.count) row -= rows_.count, place += side.wrap;
+    static __device__ uint32_t next(const Rows& rows, const auto& side, uint32_t& place, int& row, int& left,
+                                    uint32_t zeros) {
+      const uint32_t here = left > 0 ? place : zeros;
+      left -= 16, row += rows.step_, place += side.step;
+      if (row >= rows.count) row -= rows.count, place += side.wrap;
       return here;
     }
   };
@@ -184,101 +193,52 @@ class Rows {
     int place;       // where that is
     int step, wrap;  // 16 rows on, and from behind an image's last row to the next image's first one
   };
-  int step_;  // 16 rows on, in rows of an image
+  int first_source_;  // row of the input: -1 where the first shift does not meet the first row of the gradient
+  int step_;          // 16 rows on, in rows of an image
   Side grad_, source_;
 };
 
-// A warp's products for a shift: pieces of 16 of the gradient by 8 of the input. The last piece of the gradient is one
-// of 8, by 16 of the input: fragments of either matrix lie in registers in the same way.
-template <typename T, Way way>
-struct Products {
-  static constexpr int kWhole = kGrads - 1, kPairs = (kSources + 1) / 2;
-  float sum[kWhole][kSources][4], last[kPairs][4];
-
-  // Whether pieces of so many columns, from the first one on, are near enough to have part in any sum.
-  static constexpr bool is_near(int grad, int grads, int source, int sources) {
-    return way != Way::kNear || (source - (grad + grads - 1) <= kNear && grad - (source + sources - 1) <= kNear);
-  }
-  static constexpr bool has(int m, int n) { return n < kSources && is_near(16 * m, 16, 8 * n, 8); }
-  static constexpr bool has_last(int pair) { return is_near(16 * kWhole, 8, 16 * pair, 16); }
-
-  __device__ void clear() {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-#pragma unroll
-      for (int n = 0; n < kPairs; ++n) last[n][e] = 0;
-#pragma unroll
-      for (int m = 0; m < kWhole; ++m)
-#pragma unroll
-        for (int n = 0; n < kSources; ++n) sum[m][n][e] = 0;
-    }
-  }
-
-  // Adds those of 16 rows, or of 8, with pieces n and n + 1 of the input, as far as they are there. Calls then(m) after
-  // the last use of piece m of the gradient.
-  template <bool kHalf, typename Then>
-  __device__ void add(const uint32_t (&g)[kGrads][4], int n, const uint32_t (&x)[4], Then&& then) {
-#pragma unroll
-    for (int m = 0; m < kWhole; ++m) {
-#pragma unroll
-      for (int k = 0; k < 2; ++k)
-        if (has(m, n + k)) {
-          if constexpr (kHalf)
-            multiply(sum[m][n + k], {g[m][0], g[m][1]}, x[2 * k], T{});
-          else
-            multiply(sum[m][n + k], sum[m][n + k], g[m], {x[2 * k], x[2 * k + 1]}, T{});
-        }
-      then(m);
-    }
-    if (has_last(n / 2)) {
-      float (&to)[4] = last[n / 2];
-      const int other = n + 1 < kSources ? 2 : 0;
-      if constexpr (kHalf)
-        multiply(to, {x[0], x[other]}, g[kWhole][0], T{});
-      else
-        multiply(to, to, {x[0], x[other], x[1], x[other + 1]}, {g[kWhole][0], g[kWhole][2]}, T{});
-    }
-    then(kWhole);
-  }
-  template <bool kHalf>
-  __device__ void add(const uint32_t (&g)[kGrads][4], int n, const uint32_t (&x)[4]) {
-    add<kHalf>(g, n, x, [](int) {});
-  }
-
-  static __device__ void load_pair(uint32_t (&x)[4], int n, uint32_t from) {
-    if (n + 1 < kSources)
-      load_matrices_transposed(x, from + 16 * n);
-    else
-      load_two_transposed(x[0], x[1], from + 16 * n);
-  }
+// A warp's products for a shift.
+template <typename T>
+struct Products : OuterProducts<T, false> {
+  using OuterProducts<T, false>::kWhole;
+  using OuterProducts<T, false>::kPairs;
+  using OuterProducts<T, false>::sum;
+  using OuterProducts<T, false>::last;
 
   // The rows of all images that meet any go side by side. What is next is loaded as soon as there is room for it: it
   // takes the registers of what was multiplied.
   __device__ void add_wide(const Rows& rows, uint32_t grad, uint32_t source, int images, uint32_t zeros) {
-    Rows::Walk walk(rows, grad, source, images, zeros);
+    Rows::Walk walk(rows, grad, source, images);
     uint32_t g[kGrads][4], x[kPairs][4];
-    const uint32_t first_grad = walk.next_grad(), first_source = walk.next_source();
-#pragma unroll
-    for (int n = 0; n < kSources; n += 2) load_pair(x[n / 2], n, first_source);
-#pragma unroll
-    for (int m = 0; m < kGrads; ++m) load_matrices_transposed(g[m], first_grad + 32 * m);
+    load(g, x, walk.next_grad(rows, zeros), walk.next_source(rows, zeros));
     int left = images * rows.count;
-    constexpr int kLast = 2 * kPairs - 4;  // the pair that is multiplied last: the one behind it has least to do
 #pragma unroll 1
     for (; left > 8; left -= 16) {
-      const uint32_t next_grad = walk.next_grad(), next_source = walk.next_source();
-#pragma unroll
-      for (int k = 0; k < kPairs; ++k) {
-        const int n = (kLast + 2 + 2 * k) % (2 * kPairs);
-        add<false>(g, n, x[n / 2], [&](int m) {
-          if (n == kLast) load_matrices_transposed(g[m], next_grad + 32 * m);
-        });
-        load_pair(x[n / 2], n, next_source);
-      }
+      const uint32_t next_grad = walk.next_grad(rows, zeros), next_source = walk.next_source(rows, zeros);
+      add_and_load(g, x, next_grad, next_source);
     }
     if (left > 0)
 #pragma unroll
-      for (int n = 0; n < kSources; n += 2) add<true>(g, n, x[n / 2]);
+      for (int n = 0; n < kSources; n += 2) this->template add<true>(g, n, x[n / 2]);
+  }
+
+  static __device__ void load(uint32_t (&g)[kGrads][4], uint32_t (&x)[kPairs][4], uint32_t grad, uint32_t source) {
+#pragma unroll
+    for (int n = 0; n < kSources; n += 2) load_pair(x[n / 2], n, source);
+#pragma unroll
+    for (int m = 0; m < kGrads; ++m) load_matrices_transposed(g[m], grad + 32 * m);
+  }
+  __device__ void add_and_load(uint32_t (&g)[kGrads][4], uint32_t (&x)[kPairs][4], uint32_t grad, uint32_t source) {
+    constexpr int kLast = 2 * kPairs - 4;  // the pair that is multiplied last: the one behind it has least to do
+#pragma unroll
+    for (int k = 0; k < kPairs; ++k) {
+      const int n = (kLast + 2 + 2 * k) % (2 * kPairs);
+      this->template add<false>(g, n, x[n / 2], [&](int m) {
+        if (n == kLast) load_matrices_transposed(g[m], grad + 32 * m);
+      });
+      load_pair(x[n / 2], n, source);
+    }
   }
 
   // 16 columns, or 8, of a tall kernel's planes: `column` is the input's that the thread's first one meets. Columns
@@ -309,7 +269,7 @@ struct Products {
             if constexpr (kOdd) pair = __byte_perm(pair, load_word(from + 4), 0x5432);
             if constexpr (kMasked) pair &= masks[h];
           }
-      add<kHalf>(g, n, x);
+      this->template add<kHalf>(g, n, x);
     }
   }
 
@@ -330,35 +290,6 @@ struct Products {
     }
   }
 
-  // To shared memory, the sums over blocks of 8 x 8 on the same diagonal.
-  __device__ void store_diagonals(int to) const {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const auto place = [&](int grad, int diagonal, int source) {
-      return to + 4 * (grad * kNearPitch + 8 * diagonal + source);
-    };
-#pragma unroll
-    for (int q = 0; q < kDiagonals; ++q) {
-      float2 total{};
-#pragma unroll
-      for (int m = 0; m < kWhole; ++m)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int n = 2 * m + h + q - kDiagonals / 2;
-          if (n >= 0 && n < kSources && has(m, n)) total.x += sum[m][n][2 * h], total.y += sum[m][n][2 * h + 1];
-        }
-      shared<float2>(place(g, q, 2 * t)) = total;
-    }
-    __syncwarp();
-#pragma unroll
-    for (int n = 0; n < kSources; ++n)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int q = n - 2 * kWhole + kDiagonals / 2;
-        if (q >= 0 && q < kDiagonals) shared<float>(place(2 * t + e, q, g)) += last[n / 2][n % 2 * 2 + e];
-      }
-    __syncwarp();
-  }
-
   // To shared memory, as a matrix of the gradient's columns by the input's.
   __device__ void store(int to) const {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -374,6 +305,94 @@ struct Products {
       }
   }
 };
+
+// A warp's products for two shifts, one after the other, of columns that are near.
+template <typename T>
+struct NearProducts {
+  using Part = OuterProducts<T, true>;
+  static constexpr int kPairs = Part::kPairs;
+  Part parts[2];
+
+  __device__ void clear() { parts[0].clear(), parts[1].clear(); }
+
+  // As Products::add_wide.
+  __device__ void add(const Planes& a, const Rows& rows, uint32_t grad, uint32_t source, int images, uint32_t zeros) {
+    Rows::Walk walk(rows, grad, source, images);
+    uint32_t g[2][kGrads][4], x[2][kPairs][4];
+    // Where the next rows are is known a step before they are loaded, so that nothing waits for it.
+    uint32_t grad_from = walk.next_grad(rows, zeros), from[2];
+    walk.next_sources(a, rows, zeros, from);
+    const auto load_grad = [&](uint32_t (&to)[kGrads][4]) {
+#pragma unroll
+      for (int m = 0; m < kGrads; ++m) load_matrices_transposed(to[m], grad_from + 32 * m);
+      grad_from = walk.next_grad(rows, zeros);
+    };
+    load_grad(g[0]);
+#pragma unroll
+    for (int s = 0; s < 2; ++s)
+#pragma unroll
+      for (int n = 0; n < kSources; n += 2) load_pair(x[s][n / 2], n, from[s]);
+    walk.next_sources(a, rows, zeros, from);
+    int left = images * rows.count;
+    // Returns whether there is more.
+    const auto step = [&](const uint32_t (&g)[kGrads][4], uint32_t (&next)[kGrads][4]) {
+      if (left <= 8) {
+        if (left > 0)
+#pragma unroll
+          for (int s = 0; s < 2; ++s)
+#pragma unroll
+            for (int n = 0; n < kSources; n += 2) parts[s].template add<true>(g, n, x[s][n / 2]);
+        return false;
+      }
+      load_grad(next);
+#pragma unroll
+      for (int s = 0; s < 2; ++s)
+#pragma unroll
+        for (int n = 0; n < kSources; n += 2) {
+          parts[s].template add<false>(g, n, x[s][n / 2]);
+          load_pair(x[s][n / 2], n, from[s]);
+        }
+      walk.next_sources(a, rows, zeros, from);
+      left -= 16;
+      return true;
+    };
+    while (step(g[0], g[1]) && step(g[1], g[0])) {
+    }
+  }
+};
+
+// To shared memory, the sums over blocks of 8 x 8 on the same diagonal.
+template <typename T>
+__device__ void store_diagonals(const OuterProducts<T, true>& products, int to) {
+  const auto& [sum, last] = products;
+  constexpr int kWhole = OuterProducts<T, true>::kWhole;
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const auto place = [&](int grad, int diagonal, int source) {
+    return to + 4 * (grad * kNearPitch + 8 * diagonal + source);
+  };
+#pragma unroll
+  for (int q = 0; q < kDiagonals; ++q) {
+    float2 total{};
+#pragma unroll
+    for (int m = 0; m < kWhole; ++m)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int n = 2 * m + h + q - kDiagonals / 2;
+        if (n >= 0 && n < kSources && OuterProducts<T, true>::has(m, n))
+          total.x += sum[m][n][2 * h], total.y += sum[m][n][2 * h + 1];
+      }
+    shared<float2>(place(g, q, 2 * t)) = total;
+  }
+  __syncwarp();
+#pragma unroll
+  for (int n = 0; n < kSources; ++n)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int q = n - 2 * kWhole + kDiagonals / 2;
+      if (q >= 0 && q < kDiagonals) shared<float>(place(2 * t + e, q, g)) += last[n / 2][n % 2 * 2 + e];
+    }
+  __syncwarp();
+}
 
 // The sum of a tap, from the products of all warps.
 [[maybe_unused]] __device__ inline float sum_of_tap(const Planes& a, int first_shift, int i, int j) {
@@ -486,13 +505,6 @@ __device__ void load_planes(const Planes& a, int rank) {
   }
 }
 
-// Waits for the warps that multiply.
-[[maybe_unused]] __device__ inline void sync_multiplying(int threads) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("barrier.sync.aligned 1, %0;" ::"r"(threads) : "memory");
-#endif
-}
-
 template <typename T, Way way, bool bulk>
 __global__ void __launch_bounds__(32 * warps_of(way), 1) outer_planes(const __grid_constant__ Planes a) {
 #if __CUDA_ARCH__ >= 900
@@ -527,11 +539,12 @@ __global__ void __launch_bounds__(32 * warps_of(way), 1) outer_planes(const __gr
   const uint32_t memory = kept_shared_address(), zeros = memory + Planes::kZeros;
   const int lane = __shfl_sync(~0u, threadIdx.x % 32, threadIdx.x % 32);  // kept as well
   const int share = warp / a.shifts, bias_sums = a.sums + warps * a.sum_bytes;
+  // The farther shifts are the less rows they have: each scheduler has some of all.
   int tap = warp % a.shifts;
-  // Shifts have more or fewer rows, the farther they are the fewer: each scheduler has some of all.
   if (a.shares == 1 && warp / 4 % 2 > 0) tap = warp / 4 * 4 + min(warp / 4 * 4 + 4, a.shifts) - 1 - warp;
   const int sums = a.sums + (share * a.shifts + tap) * a.sum_bytes;
-  Rows rows(a, a.first_shift(a.first_row) + tap, lane);
+  constexpr int kShifts = shifts_of_warp(way);
+  Rows rows(a, a.first_shift(a.first_row) + kShifts * tap, kShifts - 1, lane);
   // It loads two stages late, so as not to wait for warps that are slower.
   Ahead ahead;
   const auto load_ahead = [&] {
@@ -545,40 +558,58 @@ __global__ void __launch_bounds__(32 * warps_of(way), 1) outer_planes(const __gr
   for (int number = blockIdx.x; number < a.items(); number += gridDim.x) {
     const Item item(a, number);
     const int first_row = item.first_row(a), last_row = item.last_row(a);
-    const int first_shift = a.first_shift(first_row), shift = first_shift + tap;
+    const int first_shift = a.first_shift(first_row), shift = first_shift + kShifts * tap;
     const bool with_bias = a.result.with_bias() && item.group == 0;
-    if (item.group != group) rows = Rows(a, shift, lane), group = item.group;
-    Products<T, way> products;
+    if (item.group != group) rows = Rows(a, shift, kShifts - 1, lane), group = item.group;
+    const bool is_needed = shift <= a.last_shift(last_row);  // groups may have fewer shifts
+    std::conditional_t<way == Way::kNear, NearProducts<T>, Products<T>> products;
     products.clear();
     float bias[4] = {};
-#pragma unroll 1
-    for (int image = item.first; image < item.last; image += a.stage_images(), turn.next(a)) {
+    const auto add_bias = [&](uint32_t grad, int images) {
+      for (int k = 0; k < images; ++k)
+        for (int i = 512 * tap; i < a.grad.slot; i += 512 * a.shifts) {
+          const int at = i + 16 * lane;
+          uint32_t g[4];
+          load_matrices(g, at < a.grad.slot ? grad + k * a.image_bytes + at : zeros);
+          multiply(bias, bias, g, {kOnes, kOnes}, T{});
+        }
+    };
+    int image = item.first;
+    struct Part {
+      uint32_t source, grad;
+      int images;
+    };
+    // What the warp has of a stage, as soon as it is there.
+    const auto begin_stage = [&] {
       int begin = share * a.together, end = begin + a.together;
       if (a.uneven && tap % 2 > 0) (share == 0 ? end : begin) += (tap - 2) * a.together / 2;
-      const int images = min(end, item.last - image) - begin;
       const uint32_t source = memory + a.first_stage + (turn.stage * a.stage_images() + begin) * a.image_bytes;
-      const uint32_t grad = source + a.source.slot;
+      const Part part{source, source + a.source.slot, min(end, item.last - image) - begin};
       if constexpr (loads_beside(way)) load_ahead();
       wait_at(memory + a.full(turn.stage), turn.parity);
+      if (with_bias) add_bias(part.grad, part.images);
+      return part;
+    };
+    const auto end_stage = [&] {
+      __syncwarp();
+      if (lane == 0) arrive_at(memory + a.empty(turn.stage));
+      image += a.stage_images(), turn.next(a);
+    };
+#pragma unroll 1
+    while (image < item.last) {
+      const auto [source, grad, images] = begin_stage();
       if constexpr (way == Way::kTall) {
         for (int k = 0; k < images * a.image_bytes; k += a.image_bytes)
           if (shift % 2 == 0)
             products.template add_tall<false>(a, shift, grad + k, source + k);
           else
             products.template add_tall<true>(a, shift, grad + k, source + k);
+      } else if constexpr (way == Way::kNear) {
+        products.add(a, rows, grad, source, is_needed ? images : 0, zeros);
       } else {
-        products.add_wide(rows, grad, source, images, zeros);
+        products.add_wide(rows, grad, source, is_needed ? images : 0, zeros);
       }
-      if (with_bias)
-        for (int k = 0; k < images; ++k)
-          for (int i = 512 * tap; i < a.grad.slot; i += 512 * a.shifts) {
-            const int at = i + 16 * lane;
-            uint32_t g[4];
-            load_matrices(g, at < a.grad.slot ? grad + k * a.image_bytes + at : zeros);
-            multiply(bias, bias, g, {kOnes, kOnes}, T{});
-          }
-      __syncwarp();
-      if (lane == 0) arrive_at(memory + a.empty(turn.stage));
+      end_stage();
     }
 
     const auto put = [&](int i, int j, float sum) {
@@ -590,9 +621,16 @@ __global__ void __launch_bounds__(32 * warps_of(way), 1) outer_planes(const __gr
       if (lane == 0) shared<float>(bias_sums + 4 * warp) = total;
     }
     if constexpr (way == Way::kNear) {
-      products.store_diagonals(sums);
-      if (const int i = shift + a.padding_short; i < last_row)
-        for (int j = lane; j < a.kernel_long; j += 32) put(i, j, sum_of_diagonal(sums, j - a.padding_long));
+#pragma unroll
+      for (int s = 0; s < kShifts; ++s) store_diagonals<T>(products.parts[s], sums + s * kNearSumBytes);
+#pragma unroll 1
+      for (int s = 0; s < kShifts; ++s)
+        if (const int i = shift + s + a.padding_short; i < last_row)
+          for (int j = lane; j < a.kernel_long; j += 32) {
+            float sum = sum_of_diagonal(sums + s * kNearSumBytes, j - a.padding_long);
+            if (!is_finite(sum)) sum = sum_by_products<T>(a, item, i, j);
+            put(i, j, sum);
+          }
       __syncwarp();
       if (with_bias) sync_multiplying(32 * warps);
     } else {
@@ -691,22 +729,22 @@ bool launch_outer_grad_weight_planes(const Problem& p, bool exchanged, bool tall
     int shifts = 0;
     for (int row = a.first_row; row < a.last_row; row += a.group_rows)
       shifts = std::max(shifts, a.last_shift(std::min(row + a.group_rows, a.last_row)) - a.first_shift(row) + 1);
-    return shifts;
+    return static_cast<int>(ceil_div(shifts, shifts_of_warp(way)));
   };
-  a.shifts = shifts_of(1);
-  if (bulk && !tall && a.folded == 1 && a.shifts > warps_of(way) - loading && a.padding_long <= kNear &&
-      a.kernel_long - 1 - a.padding_long <= kNear)
-    way = Way::kNear, loading = 0;
+  a.shifts = shifts_of(1);  // of warps
+  if (bulk && !tall && a.source.width == kLong && a.grad.width == kLong && a.shifts > warps_of(way) - loading &&
+      a.padding_long <= kNear && a.kernel_long - 1 - a.padding_long <= kNear)
+    way = Way::kNear, loading = 0, a.shifts = shifts_of(1);
   const int most = warps_of(way) - loading;
-  constexpr int kMostGroups = 2;
-  if (a.shifts > most && bulk) a.shifts = shifts_of(kMostGroups);
-  if (a.shifts > most) return false;
   const bool near = way == Way::kNear;
+  constexpr int kMostGroups = 2;
+  if (near && a.shifts > most) a.shifts = shifts_of(kMostGroups);
+  if (a.shifts > most) return false;
   // Against hankel_grad_weight, whose multiplications take longer: those for a row of 16 images.
-  const double multiplications = 1. * a.shifts * a.groups * multiplications_of(way) / a.folded;
+  const double multiplications = a.shifts * a.groups * multiplications_of(way);
   const double others = 16. * ceil_div(a.grad.width, 16) * ceil_div(a.kernel_short, 8) * ceil_div(a.kernel_long, 16);
-  if ((near || a.groups > 1) && multiplications > 1.5 * others) return false;
-  a.together = tall ? 1 : std::clamp(2 * kLong / a.grad.summed, 1, 16);
+  if (near && multiplications > 1.25 * others) return false;
+  a.together = tall ? 1 : std::clamp((near ? 4 : 2) * kLong / a.grad.summed, 1, 16);
   a.shares = near ? 1 : static_cast<int>(std::min<int64_t>(most / a.shifts, ceil_div(a.images, a.together)));
   // Ten warps: with as many images for all, two of four schedulers would have three warps' work, and two have two's.
   a.uneven = bulk && !tall && a.shifts == 5 && a.shares == 2;
@@ -720,7 +758,7 @@ bool launch_outer_grad_weight_planes(const Problem& p, bool exchanged, bool tall
   const double adding = near ? 0 : 36. * static_cast<double>(taps_of_thread) * a.folded * a.grad.width * a.shares;
   const double multiplying = 2.75 * multiplications_of(way) * a.shifts * a.grad.summed / 16 * a.images;
   if (3 * adding > multiplying) return false;
-  a.sum_bytes = near ? kNearSumBytes : kSumBytes;
+  a.sum_bytes = near ? 2 * kNearSumBytes : kSumBytes;
   a.sums = Planes::kZeros + Planes::kZeroBytes;
   a.first_stage = static_cast<int>(round_up(a.sums + a.shifts * a.shares * (a.sum_bytes + 4), 128));
   a.image_bytes = a.source.slot + a.grad.slot;

@@ -1,0 +1,140 @@
+// Products of a row of 56 gradients with one of 56 pixels, summed over what tensor cores sum over: what a warp has in
+// registers.
+#pragma once
+
+#include "copies.cuh"
+#include "tensor_cores.cuh"
+
+namespace dwconv {
+
+constexpr int kGrads = 4, kSources = 7, kLong = 8 * kSources;  // pieces of 16 and 8, and columns
+constexpr int kHalf = 32;                                      // columns of the first half of the gradients
+constexpr int kNear = 16;                                      // columns that products reach over that are near
+
+__device__ inline uint32_t load_word(uint32_t from) {
+  uint32_t word;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(from));
+  return word;
+}
+
+// Waits for the warps that multiply.
+[[maybe_unused]] __device__ inline void sync_multiplying(int threads) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("barrier.sync.aligned 1, %0;" ::"r"(threads) : "memory");
+#endif
+}
+
+// Pieces n and n + 1 of the input, as far as they are there.
+__device__ inline void load_pair(uint32_t (&x)[4], int n, uint32_t from) {
+  if (n + 1 < kSources)
+    load_matrices_transposed(x, from + 16 * n);
+  else
+    load_two_transposed(x[0], x[1], from + 16 * n);
+}
+
+// A warp's products: pieces of 16 of the gradient by 8 of the input. The last piece of the gradient is one
+// of 8, by 16 of the input: fragments of either matrix lie in registers in the same way.
+template <typename T, bool near>
+struct OuterProducts {
+  static constexpr int kWhole = kGrads - 1, kPairs = (kSources + 1) / 2;
+  float sum[kWhole][kSources][4], last[kPairs][4];
+
+  // Whether pieces of so many columns, from the first one on, are near enough to have part in any sum.
+  static constexpr bool is_near(int grad, int grads, int source, int sources) {
+    return !near || (source - (grad + grads - 1) <= kNear && grad - (source + sources - 1) <= kNear);
+  }
+  static constexpr bool has(int m, int n) { return n < kSources && is_near(16 * m, 16, 8 * n, 8); }
+  static constexpr bool has_last(int pair) { return is_near(16 * kWhole, 8, 16 * pair, 16); }
+
+  __device__ void clear() {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+#pragma unroll
+      for (int n = 0; n < kPairs; ++n) last[n][e] = 0;
+#pragma unroll
+      for (int m = 0; m < kWhole; ++m)
+#pragma unroll
+        for (int n = 0; n < kSources; ++n) sum[m][n][e] = 0;
+    }
+  }
+
+  // Adds those of 16 rows, or of 8, with pieces n and n + 1 of the input, as far as they are there. Calls then(m) after
+  // the last use of piece m of the gradient.
+  template <bool kHalf, typename Then>
+  __device__ void add(const uint32_t (&g)[kGrads][4], int n, const uint32_t (&x)[4], Then&& then) {
+#pragma unroll
+    for (int m = 0; m < kWhole; ++m) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k)
+        if (has(m, n + k)) {
+          if constexpr (kHalf)
+            multiply(sum[m][n + k], {g[m][0], g[m][1]}, x[2 * k], T{});
+          else
+            multiply(sum[m][n + k], sum[m][n + k], g[m], {x[2 * k], x[2 * k + 1]}, T{});
+        }
+      then(m);
+    }
+    if (has_last(n / 2)) {
+      float (&to)[4] = last[n / 2];
+      const int other = n + 1 < kSources ? 2 : 0;
+      if constexpr (kHalf)
+        multiply(to, {x[0], x[other]}, g[kWhole][0], T{});
+      else
+        multiply(to, to, {x[0], x[other], x[1], x[other + 1]}, {g[kWhole][0], g[kWhole][2]}, T{});
+    }
+    then(kWhole);
+  }
+  template <bool kHalf>
+  __device__ void add(const uint32_t (&g)[kGrads][4], int n, const uint32_t (&x)[4]) {
+    add<kHalf>(g, n, x, [](int) {});
+  }
+};
+
+// The products of half of the gradients: pieces of 16 by 8 alone.
+template <typename T>
+struct HalfProducts {
+  static constexpr int kPairs = (kSources + 1) / 2;
+  float sum[2][kSources][4];
+
+  __device__ void clear() {
+#pragma unroll
+    for (int m = 0; m < 2; ++m)
+#pragma unroll
+      for (int n = 0; n < kSources; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[m][n][e] = 0;
+  }
+
+  // As OuterProducts::add.
+  template <bool kHalf, typename Then>
+  __device__ void add(const uint32_t (&g)[2][4], int n, const uint32_t (&x)[4], Then&& then) {
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        if (n + k >= kSources) continue;
+        if constexpr (kHalf)
+          multiply(sum[m][n + k], {g[m][0], g[m][1]}, x[2 * k], T{});
+        else
+          multiply(sum[m][n + k], sum[m][n + k], g[m], {x[2 * k], x[2 * k + 1]}, T{});
+      }
+      then(m);
+    }
+  }
+
+  // To shared memory, in rows of a column of the gradient each, as many as there are.
+  __device__ void store(int to, int pitch, int grads, int sources) const {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int n = 0; n < kSources; ++n)
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          if (16 * m + 8 * h < grads && 8 * n < sources)  // multiples of 8
+            shared<float2>(to + 4 * ((16 * m + 8 * h + g) * pitch + 8 * n + 2 * t)) = {sum[m][n][2 * h],
+                                                                                       sum[m][n][2 * h + 1]};
+  }
+};
+
+}  // namespace dwconv
