@@ -9,10 +9,10 @@
 // Kernels much higher than wide go along their columns: rows and columns change places.
 //
 // Along a row, a thread multiplies blocks of 28 columns where those fit: 28 pixels of the source and as many outputs
-// stay in registers, and each weight of the kernel, read once, is one diagonal of the square between them. Diagonals
-// that the kernel does not have are jumped over. Elsewhere, strips of up to 16 outputs keep a window of the source in
-// registers and read the weights one after the other. In images of at most 14 columns every pixel of a row meets every
-// output of a row: both, and the weights, stay in registers as a whole.
+// stay in registers, and each weight of the kernel, read once, is one diagonal of the square between them, from the
+// middle outwards, or from a corner on, as far as the kernel goes. Elsewhere, strips of up to 16 outputs keep a window
+// of the source in registers and read the weights one after the other. In images of at most 14 columns every pixel of a
+// row meets every output of a row: both, and the weights, stay in registers as a whole.
 //
 // Zeros that surround the image, or the kernel, give NaN where they meet Inf or NaN. So outputs that are not finite are
 // computed again, tap by tap, where that may have happened.
@@ -22,6 +22,7 @@
 #include "large_float32.cuh"
 #include "launch.h"
 #include "mapping.h"
+#include "overlap.cuh"
 
 namespace dwconv {
 namespace {
@@ -61,6 +62,7 @@ struct Arguments {
   int row_bytes, image_bytes, weight_bytes;  // from row to row, from image to image, from kernel row to kernel row
   int plane_bytes, kernel_bytes;             // from filter to filter
   int planes_at, zeros_at, bytes;            // in shared memory, behind weights and sums on their way out
+  bool filled;                               // whether no zeros are needed between the rows of the source
   Divider by_groups, by_bands, by_slices, by_images, by_kernel_w;
 };
 
@@ -104,41 +106,79 @@ __device__ __noinline__ float sum_by_taps(const Arguments& a, int filter, int im
   return sum;
 }
 
-// sum[o] += x[o + d] * weight[d] for all d from `low` to `high`, between -kBlock and kBlock, where o and o + d are
-// columns of a block. `low` and `high` are counted from -kBlock, and so are the weights, which are read four at once, a
-// step ahead.
-//
-// All products of a weight follow each other, and the sums for even and for odd d are apart: see correlate().
-__device__ __forceinline__ void multiply_block(float (&sum)[2][kBlock], uint32_t source, uint32_t weight, int low,
-                                               int high) {
-  float x[kBlock], w[2][4];
-  load_four(w[0], weight + 16 * ((low + 4) / 8 * 2));  // whether the first step is even is not known
-  load_four(w[1], weight + 16 * (low / 4 | 1));
-  load_row(x, source);
-  const auto multiply = [&](auto number) {
-    constexpr int kIndex = decltype(number)::value, d = kIndex - kBlock, kCount = kBlock - (d < 0 ? -d : d);
+// sum[o] += x[o + d] * tap for all o such that o and o + d are columns of a block: what a weight of the kernel adds to
+// a row. All products of a weight follow each other, and the sums for even and for odd d are apart: see correlate().
+template <int d>
+__device__ __forceinline__ void multiply_diagonal(float (&sum)[2][kBlock], const float (&x)[kBlock], float tap) {
+  constexpr int kCount = kBlock - (d < 0 ? -d : d), kFirst = d < 0 ? -d : 0, kOdd = d & 1;
 #pragma unroll
-    for (int n = 0; n < kCount; ++n) {
-      const int o = (d < 0 ? -d : 0) + (kIndex % 2 == 0 ? n : kCount - 1 - n);
-      sum[kIndex % 2][o] = fmaf(x[o + d], w[kIndex / 4 % 2][kIndex % 4], sum[kIndex % 2][o]);
+  for (int n = 0; n < kCount; ++n) {
+    const int o = kFirst + (kOdd ? kCount - 1 - n : n);
+    sum[kOdd][o] = fmaf(x[o + d], tap, sum[kOdd][o]);
+  }
+}
+
+// Four of them, from d = kFirst on or, backwards, down, as far as `last`. The weights are those of d & -4 and the
+// three behind it.
+template <int kFirst, bool kBackwards>
+__device__ __forceinline__ void multiply_four(float (&sum)[2][kBlock], const float (&x)[kBlock], const float (&w)[4],
+                                              int last) {
+  const auto multiply = [&](auto number) {
+    constexpr int d = kFirst + (kBackwards ? -1 : 1) * decltype(number)::value;
+    if constexpr (d > -kBlock && d < kBlock) multiply_diagonal<d>(sum, x, w[d & 3]);
+  };
+  const auto reaches = [&](int number) { return kBackwards ? last <= kFirst - number : last >= kFirst + number; };
+  if (reaches(3)) {
+    multiply(std::integral_constant<int, 0>{});
+    multiply(std::integral_constant<int, 1>{});
+    multiply(std::integral_constant<int, 2>{});
+    multiply(std::integral_constant<int, 3>{});
+  } else {
+    if (reaches(0)) multiply(std::integral_constant<int, 0>{});
+    if (reaches(1)) multiply(std::integral_constant<int, 1>{});
+    if (reaches(2)) multiply(std::integral_constant<int, 2>{});
+  }
+}
+
+// The diagonals from `low` to `high` where outputs and pixels are the same columns: from the middle, which a kernel
+// never leaves out, outwards. So every row begins at the same place in the code, and leaves it where the kernel ends.
+// `weight`: the place of that of d = 0. What is read ahead may lie up to kBlock numbers before a row of weights, or
+// some behind it.
+template <int kGroup = 0>
+__device__ __forceinline__ void multiply_outwards(float (&sum)[2][kBlock], const float (&x)[kBlock],
+                                                  float (&w)[2][2][4], uint32_t weight, int low, int high) {
+  constexpr int kFirst = 4 * kGroup;
+  if constexpr (kFirst + 4 < kBlock) {
+    load_four(w[(kGroup + 1) % 2][0], weight + 4 * (kFirst + 4));
+    load_four(w[(kGroup + 1) % 2][1], weight - 4 * (kFirst + 8));
+  }
+  multiply_four<kFirst, false>(sum, x, w[kGroup % 2][0], high);
+  multiply_four<-1 - kFirst, true>(sum, x, w[kGroup % 2][1], low);
+  if constexpr (kFirst + 4 < kBlock)
+    if (max(-1 - low, high) >= kFirst + 4) multiply_outwards<kGroup + 1>(sum, x, w, weight, low, high);
+}
+
+// Those where pixels lie further right than outputs, from the first one to `last`, or, backwards, further left, from
+// the last one down to it: from the corner of the square. Pixels are read as they are needed.
+template <bool kBackwards, int kGroup = 0>
+__device__ __forceinline__ void multiply_inwards(float (&sum)[2][kBlock], float (&x)[kBlock], float (&w)[2][4],
+                                                 uint32_t source, uint32_t weight, int last) {
+  constexpr int kFirst = kBackwards ? kBlock - 1 - 4 * kGroup : 4 * kGroup - kBlock, kEnd = kBlock / 2;
+  constexpr int kNext = kBackwards ? kFirst - 4 : kFirst + 4;
+  const auto load = [&](auto group) {
+    constexpr int g = decltype(group)::value, first = kBackwards ? kBlock - 4 - 4 * g : 4 * g - kBlock;
+    load_four(w[g % 2], weight + 4 * first);
+    if constexpr (g < kBlock / 4) {
+      constexpr int column = kBackwards ? kBlock - 4 - 4 * g : 4 * g;
+      load_four(&x[column], source + 4 * column);
     }
   };
-  visit_from<kBlock / 2>(low / 4, [&](auto number) {
-    constexpr int k = 4 * decltype(number)::value;
-    load_four(w[(k / 4 + 1) % 2], weight + 4 * (k + 4));
-    if (k >= low && k + 3 <= high) {
-      multiply(std::integral_constant<int, k>{});
-      multiply(std::integral_constant<int, k + 1>{});
-      multiply(std::integral_constant<int, k + 2>{});
-      multiply(std::integral_constant<int, k + 3>{});
-    } else {
-      if (k >= low) multiply(std::integral_constant<int, k>{});
-      if (k + 1 >= low && k + 1 <= high) multiply(std::integral_constant<int, k + 1>{});
-      if (k + 2 >= low && k + 2 <= high) multiply(std::integral_constant<int, k + 2>{});
-      if (k + 3 <= high) multiply(std::integral_constant<int, k + 3>{});
-    }
-    return high < k + 4;
-  });
+  if constexpr (kGroup == 0) load(std::integral_constant<int, 0>{});
+  if constexpr (kGroup + 1 < kEnd) load(std::integral_constant<int, kGroup + 1>{});
+  multiply_four<kFirst, kBackwards>(sum, x, w[kGroup % 2], last);
+  if constexpr (kGroup + 1 < kEnd)
+    if (kBackwards ? last <= kNext : last >= kNext)
+      multiply_inwards<kBackwards, kGroup + 1>(sum, x, w, source, weight, last);
 }
 
 // One task of a warp: a strip of columns, of 32 rows. kSide: of narrow images, or kBlock, or 0.
@@ -183,26 +223,43 @@ __device__ void compute(const Arguments& a, const Tile& tile, int column, int ch
 #pragma unroll
       for (int u = 0; u < kSide; ++u)
 #pragma unroll
-        for (int n = 0; n < kSide; ++n) {
-          const int o = u % 2 == 0 ? n : kSide - 1 - n;
-          sum[u % 2][o] = fmaf(x[u], w[kSide - 1 + u - o], sum[u % 2][o]);
-        }
+        for (int o = 0; o < kSide; ++o) sum[u % 2][o] = fmaf(x[u], w[kSide - 1 + u - o], sum[u % 2][o]);
     };
     walk_rows(r, a.kernel_h, add, [] {});
   } else if constexpr (kBlocks) {
-    const uint32_t base = shared_address(0), zeros = once(base + r.zeros);
-    for (int block = 0; block < a.width; block += kBlock) {
-      // Column u of the block meets output o of the strip through weight u - o + offset.
+    r.weight += 4 * kBlock;
+    for (int block = 0; block < a.width; block += kBlock, r.source += 4 * kBlock, r.weight += 4 * kBlock) {
+      // Column o + d of the block meets output o of the strip through weight d + offset.
       const int offset = block - column + a.padding_w;
-      const int low = max(kBlock - offset, 1), high = min(kBlock - 1 + a.kernel_w - offset, 2 * kBlock - 1);
+      const int low = once(max(-offset, 1 - kBlock)), high = once(min(a.kernel_w - 1 - offset, kBlock - 1));
       if (low > high) continue;
-      uint32_t source = once(base + r.source + 4 * block + r.begin * r.source_bytes);
-      uint32_t weight = once(base + r.weight + 4 * block + r.begin * r.weight_bytes);
-      for (int y = r.y + r.begin, left = r.end - r.begin; left > 0; --left) {
-        multiply_block(sum, static_cast<uint32_t>(y) < static_cast<uint32_t>(r.height) ? source : zeros, weight, low,
-                       high);
-        ++y, source += r.source_bytes, weight += r.weight_bytes;
-      }
+      if (block == column)
+        walk_rows(
+            r, a.kernel_h,
+            [&](uint32_t source, uint32_t weight) {
+              float x[kBlock], w[2][2][4];
+              load_four(w[0][0], weight);
+              load_four(w[0][1], weight - 16);
+              load_row(x, source);
+              multiply_outwards(sum, x, w, weight, low, high);
+            },
+            [] {});
+      else if (block > column)
+        walk_rows(
+            r, a.kernel_h,
+            [&](uint32_t source, uint32_t weight) {
+              float x[kBlock], w[2][4];
+              multiply_inwards<false>(sum, x, w, source, weight, high);
+            },
+            [] {});
+      else
+        walk_rows(
+            r, a.kernel_h,
+            [&](uint32_t source, uint32_t weight) {
+              float x[kBlock], w[2][4];
+              multiply_inwards<true>(sum, x, w, source, weight, low);
+            },
+            [] {});
     }
   } else {
     correlate_rows(sum, r, walk, a.kernel_h, [] {});
@@ -214,34 +271,59 @@ __device__ void compute(const Arguments& a, const Tile& tile, int column, int ch
   float* target = a.target + tile.first_image * a.target_stride[0] + column * a.target_stride[3];
   const int64_t offset =
       valid ? own.image * a.target_stride[0] + filter * a.target_stride[1] + own.row * a.target_stride[2] : kNone;
+  float total[kStrip];
+#pragma unroll
+  for (int o = 0; o < kStrip; ++o) total[o] = sum[0][o] + sum[1][o] + bias;
+  // Whether there are sums to be computed again: asked first of all of them together.
+  bool again = check;
+  if constexpr (kNarrow) {
+    float zero = 0;
+#pragma unroll
+    for (int o = 0; o < kSide; ++o) zero = fmaf(total[o], 0.f, zero);
+    again = __shfl_sync(~0u, __any_sync(~0u, zero != 0.f), 0);
+  }
   const auto checked = [&](float value, const Place& at, int o) {
-    if (check && !is_finite(value) && column + o < a.out_width) {
+    if (again && !is_finite(value) && column + o < a.out_width) {
       const int filter = tile.filter + at.plane;
       value = sum_by_taps(a, filter, tile.first_image + at.image, at.row, column + o);
       if (a.bias) value += a.bias[filter * a.bias_stride];
     }
     return value;
   };
+  const auto store = [&](auto word) {
+    using Word = decltype(word);
+    constexpr int kCount = sizeof(Word) / sizeof(float);
+    float* const to = target + offset;
+    if (valid)
+#pragma unroll
+      for (int n = 0; n < kStrip; n += kCount)
+        if (column + n < a.out_width) {
+          if constexpr (kCount == 4)
+            *reinterpret_cast<float4*>(to + n) = {total[n], total[n + 1], total[n + 2], total[n + 3]};
+          else if constexpr (kCount == 2)
+            *reinterpret_cast<float2*>(to + n) = {total[n], total[n + 1]};
+          else
+            to[n] = total[n];
+        }
+  };
   // What stores stand in branches that all lanes leave together: behind a return, ptxas would take warps for divided.
   if (a.planes > 1 || a.target_stride[3] != 1) {  // neighbouring lanes write neighbouring channels, or rows
     float* to = target + offset;
-    if (valid && !check) {
+    if (valid && !again) {
 #pragma unroll
       for (int o = 0; o < kStrip; ++o, to += a.target_stride[3])
-        if (column + o < a.out_width) *to = sum[0][o] + sum[1][o] + bias;
+        if (column + o < a.out_width) *to = total[o];
     } else if (valid) {
 #pragma unroll
       for (int o = 0; o < kStrip; ++o, to += a.target_stride[3])
-        if (column + o < a.out_width) *to = checked(sum[0][o] + sum[1][o] + bias, own, o);
+        if (column + o < a.out_width) *to = checked(total[o], own, o);
     }
-  } else if (a.unit == 4 && !check) {
-    float4* const to = reinterpret_cast<float4*>(target + offset);
-    if (valid)
-#pragma unroll
-      for (int n = 0; n < kStrip; n += 4)
-        if (column + n < a.out_width)
-          to[n / 4] = {sum[0][n] + sum[1][n] + bias, sum[0][n + 1] + sum[1][n + 1] + bias,
-                       sum[0][n + 2] + sum[1][n + 2] + bias, sum[0][n + 3] + sum[1][n + 3] + bias};
+  } else if (a.unit == 4 && !again) {
+    store(float4{});
+  } else if (kNarrow && a.unit == 2 && !again) {  // pieces of sectors, but no time
+    store(float2{});
+  } else if (kNarrow && !again) {
+    store(float{});
   } else {  // through shared memory, some lanes' sums at once, so that neighbouring lanes write neighbouring columns
     const int stage = a.planes_at - (blockDim.x / 32 - threadIdx.x / 32) * kStagedLanes * kPitch;
     const int width = kStrip / a.unit, owners = 32 / width,
@@ -252,16 +334,15 @@ __device__ void compute(const Arguments& a, const Tile& tile, int column, int ch
       if (lane / kStagedLanes == first / kStagedLanes)
 #pragma unroll
         for (int n = 0; n < kStrip; n += 4)
-          shared<float4>(stage + lane % kStagedLanes * kPitch + 4 * n) = {
-              sum[0][n] + sum[1][n] + bias, sum[0][n + 1] + sum[1][n + 1] + bias, sum[0][n + 2] + sum[1][n + 2] + bias,
-              sum[0][n + 3] + sum[1][n + 3] + bias};
+          shared<float4>(stage + lane % kStagedLanes * kPitch + 4 * n) = {total[n], total[n + 1], total[n + 2],
+                                                                          total[n + 3]};
       __syncwarp();
       for (int staged = 0; staged < kStagedLanes; staged += owners) {
         const int at = staged + lane / width, owner = first + at;
         const int64_t to = __shfl_sync(~0u, offset, owner);
         if (to == kNone || lane >= owners * width || at >= kStagedLanes || column + o >= a.out_width) continue;
         const int from = stage + at * kPitch + 4 * o;
-        if (check) {
+        if (again) {
           const Place place = place_of(32 * chunk + owner);
           for (int n = 0; n < a.unit; ++n)
             target[to + (o + n) * a.target_stride[3]] = checked(shared<float>(from + 4 * n), place, o + n);
@@ -279,10 +360,10 @@ __device__ void compute(const Arguments& a, const Tile& tile, int column, int ch
 
 // Threads of a block, at most, and blocks of a multiprocessor, at least.
 constexpr int threads_for(int side) {
-  return side == 0 || side == kBlock ? kLargeThreads : 160;
+  return side == 0 || side == kBlock ? kLargeThreads : 224;
 }
 constexpr int blocks_for(int side) {
-  return side == 0 || side == kBlock ? 2 : 4;
+  return side == 0 || side == kBlock ? 2 : 3;
 }
 
 template <int kSide>
@@ -293,27 +374,34 @@ __global__ void __launch_bounds__(threads_for(kSide), blocks_for(kSide))
   if (threadIdx.x == 0) next_task = blockDim.x / 32;
 
   // Zeros around everything, then what they surround.
-  for (int at = 16 * threadIdx.x; at < a.bytes; at += 16 * blockDim.x) shared<float4>(at) = {};
+  const bool filled = a.filled && tile.images == a.images && tile.filters == a.planes;
+  for (int at = 16 * threadIdx.x; at < a.bytes; at += 16 * blockDim.x)
+    if (!filled || at < a.planes_at || at >= a.zeros_at) shared<float4>(at) = {};
   __syncthreads();
+  wait_for_kernel_before();
+  let_next_kernel_start();
   begin_copies(a.source + tile.first_image * a.source_stride[0] + tile.filter / a.fan_out * a.source_stride[1] +
                    tile.source_row * a.source_stride[2] + tile.source_column * a.source_stride[3],
                a.source_stride,
                {tile.images, tile.filters, tile.source_rows, tile.source_columns, a.planes, a.planes_at + 4 * a.shift,
                 a.image_bytes, a.plane_bytes, a.row_bytes});
+  const auto for_each_weight = [&](auto&& visit) {
+    for (int plane = 0; plane < tile.filters; ++plane) {
+      const float* weights = a.weight + (tile.filter + plane) * a.weight_stride[0];
+#pragma unroll 4
+      for (int tap = threadIdx.x; tap < a.kernel_h * a.kernel_w; tap += blockDim.x) {
+        uint32_t i = tap;
+        const int j = a.by_kernel_w.split(i);
+        visit(plane * a.kernel_bytes + static_cast<int>(i) * a.weight_bytes + 4 * (a.weight_shift + j),
+              weights + static_cast<int>(i) * a.weight_stride[2] + j * a.weight_stride[3]);
+      }
+    }
+  };
+  for_each_weight([](int to, const float* from) { begin_copy<4>(shared_address(to), from); });
+  finish_copies();
   // Weights of Inf meet zeros beside the image; where images are narrow, pixels of Inf meet zeros beside the kernel.
   bool finite = kSide == 0 || kSide == kBlock;
-  for (int plane = 0; plane < tile.filters; ++plane) {
-    const float* weights = a.weight + (tile.filter + plane) * a.weight_stride[0];
-#pragma unroll 4
-    for (int tap = threadIdx.x; tap < a.kernel_h * a.kernel_w; tap += blockDim.x) {
-      uint32_t i = tap;
-      const int j = a.by_kernel_w.split(i);
-      const float weight = __ldg(weights + static_cast<int>(i) * a.weight_stride[2] + j * a.weight_stride[3]);
-      finite &= is_finite(weight);
-      shared<float>(plane * a.kernel_bytes + static_cast<int>(i) * a.weight_bytes + 4 * (a.weight_shift + j)) = weight;
-    }
-  }
-  finish_copies();
+  if (finite) for_each_weight([&](int at, const float*) { finite &= is_finite(shared<float>(at)); });
   const bool check = __shfl_sync(~0u, __syncthreads_or(!finite), 0);  // or else ptxas would take warps for divided
 
   constexpr int kStrip = kSide == kBlock ? kBlock : kWide;
@@ -360,8 +448,9 @@ int64_t place(Arguments& a, const Cut& cut) {
   // Numbers may be read, unused, some places before the first that counts. Zeros lie between the rows of the source, as
   // far as a strip reaches beyond the image and as its steps end behind it; or between the rows of weights.
   if (cut.side == kBlock) {
+    // Before the first row of weights there is room for what is read ahead.
     a.shift = 0, a.weight_shift = modulo(kBlock - a.padding_w);
-    weight_columns = a.kernel_w + a.weight_shift;
+    weight_columns = a.kernel_w + a.weight_shift, a.weight_shift += kBlock;
     source_columns = static_cast<int>(round_up(a.width, kBlock));
   } else if (cut.side > 0) {
     a.shift = 0, a.weight_shift = 16 + modulo(cut.side - 1 - a.padding_w);
@@ -371,6 +460,7 @@ int64_t place(Arguments& a, const Cut& cut) {
     weight_columns = a.kernel_w + a.weight_shift;
     source_columns += kWide - 1 + modulo(a.kernel_w - a.width - a.padding_w);
   }
+  a.filled = cut.side > 0 && source_columns == a.width;
   // Eight lanes, on neighbouring filters first, images then and rows then, meet in different banks.
   a.plane_bits = 0;
   while (1 << a.plane_bits < a.planes) ++a.plane_bits;
@@ -379,7 +469,7 @@ int64_t place(Arguments& a, const Cut& cut) {
   const int64_t image_bytes = spread(int64_t{source_rows} * a.row_bytes, a.planes < 8 ? a.planes : 0);
   a.weight_bytes = static_cast<int>(round_up(4 * weight_columns, 16));
   a.kernel_bytes = static_cast<int>(spread(a.kernel_h * a.weight_bytes, a.planes > 1 ? 1 : 0));
-  a.planes_at = static_cast<int>(round_up(a.planes * a.kernel_bytes + 4 * (a.weight_shift + kWide + 16), 16)) +
+  a.planes_at = static_cast<int>(round_up(a.planes * a.kernel_bytes + 4 * (a.weight_shift + kBlock + 16), 16)) +
                 (a.planes > 1 ? 0 : kStagedLanes * cut.warps * stage_pitch(cut.side));
   const int64_t plane_bytes = spread(a.images * image_bytes, a.planes > 1 ? 1 : 0);
   const int64_t zeros_at = a.planes_at + a.planes * plane_bytes;
@@ -448,13 +538,13 @@ Cut choose_cut(Arguments& a, bool channels_last, int64_t shared_memory) {
        columns = columns > 64 ? 64 : columns / 2)
     for (int images = 1; images < 2 * a.batch && images <= kMostImages; images *= 2)
       for (int bands = 1; bands <= a.out_height; bands = bands < 6 ? bands + 1 : 2 * bands)
-        for (const int warps : {8, 5, 4}) {
+        for (const int warps : {8, 7, 5, 4}) {
           const int rows = static_cast<int>(ceil_div(a.out_height, bands)), some = std::min(images, a.batch);
           for (int planes = 1; planes == 1 || (channels_last && planes <= 8); planes *= 2) {
-            consider({0, planes, some, rows, columns, warps});
+            if (warps != 7) consider({0, planes, some, rows, columns, warps});
             if (columns < whole) continue;
             if (side > 14 && planes >= few) consider({kBlock, planes, some, rows, all_blocks, warps});
-            if (side <= 14 && 32 * warps <= threads_for(7))
+            if (side <= 14 && planes >= few && 32 * warps <= threads_for(7))
               consider({side <= 7 ? 7 : 14, planes, some, rows, columns, warps});
           }
         }
@@ -500,7 +590,7 @@ void launch_large_float32(const Problem& p, cudaStream_t stream) {
                       : cut.side == kBlock ? large_float32<kBlock>
                                            : large_float32<0>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  kernel<<<static_cast<unsigned>(blocks), 32 * cut.warps, bytes, stream>>>(a);
+  launch_early<Arguments>(kernel, a, blocks, 32 * cut.warps, stream, {.shared_bytes = bytes});
   check_launch("large_float32");
 }
 
