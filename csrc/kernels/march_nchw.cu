@@ -158,6 +158,8 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
   constexpr int kTaps = kKernel * kKernel;
   constexpr int kHeld = held_rows(kExtent, kStride);
   constexpr bool kBoxes = kWay != Way::kPieces;
+  // Whether half of the products are left out where a run begins and ends, whose sums are of rows outside of it.
+  constexpr bool kSkips = kKernel > kMarchKernel;
   static_assert(kColumns <= Known::kMostColumns);
   const MarchCut& cut = a.cut;
   const int lane = threadIdx.x % 32;
@@ -340,13 +342,30 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
           sum[o][v] = fmaf(x[s], weight[i][j], before);
         };
         // In the order in which ptxas finds the most operands in different banks.
-        if constexpr (kKernel > kMarchKernel || !kBoxes) {
+        if constexpr (kSkips) {
+          const auto add_rows = [&](auto from, auto to) {
+#pragma unroll
+            for (int v = 0; v < kStrip; ++v)
+#pragma unroll
+              for (int j = 0; j < kKernel; ++j)
+#pragma unroll
+                for (int o = decltype(from)::value; o < decltype(to)::value; ++o) add(o, j, v, j == 0);
+          };
+          using std::integral_constant;
+          constexpr int kHalf = kHeld / 2;
+          if (step <= r.begin + kHalf)
+            add_rows(integral_constant<int, kHalf>{}, integral_constant<int, kHeld>{});
+          else if (step >= r.end + kAhead - 1 - kHalf)
+            add_rows(integral_constant<int, 0>{}, integral_constant<int, kHeld - kHalf>{});
+          else
+            add_rows(integral_constant<int, 0>{}, integral_constant<int, kHeld>{});
+        } else if constexpr (!kBoxes) {
 #pragma unroll
           for (int o = 0; o < kHeld; ++o)
 #pragma unroll
-            for (int n = 0; n < kKernel; ++n)
+            for (int j = 0; j < kKernel; ++j)
 #pragma unroll
-              for (int v = 0; v < kStrip; ++v) add(o, kBoxes ? kKernel - 1 - n : n, v, n == 0);
+              for (int v = 0; v < kStrip; ++v) add(o, j, v, j == 0);
         } else {
 #pragma unroll
           for (int j = 0; j < kKernel; ++j)
