@@ -7,6 +7,7 @@
 #include <limits>
 #include <numeric>
 
+#include "boxes.cuh"
 #include "launch.h"
 #include "mapping.h"
 #include "march_channels_last.cuh"
@@ -19,6 +20,7 @@ namespace {
 // Targets are counted in units: output rows and columns, or, where grad_input spreads the gradient (stride 2), pairs of
 // them, the second of which takes the odd taps. A unit reads the source from unit * step - lead on.
 struct March {
+  CUtensorMap map;  // of the source, where rows come as boxes, see Tile::kBoxes
   Pixels source;
   int height, width;  // of the source
   int rows;           // of the source, of both halves of an image, see Tile::kHalves
@@ -93,12 +95,41 @@ __device__ Run run_of(const March& a, int begin, int end) {
   return run_of<Tile::kStep, Tile::kExtentH>(a.by_units, image.lead_h, image.height, begin, end);
 }
 
+// Rows as boxes, one instruction each, which one thread of a warp begins: with zeros beside the image.
+class BoxLoader {
+ public:
+  __device__ BoxLoader(const March& a, int slab, int column) : channel_(slab / 4), column_(column) {}
+
+  __device__ void seek(int image, int row) { image_ = image, row_ = row; }
+  __device__ void next() { ++row_; }
+
+  __device__ void load(const March& a, int to, int barrier) const {
+    if (is_elected()) {
+      expect_bytes(barrier, a.source.columns * a.source.pitch);
+      copy_box(to, a.map, channel_, column_, row_, image_, barrier);
+    }
+    __syncwarp();
+  }
+
+ private:
+  int channel_, column_, image_, row_;
+};
+
 // Source rows of a block on their way to the ring.
 template <class Tile, class Loader>
 class Feed {
+  static constexpr bool kBoxes = std::is_same_v<Loader, BoxLoader>;
+
+  __device__ static Loader loader_of(const March& a, int slab, int column) {
+    if constexpr (kBoxes)
+      return Loader(a, slab, column);
+    else
+      return Loader(a.source, slab, column, a.width);
+  }
+
  public:
   __device__ Feed(const March& a, int slab, int column, int begin, int end)
-      : loader_(a.source, slab, column, a.width), begin_(begin), end_(end) {}
+      : loader_(loader_of(a, slab, column)), begin_(begin), end_(end) {}
 
   // Finds the next row. Returns whether there is one.
   __device__ bool find(const March& a) {
@@ -106,7 +137,10 @@ class Feed {
       const Run r = run_of<Tile>(a, begin_, end_);
       begin_ += r.end - r.begin;
       left_ = r.row_end - r.row;
-      loader_.seek(a.source, image_of<Tile>(a, r.image).source, r.row);
+      if constexpr (kBoxes)
+        loader_.seek(r.image, r.row);
+      else
+        loader_.seek(a.source, image_of<Tile>(a, r.image).source, r.row);
     }
     return left_ > 0;
   }
@@ -115,8 +149,10 @@ class Feed {
   template <typename... Barrier>
   __device__ void load(const March& a, Barrier... barrier) {
     for (int i = 0; i < a.group && find(a); ++i) {
-      loader_.load(a.source, kRing + slot_, barrier...);
-      loader_.next(a.source);
+      if constexpr (kBoxes)
+        loader_.load(a, kRing + slot_, barrier...), loader_.next();
+      else
+        loader_.load(a.source, kRing + slot_, barrier...), loader_.next(a.source);
       --left_;
       slot_ += a.slot_bytes;
       if (slot_ == a.ring_bytes) slot_ = 0;
@@ -194,6 +230,9 @@ struct Tile {
   static constexpr bool kBulk = kChannels >= 2 || kFan == 2 || kKernelH > 3;  // whether it is compiled for bulk copies
   // Whether rows of pixels that fit no units of 16 bytes may come so, too.
   static constexpr bool kBulkJoined = kBulk && (kChannels == 3 || (kKernelH == 5 && kStride == 1 && kFan == 1));
+  // Whether bulk copies are those of boxes: where a thread takes so many registers that a block has 8 warps at most,
+  // none of which can be spared, nor are they as many as all channels have.
+  static constexpr bool kBoxes = kBulk && kKernelH > 7;
   // Whether weights may come by bulk copies: it pays where there are many.
   static constexpr bool kBulkTaps = kBulk && kKernelH * kKernelW >= 25;
   // Whether outputs leave by bulk copies where rows come by them: it pays where there are four times as many.
@@ -210,7 +249,7 @@ struct Tile {
   static constexpr int kBulkThreads = kBlocks > 1 ? kMaxThreads : std::min(65536 / (kRegisters - 16), 512) / 128 * 128;
   // Whether bulk copies are begun by a warp that does nothing else. Of a few warps none can be spared: then the first
   // one begins them.
-  static constexpr int kLoading = kFan == 2 && kBulkThreads <= 256 ? 0 : 32;
+  static constexpr int kLoading = kBoxes || (kFan == 2 && kBulkThreads <= 256) ? 0 : 32;
 };
 
 // A value that ptxas is to keep in a register: addresses in shared memory begin with a special register, which it would
@@ -430,7 +469,8 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
 
   const int warps = (a.threads + 31) / 32;  // without the one that loads
   const int taps_at = kRing + a.ring_bytes + 2 * a.row_bytes;
-  Feed<Tile, std::conditional_t<kBulk, BulkLoader, RowLoader>> feed(a, slab_channel * kSize, source_column, begin, end);
+  using Loader = std::conditional_t<kBulk, std::conditional_t<Tile::kBoxes, BoxLoader, BulkLoader>, RowLoader>;
+  Feed<Tile, Loader> feed(a, slab_channel * kSize, source_column, begin, end);
   const bool loads = kBulk && (Tile::kLoading > 0 ? threadIdx.x >= 32 * warps : threadIdx.x < 32);
   const auto load_taps = [&] {
     if (!Tile::kBulkTaps || a.taps_bytes == 0) return;
@@ -458,6 +498,7 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
   };
   if constexpr (kBulk) {
     if (loads) {
+      if (Tile::kBoxes && threadIdx.x == 0) prefetch(a.map);
       init_barriers(warps);
       if (Tile::kLoading > 0) arrive_warps(blockDim.x);
       feed.find(a);
@@ -470,7 +511,7 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
       }
       load_group(0), load_group(1);
     }
-    if (!a.source.joined)
+    if (!Tile::kBoxes && !a.source.joined)
       clear_columns(a.source, source_column, a.width, kRing, a.slot_bytes, a.ring_bytes, 32 * warps);
     sync_warps(blockDim.x);
     wait_for_kernel_before();
@@ -778,7 +819,7 @@ struct Cut {
 // What there is to know of a class of tiles.
 struct TileSize {
   int kernel_h, kernel_w, channels, fan, pair, step, strip, live, extent_h, extent_w;
-  bool leaves, skips, bulk_joined, halves;
+  bool leaves, skips, bulk_joined, halves, boxes;
   int loading;                    // threads for that alone where rows come by bulk copies
   int threads_per_block[2];       // at most, where rows come without bulk copies and with them
   int registers[2] = {128, 128};  // of a thread
@@ -806,11 +847,16 @@ void apply(March& a, const Cut& cut, const TileSize& tile, int64_t element) {
              a.threads);
   // A bulk copy of less than some 500 bytes takes longer than its bytes do; but where a row of outputs takes two rows,
   // other copies take as many instructions as the products do.
-  const int least = tile.step > 1 ? 384 : 512;
+  const int least = tile.boxes ? kUnit : tile.step > 1 ? 384 : 512;
   const auto pays = [&](int64_t bytes, int64_t pixel) { return bytes == pixel || bytes >= least; };
   a.bulk = a.bulk && (a.source.joined ? tile.bulk_joined
                                       : a.source.unit == kUnit && pays(a.source.slab_bytes, a.source.pixel_bytes));
-  a.slot_bytes = a.source.ring_row_bytes(), a.ring_bytes = kGroups * cut.group * a.slot_bytes;
+  if (tile.boxes)
+    a.bulk = a.bulk && a.source.slab_bytes % kUnit == 0 && a.source.slab_bytes <= kMostBoxSide * element &&
+             a.source.columns <= kMostBoxSide;
+  a.slot_bytes = a.source.ring_row_bytes();
+  if (tile.boxes && a.bulk) a.slot_bytes = static_cast<int>(round_up(a.slot_bytes, kBoxUnit));
+  a.ring_bytes = kGroups * cut.group * a.slot_bytes;
   const int row_bytes = static_cast<int>(round_up(cut.strips * tile.strip * tile.pair * pixel_bytes, kUnit));
   const bool leaves = tile.leaves && a.bulk && a.wide && pixel_bytes % kUnit == 0 && pays(part, a.target_pixel_bytes);
   a.row_bytes = leaves ? row_bytes : 0;
@@ -907,7 +953,7 @@ double time_of(const March& a, const TileSize& tile, int64_t element, int64_t re
   const double again = pixel * a.width * work.again * a.workers;
   const double beside = pixel * outer * (work.source_rows + work.again) * a.workers;
   double bytes = in + out + 0.012 * again + (tile.skips ? 0.3 : 0.88) * beside;
-  if (tile.skips && a.bulk && a.by_slabs.divisor > 1) bytes *= 1.05;  // a copy for each pixel
+  if (tile.skips && a.bulk && !tile.boxes && a.by_slabs.divisor > 1) bytes *= 1.05;  // a copy for each pixel
   if (a.by_slabs.divisor > 1 && a.source.slab_bytes < 128) bytes *= 1 + 0.1 * (128 - a.source.slab_bytes) / 128;
   const double on_the_way = std::min(grid, places) / multiprocessors * (kGroups - 1) * a.group * a.slot_bytes;
   // The more pages of memory are in use at a time, the slower it gets: blocks side by side had better be neighbours.
@@ -973,10 +1019,23 @@ void launch(March a, cudaStream_t stream) {
     const int images = a.all_units / a.units;
     a.units = (a.units + 1) / 2, a.all_units = 2 * images * a.units;
   }
-  constexpr TileSize kTile{Tile::kKernelH,    Tile::kKernelW, Tile::kChannels, Tile::kFan,
-                           Tile::kPair,       Tile::kStep,    Tile::kStrip,    Tile::kLive,
-                           Tile::kExtentH,    Tile::kExtentW, Tile::kLeaves,   Tile::kSkips,
-                           Tile::kBulkJoined, Tile::kHalves,  Tile::kLoading,  {Tile::kMaxThreads, Tile::kBulkThreads}};
+  constexpr TileSize kTile{Tile::kKernelH,
+                           Tile::kKernelW,
+                           Tile::kChannels,
+                           Tile::kFan,
+                           Tile::kPair,
+                           Tile::kStep,
+                           Tile::kStrip,
+                           Tile::kLive,
+                           Tile::kExtentH,
+                           Tile::kExtentW,
+                           Tile::kLeaves,
+                           Tile::kSkips,
+                           Tile::kBulkJoined,
+                           Tile::kHalves,
+                           Tile::kBoxes,
+                           Tile::kLoading,
+                           {Tile::kMaxThreads, Tile::kBulkThreads}};
   const Device& device = current_device();
   const auto kernel_for = [](bool bulk) {
     return bulk ? march_channels_last<T, Tile, Tile::kBulk> : march_channels_last<T, Tile, false>;
@@ -986,10 +1045,19 @@ void launch(March a, cudaStream_t stream) {
     bool bulk;
     int registers;
   };
-  static thread_local Decisions<14, Decision> decisions;
+  // Steps that are never taken may be anything.
+  constexpr int element = sizeof(T);
+  const int64_t images = a.all_units / a.units, row = a.height > 1 ? a.source.row_bytes : a.source.pixel_bytes;
+  const std::array<int64_t, 3> steps = {a.source.pixel_bytes, row, images > 1 ? a.source.image_bytes : row};
+  const auto describe = [&](const std::array<int, 4>& box) {
+    return describe_boxes(a.map, const_cast<char*>(a.source.base), element,
+                          {a.source.bytes / element, a.width, a.height, images}, steps, box);
+  };
+  const bool boxes = !Tile::kBoxes || (a.source.unit == kUnit && describe({kUnit / element, 1, 1, 1}));
+  static thread_local Decisions<15, Decision> decisions;
   const Decision& decision =
       decisions({device.id, a.all_units, a.units, a.filters, a.fan_out, a.height, a.width, a.target_width, a.lead_w,
-                 a.source.unit, a.source.joined, a.source.pixel_bytes, a.target_pixel_bytes, a.wide},
+                 a.source.unit, a.source.joined, a.source.pixel_bytes, a.target_pixel_bytes, a.wide, boxes},
                 [&] {
                   March now = a;
                   TileSize tile = kTile;
@@ -998,7 +1066,7 @@ void launch(March a, cudaStream_t stream) {
                     cudaFuncGetAttributes(&attributes, kernel_for(bulk));
                     tile.registers[bulk] = std::max(attributes.numRegs, 32);
                     // The code at hand may be of an architecture before the device's.
-                    now.bulk = Tile::kBulk && device.capability >= 90 && attributes.ptxVersion >= 90;
+                    now.bulk = Tile::kBulk && boxes && device.capability >= 90 && attributes.ptxVersion >= 90;
                   }
                   const Decision made{cut_for(now, tile, sizeof(T), device), now.bulk, tile.registers[1]};
                   apply(now, made.cut, tile, sizeof(T));
@@ -1008,6 +1076,8 @@ void launch(March a, cudaStream_t stream) {
                 });
   a.bulk = decision.bulk;
   apply(a, decision.cut, kTile, sizeof(T));
+  if (Tile::kBoxes && a.bulk && !describe({a.source.slab_bytes / element, a.source.columns, 1, 1}))
+    throw std::runtime_error("dwconv: CUDA cannot describe boxes of pixels");
   if (Tile::kBulkTaps && a.bulk && a.taps) {
     TileSize tile = kTile;
     tile.registers[1] = decision.registers;
