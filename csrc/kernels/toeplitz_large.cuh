@@ -302,6 +302,39 @@ class LargeWeights {
   }
 };
 
+// What a block asks for in L2 while the kernel before still runs, which is no harm: nothing is read yet. These are the
+// planes of its first tasks, and the first filter.
+struct EarlyPlanes {
+  int tasks;      // 0 where rows have gaps
+  Divider lines;  // of 128 bytes, of a plane
+};
+
+inline EarlyPlanes early_planes_of(const Large& a, int64_t tasks) {
+  return {a.source_row == a.width ? static_cast<int>(tasks) : 0,
+          Divider(ceil_div(2 * int64_t{a.height} * a.width, 128))};
+}
+
+template <typename T>
+__device__ void ask_for_planes(const Large& a, const EarlyPlanes& early, int first, int count, int images) {
+  const auto ask = [](const T* place) { asm volatile("prefetch.global.L2 [%0];" ::"l"(place)); };
+  const int end = min(early.tasks, count) * images * static_cast<int>(early.lines.divisor);
+#pragma unroll 1
+  for (int i = threadIdx.x; i < end; i += blockDim.x) {
+    uint32_t number = i;
+    const int line = early.lines.split(number);
+    int image = static_cast<int>(number) % images;
+    number = first + number / images;
+    image += a.by_images.split(number) * images;
+    a.by_fan_out.split(number);
+    if (image < a.batch)
+      ask(static_cast<const T*>(a.source) + image * a.source_image + number * a.source_channel + 64 * line);
+  }
+  uint32_t filter = first;
+  a.by_images.split(filter);
+  if (early.tasks > 0 && static_cast<int>(threadIdx.x) < a.kernel_h)
+    ask(static_cast<const T*>(a.weight) + filter * a.weight_filter + threadIdx.x * a.weight_row);
+}
+
 // An output by its definition, only from taps inside the image.
 template <typename T>
 __device__ __noinline__ float sum_of_taps(const Large& a, int target, int image, int row, int column, int stride,

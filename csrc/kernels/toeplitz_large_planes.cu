@@ -15,6 +15,7 @@
 #include "launch.h"
 #include "mapping.h"
 #include "overlap.cuh"
+#include "raw_planes.cuh"
 #include "stream.cuh"
 #include "toeplitz_large.cuh"
 #include "toeplitz_large.h"
@@ -23,7 +24,7 @@
 namespace dwconv {
 namespace {
 
-constexpr int kMostSlots = 8;
+constexpr int kMostSlots = 8, kBarrierBytes = 24;
 
 // A problem, and how it is cut.
 struct Planes : Large {
@@ -33,8 +34,12 @@ struct Planes : Large {
   int producers, consumers;          // warps
   int slots, slot_bytes, out_bytes;  // out_bytes: of a warp
   int weight_bytes;                  // of a filter, for two of which there is room
-  int barriers_at, counter_at;       // offsets in shared memory
+  int barriers_at, counter_at;       // offsets in shared memory; behind the counter, a barrier for first raw planes
   bool bulk_load, box_store;         // whether planes are copied as one, and the units of all images
+  EarlyPlanes early;
+  RawPlanes raw;  // if planes come as they lie
+  RawRows raw_rows;
+  int raw_first;  // tasks whose planes consumers get
   Divider by_units, by_slots;
   Divider by_load_pieces;                // of a row of the source
   int load_step_pieces, load_step_rows;  // to a thread's next piece
@@ -49,10 +54,13 @@ struct alignas(16) PlanesTask {
 };
 
 __device__ int full_barrier(const Planes& a, int slot) {
-  return a.barriers_at + 16 * slot;
+  return a.barriers_at + kBarrierBytes * slot;
 }
 __device__ int empty_barrier(const Planes& a, int slot) {
   return full_barrier(a, slot) + 8;
+}
+__device__ int raw_barrier(const Planes& a, int slot) {
+  return full_barrier(a, slot) + 16;
 }
 __device__ PlanesTask& task_in(const Planes& a, int slot) {
   return shared<PlanesTask>(a.tasks_at + slot * static_cast<int>(sizeof(PlanesTask)));
@@ -99,15 +107,61 @@ __device__ void load_plane(const Planes& a, const PlanesTask& t, int barrier, in
   copy_bulk(shared_address(source_at + image * a.source_plane), source, bytes, barrier);
 }
 
+// Makes of planes that came as they lie what ldmatrix needs.
+template <typename T, int kTiles, int kSides>
+__device__ void settle_raw(const Planes& a, const RawImages& part, int slot_at) {
+  load_ends<T>(a.raw, a, part, slot_at);
+  if constexpr (kSides == 1)
+    move_raw(a.raw, a, part, slot_at);
+  else
+    part_raw<kTiles>(a.raw, a.raw_rows, a, part, slot_at);
+}
+
+// Consumers have nothing to do before the first planes are there, and get them by themselves if these come as they lie.
+template <typename T, int kTiles, int kSides>
+__device__ void get_first_planes(const Planes& a, int first, int count, int warp) {
+  const int tasks = min(a.raw_first, count), barrier = a.counter_at + 8;
+  const auto part = [&](int task) {
+    return raw_images(a, first + task, 8 * kSides, task % 2 == 0 ? warp : a.consumers - 1 - warp, a.consumers);
+  };
+  if (is_elected()) {
+#pragma unroll 1
+    for (int task = 0; task < tasks; ++task) copy_raw(a.raw, a, part(task), a.source_at + task * a.slot_bytes, barrier);
+    arrive(barrier);
+  }
+  wait(barrier, 0);
+#pragma unroll 1
+  for (int task = 0; task < tasks; ++task)
+    settle_raw<T, kTiles, kSides>(a, part(task), a.source_at + task * a.slot_bytes);
+  asm volatile("barrier.sync.aligned 1, %0;" ::"r"(32 * a.consumers) : "memory");
+}
+
 // Producers fill slots with what tasks need, one after the other: planes and, where it changes, a filter.
-template <typename T, int kImages>
+template <typename T, int kTiles, int kSides, bool kRaw>
 __device__ void produce(const Planes& a, int first, int count, int thread) {
+  constexpr int kImages = 8 * kSides;
   PlanesTask t{-1};
+  RawTasks raw_tasks(a.raw_first, a.slots);
   int begin = 0, set = 0, slot = 0;
   uint32_t parity = 1;
 #pragma unroll 1
   for (int task = 0; task < count; ++task) {
-    if (task >= a.slots) wait(empty_barrier(a, slot), parity);
+    if constexpr (kRaw) {
+      raw_tasks.ask(
+          task, count, a.slots, [&](int at) { return empty_barrier(a, at); },
+          [&](int number, int at) {
+            const RawImages part = raw_images(a, first + number, kImages, thread / 32, a.producers);
+            copy_raw(a.raw, a, part, a.source_at + at * a.slot_bytes, raw_barrier(a, at));
+            arrive(raw_barrier(a, at));
+          });
+      if (task >= a.raw_first) {
+        wait(raw_barrier(a, slot), (parity ^ 1) ^ (slot < a.raw_first));
+        settle_raw<T, kTiles, kSides>(a, raw_images(a, first + task, kImages, thread / 32, a.producers),
+                                      a.source_at + slot * a.slot_bytes);
+      }
+    } else if (task >= a.slots) {
+      wait(empty_barrier(a, slot), parity);
+    }
     uint32_t target = first + task;
     t.image = a.by_images.split(target) * a.images, t.images = min(a.images, a.batch - t.image);
     const bool changes = static_cast<int>(target) != t.target;
@@ -115,7 +169,9 @@ __device__ void produce(const Planes& a, int first, int count, int thread) {
     LargeWeights<T, 8> weights;
     if (changes) weights.begin(a, t.target, thread);
     const int source_at = a.source_at + slot * a.slot_bytes;
-    if (a.bulk_load) {
+    if (kRaw) {
+      // They are there.
+    } else if (a.bulk_load) {
       if (thread < t.images) load_plane<T>(a, t, full_barrier(a, slot), source_at, thread);
     } else {
       switch (a.load_unit) {
@@ -173,7 +229,9 @@ __device__ int slide(const Planes& a, const PlanesTask& t, int source_at, int ou
         for (int v = 0; v < 4; ++v) sum[p][q][j][v] = t.bias;
 
   // At step s rows of the source from top + p + 2 s on meet rows of the kernel from 2 (s - q) on.
-  const int pairs = (a.kernel_h + 1) / 2, top = row - a.padding_h, steps = (a.out_height - row + 1) / 2;
+  // A last row alone takes half of a multiplication, which pays where there are few rows.
+  const int pairs = (a.kernel_h + 1) / 2, whole = kSteps == 1 ? a.kernel_h / 2 : pairs;
+  const int top = row - a.padding_h, steps = (a.out_height - row + 1) / 2;
   const int begin = max(-top - 1, 0) / 2, end = min((a.height - top + 1) / 2, pairs + kSteps - 1);
   int y = top + 2 * begin + lane / 16 + lane % kRows;
   const uint32_t zeros = __shfl_sync(~0u, shared_address(0), 0);
@@ -213,7 +271,8 @@ __device__ int slide(const Planes& a, const PlanesTask& t, int source_at, int ou
 #pragma unroll
         for (int c = 0; c < kTiles; ++c) load_matrices(x[p % kTogether][c], from + c * kLargeGroupBytes);
       };
-      const auto multiply_rows = [&](int p, int first_q, int last_q) {
+      // By two rows of the kernel, or by the last one alone.
+      const auto multiply_rows = [&](int p, int first_q, int last_q, auto whole) {
 #pragma unroll
         for (int c = 0; c < kTiles; ++c)
 #pragma unroll
@@ -221,29 +280,37 @@ __device__ int slide(const Planes& a, const PlanesTask& t, int source_at, int ou
             const int j = c + kEdge - k;
             if (j < 0 || j >= kTiles) continue;
 #pragma unroll
-            for (int q = first_q; q <= last_q; ++q)
-              multiply(sum[p][q][j], std::as_const(sum[p][q][j]), x[p % kTogether][c], b[(u - q + kSteps) % kSteps][k],
-                       T{});
+            for (int q = first_q; q <= last_q; ++q) {
+              const auto& rows = x[p % kTogether][c];
+              const auto& two = b[(u - q + kSteps) % kSteps][k];
+              if constexpr (whole)
+                multiply(sum[p][q][j], std::as_const(sum[p][q][j]), rows, two, T{});
+              else
+                multiply(sum[p][q][j], std::as_const(sum[p][q][j]), {rows[0], rows[1]}, two[0], T{});
+            }
           }
       };
       // Mostly all rows have some of the kernel to meet, and more sums are there to be added to at once.
-      const bool all_meet = s >= all_from && s < pairs;
+      const bool all_meet = s >= all_from && s < whole;
 #pragma unroll
       for (int side = 0; side < kSides; side += kTogether) {
-        const auto multiply_sides = [&](int first_q, int last_q) {
+        const auto multiply_sides = [&](int first_q, int last_q, auto whole) {
 #pragma unroll
-          for (int p = side; p < side + kTogether; ++p) multiply_rows(p, first_q, last_q);
+          for (int p = side; p < side + kTogether; ++p) multiply_rows(p, first_q, last_q, whole);
         };
 #pragma unroll
         for (int p = side; p < side + kTogether; ++p) load_rows(p);
         if (all_meet && (kSteps == 2 || steps >= kSteps)) {
-          multiply_sides(0, kSteps - 1);
+          multiply_sides(0, kSteps - 1, std::true_type{});
         } else if (kSteps > 2 && all_meet) {
-          multiply_sides(0, kSteps - 2);
+          multiply_sides(0, kSteps - 2, std::true_type{});
         } else {
 #pragma unroll
           for (int q = 0; q < kSteps; ++q)
-            if (static_cast<uint32_t>(s - q) < static_cast<uint32_t>(pairs) && q < steps) multiply_sides(q, q);
+            if (kSteps == 1)
+              multiply_sides(q, q, std::false_type{});
+            else if (static_cast<uint32_t>(s - q) < static_cast<uint32_t>(pairs) && q < steps)
+              multiply_sides(q, q, std::true_type{});
         }
       }
       source += 2 * a.source_pitch, y += 2;
@@ -350,15 +417,19 @@ __device__ void consume(const Planes& a, int count, int warp) {
   if (a.box_store) wait_stores();
 }
 
-template <typename T, int kTiles, int kDepth, int kSides, int kSteps, int kThreads>
+template <typename T, int kTiles, int kDepth, int kSides, int kSteps, int kThreads, bool kRaw>
 __global__ void __launch_bounds__(kThreads, 1) toeplitz_large_planes(const __grid_constant__ Planes a) {
+#if __CUDA_ARCH__ < 900
+  if constexpr (kRaw) return;  // there are no bulk copies
+#endif
   let_next_kernel_start();
   const int block = blockIdx.x, first = block * a.each + min(block, a.more), count = a.each + (block < a.more);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = kThreads / 32;
+  ask_for_planes<T>(a, a.early, first, count, 8 * kSides);
   // Zeros where nothing is copied to: the row outside of all images, around the weights, and behind the columns.
   for (int i = 16 * threadIdx.x; i < a.source_at; i += 16 * kThreads) shared<uint4>(i) = uint4{};
   constexpr int kImages = 8 * kSides;
-  if (a.width % kLargeGroup != 0)
+  if (!kRaw && a.width % kLargeGroup != 0)
     for (int image = warp; image < a.slots * kImages; image += warps)
       for (int row = lane; row < a.height; row += 32)
         shared<uint4>(a.source_at + image / kImages * a.slot_bytes + image % kImages * a.source_plane +
@@ -367,15 +438,18 @@ __global__ void __launch_bounds__(kThreads, 1) toeplitz_large_planes(const __gri
   if (threadIdx.x < a.slots) {
     init_barrier(full_barrier(a, threadIdx.x), 2 * 32 * a.producers);
     init_barrier(empty_barrier(a, threadIdx.x), a.units);
+    init_barrier(raw_barrier(a, threadIdx.x), a.producers);
   }
-  if (threadIdx.x == 0) shared<int>(a.counter_at) = a.consumers;
-  if (a.bulk_load) before_bulk_copies();
+  if (threadIdx.x == 0) shared<int>(a.counter_at) = a.consumers, init_barrier(a.counter_at + 8, a.consumers);
+  if (kRaw || a.bulk_load) before_bulk_copies();
   wait_for_kernel_before();
   __syncthreads();
   if (warp < a.producers)
-    produce<T, kImages>(a, first, count, threadIdx.x);
-  else
+    produce<T, kTiles, kSides, kRaw>(a, first, count, threadIdx.x);
+  else {
+    if constexpr (kRaw) get_first_planes<T, kTiles, kSides>(a, first, count, warp - a.producers);
     consume<T, kTiles, kDepth, kSides, kSteps>(a, count, warp - a.producers);
+  }
 }
 
 template <int value>
@@ -407,10 +481,22 @@ int64_t apply(Planes& a, int tiles, int depth, int sides, int steps, int threads
   const int unit_rows = 2 * steps;
   a.first = -edge, a.depth = depth, a.first_tap = kLargeGroup * a.first - 7 + a.padding_w;
   a.images = 8 * sides, a.units = static_cast<int>(ceil_div(a.out_height, unit_rows));
+  const auto unit_of = [](std::initializer_list<int64_t> places) {
+    int64_t all = 16;
+    for (const int64_t place : places) all |= place;
+    return static_cast<int>(all & -all);
+  };
+  const int64_t load_places = unit_of({2 * a.source_image, 2 * a.source_channel, 2 * a.source_row, 2 * a.width});
+  a.load_unit = unit_of({reinterpret_cast<intptr_t>(a.source), load_places});
+  // Where only the tensor's beginning is in the way of larger pieces, planes come as they lie.
+  const bool parts = sides == 2, fits = parts ? a.height <= 32 : a.width == tiles * kLargeGroup && tiles % 2 == 1;
+  const bool raw = bulk && fits && a.load_unit < load_places && describe_raw(a.raw, a, a.width);
+  if (raw) producers = 4;  // they have more to do then
   a.producers = producers, a.consumers = threads / 32 - producers;
 
   a.source_pitch = kLargeGroupBytes * (tiles | 1);
   int64_t source_plane = int64_t{a.height} * a.source_pitch;
+  if (raw) source_plane = std::max(source_plane, raw_bytes(a.raw, a) + (parts ? 0 : kLargeGroupBytes));
   // Rows of several images meet no bank of shared memory twice.
   const int together = 2 / sides;
   while (source_plane / kLargeGroupBytes % (2 * together) != together) source_plane += kLargeGroupBytes;
@@ -420,7 +506,8 @@ int64_t apply(Planes& a, int tiles, int depth, int sides, int steps, int threads
   int64_t copy = (a.kernel_h + int64_t{1}) * a.weight_pitch;
   copy += (64 - copy % 128 + 128) % 128;  // so that the copies do not meet in a bank
   const int64_t slot_bytes = round_up(a.images * source_plane, 128), weight_bytes = round_up(2 * copy, 128);
-  const int64_t barriers_at = round_up(tiles * kLargeGroupBytes, 128), counter_at = barriers_at + 16 * kMostSlots;
+  const int64_t barriers_at = round_up(tiles * kLargeGroupBytes, 128);
+  const int64_t counter_at = barriers_at + round_up(kBarrierBytes * kMostSlots, 16);
   const int64_t tasks_at = counter_at + 16, weights_at = round_up(tasks_at + kMostSlots * sizeof(PlanesTask), 128);
   const int64_t source_at = weights_at + 2 * weight_bytes;
   const int64_t slots =
@@ -428,23 +515,20 @@ int64_t apply(Planes& a, int tiles, int depth, int sides, int steps, int threads
   // No warp waits for a slot's next task before the one in it is there: a barrier tells two phases apart, not three.
   if (slots < 2 || slots * a.units < a.consumers) return 0;
   const int64_t out_at = source_at + slots * slot_bytes;
+  a.raw_rows = {Divider(a.height), std::max(32 / a.height, 1), a.width / 2, a.source_pitch};
+  set(a.raw_first, raw ? std::min(ceil_div(a.consumers, a.units), slots) : 0);
+  if (raw)
+    set(a.raw.plane, source_plane), set(a.raw.in_plane, parts ? source_plane - raw_bytes(a.raw, a) : kLargeGroupBytes);
   set(a.source_plane, source_plane), set(a.out_plane, out_plane), set(a.out_bytes, out_bytes), set(a.copy, copy);
   set(a.slot_bytes, slot_bytes), set(a.weight_bytes, weight_bytes), set(a.slots, slots);
   set(a.barriers_at, barriers_at), set(a.counter_at, counter_at), set(a.tasks_at, tasks_at);
   set(a.weights_at, weights_at), set(a.source_at, source_at), set(a.out_at, out_at);
 
-  const auto unit_of = [](std::initializer_list<int64_t> places) {
-    int64_t all = 16;
-    for (const int64_t place : places) all |= place;
-    return static_cast<int>(all & -all);
-  };
   const int64_t last_rows = (a.out_height - 1) % unit_rows + 1;
-  a.load_unit = unit_of(
-      {reinterpret_cast<intptr_t>(a.source), 2 * a.source_image, 2 * a.source_channel, 2 * a.source_row, 2 * a.width});
   a.store_unit = unit_of({reinterpret_cast<intptr_t>(a.target), 2 * a.target_image, 2 * a.target_channel,
                           a.units > 1 ? unit_rows * a.out_pitch : 0, last_rows * a.out_pitch});
-  if (a.load_unit < 4 || a.store_unit < 4) return 0;
-  a.bulk_load = bulk && a.load_unit == 16 && a.source_row == a.width && a.source_pitch == 2 * a.width;
+  if ((!raw && a.load_unit < 4) || a.store_unit < 4) return 0;
+  a.bulk_load = !raw && bulk && a.load_unit == 16 && a.source_row == a.width && a.source_pitch == 2 * a.width;
   const int loaders = 32 * a.producers, side = std::min(a.kernel_w, loaders);
   a.by_weight_side = Divider(side), a.weight_lanes = loaders / side;
   const int load_pieces = 2 * a.width / a.load_unit;
@@ -454,6 +538,7 @@ int64_t apply(Planes& a, int tiles, int depth, int sides, int steps, int threads
   a.by_store_pieces = Divider(store_pieces), a.store_images = 32 / store_pieces;
   a.by_images = Divider(ceil_div(a.batch, a.images)), a.by_units = Divider(a.units), a.by_slots = Divider(a.slots);
   set(a.tasks, ceil_div(a.batch, a.images) * a.targets);
+  a.early = early_planes_of(a, ceil_div(a.consumers, a.units));
   a.box_store = bulk && out_plane == unit_rows * a.out_pitch && out_plane <= 2 * kMostBoxSide &&
                 describe_boxes(a.target_map, a.target, sizeof(uint16_t),
                                {int64_t{a.out_height} * a.out_width, a.targets, a.batch, 1},
@@ -474,13 +559,14 @@ bool launch(const Problem& p, cudaStream_t stream) {
   static_cast<Large&>(a) = arguments_of(p);
   if (p.stride_h != 1 || a.out_width % 2 != 0 || (a.target_row != a.out_width && a.out_height > 1)) return false;
   const Device& device = current_device();
-  const bool bulk = can_overlap(toeplitz_large_planes<T, 4, 3, 2, 2, 512>);
+  const bool bulk = can_overlap(toeplitz_large_planes<T, 4, 3, 2, 2, 512, false>);
   return visit_shapes(a.kernel_h, [&](auto tiles, auto depth, auto sides, auto steps, auto threads, auto producers) {
     const int64_t bytes = apply(a, tiles, depth, sides, steps, threads, producers, bulk, p.shared_memory);
     if (bytes == 0 || !pays(a, device.multiprocessors)) return false;
     const int blocks = std::min(a.tasks, device.multiprocessors);
     a.each = a.tasks / blocks, a.more = a.tasks % blocks;
-    const auto kernel = toeplitz_large_planes<T, tiles, depth, sides, steps, threads>;
+    const auto kernel = a.raw.plane > 0 ? toeplitz_large_planes<T, tiles, depth, sides, steps, threads, true>
+                                        : toeplitz_large_planes<T, tiles, depth, sides, steps, threads, false>;
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
     launch_early(kernel, a, blocks, threads, stream, {.shared_bytes = bytes});
     check_launch("toeplitz_large_planes");

@@ -15,6 +15,7 @@
 #include "launch.h"
 #include "mapping.h"
 #include "overlap.cuh"
+#include "raw_planes.cuh"
 #include "stream.cuh"
 #include "toeplitz_large.cuh"
 #include "toeplitz_large.h"
@@ -40,6 +41,7 @@ struct TallPlanes : Large {
   int barriers_at;
   int loaders, consumers;  // warps; one more stores
   bool bulk_load, bulk_store;
+  RawPlanes raw;  // if planes come as they lie
   Divider by_blocks, by_slots, by_pieces;
 };
 
@@ -51,6 +53,10 @@ __device__ int done_barrier(const TallPlanes& a, int slot) {
 }
 __device__ int empty_barrier(const TallPlanes& a, int slot) {
   return full_barrier(a, slot) + 16;
+}
+
+__device__ int raw_barrier(const TallPlanes& a, int slot) {
+  return full_barrier(a, slot) + 24;
 }
 
 // Planes of up to two images of a target.
@@ -84,9 +90,24 @@ template <typename T>
 __device__ void load(const TallPlanes& a, int first, int count, int thread) {
   int target = -1, begin = 0, set = 1, slot = 0;
   uint32_t parity = 1;
+  RawTasks raw_tasks(0, a.slots);
 #pragma unroll 1
   for (int task = 0; task < count; ++task) {
-    if (task >= a.slots) wait(empty_barrier(a, slot), parity);
+    if (a.raw.plane > 0) {
+      raw_tasks.ask(
+          task, count, a.slots, [&](int at) { return empty_barrier(a, at); },
+          [&](int number, int at) {
+            const RawImages part = raw_images(a, first + number, kImages, thread / 32, a.loaders);
+            copy_raw(a.raw, a, part, a.source_at + at * a.slot_bytes, raw_barrier(a, at));
+            arrive(raw_barrier(a, at));
+          });
+      wait(raw_barrier(a, slot), parity ^ 1);
+      const RawImages part = raw_images(a, first + task, kImages, thread / 32, a.loaders);
+      load_ends<T>(a.raw, a, part, a.source_at + slot * a.slot_bytes);
+      move_raw(a.raw, a, part, a.source_at + slot * a.slot_bytes);
+    } else if (task >= a.slots) {
+      wait(empty_barrier(a, slot), parity);
+    }
     const Pairing t = pairing_of(a, first + task);
     const bool changes = t.target != target;
     target = t.target;
@@ -96,7 +117,9 @@ __device__ void load(const TallPlanes& a, int first, int count, int thread) {
     a.by_fan_out.split(channel);
     const T* source = static_cast<const T*>(a.source) + t.image * a.source_image + channel * a.source_channel;
     const int to = a.source_at + slot * a.slot_bytes, barrier = full_barrier(a, slot);
-    if (a.bulk_load) {
+    if (a.raw.plane > 0) {
+      // They are there.
+    } else if (a.bulk_load) {
       if (is_elected()) {
         expect_bytes(barrier, t.images * a.plane_bytes);
 #pragma unroll 1
@@ -348,15 +371,16 @@ __global__ void __launch_bounds__(kTallThreads, 1) toeplitz_tall_planes(const __
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   let_next_kernel_start();
   // Zeros where nothing is copied to: a row outside of all images, around the weights, and behind the columns.
-  const int clear = a.bulk_load ? a.source_at : a.source_at + a.slots * a.slot_bytes;
+  const int clear = a.bulk_load || a.raw.plane > 0 ? a.source_at : a.source_at + a.slots * a.slot_bytes;
   for (int i = 16 * threadIdx.x; i < clear; i += 16 * kTallThreads) shared<uint4>(i) = uint4{};
   __syncthreads();
   if (threadIdx.x < a.slots) {
     init_barrier(full_barrier(a, threadIdx.x), 2 * 32 * a.loaders);
     init_barrier(done_barrier(a, threadIdx.x), a.blocks);
     init_barrier(empty_barrier(a, threadIdx.x), 1);
+    init_barrier(raw_barrier(a, threadIdx.x), a.loaders);
   }
-  if (a.bulk_load) before_bulk_copies();
+  if (a.bulk_load || a.raw.plane > 0) before_bulk_copies();
   wait_for_kernel_before();
   __syncthreads();
   if (warp < a.loaders)
@@ -385,16 +409,22 @@ int64_t apply(TallPlanes& a, bool bulk, int64_t shared_bytes) {
     for (const int64_t place : places) all |= place;
     return static_cast<int>(all & -all);
   };
-  a.load_unit = unit_of(
-      {reinterpret_cast<intptr_t>(a.source), 2 * a.source_image, 2 * a.source_channel, 2 * a.source_row, 2 * a.height});
+  const int64_t load_places = unit_of({2 * a.source_image, 2 * a.source_channel, 2 * a.source_row, 2 * a.height});
+  a.load_unit = unit_of({reinterpret_cast<intptr_t>(a.source), load_places});
+  // Where only the tensor's beginning is in the way of bulk copies, planes come as they lie.
+  const bool raw = bulk && describe_raw(a.raw, a, a.height) && a.load_unit < load_places && a.height % kLargeGroup == 0;
   a.store_unit = unit_of({reinterpret_cast<intptr_t>(a.target), 2 * a.target_image, 2 * a.target_channel, a.out_bytes});
-  if (a.load_unit < 4 || a.store_unit < 4) return 0;
+  if ((!raw && a.load_unit < 4) || a.store_unit < 4) return 0;
   a.bulk_load = bulk && a.load_unit == 16 && a.source_row == a.height;
   a.bulk_store = bulk && a.store_unit == 16;
 
   const int64_t groups = ceil_div(a.height, kLargeGroup);
-  set(a.source_pitch, kLargeGroupBytes * (a.bulk_load ? groups : groups | 1));
+  set(a.source_pitch, kLargeGroupBytes * (a.bulk_load || raw ? groups : groups | 1));
   set(a.source_plane, int64_t{a.width} * a.source_pitch);
+  if (raw) {
+    set(a.source_plane, raw_bytes(a.raw, a) + kLargeGroupBytes);
+    a.raw.plane = a.source_plane, a.raw.in_plane = kLargeGroupBytes;
+  }
   set(a.out_pitch, 2 * a.out_height), set(a.out_plane, round_up(a.out_bytes, 16));
   set(a.out_in_slot, kImages * int64_t{a.source_plane});
   set(a.slot_bytes, round_up(a.out_in_slot + kImages * int64_t{a.out_plane}, 128));
@@ -406,7 +436,7 @@ int64_t apply(TallPlanes& a, bool bulk, int64_t shared_bytes) {
   set(a.weights_at, a.barriers_at + 32 * kMostSlots), set(a.source_at, a.weights_at + 2 * int64_t{a.weight_bytes});
   set(a.slots, std::min<int64_t>((shared_bytes - a.source_at) / a.slot_bytes, kMostSlots));
   // No warp waits for a slot's next task before the one in it is there: a barrier tells two phases apart, not three.
-  a.loaders = a.bulk_load ? 1 : 4, a.consumers = kTallThreads / 32 - 1 - a.loaders;
+  a.loaders = a.bulk_load ? 1 : raw ? 2 : 4, a.consumers = kTallThreads / 32 - 1 - a.loaders;
   if (a.slots < 2 || a.slots * a.blocks < a.consumers) return 0;
   const int threads = 32 * a.loaders, side = std::min(a.kernel_w, threads);
   a.by_weight_side = Divider(side), a.weight_lanes = threads / side;
