@@ -239,8 +239,14 @@ bool claims_batch_grad_weight_nchw(const Problem& p) {
     return false;
   int64_t width = p.width, out_width = p.out_width;  // in shared memory
   if (rows > most_rows) {
-    // Taller ones of one column, as words.
-    if (rows > kMaxColumnRows || columns > 1 || p.stride_h > 1 || !begins_with(4)) return false;
+    // Taller ones of one column, as words, or of whole units.
+    const auto of_units = [&](const View& view, int64_t width) {
+      return 2 * width % kUnit == 0 && (p.batch == 1 || 2 * view.stride[0] % kUnit == 0) &&
+             width >= kLeastAlignedColumns && width <= kMostColumns;
+    };
+    if (rows > kMaxColumnRows || columns > 1 || p.stride_h > 1 ||
+        !(begins_with(4) || (of_units(p.input, p.width) && of_units(p.output, p.out_width))))
+      return false;
     width = out_width = round_up(p.width, 8);
   }
   if (columns > kMaxBandColumns) {

@@ -1361,20 +1361,38 @@ def test_batch_grad_weight_of_whole_units_is_exact(kernel: tuple, dilation: int,
         ((56, 56), (7, 7), 2, 1, 2),
         ((28, 56), (5, 5), 2, 1, 2),
         ((84, 56), (5, 7), 2, 1, 1),
+        ((28, 28), (3, 3), 1, 1, 1),
+        ((28, 28), (7, 7), 1, 1, 1),
+        ((15, 28), (5, 3), 1, 1, 1),
+        ((45, 28), (9, 9), 1, 1, 1),
+        ((7, 7), (3, 3), 1, 1, 1),
+        ((7, 7), (7, 7), 1, 1, 1),
+        ((30, 56), (3, 3), 1, 1, 2),
+        ((25, 64), (3, 3), 1, 2, 1),
+        ((16, 112), (7, 7), 1, 1, 1),
+        ((20, 56), (11, 1), 1, 1, 1),
     ],
     ids=str,
 )
 def test_batch_grad_weight_of_rows_as_they_lie_is_exact(
     size: tuple, kernel: tuple, stride: int, dilation: int, multiplier: int, finite: bool, dtype: torch.dtype
 ) -> None:
-    """Filters that end within a block, images that end within 16 and that blocks share, images apart; Inf and NaN."""
+    """Filters that end within a block, images that end within 16, that blocks share, or apart, at any address; NaN."""
     padding = tuple(dilation * (k - 1) // 2 for k in kernel)
-    many = 680 if size[1] == 14 else 70
-    for batch, channels, layout in ((37, 8, {}), (16, many, {"steps": (2, 1, 1, 1)}), (400, 8, {"offset": 8})):
+    many = 680 if size[1] <= 14 else 70
+    for batch, channels, layout, offsets in (
+        (37, 8, {}, (0, 0)),
+        (16, many, {"steps": (2, 1, 1, 1)}, (0, 0)),
+        (400, 8, {}, (8, 8)),
+        (37, 8, {}, (1, 1)),
+        (28, 8, {}, (7, 2)),
+        (16, many, {"steps": (2, 1, 1, 1)}, (4, 3)),
+    ):
         case = Case(batch, channels, size, kernel, (stride, stride), padding, (dilation, dilation), multiplier)
         case = case._replace(bias=batch != 16)
         input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
-        input, grad_output = lay(input, **layout), lay(integers(*output_size(case)).to(input), **layout)
+        grad_output = integers(*output_size(case)).to(input)
+        input, grad_output = (lay(t, offset=o, **layout) for t, o in zip((input, grad_output), offsets))
         if not finite:
             for tensor in (input, grad_output):
                 tensor[0, 1, 0, 0], tensor[1, 0, -1, -1], tensor[-1, 2, 3, 0] = torch.inf, torch.nan, -torch.inf
@@ -1385,7 +1403,7 @@ def test_batch_grad_weight_of_rows_as_they_lie_is_exact(
                 wanted = exact[name].round().to(result)
                 assert torch.equal(result.nan_to_num(nan=12345.0), wanted.nan_to_num(nan=12345.0)), (plan, str(case))
                 forced.add(plan)
-        assert layout or forced == {"batch_grad_weight_nchw", "batch_grad_weight_nchw_portable"}, str(case)
+        assert forced == {"batch_grad_weight_nchw", "batch_grad_weight_nchw_portable"}, str(case)
 
 
 @pytest.mark.gpu

@@ -1,11 +1,15 @@
 // grad_weight (and the bias gradient) of small kernels in 16 bits at stride 1, on tensor cores, as sums over images:
-// the products of batch_grad_weight_nchw.cu where rows begin with 16 bytes. On sm_90 and later.
+// the products of batch_grad_weight_nchw.cu where rows are of whole units of 16 bytes.
 //
 // Rows come in chunks of 7, of 16 images each, and flow through a ring that one warp fills. A tile of the gradient is 8
 // columns of a chunk; it meets the chunk of the input that lies there and those below, which the tile below finds
 // there, too: so every row is loaded once. What is above and below an image becomes zeros when it is loaded, and lanes
 // whose columns are beside it read zeros all the way down: there is nothing to mask or to decide. A tile of 3x3 takes
 // 18 loads of matrices and 35 multiplications, some 130 instructions in all.
+//
+// Where an array does not begin with 16 bytes, its rows are loaded with what is around them within 16 bytes, and the
+// warps that multiply move them to where they would lie otherwise. Rows of 49 to 63 columns are laid apart in the
+// same way.
 //
 // A warp takes every so many columns of tiles. All bands of tiles of all filters are one run, of which blocks have
 // equal parts, all of them at once: where a filter or a part ends, diagonals are summed up and written as a partial
@@ -20,6 +24,7 @@
 #include "batch_grad_weight_nchw.h"
 #include "copies.cuh"
 #include "overlap.cuh"
+#include "shifted_runs.cuh"
 #include "stream.cuh"
 #include "tensor_cores.cuh"
 #include "weight_sums.cuh"
@@ -32,52 +37,104 @@ constexpr int kRows = 7, kColumns = 8;  // of a tile
 constexpr int kMaxRows = 9;             // of kernels of more than one column
 constexpr int kPitch = kColumns + 1;    // of a product that is summed up, in floats
 
+// How rows come to lie where they are multiplied: as they are copied, by bulk copies; or moved there, if they were
+// copied with what is around them; or laid apart, too.
+enum class Way { kPlain, kMoved, kLaid };
+
 // Planes of one array, and how a stage of the ring has some of their rows: of 16 images, one behind the other.
 struct Rows {
   const char* base;
   int64_t image_bytes;
-  int height, row_bytes;
-  int memory;  // where the first stage has them
-  int pitch;   // between images: an odd number of units, so that rows of matrices are in different banks
+  int height, row_bytes;  // the latter in shared memory
+  int memory;             // where the first stage has them
+  int pitch;              // between images: an odd number of units, so that rows of matrices are in different banks
+  int stored_bytes;       // of a row
+  int planes;
+  int shift;    // bytes before the array in the 16 that it begins in
+  bool joined;  // what is beside an image are its neighbours
 
   __host__ __device__ int bytes() const { return kImages * pitch; }
 
+  template <Way kWay>
   __device__ const char* at(int image, int plane, int row) const {
-    return base + image * image_bytes + (int64_t{plane} * height + row) * row_bytes;
+    return base + image * image_bytes +
+           (int64_t{plane} * height + row) * (kWay == Way::kLaid ? stored_bytes : row_bytes);
+  }
+
+  // Whether rows have to be laid apart.
+  __host__ __device__ bool spreads() const { return stored_bytes != row_bytes; }
+  // Bytes before a row in the 16 that it begins in.
+  __device__ int lead(int plane, int row) const {
+    return (shift + (plane * height + row) * stored_bytes) & (kUnit - 1);
+  }
+
+  // Of `count` rows from `row` on: the first one inside the plane, how many are, and where in a stage their bytes are.
+  struct Inside {
+    int first, rows, head, bytes;
+  };
+  __device__ Inside inside(int row, int count) const {
+    const int first = min(max(row, 0), height), rows = max(min(row + count, height) - first, 0);
+    return {first, rows, (first - row) * row_bytes, rows * row_bytes};
   }
 
   // A warp loads rows of 16 images from `row` on, and makes zero what is outside. A barrier expects their bytes.
-  __device__ void load(int stage, int image, int images, int plane, int row, int count, int barrier) const {
+  // `bulk`: by bulk copies, where there are other ways.
+  template <Way kWay>
+  __device__ void load(int stage, int image, int images, int plane, int row, int count, int barrier, bool bulk) const {
     const int to = memory + stage * bytes(), there = min(images - image, kImages);
-    const int first = min(max(row, 0), height), rows = max(min(row + count, height) - first, 0);
-    const int all = count * row_bytes, size = rows * row_bytes, head = (first - row) * row_bytes;
-    if (rows > 0 && is_elected()) {
-      expect_bytes(barrier, there * size);
-      const char* from = at(image, plane, first);
-      uint32_t place = shared_address(to + head);
-      const auto copy = [&] {
-        copy_bulk(place, from, size, barrier);
-        place += pitch, from += image_bytes;
-      };
-      if (there == kImages) {
+    const auto [first, rows, head, size] = inside(row, count);
+    const int all = count * row_bytes, lane = threadIdx.x % 32, mine = lane % kImages;
+    int behind = 0;  // bytes to be loaded behind the rows' own, for those before
+    if (kWay == Way::kPlain) {
+      if (rows > 0 && is_elected()) {
+        expect_bytes(barrier, there * size);
+        const char* from = at<kWay>(image, plane, first);
+        uint32_t place = shared_address(to + head);
+        const auto copy = [&] {
+          copy_bulk(place, from, size, barrier);
+          place += pitch, from += image_bytes;
+        };
+        if (there == kImages) {
 #pragma unroll  // addresses in uniform registers, as copies take them
-        for (int i = 0; i < kImages; ++i) copy();
-      } else {
+          for (int i = 0; i < kImages; ++i) copy();
+        } else {
 #pragma unroll 1
-        for (int i = 0; i < there; ++i) copy();
+          for (int i = 0; i < there; ++i) copy();
+        }
       }
+      __syncwarp();
+    } else if (rows > 0) {
+      behind = shift > 0 || kWay == Way::kLaid ? kUnit : 0;
+      // Nothing outside the array is touched.
+      const bool is_first = plane == 0 && first == 0 && (image == 0 || !joined);
+      const bool is_last = plane == planes - 1 && first + rows == height && (image + there == images || !joined);
+      const int before = kWay == Way::kLaid ? lead(plane, first) : shift;
+      const int stored = before + (kWay == Way::kLaid ? rows * stored_bytes : size);
+      load_images(at<kWay>(image, plane, first) - before, image_bytes, there, to + head, pitch, is_first ? shift : 0,
+                  is_last ? stored : (stored + kUnit - 1) / kUnit * kUnit, barrier, bulk);
+      __syncwarp();
     }
-    __syncwarp();
     if (rows == count && there == kImages) return;
-    const int lane = threadIdx.x % 32, mine = lane % kImages;
     const auto clear = [&](int begin, int end) {
       for (int i = begin + lane / kImages * kUnit; i < end; i += 2 * kUnit)
         shared<uint4>(to + mine * pitch + i) = uint4{};
     };
     const bool is_there = rows > 0 && mine < there;
-    clear(0, is_there ? head : all);
-    if (is_there) clear(head + size, all);
+    clear(0, is_there ? head : all + behind);
+    if (is_there) clear(head + size + behind, all);
     before_bulk_copies();
+  }
+
+  // What has to be moved of rows that were loaded with what is around them.
+  __device__ ShiftedRuns shifted(int stage, int row, int count) const {
+    const auto [first, rows, head, size] = inside(row, count);
+    return {memory + stage * bytes() + head, pitch, shift > 0 && !spreads() ? size : 0, shift,
+            head + size < count * row_bytes};
+  }
+  __device__ TightRows tight(int stage, int plane, int row, int count) const {
+    const auto [first, rows, head, size] = inside(row, count);
+    return {memory + stage * bytes() + head, pitch, spreads() ? rows : 0, row_bytes, stored_bytes, lead(plane, first),
+            head + size < count * row_bytes};
   }
 };
 
@@ -100,6 +157,7 @@ struct Aligned {
   int least, more, all;          // bands of a block: the first ones have one more; of all blocks
   int filter_bands, parts;       // bands of a filter, and parts that they are summed up in, at most
   Divider by_bands, by_batches;  // of an image, of 16 images each
+  bool bulk, moves;              // copies; whether rows are moved
   WeightSums result;
 };
 
@@ -201,6 +259,7 @@ struct Sums {
   static constexpr int kMost = kRows - 1 + (kKernelH - 1) * kDilation;  // the last row that a tile meets
   static constexpr int kBelow = kMost / kRows;                          // chunks below that it meets
   static constexpr int kChunks = kBelow == 0 ? 2 : 1;                   // of a stage
+  static constexpr bool kLays = kKernelH == 7 || kDilation == 2;        // faster than others from rows of other sizes
   static constexpr int kWarps = kKernelH < 5 ? 8 : 7;                   // of a block that multiply, at most
   static constexpr int kWindow = 3 * kColumns;
   static constexpr int kScratch = 4 * kWindow * kPitch;  // bytes for the products of a row of the kernel
@@ -270,6 +329,7 @@ struct Sums {
 template <typename T, int kKernelH>
 struct ColumnSums {
   static constexpr int kMost = kRows - 1 + kKernelH - 1, kBelow = kMost / kRows, kChunks = 1, kWarps = 7, kScratch = 0;
+  static constexpr bool kLays = false;
 
   float sum[kKernelH + 1][4] = {};  // of upper rows that are one row above to kKernelH - 1 rows below the gradient's
 
@@ -361,7 +421,7 @@ __device__ void write(const Aligned& a, int filter, int at) {
 
 // What the warp that loads does: with a stage of the input comes the gradient's that meets it last, since until then
 // nobody has a use for it.
-template <class Sum>
+template <class Sum, Way kWay>
 __device__ void load_stages(const Aligned& a, int first, int last) {
   constexpr int kMostRows = Sum::kChunks * kRows;
   Turn turn, grad_turn;
@@ -372,13 +432,14 @@ __device__ void load_stages(const Aligned& a, int first, int last) {
     for (int chunk = s.begin; chunk < s.end + Sum::kBelow; chunk += Sum::kChunks) {
       const int full = StageBarriers::full(turn.stage), row = chunk * kRows, band = chunk - Sum::kBelow;
       if (again) wait(StageBarriers::done(turn.stage), turn.parity ^ 1);
-      a.source.load(turn.stage, s.image, a.images, s.filter / a.multiplier, row - a.padding_h,
-                    min(kMostRows, end - row), full);
+      a.source.load<kWay>(turn.stage, s.image, a.images, s.filter / a.multiplier, row - a.padding_h,
+                          min(kMostRows, end - row), full, a.bulk);
       if (band >= s.begin) {
-        a.grad.load(grad_turn.stage, s.image, a.images, s.filter, band * kRows, min(kMostRows, (s.end - band) * kRows),
-                    full);
+        a.grad.load<kWay>(grad_turn.stage, s.image, a.images, s.filter, band * kRows,
+                          min(kMostRows, (s.end - band) * kRows), full, a.bulk);
         grad_turn.next(a.grad_stages);
       }
+      if (kWay != Way::kPlain && !a.bulk) arrive_after_copies(full);
       __syncwarp();
       if (threadIdx.x % 32 == 0) arrive(full);
       turn.next(a.stages);
@@ -388,16 +449,19 @@ __device__ void load_stages(const Aligned& a, int first, int last) {
   }
 }
 
-template <typename T, class Sum>
+template <typename T, class Sum, Way kWay>
 __global__ void __launch_bounds__(32 * Sum::kWarps + 32, 2)
     aligned_grad_weight_nchw(const __grid_constant__ Aligned a) {
-#if __CUDA_ARCH__ < 900
+#if __CUDA_ARCH__ < 800
   if constexpr (sizeof(T) == 2) return;  // it is not launched
+#elif __CUDA_ARCH__ < 900
+  if constexpr (kWay == Way::kPlain) return;
 #endif
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     for (int i = 0; i < a.stages; ++i)
-      init_barrier(StageBarriers::full(i), 1), init_barrier(StageBarriers::done(i), a.workers);
+      init_barrier(StageBarriers::full(i), kWay == Way::kPlain || a.bulk ? 1 : 33),
+          init_barrier(StageBarriers::done(i), a.workers);
     before_bulk_copies();
   }
   if (threadIdx.x < kUnit / 4) shared<uint32_t>(kZeros + 4 * threadIdx.x) = 0;
@@ -405,7 +469,7 @@ __global__ void __launch_bounds__(32 * Sum::kWarps + 32, 2)
   wait_for_kernel_before();
   __syncthreads();
   const int first = first_band(a, blockIdx.x), last = first_band(a, blockIdx.x + 1);
-  if (warp == a.workers) return load_stages<Sum>(a, first, last);
+  if (warp == a.workers) return load_stages<Sum, kWay>(a, first, last);
 
   Sum sums;
   Bias<T> bias;
@@ -430,6 +494,19 @@ __global__ void __launch_bounds__(32 * Sum::kWarps + 32, 2)
     for (int chunk = s.begin, index = 0; chunk < s.end + Sum::kBelow; ++chunk) {
       if (index == 0) {
         wait(StageBarriers::full(turn.stage), turn.parity);
+        if (kWay == Way::kLaid || (kWay == Way::kMoved && a.moves)) {
+          constexpr int kMostRows = Sum::kChunks * kRows;
+          const int row = chunk * kRows - a.padding_h, band = chunk - Sum::kBelow;
+          const int rows = min(kMostRows, (s.end - 1) * kRows + Sum::kMost + 1 - chunk * kRows);
+          const int grad_row = band * kRows, grad_rows = band < s.begin ? 0 : min(kMostRows, (s.end - band) * kRows);
+          if constexpr (kWay == Way::kLaid)
+            spread_rows(a.source.tight(turn.stage, s.filter / a.multiplier, row, rows),
+                        a.grad.tight(grad_turn.stage, s.filter, grad_row, grad_rows), threadIdx.x, 32 * a.workers,
+                        [] { meet_workers(); });
+          move_runs(a.source.shifted(turn.stage, row, rows), warp, a.workers);
+          move_runs(a.grad.shifted(grad_turn.stage, grad_row, grad_rows), a.workers - 1 - warp, a.workers);
+          meet_workers();
+        }
         source_at[Sum::kBelow] = turn.stage * a.source.bytes();
         turn.next(a.stages), ++held;
       } else {
@@ -466,11 +543,12 @@ __global__ void __launch_bounds__(32 * Sum::kWarps + 32, 2)
 }
 
 // How a block's shared memory is laid out. Returns its bytes.
-template <class Sum>
+template <class Sum, Way kWay>
 int64_t lay_out(Aligned& a, int64_t taps_and_bias, int64_t shared_per_multiprocessor) {
   const int64_t columns = ceil_div(a.out_width, kColumns), workers = ceil_div(columns, ceil_div(columns, Sum::kWarps));
   a.columns = static_cast<int>(columns), a.workers = static_cast<int>(workers);
-  for (Rows* v : {&a.source, &a.grad}) v->pitch = (Sum::kChunks * kRows * v->row_bytes / kUnit | 1) * kUnit;
+  for (Rows* v : {&a.source, &a.grad})
+    v->pitch = (Sum::kChunks * kRows * v->row_bytes / kUnit + (kWay != Way::kPlain) | 1) * kUnit;
   const auto bytes = [&](int stages) {
     a.stages = stages, a.grad_stages = stages - Sum::kBelow;
     a.source.memory = kHead, a.grad.memory = kHead + a.stages * a.source.bytes();
@@ -489,13 +567,14 @@ int64_t lay_out(Aligned& a, int64_t taps_and_bias, int64_t shared_per_multiproce
   return bytes(stages);
 }
 
-template <typename T, class Sum>
+template <typename T, class Sum, Way kWay>
 bool launch(const Problem& p, Aligned a, const Device& device, const Allocate& allocate, cudaStream_t stream) {
-  const auto kernel = aligned_grad_weight_nchw<T, Sum>;
-  if (!can_overlap(kernel)) return false;  // it is not code for sm_90
+  const auto kernel = aligned_grad_weight_nchw<T, Sum, kWay>;
   const int64_t slots = p.taps() + (p.bias != nullptr);
-  const int64_t bytes = lay_out<Sum>(a, slots, device.shared_per_multiprocessor);
+  const int64_t bytes = lay_out<Sum, kWay>(a, slots, device.shared_per_multiprocessor);
   if (bytes > device.shared_per_block) return false;
+  // Rows that are laid apart are read before any is written, by a thread each.
+  if (kWay == Way::kLaid && 32 * a.workers < kImages * kRows) return false;
   const int64_t bands = ceil_div(p.out_height, kRows), items = ceil_div(a.images, kImages);
   a.by_bands = Divider(bands), a.by_batches = Divider(items);
   a.filter_bands = static_cast<int>(items * bands);
@@ -529,23 +608,32 @@ bool launch(const Problem& p, Aligned a, const Device& device, const Allocate& a
 
 }  // namespace
 
-bool launch_aligned_grad_weight_nchw(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
+bool launch_aligned_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& allocate, cudaStream_t stream) {
   const Device& device = current_device();
   const int64_t rows = (p.kernel_h - 1) * p.dilation_h + 1, columns = (p.kernel_w - 1) * p.dilation_w + 1;
   // Windows reach 8 columns beside a tile, at most.
   const bool tall = rows > kMaxRows;
-  if (device.capability < 90 || p.stride_h > 1 || p.padding_w > kColumns || columns - 1 - p.padding_w > kColumns ||
+  if (device.capability < 80 || p.stride_h > 1 || p.padding_w > kColumns || columns - 1 - p.padding_w > kColumns ||
       (tall && (columns > 1 || rows > kMaxColumnRows)))
     return false;
-  // Shorter rows: copies of so few bytes that one thread does not begin them fast enough.
-  if (std::min(p.width, p.out_width) < kLeastAlignedColumns) return false;
+  // Shorter rows: copies of so few bytes that one thread does not begin them fast enough. All images are to begin at
+  // the same place within 16 bytes.
+  if (std::min(p.width, p.out_width) < kLeastAlignedColumns || p.input.stride[0] % kColumns != 0 ||
+      p.output.stride[0] % kColumns != 0)
+    return false;
+  constexpr int64_t kMostTightColumns = 64;  // of rows that are not of whole units
+  for (const int64_t width : {p.width, p.out_width})
+    if (width % kColumns != 0 && width > kMostTightColumns) return false;
   Aligned a{};
-  const auto arrange = [](Rows& v, const View& view, int64_t height, int64_t width) {
+  const auto arrange = [](Rows& v, const View& view, int64_t planes, int64_t height, int64_t width) {
     v.base = static_cast<const char*>(view.data), v.image_bytes = 2 * view.stride[0];
-    v.height = static_cast<int>(height), v.row_bytes = static_cast<int>(2 * width);
+    v.height = static_cast<int>(height), v.planes = static_cast<int>(planes);
+    v.stored_bytes = static_cast<int>(2 * width), v.row_bytes = static_cast<int>(round_up(2 * width, kUnit));
+    v.shift = static_cast<int>(reinterpret_cast<uintptr_t>(view.data) % kUnit);
+    v.joined = view.stride[0] == planes * height * width;
   };
-  arrange(a.source, p.input, p.height, p.width);
-  arrange(a.grad, p.output, p.out_height, p.out_width);
+  arrange(a.source, p.input, p.channels, p.height, p.width);
+  arrange(a.grad, p.output, p.filters(), p.out_height, p.out_width);
   a.width = static_cast<int>(p.width), a.out_width = static_cast<int>(p.out_width);
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
@@ -556,7 +644,16 @@ bool launch_aligned_grad_weight_nchw(const Problem& p, const Allocate& allocate,
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
-      const auto go = [&]<class Sum>(Sum) { served = launch<T, Sum>(p, a, device, allocate, stream); };
+      const auto go = [&]<class Sum>(Sum) {
+        a.bulk = bulk && can_overlap(aligned_grad_weight_nchw<T, Sum, Way::kPlain>);  // else it is not code for sm_90
+        const auto go_by = [&]<Way kWay>() { served = launch<T, Sum, kWay>(p, a, device, allocate, stream); };
+        if constexpr (Sum::kLays)
+          if (a.source.spreads() || a.grad.spreads()) return go_by.template operator()<Way::kLaid>();
+        if (a.source.spreads() || a.grad.spreads()) return;
+        a.moves = a.source.shift > 0 || a.grad.shift > 0;
+        if (a.bulk && !a.moves) return go_by.template operator()<Way::kPlain>();
+        go_by.template operator()<Way::kMoved>();
+      };
       if (tall) return go(ColumnSums<T, kMaxColumnRows>{});
       if (rows == 1) return go(Sums<T, 1, 1>{});
       if (p.dilation_h == 2 && p.kernel_h <= 3) return go(Sums<T, 3, 2>{});

@@ -14,8 +14,8 @@
 // What lies beside the image is made zero, which is exact unless the other factor is Inf or NaN. So sums that are
 // finite are right, and the others are taken again, product by product.
 //
-// There are other ways for rows that do not begin with 16 bytes (padded_grad_weight_nchw.cu), and on sm_90 for those
-// that do (aligned_grad_weight_nchw.cu) and for planes of few pixels (flat_grad_weight_nchw.cu).
+// There are other ways for planes of few pixels (flat_grad_weight_nchw.cu), for longer rows of whole units of 16 bytes
+// (aligned_grad_weight_nchw.cu), and for rows of whole words (padded_grad_weight_nchw.cu).
 #include <algorithm>
 #include <cmath>
 
@@ -305,8 +305,8 @@ void launch_batch_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& 
   constexpr int kSide = 8;
   const bool small = a.stride == 1 && std::max({a.height, a.width, a.out_height, a.out_width}) <= kSide;
   const bool column = a.kernel_w == 1 && a.stride == 1;
-  if (bulk && small && launch_flat_grad_weight_nchw(p, allocate, stream)) return;
-  if (bulk && units && !small && launch_aligned_grad_weight_nchw(p, allocate, stream)) return;
+  if (small && launch_flat_grad_weight_nchw(p, bulk, allocate, stream)) return;
+  if (!small && launch_aligned_grad_weight_nchw(p, bulk, allocate, stream)) return;
   if ((!units || column) && !small && launch_padded_grad_weight_nchw(p, bulk, allocate, stream)) return;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);

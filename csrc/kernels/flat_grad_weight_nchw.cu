@@ -5,18 +5,20 @@
 // every pixel of the input with every one of the gradient, of which a tap's sum is those that are as far from each
 // other as it says: whatever pairs no tap has is never added. So there is nothing to lay anew, and planes lie in shared
 // memory as they do in memory: a block has some of them, of 16 images at a time, and matrices begin where 16 bytes do,
-// in both arrays alike, before or where a plane begins. Two warps do nothing but begin bulk copies. On sm_90 and later.
+// before or where a plane begins, wherever the arrays do. Two warps do nothing but load: by bulk copies on sm_90 and
+// later, by cp.async before.
 //
 // Products are of 16 pixels of the input by 8 of the gradient, of those that are near enough. Of planes of at most 49
 // pixels all of them stay in registers, 22 for 7x7 and 13 for 3x3, as they do at stride 2 for 49 gradients, by two
 // warps. Planes of 14 x 14 have 72 for 3x3 and 154 for 7x7: 7 times 8 gradients are 4 rows, so products of gradients so
-// far apart are of the same columns, and are added up.
+// far apart are of the same columns, and are added up. So are those of planes of 28 columns, of which 7 times 8
+// gradients are 2 rows, by as many warps as it takes.
 #include "flat_grad_weight_nchw.h"
 
 #include <algorithm>
 
 #include "cluster_sums.cuh"
-#include "copies.cuh"
+#include "shifted_runs.cuh"
 #include "tensor_cores.cuh"
 #include "weight_sums.cuh"
 
@@ -28,15 +30,21 @@ constexpr int kPixels = 8;                        // of 16 bytes
 constexpr int kMaxStages = 8;                     // of 16 images
 constexpr int kLoaders = 2;                       // warps: of the input, of the gradient
 constexpr int kFull = 0, kDone = 8 * kMaxStages;  // where barriers are
-constexpr int kSide = 14;                         // of larger planes
+constexpr int kNothing = 16 * kMaxStages;         // 16 bytes of zeros
+constexpr int kSide = 14, kWideColumns = 28;      // of larger planes
+// Pixels from one of the input to one of the gradient that it is multiplied with, of kernels of 3 x 3 and of 7 x 7 on
+// planes of 7 x 7, and of the latter where the arrays begin at different places within 16 bytes.
+constexpr int kNearPixels = 8, kFarPixels = 24, kFarthestPixels = kFarPixels + kPixels - 1;
 
 // An array. A block loads the planes of 16 images to a stage.
 struct FlatPlanes {
-  const char* base;
+  const char* base;          // of the 16 bytes that the array begins in
   int64_t image_bytes;       // from one image to the next
+  int before;                // pixels of these 16 bytes that are before an image
   int pixels;                // of a plane
-  int bytes;                 // of all planes of an image
-  int run_bytes, row_bytes;  // of an image's planes in a block, and from one image to the next in shared memory
+  int end;                   // where an image's bytes end, from these 16 bytes on
+  bool joined;               // what is beside an image are its neighbours
+  int run_bytes, row_bytes;  // of planes that are copied together, and from one image to the next in shared memory
   int memory;                // where the first image is in a stage
 };
 
@@ -44,10 +52,14 @@ struct Flat {
   FlatPlanes source, grad;
   int height, width, out_height, out_width, kernel_h, kernel_w, padding_h, padding_w, dilation_h, dilation_w;
   int images, filters, groups, splits;
-  int planes;  // of a block
+  int planes, run_planes;  // of a block, and of those that are copied together
   int stages, stage_bytes;
   Divider by_columns;  // of the kernel
+  int roles;           // warps of a plane of 28 columns
+  int units_before;    // from the first 8 pixels that gradients of such a plane are multiplied with on
+  bool whole;          // such planes are of whole units of 16 bytes in both arrays
   uint64_t rows;       // a bit for the first pixel of each row of a plane of at most 49 pixels
+  bool bulk;           // copies
   WeightSums result;
 };
 
@@ -85,7 +97,8 @@ __device__ inline float sum_of_lanes(float value) {
 // at most.
 template <typename T, int kReach>
 struct AllPairs {
-  static constexpr int kRoles = 1, kMaxPlanes = 6, kBlocks = 2;  // warps of a plane, planes of a block, blocks together
+  static constexpr int kRoles = 1, kMaxPlanes = 6;              // warps of a plane, planes of a block
+  static constexpr int kBlocks = kReach <= kFarPixels ? 2 : 1;  // together on a multiprocessor
   static constexpr int kUnits = 7, kTiles = (kUnits + 1) / 2;
   static constexpr int kPitch = kPixels * kUnits;  // of a plane's product, in floats
   static constexpr int kProductBytes = 4 * kPixels * kUnits * kPitch;
@@ -152,7 +165,7 @@ struct AllPairs {
   static __device__ float tap(const Flat& a, const FlatPlane& plane, int place, int y, int x) {
     constexpr int kAtOnce = 14;  // products that are added before it is seen whether there are more
     uint64_t pixels = pixels_of(a, y, x) << plane.source_before;
-    int at = place - (pixels == 0 ? 0 : 4 * (y * a.width + x));
+    int at = place - (pixels == 0 ? 0 : 4 * (y * a.width + x + plane.source_before - plane.grad_before));
     float total = 0;
 #pragma unroll 1
     for (; pixels != 0; pixels >>= kAtOnce, at += 4 * kAtOnce * (kPitch + 1))
@@ -167,13 +180,15 @@ struct AllPairs {
 
 // Planes of 14 x 14. 8 gradients are multiplied with kTiles times 16 pixels, from so many times 8 before them on; tiles
 // begin at even or at odd multiples of 8 pixels, as the gradients do. What is outside the plane becomes zero.
-template <typename T, int kBefore>
+// kAnywhere: whether planes begin elsewhere than at the first and the fifth of 8 pixels.
+template <typename T, int kBefore, bool kAnywhere>
 struct Folded {
   static constexpr int kTiles = kBefore + 1, kRoleTiles = kTiles <= 3 ? kTiles : (kTiles + 1) / 2;
   static constexpr int kRoles = (kTiles + kRoleTiles - 1) / kRoleTiles;
   static constexpr int kMaxPlanes = kRoles == 1 ? 8 : kTiles <= 5 ? 5 : 4, kBlocks = 1;
-  static constexpr int kUnits = (kSide * kSide + 4) / kPixels;  // that a plane is part of wherever it begins
-  static constexpr int kPhases = kSide / 2;  // so many times 8 gradients on, they are in the same columns
+  static constexpr int kWhole = kSide * kSide / kPixels;  // units of a plane, and half of one
+  static constexpr int kUnits = kWhole + 1 + kAnywhere;   // that a plane is part of wherever it begins
+  static constexpr int kPhases = kSide / 2;               // so many times 8 gradients on, they are in the same columns
   static constexpr int kPitch = kPixels + 1, kPhaseBytes = 4 * 2 * kPixels * kTiles * kPitch;
   static constexpr int kProductBytes = kPhases * kPhaseBytes;
   static constexpr bool kExact = false;
@@ -186,14 +201,29 @@ struct Folded {
     float sum[kPhases][kMine][4] = {}, bias = 0;
     const FlatPlane plane;
     const uint32_t source, grad;
-    uint32_t in_first, in_last;  // which of the lane's pixels of the first and of the last 16 bytes are the plane's
+    // Which of the lane's pixels of the first 16 bytes, and of those behind the whole ones, are the plane's.
+    struct Ends {
+      uint32_t first, last[kUnits - kWhole];
+
+      __device__ explicit Ends(int before) {
+        const int pixel = threadIdx.x % 32 / 4;
+        first = pixel >= before ? ~0u : 0;
+#pragma unroll
+        for (int i = 0; i < kUnits - kWhole; ++i) last[i] = pixel + i * kPixels < before + kPixels / 2 ? ~0u : 0;
+      }
+      __device__ void keep(uint32_t& pixels, int unit) const {
+        if (unit < 0 || unit >= kUnits) pixels = 0;
+        if (unit == 0) pixels &= first;
+        if (unit >= kWhole && unit < kUnits) pixels &= last[unit - kWhole];
+      }
+    } in_source, in_grad;
 
     __device__ Part(const Flat& a, const FlatPlane& plane)
-        : plane(plane), source(source_rows(a, plane)), grad(grad_rows(a, plane, 2 * kUnit)) {
-      const int pixel = threadIdx.x % 32 / 4;
-      in_first = pixel >= plane.source_before ? ~0u : 0;
-      in_last = pixel < plane.source_before + 4 ? ~0u : 0;
-    }
+        : plane(plane),
+          source(source_rows(a, plane)),
+          grad(grad_rows(a, plane, 2 * kUnit)),
+          in_source(plane.source_before),
+          in_grad(kAnywhere ? plane.grad_before : plane.source_before) {}
 
     __device__ void add(const Flat& a, int stage) {
 #pragma unroll
@@ -212,18 +242,14 @@ struct Folded {
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
               const int unit = k + e / 2 * 2;
-              g[unit / 2][e % 2] = unit == 0 ? both[e] & in_first : unit == kUnits - 1 ? both[e] & in_last : both[e];
+              in_grad.keep(both[e], unit);
+              g[unit / 2][e % 2] = both[e];
             }
           }
           uint32_t x[4];
           load_matrices_transposed(x, source + stage + begin * kUnit);
 #pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int unit = begin + e % 2;
-            if (unit < 0 || unit >= kUnits) x[e] = 0;
-            if (unit == 0) x[e] &= in_first;
-            if (unit == kUnits - 1) x[e] &= in_last;
-          }
+          for (int e = 0; e < 4; ++e) in_source.keep(x[e], begin + e % 2);
 #pragma unroll
           for (int tile = 0; tile < kMine; ++tile) {
             const int k = begin + kBefore - 2 * (kFirst + tile);
@@ -255,7 +281,7 @@ struct Folded {
     // A bit for each column of the gradient, from that of the first product on.
     const uint32_t columns = x > 0 ? kAll >> min(x, kSide) : kAll & kAll << min(-x, kSide);
     const uint32_t valid = columns << plane.grad_before | columns >> (kSide - plane.grad_before);
-    const int from = place + 4 * (y * kSide + x + kPixels * kBefore) * kPitch;
+    const int from = place + 4 * (y * kSide + x + plane.source_before - plane.grad_before + kPixels * kBefore) * kPitch;
     float total = 0;
 #pragma unroll
     for (int phase = 0; phase < kPhases; ++phase)
@@ -275,7 +301,7 @@ struct Strided {
   static constexpr int kRoles = 2, kMaxPlanes = 6, kBlocks = 1;
   static constexpr int kOutSide = kSide / 2, kUnits = 7, kRoleUnits = 4, kTiles = 7;
   // Of a gradient's products tap sums need these, from kLeft pixels before the fourfold of its number on.
-  static constexpr int kLeft = 42, kPitch = 77;
+  static constexpr int kLeft = 42, kPitch = 73;
   static constexpr int kProductBytes = 4 * kPixels * kUnits * kPitch;
   static constexpr bool kExact = true;
 
@@ -323,7 +349,8 @@ struct Strided {
       const int lane = threadIdx.x % 32;
 #pragma unroll
       for (int k = 0; k < kMine; ++k) {
-        const int unit = kFirst + k, from = first_unit(a, plane, unit) * kPixels + lane / 4;
+        const int unit = kFirst + k;
+        const int from = first_unit(a, plane, unit) * kPixels + lane / 4 - plane.source_before;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int gradient = unit * kPixels + lane % 4 * 2 + e,
@@ -340,7 +367,7 @@ struct Strided {
   };
 
   static __device__ float tap(const Flat&, const FlatPlane& plane, int place, int y, int x) {
-    int from = place + 4 * (plane.grad_before * kPitch + kLeft + y * kSide + x + plane.source_before);
+    int from = place + 4 * (plane.grad_before * kPitch + kLeft + y * kSide + x);
     float total = 0;
 #pragma unroll 1
     for (int r = 0; r < kOutSide; ++r, from += 4 * (kOutSide * (kPitch - 4) + 2 * kSide)) {
@@ -354,14 +381,148 @@ struct Strided {
   }
 };
 
+// Planes of 28 columns. A warp has kTiles times 16 pixels of those that 8 gradients are multiplied with, and a plane as
+// many warps as that takes. They go through it twice, from even and from odd multiples of 8 pixels on, 7 times 8
+// gradients in each turn of a loop. What is outside the plane is read from zeros, and becomes zero in the 16 bytes that
+// it shares with it.
+template <typename T, int kTiles>
+struct Sliding {
+  static constexpr int kRoles = 0, kMaxRoles = 4, kMaxPlanes = 2, kBlocks = 1;  // kRoles: as many as it takes
+  static constexpr int kPhases = 7, kRoleTiles = kTiles;
+  static constexpr int kPitch = kPixels + 1;
+  static constexpr bool kExact = false;
+
+  static __host__ __device__ int phase_bytes(const Flat& a) { return 4 * 2 * kPixels * kTiles * a.roles * kPitch; }
+
+  struct Part {
+    float sum[kPhases][kTiles][4] = {}, bias = 0;
+    const FlatPlane plane;
+    const uint32_t source, grad;
+    const int role, source_units, grad_units;
+    const int ahead;  // the first gradients that the warp multiplies 16 pixels with, in units from there on
+
+    __device__ Part(const Flat& a, const FlatPlane& plane, int role)
+        : plane(plane),
+          source(source_rows(a, plane)),
+          grad(grad_rows(a, plane, 0)),
+          role(role),
+          source_units((plane.source_before + a.source.pixels + kPixels - 1) / kPixels),
+          grad_units((plane.grad_before + a.grad.pixels + kPixels - 1) / kPixels),
+          ahead(a.units_before - 2 * kTiles * role) {}
+
+    // Makes zero what is not the plane's in its first and its last 16 bytes.
+    __device__ void clear_ends(const Flat& a, int stage) const {
+      const int lane = threadIdx.x % 32, last = lane / kImages;
+      for (int array = role; array < 2; array += a.roles) {
+        const bool input = array == 0;
+        const int units = input ? source_units : grad_units, before = input ? plane.source_before : plane.grad_before;
+        const int from = last == 0 ? before : 0;
+        const int to = last == 0 ? kPixels : before + (input ? a.source.pixels : a.grad.pixels) - (units - 1) * kPixels;
+        const int place = stage + (input ? plane.source : plane.grad) + last * (units - 1) * kUnit +
+                          lane % kImages * (input ? a.source.row_bytes : a.grad.row_bytes);
+        const auto keep = [&](int pixel) { return pixel >= from && pixel < to; };
+#pragma unroll
+        for (int w = 0; w < 4; ++w)
+          shared<uint32_t>(place + 4 * w) &= (keep(2 * w) ? 0xffffu : 0) | (keep(2 * w + 1) ? 0xffff0000u : 0);
+      }
+      before_bulk_copies();  // to the same place
+      asm volatile("bar.sync %0, %1;" ::"r"(1 + static_cast<int>(threadIdx.x) / (32 * a.roles)), "r"(32 * a.roles)
+                   : "memory");
+    }
+
+    template <int kOdd>
+    __device__ void add_half(int stage) {
+      constexpr int kAhead = 2;  // tiles that are loaded ahead of multiplications
+      static_assert(kTiles + kAhead <= kPhases);
+      const uint32_t zeros = shared_address(kNothing);
+      int unit = static_cast<int>(threadIdx.x) / 8 % 2 - kOdd, k = ahead - kOdd - 2 * (kTiles - 1);
+      uint32_t source_at = source + stage - kOdd * kUnit, grad_at = grad + stage + k * kUnit;
+      uint32_t x[kPhases][4], g[kPhases][2];  // in turns
+      const auto load_grad = [&](uint32_t (&g)[2]) {
+        load_two_transposed(g[0], g[1], static_cast<uint32_t>(k) < static_cast<uint32_t>(grad_units) ? grad_at : zeros);
+        k += 2, grad_at += 2 * kUnit;
+      };
+      const auto load = [&](int i) {
+        load_grad(g[i]);
+        load_matrices_transposed(x[i],
+                                 static_cast<uint32_t>(unit) < static_cast<uint32_t>(source_units) ? source_at : zeros);
+        unit += 2, source_at += 2 * kUnit;
+      };
+      const auto add = [&](int i) {
+        load((i + kAhead) % kPhases);
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) {
+          float (&to)[4] = sum[(2 * (i - t) - kOdd + 2 * kPhases) % kPhases][t];
+          multiply(to, to, x[i], g[(i - t + kPhases) % kPhases], T{});
+        }
+      };
+#pragma unroll
+      for (int i = 1 - kTiles; i < 0; ++i) load_grad(g[i + kPhases]);
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) load(i);
+      int left = (source_units + kOdd + 1) / 2;
+#pragma unroll 1
+      for (; left >= kPhases; left -= kPhases)
+#pragma unroll
+        for (int i = 0; i < kPhases; ++i) add(i);
+#pragma unroll
+      for (int i = 0; i < kPhases - 1; ++i) {
+        if (i >= left) break;
+        add(i);
+      }
+    }
+
+    __device__ void add(const Flat& a, int stage) {
+      if (!a.whole) clear_ends(a, stage);
+      add_half<0>(stage);
+      add_half<1>(stage);
+      if (role == 0 && a.result.with_bias()) add_bias<T>(a, plane, stage, bias);
+    }
+
+    __device__ void put(const Flat& a, int place) {
+      const int lane = threadIdx.x % 32, first = ahead % kPhases + kPhases;
+      const int put = place + 4 * ((2 * kPixels * kTiles * role + lane / 4) * kPitch + lane % 4 * 2);
+#pragma unroll
+      for (int phase = 0; phase < kPhases; ++phase) {
+        const int to = put + (phase + first) % kPhases * phase_bytes(a);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            shared<float>(to + 4 * ((2 * tile + e / 2) * kPixels * kPitch + e % 2)) = sum[phase][tile][e];
+      }
+    }
+    __device__ float total_bias() const { return sum_of_lanes(bias); }
+  };
+
+  static __device__ float tap(const Flat& a, const FlatPlane& plane, int place, int y, int x) {
+    constexpr uint32_t kAll = (1u << kWideColumns) - 1;
+    const uint32_t columns = x > 0 ? kAll >> min(x, kWideColumns) : kAll & kAll << min(-x, kWideColumns);
+    const uint32_t valid = columns << plane.grad_before | columns >> (kWideColumns - plane.grad_before);
+    const int from =
+        place +
+        4 * (y * kWideColumns + x + plane.source_before - plane.grad_before + kPixels * a.units_before) * kPitch;
+    float total = 0;
+#pragma unroll
+    for (int phase = 0; phase < kPhases; ++phase)
+#pragma unroll
+      for (int k = 0; k < kPixels; ++k) {
+        const float value = shared<float>(from + phase * phase_bytes(a) + 4 * k * (kPitch + 1));
+        if (valid >> (phase * kPixels + k) % kWideColumns & 1) total += value;
+      }
+    return total;
+  }
+};
+
 // The sum of one tap over the block's part of the images, by a warp, of products inside the image only, at stride 1.
 template <typename T>
 __device__ __noinline__ float sum_by_products(const Flat& a, int filter, int first, int last, int y, int x) {
   float sum = 0;
   for (int image = first; image < last; ++image) {
-    const T* source =
-        reinterpret_cast<const T*>(a.source.base + image * a.source.image_bytes) + filter * a.source.pixels;
-    const T* grad = reinterpret_cast<const T*>(a.grad.base + image * a.grad.image_bytes) + filter * a.grad.pixels;
+    const auto plane = [&](const FlatPlanes& v) {
+      return reinterpret_cast<const T*>(v.base + image * v.image_bytes) + v.before + filter * v.pixels;
+    };
+    const T *source = plane(a.source), *grad = plane(a.grad);
     for (int at = threadIdx.x % 32; at < a.grad.pixels; at += 32) {
       const int row = at / a.out_width + y, column = at % a.out_width + x;
       if (row >= 0 && row < a.height && column >= 0 && column < a.width)
@@ -371,10 +532,28 @@ __device__ __noinline__ float sum_by_products(const Flat& a, int filter, int fir
   return sum_of_lanes(sum);
 }
 
+// Of the products of a plane.
+template <class Products>
+__host__ __device__ int product_bytes(const Flat& a) {
+  if constexpr (Products::kRoles == 0)
+    return Products::kPhases * Products::phase_bytes(a);
+  else
+    return Products::kProductBytes;
+}
+
+// Warps that multiply, of a block.
+template <class Products>
+constexpr int most_workers() {
+  if constexpr (Products::kRoles == 0)
+    return Products::kMaxPlanes * Products::kMaxRoles;
+  else
+    return Products::kMaxPlanes * Products::kRoles;
+}
+
 template <typename T, class Products>
-__global__ void __launch_bounds__(32 * (Products::kMaxPlanes * Products::kRoles + kLoaders), Products::kBlocks)
+__global__ void __launch_bounds__(32 * (most_workers<Products>() + kLoaders), Products::kBlocks)
     flat_grad_weight_nchw(const __grid_constant__ Flat a) {
-#if __CUDA_ARCH__ < 900
+#if __CUDA_ARCH__ < 800
   if constexpr (sizeof(T) == 2) return;  // it is not launched
 #endif
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
@@ -383,31 +562,35 @@ __global__ void __launch_bounds__(32 * (Products::kMaxPlanes * Products::kRoles 
   const int all = (a.images + kImages - 1) / kImages, whole = all / a.splits, more = all % a.splits;
   const int first = split * whole + min(split, more), steps = whole + (split < more);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < a.stages; ++i) init_barrier(kFull + 8 * i, kLoaders), init_barrier(kDone + 8 * i, workers);
+    for (int i = 0; i < a.stages; ++i)
+      init_barrier(kFull + 8 * i, kLoaders * (a.bulk ? 1 : 33)), init_barrier(kDone + 8 * i, workers);
     before_bulk_copies();
   }
+  if (threadIdx.x < kUnit / 4) shared<uint32_t>(kNothing + 4 * threadIdx.x) = 0;
   let_next_kernel_start();
   __syncthreads();
   const int first_filter = group * a.planes;
-  const auto unit_of = [&](const FlatPlanes& v, int plane) { return plane * v.pixels / kPixels; };
+  const auto unit_of = [&](const FlatPlanes& v, int plane) { return (v.before + plane * v.pixels) / kPixels; };
   int stage = 0;
   uint32_t parity = 0;
   const auto next = [&] {
     if (++stage == a.stages) stage = 0, parity ^= 1;
   };
 
-  const int number = warp / Products::kRoles, role = warp % Products::kRoles, filter = first_filter + number;
+  const int roles = Products::kRoles == 0 ? a.roles : Products::kRoles;
+  const int number = warp / roles, role = warp % roles, filter = first_filter + number;
   const auto place_of = [&](const FlatPlanes& v) {
-    return kHead + v.memory + (unit_of(v, filter) - unit_of(v, first_filter)) * kUnit;
+    const int run = Products::kRoles == 0 ? number : 0;
+    return kHead + v.memory + run * v.run_bytes + (unit_of(v, filter) - unit_of(v, first_filter + run)) * kUnit;
   };
-  const FlatPlane plane{place_of(a.source), place_of(a.grad), filter * a.source.pixels % kPixels,
-                        filter * a.grad.pixels % kPixels};
-  const int place = kHead + number * Products::kProductBytes;  // of the products, when all are added
+  const auto before_of = [&](const FlatPlanes& v) { return (v.before + filter * v.pixels) % kPixels; };
+  const FlatPlane plane{place_of(a.source), place_of(a.grad), before_of(a.source), before_of(a.grad)};
+  // Of the products, when all are added.
+  const int place = kHead + number * product_bytes<Products>(a);
   const int taps = a.kernel_h * a.kernel_w;
 
   if (warp >= workers) {
     const FlatPlanes& v = warp == workers ? a.source : a.grad;
-    const int from = unit_of(v, first_filter) * kUnit, bytes = min(v.run_bytes, v.bytes - from);
     wait_for_kernel_before();
 #pragma unroll 1
     for (int step = 0; step < steps; ++step, next()) {
@@ -418,14 +601,20 @@ __global__ void __launch_bounds__(32 * (Products::kMaxPlanes * Products::kRoles 
         for (int at = lane * kUnit; at < v.row_bytes; at += 32 * kUnit)
           shared<uint4>(to + n * v.row_bytes + at) = uint4{};
       __syncwarp();
-      if (is_elected()) {
-        expect_bytes(full, images * bytes);
-        const char* row = v.base + image * v.image_bytes + from;
-        uint32_t slot = shared_address(to);
-#pragma unroll 4
-        for (int n = 0; n < images; ++n, row += v.image_bytes, slot += v.row_bytes) copy_bulk(slot, row, bytes, full);
-        arrive(full);
+#pragma unroll 1
+      for (int plane = 0; plane < a.planes && first_filter + plane < a.filters; plane += a.run_planes) {
+        const int from = unit_of(v, first_filter + plane) * kUnit;
+        const int bytes = min(v.run_bytes, (v.end + kUnit - 1) / kUnit * kUnit - from);
+        // Nothing outside the array is touched.
+        const bool is_first = from == 0 && (image == 0 || !v.joined);
+        const bool is_last = from + bytes > v.end && (image + images == a.images || !v.joined);
+        load_images(v.base + image * v.image_bytes + from, v.image_bytes, images,
+                    to + plane / a.run_planes * v.run_bytes, v.row_bytes, is_first ? 2 * v.before : 0,
+                    is_last ? v.end - from : bytes, full, a.bulk);
       }
+      if (!a.bulk) arrive_after_copies(full);
+      __syncwarp();
+      if (is_elected()) arrive(full);
       __syncwarp();
     }
     __syncthreads();
@@ -449,7 +638,9 @@ __global__ void __launch_bounds__(32 * (Products::kMaxPlanes * Products::kRoles 
       if (lane == 0 && filter < a.filters) a.result.put<T>(filter, split, taps, total);
     }
   };
-  if constexpr (Products::kRoles == 1) {
+  if constexpr (Products::kRoles == 0) {
+    work(typename Products::Part(a, plane, role));
+  } else if constexpr (Products::kRoles == 1) {
     work(typename Products::template Part<0>(a, plane));
   } else {
     if (role == 0)
@@ -460,7 +651,7 @@ __global__ void __launch_bounds__(32 * (Products::kMaxPlanes * Products::kRoles 
   __syncthreads();
   if (filter >= a.filters) return;
 #pragma unroll 1
-  for (int begin = role * 32; begin < taps; begin += Products::kRoles * 32) {
+  for (int begin = role * 32; begin < taps; begin += roles * 32) {
     const auto row_of = [&](int tap) { return tap / a.kernel_w * a.dilation_h - a.padding_h; };
     const auto column_of = [&](int tap) { return tap % a.kernel_w * a.dilation_w - a.padding_w; };
     const int tap = begin + lane;
@@ -486,28 +677,31 @@ __global__ void __launch_bounds__(32 * (Products::kMaxPlanes * Products::kRoles 
 template <typename T, class Products>
 bool launch(const Problem& p, Flat a, const Device& device, const Allocate& allocate, cudaStream_t stream) {
   const auto kernel = flat_grad_weight_nchw<T, Products>;
-  if (!can_overlap(kernel)) return false;  // it is not code for sm_90
+  a.bulk = a.bulk && can_overlap(kernel);  // else it is not code for sm_90
   const int64_t steps = ceil_div(a.images, kImages);
   const auto arrange = [&](FlatPlanes& v, int64_t memory) {
-    const int64_t pixels = int64_t{a.planes} * v.pixels;
-    const int64_t units = pixels % kPixels == 0 ? pixels / kPixels : (pixels + 2 * kPixels - 2) / kPixels;
+    const int64_t pixels = int64_t{a.run_planes} * v.pixels;
+    const int64_t units =
+        pixels % kPixels == 0 ? pixels / kPixels + (v.before > 0) : (pixels + 2 * kPixels - 2) / kPixels;
     v.run_bytes = static_cast<int>(units * kUnit);
-    v.row_bytes = static_cast<int>((units | 1) * kUnit);  // so that 8 images' are in different banks
+    v.row_bytes = static_cast<int>((a.planes / a.run_planes * units | 1) * kUnit);  // 8 images' in different banks
     v.memory = static_cast<int>(memory);
     return memory + kImages * v.row_bytes;
   };
   const auto stage_of = [&](int planes) {
-    a.planes = planes;
+    a.planes = planes, a.run_planes = Products::kRoles == 0 ? 1 : planes;
     return arrange(a.grad, arrange(a.source, 0));
   };
   const int64_t room = device.shared_per_block - kHead - kTail;
   // As few planes as give all multiprocessors a block, or several one after the other.
   const int least = Products::kExact && Products::kRoles == 1 ? 4 : 1;
+  const int roles = Products::kRoles == 0 ? a.roles : Products::kRoles;
+  const int64_t product = product_bytes<Products>(a);
   int planes = 0;
   int64_t longest = 0;
   for (int now = least; now <= Products::kMaxPlanes; ++now) {
     const int64_t turns = ceil_div(ceil_div(p.filters(), now), device.multiprocessors) * now;
-    if (2 * stage_of(now) > room || now * Products::kProductBytes > room) break;
+    if (2 * stage_of(now) > room || now * product > room) break;
     if (planes == 0 || turns <= longest) planes = now, longest = turns;
   }
   if (planes == 0) return false;
@@ -517,8 +711,8 @@ bool launch(const Problem& p, Flat a, const Device& device, const Allocate& allo
   // no two are to share one.
   const int64_t enough = (140 << 10) / (a.groups > device.multiprocessors ? Products::kBlocks : 1);
   a.stages = static_cast<int>(std::min<int64_t>({kMaxStages, steps, std::max<int64_t>(enough / a.stage_bytes, 2)}));
-  const int64_t bytes = kHead + std::max(a.stages * a.stage_bytes, planes * Products::kProductBytes) + kTail;
-  const int threads = 32 * (planes * Products::kRoles + kLoaders);
+  const int64_t bytes = kHead + std::max<int64_t>(a.stages * a.stage_bytes, planes * product) + kTail;
+  const int threads = 32 * (planes * roles + kLoaders);
   static thread_local Decisions<5, Splits> decisions;
   a.splits = decisions({device.id, steps, a.groups, threads, bytes}, [&] {
                // Adding up parts takes longer than some idle multiprocessors, as long as no sum loses digits.
@@ -534,16 +728,15 @@ bool launch(const Problem& p, Flat a, const Device& device, const Allocate& allo
 
 }  // namespace
 
-bool launch_flat_grad_weight_nchw(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
+bool launch_flat_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& allocate, cudaStream_t stream) {
   const Device& device = current_device();
-  const auto begins_with_units = [](const View& view) {
-    return reinterpret_cast<uintptr_t>(view.data) % kUnit == 0 && 2 * view.stride[0] % kUnit == 0;
-  };
   const int64_t pixels = p.height * p.width, gradients = p.out_height * p.out_width;
-  if (device.capability < 90 || p.multiplier > 1 || p.channels * pixels % kPixels != 0 ||
-      p.channels * gradients % kPixels != 0 || !begins_with_units(p.input) || !begins_with_units(p.output))
+  // All images are to begin at the same place within 16 bytes.
+  if (device.capability < 80 || p.multiplier > 1 || p.input.stride[0] % kPixels != 0 ||
+      p.output.stride[0] % kPixels != 0)
     return false;
   Flat a{};
+  a.bulk = bulk;
   a.height = static_cast<int>(p.height), a.width = static_cast<int>(p.width);
   a.out_height = static_cast<int>(p.out_height), a.out_width = static_cast<int>(p.out_width);
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
@@ -552,8 +745,10 @@ bool launch_flat_grad_weight_nchw(const Problem& p, const Allocate& allocate, cu
   a.images = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());
   a.by_columns = Divider(p.kernel_w);
   const auto arrange = [&](FlatPlanes& v, const View& view, int64_t pixels) {
-    v.base = static_cast<const char*>(view.data), v.image_bytes = 2 * view.stride[0];
-    v.pixels = static_cast<int>(pixels), v.bytes = static_cast<int>(2 * p.channels * pixels);
+    const int before = static_cast<int>(reinterpret_cast<uintptr_t>(view.data) % kUnit);  // bytes
+    v.base = static_cast<const char*>(view.data) - before, v.image_bytes = 2 * view.stride[0];
+    v.before = before / 2, v.pixels = static_cast<int>(pixels);
+    v.end = static_cast<int>(before + 2 * p.channels * pixels), v.joined = view.stride[0] == p.channels * pixels;
   };
   arrange(a.source, p.input, pixels), arrange(a.grad, p.output, gradients);
 
@@ -562,24 +757,51 @@ bool launch_flat_grad_weight_nchw(const Problem& p, const Allocate& allocate, cu
   };
   const int64_t reach_h = reach(p.kernel_h, p.dilation_h, p.padding_h);
   const int64_t reach_w = reach(p.kernel_w, p.dilation_w, p.padding_w);
-  const int64_t most = reach_h * p.width + reach_w;
+  // Planes begin at different places within 16 bytes where the arrays do.
+  const int64_t apart = a.source.before == a.grad.before ? 0 : kPixels - 1;
+  const int64_t most = reach_h * p.width + reach_w + apart;
   const bool same = p.stride_h == 1 && p.out_height == p.height && p.out_width == p.width;
   const bool sides = p.height == kSide && p.width == kSide;
+  const bool halves = a.source.before % (kPixels / 2) == 0 && apart == 0;
   bool served = false;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
       const auto go = [&](auto products) { served = launch<T, decltype(products)>(p, a, device, allocate, stream); };
-      constexpr int kNear = 8, kFar = 24, kMostPixels = 49, kMaxSide = 8;
-      if (same && pixels <= kMostPixels && std::max(p.height, p.width) <= kMaxSide && most <= kFar) {
+      constexpr int kMostPixels = 49, kMaxSide = 8;
+      if (same && pixels <= kMostPixels && std::max(p.height, p.width) <= kMaxSide && most <= kFarthestPixels) {
         for (int64_t y = 0; y < p.height; ++y) a.rows |= uint64_t{1} << y * p.width;
-        if (most <= kNear) return go(AllPairs<T, kNear>{});
-        return go(AllPairs<T, kFar>{});
+        if (most <= kNearPixels) return go(AllPairs<T, kNearPixels>{});
+        if (most <= kFarPixels) return go(AllPairs<T, kFarPixels>{});
+        return go(AllPairs<T, kFarthestPixels>{});
       }
       if (same && sides && reach_w < kSide) {
-        if (most <= 2 * kPixels) return go(Folded<T, 2>{});
-        if (most <= 4 * kPixels) return go(Folded<T, 4>{});
-        if (most <= 6 * kPixels) return go(Folded<T, 6>{});
+        if (halves && most <= 2 * kPixels) return go(Folded<T, 2, false>{});
+        if (halves && most <= 4 * kPixels) return go(Folded<T, 4, false>{});
+        if (halves && most <= 6 * kPixels) return go(Folded<T, 6, false>{});
+        if (most <= 4 * kPixels) return go(Folded<T, 4, true>{});
+        if (most <= 6 * kPixels) return go(Folded<T, 6, true>{});
+        if (most <= 8 * kPixels) return go(Folded<T, 8, true>{});
+      }
+      // Planes of 28 columns, where two planes a block give most multiprocessors as much as the others; or at least
+      // some, where rows cannot be copied one by one in pieces of 8 bytes.
+      constexpr int kLeastRows = 14, kPiece = 4;
+      if (same && p.width == kWideColumns && p.height >= kLeastRows && reach_w < kWideColumns) {
+        const int64_t blocks = ceil_div(p.channels, 2), places = round_up(blocks, device.multiprocessors);
+        const bool pieces = a.source.before % kPiece == 0 && a.grad.before % kPiece == 0;
+        if (pieces ? 10 * blocks < 9 * places : 3 * blocks < 2 * places) return;
+        const auto slide = [&](auto wide) {
+          using Wide = decltype(wide);
+          // An even number of units before, and as many tiles as reach the last pixel behind.
+          constexpr int64_t kTile = 2 * kPixels;
+          a.units_before = static_cast<int>(2 * ceil_div(most, kTile));
+          a.roles = static_cast<int>(ceil_div(kPixels * a.units_before + most + kPixels, Wide::kRoleTiles * kTile));
+          a.whole = pixels % kPixels == 0 && a.source.before == 0 && a.grad.before == 0;
+          if (a.roles <= Wide::kMaxRoles) go(wide);
+        };
+        slide(Sliding<T, 3>{});
+        if (!served) slide(Sliding<T, 4>{});
+        return;
       }
       constexpr int kRows = 2;
       if (p.stride_h == 2 && sides && 2 * p.out_height == kSide && 2 * p.out_width == kSide && reach_h <= kRows &&

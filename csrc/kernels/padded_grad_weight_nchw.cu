@@ -625,8 +625,8 @@ void join_rows(PaddedRows& v, const View& view, const Padded& a, int64_t planes,
 }  // namespace
 
 bool launch_padded_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& allocate, cudaStream_t stream) {
-  if (bulk &&
-      (launch_flat_grad_weight_nchw(p, allocate, stream) || launch_stride2_grad_weight_nchw(p, allocate, stream)))
+  if (launch_flat_grad_weight_nchw(p, bulk, allocate, stream) ||
+      launch_stride2_grad_weight_nchw(p, bulk, allocate, stream))
     return true;
   Padded a{};
   const auto arrange = [&](PaddedRows& v, const View& view, int64_t height, int64_t width) {

@@ -7,15 +7,16 @@
 // stay in registers, of both filters where a channel has two. A tap's sum is of those that are as far from each other
 // as it says; the others are left out at the end.
 //
-// A block has a channel, of 14 rows of the gradient and 16 images at a time. Two warps do nothing but begin bulk
-// copies. Rows outside the image are zeros. That is exact unless the gradient is Inf or NaN: so sums that are finite
-// are right, and the others are taken again, product by product. On sm_90 and later.
+// A block has a channel, of 14 rows of the gradient and 16 images at a time. Two warps do nothing but load: by bulk
+// copies on sm_90 and later, by cp.async before. Where an array does not begin with 16 bytes, some more warps move its
+// rows to where they would lie otherwise. Rows outside the image are zeros. That is exact unless the gradient is Inf or
+// NaN: so sums that are finite are right, and the others are taken again, product by product.
 #include "stride2_grad_weight_nchw.h"
 
 #include <algorithm>
 
 #include "cluster_sums.cuh"
-#include "copies.cuh"
+#include "shifted_runs.cuh"
 #include "tensor_cores.cuh"
 #include "weight_sums.cuh"
 
@@ -28,18 +29,42 @@ constexpr int kColumns = 28, kRowBytes = 2 * kColumns;  // of the gradient
 constexpr int kRows = 14;                               // of the gradient that are loaded together
 constexpr int kReach = 3, kKernel = 2 * kReach + 1;     // rows and columns around twice a gradient's that taps are in
 constexpr int kPhases = 7, kPairs = kRows / 2;          // warps that multiply, pairs of rows
-constexpr int kThreads = 32 * (kPhases + 2);
+constexpr int kLoaders = 2, kMovers = 3;                // warps
 constexpr int kSourceRowBytes = 2 * kRowBytes, kSourceRows = 2 * (kRows - 1) + kKernel;
-constexpr int kSourceBytes = kSourceRows * kSourceRowBytes;  // of an image: an odd number of 16, as is kGradBytes
+constexpr int kSourceBytes = kSourceRows * kSourceRowBytes;
+constexpr int kBandBytes = kRows * kRowBytes;  // of a gradient plane
 constexpr int kStages = 2;
-constexpr int kFull = 0, kDone = 32;                                               // where barriers are
+constexpr int kFull = 0, kDone = 32, kMoved = 64;                                  // where barriers are
 constexpr int kSlots = kKernel * kKernel + 1, kSlotPitch = kPhases * kPixels + 1;  // of what is added up at the end
 static_assert(kTotalsBarrier >= kFull + 8 * kStages && kTotalsBarrier < kDone);
-static_assert(kSourceBytes / kUnit % 2 == 1 && kPhases * kPixels == 2 * kColumns);
+static_assert(kPhases * kPixels == 2 * kColumns);
+
+// Of a block; there is room for movers where registers are concerned.
+constexpr int threads_of(bool movers) {
+  return 32 * (kPhases + kLoaders + (movers ? kMovers : 0));
+}
+
+// What a stage has of an image: from one to the next, an odd number of 16 bytes. kShifted: with room for what is
+// around.
+template <int kFilters, bool kShifted>
+struct Stage {
+  static constexpr int kSource = (kSourceBytes / kUnit + kShifted | 1) * kUnit;
+  static constexpr int kBand = kBandBytes + kShifted * kUnit;  // from one filter to the next
+  static constexpr int kGrad = (kFilters * kBand / kUnit | 1) * kUnit;
+  static constexpr int kGradAt = kImages * kSource, kBytes = kGradAt + kImages * kGrad;
+};
+
+struct Stride2Planes {
+  const char* base;
+  int64_t image_bytes;  // from one image to the next
+  int planes;
+  int shift;    // bytes before the array in the 16 that it begins in
+  bool joined;  // what is beside an image are its neighbours
+};
 
 struct Stride2 {
-  const char *source, *grad;
-  int64_t source_image_bytes, grad_image_bytes;
+  Stride2Planes source, grad;
+  bool bulk;          // copies
   int height, bands;  // of the input; of kRows rows of the gradient
   int kernel_h, kernel_w, padding_h, padding_w, dilation_h, dilation_w;
   int images, filters, groups, splits;
@@ -65,8 +90,11 @@ __device__ __noinline__ float sum_by_products(const Stride2& a, int channel, int
   const int out_height = a.bands * kRows;
   float sum = 0;
   for (int image = first; image < last; ++image) {
-    const T* source = reinterpret_cast<const T*>(a.source + image * a.source_image_bytes) + channel * a.height * kWidth;
-    const T* grad = reinterpret_cast<const T*>(a.grad + image * a.grad_image_bytes) + filter * out_height * kColumns;
+    const auto plane = [&](const Stride2Planes& v, int offset) {
+      return reinterpret_cast<const T*>(v.base + image * v.image_bytes) + offset;
+    };
+    const T* source = plane(a.source, channel * a.height * kWidth);
+    const T* grad = plane(a.grad, filter * out_height * kColumns);
     for (int at = threadIdx.x % 32; at < out_height * kColumns; at += 32) {
       const int row = 2 * (at / kColumns) + y, column = 2 * (at % kColumns) + x;
       if (row >= 0 && row < a.height && column >= 0 && column < kWidth)
@@ -77,15 +105,25 @@ __device__ __noinline__ float sum_by_products(const Stride2& a, int channel, int
   return sum;
 }
 
-// kFilters: of a channel.
-template <typename T, int kFilters>
-__global__ void __launch_bounds__(kThreads, 1) stride2_grad_weight_nchw(const __grid_constant__ Stride2 a) {
-#if __CUDA_ARCH__ < 900
+// The rows of the input that a band of gradients meets, those inside the image, and what is made zero before them.
+struct SourceRows {
+  int begin, end, before;
+  __device__ SourceRows(const Stride2& a, int band) {
+    const int top = 2 * kRows * band - kReach;
+    begin = max(top, 0), end = min(top + kSourceRows, a.height), before = (begin - top) * kSourceRowBytes;
+  }
+  __device__ int bytes() const { return (end - begin) * kSourceRowBytes; }
+};
+
+// kFilters: of a channel. kPlain: by bulk copies, of arrays that begin with 16 bytes.
+template <typename T, int kFilters, bool kPlain>
+__global__ void __launch_bounds__(threads_of(!kPlain), 1) stride2_grad_weight_nchw(const __grid_constant__ Stride2 a) {
+#if __CUDA_ARCH__ < 800
   if constexpr (sizeof(T) == 2) return;  // it is not launched
+#elif __CUDA_ARCH__ < 900
+  if constexpr (kPlain) return;
 #endif
-  constexpr int kBandBytes = kRows * kRowBytes;                            // of a gradient plane
-  constexpr int kGradBytes = (kFilters * kBandBytes / kUnit | 1) * kUnit;  // of an image
-  constexpr int kGradAt = kImages * kSourceBytes, kStageBytes = kGradAt + kImages * kGradBytes;
+  using Place = Stage<kFilters, !kPlain>;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const bool cluster = a.totals > 0;
   const int channel = cluster ? blockIdx.x / a.splits : blockIdx.x % a.groups;
@@ -96,28 +134,52 @@ __global__ void __launch_bounds__(kThreads, 1) stride2_grad_weight_nchw(const __
   const int steps = (last - first) * a.bands;
   if (cluster) enter_cluster(split == 0, kTotalsBarrier, 4 * a.splits * kFilters * slots);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) init_barrier(kFull + 8 * i, 2), init_barrier(kDone + 8 * i, kPhases);
+    for (int i = 0; i < kStages; ++i)
+      init_barrier(kFull + 8 * i, kPlain || a.bulk ? 2 : 66), init_barrier(kDone + 8 * i, kPhases),
+          init_barrier(kMoved + 8 * i, kMovers);
     before_bulk_copies();
   }
   let_next_kernel_start();
   __syncthreads();
   wait_for_kernel_before();
 
-  if (warp >= kPhases) {
+  const bool moves = !kPlain && (a.source.shift | a.grad.shift) != 0;
+  if (!kPlain && warp >= kPhases + kLoaders) {
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      const int stage = step % kStages, place = kHead + stage * Place::kBytes;
+      wait(kFull + 8 * stage, step / kStages & 1);
+      const SourceRows rows(a, step % a.bands);
+      const int mover = warp - kPhases - kLoaders;
+      if (a.source.shift > 0)
+        move_runs({place + rows.before, Place::kSource, rows.bytes(), a.source.shift,
+                   rows.before + rows.bytes() < kSourceBytes},
+                  mover, kMovers);
+#pragma unroll 1
+      for (int f = 0; f < kFilters && a.grad.shift > 0; ++f)
+        move_runs({place + Place::kGradAt + f * Place::kBand, Place::kGrad, kBandBytes, a.grad.shift, false},
+                  (mover + f + 1) % kMovers, kMovers);
+      __syncwarp();
+      if (lane == 0) arrive(kMoved + 8 * stage);
+    }
+    __syncthreads();
+    __syncthreads();
+  } else if (warp >= kPhases) {
     const bool input = warp == kPhases;
-    const int64_t image_bytes = input ? a.source_image_bytes : a.grad_image_bytes;
-    const int plane_bytes = (input ? 4 : 1) * a.bands * kBandBytes, pitch = input ? kSourceBytes : kGradBytes;
-    const char* const plane = input ? a.source + channel * plane_bytes : a.grad + channel * kFilters * plane_bytes;
+    const Stride2Planes& v = input ? a.source : a.grad;
+    const int plane_bytes = (input ? 4 : 1) * a.bands * kBandBytes, pitch = input ? Place::kSource : Place::kGrad;
+    const int first_plane = input ? channel : channel * kFilters;
+    const char* const plane = v.base + int64_t{first_plane} * plane_bytes;
     int image = first * kImages, band = 0;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       const int stage = step % kStages, full = kFull + 8 * stage, images = min(kImages, a.images - image);
-      const int to = kHead + stage * kStageBytes + (input ? 0 : kGradAt);
+      const int to = kHead + stage * Place::kBytes + (input ? 0 : Place::kGradAt);
       if (step >= kStages) wait(kDone + 8 * stage, (step / kStages - 1) & 1);
       // Rows of the input that are not there are zeros, as are images.
-      const int top = 2 * kRows * band - kReach, begin = max(top, 0), end = min(top + kSourceRows, a.height);
-      const int before = input ? (begin - top) * kSourceRowBytes : 0;
-      const int bytes = input ? (end - begin) * kSourceRowBytes : kBandBytes;
+      const SourceRows rows(a, band);
+      const int before = input ? rows.before : 0, bytes = input ? rows.bytes() : kBandBytes;
+      const int behind = !kPlain && v.shift > 0 ? kUnit : 0;  // to be loaded behind the rows, for those before
       const auto clear = [&](int from, int size) {
         for (int at = lane * kUnit; at < size; at += 32 * kUnit) shared<uint4>(from + at) = uint4{};
       };
@@ -125,21 +187,39 @@ __global__ void __launch_bounds__(kThreads, 1) stride2_grad_weight_nchw(const __
 #pragma unroll 1
         for (int n = 0; n < images; ++n) {
           clear(to + n * pitch, before);
-          clear(to + n * pitch + before + bytes, kSourceBytes - before - bytes);
+          clear(to + n * pitch + before + bytes + behind, kSourceBytes - before - bytes - behind);
         }
       for (int n = images; n < kImages; ++n) clear(to + n * pitch, pitch);
       before_bulk_copies();
       __syncwarp();
-      if (is_elected()) {
-        expect_bytes(full, images * bytes * (input ? 1 : kFilters));
-        const char* from = plane + image * image_bytes + (input ? begin * kSourceRowBytes : band * kBandBytes);
-        uint32_t slot = shared_address(to + before);
+      const char* const from =
+          plane + image * v.image_bytes + (input ? rows.begin * kSourceRowBytes : band * kBandBytes);
+      if constexpr (kPlain) {
+        if (is_elected()) {
+          expect_bytes(full, images * bytes * (input ? 1 : kFilters));
+          const char* run = from;
+          uint32_t slot = shared_address(to + before);
 #pragma unroll 2
-        for (int n = 0; n < images; ++n, from += image_bytes, slot += pitch) {
-          copy_bulk(slot, from, bytes, full);
-          if (kFilters == 2 && !input) copy_bulk(slot + kBandBytes, from + plane_bytes, kBandBytes, full);
+          for (int n = 0; n < images; ++n, run += v.image_bytes, slot += pitch) {
+            copy_bulk(slot, run, bytes, full);
+            if (kFilters == 2 && !input) copy_bulk(slot + Place::kBand, run + plane_bytes, kBandBytes, full);
+          }
+          arrive(full);
         }
-        arrive(full);
+      } else {
+#pragma unroll 1
+        for (int f = 0; f < (input ? 1 : kFilters); ++f) {
+          // Nothing outside the array is touched.
+          const bool is_first = first_plane + f == 0 && band == 0 && (image == 0 || !v.joined);
+          const bool is_last = first_plane + f == v.planes - 1 &&
+                               (input ? rows.end == a.height : band == a.bands - 1) &&
+                               (image + images == a.images || !v.joined);
+          load_images(from + int64_t{f} * plane_bytes - v.shift, v.image_bytes, images, to + before + f * Place::kBand,
+                      pitch, is_first ? v.shift : 0, bytes + (is_last ? v.shift : behind), full, a.bulk);
+        }
+        if (!a.bulk) arrive_after_copies(full);
+        __syncwarp();
+        if (is_elected()) arrive(full);
       }
       __syncwarp();
       if (++band == a.bands) band = 0, image += kImages;
@@ -148,18 +228,18 @@ __global__ void __launch_bounds__(kThreads, 1) stride2_grad_weight_nchw(const __
     __syncthreads();
   } else {
     float sum[kFilters][kKernel][2][4] = {}, bias[kFilters][4] = {};
-    const uint32_t source = shared_address(kHead) + (lane % 8 + lane / 16 * 8) * kSourceBytes + lane / 8 % 2 * kUnit;
+    const uint32_t source = shared_address(kHead) + (lane % 8 + lane / 16 * 8) * Place::kSource + lane / 8 % 2 * kUnit;
     uint32_t from[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       from[h] = source + first_unit(warp, h) * kUnit + (is_second_row(warp, h) ? 2 * kSourceRowBytes : 0);
     // Of both filters, or of two pairs of rows.
-    const uint32_t grad = shared_address(kHead) + kGradAt + lane % 16 * kGradBytes + warp * kUnit +
-                          lane / 16 * (kFilters == 2 ? kBandBytes : 2 * kRowBytes);
+    const uint32_t grad = shared_address(kHead) + Place::kGradAt + lane % 16 * Place::kGrad + warp * kUnit +
+                          lane / 16 * (kFilters == 2 ? Place::kBand : 2 * kRowBytes);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-      const int stage = step % kStages, place = stage * kStageBytes;
-      wait(kFull + 8 * stage, step / kStages & 1);
+      const int stage = step % kStages, place = stage * Place::kBytes;
+      wait((moves ? kMoved : kFull) + 8 * stage, step / kStages & 1);
       uint32_t g[kPairs + 1][kFilters][2];
 #pragma unroll
       for (int y = 0; y < 4 * (kPairs - 1) + kKernel; ++y) {
@@ -231,7 +311,7 @@ __global__ void __launch_bounds__(kThreads, 1) stride2_grad_weight_nchw(const __
 
   const auto place_of = [&](int part, int at) { return a.totals + 4 * (part * kFilters * slots + at); };
 #pragma unroll 1
-  for (int begin = 32 * warp; begin < kFilters * slots; begin += kThreads) {
+  for (int begin = 32 * warp; begin < kFilters * slots; begin += blockDim.x) {
     const auto row_of = [&](int tap) { return tap / a.kernel_w * a.dilation_h - a.padding_h; };
     const auto column_of = [&](int tap) { return tap % a.kernel_w * a.dilation_w - a.padding_w; };
     const int at = begin + lane, f = at / slots, slot = at % slots;
@@ -257,30 +337,29 @@ __global__ void __launch_bounds__(kThreads, 1) stride2_grad_weight_nchw(const __
   }
   if (!cluster || split > 0) return;
   wait(kTotalsBarrier, 0);
-  for (int at = threadIdx.x; at < kFilters * slots; at += kThreads) {
+  for (int at = threadIdx.x; at < kFilters * slots; at += blockDim.x) {
     float total = 0;
     for (int part = 0; part < a.splits; ++part) total += shared<float>(place_of(part, at));
     a.result.put<T>(channel * kFilters + at / slots, 0, at % slots, total);
   }
 }
 
-template <typename T, int kFilters>
+template <typename T, int kFilters, bool kPlain>
 bool launch(const Problem& p, Stride2 a, const Device& device, const Allocate& allocate, cudaStream_t stream) {
-  const auto kernel = stride2_grad_weight_nchw<T, kFilters>;
-  if (!can_overlap(kernel)) return false;  // it is not code for sm_90
+  const auto kernel = stride2_grad_weight_nchw<T, kFilters, kPlain>;
   const int64_t slots = p.taps() + (p.bias != nullptr), totals = 4 * 2 * kFilters * slots;
-  const int64_t grad_bytes = (kFilters * kRows * kRowBytes / kUnit | 1) * kUnit;
-  const int64_t bytes = kHead + kStages * kImages * (kSourceBytes + grad_bytes) + kTail;
+  const int64_t bytes = kHead + kStages * Stage<kFilters, !kPlain>::kBytes + kTail;
+  const int threads = threads_of(!kPlain && (a.source.shift | a.grad.shift) != 0);
   if (bytes > device.shared_per_block) return false;
   const int64_t steps = ceil_div(a.images, kImages);
-  static thread_local Decisions<3, Splits> decisions;
-  const auto [splits, cluster] = decisions({device.id, steps, a.groups}, [&] {
-    return split_steps(kernel, device, steps, a.groups, kThreads, bytes, totals);
+  static thread_local Decisions<5, Splits> decisions;
+  const auto [splits, cluster] = decisions({device.id, steps, a.groups, a.bulk, threads}, [&] {
+    return split_steps(kernel, device, steps, a.groups, threads, bytes, a.bulk ? totals : 0);
   });
   a.splits = splits;
   if (cluster) a.totals = static_cast<int>(bytes);
   a.result = weight_sums(p, cluster ? 1 : a.splits, allocate);
-  launch_early(kernel, a, int64_t{a.groups} * a.splits, kThreads, stream,
+  launch_early(kernel, a, int64_t{a.groups} * a.splits, threads, stream,
                {.cluster = cluster ? a.splits : 1, .shared_bytes = bytes + (cluster ? totals : 0)});
   check_launch("stride2_grad_weight_nchw");
   launch_add_partial_sums(p, a.result, a.splits, stream);
@@ -289,22 +368,24 @@ bool launch(const Problem& p, Stride2 a, const Device& device, const Allocate& a
 
 }  // namespace
 
-bool launch_stride2_grad_weight_nchw(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
+bool launch_stride2_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& allocate, cudaStream_t stream) {
   const Device& device = current_device();
-  const auto begins_with_units = [](const View& view) {
-    return reinterpret_cast<uintptr_t>(view.data) % kUnit == 0 && 2 * view.stride[0] % kUnit == 0;
-  };
   const auto is_near = [](int64_t kernel, int64_t dilation, int64_t padding) {
     return padding <= kReach && (kernel - 1) * dilation - padding <= kReach;
   };
-  if (device.capability < 90 || p.stride_h != 2 || p.out_width != kColumns || p.width != 2 * kColumns ||
+  if (device.capability < 80 || p.stride_h != 2 || p.out_width != kColumns || p.width != 2 * kColumns ||
       p.out_height % kRows != 0 || p.height != 2 * p.out_height || p.multiplier > 2 ||
       !is_near(p.kernel_h, p.dilation_h, p.padding_h) || !is_near(p.kernel_w, p.dilation_w, p.padding_w) ||
-      !begins_with_units(p.input) || !begins_with_units(p.output))
+      p.input.stride[0] % kPixels != 0 || p.output.stride[0] % kPixels != 0)
     return false;
   Stride2 a{};
-  a.source = static_cast<const char*>(p.input.data), a.source_image_bytes = 2 * p.input.stride[0];
-  a.grad = static_cast<const char*>(p.output.data), a.grad_image_bytes = 2 * p.output.stride[0];
+  const auto arrange = [](Stride2Planes& v, const View& view, int64_t planes, int64_t pixels) {
+    v.base = static_cast<const char*>(view.data), v.image_bytes = 2 * view.stride[0];
+    v.planes = static_cast<int>(planes), v.joined = view.stride[0] == planes * pixels;
+    v.shift = static_cast<int>(reinterpret_cast<uintptr_t>(view.data) % kUnit);
+  };
+  arrange(a.source, p.input, p.channels, p.height * p.width);
+  arrange(a.grad, p.output, p.filters(), p.out_height * p.out_width);
   a.height = static_cast<int>(p.height), a.bands = static_cast<int>(p.out_height / kRows);
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
@@ -314,9 +395,17 @@ bool launch_stride2_grad_weight_nchw(const Problem& p, const Allocate& allocate,
   bool served = false;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if constexpr (sizeof(T) == 2)
-      served = p.multiplier == 2 ? launch<T, 2>(p, a, device, allocate, stream)
-                                 : launch<T, 1>(p, a, device, allocate, stream);
+    if constexpr (sizeof(T) == 2) {
+      const auto go = [&](auto filters) {
+        constexpr int kFilters = decltype(filters)::value;
+        a.bulk = bulk && can_overlap(stride2_grad_weight_nchw<T, kFilters, true>);  // else it is not code for sm_90
+        served = a.bulk && a.source.shift == 0 && a.grad.shift == 0
+                     ? launch<T, kFilters, true>(p, a, device, allocate, stream)
+                     : launch<T, kFilters, false>(p, a, device, allocate, stream);
+      };
+      if (p.multiplier == 2) return go(std::integral_constant<int, 2>{});
+      go(std::integral_constant<int, 1>{});
+    }
   });
   return served;
 }

@@ -5,7 +5,7 @@
 
 namespace dwconv {
 
-// Returns whether it serves the problem, of those that are claimed.
-bool launch_stride2_grad_weight_nchw(const Problem& problem, const Allocate& allocate, cudaStream_t stream);
+// Returns whether it serves the problem, of those that are claimed. `bulk`: by bulk copies, where the GPU has them.
+bool launch_stride2_grad_weight_nchw(const Problem& problem, bool bulk, const Allocate& allocate, cudaStream_t stream);
 
 }  // namespace dwconv
