@@ -13,6 +13,7 @@
 #include "march_channels_last.cuh"
 #include "overlap.cuh"
 #include "small_kernels.h"
+#include "three_channels.h"
 
 namespace dwconv {
 namespace {
@@ -1161,6 +1162,7 @@ void launch_kernel(const March& a, cudaStream_t stream) {
 }  // namespace
 
 void launch_march_channels_last(const Problem& p, cudaStream_t stream) {
+  if (launch_three_channels(p, stream)) return;
   const March a = march_of(p);
   const bool spread = p.pass == Pass::kGradInput && p.stride_h > 1;
   visit_dtype(p.dtype, [&](auto zero) {

@@ -13,26 +13,27 @@
 #include "launch.h"
 #include "overlap.cuh"
 #include "partial_sums.h"
-#include "stream.cuh"
+#include "three_channels.cuh"
 #include "three_channels_grad_weight.h"
 
 namespace dwconv {
 namespace {
 
-constexpr int kChannels = 3, kKernel = 3, kTaps = kKernel * kKernel, kSums = kTaps * kChannels;
-constexpr int kPixels = 4, kElements = kPixels * kChannels;  // of a thread
-constexpr int kThreads = 512;                                // of a block, at most
-constexpr int kMostStages = 8, kMostRings = 32;              // of a group; stages of all groups
-constexpr int kRing = 16 * kMostRings;                       // where the rings begin in shared memory, behind barriers
+constexpr int kSums = kTaps * kChannels;
+constexpr int kThreads = 512;  // of a block, at most
+// Of a group, and of all groups. More of them would have more rows under way than memory likes: each makes it slower.
+constexpr int kStages = 2, kMostRings = 32;
+constexpr int kZeros = 16 * kMostRings;    // where zeros lie in shared memory, behind barriers
+constexpr int kRing = kZeros + 5 * kUnit;  // where the rings begin
 
 struct Images {
   const char *source, *grad;
   float* partial;  // [block][tap, or bias behind the last tap][channel]
   int height, row_bytes;
   int bands, rows, all_bands;  // bands of an image, of so many rows each, and of all images
+  int groups;                  // of a block
   int strips, group_threads;   // threads of a group that have pixels, and all of them
-  int depth, stage_bytes;      // of a ring
-  bool with_bias;
+  int stage_bytes;
   Divider by_bands, by_group_threads;
 };
 
@@ -54,17 +55,6 @@ struct Band {
     steps = min(a.rows, a.height - begin) + kKernel - 1;
   }
 };
-
-template <typename T>
-__device__ void read_four(int offset, float* x) {
-  if constexpr (sizeof(T) == 4) {
-    const float4 four = shared<float4>(offset);
-    x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
-  } else {
-    const uint2 four = shared<uint2>(offset);
-    widen_pair(four.x, x[0], x[1], T{}), widen_pair(four.y, x[2], x[3], T{});
-  }
-}
 
 // One sum of a thread, of products inside the image only.
 template <typename T>
@@ -97,106 +87,137 @@ __device__ __noinline__ void sum_again(const Images& a, int first, int every, in
     if (float& sum = sum_at(i, threadIdx.x); !is_finite(sum)) sum = sum_by_products<T>(a, first, every, strip, i);
 }
 
-template <typename T>
+// By one warp: the rows of a group's bands, step by step.
+class Feed {
+ public:
+  __device__ Feed(const Images& a, int first, bool up) : band_(a, first), up_(up) { seek(a); }
+
+  // Begins to load what the next step needs, if there is one. `ready()`: waits until there is room.
+  template <typename Ready>
+  __device__ void load(const Images& a, int every, uint32_t to, int barrier, Ready&& ready) {
+    if (band_.done(a)) return;
+    if (is_elected()) {
+      ready();
+      if (static_cast<uint32_t>(row_) < static_cast<uint32_t>(a.height))
+        expect_bytes(barrier, a.row_bytes), copy_bulk(to, source_, a.row_bytes, barrier);
+      if (band_.has_grad(step_)) {
+        expect_bytes(barrier, a.row_bytes);
+        copy_bulk(to + kUnit + a.row_bytes, source_ + to_grad_, a.row_bytes, barrier);
+      }
+      arrive(barrier);
+    }
+    __syncwarp();
+    row_ += up_ ? -1 : 1, source_ += up_ ? -a.row_bytes : a.row_bytes;
+    if (++step_ == band_.steps) band_.next(a, every), seek(a);
+  }
+
+ private:
+  Band band_;
+  bool up_;
+  int step_, row_;  // the row of the input
+  const char* source_;
+  int64_t to_grad_;  // from there to the row of the gradient
+
+  __device__ void seek(const Images& a) {
+    step_ = 0, row_ = band_.source_row(0, up_);
+    source_ = a.source + (static_cast<int64_t>(band_.image) * a.height + row_) * a.row_bytes;
+    to_grad_ = a.grad - a.source + (up_ ? -a.row_bytes : a.row_bytes);
+  }
+};
+
+template <typename T, bool kWithBias>
 __global__ void __launch_bounds__(kThreads, 1) three_channels_grad_weight(const __grid_constant__ Images a) {
 #if __CUDA_ARCH__ >= 900
   constexpr int kSize = sizeof(T);
   let_next_kernel_start();
   uint32_t rest = threadIdx.x;
-  const int place = a.by_group_threads.split(rest), group = rest, groups = blockDim.x / a.group_threads;
-  const int ring = kRing + group * a.depth * a.stage_bytes;
-  const bool live = place < a.strips, loads = place == 0;
+  const int place = a.by_group_threads.split(rest), group = rest, warps = a.group_threads / 32;
+  const int ring = kRing + group * kStages * a.stage_bytes, barriers = 8 * group * kStages;
+  const bool live = place < a.strips;
   const int strip = min(place, a.strips - 1);
-  const auto full = [&](int stage) { return 8 * (group * a.depth + stage); };
-  const auto done = [&](int stage) { return 8 * (kMostRings + group * a.depth + stage); };
-  if (loads)
-    for (int stage = 0; stage < a.depth; ++stage) {
-      init_barrier(full(stage), 1), init_barrier(done(stage), a.group_threads / 32);
+  if (place == 0)
+#pragma unroll 1
+    for (int stage = 0; stage < kStages; ++stage) {
+      init_barrier(barriers + 8 * stage, 1), init_barrier(barriers + 8 * (kMostRings + stage), warps);
       const int at = ring + stage * a.stage_bytes;
       shared<uint4>(at) = shared<uint4>(at + kUnit + a.row_bytes) = uint4{};
     }
+  if (threadIdx.x < (kRing - kZeros) / kUnit) shared<uint4>(kZeros + threadIdx.x * kUnit) = uint4{};
   before_bulk_copies();
   __syncthreads();
-  wait_for_kernel_before();
 
-  const int first = blockIdx.x * groups + group, every = gridDim.x * groups;
+  const int first = blockIdx.x * a.groups + group, every = gridDim.x * a.groups;
   const bool up = first % 2 > 0 && every % 2 == 0;  // all bands of a thread
-  const auto is_row = [&](int y) { return static_cast<unsigned>(y) < static_cast<unsigned>(a.height); };
-
-  // By the thread that loads: the next step that is not under way.
-  Band ahead(a, first);
-  int ahead_step = 0;
-  const auto load = [&](int stage) {
-    if (ahead.done(a)) return;
-    const int at = ring + stage * a.stage_bytes, barrier = full(stage);
-    const auto copy = [&](int to, const char* images, int row) {
-      const int64_t number = static_cast<int64_t>(ahead.image) * a.height + row;
-      expect_bytes(barrier, a.row_bytes);
-      copy_bulk(shared_address(to), images + number * a.row_bytes, a.row_bytes, barrier);
-    };
-    if (const int y = ahead.source_row(ahead_step, up); is_row(y)) copy(at + kUnit, a.source, y);
-    if (ahead.has_grad(ahead_step)) copy(at + 2 * kUnit + a.row_bytes, a.grad, ahead.grad_row(ahead_step, up));
-    arrive(barrier);
-    if (++ahead_step == ahead.steps) ahead.next(a, every), ahead_step = 0;
-  };
+  // One warp of a group begins its copies: of the groups, warps of different schedulers.
+  const bool loads = place / 32 == group % warps;
+  Feed feed(a, first, up);
+  settle_and_wait_for_kernel_before(a.rows);
   if (loads)
-    for (int stage = 0; stage < a.depth - 1; ++stage) load(stage);
+#pragma unroll 1
+    for (int stage = 0; stage < kStages - 1; ++stage)
+      feed.load(a, every, shared_address(ring + stage * a.stage_bytes + kUnit), barriers + 8 * stage, [] {});
 
   float sum[kKernel][kKernel][kChannels] = {}, g[kKernel][kElements];
   double biases[kChannels] = {};
-  int stage = 0;
-  uint32_t parity = 0;
+  // See kept_shared_address.
+  const auto kept = [](uint32_t value) { return __shfl_sync(~0u, value, threadIdx.x % 32); };
+  const uint32_t base = kept_shared_address(), zeros = base + kZeros;
+  const uint32_t ring_at = kept(base + ring), strip_at = kept(kUnit + strip * kElements * kSize);
+  const uint32_t first_barrier = kept(base + barriers), last_barrier = kept(base + barriers + 8 * (kStages - 1));
+  const bool first_lane = kept(threadIdx.x % 32) == 0;
+  uint32_t barrier = first_barrier, at = ring_at, parity = 0;
   bool later = false;  // whether a stage was done before
-  const int source_at = ring + kUnit + strip * kElements * kSize, grad_at = source_at + kUnit + a.row_bytes;
   for (Band band(a, first); !band.done(a); band.next(a, every)) {
 #pragma unroll
     for (int r = 0; r < kKernel; ++r)
 #pragma unroll
       for (int e = 0; e < kElements; ++e) g[r][e] = 0;
     float bias[kChannels] = {};
-    for (int step = 0; step < band.steps;) {
+    int row = band.source_row(0, up), left = band.steps;
+    do {
 #pragma unroll
-      for (int u = 0; u < kKernel; ++u, ++step) {
-        if (step >= band.steps) break;
+      for (int u = 0; u < kKernel; ++u) {
+        if (left == 0) break;
+        const bool is_first = barrier == first_barrier;
         if (loads) {  // into the stage of the step before
-          const int before = stage == 0 ? a.depth - 1 : stage - 1;
-          if (later) wait(done(before), stage == 0 ? parity ^ 1 : parity);
-          load(before);
+          const uint32_t before = is_first ? last_barrier : barrier - 8;
+          const uint32_t to = is_first ? ring_at + (kStages - 1) * a.stage_bytes : at - a.stage_bytes;
+          feed.load(a, every, to + kUnit, static_cast<int>(before - base), [&] {
+            if (later) wait_at(before + 8 * kMostRings, parity ^ is_first);
+          });
         }
         later = true;
-        wait(full(stage), parity);
-        const int at = stage * a.stage_bytes;
-        if (band.has_grad(step)) {
+        wait_at(barrier, parity);
+        const uint32_t grad_at = left > kKernel - 1 ? at + strip_at + kUnit + a.row_bytes : zeros;
+        const bool is_row = static_cast<uint32_t>(row) < static_cast<uint32_t>(a.height);
+        const uint32_t source_at = is_row ? at + strip_at - 4 * kSize : zeros;
+        float x[4 + kElements + 4];
 #pragma unroll
-          for (int e = 0; e < kElements; e += 4) read_four<T>(grad_at + at + e * kSize, g[u] + e);
-          if (a.with_bias)
+        for (int e = 0; e < kElements; e += 4) read_four<T>(grad_at + e * kSize, g[u] + e);
 #pragma unroll
-            for (int e = 0; e < kElements; ++e) bias[e % kChannels] += g[u][e];
-        } else {
-#pragma unroll
-          for (int e = 0; e < kElements; ++e) g[u][e] = 0;
-        }
-        if (is_row(band.source_row(step, up))) {
-          float x[4 + kElements + 4];
-#pragma unroll
-          for (int e = -4; e <= kElements; e += 4) read_four<T>(source_at + at + e * kSize, x + 4 + e);
-#pragma unroll
-          for (int i = 0; i < kKernel; ++i)
-#pragma unroll
-            for (int j = 0; j < kKernel; ++j)
-#pragma unroll
-              for (int e = 0; e < kElements; ++e) {
-                float& s = sum[i][j][e % kChannels];
-                s = fmaf(x[4 + e + (j - 1) * kChannels], g[(u - i + kKernel) % kKernel][e], s);
-              }
-        }
+        for (int e = 0; e < 4 + kElements + 4; e += 4) read_four<T>(source_at + e * kSize, x + e);
         __syncwarp();
-        if (threadIdx.x % 32 == 0) arrive(done(stage));
-        if (++stage == a.depth) stage = 0, parity ^= 1;
-      }
-    }
+        if (first_lane) arrive_at(barrier + 8 * kMostRings);
+        if constexpr (kWithBias)
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c) biases[c] += bias[c];
+          for (int e = 0; e < kElements; ++e) bias[e % kChannels] += g[u][e];
+#pragma unroll
+        for (int i = 0; i < kKernel; ++i)
+#pragma unroll
+          for (int j = 0; j < kKernel; ++j)
+#pragma unroll
+            for (int e = 0; e < kElements; ++e) {
+              float& s = sum[i][j][e % kChannels];
+              s = fmaf(x[4 + e + (j - 1) * kChannels], g[(u - i + kKernel) % kKernel][e], s);
+            }
+        const bool is_last = barrier == last_barrier;
+        at = is_last ? ring_at : at + a.stage_bytes, barrier = is_last ? first_barrier : barrier + 8, parity ^= is_last;
+        --left, row += up ? -1 : 1;
+      }
+    } while (left > 0);
+    if constexpr (kWithBias)
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) biases[c] += bias[c];
   }
   __syncthreads();
 
@@ -211,12 +232,13 @@ __global__ void __launch_bounds__(kThreads, 1) three_channels_grad_weight(const 
       sum_at((up ? kKernel - 1 - i : i) * kKernel * kChannels + k, threadIdx.x) = value;
     }
 #pragma unroll
-  for (int c = 0; c < kChannels; ++c) sum_at(kSums + c, threadIdx.x) = live ? static_cast<float>(biases[c]) : 0;
+  for (int c = 0; c < kChannels && kWithBias; ++c)
+    sum_at(kSums + c, threadIdx.x) = live ? static_cast<float>(biases[c]) : 0;
   if (check != 0) sum_again<T>(a, first, every, strip);
   __syncthreads();
-  const int lane = threadIdx.x % 32, warps = blockDim.x / 32, all = kSums + (a.with_bias ? kChannels : 0);
+  const int lane = threadIdx.x % 32, all_warps = blockDim.x / 32, all = kSums + (kWithBias ? kChannels : 0);
 #pragma unroll 1
-  for (int k = threadIdx.x / 32; k < all; k += warps) {
+  for (int k = threadIdx.x / 32; k < all; k += all_warps) {
     float total = 0;
 #pragma unroll 4
     for (int thread = lane; thread < static_cast<int>(blockDim.x); thread += 32) total += sum_at(k, thread);
@@ -224,14 +246,6 @@ __global__ void __launch_bounds__(kThreads, 1) three_channels_grad_weight(const 
     if (lane == 0) a.partial[blockIdx.x * all + k] = total;
   }
 #endif
-}
-
-// Whether an array has its rows and images one behind the other, in units of 16 bytes.
-bool is_dense(const View& view, const Problem& p, int64_t element) {
-  const int64_t row = p.width * kChannels;
-  return reinterpret_cast<uintptr_t>(view.data) % kUnit == 0 && row * element % kUnit == 0 &&
-         view.stride[3] == kChannels && (p.height == 1 || view.stride[2] == row) &&
-         (p.batch == 1 || view.stride[0] == p.height * row);
 }
 
 // How many bands an image has: as many as leave the fewest steps to one of so many places.
@@ -247,9 +261,9 @@ int bands_for(const Problem& p, int64_t places) {
   return best;
 }
 
-template <typename T>
+template <typename T, bool kWithBias>
 bool launch(const Problem& p, Images a, int groups, const Allocate& allocate, cudaStream_t stream) {
-  const auto kernel = three_channels_grad_weight<T>;
+  const auto kernel = three_channels_grad_weight<T, kWithBias>;
   if (!can_overlap(kernel)) return false;  // nor does it copy rows
   const Device& device = current_device();
   static thread_local Decisions<4, int> decisions;
@@ -260,10 +274,10 @@ bool launch(const Problem& p, Images a, int groups, const Allocate& allocate, cu
   a.rows = static_cast<int>(ceil_div(p.height, a.bands)), a.bands = static_cast<int>(ceil_div(p.height, a.rows));
   a.all_bands = static_cast<int>(p.batch * a.bands), a.by_bands = Divider(a.bands);
   const int64_t blocks = std::min<int64_t>(ceil_div(a.all_bands, groups), device.multiprocessors);
-  const int64_t sums = (kTaps + a.with_bias) * kChannels;
+  const int64_t sums = (kTaps + kWithBias) * kChannels;
   a.partial = static_cast<float*>(allocate(blocks * sums * static_cast<int64_t>(sizeof(float))));
   const int threads = groups * a.group_threads;
-  const int64_t rings = int64_t{groups} * a.depth * a.stage_bytes,
+  const int64_t rings = int64_t{groups} * kStages * a.stage_bytes,
                 all_sums = int64_t{4} * (kSums + kChannels) * threads;
   launch_early(kernel, a, blocks, threads, stream, {.shared_bytes = kRing + std::max(rings, all_sums)});
   check_launch("three_channels_grad_weight");
@@ -276,29 +290,25 @@ bool launch(const Problem& p, Images a, int groups, const Allocate& allocate, cu
 bool launch_three_channels_grad_weight(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
   const Device& device = current_device();
   const int64_t element = size_of(p.dtype);
-  const bool same = p.kernel_h == kKernel && p.kernel_w == kKernel && p.stride_h == 1 && p.stride_w == 1 &&
-                    p.dilation_h == 1 && p.dilation_w == 1 && p.padding_h == 1 && p.padding_w == 1;
-  if (!same || p.channels != kChannels || p.multiplier != 1 || element > 4 || p.width % kPixels > 0 ||
-      !is_dense(p.input, p, element) || !is_dense(p.output, p, element))
+  if (element > 4 || !has_three_channels(p) || !is_dense(p.input, p, element) || !is_dense(p.output, p, element))
     return false;
   Images a{};
   a.source = static_cast<const char*>(p.input.data), a.grad = static_cast<const char*>(p.output.data);
   a.height = static_cast<int>(p.height), a.row_bytes = static_cast<int>(p.width * kChannels * element);
-  a.with_bias = p.bias != nullptr;
   a.strips = static_cast<int>(p.width / kPixels);
   a.group_threads = static_cast<int>(round_up(a.strips, 32));
   if (a.group_threads > kThreads || 4 * a.strips < 3 * a.group_threads) return false;
-  const int groups = kThreads / a.group_threads;
+  const int groups = a.groups = kThreads / a.group_threads;
   constexpr int64_t kFewestRows = 4;  // of a group: few rows are left to others
   if (p.batch * p.height < kFewestRows * groups * device.multiprocessors) return false;
   a.stage_bytes = 2 * (a.row_bytes + kUnit), a.by_group_threads = Divider(a.group_threads);
-  const int64_t room = (device.shared_per_block - kRing) / (int64_t{groups} * a.stage_bytes);
-  a.depth = static_cast<int>(std::min<int64_t>({kMostStages, kMostRings / groups, room}));
-  if (a.depth < 2) return false;
+  if (int64_t{groups} * kStages * a.stage_bytes > device.shared_per_block - kRing) return false;
   bool launched = false;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if constexpr (sizeof(T) <= 4) launched = launch<T>(p, a, groups, allocate, stream);
+    if constexpr (sizeof(T) <= 4)
+      launched =
+          p.bias ? launch<T, true>(p, a, groups, allocate, stream) : launch<T, false>(p, a, groups, allocate, stream);
   });
   return launched;
 }
