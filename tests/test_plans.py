@@ -1480,6 +1480,41 @@ def test_march_of_three_channels(dtype: torch.dtype) -> None:
                 check_march(case._replace(padding=padding), dtype)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+def test_march_of_many_rows_of_three_channels(dtype: torch.dtype) -> None:
+    """Bands of every sort, whole and cut short, of blocks of every width; filters with Inf and NaN."""
+    for batch, size in ((16, (512, 512)), (17, (271, 512)), (23, (402, 328)), (90, (101, 256)), (5, (1081, 1920))):
+        case = tile_case(((3, 3), 1, 1), batch, 3, size, bias=batch % 2 == 1)
+        check_march(case, dtype)
+    input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
+    weight[0, 0, 0, 0], weight[2, 0, 1, 2] = torch.inf, torch.nan
+    call = input, weight, bias, *arguments_of(case)
+    first, right = (torch.ops.dwconv.forward.plan(*call, plan) for plan in (MARCH["forward"], "generic"))
+    assert torch.equal(first.nan_to_num(nan=12345.0), right.nan_to_num(nan=12345.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_marches_of_arrays_that_begin_anywhere(tile: tuple, dtype: torch.dtype) -> None:
+    """Arrays without gaps, a few elements behind 16 bytes: pixels that are whole units of 16 bytes, and others."""
+    for number, channels in enumerate((24, 200, 37, 3, 600)):
+        for offsets in ((1, 1), (1, 0), (0, 3), (6, 2), (4, 8)):
+            case = tile_case(tile, 3, channels, (13, 17 + number), multiplier=1 + (number + offsets[0]) % 2)
+            input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
+            grad_output = integers(*output_size(case)).to(input)
+            if offsets == (6, 2):
+                input[1, 0, 0, 0], grad_output[2, -1, -1, -1] = torch.inf, torch.nan
+            order = 0, 2, 3, 1
+            input, grad_output = (lay(t, order, offset=o) for t, o in zip((input, grad_output), offsets))
+            exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output, True):
+                if plan in MARCH.values():
+                    wanted = exact[name].round().to(result).nan_to_num(nan=12345.0)
+                    assert torch.equal(result.nan_to_num(nan=12345.0), wanted), (name, str(case), offsets)
+
+
 def check_grad_weight(case: Case, plan: str, dtype: torch.dtype, spoilt: bool) -> None:
     """Grad_weight of channels_last arrays by a plan against float64, with Inf and NaN if `spoilt`, many times."""
     input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last, integers)

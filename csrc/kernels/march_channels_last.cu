@@ -56,6 +56,7 @@ struct March {
   Shares shares;
   bool bulk;   // whether rows come by bulk copies
   bool pairs;  // whether a thread may own two channels
+  bool split;  // whether these lie in no word of the one or the other array, and go one by one
   bool twins;  // whether it may own both filters of one
   bool wide;   // whether all of the target is a multiple of 16 bytes
   // With three channels: whether outputs of a strip are whole words of four elements, and what it reads begins with the
@@ -192,7 +193,7 @@ __device__ __noinline__ void strip_by_taps(const March& a, int begin, int end, i
           if (Tile::kSpread) return column % 2 == 0 ? column / 2 : -1;
           return x * Tile::kStride - a.padding_w + j * Tile::kDilation;
         };
-        const char* from = a.source.base + image * a.source.image_bytes;
+        const char* from = a.source.begin + image * a.source.image_bytes;
         for (int q = 0; q < a.fan_in; ++q)
           sum = sum_of_taps(sum, reinterpret_cast<const T*>(from) + channel * a.fan_in + q, a.source.row_bytes / kRows,
                             a.source.pixel_bytes, Tile::kHalves ? a.rows : a.height, a.width,
@@ -267,10 +268,14 @@ __device__ T& at_address(uint32_t address) {
 
 // Neighbouring channels of a pixel in shared memory.
 template <typename T, int kChannels>
+__device__ void read_elements(uint32_t at, float (&x)[kChannels]) {
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c) x[c] = widen(at_address<T>(at + c * static_cast<int>(sizeof(T))));
+}
+template <typename T, int kChannels>
 __device__ void read_pixel(uint32_t at, float (&x)[kChannels]) {
   if constexpr (kChannels == 1 || kChannels == 3) {
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) x[c] = widen(at_address<T>(at + c * static_cast<int>(sizeof(T))));
+    read_elements<T>(at, x);
   } else if constexpr (sizeof(T) == 4) {
     const float2 both = at_address<float2>(at);
     x[0] = both.x, x[1] = both.y;
@@ -280,10 +285,14 @@ __device__ void read_pixel(uint32_t at, float (&x)[kChannels]) {
 }
 
 template <typename T, int kChannels>
+__device__ void write_elements(char* to, const float (&x)[kChannels]) {
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c) reinterpret_cast<T*>(to)[c] = narrow<T>(x[c]);
+}
+template <typename T, int kChannels>
 __device__ void write_pixel(char* to, const float (&x)[kChannels]) {
   if constexpr (kChannels == 1 || kChannels == 3)
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c) reinterpret_cast<T*>(to)[c] = narrow<T>(x[c]);
+    write_elements<T>(to, x);
   else if constexpr (sizeof(T) == 4)
     *reinterpret_cast<float2*>(to) = make_float2(x[0], x[1]);
   else
@@ -441,6 +450,7 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
   constexpr int kChannels = Tile::kChannels, kFan = Tile::kFan, kStrip = Tile::kStrip, kLive = Tile::kLive;
   constexpr int kPair = Tile::kPair, kStep = Tile::kStep, kDilation = Tile::kDilation;
   constexpr int kRowDilation = Tile::kRowDilation;
+  constexpr bool kSplits = !kBulk && kChannels == 2 && !Tile::kTwins;  // whether two channels may lie in no word
   constexpr bool kStages = !kBulk || kChannels == 3;  // whether outputs of a warp may go by way of shared memory
   constexpr int kSize = sizeof(T), kWidth = kStrip * kPair, kTaps = Tile::kKernelH * Tile::kKernelW;
 
@@ -599,8 +609,8 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
   const int pitch = a.source.pitch;
   const uint32_t base = kept(shared_address(0));
   const bool first_lane = kept(threadIdx.x % 32) == 0;
-  const uint32_t place =
-      base + kRing + static_cast<int>(strip) * kStrip * kStep * pitch + (source_of(filter) - slab_channel) * kSize;
+  const uint32_t place = base + kRing + static_cast<int>(strip) * kStrip * kStep * pitch +
+                         (source_of(filter) - slab_channel) * kSize + a.source.shift;
   int pitches[Tile::kColumns];
 #pragma unroll
   for (int j = 0; j < Tile::kColumns; ++j) {
@@ -666,14 +676,21 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
           stage = stage_of<T, Tile>(a, thread, target_x, live);
         }
         store_staged<T, Tile>(a, stage, pixel, live, values);
+      } else if (whole && kSplits && a.split) {
+#pragma unroll
+        for (int v = 0; v < kWidth; ++v, pixel += a.target_pixel_bytes) write_elements<T>(pixel, values[v]);
       } else if (whole) {
 #pragma unroll
         for (int v = 0; v < kWidth; ++v, pixel += a.target_pixel_bytes) write_pixel<T>(pixel, values[v]);
       } else if (live) {
 #pragma unroll
         for (int v = 0; v < kWidth; ++v, pixel += a.target_pixel_bytes)
-          if (static_cast<uint32_t>(target_x + v) < static_cast<uint32_t>(a.target_width))
-            write_pixel<T>(pixel, values[v]);
+          if (static_cast<uint32_t>(target_x + v) < static_cast<uint32_t>(a.target_width)) {
+            if (kSplits && a.split)
+              write_elements<T>(pixel, values[v]);
+            else
+              write_pixel<T>(pixel, values[v]);
+          }
       }
     };
 
@@ -733,6 +750,11 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
                   float both[1];
                   read_pixel<T>(from + pitches[j], both);
                   x[j][0] = x[j][1] = both[0];
+                } else if constexpr (kSplits) {
+                  if (a.split)
+                    read_elements<T>(from + pitches[j], x[j]);
+                  else
+                    read_pixel<T>(from + pitches[j], x[j]);
                 } else {
                   read_pixel<T>(from + pitches[j] + q * kSize, x[j]);
                 }
@@ -841,7 +863,9 @@ void apply(March& a, const Cut& cut, const TileSize& tile, int64_t element) {
   a.by_units = Divider(a.units), a.by_fan_out = Divider(a.fan_out);
   const int pixel_bytes = static_cast<int>(cut.lanes * tile.channels * element);
   const int64_t part = std::min<int64_t>(cut.lanes * tile.channels, a.filters) * element;
-  const bool narrow = pixel_bytes < 32 && a.target_pixel_bytes == pixel_bytes && a.filters == cut.lanes * tile.channels;
+  const bool split = tile.channels == 2 && a.split;
+  const bool narrow =
+      pixel_bytes < 32 && !split && a.target_pixel_bytes == pixel_bytes && a.filters == cut.lanes * tile.channels;
   a.warp_strips = narrow ? 32 / cut.lanes : 0;
   a.threads = narrow ? static_cast<int>(ceil_div(cut.strips, a.warp_strips)) * 32 : cut.lanes * cut.strips;
   cut_pixels(a.source, part * a.fan_in / a.fan_out, (cut.strips * tile.strip - 1) * tile.step + tile.extent_w,
@@ -850,8 +874,10 @@ void apply(March& a, const Cut& cut, const TileSize& tile, int64_t element) {
   // other copies take as many instructions as the products do.
   const int least = tile.boxes ? kUnit : tile.step > 1 ? 384 : 512;
   const auto pays = [&](int64_t bytes, int64_t pixel) { return bytes == pixel || bytes >= least; };
-  a.bulk = a.bulk && (a.source.joined ? tile.bulk_joined
-                                      : a.source.unit == kUnit && pays(a.source.slab_bytes, a.source.pixel_bytes));
+  a.bulk = a.bulk && !split &&
+           (a.source.joined
+                ? tile.bulk_joined
+                : a.source.unit == kUnit && a.source.shift == 0 && pays(a.source.slab_bytes, a.source.pixel_bytes));
   if (tile.boxes)
     a.bulk = a.bulk && a.source.slab_bytes % kUnit == 0 && a.source.slab_bytes <= kMostBoxSide * element &&
              a.source.columns <= kMostBoxSide;
@@ -1054,18 +1080,23 @@ void launch(March a, cudaStream_t stream) {
     return describe_boxes(a.map, const_cast<char*>(a.source.base), element,
                           {a.source.bytes / element, a.width, a.height, images}, steps, box);
   };
-  const bool boxes = !Tile::kBoxes || (a.source.unit == kUnit && describe({kUnit / element, 1, 1, 1}));
+  const bool boxes =
+      !Tile::kBoxes || (a.source.unit == kUnit && a.source.shift == 0 && describe({kUnit / element, 1, 1, 1}));
   static thread_local Decisions<15, Decision> decisions;
   const Decision& decision =
       decisions({device.id, a.all_units, a.units, a.filters, a.fan_out, a.height, a.width, a.target_width, a.lead_w,
-                 a.source.unit, a.source.joined, a.source.pixel_bytes, a.target_pixel_bytes, a.wide, boxes},
+                 a.source.shift > 0 ? 2 * kUnit : a.source.unit, a.source.joined + 2 * a.split, a.source.pixel_bytes,
+                 a.target_pixel_bytes, a.wide, boxes},
                 [&] {
                   March now = a;
                   TileSize tile = kTile;
                   for (const bool bulk : {false, true}) {
                     cudaFuncAttributes attributes{};
                     cudaFuncGetAttributes(&attributes, kernel_for(bulk));
-                    tile.registers[bulk] = std::max(attributes.numRegs, 32);
+                    // The estimate was fitted to some 128 registers where a thread has several channels of many taps.
+                    constexpr int kFew = 96, kFitted = 128;
+                    const bool fitted = Tile::kChannels > 1 && Tile::kDilation == 1 && attributes.numRegs > kFew;
+                    tile.registers[bulk] = std::max(attributes.numRegs, fitted ? kFitted : 32);
                     // The code at hand may be of an architecture before the device's.
                     now.bulk = Tile::kBulk && boxes && device.capability >= 90 && attributes.ptxVersion >= 90;
                   }
@@ -1128,13 +1159,16 @@ March march_of(const Problem& p) {
   // Two channels of a thread lie in one word of either array.
   const int64_t pair = 2 * element;
   const int unit = alignment_of(map.target, element, map.targets, a.target_height, a.target_width, p.batch);
-  a.pairs = p.multiplier == 1 && a.source.unit >= pair && unit >= pair;
+  const bool words = a.source.unit >= pair && a.source.shift % pair == 0 && unit >= pair;
+  a.split = p.multiplier == 1 && !words && a.source.unit == kUnit;
+  a.pairs = p.multiplier == 1 && (words || a.split);
   a.twins = map.fan_out == 2 && unit >= pair;
   a.wide = unit == kUnit;
   const uint64_t rows = reinterpret_cast<uintptr_t>(a.target) | (a.target_height > 1 ? a.target_row_bytes : 0) |
                         (p.batch > 1 ? a.target_image_bytes : 0);
-  a.fours = map.targets == 3 && a.lead_w == 1 && a.source.joined && a.width % 4 == 0 && a.target_width % 4 == 0 &&
-            a.target_pixel_bytes == 3 * element && rows % (4 * element) == 0;
+  const bool reads_fours = reinterpret_cast<uintptr_t>(a.source.base) % (4 * element) == 0;
+  a.fours = map.targets == 3 && a.lead_w == 1 && a.source.joined && reads_fours && a.width % 4 == 0 &&
+            a.target_width % 4 == 0 && a.target_pixel_bytes == 3 * element && rows % (4 * element) == 0;
   return a;
 }
 

@@ -16,15 +16,19 @@ namespace {
 struct Pixels {
   const char* base;
   int64_t image_bytes, row_bytes;
-  int pixel_bytes;     // from one pixel to the next
-  int bytes;           // of a pixel, all channels
-  int slab_bytes;      // of a pixel, the channels of a block
-  int unit;            // bytes that are copied at once: 16, 8, 4 or 2
+  int pixel_bytes;  // from one pixel to the next
+  int bytes;        // of a pixel, all channels
+  int slab_bytes;   // of a pixel, the channels of a block
+  int unit;         // bytes that are copied at once: 16, 8, 4 or 2
+  // How far behind units of 16 bytes all pixels of an array without gaps begin, if nothing else keeps them from being
+  // copied so: a slab then takes one unit more, and begins as far behind one in shared memory. `base` is where the
+  // first unit begins.
+  int shift;
   int pitch, columns;  // in shared memory: from one pixel to the next, and pixels of a row
   // An array without gaps whose pixels fit no units: a row is copied as one run of units of 16 bytes and has the same
   // place within 16 bytes in shared memory. Beside the image lie then not zeros, but what is of the rows around.
   bool joined;
-  const char* end;  // of the array, if it is joined
+  const char *begin, *end;  // of the array, if it has no gaps
   // Units of a slab's pixel; pixels that threads load together, and the steps to the next ones.
   int units, together, from_step, to_step;
   Divider by_units;
@@ -87,7 +91,8 @@ class RowLoader {
     uint32_t column = threadIdx.x;
     const int part = p.by_units.split(column) * p.unit, pixel = static_cast<int>(column);
     const int before = max(-first_column, 0), columns = min(p.columns, width - first_column) - before;
-    if (pixel < p.together && pixel < columns && part < p.bytes - slab) count_ = (columns - pixel - 1) / p.together + 1;
+    if (pixel < p.together && pixel < columns && part < p.bytes - slab + p.shift)
+      count_ = (columns - pixel - 1) / p.together + 1;
     to_ = (before + pixel) * p.pitch + part;
     offset_ += static_cast<int64_t>(before + pixel) * p.pixel_bytes + part;
   }
@@ -102,7 +107,7 @@ class RowLoader {
   __device__ void load(const Pixels& p, int to) const {
     if (p.joined) return load_run(p, to);
     switch (p.unit) {
-      case 16: return load_units<16>(p, to);
+      case 16: return p.shift == 0 || is_inside(p) ? load_units<16>(p, to) : load_shifted(p, to);
       case 8: return load_units<8>(p, to);
       case 4: return load_units<4>(p, to);
       default: return load_units<2>(p, to);
@@ -129,9 +134,22 @@ class RowLoader {
     if (left > 0) copy_unit<kBytes>(shared_address(to), from);
   }
 
+  // Whether all of the thread's units of a row are of the array alone, as they are but at its beginning and end.
+  __device__ bool is_inside(const Pixels& p) const {
+    return from_ >= p.begin && from_ + static_cast<int64_t>(count_) * p.from_step + kUnit <= p.end;
+  }
+
+  __device__ void load_shifted(const Pixels& p, int to) const {
+    const char* from = from_;
+    to += to_;
+#pragma unroll 1
+    for (int left = count_; left > 0; --left, to += p.to_step, from += p.from_step)
+      copy_run(to, from, kUnit, p.begin, p.end, 0, 1);
+  }
+
   __device__ void load_run(const Pixels& p, int to) const {
     const int phase = phase_of(p, static_cast<uint32_t>(reinterpret_cast<uintptr_t>(from_)));
-    copy_run(to, from_ - phase, p.columns * p.pitch + phase, p.base, p.end, threadIdx.x, blockDim.x);
+    copy_run(to, from_ - phase, p.columns * p.pitch + phase, p.begin, p.end, threadIdx.x, blockDim.x);
   }
 };
 
@@ -173,20 +191,25 @@ class BulkLoader {
   int64_t offset_;
   const char* from_;
 
-  // Whole units of 16 bytes of the array by a bulk copy, and what it has beyond the last one.
+  // Whole units of 16 bytes of the array by a bulk copy, and what it has before the first and beyond the last one.
   __device__ void load_run(const Pixels& p, int to, int barrier) const {
     const auto number = [](const char* pointer) { return reinterpret_cast<uint64_t>(pointer); };
     constexpr uint64_t kRest = kUnit - 1;
     const int lane = threadIdx.x % 32;
-    const uint64_t begin = number(from_) & ~kRest, end = number(from_) + bytes_, last = number(p.end) & ~kRest;
-    const uint64_t low = max(begin, number(p.base)), high = min((end + kRest) & ~kRest, last);
+    const uint64_t begin = number(from_) & ~kRest, end = number(from_) + bytes_;
+    const uint64_t first = (number(p.begin) + kRest) & ~kRest, last = number(p.end) & ~kRest;
+    const uint64_t low = max(begin, first), high = min((end + kRest) & ~kRest, last);
     if (lane == 0 && low < high) {
       const int bytes = static_cast<int>(high - low);
       expect_bytes(barrier, bytes);
       copy_bulk(shared_address(to + static_cast<int>(low - begin)), reinterpret_cast<const char*>(low), bytes, barrier);
     }
-    if (const uint64_t at = last + 2 * lane; at < min(end, number(p.end)))
+    const auto copy = [&](uint64_t at) {
       shared<uint16_t>(to + static_cast<int>(at - begin)) = *reinterpret_cast<const uint16_t*>(at);
+    };
+    if (const uint64_t at = max(last, number(p.begin)) + 2 * lane; at < min(end, number(p.end))) copy(at);
+    if (begin < first)
+      if (const uint64_t at = number(p.begin) + 2 * lane; at < min(min(first, last), end)) copy(at);
     __syncwarp();
   }
 };
@@ -209,13 +232,21 @@ __device__ float sum_of_taps(float sum, const T* pixels, int64_t row_bytes, int 
   return sum;
 }
 
-// Bytes, at most 16, that all channels, columns, rows and images are a multiple of.
-inline int alignment_of(const View& view, int64_t element, int64_t channels, int64_t height, int64_t width,
-                        int64_t batch) {
-  uint64_t all = reinterpret_cast<uintptr_t>(view.data) | (channels * element) | kUnit;
+// Bytes, at most 16, that all channels, columns, rows and images are a multiple of, and so are they all from one to the
+// next.
+inline int alignment_between(const View& view, int64_t element, int64_t channels, int64_t height, int64_t width,
+                             int64_t batch) {
+  uint64_t all = (channels * element) | kUnit;
   if (width > 1) all |= view.stride[3] * element;
   if (height > 1) all |= view.stride[2] * element;
   if (batch > 1) all |= view.stride[0] * element;
+  return static_cast<int>(all & -all);
+}
+// The same, if the first one begins there, too.
+inline int alignment_of(const View& view, int64_t element, int64_t channels, int64_t height, int64_t width,
+                        int64_t batch) {
+  const uint64_t all =
+      reinterpret_cast<uintptr_t>(view.data) | alignment_between(view, element, channels, height, width, batch);
   return static_cast<int>(all & -all);
 }
 
@@ -223,25 +254,28 @@ inline int alignment_of(const View& view, int64_t element, int64_t channels, int
 inline Pixels pixels_of(const View& view, int64_t element, int64_t channels, int64_t height, int64_t width,
                         int64_t batch) {
   Pixels p{};
-  p.base = static_cast<const char*>(view.data);
+  p.base = p.begin = static_cast<const char*>(view.data);
   p.image_bytes = view.stride[0] * element, p.row_bytes = view.stride[2] * element;
   p.pixel_bytes = static_cast<int>((width == 1 ? channels : view.stride[3]) * element);
   p.bytes = static_cast<int>(channels * element);
-  p.unit = alignment_of(view, element, channels, height, width, batch);
   const int64_t row = width * channels;
-  p.joined = p.unit < kUnit && reinterpret_cast<uintptr_t>(view.data) % kUnit == 0 &&
-             (width == 1 || view.stride[3] == channels) && (height == 1 || view.stride[2] == row) &&
-             (batch == 1 || view.stride[0] == height * row);
+  const bool dense = (width == 1 || view.stride[3] == channels) && (height == 1 || view.stride[2] == row) &&
+                     (batch == 1 || view.stride[0] == height * row);
   p.end = p.base + batch * height * row * element;
+  p.unit = alignment_of(view, element, channels, height, width, batch);
+  if (dense && p.unit < kUnit && alignment_between(view, element, channels, height, width, batch) == kUnit)
+    p.shift = static_cast<int>(reinterpret_cast<uintptr_t>(view.data) % kUnit), p.base -= p.shift, p.unit = kUnit;
+  p.joined = dense && p.unit < kUnit;
   return p;
 }
 
 // Fills in what a block of `threads` has of it, at least as many as there are units in a pixel.
 inline void cut_pixels(Pixels& p, int64_t slab_bytes, int64_t columns, int threads) {
-  p.slab_bytes = p.pitch = static_cast<int>(slab_bytes), p.columns = static_cast<int>(columns);
+  const int more = p.shift > 0 ? kUnit : 0;
+  p.slab_bytes = static_cast<int>(slab_bytes), p.pitch = p.slab_bytes + more, p.columns = static_cast<int>(columns);
   p.joined = p.joined && slab_bytes == p.bytes;
   while (slab_bytes < p.bytes && slab_bytes % p.unit != 0) p.unit /= 2;
-  p.units = p.slab_bytes / p.unit, p.together = std::max(threads / p.units, 1);
+  p.units = p.pitch / p.unit, p.together = std::max(threads / p.units, 1);
   p.from_step = p.together * p.pixel_bytes, p.to_step = p.together * p.pitch;
   p.by_units = Divider(p.units);
 }

@@ -160,8 +160,8 @@ __device__ Sums<kFilters>& sums_at(int tap, int thread) {
 template <typename T, class W>
 __device__ float sum_by_products(const March& a, int split, int filter, int column, int tap) {
   const int i = tap / W::kTapsW * W::kDilation - a.padding_h, j = tap % W::kTapsW * W::kDilation - a.padding_w;
-  const char* x = a.source.base + filter / a.multiplier * sizeof(T);
-  const char* g = a.grad.base + filter * sizeof(T);
+  const char* x = a.source.begin + filter / a.multiplier * sizeof(T);
+  const char* g = a.grad.begin + filter * sizeof(T);
   const int end = min(column + W::kColumns, a.out_width);
   float sum = 0;
   for (Steps at(a, split, 1); !at.done(); at.next(a, 1)) {
@@ -393,6 +393,7 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
   const auto [strip, group] = is_active() ? Place::of(a) : Place{0, 0};
   int source_at = kRing + strip * W::kColumns * W::kStride * a.source.pitch + group * kFilters / a.multiplier * kSize;
   int grad_at = kRing + W::kStride * a.source_row_bytes + strip * W::kColumns * a.grad.pitch + group * kFilters * kSize;
+  if constexpr (!kJoined) source_at += a.source.shift, grad_at += a.grad.shift;
   const int column_g = part.column + strip * W::kColumns, column_x = column_g * W::kStride - a.padding_w;
   const bool mirrors = W::kMirrors && column_g > 0;
   const int source_step = mirrors ? -a.source.pitch : a.source.pitch,
@@ -421,7 +422,7 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
     return !kJoined
                ? 0
                : phase_of(p, image * static_cast<uint32_t>(p.image_bytes) + row * static_cast<uint32_t>(p.row_bytes) +
-                                 static_cast<uint32_t>(column * p.pixel_bytes));
+                                 static_cast<uint32_t>(column * p.pixel_bytes + p.shift));
   };
 
   float sum[W::kTapsH][W::kTapsW][kFilters] = {}, g[W::kRows][W::kColumns][kFilters];
@@ -722,7 +723,7 @@ void launch(const Problem& p, March a, bool boxes, const Allocate& allocate, cud
   static thread_local Decisions<11, Cut> decisions;
   Cut cut = decisions(
       {device.id, a.images, a.filters, a.multiplier, a.height, a.width, a.out_height, a.out_width,
-       a.source.unit * kUnit + a.grad.unit, boxes, a.joined},
+       (a.source.unit + (a.source.shift > 0)) * 2 * kUnit + a.grad.unit + (a.grad.shift > 0), boxes, a.joined},
       [&] {
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
         // With shared memory left, blocks of the second kernel wait beside those of this one.
@@ -762,7 +763,8 @@ void launch_march_grad_weight_channels_last(const Problem& p, const Allocate& al
   a.images = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());
   a.multiplier = static_cast<int>(p.multiplier);
   const bool bulk = current_device().capability >= 90;
-  const bool boxes = bulk && has_boxes(p.input, element, a.source.unit) && has_boxes(p.output, element, a.grad.unit);
+  const bool boxes = bulk && a.source.shift == 0 && a.grad.shift == 0 && has_boxes(p.input, element, a.source.unit) &&
+                     has_boxes(p.output, element, a.grad.unit);
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) <= 4)
@@ -776,7 +778,7 @@ void launch_march_grad_weight_channels_last(const Problem& p, const Allocate& al
         using Two = Window<Kernel, (One::kTaps <= One::kFewTaps && Kernel::kDilation == 1 ? 2 : 1), kWide>;
         // Rows that are copied as a run have all channels, and so has a block.
         a.joined = a.source.joined && a.grad.joined && a.filters <= One::kMaxThreads;
-        a.source.joined = a.grad.joined = a.joined;
+        for (Pixels* pixels : {&a.source, &a.grad}) pixels->set_joined(a.joined);
         if constexpr (Kernel::kKernelH == 7 && Kernel::kStride == 1 && sizeof(T) == 4) {
           const bool beside = !a.joined && a.padding_w == One::kBeside;
           if (beside && a.width <= One::kColumns)
@@ -786,7 +788,7 @@ void launch_march_grad_weight_channels_last(const Problem& p, const Allocate& al
         }
         if (a.joined)
           launch<T, One, true>(p, a, bulk, allocate, stream);
-        else if (a.multiplier == 2)
+        else if (a.multiplier == 2 || (a.source.shift | a.grad.shift) % (2 * sizeof(T)) != 0)  // in no word
           launch<T, One, false>(p, a, boxes, allocate, stream);
         else
           launch<T, Two, false>(p, a, boxes, allocate, stream);

@@ -18,17 +18,26 @@ namespace {
 struct Pixels {
   const char* base;
   int64_t image_bytes, row_bytes;
-  int pixel_bytes;     // from one pixel to the next
-  int bytes;           // of a pixel, all channels
-  int slab_bytes;      // of a pixel, the channels of a block
-  int unit;            // bytes that are copied at once: 16, 8, 4 or 2
+  int pixel_bytes;  // from one pixel to the next
+  int bytes;        // of a pixel, all channels
+  int slab_bytes;   // of a pixel, the channels of a block
+  int unit;         // bytes that are copied at once: 16, 8, 4 or 2
+  // How far behind units of 16 bytes an array without gaps begins that is joined, or all of whose pixels begin as far
+  // behind one: a slab then takes one unit more, and begins as far behind one in shared memory. `base` is where the
+  // first unit begins.
+  int shift;
   int pitch, columns;  // in shared memory: from one pixel to the next, and pixels of a row
   // An array without gaps whose pixels fit no units: a row is copied as one run of units of 16 bytes and has the same
   // place within 16 bytes in shared memory. Beside the image lie then not zeros, but what is of the rows around, or
   // nothing.
   bool joined;
-  const char* end;  // of the array, if it is joined
+  const char *begin, *end;  // of the array, if it has no gaps
 
+  // What is not joined after all is copied by its small units, from where it begins.
+  void set_joined(bool value) {
+    joined = value;
+    if (!joined && unit < kUnit) base += shift, shift = 0;
+  }
   int ring_row_bytes(bool boxes) const {
     return static_cast<int>(round_up(int64_t{pitch} * columns + (joined ? kUnit : 0), boxes ? kBoxUnit : kUnit));
   }
@@ -43,18 +52,25 @@ __device__ inline int phase_of(const Pixels& p, uint32_t offset) {
 inline Pixels pixels_of(const View& view, int64_t batch, int64_t channels, int64_t height, int64_t width,
                         int64_t element) {
   Pixels p{};
-  p.base = static_cast<const char*>(view.data);
+  p.base = p.begin = static_cast<const char*>(view.data);
   p.image_bytes = view.stride[0] * element, p.row_bytes = view.stride[2] * element;
   p.pixel_bytes = static_cast<int>(view.stride[3] * element), p.bytes = static_cast<int>(channels * element);
-  const auto base = reinterpret_cast<uintptr_t>(view.data);
-  const int64_t all = static_cast<int64_t>(base) | p.image_bytes | p.row_bytes | p.pixel_bytes | p.bytes;
-  p.unit = kUnit;
-  while (all % p.unit != 0) p.unit /= 2;
+  const int64_t row = width * channels, between = p.image_bytes | p.row_bytes | p.pixel_bytes | p.bytes;
+  const auto unit_of = [](int64_t all) {
+    int unit = kUnit;
+    while (all % unit != 0) unit /= 2;
+    return unit;
+  };
+  const bool dense = view.stride[3] == channels && (height == 1 || view.stride[2] == row) &&
+                     (batch == 1 || view.stride[0] == height * row);
+  const int behind = static_cast<int>(reinterpret_cast<uintptr_t>(view.data) % kUnit);
+  p.unit = unit_of(between | behind);
   constexpr int kSmallUnit = 4;  // larger ones are copied fast enough
-  const int64_t row = width * channels;
-  p.joined = p.unit <= kSmallUnit && base % kUnit == 0 && view.stride[3] == channels &&
-             (height == 1 || view.stride[2] == row) && (batch == 1 || view.stride[0] == height * row);
-  p.end = p.base + batch * height * row * element;
+  if (dense && p.unit < kUnit && unit_of(between) == kUnit) p.unit = kUnit, p.shift = behind;
+  p.joined = dense && p.unit <= kSmallUnit;
+  if (p.joined) p.shift = behind;
+  p.base -= p.shift;
+  p.end = p.begin + batch * height * row * element;
   return p;
 }
 
@@ -62,7 +78,7 @@ inline Pixels pixels_of(const View& view, int64_t batch, int64_t channels, int64
 // of them at once finds them in different banks.
 inline void cut_pixels(Pixels& p, int64_t slab_bytes, int columns, int step, bool boxes) {
   p.slab_bytes = static_cast<int>(slab_bytes), p.columns = columns;
-  p.pitch = p.joined ? p.pixel_bytes : static_cast<int>(round_up(slab_bytes, p.unit));
+  p.pitch = p.joined ? p.pixel_bytes : static_cast<int>(round_up(slab_bytes + p.shift, p.unit));
   if (!boxes && !p.joined && p.pitch < 128 && p.pitch * step % 128 == 0) p.pitch += kUnit;
 }
 
@@ -107,10 +123,10 @@ class RowLoader {
  public:
   __device__ RowLoader(const Pixels& p, int slab, int first_column, int width, int rank, int threads)
       : rank_(rank), threads_(threads) {
-    offset_ = int64_t{first_column} * p.pixel_bytes;
+    offset_ = int64_t{first_column} * p.pixel_bytes + (p.joined ? p.shift : 0);
     if (p.joined) return;
     const int begin = max(first_column, 0), pixels = max(min(first_column + p.columns, width) - begin, 0);
-    units_ = min(p.slab_bytes, p.bytes - slab * p.slab_bytes) / p.unit;
+    units_ = (min(p.slab_bytes, p.bytes - slab * p.slab_bytes) + p.shift + p.unit - 1) / p.unit;
     lanes_ = min(units_, threads), step_ = threads / lanes_;
     part_ = rank % lanes_;
     const int pixel = rank / lanes_;
@@ -130,12 +146,17 @@ class RowLoader {
     const char* from = from_;
     if (p.joined) {
       const int phase = phase_of(p, static_cast<uint32_t>(from - p.base));
-      return copy_run(to, from - phase, p.columns * p.pitch + phase, p.base, p.end, rank_, threads_);
+      return copy_run(to, from - phase, p.columns * p.pitch + phase, p.begin, p.end, rank_, threads_);
     }
     to += to_;
     for (int part = part_; part < units_; part += lanes_) {
       switch (p.unit) {
-        case 16: load_units<16>(p, to, from); break;
+        case 16:
+          if (p.shift == 0 || is_inside(p, from))
+            load_units<16>(p, to, from);
+          else
+            load_shifted(p, to, from);
+          break;
         case 8: load_units<8>(p, to, from); break;
         case 4: load_units<4>(p, to, from); break;
         default: load_units<2>(p, to, from);
@@ -151,6 +172,19 @@ class RowLoader {
   int to_;
   int64_t offset_;
   const char* from_;
+
+  // Whether all of the thread's units of a row are of the array alone, as they are but at its beginning and end.
+  __device__ bool is_inside(const Pixels& p, const char* from) const {
+    return from >= p.begin && from + pixels_ * (int64_t{step_} * p.pixel_bytes) + kUnit <= p.end;
+  }
+
+  __device__ void load_shifted(const Pixels& p, int to, const char* from) const {
+#pragma unroll 1
+    for (int left = pixels_; left > 0; --left) {
+      copy_run(to, from, kUnit, p.begin, p.end, 0, 1);
+      to += step_ * p.pitch, from += int64_t{step_} * p.pixel_bytes;
+    }
+  }
 
   template <int kBytes>
   __device__ void load_units(const Pixels& p, int to, const char* from) const {
@@ -178,20 +212,25 @@ class RowLoader {
   }
 };
 
-// Begins to load a row of a joined array, `offset` bytes into it, by a bulk copy, in one thread; what lies behind the
-// last whole unit of the array is stored. The barrier knows of the copy.
+// Begins to load a row of a joined array, `offset` bytes into it, by a bulk copy, in one thread; what lies before the
+// first and behind the last whole unit of the array is stored. The barrier knows of the copy.
 __device__ inline void load_run(const Pixels& p, int to, int64_t offset, int barrier) {
-  const int64_t size = p.end - p.base, whole = size / kUnit * kUnit;
-  const int64_t first = offset & -kUnit, begin = max(first, int64_t{0});
+  offset += p.shift;
+  const int64_t size = p.end - p.base, whole = size / kUnit * kUnit, head = p.shift > 0 ? kUnit : 0;
+  const int64_t first = offset & -kUnit, begin = max(first, head);
   const int64_t end = (offset + p.columns * p.pitch + kUnit - 1) & -kUnit;
   to -= static_cast<int>(first);
   if (const int bytes = static_cast<int>(min(end, whole) - begin); bytes > 0) {
     expect_bytes(barrier, bytes);
     copy_bulk(shared_address(to + static_cast<int>(begin)), p.base + begin, bytes, barrier);
   }
-  if (end <= whole) return;
-  for (int64_t at = max(begin, whole); at < size; at += 2)
-    shared<uint16_t>(to + static_cast<int>(at)) = *reinterpret_cast<const uint16_t*>(p.base + at);
+  if (first >= head && end <= whole) return;
+  const auto copy = [&](int64_t from, int64_t to_end) {
+    for (int64_t at = from; at < to_end; at += 2)
+      shared<uint16_t>(to + static_cast<int>(at)) = *reinterpret_cast<const uint16_t*>(p.base + at);
+  };
+  if (first < head) copy(p.shift, min(head, size));
+  if (end > whole) copy(max(begin, whole), size);
   before_bulk_copies();  // of later rows, to the same place
 }
 
