@@ -220,7 +220,7 @@ __device__ __noinline__ float sum_by_products(const Aligned& a, int filter, int 
 
 // Of the threads that multiply.
 __device__ inline void meet_workers() {
-  asm volatile("bar.sync 1, %0;" ::"r"(blockDim.x - 32) : "memory");
+  meet<1>(blockDim.x - 32);
 }
 
 // A tile of the gradient: a matrix of 16 images and 8 columns for each row.

@@ -37,6 +37,13 @@ __device__ T& shared_at(uint32_t address) {
   return *static_cast<T*>(__cvta_shared_to_generic(address));
 }
 
+// A barrier like __syncthreads(), which is number 0, for so many threads, in whole warps, wherever they come to it.
+template <int kNumber>
+__device__ void meet(int threads) {
+  static_assert(kNumber > 0 && kNumber < 16);
+  asm volatile("bar.sync %0, %1;" ::"n"(kNumber), "r"(threads) : "memory");
+}
+
 // Barriers, of 8 bytes each: on sm_80 and later.
 __device__ inline void init_barrier(int barrier, int arrivals) {
 #if __CUDA_ARCH__ >= 800

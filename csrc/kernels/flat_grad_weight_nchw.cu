@@ -541,6 +541,9 @@ __host__ __device__ int product_bytes(const Flat& a) {
     return Products::kProductBytes;
 }
 
+// The barrier of the warps that multiply. Those of a plane may have one of their own, from number 1 on.
+constexpr int kWorkers = 3;
+
 // Warps that multiply, of a block.
 template <class Products>
 constexpr int most_workers() {
@@ -617,8 +620,6 @@ __global__ void __launch_bounds__(32 * (most_workers<Products>() + kLoaders), Pr
       if (is_elected()) arrive(full);
       __syncwarp();
     }
-    __syncthreads();
-    __syncthreads();
     return;
   }
 
@@ -631,7 +632,7 @@ __global__ void __launch_bounds__(32 * (most_workers<Products>() + kLoaders), Pr
       __syncwarp();
       if (lane == 0) arrive(kDone + 8 * stage);
     }
-    __syncthreads();  // what was loaded has served
+    meet<kWorkers>(32 * workers);  // what was loaded has served
     part.put(a, place);
     if (role == 0 && a.result.with_bias()) {
       const float total = part.total_bias();
@@ -648,7 +649,7 @@ __global__ void __launch_bounds__(32 * (most_workers<Products>() + kLoaders), Pr
     else
       work(typename Products::template Part<1>(a, plane));
   }
-  __syncthreads();
+  meet<kWorkers>(32 * workers);
   if (filter >= a.filters) return;
 #pragma unroll 1
   for (int begin = role * 32; begin < taps; begin += roles * 32) {

@@ -586,7 +586,7 @@ __global__ void __launch_bounds__(32 * (F::kMostWarps + 1), 1) lanes_grad_weight
     const bool is_last = cursor.group == a.groups - 1 || item == end - 1;
     if (--run_left == 0 || is_last) flush<F>(sum, sums_at + warp * F::kSumBytes), run_left = run;
     if (is_last) {
-      const auto all_meet = [&] { asm volatile("bar.sync 1, %0;" ::"r"(32 * warps) : "memory"); };
+      const auto all_meet = [&] { meet<1>(32 * warps); };
       const auto clear = [&](int from) {
         for (int at = 4 * lane; at < F::kSumBytes; at += 128) shared<float>(from + warp * F::kSumBytes + at) = 0;
         __syncwarp();

@@ -52,7 +52,7 @@ struct Images {
   int columns, pieces, last_tiles;  // of a piece; pieces of a plane; 8 columns each, of its last piece
   int images, filters, multiplier, splits;
   int first_shift, shifts;
-  int pitch, stages;                          // bytes of an image in a stage
+  int pitch, stages;                           // bytes of an image in a stage
   int sums, sum_pitch, sum_left, first_stage;  // floats before the first shift's, of a row
   static constexpr int kBiasSums = 2 * 8 * kMaxStages, kZeros = kBiasSums + 16;
 
@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(kThreads, 1) outer_images(const __grid_constan
       const uint32_t from = memory + a.sums + 4 * (a.sum_left + distance - a.first_shift * a.columns);
       const int before = grad_before % a.width;
       float low = 0, high = 0;  // of this row of the kernel, and of the next one, a row of columns to the left
-constexpr int kAtOnce = kLong / kRows / 2;  // many loads: none waits
+      constexpr int kAtOnce = kLong / kRows / 2;  // many loads: none waits
 #pragma unroll
       for (int first = 0; first < kLong / kRows; first += kAtOnce) {
         float products[kAtOnce][kRows];
@@ -377,7 +377,7 @@ bool launch_outer_grad_weight_images(const Problem& p, bool exchanged, const Ima
   a.sum_left = (a.sum_left + 1) & ~1;  // pairs are stored
   // Rows in all banks.
   a.sum_pitch = static_cast<int>(round_up(a.sum_left + a.shifts * a.columns + right - 8, 32)) + 8;
-  a.pitch = static_cast<int>(round_up(2 * (plane + before), kUnit)) | kUnit;                    // images in all banks
+  a.pitch = static_cast<int>(round_up(2 * (plane + before), kUnit)) | kUnit;  // images in all banks
   a.sums = Images::kZeros + kZeroBytes;
   a.first_stage = static_cast<int>(round_up(a.sums + 4 * a.columns * a.sum_pitch, 128));
   const int64_t stage = 2 * kImages * a.pitch, beyond = 256;

@@ -274,14 +274,6 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks) stream_nchw(
   copier.stored();
 }
 
-// A barrier like __syncthreads(), for so many threads, who may come to it at different places of the code; that one is
-// number 0.
-template <int kNumber>
-__device__ void meet_at(int threads) {
-  static_assert(kNumber > 0 && kNumber < 16);
-  asm volatile("bar.sync %0, %1;" ::"n"(kNumber), "r"(threads) : "memory");
-}
-
 // Where warps compute tiles: one more looks chunks up, loads them, and stores what was computed. A chunk has a place of
 // its own in shared memory, all rows of it: then a row is found by one addition, where a ring would come round.
 template <typename T, class Tile>
@@ -305,7 +297,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
     return shared<Chunk>(a.chunks_at + stage * static_cast<int>(sizeof(Chunk)));
   };
   // The warp that copies and the others come to the same barriers at different places of the code.
-  const auto meet = [] { meet_at<1>(blockDim.x); };
+  const auto meet_all = [] { meet<1>(blockDim.x); };
   int stage = 0;
   uint32_t parity = 0;
   const auto advance = [&] {
@@ -333,14 +325,14 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
     Chunk c;
     if (copier.loads()) c = find(number_in(0), 0);
     __syncwarp();
-    meet();
+    meet_all();
     if (copier.loads()) load(c, 0, [&] { settle_and_wait_for_kernel_before(a.chunks); });
     wait_for_kernel_before();
     copier.commit(0);
     for (bool first = true; number_in(stage) < a.chunks; first = false) {
       copier.wait_full(stage, parity);
       copier.stored();
-      meet();
+      meet_all();
       const int next = 1 - stage;
       if (!first && copier.rank() == 0) number_in(next) = schedule.next();
       __syncwarp();
@@ -352,7 +344,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
       const uint64_t target_row = c.target_row;
       const int count = c.targets * c.rows * a.out_width;
       copier.before_store();
-      meet();
+      meet_all();
       store(target_row, count);
       advance();
     }
@@ -361,18 +353,18 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
   }
 
   Tile tiles;
-  meet();
+  meet_all();
   wait_for_kernel_before();
   while (number_in(stage) < a.chunks) {
     const Chunk& c = known(stage);
     const uint64_t target_row = c.target_row;  // read before the last barrier: another chunk may take c's place
     tiles.template prepare<T>(a, c);
     copier.wait_full(stage, parity);
-    meet();
+    meet_all();
     tiles.template compute<T>(a, c, a.buffer_at + static_cast<int>(target_row % kUnit));
     const int count = copier.bulk ? 0 : c.targets * c.rows * a.out_width;
     copier.before_store();
-    meet();
+    meet_all();
     if (!copier.bulk) store(target_row, count);
     advance();
   }

@@ -162,8 +162,6 @@ __global__ void __launch_bounds__(threads_of(!kPlain), 1) stride2_grad_weight_nc
       __syncwarp();
       if (lane == 0) arrive(kMoved + 8 * stage);
     }
-    __syncthreads();
-    __syncthreads();
   } else if (warp >= kPhases) {
     const bool input = warp == kPhases;
     const Stride2Planes& v = input ? a.source : a.grad;
@@ -224,8 +222,6 @@ __global__ void __launch_bounds__(threads_of(!kPlain), 1) stride2_grad_weight_nc
       __syncwarp();
       if (++band == a.bands) band = 0, image += kImages;
     }
-    __syncthreads();
-    __syncthreads();
   } else {
     float sum[kFilters][kKernel][2][4] = {}, bias[kFilters][4] = {};
     const uint32_t source = shared_address(kHead) + (lane % 8 + lane / 16 * 8) * Place::kSource + lane / 8 % 2 * kUnit;
@@ -279,10 +275,10 @@ __global__ void __launch_bounds__(threads_of(!kPlain), 1) stride2_grad_weight_nc
     }
 
     // What was loaded has served: for each tap there are to be the products of a pair of rows, zeros where it has none.
-    __syncthreads();
+    meet<1>(32 * kPhases);
     for (int at = threadIdx.x; at < kFilters * kSlots * kSlotPitch; at += 32 * kPhases)
       shared<float>(kHead + 4 * at) = 0;
-    asm volatile("bar.sync 1, %0;" ::"n"(32 * kPhases) : "memory");
+    meet<1>(32 * kPhases);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int gradient = kPixels * warp + lane % 4 * 2 + e;
@@ -305,8 +301,8 @@ __global__ void __launch_bounds__(threads_of(!kPlain), 1) stride2_grad_weight_nc
         for (int f = 0; f < kFilters; ++f)
           shared<float>(kHead + 4 * ((f * kSlots + kSlots - 1) * kSlotPitch + gradient)) = bias[f][e];
     }
-    __syncthreads();
   }
+  __syncthreads();
   if (cluster) meet_cluster();
 
   const auto place_of = [&](int part, int at) { return a.totals + 4 * (part * kFilters * slots + at); };

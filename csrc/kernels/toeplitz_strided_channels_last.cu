@@ -150,8 +150,8 @@ class Source {
                              static_cast<int64_t>(x) * a.source.pixel_bytes + at);
     last_ = first + (kTurns - 1) * kAtOnce < Way::kColumns;
     for (int t = 0; t < kTurns; ++t)
-      inside_ |= (at < a.source.bytes &&
-                  static_cast<uint32_t>(x + t * kAtOnce) < static_cast<uint32_t>(a.source.width)) << t;
+      inside_ |= (at < a.source.bytes && static_cast<uint32_t>(x + t * kAtOnce) < static_cast<uint32_t>(a.source.width))
+                 << t;
   }
 
   // Begins to load the next chunk.
@@ -216,8 +216,8 @@ class Target {
     y_ = b.row * Way::kPair - lead_h + first_row;
 #pragma unroll
     for (int i = 0; i < kParts; ++i)
-      from_[i] = kept(shared_address(Way::out_of(column, octet * kUnit + i * Way::kOutPart)) +
-                      first_row * Way::kOutRowBytes);
+      from_[i] =
+          kept(shared_address(Way::out_of(column, octet * kUnit + i * Way::kOutPart)) + first_row * Way::kOutRowBytes);
     to_ = a.target.base + (b.image * a.target.image_bytes + y_ * a.target.row_bytes +
                            static_cast<int64_t>(x) * a.target.pixel_bytes + at);
   }
@@ -242,8 +242,7 @@ class Target {
     else
       store([](char* to, const uint32_t (&of)[4]) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-          reinterpret_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(of[i / 2] >> i % 2 * 16);
+        for (int i = 0; i < 8; ++i) reinterpret_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(of[i / 2] >> i % 2 * 16);
       });
     y_ += Way::kOutRows, to_ += Way::kOutRows * a.target.row_bytes;
   }
@@ -304,8 +303,7 @@ class Step {
                          : Way::kPlanes + 2 * warp * Way::kPlaneBytes + (tile + lane / 16) * kUnit;
     const int column = lane * Way::kPair;
 #pragma unroll
-    for (int v = 0; v < Way::kPair; ++v)
-      to_[v] = kept(shared_address(Way::out_of(column + v, warp * Way::kOutPart)));
+    for (int v = 0; v < Way::kPair; ++v) to_[v] = kept(shared_address(Way::out_of(column + v, warp * Way::kOutPart)));
     // The two targets of a thread's sums: of a pair of neighbouring channels, or both filters of a channel.
 #pragma unroll
     for (int q = 0; q < kBiases; ++q) {
@@ -359,8 +357,7 @@ class Step {
           const float *low = sum[0][e][pair] + 2 * h, *high = sum[1][e][pair] + 2 * h;
           if constexpr (Way::kSpread)
 #pragma unroll
-            for (int v = 0; v < 2; ++v)
-              shared_at<uint32_t>(to_[v] + row) = pair_of(low[v], high[v]);
+            for (int v = 0; v < 2; ++v) shared_at<uint32_t>(to_[v] + row) = pair_of(low[v], high[v]);
           else
             shared_at<uint2>(to_[0] + row) = {pair_of(low[0], low[1]), pair_of(high[0], high[1])};
         }
