@@ -97,7 +97,7 @@ __device__ Run run_of(const March& a, int begin, int end) {
   return run_of<Tile::kStep, Tile::kExtentH>(a.by_units, image.lead_h, image.height, begin, end);
 }
 
-// Rows as boxes, one instruction each, which one thread of a warp begins: with zeros beside the image.
+// Rows of float as boxes, one instruction each, which one thread of a warp begins: with zeros beside the image.
 class BoxLoader {
  public:
   __device__ BoxLoader(const March& a, int slab, int column) : channel_(slab / 4), column_(column) {}
@@ -234,7 +234,7 @@ struct Tile {
   static constexpr bool kBulkJoined = kBulk && (kChannels == 3 || (kKernelH == 5 && kStride == 1 && kFan == 1));
   // Whether bulk copies are those of boxes: where a thread takes so many registers that a block has 8 warps at most,
   // none of which can be spared, nor are they as many as all channels have.
-  static constexpr bool kBoxes = kBulk && kKernelH > 7;
+  static constexpr bool kBoxes = kBulk && kKernelH > 7 && kKernelW > 7;
   // Whether weights may come by bulk copies: it pays where there are many.
   static constexpr bool kBulkTaps = kBulk && kKernelH * kKernelW >= 25;
   // Whether outputs leave by bulk copies where rows come by them: it pays where there are four times as many.
