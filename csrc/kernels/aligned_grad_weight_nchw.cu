@@ -440,8 +440,7 @@ __device__ void load_stages(const Aligned& a, int first, int last) {
         grad_turn.next(a.grad_stages);
       }
       if (kWay != Way::kPlain && !a.bulk) arrive_after_copies(full);
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) arrive(full);
+      arrive_together(full, threadIdx.x % 32 == 0);
       turn.next(a.stages);
       again |= turn.stage == 0;
     }
@@ -460,8 +459,8 @@ __global__ void __launch_bounds__(32 * Sum::kWarps + 32, 2)
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     for (int i = 0; i < a.stages; ++i)
-      init_barrier(StageBarriers::full(i), kWay == Way::kPlain || a.bulk ? 1 : 33),
-          init_barrier(StageBarriers::done(i), a.workers);
+      init_barrier(StageBarriers::full(i), (kWay == Way::kPlain || a.bulk ? 0 : 32) + kWarpArrivals),
+          init_barrier(StageBarriers::done(i), a.workers * kWarpArrivals);
     before_bulk_copies();
   }
   if (threadIdx.x < kUnit / 4) shared<uint32_t>(kZeros + 4 * threadIdx.x) = 0;
@@ -485,8 +484,7 @@ __global__ void __launch_bounds__(32 * Sum::kWarps + 32, 2)
     const Stretch s(a, at, last);
     int held = 0, left = Sum::kChunks;  // stages that are there, and bands until the oldest one is not needed
     const auto give_back = [&] {
-      __syncwarp();
-      if (lane == 0) arrive(StageBarriers::done(oldest.stage));
+      arrive_together(StageBarriers::done(oldest.stage), lane == 0);
       oldest.next(a.stages), --held, left = Sum::kChunks;
     };
     uint32_t source_at[Sum::kBelow + 1];  // the chunks that a tile meets

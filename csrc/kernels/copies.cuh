@@ -61,6 +61,23 @@ __device__ inline void arrive(int barrier) {
   arrive_at(shared_address(barrier));
 }
 
+// How often a warp arrives whose lanes arrive together. Once is enough, but racecheck of compute-sanitizer knows of the
+// threads that arrive alone: in what is built for it (DWCONV_RACECHECK) all lanes do.
+#ifdef DWCONV_RACECHECK
+constexpr int kWarpArrivals = 32;
+#else
+constexpr int kWarpArrivals = 1;
+#endif
+
+// By all lanes, one of which is the first.
+__device__ inline void arrive_together_at(uint32_t barrier, bool is_first) {
+  __syncwarp();
+  if (kWarpArrivals > 1 || is_first) arrive_at(barrier);
+}
+__device__ inline void arrive_together(int barrier, bool is_first) {
+  arrive_together_at(shared_address(barrier), is_first);
+}
+
 // Arrives when all copies by cp.async that the thread has begun are there.
 __device__ inline void arrive_after_copies_at(uint32_t barrier) {
 #if __CUDA_ARCH__ >= 800

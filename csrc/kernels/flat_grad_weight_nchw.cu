@@ -566,7 +566,8 @@ __global__ void __launch_bounds__(32 * (most_workers<Products>() + kLoaders), Pr
   const int first = split * whole + min(split, more), steps = whole + (split < more);
   if (threadIdx.x == 0) {
     for (int i = 0; i < a.stages; ++i)
-      init_barrier(kFull + 8 * i, kLoaders * (a.bulk ? 1 : 33)), init_barrier(kDone + 8 * i, workers);
+      init_barrier(kFull + 8 * i, kLoaders * ((a.bulk ? 0 : 32) + kWarpArrivals)),
+          init_barrier(kDone + 8 * i, workers * kWarpArrivals);
     before_bulk_copies();
   }
   if (threadIdx.x < kUnit / 4) shared<uint32_t>(kNothing + 4 * threadIdx.x) = 0;
@@ -616,8 +617,7 @@ __global__ void __launch_bounds__(32 * (most_workers<Products>() + kLoaders), Pr
                     is_last ? v.end - from : bytes, full, a.bulk);
       }
       if (!a.bulk) arrive_after_copies(full);
-      __syncwarp();
-      if (is_elected()) arrive(full);
+      arrive_together(full, is_elected());
       __syncwarp();
     }
     return;
@@ -629,8 +629,7 @@ __global__ void __launch_bounds__(32 * (most_workers<Products>() + kLoaders), Pr
     for (int step = 0; step < steps; ++step, next()) {
       wait(kFull + 8 * stage, parity);
       part.add(a, stage * a.stage_bytes);
-      __syncwarp();
-      if (lane == 0) arrive(kDone + 8 * stage);
+      arrive_together(kDone + 8 * stage, lane == 0);
     }
     meet<kWorkers>(32 * workers);  // what was loaded has served
     part.put(a, place);

@@ -477,7 +477,7 @@ __global__ void __launch_bounds__(32 * (F::kMostWarps + 1), 1) lanes_grad_weight
   if (threadIdx.x == 0)
     for (int stage = 0; stage < a.stages; ++stage) {
       init_barrier(stages.barriers + 16 * stage, 32 * a.copiers);
-      init_barrier(stages.barriers + 16 * stage + 8, warps + sums_bias);
+      init_barrier(stages.barriers + 16 * stage + 8, (warps + sums_bias) * kWarpArrivals);
     }
   before_bulk_copies();
   __syncthreads();
@@ -508,8 +508,7 @@ __global__ void __launch_bounds__(32 * (F::kMostWarps + 1), 1) lanes_grad_weight
       if (behind == 0 || item - behind < first) continue;
       summed_stages.wait_full();
       bias += sum_gradients<F>(a, summed.units(a), summed_stages.at * a.stage_bytes + a.grads_at);
-      __syncwarp();
-      if (lane == 0) arrive(summed_stages.empty());
+      arrive_together(summed_stages.empty(), lane == 0);
       summed_stages.advance();
       if (summed.group == a.groups - 1 || item - behind == end - 1) {
 #pragma unroll
@@ -578,8 +577,7 @@ __global__ void __launch_bounds__(32 * (F::kMostWarps + 1), 1) lanes_grad_weight
         }
       }
     }
-    __syncwarp();
-    if (lane == 0) arrive(stages.empty());
+    arrive_together(stages.empty(), lane == 0);
     stages.advance();
     if (++own_part == a.parts) own_part = 0;  // all warps have the most rows by turns
 

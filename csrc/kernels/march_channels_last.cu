@@ -433,7 +433,8 @@ __device__ inline void store_row(const March& a, char* to, int from, int pitch, 
 // The warp that loads prepares the barriers.
 __device__ inline void init_barriers(int warps) {
   if (threadIdx.x % 32 == 0)
-    for (int i = 0; i < kGroups; ++i) init_barrier(Barriers::full(i), 1), init_barrier(Barriers::done(i), warps);
+    for (int i = 0; i < kGroups; ++i)
+      init_barrier(Barriers::full(i), 1), init_barrier(Barriers::done(i), warps * kWarpArrivals);
   if (threadIdx.x % 32 == 0) init_barrier(kTapsBarrier, 1);
   before_bulk_copies();
   __syncwarp();
@@ -715,8 +716,7 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
           if (fresh == 0) {
             if (slot == a.ring_bytes) slot = 0;
             if constexpr (kBulk) {
-              __syncwarp();
-              if (groups > 0 && first_lane) arrive_at(base + Barriers::done((groups - 1) % kGroups));
+              if (groups > 0) arrive_together_at(base + Barriers::done((groups - 1) % kGroups), first_lane);
               wait_at(base + Barriers::full(groups % kGroups), groups / kGroups % 2);
               ++groups;
               if (Tile::kLoading == 0 && loads) load_group(groups + 1);

@@ -495,8 +495,7 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
           }
         }
         if (kLoaderWarps) {
-          __syncwarp();
-          if (threadIdx.x % 32 == 0) arrive(StageBarriers::done(stage));
+          arrive_together(StageBarriers::done(stage), threadIdx.x % 32 == 0);
         }
         if (++stage == a.depth) stage = 0, parity ^= 1;
         more = !at.next(a, W::kHeld);

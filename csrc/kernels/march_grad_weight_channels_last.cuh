@@ -108,7 +108,7 @@ struct StageBarriers {
   static __device__ void init(int loaders, int warps, bool boxes) {
     if (threadIdx.x > 0) return;
     for (int i = 0; i < kMaxStages; ++i)
-      init_barrier(full(i), boxes ? loaders : 2 * loaders), init_barrier(done(i), warps);
+      init_barrier(full(i), boxes ? loaders : 2 * loaders), init_barrier(done(i), warps * kWarpArrivals);
   }
   // Each thread that loads arrives twice: now, for what it stored itself, and when its copies under way are there. The
   // barrier knows of boxes.

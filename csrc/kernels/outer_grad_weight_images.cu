@@ -170,7 +170,8 @@ __global__ void __launch_bounds__(kThreads, 1) outer_images(const __grid_constan
   let_next_kernel_start();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   if (threadIdx.x == 0)
-    for (int s = 0; s < a.stages; ++s) init_barrier(a.full(s), 1), init_barrier(a.empty(s), kHalves * a.shifts);
+    for (int s = 0; s < a.stages; ++s)
+      init_barrier(a.full(s), 1), init_barrier(a.empty(s), kHalves * a.shifts * kWarpArrivals);
   for (int i = 16 * threadIdx.x; i < kZeroBytes + 4 * a.columns * a.sum_pitch; i += 16 * blockDim.x)
     shared<uint4>(Images::kZeros + i) = uint4{};
   before_bulk_copies();
@@ -214,8 +215,7 @@ __global__ void __launch_bounds__(kThreads, 1) outer_images(const __grid_constan
       grad += 2 * a.columns, source += 2 * a.columns;
       if (++piece < last_piece) return;
       piece = first_piece, image += kImages;
-      __syncwarp();
-      if (lane == 0) arrive_at(memory + a.empty(turn.stage));
+      arrive_together_at(memory + a.empty(turn.stage), lane == 0);
       turn.next(a);
     };
 

@@ -514,7 +514,7 @@ __global__ void __launch_bounds__(32 * warps_of(way), 1) outer_planes(const __gr
   if (threadIdx.x == 0)
     for (int s = 0; s < a.stages; ++s) {
       init_barrier(a.full(s), bulk ? 1 : a.loaders);
-      init_barrier(a.empty(s), warps);
+      init_barrier(a.empty(s), warps * kWarpArrivals);
     }
   if (threadIdx.x < Planes::kZeroBytes / 4) shared<uint32_t>(Planes::kZeros + 4 * threadIdx.x) = 0;
   if constexpr (!bulk)
@@ -591,8 +591,7 @@ __global__ void __launch_bounds__(32 * warps_of(way), 1) outer_planes(const __gr
       return part;
     };
     const auto end_stage = [&] {
-      __syncwarp();
-      if (lane == 0) arrive_at(memory + a.empty(turn.stage));
+      arrive_together_at(memory + a.empty(turn.stage), lane == 0);
       image += a.stage_images(), turn.next(a);
     };
 #pragma unroll 1

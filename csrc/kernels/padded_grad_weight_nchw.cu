@@ -368,7 +368,7 @@ __global__ void __launch_bounds__(32 * (Sums::kWarps + Sums::kLoader), Sums::kBl
     for (int i = 0; i < kMaxStages; ++i) {
       init_barrier(full_at_first(i), blockDim.x);
       init_barrier(Barriers::full(i), 32);
-      init_barrier(Barriers::done(i), copier.workers() / 32);
+      init_barrier(Barriers::done(i), copier.workers() / 32 * kWarpArrivals);
     }
   }
 #pragma unroll 1

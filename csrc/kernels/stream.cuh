@@ -49,7 +49,7 @@ struct Copier {
   __device__ void init() const {
     if ((bulk || dedicated) && threadIdx.x == 0) {
       for (int i = 0; i < kDepth; ++i)
-        init_barrier(Barriers::full(i), bulk ? 1 : 32), init_barrier(Barriers::done(i), workers() / 32);
+        init_barrier(Barriers::full(i), bulk ? 1 : 32), init_barrier(Barriers::done(i), workers() / 32 * kWarpArrivals);
       before_bulk_copies();
     }
   }
@@ -85,10 +85,7 @@ struct Copier {
   }
 
   // After reading a chunk, where there is a dedicated warp: it may load another one in its place.
-  __device__ void finish(int stage) const {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) arrive(Barriers::done(stage));
-  }
+  __device__ void finish(int stage) const { arrive_together(Barriers::done(stage), threadIdx.x % 32 == 0); }
 
   // Between writing a buffer and storing it, before a __syncthreads().
   __device__ void before_store() const {

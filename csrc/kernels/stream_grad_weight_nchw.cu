@@ -339,7 +339,8 @@ __global__ void __launch_bounds__(PlaneCut<kSide>::kThreads + 32, PlaneCut<kSide
   constexpr int kTaps = kKernel * kKernel, kThreads = Cut::kThreads;
   const int thread = threadIdx.x;
   if (thread == 0) {
-    for (int i = 0; i < kDepth; ++i) init_barrier(Barriers::full(i), 1), init_barrier(Barriers::done(i), kThreads / 32);
+    for (int i = 0; i < kDepth; ++i)
+      init_barrier(Barriers::full(i), 1), init_barrier(Barriers::done(i), kThreads / 32 * kWarpArrivals);
     before_bulk_copies();
   }
   let_next_kernel_start();
@@ -368,8 +369,7 @@ __global__ void __launch_bounds__(PlaneCut<kSide>::kThreads + 32, PlaneCut<kSide
       PlaneRows source{at, column, down}, grad{at + Cut::kArray, column, down};
       if (chunk * Cut::kImages + warp_image < a.images)  // those behind the last image are zeros
         sums.template add_plane<float>(source, grad, a.bias != nullptr);
-      __syncwarp();
-      if (thread % 32 == 0) arrive(Barriers::done(stage));
+      arrive_together(Barriers::done(stage), thread % 32 == 0);
     }
   }
   __syncthreads();

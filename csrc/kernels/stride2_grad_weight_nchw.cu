@@ -135,8 +135,8 @@ __global__ void __launch_bounds__(threads_of(!kPlain), 1) stride2_grad_weight_nc
   if (cluster) enter_cluster(split == 0, kTotalsBarrier, 4 * a.splits * kFilters * slots);
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i)
-      init_barrier(kFull + 8 * i, kPlain || a.bulk ? 2 : 66), init_barrier(kDone + 8 * i, kPhases),
-          init_barrier(kMoved + 8 * i, kMovers);
+      init_barrier(kFull + 8 * i, kPlain ? 2 : 2 * ((a.bulk ? 0 : 32) + kWarpArrivals)),
+          init_barrier(kDone + 8 * i, kPhases * kWarpArrivals), init_barrier(kMoved + 8 * i, kMovers * kWarpArrivals);
     before_bulk_copies();
   }
   let_next_kernel_start();
@@ -159,8 +159,7 @@ __global__ void __launch_bounds__(threads_of(!kPlain), 1) stride2_grad_weight_nc
       for (int f = 0; f < kFilters && a.grad.shift > 0; ++f)
         move_runs({place + Place::kGradAt + f * Place::kBand, Place::kGrad, kBandBytes, a.grad.shift, false},
                   (mover + f + 1) % kMovers, kMovers);
-      __syncwarp();
-      if (lane == 0) arrive(kMoved + 8 * stage);
+      arrive_together(kMoved + 8 * stage, lane == 0);
     }
   } else if (warp >= kPhases) {
     const bool input = warp == kPhases;
@@ -216,8 +215,7 @@ __global__ void __launch_bounds__(threads_of(!kPlain), 1) stride2_grad_weight_nc
                       pitch, is_first ? v.shift : 0, bytes + (is_last ? v.shift : behind), full, a.bulk);
         }
         if (!a.bulk) arrive_after_copies(full);
-        __syncwarp();
-        if (is_elected()) arrive(full);
+        arrive_together(full, is_elected());
       }
       __syncwarp();
       if (++band == a.bands) band = 0, image += kImages;
@@ -270,8 +268,7 @@ __global__ void __launch_bounds__(threads_of(!kPlain), 1) stride2_grad_weight_nc
             multiply(bias[f], bias[f], {kOnes, kOnes, kOnes, kOnes}, {both[2 * f], both[2 * f + 1]}, T{});
         }
       }
-      __syncwarp();
-      if (lane == 0) arrive(kDone + 8 * stage);
+      arrive_together(kDone + 8 * stage, lane == 0);
     }
 
     // What was loaded has served: for each tap there are to be the products of a pair of rows, zeros where it has none.

@@ -69,7 +69,8 @@ __global__ void __launch_bounds__(kThreads, 1) three_channels(const __grid_const
   const auto full = [&](int stage) { return 8 * stage; };
   const auto done = [&](int stage) { return 8 * (kMostStages + stage); };
   if (threadIdx.x == 0)
-    for (int stage = 0; stage < a.stages; ++stage) init_barrier(full(stage), 1), init_barrier(done(stage), warps);
+    for (int stage = 0; stage < a.stages; ++stage)
+      init_barrier(full(stage), 1), init_barrier(done(stage), warps * kWarpArrivals);
   if (threadIdx.x < (kRing - kZeros) / kUnit) shared<uint4>(kZeros + threadIdx.x * kUnit) = uint4{};
   for (int i = threadIdx.x; i <= kRows * a.stages; i += blockDim.x) shared<uint4>(kRing + i * row_pitch) = uint4{};
   before_bulk_copies();
@@ -163,8 +164,7 @@ __global__ void __launch_bounds__(kThreads, 1) three_channels(const __grid_const
         for (int w = 0; w < kElements / 4; ++w) shared_at<uint2>(to + w * 4 * kSize) = words[w];
       };
       if (u == kRows - 1) {
-        __syncwarp();
-        if (first_lane) arrive_at(barrier + done(0));
+        arrive_together_at(barrier + done(0), first_lane);
         put(buffer);
       }
 #pragma unroll

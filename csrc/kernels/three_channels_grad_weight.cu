@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, 1) three_channels_grad_weight(const 
   if (place == 0)
 #pragma unroll 1
     for (int stage = 0; stage < kStages; ++stage) {
-      init_barrier(barriers + 8 * stage, 1), init_barrier(barriers + 8 * (kMostRings + stage), warps);
+      init_barrier(barriers + 8 * stage, 1), init_barrier(barriers + 8 * (kMostRings + stage), warps * kWarpArrivals);
       const int at = ring + stage * a.stage_bytes;
       shared<uint4>(at) = shared<uint4>(at + kUnit + a.row_bytes) = uint4{};
     }
@@ -196,8 +196,7 @@ __global__ void __launch_bounds__(kThreads, 1) three_channels_grad_weight(const 
         for (int e = 0; e < kElements; e += 4) read_four<T>(grad_at + e * kSize, g[u] + e);
 #pragma unroll
         for (int e = 0; e < 4 + kElements + 4; e += 4) read_four<T>(source_at + e * kSize, x + e);
-        __syncwarp();
-        if (first_lane) arrive_at(barrier + 8 * kMostRings);
+        arrive_together_at(barrier + 8 * kMostRings, first_lane);
         if constexpr (kWithBias)
 #pragma unroll
           for (int e = 0; e < kElements; ++e) bias[e % kChannels] += g[u][e];

@@ -200,8 +200,7 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
     drain.take(a, next_place(stage, a.stage_bytes, a.stages_bytes), units, stores);
   };
   const auto arrive_step = [&](bool now = true) {
-    __syncwarp();
-    if (now && lane == 0) arrive_at(memory + kBarrier);
+    if (now) arrive_together_at(memory + kBarrier, lane == 0);
   };
   wait_copies<kDepth - 2>();
   if constexpr (kParted) {

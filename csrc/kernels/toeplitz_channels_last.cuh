@@ -228,7 +228,7 @@ __device__ void repair(const Toeplitz& a, const Outputs<T, Shape>& outputs, int 
 template <typename T, class Shape>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1) toeplitz_channels_last(const __grid_constant__ Toeplitz a) {
   uint32_t worker = blockIdx.x, parity = 0;
-  if (threadIdx.x == 0) init_barrier(kBarrier, blockDim.x / 32);
+  if (threadIdx.x == 0) init_barrier(kBarrier, blockDim.x / 32 * kWarpArrivals);
   __syncthreads();
   const int slab = a.by_slabs.split(worker) * a.slab;
   const int last = a.shares.begin(worker + 1);

@@ -158,7 +158,8 @@ __global__ void __launch_bounds__(kThreads, Size::kBlocks)
   const int slab = a.by_slabs.split(rest), split = static_cast<int>(rest);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (threadIdx.x < kMaxStages)
-    init_barrier(StageBarriers::full(threadIdx.x), kThreads), init_barrier(StageBarriers::done(threadIdx.x), kWarps);
+    init_barrier(StageBarriers::full(threadIdx.x), kThreads),
+        init_barrier(StageBarriers::done(threadIdx.x), kWarps * kWarpArrivals);
   StreamLoader<Size> loader(a, slab, split);
   __syncthreads();
   settle_and_wait_for_kernel_before(a.depth);
@@ -209,8 +210,7 @@ __global__ void __launch_bounds__(kThreads, Size::kBlocks)
           for (int c = 0; c < kQuad; ++c) x[c][2 * half + behind] = pair[c];
         }
       }
-      __syncwarp();
-      if (lane == 0) arrive_at(barriers.done(stage));
+      arrive_together_at(barriers.done(stage), lane == 0);
       if (step + a.ahead < a.steps) {
         wait_at(barriers.done(free_stage), free_parity);
         loader.load(a, free_stage, barriers.full(free_stage));

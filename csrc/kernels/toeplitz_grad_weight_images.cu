@@ -248,8 +248,7 @@ __global__ void __launch_bounds__(kThreads, 1) toeplitz_grad_weight_of_boxes(con
         [&](int r) { return load_row(source_at, r - kPadding); },
         [&] {
           if (next >= last) return;  // else into the stage that all warps have read
-          __syncwarp();
-          if (lane == 0) arrive(StageBarriers::done(stage));
+          arrive_together(StageBarriers::done(stage), lane == 0);
           if (warp == 0 && is_elected()) wait(StageBarriers::done(stage), parity), load(next, stage);
         },
         [](int t) { return 2 * t + 2 >= kPadding && 2 * t < kPadding + kBoxRows; });

@@ -186,8 +186,7 @@ __global__ void __launch_bounds__(kThreads, 1) toeplitz_grad_weight_pairs(const 
               const uint32_t from = begin + e * Stage::kSourceRow + odd * Stage::kSource;
               pair_up(load_at(source_at[2 * h] + from), load_at(source_at[2 * h + 1] + from), x[e][2 * h + odd]);
             }
-      __syncwarp();
-      if (lane == 0) arrive_at(barriers.done(stage));
+      arrive_together_at(barriers.done(stage), lane == 0);
       if (next.count > 0) {
         if (turn == 0 && lane == 0) {
           wait_at(barriers.done(free_stage), free_parity);

@@ -166,8 +166,7 @@ __global__ void __launch_bounds__(kThreads, 1) toeplitz_grad_weight_rows(const _
       uint32_t x[4][kQuad];  // of a half of the tiles, and of the 8 columns behind
       pair_up(source[0][0], source[0][1], x[0]), pair_up(source[1][0], source[1][1], x[1]);
       pair_up_again(source[1][0], source[1][1], x[2]), pair_up(source[2][0], source[2][1], x[3]);
-      __syncwarp();
-      if (lane == 0) arrive_at(barriers.done(stage));
+      arrive_together_at(barriers.done(stage), lane == 0);
       if ((mine || !kBoth) && step + a.ahead < steps) {
         const bool again = stage >= kBehind;  // the stage that was read kBehind steps ago
         const int free_stage = again ? stage - kBehind : stage + a.ahead;

@@ -240,7 +240,7 @@ class PartCopier {
       : a_(a), stores_bulk_(kUnits || (kCopies == Copies::kBulk && a.bulk_stores)) {}
 
   // Arrivals that complete a load.
-  static constexpr int kArrivals = kCopies == Copies::kAsync ? 33 : 1;
+  static constexpr int kArrivals = kCopies == Copies::kUnits ? 1 : (kCopies == Copies::kAsync ? 32 : 0) + kWarpArrivals;
 
   // A part's load, as far as it takes no memory.
   struct Load {
@@ -279,8 +279,10 @@ class PartCopier {
       if (kUnits) arrive(barrier);
     }
     if (load.ends) load_ends(a_, stage, load.part, kPlane);
-    __syncwarp();
-    if (!kUnits && threadIdx.x % 32 == 0) arrive(barrier);
+    if (kUnits)
+      __syncwarp();
+    else
+      arrive_together(barrier, threadIdx.x % 32 == 0);
   }
 
   __device__ void load(int number, int last, int stage) const {
@@ -344,8 +346,8 @@ __global__ void __launch_bounds__(32 * (kMaxWarps + copiers_of(kSide)), kSide ==
 #pragma unroll
     for (int stage = 0; stage < kStages; ++stage) {
       init_barrier(Barriers::full(stage), copier.kArrivals);
-      init_barrier(Barriers::done(stage), workers);
-      init_barrier(free_buffer(stage), 1);
+      init_barrier(Barriers::done(stage), workers * kWarpArrivals);
+      init_barrier(free_buffer(stage), kWarpArrivals);
     }
   // What lies around the runs is multiplied with zeros: it should be finite.
   for (int i = threadIdx.x; i < kStages * kImages * static_cast<int>(a.by_clear.divisor); i += blockDim.x) {
@@ -379,7 +381,7 @@ __global__ void __launch_bounds__(32 * (kMaxWarps + copiers_of(kSide)), kSide ==
       if (loads) copier.load(number + kStages * step, last, stage);
       if (stores) {
         copier.wait_until_stored();
-        if (lane == 0) arrive(free_buffer(stage));
+        arrive_together(free_buffer(stage), lane == 0);
       }
       if (++stage == kStages) stage = 0, parity ^= 1;
     }
@@ -468,8 +470,7 @@ __global__ void __launch_bounds__(32 * (kMaxWarps + copiers_of(kSide)), kSide ==
     }
     if (!kAhead) fetch_next(number);
     copier.before_store();
-    __syncwarp();
-    if (lane == 0) arrive(Barriers::done(stage));
+    arrive_together(Barriers::done(stage), lane == 0);
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
 #endif

@@ -395,9 +395,8 @@ __device__ void consume(const Planes& a, int count, int warp) {
     const PlanesTask t = task_in(a, slot);
     const int next = slide<T, kTiles, kDepth, kSides, kSteps>(a, t, a.source_at + slot * a.slot_bytes, out_at, row);
     if (a.box_store) before_bulk_copies();
-    __syncwarp();
     const int lane = threadIdx.x % 32;
-    if (lane == 0) arrive(empty_barrier(a, slot));
+    arrive_together(empty_barrier(a, slot), lane == 0);
     number = __shfl_sync(~0u, next, 0);
     if (a.box_store) {
       if (is_elected()) store_box(a.target_map, out_at, row * a.out_width, t.target, t.image, 0);
@@ -437,7 +436,7 @@ __global__ void __launch_bounds__(kThreads, 1) toeplitz_large_planes(const __gri
   __syncthreads();
   if (threadIdx.x < a.slots) {
     init_barrier(full_barrier(a, threadIdx.x), 2 * 32 * a.producers);
-    init_barrier(empty_barrier(a, threadIdx.x), a.units);
+    init_barrier(empty_barrier(a, threadIdx.x), a.units * kWarpArrivals);
     init_barrier(raw_barrier(a, threadIdx.x), a.producers);
   }
   if (threadIdx.x == 0) shared<int>(a.counter_at) = a.consumers, init_barrier(a.counter_at + 8, a.consumers);

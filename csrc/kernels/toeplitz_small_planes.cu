@@ -71,7 +71,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, blocks_of(kIn + kOut))
   const int copied = warp + lane * a.copiers;  // the image that a lane copies in bulk, if its warp does
   if (copier.bulk && threadIdx.x == 0)
 #pragma unroll
-    for (int stage = 0; stage < Barriers::kStages; ++stage) init_barrier(Barriers::full(stage), a.copiers);
+    for (int stage = 0; stage < Barriers::kStages; ++stage)
+      init_barrier(Barriers::full(stage), a.copiers * kWarpArrivals);
   if (threadIdx.x == 0) before_bulk_copies();
   __syncthreads();
   const int own = warp >> a.share / 2, first_tile = warp & (a.share - 1);  // the warp's channel of the part, its tiles
@@ -98,8 +99,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, blocks_of(kIn + kOut))
     const int barrier = Barriers::full(stage);
     if (copied < part.images && one.bytes > 0) one.begin(stage * a.stage_bytes, barrier);
     if (warp == 0) load_ends(a, stage, part, source_plane);
-    __syncwarp();
-    if (lane == 0) arrive(barrier);
+    arrive_together(barrier, lane == 0);
   };
   const auto load_in_bulk = [&](int number, int stage) {
     if (number >= last || !copies) return;

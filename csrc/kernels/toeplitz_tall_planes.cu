@@ -181,8 +181,7 @@ __device__ void store(const TallPlanes& a, int first, int count, int lane) {
       }
       commit_stores();
       wait_stores_but_one();
-      __syncwarp();
-      if (lane == 0 && task > 0) arrive(empty_barrier(a, before));
+      if (task > 0) arrive_together(empty_barrier(a, before), lane == 0);
     } else {
 #pragma unroll 1
       for (int n = 0; n < t.images; ++n) {
@@ -193,8 +192,7 @@ __device__ void store(const TallPlanes& a, int first, int count, int lane) {
           default: store_plane<4>(to, from + n * a.out_plane, a.out_bytes, lane); break;
         }
       }
-      __syncwarp();
-      if (lane == 0) arrive(empty_barrier(a, slot));
+      arrive_together(empty_barrier(a, slot), lane == 0);
     }
     before = slot;
     if (++slot == a.slots) slot = 0, parity ^= 1;
@@ -358,8 +356,7 @@ __device__ void consume(const TallPlanes& a, int first, int count, int warp, int
       stage<T>(a, sum, t, at + a.out_in_slot, image, block, lane);
     }
     if (a.bulk_store) before_bulk_copies();
-    __syncwarp();
-    if (lane == 0) arrive(done_barrier(a, slot));
+    arrive_together(done_barrier(a, slot), lane == 0);
   }
 }
 
@@ -376,8 +373,8 @@ __global__ void __launch_bounds__(kTallThreads, 1) toeplitz_tall_planes(const __
   __syncthreads();
   if (threadIdx.x < a.slots) {
     init_barrier(full_barrier(a, threadIdx.x), 2 * 32 * a.loaders);
-    init_barrier(done_barrier(a, threadIdx.x), a.blocks);
-    init_barrier(empty_barrier(a, threadIdx.x), 1);
+    init_barrier(done_barrier(a, threadIdx.x), a.blocks * kWarpArrivals);
+    init_barrier(empty_barrier(a, threadIdx.x), kWarpArrivals);
     init_barrier(raw_barrier(a, threadIdx.x), a.loaders);
   }
   if (a.bulk_load || a.raw.plane > 0) before_bulk_copies();

@@ -63,10 +63,7 @@ __device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint
 
   Outputs<T, Shape> outputs(a, channel);
   Share<Shape, true> share(memory + a.stage_at);
-  const auto arrive_step = [&] {
-    __syncwarp();
-    if (lane == 0) arrive_at(memory + kBarrier);
-  };
+  const auto arrive_step = [&] { arrive_together_at(memory + kBarrier, lane == 0); };
   const auto begin_step = [&] {
     wait_at(memory + kBarrier, parity);
     parity ^= 1;
