@@ -302,7 +302,10 @@ class Decisions {
   const Decision& operator()(const Key& key, Decide&& decide) {
     uint64_t hash = 0;
     for (const int64_t value : key) hash = (hash ^ static_cast<uint64_t>(value)) * 0x9e3779b97f4a7c15u;
-    Entry& entry = entries_[hash >> 59];
+    // Problems that share a set would decide anew in every step if they took each other's only place.
+    const auto set = entries_.begin() + (hash >> 61) * kWays;
+    const auto found = std::find_if(set, set + kWays, [&](const Entry& e) { return !e.decision || e.key == key; });
+    Entry& entry = found < set + kWays ? *found : set[next_++ % kWays];
     if (!entry.decision || entry.key != key) entry = {key, decide()};
     return *entry.decision;
   }
@@ -312,7 +315,9 @@ class Decisions {
     Key key;
     std::optional<Decision> decision;
   };
-  std::array<Entry, 32> entries_;
+  static constexpr size_t kWays = 4;
+  std::array<Entry, 8 * kWays> entries_;
+  size_t next_ = 0;  // the way that makes room
 };
 
 }  // namespace dwconv
