@@ -3,8 +3,8 @@ exact ones.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/sanitize.py
 
-(or racecheck, initcheck, synccheck). Without the caching allocator every tensor is an allocation of its own, so that
-nothing next to it can be touched unseen.
+(or initcheck, synccheck, and racecheck, for which it takes a build of its own: see README.md). Without the caching
+allocator every tensor is an allocation of its own, so that nothing next to it can be touched unseen.
 """
 
 from __future__ import annotations
