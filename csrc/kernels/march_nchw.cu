@@ -2,7 +2,7 @@
 // 7x7 at stride 2. A lane marches down a strip of 7 columns: each source row, read once, is added to all the output
 // rows that it reaches, whose sums are in registers; the oldest of them is then complete. The loop is one output row,
 // so that it stays in the instruction cache. Where planes begin with 16 bytes, rows of all planes of a warp come and go
-// as one box.
+// as one box; where rows do that are cut into spans, those of a span.
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -22,11 +22,14 @@ namespace {
 
 // How rows come and go: in pieces, whatever their address, or in boxes of rows of planes that begin with 16 bytes, so
 // many rows that they end with 16 bytes too. Halves are boxes of planes of two strips that a kernel is laid over the
-// middle of: right halves are mirror images of left ones, and what lies outside on the left is not multiplied.
-enum class Way { kPieces, kBoxes, kHalves };
+// middle of: right halves are mirror images of left ones, and what lies outside on the left is not multiplied. Of rows
+// that are cut into spans, and all begin with 16 bytes, boxes have a span's columns, with zeros beside the image.
+enum class Way { kPieces, kBoxes, kHalves, kSpans };
+
+constexpr int kColumnsOfUnit = kUnit / 4;
 
 struct March {
-  CUtensorMap source_map, target_map;  // of boxes: a plane's rows are one, planes and images follow
+  CUtensorMap source_map, target_map;  // of boxes: columns, rows, planes, images; but for spans a plane is one row
   MarchCut cut;
   PlaneRows source, target;
   int multiplier;
@@ -54,17 +57,24 @@ constexpr int held_rows(int extent, int stride) {
 
 // Here step i is the `stride` source rows that end with row i * stride - padding: they begin target row i, and complete
 // the one held_rows - 1 before. `first` and `last` are the first step with a source row and the last one.
-template <int kExtent, int kStride>
+// Boxes of spans may reach beyond the image: all are as wide.
+template <int kExtent, int kStride, Way kWay>
 __device__ inline MarchRun steps_of(const March& a, int begin, int end, int span) {
   const MarchCut& cut = a.cut;
   MarchRun r = run_of(cut, a.source.height, a.source.width, begin, end, kExtent, span);
   r.first = max(r.begin, (cut.padding_h + kStride - 1) / kStride);
   r.last = min(r.end + held_rows(kExtent, kStride) - 2, (a.source.height + cut.padding_h + kStride - 2) / kStride);
+  if (kWay == Way::kSpans) r.column = r.own_column;
   if (kStride > 1 && cut.spans > 1) {
     r.source_column = max(r.column * kStride - cut.padding_w, 0);
     r.source_end = min((r.column_end - 1) * kStride + kExtent - cut.padding_w, a.source.width);
   }
   return r;
+}
+
+// The first column of a span's box of the source: 16 bytes begin with it.
+__device__ inline int box_column(const March& a, const MarchRun& r) {
+  return (r.column - a.cut.padding_w) & -kColumnsOfUnit;
 }
 
 // The first source row of a step.
@@ -119,13 +129,15 @@ __device__ inline void load_next(const March& a, int end, int span, Known& known
   const int begin = known.begin, done = known.done;
   __syncwarp();
   if (begin < end) {
-    const MarchRun r = steps_of<kExtent, kStride>(a, begin, end, span);
+    const MarchRun r = steps_of<kExtent, kStride, kWay>(a, begin, end, span);
     const int step = r.first + done, left = r.last + 1 - step, count = min(left, rows.group_rows / kStride);
     const int row = row_of_step<kStride>(a, step), plane = source_plane(a, r.channel);
     if constexpr (kWay != Way::kPieces) {
       ready();
       ring.load_boxes(cut, a.box_bytes, [&](int to, int barrier) {
-        copy_box(to, a.source_map, row * rows.width, plane, 0, r.image, barrier);
+        constexpr bool kSpans = kWay == Way::kSpans;
+        copy_box(to, a.source_map, kSpans ? box_column(a, r) : row * rows.width, kSpans ? row : 0, plane, r.image,
+                 barrier);
       });
     } else {
       const CopyShare share(cut, rows);
@@ -152,7 +164,7 @@ constexpr int blocks_of(int kernel) {
 // kMargin: how many columns at most lie outside the image on either side of a strip and are not zeros.
 template <int kKernel, int kStride, int kDilation, int kMargin, Way kWay>
 __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nchw(const __grid_constant__ March a) {
-  constexpr bool kHalves = kWay == Way::kHalves;
+  constexpr bool kHalves = kWay == Way::kHalves, kSpans = kWay == Way::kSpans;
   constexpr int kExtent = (kKernel - 1) * kDilation + 1, kReach = kExtent / 2;
   constexpr int kColumns = kHalves ? kStrip + kReach : (kStrip - 1) * kStride + kExtent;
   constexpr int kTaps = kKernel * kKernel;
@@ -165,7 +177,7 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
   const int lane = threadIdx.x % 32;
   const int memory = kRowMargin + threadIdx.x / 32 * cut.warp_bytes;
   uint32_t worker = blockIdx.x * kMarchWarps + threadIdx.x / 32;
-  const int span = kBoxes ? 0 : cut.by_worker_spans.split(worker);
+  const int span = kBoxes && !kSpans ? 0 : cut.by_worker_spans.split(worker);
   const auto row_of = [&](int worker) {
     return static_cast<int>(static_cast<int64_t>(cut.units) * min(worker, cut.workers) / cut.workers) * cut.unit_rows;
   };
@@ -193,7 +205,7 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
   };
   float weight[kKernel][kKernel], bias = 0;
   for (int at = begin; at < end;) {
-    const MarchRun r = steps_of<kExtent, kStride>(a, at, end, span);
+    const MarchRun r = steps_of<kExtent, kStride, kWay>(a, at, end, span);
     at += r.end - r.begin;
     const bool live = static_cast<int>(plane) < r.planes;
     const bool mirrored = kHalves && live && strip > 0;
@@ -232,7 +244,8 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
       __syncwarp();
     }
 
-    const int column = min(r.column + (live ? strip : 0) * kStrip, cut.target_width - kStrip);
+    const int strip_column = r.column + (live ? strip : 0) * kStrip, last_column = cut.target_width - kStrip;
+    const int column = kSpans ? strip_column : min(strip_column, last_column);
     const int x0 = column * kStride - cut.padding_w;
     ColumnMasks<kColumns, kMargin> masks;
     uint32_t source_low = 0, target_low = 0;
@@ -241,7 +254,8 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
       source_low = a.source.phase(r.image, source_plane(a, r.channel + (a.source.whole ? 0 : own)), 0, r.source_column);
       target_low = a.target.phase(r.image, r.channel + (a.target.whole ? 0 : own), 0, r.column);
     }
-    const int source_column = !kHalves ? x0 - r.source_column : mirrored ? a.source.width - 1 : 0;
+    const int source_begin = kSpans ? box_column(a, r) : r.source_column;
+    const int source_column = !kHalves ? x0 - source_begin : mirrored ? a.source.width - 1 : 0;
     known.source_lane[lane] = source_plane(a, own) * a.source.piece_pitch + source_column * 4;
     known.target_lane[lane] = own * a.target.piece_pitch + (mirrored ? a.target.width - 1 : column - r.column) * 4;
     const int turn = mirrored ? -4 : 4;  // from a column to the next
@@ -275,7 +289,8 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
       const int planes = known.planes;
       if (box) {
         if (is_elected()) {
-          store_box(a.target_map, stage, known.row * a.target.width, known.channel, 0, known.image);
+          store_box(a.target_map, stage, kSpans ? known.column : known.row * a.target.width, kSpans ? known.row : 0,
+                    known.channel, known.image);
           commit_stores();
         }
       } else if (share.piece < planes) {
@@ -342,38 +357,40 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
           sum[o][v] = fmaf(x[s], weight[i][j], before);
         };
         // In the order in which ptxas finds the most operands in different banks.
-        if constexpr (kSkips) {
-          const auto add_rows = [&](auto from, auto to) {
+        const auto add_rows = [&](auto from, auto to) {
+          constexpr int kFrom = decltype(from)::value, kTo = decltype(to)::value;
+          const auto first_tap = [](int v) { return kHalves && v < kReach ? kReach - v : 0; };
+          if constexpr (kKernel > kMarchKernel) {
 #pragma unroll
             for (int v = 0; v < kStrip; ++v)
 #pragma unroll
               for (int j = 0; j < kKernel; ++j)
 #pragma unroll
-                for (int o = decltype(from)::value; o < decltype(to)::value; ++o) add(o, j, v, j == 0);
-          };
-          using std::integral_constant;
-          constexpr int kHalf = kHeld / 2;
-          if (step <= r.begin + kHalf)
-            add_rows(integral_constant<int, kHalf>{}, integral_constant<int, kHeld>{});
-          else if (step >= r.end + kAhead - 1 - kHalf)
-            add_rows(integral_constant<int, 0>{}, integral_constant<int, kHeld - kHalf>{});
-          else
-            add_rows(integral_constant<int, 0>{}, integral_constant<int, kHeld>{});
-        } else if constexpr (!kBoxes) {
+                for (int o = kFrom; o < kTo; ++o) add(o, j, v, j == 0);
+          } else if constexpr (!kBoxes) {
 #pragma unroll
-          for (int o = 0; o < kHeld; ++o)
+            for (int o = kFrom; o < kTo; ++o)
+#pragma unroll
+              for (int j = 0; j < kKernel; ++j)
+#pragma unroll
+                for (int v = 0; v < kStrip; ++v) add(o, j, v, j == 0);
+          } else {
 #pragma unroll
             for (int j = 0; j < kKernel; ++j)
 #pragma unroll
-              for (int v = 0; v < kStrip; ++v) add(o, j, v, j == 0);
-        } else {
+              for (int v = 0; v < kStrip; ++v)
 #pragma unroll
-          for (int j = 0; j < kKernel; ++j)
-#pragma unroll
-            for (int v = 0; v < kStrip; ++v)
-#pragma unroll
-              for (int o = 0; o < kHeld; ++o) add(o, j, v, j == (kHalves && v < kReach ? kReach - v : 0));
-        }
+                for (int o = kFrom; o < kTo; ++o) add(o, j, v, j == first_tap(v));
+          }
+        };
+        using std::integral_constant;
+        constexpr int kHalf = kHeld / 2;
+        if (kSkips && step <= r.begin + kHalf)
+          add_rows(integral_constant<int, kHalf>{}, integral_constant<int, kHeld>{});
+        else if (kSkips && step >= r.end + kAhead - 1 - kHalf)
+          add_rows(integral_constant<int, 0>{}, integral_constant<int, kHeld - kHalf>{});
+        else
+          add_rows(integral_constant<int, 0>{}, integral_constant<int, kHeld>{});
       }
       if (step >= r.begin + kAhead) store(step - kAhead);
     }
@@ -385,8 +402,11 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
         for (int v = 0; v < kStrip; ++v) sum[o][v] = sum[o + 1][v];
       if (row >= r.begin) store(row);
     }
-    if (live && !(known.finite >> lane & 1))
-      strip_by_taps<kKernel, kStride, kDilation>(a, r.image, r.channel + own, r.begin, r.end, column);
+    if (live && !(known.finite >> lane & 1)) {
+      // A span is of one plane: the strip's place is in shared memory, and no register has to keep it.
+      const int first = kSpans ? known.column + known.target_lane[lane] / 4 : column;
+      strip_by_taps<kKernel, kStride, kDilation>(a, r.image, r.channel + own, r.begin, r.end, min(first, last_column));
+    }
   }
   stored();
 }
@@ -396,7 +416,7 @@ using Kernel = void (*)(March);
 // What a kernel is compiled for, and how, each way that it may go, or null.
 struct Kernels {
   int side, extent, stride;
-  std::array<Kernel, 3> by_way;
+  std::array<Kernel, 4> by_way;
 
   Kernel& operator[](Way way) { return by_way[static_cast<int>(way)]; }
   const Kernel& operator[](Way way) const { return by_way[static_cast<int>(way)]; }
@@ -425,11 +445,24 @@ Decision decide(const March& a, int64_t images, const Kernels& kernels, const De
     const bool two = a.source.width == 2 * kStrip && cut.target_width == 2 * kStrip && cut.padding_w == extent / 2;
     d.way = two && kernels[Way::kHalves] != nullptr ? Way::kHalves : Way::kBoxes;
   }
-  const bool boxes = d.way != Way::kPieces;
+  if (kernels[Way::kSpans] != nullptr && cut.spans > 1 && a.source.width % kColumnsOfUnit == 0 &&
+      a.target.width % kColumnsOfUnit == 0) {
+    d.way = Way::kSpans;
+    const int strips = static_cast<int>(ceil_div(cut.target_width, kStrip));
+    cut.spans = static_cast<int>(ceil_div(strips, 32));
+    cut.strips = static_cast<int>(round_up(ceil_div(strips, cut.spans), kColumnsOfUnit));
+    cut.planes = 1;
+    set_lanes(cut);
+  }
+  const bool boxes = d.way != Way::kPieces, spans = d.way == Way::kSpans;
   const int budget = march_budget(device, blocks_of(side));
   const int taps = static_cast<int>(round_up(cut.planes * side * side * 4, kUnit));
   const auto fill = [&](bool whole, int rows, int target_rows) {
-    if (boxes) {
+    if (spans) {
+      arrange_box(d.source, cut.planes, round_up(cut.columns + extent - 1 + kColumnsOfUnit - 1, kColumnsOfUnit), rows);
+      arrange_box(d.target, cut.planes, cut.columns, target_rows);
+      d.source.together = d.target.together = false;
+    } else if (boxes) {
       arrange_box(d.source, cut.planes / a.multiplier, a.source.width, rows * stride);
       arrange_box(d.target, cut.planes, a.target.width, target_rows);
     } else {
@@ -448,8 +481,8 @@ Decision decide(const March& a, int64_t images, const Kernels& kernels, const De
     // Boxes lie as they are: with some rows less lanes may meet in fewer banks.
     rows = static_cast<int>(round_up(rows, even_rows));
     const int most = std::max(kTargetRowsOfBox / even_rows * even_rows, even_rows);
-    int target_rows = std::min({rows, most, most_target_rows});
-    rows = std::min(rows, most_rows);
+    int target_rows = std::min(rows, most);
+    if (!spans) target_rows = std::min(target_rows, most_target_rows), rows = std::min(rows, most_rows);
     while (!fill(false, rows, target_rows) && rows > even_rows) rows -= even_rows;
     const auto best = [&](int most, auto&& meet) {
       int best = most, least = 1 << 30;
@@ -502,24 +535,29 @@ void launch(March a, int64_t images, Kernels kernels, cudaStream_t stream) {
     return reinterpret_cast<uintptr_t>(rows.base) % kUnit == 0 && rows.plane_bytes % kUnit == 0 &&
            (images == 1 || (rows.image_bytes > 0 && rows.image_bytes % kUnit == 0 && rows.image_bytes < kFar));
   };
-  if (!a.cut.bulk || !begin(a.source) || !begin(a.target)) kernels[Way::kBoxes] = nullptr;
+  if (!a.cut.bulk || !begin(a.source) || !begin(a.target)) kernels[Way::kBoxes] = kernels[Way::kSpans] = nullptr;
   static thread_local Decisions<14, Decision> decisions;
-  const Decision& d = decisions(
-      {device.id, kernels[Way::kBoxes] != nullptr, kernels.side, kernels.extent, kernels.stride, images, a.cut.channels,
-       a.multiplier, a.source.height, a.source.width, a.target.height, a.target.width, a.cut.padding_w, a.cut.bulk},
-      [&] { return decide(a, images, kernels, device); });
+  const Decision& d =
+      decisions({device.id, kernels[Way::kBoxes] != nullptr || kernels[Way::kSpans] != nullptr, kernels.side,
+                 kernels.extent, kernels.stride, images, a.cut.channels, a.multiplier, a.source.height, a.source.width,
+                 a.target.height, a.target.width, a.cut.padding_w, a.cut.bulk},
+                [&] { return decide(a, images, kernels, device); });
   const bool bulk = a.cut.bulk;
   a.cut = d.cut, a.cut.bulk = bulk;
   a.source.arrange_as(d.source), a.target.arrange_as(d.target);
   if (d.way != Way::kPieces) {
     const auto describe = [&](CUtensorMap& map, const PlaneRows& rows, int planes) {
+      const bool spans = d.way == Way::kSpans;
       const int64_t image_bytes = images == 1 ? rows.planes * rows.plane_bytes : rows.image_bytes;
-      if (!describe_boxes(map, rows.base, sizeof(float), {rows.plane_bytes / 4, rows.planes, 1, images},
-                          {rows.plane_bytes, image_bytes, image_bytes}, {rows.group_rows * rows.width, planes, 1, 1}))
+      const int64_t width = spans ? rows.width : rows.plane_bytes / 4, height = spans ? rows.height : 1;
+      if (!describe_boxes(
+              map, rows.base, sizeof(float), {width, height, rows.planes, images},
+              {width * 4, rows.plane_bytes, image_bytes},
+              {spans ? rows.row_pitch / 4 : rows.group_rows * rows.width, spans ? rows.group_rows : 1, planes, 1}))
         throw std::runtime_error("dwconv: CUDA cannot describe boxes of planes");
       return planes * rows.piece_pitch;
     };
-    a.box_bytes = describe(a.source_map, a.source, a.cut.planes / a.multiplier);
+    a.box_bytes = describe(a.source_map, a.source, std::max(a.cut.planes / a.multiplier, 1));
     describe(a.target_map, a.target, a.cut.planes);
   }
   launch_early(kernels[d.way], a, d.blocks, 32 * kMarchWarps, stream, {.shared_bytes = d.shared_bytes});
@@ -552,10 +590,11 @@ void launch_march_nchw(const Problem& p, bool bulk, cudaStream_t stream) {
     const Kernel pieces = wide ? march_nchw<kSide, kStride, kDilation, kReach, Way::kPieces>
                                : march_nchw<kSide, kStride, kDilation, kReach / 2, Way::kPieces>;
     const Kernel boxes = wide ? nullptr : march_nchw<kSide, kStride, kDilation, kReach / 2, Way::kBoxes>;
-    Kernel halves = nullptr;
+    Kernel halves = nullptr, spans = nullptr;
+    if constexpr (kStride == 1) spans = march_nchw<kSide, kStride, kDilation, 0, Way::kSpans>;
     if constexpr (kSide == kMarchKernel && kStride == 1)
       halves = march_nchw<kSide, kStride, kDilation, 0, Way::kHalves>;
-    launch(a, p.batch, {kSide, kReach + 1, kStride, {pieces, boxes, halves}}, stream);
+    launch(a, p.batch, {kSide, kReach + 1, kStride, {pieces, boxes, halves, spans}}, stream);
   };
   visit_small_kernel<std::tuple<SmallKernel<7, 7, 1, 1>, SmallKernel<7, 7, 2, 1>, March9x9, SmallKernel<3, 3, 1, 2>>>(
       p, launch_one);

@@ -290,13 +290,19 @@ inline int conflicts(const MarchCut& cut, int piece_pitch, int stride = 1, int s
   return *std::max_element(readers.begin(), readers.end());
 }
 
+// Fills in what follows from the strips and spans.
+inline void set_lanes(MarchCut& cut) {
+  cut.columns = cut.strips * kStrip;
+  cut.by_spans = Divider(cut.spans), cut.by_strips = Divider(cut.strips);
+}
+
 // Lays the warps over the planes.
 inline void choose_lanes(MarchCut& cut) {
   const MarchLanes lanes(cut.target_width, cut.channels);
   cut.spans = static_cast<int>(lanes.spans), cut.strips = static_cast<int>(lanes.strips);
-  cut.planes = static_cast<int>(lanes.planes), cut.columns = cut.strips * kStrip;
-  cut.by_spans = Divider(cut.spans), cut.by_strips = Divider(cut.strips);
+  cut.planes = static_cast<int>(lanes.planes);
   cut.by_height = Divider(cut.target_height);
+  set_lanes(cut);
 }
 
 // What a warp may have of shared memory.
