@@ -187,8 +187,8 @@ class Schedule {
     if (kClasses) {
       const int own = static_cast<int>(blockIdx.x) % a_.classes;
       run_ = atomicAdd(a_.counters + own, 1) * a_.classes + own;
-    } else {
-      run_ = atomicAdd(a_.counters, 1);
+    } else {  // not by atomicAdd, for which a compiler asks the lanes of a warp together, and waits for the answer here
+      asm volatile("atom.global.inc.u32 %0, [%1], 0x7fffffff;" : "=r"(run_) : "l"(a_.counters));
     }
     asks_ = false;
   }
