@@ -238,13 +238,14 @@ struct Corner : TileOfThread<Corner<kKernel, kSide>> {
 };
 
 // The filters of a chunk whose planes are summed over, in shared memory: a thread needs them in turn for each of its
-// tiles, and memory is far away.
+// tiles, and memory is far away. Behind each lies a zero if all of its weights are finite.
 template <int kKernel>
 struct SummedFilters {
-  static constexpr int kTaps = kKernel * kKernel, kBytes = (4 * kTaps + kUnit - 1) / kUnit * kUnit;
+  static constexpr int kTaps = kKernel * kKernel, kBytes = (4 * (kTaps + 1) + kUnit - 1) / kUnit * kUnit;
 
   int first = -1;  // of those that are there
 
+  // By a warp for each filter.
   template <typename T>
   __device__ void load(const Stream& a, const Chunk& c) {
     const auto number = [&](int index) {
@@ -252,11 +253,23 @@ struct SummedFilters {
       return a.by_weights.split(filter);
     };
     if (std::exchange(first, static_cast<int>(number(0))) == static_cast<int>(number(0))) return;
-    for (int i = threadIdx.x; i < c.targets * a.fan_in * kTaps; i += blockDim.x) {
-      const int tap = i % kTaps;
-      const T* weight = static_cast<const T*>(a.weight) + number(i / kTaps) * a.weight_filter;
-      shared<float>(a.filters_at + i / kTaps * kBytes + 4 * tap) =
-          widen(__ldg(weight + tap / kKernel * a.weight_row + tap % kKernel * a.weight_column));
+    constexpr int kTurns = (kTaps + 31) / 32;
+    const int lane = threadIdx.x % 32;
+    for (int index = threadIdx.x / 32; index < c.targets * a.fan_in; index += blockDim.x / 32) {
+      const T* taps = static_cast<const T*>(a.weight) + number(index) * a.weight_filter;
+      const int at = a.filters_at + index * kBytes;
+      float weight[kTurns] = {}, zero = 0;
+#pragma unroll
+      for (int t = 0; t < kTurns; ++t)
+        if (const int tap = lane + 32 * t; tap < kTaps)
+          weight[t] = widen(__ldg(taps + tap / kKernel * a.weight_row + tap % kKernel * a.weight_column));
+#pragma unroll
+      for (int t = 0; t < kTurns; ++t) {
+        if (const int tap = lane + 32 * t; tap < kTaps) shared<float>(at + 4 * tap) = weight[t];
+        zero = fmaf(weight[t], 0.f, zero);
+      }
+      const bool finite = __all_sync(~0u, zero == 0.f);
+      if (lane == 0) shared<float>(at + 4 * kTaps) = finite ? 0.f : 1.f;
     }
   }
 
@@ -270,9 +283,8 @@ struct SummedFilters {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const int tap = 4 * unit + k;
-        if (tap >= kTaps) continue;
-        weight[tap / kKernel][tap % kKernel] = four[k];
-        zero = fmaf(four[k], 0.f, zero);
+        if (tap < kTaps) weight[tap / kKernel][tap % kKernel] = four[k];
+        if (tap == kTaps) zero = four[k];
       }
     }
     return zero == 0.f;
@@ -284,7 +296,7 @@ struct SummedFilters {
 // is laid over the middle, and tiles fill the rows: then few columns may lie outside the image.
 template <int kKernel, int kOdd, bool kMiddle = false>
 struct Spread : TileOfThread<Spread<kKernel, kOdd, kMiddle>> {
-  static constexpr bool kSoon = false;
+  static constexpr bool kSoon = kKernel > 5;
   static constexpr int kPairs = kKernel == 3 ? 3 : 2;
   static constexpr int kRows = 2 * kPairs, kColumns = 14;
   static constexpr int kMaxThreads = 128, kBlocks = 3;
@@ -337,7 +349,7 @@ struct Spread : TileOfThread<Spread<kKernel, kOdd, kMiddle>> {
       else
         know<T>(a, c.target + plane);
       if (!finite) return tile_by_taps<T, true>(a, c, corner, plane, row, rows, column, columns);
-      const int top = ((c.group + group_of(a, plane)) * a.fan_in + q) * a.height - c.source_begin;
+      const int top = ((c.group + (a.bands > 1 ? 0 : plane)) * a.fan_in + q) * a.height - c.source_begin;
       RowWalk walk(ring, c.source_slot + top + y0);
 #pragma unroll
       for (int r = 0; r < kSourceRows; ++r) {
@@ -362,20 +374,41 @@ struct Spread : TileOfThread<Spread<kKernel, kOdd, kMiddle>> {
       }
     }
 
+    const int row_bytes = a.target.row_bytes;
+    const bool full = columns == kColumns;
+    if (kSize == 4 && full && corner % 8 == 0 && row_bytes % 8 == 0) {
+      // Tiles below each other would write to the same banks: every other one writes its rows in another order.
+      int turn = 0;
+      if constexpr (kRows % 4 == 0)
+        if (kRows * row_bytes % 128 == 0) {
+          turn = row / kRows % 2;
+#pragma unroll
+          for (int r = 0; r < kRows; r += 2)
+#pragma unroll
+            for (int v = 0; v < kColumns; ++v) {
+              const float even = sum[r][v], odd = sum[r + 1][v];
+              sum[r][v] = turn ? odd : even, sum[r + 1][v] = turn ? even : odd;
+            }
+        }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+        if ((r ^ turn) < rows)
+#pragma unroll
+          for (int v = 0; v < kColumns; v += 2)
+            shared<float2>(corner + (r ^ turn) * row_bytes + v * kSize) = {sum[r][v], sum[r][v + 1]};
+      return;
+    }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (r >= rows) break;
-      const int to = corner + r * a.target.row_bytes;
-      if (kSize == 4 && columns == kColumns && to % 8 == 0)
+      const auto store = [&](int v) { shared<T>(corner + r * row_bytes + v * kSize) = narrow<T>(sum[r][v]); };
+      if (full)
 #pragma unroll
-        for (int v = 0; v < kColumns; v += 2) shared<float2>(to + v * kSize) = {sum[r][v], sum[r][v + 1]};
-      else if (columns == kColumns)
-#pragma unroll
-        for (int v = 0; v < kColumns; ++v) shared<T>(to + v * kSize) = narrow<T>(sum[r][v]);
+        for (int v = 0; v < kColumns; ++v) store(v);
       else
 #pragma unroll
         for (int v = 0; v < kColumns; ++v)
-          if (v < columns) shared<T>(to + v * kSize) = narrow<T>(sum[r][v]);
+          if (v < columns) store(v);
     }
   }
 };

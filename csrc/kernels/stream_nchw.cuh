@@ -483,6 +483,10 @@ inline int64_t shared_bytes(const Stream& a) {
 inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device& d) {
   Cut best{};
   double best_score = -1;
+  // A thread is busy for long with a tile that is summed over with filters from shared memory, whose many sums do not
+  // wait for each other: so many threads have enough to do, each with two tiles in turn.
+  const bool long_tiles = tile.lanes == 1 && tile.filter_bytes > 0;
+  constexpr double kLongTiles = 224;
   const auto consider = [&](int64_t chunk_groups, int64_t chunk_rows, int most_threads) {
     Cut cut{};
     cut.chunk_groups = static_cast<int>(chunk_groups), cut.chunk_rows = static_cast<int>(chunk_rows);
@@ -539,7 +543,7 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
   };
   const int64_t tiles = ceil_div(a.out_height, tile.rows) * ceil_div(a.out_width, tile.columns);
   const int64_t work = ceil_div(tiles, tile.together) * tile.lanes * a.fan_out;
-  const int64_t full = ceil_div(tile.threads_per_block * (tile.lanes > 1 ? 8 : 1), work);
+  const int64_t full = ceil_div(tile.threads_per_block * (tile.lanes > 1 ? 8 : long_tiles ? 2 : 1), work);
   const int64_t many =
       std::min<int64_t>(tile.lanes > 1 || tile.element < 4 ? full : std::max<int64_t>(full, 2), a.groups);
   const auto search = [&](int threads) {
