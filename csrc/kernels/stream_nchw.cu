@@ -164,14 +164,16 @@ struct Corner : TileOfThread<Corner<kKernel, kSide>> {
 
   int known = -1;  // the filter, and the corner, that the thread knows
   float weight[kKernel][kKernel], bias;
+  bool begun = false;  // whether a chunk has been prepared
 
+  // `taps`: where the filter begins.
   template <typename T>
-  __device__ void know(const Stream& a, uint32_t target, bool up, bool left) {
-    const int filter = a.by_filters.split(target), key = filter * 4 + up * 2 + left;
+  __device__ void know(const Stream& a, int filter, const T* taps, bool up, bool left) {
+    const int key = filter * 4 + up * 2 + left;
     if (key == known) return;
     known = key;
     bias = a.bias ? widen(static_cast<const T*>(a.bias)[filter * a.bias_stride]) : 0.f;
-    const T* row = static_cast<const T*>(a.weight) + filter * a.weight_filter;
+    const T* row = taps;
     const int rows = up ? -a.weight_row : a.weight_row, columns = left ? -a.weight_column : a.weight_column;
     if (up) row += (kKernel - 1) * a.weight_row;
     if (left) row += (kKernel - 1) * a.weight_column;
@@ -184,10 +186,50 @@ struct Corner : TileOfThread<Corner<kKernel, kSide>> {
   }
 
   template <typename T>
+  __device__ void know(const Stream& a, uint32_t target, bool up, bool left) {
+    const int filter = a.by_filters.split(target);
+    know(a, filter, static_cast<const T*>(a.weight) + filter * a.weight_filter, up, left);
+  }
+
+  // Brings a chunk's filters to shared memory, from `first` on, by all threads side by side: each would read its own
+  // far from the others'. They go where outputs go later. Returns where the first of them begins, or null if they do
+  // not lie one after the other.
+  template <typename T>
+  __device__ const T* fetch(const Stream& a, const Chunk& c, int first) const {
+    constexpr int kTaps = kKernel * kKernel, kPerUnit = kUnit / sizeof(T);
+    static_assert(kTaps <= kSide * kSide && sizeof(T) == 4);
+    const int step = a.weight_column, begin = step < 0 ? kTaps - 1 : 0, count = c.targets * kTaps;
+    if ((step != 1 && step != -1) || a.weight_row != step * kKernel || a.weight_filter != kTaps ||
+        first + c.targets > static_cast<int>(a.by_filters.divisor))
+      return nullptr;
+    T* to = &shared<T>(a.buffer_at);
+    const T* from = static_cast<const T*>(a.weight) + first * kTaps - begin;
+    const int in_units = reinterpret_cast<uintptr_t>(from) % kUnit == 0 ? count / kPerUnit * kPerUnit : 0;
+    for (int i = threadIdx.x * kPerUnit; i < in_units; i += blockDim.x * kPerUnit)
+      copy_unit<kUnit>(shared_address(to + i), from + i);
+    for (int i = in_units + threadIdx.x; i < count; i += blockDim.x)
+      copy_unit<sizeof(T)>(shared_address(to + i), from + i);
+    commit_copies();
+    wait_copies<0>();
+    __syncthreads();
+    return to + begin;
+  }
+
+  template <typename T>
   __device__ void prepare(const Stream& a, const Chunk& c) {
     uint32_t plane = threadIdx.x;
     const uint32_t tile = a.by_units.split(plane);
-    if (plane < static_cast<uint32_t>(c.targets)) know<T>(a, c.target + plane, tile > 1, tile & 1);
+    const bool has_plane = plane < static_cast<uint32_t>(c.targets), up = tile > 1, left = tile & 1;
+    if constexpr (kKernel > 5)  // fewer weights come as fast from memory
+      if (!std::exchange(begun, true)) {
+        uint32_t first = c.target;
+        first = a.by_filters.split(first);
+        if (const T* taps = fetch<T>(a, c, first)) {
+          if (has_plane) know(a, first + plane, taps + plane * (kKernel * kKernel), up, left);
+          return;
+        }
+      }
+    if (has_plane) know<T>(a, c.target + plane, up, left);
   }
 
   template <typename T>
