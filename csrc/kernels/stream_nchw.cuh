@@ -485,7 +485,7 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
   double best_score = -1;
   // A thread is busy for long with a tile that is summed over with filters from shared memory, whose many sums do not
   // wait for each other: so many threads have enough to do, each with two tiles in turn.
-  const bool long_tiles = tile.lanes == 1 && tile.filter_bytes > 0;
+  const bool long_tiles = a.bulk && tile.lanes == 1 && tile.filter_bytes > 0;
   constexpr double kLongTiles = 224;
   const auto consider = [&](int64_t chunk_groups, int64_t chunk_rows, int most_threads) {
     Cut cut{};
@@ -522,19 +522,21 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
       if (blocks == 1) score *= static_cast<double>(cut.threads) / round_up(cut.threads, 128);
     } else {
       // As many threads as keep up with memory are enough. Work should come in several parts: blocks, or rounds of a
-      // thread. Whole lines of memory are better than parts of them, and planes than bands, which share rows.
-      // Of a spread kernel few taps meet. In 16 bits there are as many instructions for half of the bytes.
+      // thread, though in a block that is alone these wait for each other. Whole lines of memory are better than parts
+      // of them, and planes than bands, which share rows. Of a spread kernel few taps meet. In 16 bits there are as
+      // many instructions for half of the bytes.
       const double products = a.kernel_h * a.kernel_w / (a.spread && tile.element == 4 ? 2. : 1.);
-      const double enough = std::min(busy, 14 * products) * even * chunk_bytes / (chunk_bytes + 3000);
+      const double enough =
+          std::min(busy, long_tiles ? kLongTiles : 14 * products) * even * chunk_bytes / (chunk_bytes + 3000);
       const auto in_lines = [&](const Planes& array, int height, int fan) {
         return chunk_groups * fan * height * array.row_bytes % 128 == 0;
       };
       const bool lines = in_lines(a.source, a.height, a.fan_in) && in_lines(a.target, a.out_height, a.fan_out);
-      const double parts = static_cast<double>(std::max(blocks, rounds));
+      const double parts = blocks == 1 ? 1 + 0.3 * (rounds - 1) : static_cast<double>(std::max(blocks, rounds));
       score =
           cut.bands > 1 ? enough * 0.65 * blocks / (blocks + 0.25) : enough * (lines ? 1 : 0.9) * parts / (parts + 0.5);
-      // In blocks of two chunks each little goes on at the same time.
-      if (cut.bands == 1 && turns > 1 && turns <= kDepth) score *= 0.6;
+      // In few blocks of two chunks each little goes on at the same time.
+      if (cut.bands == 1 && turns > 1 && turns <= kDepth && (blocks < 3 || !a.bulk)) score *= 0.6;
       // Threads that copy do not compute: others should, and each for longer than it looks chunks up.
       if (!a.bulk) score *= blocks / (blocks + 1.) * rounds / (rounds + 0.45) * (blocks == 1 ? 0.6 : 1);
     }
