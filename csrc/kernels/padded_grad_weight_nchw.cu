@@ -35,6 +35,7 @@ constexpr int kMaxWarps = 4, kColumnWarps = 7;  // of a block: of all kernels bu
 constexpr int kRows = 7, kColumns = 8;          // of a tile
 constexpr int kPitch = kColumns + 1;            // of the products that are summed up at the end, in floats
 constexpr int kMaxStages = 2;
+constexpr int kAllTiles = 1 << 30;
 
 #if __CUDA_ARCH__ >= 900
 constexpr bool kBulkCopies = true;
@@ -67,6 +68,9 @@ struct Padded {
   int strips;   // tiles side by side
   int window;   // the first column of a window for the kernel's first one
   bool loader;  // a warp does nothing but load
+  // Or, where a block has one stage, of a plane, this is loaded in parts while tiles are added: tiles of the first rows
+  // of the gradient, so many, need rows of the input up to `shared_end`, and those below from `shared_begin` on.
+  int first_rows, shared_begin, shared_end;
   Divider by_bands, by_strips;
   WeightSums result;
 };
@@ -407,11 +411,11 @@ __global__ void __launch_bounds__(32 * (Sums::kWarps + Sums::kLoader), Sums::kBl
 
   Sums sums;
   const bool worker = copier.is_worker();
-  const auto add = [&](int number, int stage) {
+  const auto add = [&](int number, int stage, int begin = 0, int end = kAllTiles) {
     const Step s = step_of(a, number);
     const int tiles = filter < filters ? (s.rows + kRows - 1) / kRows * a.strips : 0;
     sums.place(a, stage, channel, filter);
-    for (int tile = first_tile; tile < tiles; tile += a.share) {
+    for (int tile = begin + first_tile; tile < min(end, tiles); tile += a.share) {
       uint32_t segment = tile;
       const int strip = static_cast<int>(a.by_strips.split(segment));
       sums.add(a, s, strip, static_cast<int>(segment) * kRows);
@@ -435,6 +439,39 @@ __global__ void __launch_bounds__(32 * (Sums::kWarps + Sums::kLoader), Sums::kBl
       __syncthreads();
       if (now + 1 < last) load_narrow(now + 1, (kMaxStages - 1 - stage) * a.stage_bytes);
       add(now, stage * a.stage_bytes);
+    }
+  } else if (a.first_rows > 0) {
+    // Parts of a step: what upper tiles alone need, what lower ones need as well, and what they alone need. The first
+    // part of the next step is loaded while lower tiles are added, and the last part while upper ones are.
+    constexpr int kParts = 3;
+    const int first_tiles = a.first_rows / kRows * a.strips;
+    int loading = 0;  // the next part
+#pragma unroll 1
+    for (int turn = 0; turn < 2 * (last - first); ++turn) {
+      const int now = turn / 2;
+      const bool lower = turn % 2 != 0;
+      if (lower) wait_copies<0>();
+      __syncthreads();
+#pragma unroll 1
+      for (; loading < kParts * now + kParts + lower && loading < kParts * (last - first); ++loading) {
+        const Step s = step_of(a, first + loading / kParts);
+        const int part = loading % kParts;
+#pragma unroll 1
+        for (int input = 0; input < 2; ++input) {
+          const PaddedRows& v = input ? a.source : a.grad;
+          const int begin = part == 0 ? 0 : !input ? a.first_rows : part == 1 ? a.shared_begin : a.shared_end;
+          const int end = part == 2 ? v.height : !input ? a.first_rows : part == 0 ? a.shared_begin : a.shared_end;
+          if (begin < end)
+            load_rows(v, v.memory + begin * v.row_pitch, s, (input ? first_channel : first_filter) * v.height + begin,
+                      end - begin, warp, warps, 0);
+        }
+        commit_copies();
+      }
+      if (!lower) {
+        wait_copies<1>();
+        __syncthreads();
+      }
+      add(first + now, 0, lower ? first_tiles : 0, lower ? kAllTiles : first_tiles);
     }
   } else {
     // Each turn begins to load a step, and adds one that was loaded before. All warps load, or, if one does nothing
@@ -572,6 +609,16 @@ bool lay_out(Padded& a, bool whole, int warps, const Device& device) {
   return true;
 }
 
+// Divides a plane where a block has one, in one stage: into upper tiles and lower ones.
+void divide_plane(Padded& a) {
+  const int segments = static_cast<int>(ceil_div(a.out_height, kRows));
+  if (a.stages > 1 || a.bands > 1 || a.block_filters > 1 || segments == 1) return;
+  const auto row = [&](int y) { return std::min(std::max(y - a.padding_h, 0), a.height); };
+  a.first_rows = segments / 2 * kRows;
+  a.shared_begin = row(a.first_rows * a.stride);
+  a.shared_end = std::max(row((a.first_rows - 1) * a.stride + (a.kernel_h - 1) * a.dilation_h + 1), a.shared_begin);
+}
+
 template <typename T, class Sums>
 void launch(const Problem& p, Padded a, bool clusters, const Device& device, const Allocate& allocate,
             cudaStream_t stream) {
@@ -679,6 +726,7 @@ bool launch_padded_grad_weight_nchw(const Problem& p, bool bulk, const Allocate&
   // Groups of filters begin with whole pieces, and end with them.
   const int64_t planes = a.filters % a.block_filters == 0 ? a.block_filters : 1;
   const bool can_bulk = bulk && a.loader && device.capability >= 90;
+  if (!whole && !column && !a.loader) divide_plane(a);
   if (!whole) join_rows(a.source, p.input, a, a.multiplier == 1 ? planes : 1, can_bulk);
   if (!whole) join_rows(a.grad, p.output, a, planes, can_bulk);
   visit_dtype(p.dtype, [&](auto zero) {
