@@ -237,23 +237,25 @@ bool claims_batch_grad_weight_nchw(const Problem& p) {
       (p.capability < 90 || p.stride_h > 1 || p.padding_h > 0 || p.multiplier > 1 || p.batch < kWhole ||
        p.width < kLeastAlignedColumns || p.width > kMostColumns || !begins_with(kUnit)))
     return false;
-  int64_t width = p.width, out_width = p.out_width;  // in shared memory
-  if (rows > most_rows) {
-    // Taller ones of one column, as words, or of whole units.
-    const auto of_units = [&](const View& view, int64_t width) {
+  // Rows of whole units that begin anywhere, where aligned_grad_weight_nchw.cu moves them.
+  const auto of_units = [&] {
+    const auto is_of_units = [&](const View& view, int64_t width) {
       return 2 * width % kUnit == 0 && (p.batch == 1 || 2 * view.stride[0] % kUnit == 0) &&
              width >= kLeastAlignedColumns && width <= kMostColumns;
     };
-    if (rows > kMaxColumnRows || columns > 1 || p.stride_h > 1 ||
-        !(begins_with(4) || (of_units(p.input, p.width) && of_units(p.output, p.out_width))))
-      return false;
+    return is_of_units(p.input, p.width) && is_of_units(p.output, p.out_width);
+  };
+  int64_t width = p.width, out_width = p.out_width;  // in shared memory
+  if (rows > most_rows) {
+    // Taller ones of one column, as words, or of whole units.
+    if (rows > kMaxColumnRows || columns > 1 || p.stride_h > 1 || !(begins_with(4) || of_units())) return false;
     width = out_width = round_up(p.width, 8);
   }
   if (columns > kMaxBandColumns) {
-    // Wider ones of one row, where rows begin with 16 bytes: windows reach 8 columns beside a tile.
-    constexpr int64_t kReach = 8;
+    // Wider ones of one row, where rows begin with 16 bytes, or are moved there: windows reach 8 columns beside a tile.
+    constexpr int64_t kReach = 8, kRoomToMove = 128 << 10;  // for two stages of two chunks of both arrays
     if (rows > 1 || p.stride_h > 1 || p.padding_w > kReach || columns - 1 - p.padding_w > kReach) return false;
-    if (!begins_with(kUnit)) return false;
+    if (!begins_with(kUnit) && !(of_units() && p.shared_memory >= kRoomToMove)) return false;
   }
   // 16 images are multiplied together: where few of them are there it does not pay, nor for a few taps at a stride.
   if (4 * p.batch < 3 * round_up(p.batch, 16)) return false;

@@ -1052,6 +1052,8 @@ def test_streams_with_much_to_do(dtype: torch.dtype) -> None:
         (((3, 3), 1, 1), 16, 8, (513, 510)),
         (((3, 3), 2, 1), 30, 64, (112, 112)),
         (((5, 5), 1, 1), 200, 96, (28, 28)),
+        (((3, 3), 1, 1), 61, 300, (28, 30)),
+        (((7, 7), 1, 1), 128, 150, (30, 28)),
         (((7, 7), 1, 1), 300, 260, (14, 14)),
         (((7, 7), 1, 1), 900, 320, (7, 7)),
         (((1, 11), 1, 1), 61, 96, (56, 56)),
@@ -1072,6 +1074,13 @@ def test_streams_with_much_to_do(dtype: torch.dtype) -> None:
             if plan in claims("grad_input", case, input, grad_output):
                 result = ops.grad_input.plan(grad_output, weight, input.shape, *arguments, False, plan)
                 assert wrong_numbers(result, exact.grad_input.round()) == 0, (plan, str(case))
+        sums = 0
+        for plan in claims("grad_weight", case, input, grad_output):
+            if "_nchw" in plan:
+                result = ops.grad_weight.plan(grad_output, input, case.kernel, *arguments, case.bias, plan)[0]
+                assert wrong_numbers(result, exact.grad_weight.round()) == 0, (plan, str(case))
+                sums += 1
+        assert sums >= 2, str(case)
 
 
 # Of 7x7 and 9x9 in float32: batch, channels, size; so much of it that warps march, in grad_weight for the sides of the
@@ -1374,6 +1383,7 @@ def test_batch_grad_weight_of_whole_units_is_exact(kernel: tuple, dilation: int,
         ((25, 64), (3, 3), 1, 2, 1),
         ((16, 112), (7, 7), 1, 1, 1),
         ((20, 56), (11, 1), 1, 1, 1),
+        ((20, 56), (1, 11), 1, 1, 1),
     ],
     ids=str,
 )
@@ -1417,10 +1427,12 @@ def test_grad_weight_of_long_rows_is_exact(side: int, dtype: torch.dtype) -> Non
     for number, size in enumerate([(9, 256), (23, 264), (30, 512), (16, 1032), (14, 1048), (50, 1920)]):
         for turn, padding in enumerate([side // 2, side - 1, 0]):
             case = Case([3, 1, 2][turn], 3, size, (side, side), padding=(padding, side // 2))
-            case = case._replace(multiplier=1 + (number + turn) % 2, bias=turn != 1)
+            case = case._replace(multiplier=1 + (number + turn) % 2, bias=(number + turn) % 3 > 0)
             input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
             grad_output = integers(*output_size(case)).to(input)
-            if turn == 2 and number % 2 == 0:
+            if turn == 1:
+                input, grad_output = lay(input, offset=1 + number), lay(grad_output, offset=9 + number)
+            elif turn == 2 and number % 2 == 0:
                 input, grad_output = lay(input, offset=8), lay(grad_output, offset=3)
             exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
             forced = set()
