@@ -3,6 +3,7 @@
 #include "copies.cuh"
 #include "device.h"
 #include "overlap.cuh"
+#include "shifted_units.cuh"
 
 namespace dwconv {
 namespace {
@@ -14,15 +15,6 @@ struct Realign {
   uint4* to;
   int64_t units;
 };
-
-// 16 bytes of two units, from kMisfit bytes and `shift` bits on.
-template <int kMisfit>
-__device__ uint4 shifted(const uint4& low, const uint4& high, uint32_t shift) {
-  const uint32_t words[9] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w, 0};
-  constexpr int k = kMisfit / 4;
-  return {__funnelshift_r(words[k], words[k + 1], shift), __funnelshift_r(words[k + 1], words[k + 2], shift),
-          __funnelshift_r(words[k + 2], words[k + 3], shift), __funnelshift_r(words[k + 3], words[k + 4], shift)};
-}
 
 // Units are read where they begin in memory; a thread has the next one from its neighbour. The first and the last unit
 // of the array, which are not its own alone, are read element by element.
@@ -43,12 +35,10 @@ __global__ void __launch_bounds__(kThreads) realign_units(const __grid_constant_
   }
 #pragma unroll
   for (int t = 0; t < kTurns; ++t) {
-    const uint4 next = {__shfl_down_sync(~0u, low[t].x, 1), __shfl_down_sync(~0u, low[t].y, 1),
-                        __shfl_down_sync(~0u, low[t].z, 1), __shfl_down_sync(~0u, low[t].w, 1)};
-    if (lane < 31) high[t] = next;
+    high[t] = unit_of_next_lane(low[t], high[t]);
     const int64_t at = first + t * kThreads;
     if (at >= a.units) continue;
-    uint4 value = shifted<kMisfit>(low[t], high[t], shift);
+    uint4 value = shifted<kMisfit / 4>(low[t], high[t], shift);
     if (at == 0 || at == a.units - 1) {
       const uint16_t* elements = reinterpret_cast<const uint16_t*>(a.from) + at * (kUnit / 2);
       uint32_t words[4];

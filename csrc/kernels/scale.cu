@@ -1,8 +1,13 @@
 // Forward and grad_input of kernels with a single tap on arrays without gaps: every pixel times its channel's weight,
-// at the speed of a copy.
+// at the speed of a copy. Where the source begins between multiples of 16 bytes, units of 16 bytes are read as they lie
+// there, and shifted.
+#include <type_traits>
+
 #include "common.cuh"
 #include "launch.h"
 #include "mapping.h"
+#include "overlap.cuh"
+#include "shifted_units.cuh"
 
 namespace dwconv {
 namespace {
@@ -18,7 +23,7 @@ struct Arguments {
   void* target;
   int64_t weight_stride, bias_stride;
   uint32_t elements, channels, plane;  // `plane`: neighbouring elements of one channel
-  bool aligned;                        // whether both arrays lie in whole units
+  bool aligned, weights_aligned;       // whether the target, and the weights, lie in whole units
   Divider by_plane, by_channels;
 };
 
@@ -28,8 +33,10 @@ struct alignas(kUnitBytes) Unit {
   T element[kSize];
 };
 
-// kWeights: each element of a unit has a weight of its own, and they lie in whole units, too.
-template <typename T, bool kWeights>
+// kWeights: each element of a unit has a weight of its own, and they lie in whole units, if the source does. kMisfit:
+// if not negative, the words behind a multiple of 16 bytes that the source begins, with up to 3 bytes more; the target
+// does not.
+template <typename T, bool kWeights, int kMisfit>
 __global__ void __launch_bounds__(kThreads) scale(const __grid_constant__ Arguments a) {
   using Unit = Unit<T>;
   constexpr int kSize = Unit::kSize;
@@ -40,20 +47,55 @@ __global__ void __launch_bounds__(kThreads) scale(const __grid_constant__ Argume
   T* target = static_cast<T*>(a.target);
   const auto at = [&](int u) { return first + u * kThreads * kSize; };
   const auto whole = [&](int u) { return a.aligned && at(u) + kSize <= a.elements; };
+  const auto by_elements = [&](int u) {
+    Unit unit;
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) unit.element[i] = at(u) + i < a.elements ? source[at(u) + i] : T{};
+    return unit;
+  };
 
   Unit unit[kUnits], weights[kWeights ? kUnits : 1];
   uint32_t inside[kUnits], channel[kUnits];  // of the first element: its place in its plane, and its channel
+  uint4 low[kUnits], beyond[kUnits];         // of a source that is shifted
+  const int misfit = static_cast<int>(reinterpret_cast<uintptr_t>(source) % kUnitBytes);
+  // The source has units [1, end) alone, the ones beside with what lies around.
+  const auto end = static_cast<uint32_t>((uint64_t{a.elements} * sizeof(T) + misfit) / kUnitBytes);
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
     channel[u] = at(u);
     inside[u] = a.by_plane.split(channel[u]);
     channel[u] = a.by_channels.split(channel[u]);
-    if constexpr (kWeights) weights[u] = *reinterpret_cast<const Unit*>(weight + channel[u]);
-    if (whole(u))
-      unit[u] = *reinterpret_cast<const Unit*>(source + at(u));
-    else
+  }
+  wait_for_kernel_before();
+  let_next_kernel_start();
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) unit[u].element[i] = at(u) + i < a.elements ? source[at(u) + i] : T{};
+  for (int u = 0; u < kUnits; ++u) {
+    if constexpr (kWeights) {
+      if (kMisfit < 0 || a.weights_aligned)
+        weights[u] = *reinterpret_cast<const Unit*>(weight + channel[u]);
+      else
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) weights[u].element[i] = weight[channel[u] + i];
+    }
+    if constexpr (kMisfit >= 0) {
+      const uint4* units = reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(source) - misfit);
+      const auto read = [&](uint32_t n) { return n > 0 && n < end ? __ldg(units + n) : uint4{}; };
+      low[u] = read(at(u) / kSize);
+      if (threadIdx.x % 32 == 31) beyond[u] = read(at(u) / kSize + 1);
+    } else {
+      unit[u] = whole(u) ? *reinterpret_cast<const Unit*>(source + at(u)) : by_elements(u);
+    }
+  }
+  if constexpr (kMisfit >= 0) {
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      const uint4 high = unit_of_next_lane(low[u], beyond[u]);
+      const uint32_t n = at(u) / kSize;
+      if (n > 0 && n + 1 < end)
+        *reinterpret_cast<uint4*>(&unit[u]) = shifted<kMisfit>(low[u], high, misfit % 4 * 8);
+      else
+        unit[u] = by_elements(u);
+    }
   }
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
@@ -101,15 +143,30 @@ void launch_scale(const Problem& p, cudaStream_t stream) {
   a.elements = static_cast<uint32_t>(elements), a.channels = static_cast<uint32_t>(p.channels);
   a.plane = channels_last ? 1 : static_cast<uint32_t>(p.height * p.width);
   const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % kUnitBytes == 0; };
-  a.aligned = aligned(a.source) && aligned(a.target);
+  a.aligned = aligned(a.target), a.weights_aligned = aligned(a.weight);
   a.by_plane = Divider(a.plane), a.by_channels = Divider(a.channels);
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr int kSize = Unit<T>::kSize;
-    const bool weights = a.plane == 1 && p.channels % kSize == 0 && a.weight_stride == 1 && aligned(a.weight);
-    const auto kernel = weights ? scale<T, true> : scale<T, false>;
     const int64_t blocks = ceil_div(elements, int64_t{kSize} * kUnits * kThreads);
-    kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(a);
+    const auto launch = [&](auto misfit) {
+      constexpr int kMisfit = decltype(misfit)::value;
+      // Elements of 4 and 8 bytes begin at multiples of that.
+      constexpr bool kExists =
+          kMisfit < 0 || sizeof(T) == 2 || (kMisfit > 0 && 4 * kMisfit % static_cast<int>(sizeof(T)) == 0);
+      if constexpr (kExists) {
+        const bool weights =
+            a.plane == 1 && p.channels % kSize == 0 && a.weight_stride == 1 && (kMisfit >= 0 || a.weights_aligned);
+        launch_early(weights ? scale<T, true, kMisfit> : scale<T, false, kMisfit>, a, blocks, kThreads, stream);
+      }
+    };
+    if (!a.aligned || aligned(a.source)) return launch(std::integral_constant<int, -1>{});
+    switch (reinterpret_cast<uintptr_t>(a.source) % kUnitBytes / 4) {
+      case 0: return launch(std::integral_constant<int, 0>{});
+      case 1: return launch(std::integral_constant<int, 1>{});
+      case 2: return launch(std::integral_constant<int, 2>{});
+      default: return launch(std::integral_constant<int, 3>{});
+    }
   });
   check_launch("scale");
 }
