@@ -219,12 +219,58 @@ __global__ void __launch_bounds__(kVectorThreads) direct_pixels(const __grid_con
     if (row + o < a.out_height) *reinterpret_cast<Pixel*>(target + o * a.target_stride[2]) = Pixel::of(sum[o]);
 }
 
+// What a thread reads of a row to compute kVector columns: these, and kReach columns on either side, zeros beside the
+// image. `from`: the first of the kVector.
+template <typename T, int kVector, int kReach>
+struct WholeColumns {
+  Vector<T, kVector> run;
+  uint32_t before[kReach], behind[kReach];
+
+  __device__ void load(const T* from, int column, int width, bool inside) {
+    run = dwconv::load<T, kVector>(from, inside);
+#pragma unroll
+    for (int j = 0; j < kReach; ++j) {
+      before[j] = load_one(from - 1 - j, inside && column > j);
+      behind[j] = load_one(from + kVector + j, inside && column + kVector + j < width);
+    }
+  }
+
+  __device__ float operator[](int at) const {
+    return at < 0 ? widen_one<T>(before[-1 - at]) : at >= kVector ? widen_one<T>(behind[at - kVector]) : run[at];
+  }
+};
+
+// The same in words, where the columns do not begin with a vector, and in 16 bits a word lies an odd number of columns
+// before them. There the words at both ends of a row are half another row's.
+template <typename T, int kVector, int kReach>
+struct ShiftedColumns {
+  static constexpr int kInWord = 4 / sizeof(T);
+  static constexpr int kLead = kInWord == 1 ? kReach : kReach | 1;
+  static constexpr int kWords = (kVector + 2 * kLead) / kInWord;
+  static_assert(kInWord == 1 || kLead < kVector + kInWord);  // so that a row ends in the words next to the columns
+  Vector<T, kInWord> word[kWords];
+
+  __device__ void load(const T* from, int column, int width, bool inside) {
+#pragma unroll
+    for (int n = 0; n < kWords; ++n) {
+      const int first = kInWord * n - kLead, last = first + kInWord - 1;
+      const bool begins = column + first >= 0, ends = column + last < width;
+      word[n] = dwconv::load<T, kInWord>(from + first, inside && begins && ends);
+      if (first < 0 && last == 0) word[n].words[0] |= load_one(from, inside && !begins) << 16;
+      if (first == kVector - 1 && last > first) word[n].words[0] |= load_one(from + first, inside && !ends);
+    }
+  }
+
+  __device__ float operator[](int at) const { return word[(at + kLead) / kInWord][(at + kLead) % kInWord]; }
+};
+
 // In NCHW, where as many columns as the kernel reaches out are padded, a thread computes kVector columns of kVectorRows
-// rows.
-template <typename T, class Kernel, int kVector>
+// rows. kShifted: they begin with a vector in the target alone.
+template <typename T, class Kernel, int kVector, bool kShifted>
 __global__ void __launch_bounds__(kVectorThreads) direct_columns(const __grid_constant__ Arguments a) {
   constexpr int kKernelH = Kernel::kKernelH, kKernelW = Kernel::kKernelW, kReach = kKernelW / 2;
   constexpr int kSourceRows = kVectorRows + kKernelH - 1, kTaps = kKernelH * kKernelW;
+  using Columns = std::conditional_t<kShifted, ShiftedColumns<T, kVector, kReach>, WholeColumns<T, kVector, kReach>>;
   using Run = Vector<T, kVector>;
   uint32_t unit = blockIdx.x * kVectorThreads + threadIdx.x;
   const int column = a.by_columns.split(unit) * kVector, row = a.by_strips.split(unit) * kVectorRows;
@@ -242,18 +288,11 @@ __global__ void __launch_bounds__(kVectorThreads) direct_columns(const __grid_co
   uint32_t w[kTaps];
 #pragma unroll
   for (int t = 0; t < kTaps; ++t) w[t] = load_one(weight + t, exists);
-  Run x[kSourceRows];
-  uint32_t before[kSourceRows][kReach], behind[kSourceRows][kReach];
+  Columns x[kSourceRows];
 #pragma unroll
   for (int r = 0; r < kSourceRows; ++r) {
     const bool inside = exists && static_cast<uint32_t>(y0 + r) < static_cast<uint32_t>(a.height);
-    const T* from = source + (offset + (y0 + r) * a.source_stride[2] + column);
-    x[r] = load<T, kVector>(from, inside);
-#pragma unroll
-    for (int j = 0; j < kReach; ++j) {
-      before[r][j] = load_one(from - 1 - j, inside && column > j);
-      behind[r][j] = load_one(from + kVector + j, inside && column + kVector + j < a.width);
-    }
+    x[r].load(source + (offset + (y0 + r) * a.source_stride[2] + column), column, a.width, inside);
   }
   uint32_t b = 0;
   if (a.bias) b = load_one(static_cast<const T*>(a.bias) + plane * a.bias_stride, exists);
@@ -266,9 +305,7 @@ __global__ void __launch_bounds__(kVectorThreads) direct_columns(const __grid_co
   for (int r = 0; r < kSourceRows; ++r)
 #pragma unroll
     for (int at = -kReach; at < kVector + kReach; ++at) {  // columns, from the thread's first one on
-      const float pixel = at < 0          ? widen_one<T>(before[r][-1 - at])
-                          : at >= kVector ? widen_one<T>(behind[r][at - kVector])
-                                          : x[r][at];
+      const float pixel = x[r][at];
 #pragma unroll
       for (int o = 0; o < kVectorRows; ++o)
 #pragma unroll
@@ -309,8 +346,8 @@ void launch(Arguments a, int64_t images, int64_t planes, cudaStream_t stream) {
   check_launch("direct");
 }
 
-// Launches a kernel that loads kVector elements at once, if all of them lie at multiples of that. Returns whether it
-// did.
+// Launches a kernel that loads kVector elements at once, if all of them lie at multiples of that, or in NCHW those of
+// the source as far from one as `ShiftedColumns` asks for. Returns whether it did.
 template <typename T, class Kernel, int kVector>
 bool launch_vectors(const Problem& p, const Mapping& map, Arguments a, cudaStream_t stream) {
   const auto is_aligned = [](const void* data) {
@@ -318,12 +355,16 @@ bool launch_vectors(const Problem& p, const Mapping& map, Arguments a, cudaStrea
   };
   const auto has_vectors = [&](const View& view) {
     const int along = a.channels_last ? 1 : 3, across = 4 - along;
-    return is_aligned(view.data) && view.stride[along] == 1 &&
+    return view.stride[along] == 1 &&
            ((p.batch > 1 ? view.stride[0] : 0) | view.stride[2] | view.stride[across]) % kVector == 0;
   };
   const auto& filter = p.weight.stride;
   if (filter[0] != p.taps() || filter[2] != p.kernel_w || filter[3] != 1) return false;
-  if (!has_vectors(map.source) || !has_vectors(map.target)) return false;
+  if (!has_vectors(map.source) || !has_vectors(map.target) || !is_aligned(map.target.data)) return false;
+  constexpr bool kCanShift = kVector * sizeof(T) == 8;
+  const bool shifted = !is_aligned(map.source.data);
+  if (shifted && (!kCanShift || a.channels_last || reinterpret_cast<uintptr_t>(map.source.data) % 4 != sizeof(T) % 4))
+    return false;
   a.weight = p.weight.data, a.images = static_cast<int>(p.batch);
   const int64_t strips = ceil_div(a.out_height, kVectorRows);
   a.by_strips = Divider(strips);
@@ -345,8 +386,9 @@ bool launch_vectors(const Problem& p, const Mapping& map, Arguments a, cudaStrea
     if (a.fan_in > 1 || a.padding_w != Kernel::kKernelW / 2 || a.width % kVector != 0) return false;
     a.flipped = p.pass == Pass::kGradInput;
     a.by_planes = Divider(map.targets), a.by_columns = Divider(runs);
-    launch_early(direct_columns<T, Kernel, kVector>, a, ceil_div(p.batch * map.targets * strips * runs, kVectorThreads),
-                 kVectorThreads, stream);
+    const auto kernel =
+        shifted ? direct_columns<T, Kernel, kVector, kCanShift> : direct_columns<T, Kernel, kVector, false>;
+    launch_early(kernel, a, ceil_div(p.batch * map.targets * strips * runs, kVectorThreads), kVectorThreads, stream);
   }
   check_launch("direct");
   return true;
