@@ -2108,3 +2108,21 @@ def test_grad_weight_in_channels_last_repeats_bit_for_bit(
     first = torch.ops.dwconv.grad_weight.plan(*args)
     for _ in range(300):
         assert all(torch.equal(a, b) for a, b in zip(first, torch.ops.dwconv.grad_weight.plan(*args)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_grad_weight_that_marches(spoilt: bool, dtype: torch.dtype) -> None:
+    """Pixels that fit no 16 bytes, in splits of few rows and of several images; planes of which all rows are known."""
+    for side, padding, batch, channels, size in (
+        (5, (2, 2), 7, 37, (113, 95)),
+        (5, (0, 3), 5, 6, (9, 30)),
+        (5, (4, 1), 300, 37, (3, 17)),
+        (5, (3, 0), 2, 130, (70, 14)),
+        (7, (3, 3), 33, 520, (7, 7)),
+        (7, (3, 3), 5, 40, (7, 7)),
+        (7, (2, 3), 6, 40, (7, 7)),
+    ):
+        case = tile_case(((side, side), 1, 1), batch, channels, size)._replace(padding=padding)
+        check_grad_weight(case, MARCH["grad_weight"], dtype, spoilt)

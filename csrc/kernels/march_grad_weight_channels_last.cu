@@ -62,9 +62,12 @@ struct Steps {
   // Returns whether that was the last step of an image.
   __device__ bool next(const March& a, int held) {
     if (++row < last) return false;
+    next_image(a, held);
+    return true;
+  }
+  __device__ void next_image(const March& a, int held) {
     row = 0, ++image;
     begin(a, held);
-    return true;
   }
 
  private:
@@ -75,26 +78,36 @@ struct Steps {
   }
 };
 
-// What a kernel is compiled for, with one or two filters a thread. `is_wide`: a thread has 14 columns although its rows
-// take many registers then. `strips`: if not 0, images are padded by half a kernel and no wider than one strip, or
-// exactly two; then columns are known that meet nothing but zeros. Of two strips the second goes from right to left.
-template <class Kernel, int filters, bool is_wide = false, int strips = 0>
+// What else code is compiled for.
+enum class Form {
+  kPlain,
+  kWide,  // a thread has 16 columns although its rows take many registers then
+  // Images are padded by half a kernel and no wider than one strip, or exactly two: columns are known that meet nothing
+  // but zeros. Of two strips the second goes from right to left.
+  kOneStrip,
+  kTwoStrips,
+  kPlane,  // they are as wide and as high as one strip: rows are known, too
+};
+
+// What a kernel is compiled for, with one or two filters a thread.
+template <class Kernel, int filters, Form form = Form::kPlain>
 struct Window {
-  static constexpr bool kNarrow = strips > 0, kMirrors = strips == 2;
+  static constexpr bool kMirrors = form == Form::kTwoStrips, kPlane = form == Form::kPlane;
+  static constexpr bool kNarrow = form == Form::kOneStrip || kMirrors || kPlane;
   static constexpr int kTapsH = Kernel::kKernelH, kTapsW = Kernel::kKernelW, kTaps = kTapsH * kTapsW;
   static constexpr int kStride = Kernel::kStride, kDilation = Kernel::kDilation;
   static constexpr int kExtentH = (kTapsH - 1) * kDilation + 1, kExtentW = (kTapsW - 1) * kDilation + 1;
   static constexpr int kHeld = (kExtentH - 1) / kStride + 1;  // rows of the gradient whose window is under way
   static constexpr int kFilters = filters;
   static constexpr int kFewTaps = 9;
-  static constexpr int kColumns = kFilters == 1 && kTaps + 14 * kHeld <= (is_wide ? 80 : 56) ? 14 : 7;
+  static constexpr int kColumns = form == Form::kWide ? 16 : kFilters == 1 && kTaps + 14 * kHeld <= 56 ? 14 : 7;
   static constexpr int kSourceColumns = (kColumns - 1) * kStride + kExtentW;
   // Of these columns, those that can lie in the image.
   static constexpr int kBeside = kTapsW / 2, kFirstRead = kNarrow ? kBeside : 0;
   static constexpr int kEndRead = kSourceColumns - (kNarrow && !kMirrors ? kBeside : 0);
   // Steps in the body of the loop. If rows of the gradient need not move in registers, all the better, but code must
   // not grow too long.
-  static constexpr int kUnroll = kFilters * kHeld * kTaps * kColumns > 1000 ? 1 : kHeld;
+  static constexpr int kUnroll = kPlane ? kColumns + kBeside : kFilters * kHeld * kTaps * kColumns > 1000 ? 1 : kHeld;
   // Threads that compute, of a block with one warp that loads, and blocks on a multiprocessor, as the registers allow:
   // for sums, rows and some 50 more, and of warps there are a multiple of 4.
   static constexpr int kRegisters = kFilters * (kTaps + kHeld * kColumns);
@@ -102,10 +115,16 @@ struct Window {
   static constexpr int kBlocks = kFilters == 1 ? 1 : kRegisters < 40 ? 3 : 2;
   static_assert(kFilters == 1 ? kRegisters <= 98 : kRegisters < 64);
 
-  // Where in registers the row is that came `age` steps before step `u`.
+  // Where in registers the row is that came `age` steps before step `u`, and, where rows are known, whether one did.
   static constexpr bool kTurns = kUnroll == kHeld;
-  static constexpr int kRows = kTurns ? kHeld : kHeld - 1 + kUnroll;
-  static constexpr int row_of(int u, int age) { return kTurns ? (u - age + kHeld) % kHeld : kHeld - 1 + u - age; }
+  static constexpr int kRows = kPlane ? kColumns : kTurns ? kHeld : kHeld - 1 + kUnroll;
+  static constexpr int row_of(int u, int age) {
+    return kPlane ? u - age : kTurns ? (u - age + kHeld) % kHeld : kHeld - 1 + u - age;
+  }
+  static constexpr bool has_row(int u, int age) { return !kPlane || (u >= age && u - age < kRows); }
+
+  // What a block should have of a pixel, in bytes, and code knows then; 0 if it does not matter.
+  static constexpr int kKnownPitch = form == Form::kWide ? 128 : 0;
 
   // Whether a row of the source is in the image and meets the gradient up to row `end`.
   static __device__ bool meets(const March& a, int end, int source_row) {
@@ -347,8 +366,9 @@ class BoxLoader {
   int column_, filter_, channel_;
 };
 
-// `kJoined`: whether both arrays are. What lies beside the image is no zeros then.
-template <typename T, class W, bool kJoined>
+// `kJoined`: whether both arrays are. What lies beside the image is no zeros then. `kPitch`: that of both, if it is
+// known: then no address has to be worked out.
+template <typename T, class W, bool kJoined, int kPitch>
 __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
     march_grad_weight_channels_last(const __grid_constant__ March a) {
   constexpr int kSize = sizeof(T), kFilters = W::kFilters;
@@ -396,8 +416,8 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
   if constexpr (!kJoined) source_at += a.source.shift, grad_at += a.grad.shift;
   const int column_g = part.column + strip * W::kColumns, column_x = column_g * W::kStride - a.padding_w;
   const bool mirrors = W::kMirrors && column_g > 0;
-  const int source_step = mirrors ? -a.source.pitch : a.source.pitch,
-            grad_step = mirrors ? -a.grad.pitch : a.grad.pitch;
+  const int source_pitch = kPitch > 0 ? kPitch : a.source.pitch, grad_pitch = kPitch > 0 ? kPitch : a.grad.pitch;
+  const int source_step = mirrors ? -source_pitch : source_pitch, grad_step = mirrors ? -grad_pitch : grad_pitch;
 
   if (mirrors) source_at += (W::kSourceColumns - 1) * a.source.pitch, grad_at += (W::kColumns - 1) * a.grad.pitch;
 
@@ -435,12 +455,13 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
   int stage = 0;
   uint32_t parity = 0;
   for (Steps at(a, part.split, W::kHeld); is_worker && !at.done();) {
+    if constexpr (!W::kPlane)
 #pragma unroll
-    for (int r = 0; r < W::kRows; ++r)
+      for (int r = 0; r < W::kRows; ++r)
 #pragma unroll
-      for (int v = 0; v < W::kColumns; ++v)
+        for (int v = 0; v < W::kColumns; ++v)
 #pragma unroll
-        for (int h = 0; h < kFilters; ++h) g[r][v][h] = 0;
+          for (int h = 0; h < kFilters; ++h) g[r][v][h] = 0;
     for (bool more = true; more;) {
 #pragma unroll
       for (int u = 0; u < W::kUnroll; ++u) {
@@ -452,8 +473,10 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
           loader.load(a, stage == 0 ? a.depth - 1 : stage - 1);
         }
         const int from = stage * a.stage_bytes;
-        float (&row)[W::kColumns][kFilters] = g[W::row_of(u, 0)];
-        if (at.row < at.end) {
+        constexpr bool kPlane = W::kPlane;
+        const bool brings_grad = kPlane ? W::has_row(u, 0) : at.row < at.end;
+        float (&row)[W::kColumns][kFilters] = g[W::has_row(u, 0) ? W::row_of(u, 0) : 0];
+        if (brings_grad) {
           const int g_at = from + grad_at + phase(a.grad, at.image, at.row, part.column);
 #pragma unroll
           for (int v = 0; v < W::kColumns; ++v) read(g_at + v * grad_step, row[v]);
@@ -462,7 +485,7 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
             for (int v = 0; v < W::kColumns; ++v)
 #pragma unroll
               for (int h = 0; h < kFilters; ++h) row[v][h] = column_g + v < a.out_width ? row[v][h] : 0;
-        } else {
+        } else if (!kPlane) {
 #pragma unroll
           for (int v = 0; v < W::kColumns; ++v)
 #pragma unroll
@@ -471,7 +494,7 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
 #pragma unroll
         for (int e = 0; e < W::kStride; ++e) {
           const int source_row = at.row * W::kStride - a.padding_h + e;
-          if (!W::meets(a, at.end, source_row)) continue;
+          if (kPlane ? u < W::kBeside : !W::meets(a, at.end, source_row)) continue;
           const int x_at = from + source_at + e * a.source_row_bytes +
                            phase(a.source, at.image, source_row, part.column * W::kStride - a.padding_w);
           if (kJoined && (column_x < 0 || beside < W::kSourceColumns)) clear_beside(x_at);
@@ -481,15 +504,14 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
             read(x_at + column * source_step, x);
 #pragma unroll
             for (int i = 0; i < W::kTapsH; ++i) {
-              const int reach = i * W::kDilation - e;
-              if (reach < 0 || reach % W::kStride != 0) continue;
+              const int reach = i * W::kDilation - e, age = reach / W::kStride;
+              if (reach < 0 || reach % W::kStride != 0 || !W::has_row(u, age)) continue;
 #pragma unroll
               for (int j = 0; j < W::kTapsW; ++j) {
                 const int offset = column - j * W::kDilation, v = offset / W::kStride;
                 if (offset < 0 || offset % W::kStride != 0 || v >= W::kColumns) continue;
 #pragma unroll
-                for (int h = 0; h < kFilters; ++h)
-                  sum[i][j][h] = fmaf(x[h], g[W::row_of(u, reach / W::kStride)][v][h], sum[i][j][h]);
+                for (int h = 0; h < kFilters; ++h) sum[i][j][h] = fmaf(x[h], g[W::row_of(u, age)][v][h], sum[i][j][h]);
               }
             }
           }
@@ -498,18 +520,19 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
           arrive_together(StageBarriers::done(stage), threadIdx.x % 32 == 0);
         }
         if (++stage == a.depth) stage = 0, parity ^= 1;
-        more = !at.next(a, W::kHeld);
+        more = kPlane ? u + 1 < W::kUnroll : !at.next(a, W::kHeld);
         if (a.with_bias) {
+          if (W::has_row(u, 0))
 #pragma unroll
-          for (int v = 0; v < W::kColumns; ++v)
+            for (int v = 0; v < W::kColumns; ++v)
 #pragma unroll
-            for (int h = 0; h < kFilters; ++h) bias[h] += row[v][h];
-          if (at.row % 4 == 0 || !more)  // long sums lose digits
+              for (int h = 0; h < kFilters; ++h) bias[h] += row[v][h];
+          if (!more || (!kPlane && at.row % 4 == 0))  // long sums lose digits
 #pragma unroll
             for (int h = 0; h < kFilters; ++h) biases(h) += bias[h], bias[h] = 0;
         }
       }
-      if constexpr (!W::kTurns)
+      if constexpr (!W::kTurns && !W::kPlane)
 #pragma unroll
         for (int r = 0; r < W::kHeld - 1; ++r)
 #pragma unroll
@@ -517,6 +540,7 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
 #pragma unroll
             for (int h = 0; h < kFilters; ++h) g[r][v][h] = g[r + W::kUnroll][v][h];
     }
+    if constexpr (W::kPlane) at.next_image(a, W::kHeld);
   }
   Sums<kFilters> bias_total;
 #pragma unroll
@@ -580,6 +604,7 @@ struct Cut {
 struct WindowSize {
   int taps, extent_w, stride, held, filters, columns, source_columns;
   int max_threads, blocks;  // of a block, and blocks of that size on a multiprocessor, as the registers allow
+  bool whole_images;        // whether splits have to be cut between images
 };
 
 // Fills in what follows from a cut.
@@ -680,6 +705,7 @@ Cut cut_for(March a, const WindowSize& w, int element, bool boxes, const Device&
     const int64_t places = int64_t{a.slabs} * a.spans, slots = resident * device.multiprocessors;
     const auto split = [&](int64_t splits) {
       for (const bool whole_images : {false, true}) {
+        if (w.whole_images && !whole_images) continue;
         cut.splits = static_cast<int>(std::clamp<int64_t>(splits, 1, whole_images ? a.images : rows));
         cut.whole_images = whole_images;
         double cycles = cycles_of(a, cut, w, device, resident);
@@ -714,19 +740,22 @@ Cut cut_for(March a, const WindowSize& w, int element, bool boxes, const Device&
 
 template <typename T, class W, bool kJoined>
 void launch(const Problem& p, March a, bool boxes, const Allocate& allocate, cudaStream_t stream) {
-  constexpr WindowSize kWindow{W::kTaps,    W::kExtentW,       W::kStride,     W::kHeld,  W::kFilters,
-                               W::kColumns, W::kSourceColumns, W::kMaxThreads, W::kBlocks};
+  constexpr WindowSize kWindow{W::kTaps,    W::kExtentW,       W::kStride,     W::kHeld,   W::kFilters,
+                               W::kColumns, W::kSourceColumns, W::kMaxThreads, W::kBlocks, W::kPlane};
   constexpr int kElement = sizeof(T);
   const Device& device = current_device();
-  const auto kernel = march_grad_weight_channels_last<T, W, kJoined>;
+  const auto any_pitch = march_grad_weight_channels_last<T, W, kJoined, 0>;
+  const auto known_pitch = march_grad_weight_channels_last < T, W, kJoined, kJoined ? 0 : W::kKnownPitch > ;
   static thread_local Decisions<11, Cut> decisions;
   Cut cut = decisions(
       {device.id, a.images, a.filters, a.multiplier, a.height, a.width, a.out_height, a.out_width,
        (a.source.unit + (a.source.shift > 0)) * 2 * kUnit + a.grad.unit + (a.grad.shift > 0), boxes, a.joined},
       [&] {
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
-        // With shared memory left, blocks of the second kernel wait beside those of this one.
-        cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+        for (const auto kernel : {any_pitch, known_pitch}) {
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
+          // With shared memory left, blocks of the second kernel wait beside those of this one.
+          cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+        }
         return cut_for(a, kWindow, kElement, boxes, device);
       });
   apply(a, cut, kWindow, kElement);
@@ -740,7 +769,8 @@ void launch(const Problem& p, March a, bool boxes, const Allocate& allocate, cud
   if (parts > 1)
     a.partial = static_cast<float*>(
         allocate(parts * (W::kTaps + a.with_bias) * a.filters * static_cast<int64_t>(sizeof(float))));
-  launch_early(kernel, a, blocks, cut.threads, stream, {.shared_bytes = cut.shared_bytes});
+  const bool is_known = a.source.pitch == W::kKnownPitch && a.grad.pitch == W::kKnownPitch;
+  launch_early(is_known ? known_pitch : any_pitch, a, blocks, cut.threads, stream, {.shared_bytes = cut.shared_bytes});
   check_launch("march_grad_weight_channels_last");
   if (parts > 1) launch_add_partial_sums(p, a.partial, parts, stream);
 }
@@ -771,19 +801,22 @@ void launch_march_grad_weight_channels_last(const Problem& p, const Allocate& al
         using Kernel = decltype(kernel);
         // The more columns, the fewer lie beside them; images are seldom narrow where the kernel is dilated. In float32
         // bytes bound it.
-        constexpr bool kWide = Kernel::kDilation > 1 && sizeof(T) == 2;
-        using One = Window<Kernel, 1, kWide>;
+        constexpr Form kForm = Kernel::kDilation > 1 && sizeof(T) == 2 ? Form::kWide : Form::kPlain;
+        using One = Window<Kernel, 1, kForm>;
         // Two filters a thread where there are registers for them and few columns beside those of a strip.
-        using Two = Window<Kernel, (One::kTaps <= One::kFewTaps && Kernel::kDilation == 1 ? 2 : 1), kWide>;
+        using Two = Window<Kernel, (One::kTaps <= One::kFewTaps && Kernel::kDilation == 1 ? 2 : 1), kForm>;
         // Rows that are copied as a run have all channels, and so has a block.
         a.joined = a.source.joined && a.grad.joined && a.filters <= One::kMaxThreads;
         for (Pixels* pixels : {&a.source, &a.grad}) pixels->set_joined(a.joined);
         if constexpr (Kernel::kKernelH == 7 && Kernel::kStride == 1 && sizeof(T) == 4) {
           const bool beside = !a.joined && a.padding_w == One::kBeside;
+          const bool is_high = a.height == One::kColumns && a.padding_h == One::kBeside;
+          if (beside && is_high && a.width == One::kColumns)
+            return launch<T, Window<Kernel, 1, Form::kPlane>, false>(p, a, boxes, allocate, stream);
           if (beside && a.width <= One::kColumns)
-            return launch<T, Window<Kernel, 1, false, 1>, false>(p, a, boxes, allocate, stream);
+            return launch<T, Window<Kernel, 1, Form::kOneStrip>, false>(p, a, boxes, allocate, stream);
           if (beside && a.width == 2 * One::kColumns)
-            return launch<T, Window<Kernel, 1, false, 2>, false>(p, a, boxes, allocate, stream);
+            return launch<T, Window<Kernel, 1, Form::kTwoStrips>, false>(p, a, boxes, allocate, stream);
         }
         if (a.joined)
           launch<T, One, true>(p, a, bulk, allocate, stream);
