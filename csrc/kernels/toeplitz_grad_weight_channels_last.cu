@@ -235,7 +235,8 @@ __global__ void __launch_bounds__(kThreads, Size::kBlocks)
   }
   __syncthreads();
   store_diagonals(a, sum);
-  store_sums<T>(a, slab, split, bias);
+  store_bias(a, bias);
+  store_sums<T>(a, slab, split);
 }
 
 // How the work is cut.

@@ -9,8 +9,16 @@
 namespace dwconv {
 namespace {
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kQuad = 4, kSlab = kQuad * kWarps;  // channels of a warp, of a block
+constexpr int kQuad = 4;  // channels of a warp
+
+// A block of so many warps, each with so many times 4 channels, and what it has of a pixel: channels, bytes, units.
+template <int warps, int quads = 1>
+struct Block {
+  static constexpr int kWarps = warps, kThreads = 32 * warps, kQuads = quads;
+  static constexpr int kSlab = kQuad * quads * warps, kPixel = 2 * kSlab, kUnits = kPixel / kUnit;
+};
+using Usual = Block<8>;
+constexpr int kWarps = Usual::kWarps, kThreads = Usual::kThreads, kSlab = Usual::kSlab, kUnits = Usual::kUnits;
 
 // What is the same in every step stays in a register: a compiler works out again what it can, step by step.
 __device__ inline uint32_t kept(uint32_t value) {

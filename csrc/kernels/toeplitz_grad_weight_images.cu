@@ -5,8 +5,8 @@
 // rows y and y + 1 of the gradient; the 16 rows of A are the 8 columns of a row of the input and those of the next one,
 // which makes the sums of two rows of the kernel.
 //
-// They come as boxes, from sm_90 on, if they have at most 7 rows and the padding that keeps their size; else all
-// threads copy them. Only what is read where, and when copies are begun, differs.
+// They come as boxes, from sm_90 on, if they have at most 7 rows and columns and the padding that keeps their rows;
+// else all threads copy them. Only what is read where, and when copies are begun, differs.
 #include "boxes.cuh"
 #include "toeplitz_grad_weight_sums.cuh"
 
@@ -32,11 +32,11 @@ struct TwoPixels {
 };
 
 // Multiplies images in shared memory. `grad_row`, `source_row`: a row of the gradient, or of the input from `padding`
-// rows before the first one on. `all_read`: called when everything is read; `begin_turn`: before rows 2 t of the input
-// and on are multiplied, returns whether one of them is in the images.
-template <typename T, int kPairs, typename GradRow, typename SourceRow, typename AllRead, typename BeginTurn>
+// rows before the first one on, which are read kAhead turns before their own. `begin_turn`: before rows 2 t of the
+// input and on are multiplied, returns whether one of them is in the images.
+template <typename T, int kAhead, int kPairs, typename GradRow, typename SourceRow, typename BeginTurn>
 __device__ void multiply_images(float (&sum)[kPairs][kQuad][4], float (&bias)[4], bool with_bias, GradRow&& grad_row,
-                                SourceRow&& source_row, AllRead&& all_read, BeginTurn&& begin_turn) {
+                                SourceRow&& source_row, BeginTurn&& begin_turn) {
   uint32_t g[kImageRows / 2][kQuad][2];
 #pragma unroll
   for (int y = 0; y < kImageRows; ++y) {
@@ -48,13 +48,15 @@ __device__ void multiply_images(float (&sum)[kPairs][kQuad][4], float (&bias)[4]
   }
   // Rows 2 p of the kernel and 2 q of the gradient meet row 2 t of the input, where p + q = t, and two more.
   constexpr int kTurns = turns_of(kPairs);
-  TwoPixels rows[2 * kTurns + 1];
+  constexpr int kSourceRows = 2 * kTurns + 1;
+  TwoPixels rows[kSourceRows];
+  rows[0] = source_row(0);
 #pragma unroll
-  for (int r = 0; r < 2 * kTurns + 1; ++r) rows[r] = source_row(r);
-  all_read();
+  for (int t = -kAhead; t < kTurns; ++t) {
 #pragma unroll
-  for (int t = 0; t < kTurns; ++t) {
-    if (!begin_turn(t)) continue;
+    for (int r = 2 * (t + kAhead) + 1; r <= 2 * (t + kAhead) + 2; ++r)
+      if (r < kSourceRows) rows[r] = source_row(r);
+    if (t < 0 || !begin_turn(t)) continue;
     const TwoPixels &first = rows[2 * t], &second = rows[2 * t + 1], &third = rows[2 * t + 2];
     uint32_t x[4][kQuad];
     pair_up(first.low, first.high, x[0]), pair_up(second.low, second.high, x[1]);
@@ -80,10 +82,10 @@ __device__ void multiply_images(float (&sum)[kPairs][kQuad][4], float (&bias)[4]
       }
 }
 
-// Takes the sums of images that were worked on together to shared memory.
-template <int kRows, int kPairs>
-__device__ void store_image_sums(const Toeplitz& a, const float (&sum)[kPairs][kQuad][4]) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, place = lane % 4;
+// Takes the sums of images that were worked on together to shared memory: those of so many columns of both.
+template <class B, int kRows, int kColumns, int kPairs>
+__device__ void store_image_sums(const Toeplitz& a, const float (&sum)[kPairs][kQuad][4], int quad = 0) {
+  const int lane = threadIdx.x % 32, row = lane / 4, place = lane % 4, channel = first_channel<B>(quad) + place;
   // The sums for column j of the kernel are on the diagonal row - column = j - padding.
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
@@ -93,7 +95,8 @@ __device__ void store_image_sums(const Toeplitz& a, const float (&sum)[kPairs][k
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int n = 2 * place + e;
-        const float value = __shfl_sync(~0u, sum[i / 2][c][i % 2 * 2 + e], (row + n) % kRun * 4 + place);
+        const float mine = row < kColumns && n < kColumns ? sum[i / 2][c][i % 2 * 2 + e] : 0;
+        const float value = __shfl_sync(~0u, mine, (row + n) % kRun * 4 + place);
         (row + n < kRun ? upper[c] : lower[c]) += value;
       }
     const float totals[2] = {add_up(upper, place), add_up(lower, place)};
@@ -101,7 +104,7 @@ __device__ void store_image_sums(const Toeplitz& a, const float (&sum)[kPairs][k
     for (int h = 0; h < 2; ++h) {
       const int j = row - h * kRun + a.padding_w;
       if (i < a.kernel_h && j >= 0 && j < a.kernel_w)
-        shared<float>(kRing + 4 * ((i * a.kernel_w + j) * kSlab + warp * kQuad + place)) = totals[h];
+        shared<float>(kRing + 4 * ((i * a.kernel_w + j) * B::kSlab + channel)) = totals[h];
     }
   }
 }
@@ -168,11 +171,11 @@ __global__ void __launch_bounds__(kThreads, 1) toeplitz_grad_weight_of_images(co
     };
     Copies source = next_images(a.source, a.height, copies_to + free_stage * a.stage_bytes);
     Copies grad = next_images(a.grad, a.out_height, copies_to + free_stage * a.stage_bytes + a.grad_at);
-    multiply_images<T>(
+    constexpr int kTurns = turns_of(kPairs);
+    multiply_images<T, kTurns>(
         sum, bias, a.with_bias, [&](int y) { return load_row(at + a.grad_at, a.out_height, y); },
-        [&](int r) { return load_row(at, a.height, r - a.padding_h); }, [] {},
+        [&](int r) { return load_row(at, a.height, r - a.padding_h); },
         [&](int t) {
-          constexpr int kTurns = turns_of(kPairs);
 #pragma unroll
           for (int y = t * kImageRows / kTurns; y < (t + 1) * kImageRows / kTurns; ++y)
             copy_row(source, a.source, y), copy_row(grad, a.grad, y);
@@ -184,15 +187,20 @@ __global__ void __launch_bounds__(kThreads, 1) toeplitz_grad_weight_of_images(co
   }
   __syncthreads();
 
-  store_image_sums<2 * kPairs>(a, sum);
-  store_sums<T>(a, slab, split, bias);
+  store_image_sums<Usual, 2 * kPairs, kRun>(a, sum);
+  store_bias(a, bias);
+  store_sums<T>(a, slab, split);
 }
 
-// By boxes: of images of at most 7 rows whose padding is kPairs - 1. A box has 8 columns of 7 rows of 8 images, with
-// zeros for what is outside of an image, and all that a thread reads is at offsets that are known at compile time.
-// Boxes are swizzled: within 64 bytes, units are exchanged by the column.
-constexpr int kBoxRows = 7, kBoxRowBytes = kRun * kSlab * 2, kBoxImageBytes = kBoxRows * kBoxRowBytes;
-constexpr int kBoxBytes = kImages * kBoxImageBytes, kBoxesAt = 512;  // where the first one begins in shared memory
+// By boxes: of images of at most 7 x 7 whose padding is kPairs - 1. A box has 7 columns of 7 rows of 8 images, with
+// zeros for what is outside of an image, of 64 channels: what boxes take goes by the pixel. Units of a pixel's 128
+// bytes are exchanged by the pixel, so it depends on the image, row and column where a warp finds its own, and 8
+// addresses serve all rows.
+using Wide = Block<8, 2>;
+constexpr int kBoxSide = 7, kBoxImage = kBoxSide * kBoxSide;   // pixels
+constexpr int kBoxBytes = kImages * kBoxImage * Wide::kPixel;  // a multiple of what units are exchanged in
+constexpr int kBoxesAt = 8 * Wide::kPixel;                     // where the first one begins in shared memory
+static_assert(kBoxBytes % kBoxesAt == 0 && Wide::kUnits == 8 && Wide::kWarps == Wide::kUnits);
 
 struct Boxes {
   CUtensorMap source, grad;
@@ -200,25 +208,26 @@ struct Boxes {
 };
 
 template <typename T, int kPairs>
-__global__ void __launch_bounds__(kThreads, 1) toeplitz_grad_weight_of_boxes(const __grid_constant__ Boxes boxes) {
+__global__ void __launch_bounds__(Wide::kThreads, 1)
+    toeplitz_grad_weight_of_boxes(const __grid_constant__ Boxes boxes) {
 #if __CUDA_ARCH__ >= 900
   const Toeplitz& a = boxes.images;
   let_next_kernel_start();
   uint32_t rest = blockIdx.x;
   int slab = a.by_slabs.split(rest), split = static_cast<int>(rest);
   if (a.cluster) slab = cluster_number(), split = rank_in_cluster();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, column = lane / 4, place = lane % 4;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, place = lane % 4;
   uint32_t image = a.shares.begin(split), last = a.shares.begin(split + 1);
   a.by_period.split(image), a.by_period.split(last);
-  StageBarriers::init(1, kWarps, true);
+  StageBarriers::init(1, Wide::kWarps, true);
   if (threadIdx.x == 0) prefetch(boxes.source), prefetch(boxes.grad);
   before_bulk_copies();
   __syncthreads();
   const auto load = [&](uint32_t image, int stage) {
     const int to = kBoxesAt + stage * a.stage_bytes, barrier = StageBarriers::full(stage);
     expect_bytes(barrier, 2 * kBoxBytes);
-    copy_box(to, boxes.source, slab * kSlab, 0, 0, image, barrier);
-    copy_box(to + kBoxBytes, boxes.grad, slab * kSlab, 0, 0, image, barrier);
+    copy_box(to, boxes.source, slab * Wide::kSlab, 0, 0, image, barrier);
+    copy_box(to + kBoxBytes, boxes.grad, slab * Wide::kSlab, 0, 0, image, barrier);
     arrive(barrier);
   };
   settle_and_wait_for_kernel_before(a.depth);
@@ -227,39 +236,53 @@ __global__ void __launch_bounds__(kThreads, 1) toeplitz_grad_weight_of_boxes(con
     for (int stage = 0; stage < a.depth && image + stage * kImages < last; ++stage)
       load(image + stage * kImages, stage);
 
-  // Sums of rows 2 p and 2 p + 1 of the kernel, of column `column` of the input by columns 2 place and 2 place + 1.
-  float sum[kPairs][kQuad][4] = {}, bias[4] = {};
-  const uint32_t unit = warp / 2 ^ (column / 2 % kUnits);
-  const uint32_t first =
-      shared_address(kBoxesAt) + place * kBoxImageBytes + column * kSlab * 2 + unit * kUnit + warp % 2 * kQuad * 2;
+  // Sums of rows 2 p and 2 p + 1 of the kernel, of column lane / 4 of the input by columns 2 place and 2 place + 1.
+  // There is no eighth column: the seventh is read again, and these sums are left out.
+  float sum[Wide::kQuads][kPairs][kQuad][4] = {}, bias[Wide::kQuads][4] = {};
+  // A thread's pixels are of images 2 place and 2 place + 1, so that those that are read at once are in all banks.
+  const int first = 2 * place * kBoxImage + min(lane / 4, kBoxSide - 1);
   int stage = 0;
   uint32_t parity = 0;
 #pragma unroll 1
   for (; image < last; image += kImages, next += kImages) {
     wait(StageBarriers::full(stage), parity);
-    const uint32_t source_at = first + stage * a.stage_bytes, grad_at = source_at + kBoxBytes;
-    const auto load_row = [](uint32_t box, int y) {
-      if (y < 0 || y >= kBoxRows) return TwoPixels{};
-      return TwoPixels{load_at(box + y * kBoxRowBytes), load_at(box + y * kBoxRowBytes + 4 * kBoxImageBytes)};
-    };
-    constexpr int kPadding = kPairs - 1;
-    multiply_images<T>(
-        sum, bias, a.with_bias, [&](int y) { return load_row(grad_at, y); },
-        [&](int r) { return load_row(source_at, r - kPadding); },
-        [&] {
-          if (next >= last) return;  // else into the stage that all warps have read
-          arrive_together(StageBarriers::done(stage), lane == 0);
-          if (warp == 0 && is_elected()) wait(StageBarriers::done(stage), parity), load(next, stage);
-        },
-        [](int t) { return 2 * t + 2 >= kPadding && 2 * t < kPadding + kBoxRows; });
+    uint32_t pixel_at[8];  // of pixels first - k, but for k
+#pragma unroll
+    for (int k = 0; k < 8; ++k)
+      pixel_at[k] =
+          shared_address(kBoxesAt) + stage * a.stage_bytes + first * Wide::kPixel + (warp ^ (first - k) % 8u) * kUnit;
+#pragma unroll
+    for (int quad = 0; quad < Wide::kQuads; ++quad) {
+      const auto load_row = [&](int box, int y) {
+        if (y < 0 || y >= kBoxSide) return TwoPixels{};
+        const auto load_pixel = [&](int behind) {  // `first`
+          return load_at(pixel_at[(8 - behind % 8) % 8] + box + behind * Wide::kPixel + quad * kQuad * 2);
+        };
+        return TwoPixels{load_pixel(y * kBoxSide), load_pixel(y * kBoxSide + kBoxImage)};
+      };
+      constexpr int kPadding = kPairs - 1;
+      multiply_images<T, 1>(
+          sum[quad], bias[quad], a.with_bias, [&](int y) { return load_row(kBoxBytes, y); },
+          [&](int r) { return load_row(0, r - kPadding); },
+          [](int t) { return 2 * t + 2 >= kPadding && 2 * t < kPadding + kBoxSide; });
+    }
+    if (next < last) {  // into the stage that all warps have read
+      arrive_together(StageBarriers::done(stage), lane == 0);
+      if (warp == 0 && is_elected()) wait(StageBarriers::done(stage), parity), load(next, stage);
+    }
     if (++stage == a.depth) stage = 0, parity ^= 1;
   }
   __syncthreads();
-  store_image_sums<2 * kPairs - 1>(a, sum);
+#pragma unroll
+  for (int quad = 0; quad < Wide::kQuads; ++quad) {
+    store_image_sums<Wide, 2 * kPairs - 1, kBoxSide>(a, sum[quad], quad);
+    if (place == 3) bias[quad][1] = 0;
+    store_bias<Wide>(a, bias[quad], quad);
+  }
   if (a.cluster)
-    add_up_splits<T>(a, slab, split, bias);
+    add_up_splits<T, Wide>(a, slab, split);
   else
-    store_sums<T>(a, slab, split, bias);
+    store_sums<T, Wide>(a, slab, split);
 #endif
 }
 
@@ -274,18 +297,31 @@ bool has_small_images(Toeplitz& a) {
   return most <= kImageRows && a.depth > 1;
 }
 
+// Cuts the images into splits, no more of them than make the longest one shorter.
+template <class B>
+void cut_images(Toeplitz& a) {
+  a.slabs = static_cast<int>(ceil_div(a.channels, B::kSlab)), a.by_slabs = Divider(a.slabs);
+  const int64_t groups = ceil_div(a.images, kImages);
+  const int64_t most =
+      std::clamp<int64_t>(current_device().multiprocessors / a.slabs, ceil_div(groups, kMaxGroups), groups);
+  a.splits = static_cast<int>(ceil_div(groups, ceil_div(groups, most)));
+  a.streams = 1, a.columns = kRun, a.period = a.out_height, a.by_period = Divider(a.period);
+  a.rows = a.images * a.period;
+}
+
 // Returns false, and launches nothing, where images do not come as boxes.
 template <typename T, int kPairs>
 bool launch_boxes(const Problem& p, const Toeplitz& images, const Allocate& allocate, cudaStream_t stream) {
   const auto kernel = toeplitz_grad_weight_of_boxes<T, kPairs>;
   Boxes boxes{{}, {}, images};
   Toeplitz& a = boxes.images;
-  if (std::max(a.height, a.out_height) > kBoxRows || a.padding_h != kPairs - 1 || a.kernel_h >= 2 * kPairs)
+  const int most = std::max({a.height, a.out_height, a.source.width, a.grad.width});
+  if (most > kBoxSide || a.padding_h != kPairs - 1 || a.kernel_h >= 2 * kPairs) return false;
+  const std::array<int, 3> box{kBoxSide, kBoxSide, kImages};
+  if (!can_overlap(kernel) || !describe_slabs<Wide>(boxes.source, p.input, p, p.height, p.width, box) ||
+      !describe_slabs<Wide>(boxes.grad, p.output, p, p.out_height, p.out_width, box))
     return false;
-  const std::array<int, 3> box{kRun, kBoxRows, kImages};
-  if (!can_overlap(kernel) || !describe_slabs(boxes.source, p.input, p, p.height, p.width, box) ||
-      !describe_slabs(boxes.grad, p.output, p, p.out_height, p.out_width, box))
-    return false;
+  cut_images<Wide>(a);
   const Device& device = current_device();
   const int64_t groups = ceil_div(a.images, kImages);
   a.stage_bytes = 2 * kBoxBytes;
@@ -294,14 +330,14 @@ bool launch_boxes(const Problem& p, const Toeplitz& images, const Allocate& allo
   if (a.depth < 1) return false;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
   a.shares = Shares(groups * kImages * a.period, a.splits, 1, kImages * a.period);
-  const int64_t sums = kRing + (block_sums(a.kernel_h * a.kernel_w) + kWarps) * int64_t{sizeof(float)};
+  const int64_t sums = kRing + (block_sums<Wide>(a.kernel_h * a.kernel_w) + Wide::kWarps) * int64_t{sizeof(float)};
   const int64_t shared_bytes = std::max(sums, kBoxesAt + int64_t{a.depth} * a.stage_bytes);
   static thread_local Decisions<4, bool> decisions;
   a.cluster = decisions({device.id, a.slabs, a.splits, shared_bytes}, [&] {
-    return a.splits <= kPortableCluster && fits_clusters(kernel, a.slabs, a.splits, kThreads, shared_bytes);
+    return a.splits <= kPortableCluster && fits_clusters(kernel, a.slabs, a.splits, Wide::kThreads, shared_bytes);
   });
   if (!a.cluster) a.partial = allocate_partial(a, allocate);
-  launch_early(kernel, boxes, int64_t{a.slabs} * a.splits, kThreads, stream,
+  launch_early(kernel, boxes, int64_t{a.slabs} * a.splits, Wide::kThreads, stream,
                {.cluster = a.cluster ? a.splits : 1, .shared_bytes = shared_bytes});
   check_launch("toeplitz_grad_weight_of_boxes");
   if (!a.cluster) launch_add_partial_sums(p, a.partial, a.splits, stream);
@@ -310,14 +346,10 @@ bool launch_boxes(const Problem& p, const Toeplitz& images, const Allocate& allo
 
 template <typename T, int kPairs>
 void launch_images(const Problem& p, Toeplitz a, const Allocate& allocate, cudaStream_t stream) {
-  const Device& device = current_device();
-  const int64_t groups = ceil_div(a.images, kImages);
-  const int64_t most = std::clamp<int64_t>(device.multiprocessors / a.slabs, ceil_div(groups, kMaxGroups), groups);
-  a.splits = static_cast<int>(ceil_div(groups, ceil_div(groups, most)));  // no more than make the longest one shorter
-  a.streams = 1, a.columns = kRun, a.period = a.out_height, a.by_period = Divider(a.period);
-  a.rows = a.images * a.period;
   if (launch_boxes<T, kPairs>(p, a, allocate, stream)) return;
+  const Device& device = current_device();
   const auto kernel = toeplitz_grad_weight_of_images<T, kPairs>;
+  cut_images<Usual>(a);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
   a.shares = Shares(int64_t{a.images} * a.period, a.splits, 1, a.period);
   a.partial = allocate_partial(a, allocate);

@@ -15,8 +15,9 @@
 namespace dwconv {
 namespace {
 
-constexpr int kFirst = 512;  // where the ring begins in shared memory, and what boxes begin at a multiple of
-constexpr int kBoxPixel = kSlab * 2;
+// Where the ring begins in shared memory, and what boxes begin at a multiple of: units are exchanged in as many bytes.
+template <class B>
+constexpr int kFirst = 8 * B::kPixel;
 constexpr int kBehind = 2;  // steps that warps may be apart
 
 struct RowBoxes {
@@ -26,19 +27,25 @@ struct RowBoxes {
   Toeplitz images;
 };
 
+// Where a unit of a pixel lies in a box.
+template <class B>
+__host__ __device__ constexpr int place_of(int pixel, int unit) {
+  return pixel * B::kPixel + (unit ^ pixel * B::kPixel / 128 % B::kUnits) * kUnit;
+}
+
 #if __CUDA_ARCH__ >= 900
 // A thread's part in loading rows of the gradient: 16 bytes of at most two pixels.
 class GradLoader {
  public:
   __device__ GradLoader(const Toeplitz& a, int slab, uint32_t group, int row) : row_(row) {
-    const int unit = threadIdx.x % kUnits, byte = slab * kBoxPixel + unit * kUnit;
+    const int unit = threadIdx.x % kUnits, byte = slab * Usual::kPixel + unit * kUnit;
     int64_t places[2];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const int pixel = threadIdx.x / kUnits + k * (kThreads / kUnits);
       image_[k] = pixel / a.grad.width;
       any_[k] = image_[k] < a.together;
-      to_[k] = kept(shared_address(kFirst) + a.grad_at + pixel * kBoxPixel + (unit ^ pixel / 2 % kUnits) * kUnit);
+      to_[k] = kept(shared_address(kFirst<Usual>) + a.grad_at + place_of<Usual>(pixel, unit));
       places[k] = image_[k] * a.grad.image_bytes + int64_t{pixel % a.grad.width} * a.grad.pixel_bytes;
       image_[k] = byte < a.channels * 2 ? image_[k] + static_cast<int>(group) * a.together : a.images;
     }
@@ -68,19 +75,20 @@ class GradLoader {
 };
 #endif
 
-template <typename T, int kRows, bool kBoth>
-__global__ void __launch_bounds__(kThreads, 1) toeplitz_grad_weight_rows(const __grid_constant__ RowBoxes boxes) {
+template <typename T, class B, int kRows, bool kBoth>
+__global__ void __launch_bounds__(B::kThreads, 1) toeplitz_grad_weight_rows(const __grid_constant__ RowBoxes boxes) {
 #if __CUDA_ARCH__ >= 900
+  static_assert(kBoth || std::is_same_v<B, Usual>);
   const Toeplitz& a = boxes.images;
   let_next_kernel_start();
   uint32_t rest = blockIdx.x;
   const int slab = a.by_slabs.split(rest), split = static_cast<int>(rest);
   const uint32_t warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32, column = lane / 4, place = lane % 4;
-  StageBarriers::init(kBoth ? 1 : 1 + kThreads, kWarps, true);
+  StageBarriers::init(kBoth ? 1 : 1 + B::kThreads, B::kWarps, true);
   if (threadIdx.x == 0) prefetch(boxes.source), prefetch(boxes.grad);
-  for (int i = threadIdx.x; i < a.depth * kUnits; i += kThreads)
-    shared<uint4>(kFirst + i / kUnits * a.stage_bytes + boxes.zeros_at + i % kUnits * kUnit) = {};
+  for (int i = threadIdx.x; i < a.depth * B::kUnits; i += B::kThreads)
+    shared<uint4>(kFirst<B> + i / B::kUnits * a.stage_bytes + boxes.zeros_at + i % B::kUnits * kUnit) = {};
   before_bulk_copies();
   // Rows of the gradient, counted through all groups; steps go on for the windows that are under way behind the last.
   const uint32_t first = a.shares.begin(split);
@@ -98,16 +106,16 @@ __global__ void __launch_bounds__(kThreads, 1) toeplitz_grad_weight_rows(const _
   // By all threads: if it is `mine`, one of the warp begins to copy boxes.
   const auto load = [&](int step, int stage, bool mine) {
     if (mine && is_elected()) {
-      const int to = kFirst + stage * a.stage_bytes, barrier = StageBarriers::full(stage);
+      const int to = kFirst<B> + stage * a.stage_bytes, barrier = StageBarriers::full(stage);
       uint32_t group = first + step;
       const int row = a.by_period.split(group), image = static_cast<int>(group) * a.together;
       if (has_source(row)) {
         expect_bytes(barrier, boxes.source_bytes);
-        copy_box(to, boxes.source, slab * kSlab, 0, row - a.padding_h, image, barrier);
+        copy_box(to, boxes.source, slab * B::kSlab, 0, row - a.padding_h, image, barrier);
       }
       if (kBoth && has_grad(row, step)) {
         expect_bytes(barrier, boxes.grad_bytes);
-        copy_box(to + a.grad_at, boxes.grad, slab * kSlab, 0, row, image, barrier);
+        copy_box(to + a.grad_at, boxes.grad, slab * B::kSlab, 0, row, image, barrier);
       }
       arrive(barrier);
     }
@@ -125,8 +133,8 @@ __global__ void __launch_bounds__(kThreads, 1) toeplitz_grad_weight_rows(const _
     const int tile = place + 4 * h, x = (tile & (a.tiles() - 1)) * kTileColumns + first + column;
     const int pixel = (tile >> a.tile_shift) * v.width + x;
     const bool inside = static_cast<uint32_t>(x) < static_cast<uint32_t>(v.width);
-    const int from = inside ? begin + pixel * kBoxPixel + (warp / 2 ^ pixel / 2 % kUnits) * kUnit : boxes.zeros_at;
-    return kept(shared_address(kFirst) + from + warp % 2 * kQuad * 2);
+    const int from = inside ? begin + place_of<B>(pixel, warp / 2) : boxes.zeros_at;
+    return kept(shared_address(kFirst<B>) + from + warp % 2 * kQuad * 2);
   };
   uint32_t source_at[3][2], grad_at[2][2];
 #pragma unroll
@@ -153,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, 1) toeplitz_grad_weight_rows(const _
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {  // the row of the gradient that came `age` steps before is g[(u - age) mod kRows]
       if (step == steps) break;
-      const bool multiplies = has_source(row), mine = static_cast<uint32_t>(step) % kWarps == warp;
+      const bool multiplies = has_source(row), mine = static_cast<uint32_t>(step) % B::kWarps == warp;
       wait_at(barriers.full(stage), parity);
       read(has_grad(row, step), multiplies, stage * a.stage_bytes);
 #pragma unroll
@@ -193,34 +201,36 @@ __global__ void __launch_bounds__(kThreads, 1) toeplitz_grad_weight_rows(const _
     }
   }
   __syncthreads();
-  store_diagonals(a, sum);
-  store_sums<T>(a, slab, split, bias);
+  store_diagonals<B>(a, sum);
+  store_bias<B>(a, bias);
+  store_sums<T, B>(a, slab, split);
 #endif
 }
 
 // Returns false, and launches nothing, where boxes cannot be described.
-template <typename T, int kRows, bool kBoth>
+template <typename T, class B, int kRows, bool kBoth>
 bool launch(const Problem& p, Toeplitz a, const Allocate& allocate, cudaStream_t stream) {
-  const auto kernel = toeplitz_grad_weight_rows<T, kRows, kBoth>;
+  const auto kernel = toeplitz_grad_weight_rows<T, B, kRows, kBoth>;
   if (!can_overlap(kernel)) return false;
   const Device& device = current_device();
   while (kTileColumns << a.tile_shift < a.grad.width) ++a.tile_shift;
   a.columns = kTileColumns << a.tile_shift, a.spans = 1, a.streams = 1;
   a.together = kTiles >> a.tile_shift, a.groups = static_cast<int>(ceil_div(a.images, a.together));
-  a.by_groups = Divider(a.groups);
+  a.slabs = static_cast<int>(ceil_div(a.channels, B::kSlab));
+  a.by_groups = Divider(a.groups), a.by_slabs = Divider(a.slabs);
   a.rows = a.groups * a.period;
   a.grad.turn_bytes = a.together * a.grad.image_bytes - a.period * a.grad.row_bytes;
 
   RowBoxes boxes{};
-  if (!describe_slabs(boxes.source, p.input, p, p.height, p.width, {a.source.width, 1, a.together}) ||
-      !describe_slabs(boxes.grad, p.output, p, p.out_height, p.out_width, {a.grad.width, 1, a.together}))
+  if (!describe_slabs<B>(boxes.source, p.input, p, p.height, p.width, {a.source.width, 1, a.together}) ||
+      !describe_slabs<B>(boxes.grad, p.output, p, p.out_height, p.out_width, {a.grad.width, 1, a.together}))
     return false;
-  boxes.source_bytes = a.together * a.source.width * kBoxPixel;
-  boxes.grad_bytes = a.together * a.grad.width * kBoxPixel;
-  a.grad_at = static_cast<int>(round_up(boxes.source_bytes, kFirst));
+  boxes.source_bytes = a.together * a.source.width * B::kPixel;
+  boxes.grad_bytes = a.together * a.grad.width * B::kPixel;
+  a.grad_at = static_cast<int>(round_up(boxes.source_bytes, kFirst<B>));
   boxes.zeros_at = a.grad_at + boxes.grad_bytes;
-  a.stage_bytes = static_cast<int>(round_up(boxes.zeros_at + kBoxPixel, kFirst));
-  a.depth = static_cast<int>(std::min<int64_t>((device.shared_per_block - kFirst) / a.stage_bytes, kMaxStages));
+  a.stage_bytes = static_cast<int>(round_up(boxes.zeros_at + B::kPixel, kFirst<B>));
+  a.depth = static_cast<int>(std::min<int64_t>((device.shared_per_block - kFirst<B>) / a.stage_bytes, kMaxStages));
   if (a.depth <= kBehind) return false;
   a.ahead = a.depth - kBehind;
   a.splits = splits_of(a, a.rows, device.multiprocessors);
@@ -228,9 +238,9 @@ bool launch(const Problem& p, Toeplitz a, const Allocate& allocate, cudaStream_t
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
   a.partial = allocate_partial(a, allocate);
   boxes.images = a;
-  const int64_t sums = kRing + (block_sums(a.kernel_h * a.kernel_w) + kWarps) * int64_t{sizeof(float)};
-  launch_early(kernel, boxes, int64_t{a.slabs} * a.splits, kThreads, stream,
-               {.shared_bytes = std::max(sums, kFirst + int64_t{a.depth} * a.stage_bytes)});
+  const int64_t sums = kRing + (block_sums<B>(a.kernel_h * a.kernel_w) + B::kWarps) * int64_t{sizeof(float)};
+  launch_early(kernel, boxes, int64_t{a.slabs} * a.splits, B::kThreads, stream,
+               {.shared_bytes = std::max(sums, kFirst<B> + int64_t{a.depth} * a.stage_bytes)});
   check_launch("toeplitz_grad_weight_rows");
   launch_add_partial_sums(p, a.partial, a.splits, stream);
   return true;
@@ -241,9 +251,7 @@ bool launch(const Problem& p, Toeplitz a, const Allocate& allocate, cudaStream_t
 bool launch_toeplitz_grad_weight_rows(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
   // More columns, or fewer rows of the kernel, gain nothing.
   constexpr int64_t kMostColumns = 2 * kTileColumns, kFewRows = 3, kMoreRows = 5, kMostRows = 7;
-  if (p.out_width <= kRun || std::max(p.width, p.out_width) > kMostColumns || p.kernel_h <= kFewRows ||
-      p.kernel_h > kMostRows)
-    return false;
+  if (p.out_width <= kRun || std::max(p.width, p.out_width) > kMostColumns || p.kernel_h > kMostRows) return false;
   int64_t bytes = 0;
   const Toeplitz a = toeplitz_of(p, bytes);
   if (bytes % kUnit != 0) return false;
@@ -251,8 +259,9 @@ bool launch_toeplitz_grad_weight_rows(const Problem& p, const Allocate& allocate
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2)
-      launched = p.kernel_h <= kMoreRows ? launch<T, kMoreRows, false>(p, a, allocate, stream)
-                                         : launch<T, kMostRows, true>(p, a, allocate, stream);
+      launched = p.kernel_h <= kFewRows    ? launch<T, Block<16>, kFewRows, true>(p, a, allocate, stream)
+                 : p.kernel_h <= kMoreRows ? launch<T, Usual, kMoreRows, false>(p, a, allocate, stream)
+                                           : launch<T, Usual, kMostRows, true>(p, a, allocate, stream);
   });
   return launched;
 }

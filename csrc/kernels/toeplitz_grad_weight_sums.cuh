@@ -17,7 +17,6 @@
 namespace dwconv {
 namespace {
 
-constexpr int kUnits = kSlab * 2 / kUnit;         // of 16 bytes, of a block's channels of a pixel
 constexpr int kRun = 8, kTileColumns = 2 * kRun;  // columns
 constexpr int kTiles = 8;                         // of a stage
 constexpr int kRing = StageBarriers::kBytes;      // where it begins in shared memory
@@ -76,19 +75,20 @@ __device__ inline void copy_or_clear_if(bool any, uint32_t to, const char* from,
 }
 
 // Sums of a block in shared memory: [tap, or bias behind the last tap][channel], and behind them one for each warp.
+template <class B = Usual>
 __host__ __device__ constexpr int block_sums(int taps) {
-  return (taps + 1) * kSlab;
+  return (taps + 1) * B::kSlab;
 }
 
 // The sum of one tap, or of the bias behind the last one, over a split, of what is inside the image only: a thread's
 // part.
-template <typename T>
+template <typename T, class B>
 __device__ float sum_by_products(const Toeplitz& a, int split, int channel, int slot) {
   const bool is_bias = slot == a.kernel_h * a.kernel_w;
   const int i = is_bias ? 0 : slot / a.kernel_w - a.padding_h, j = is_bias ? 0 : slot % a.kernel_w - a.padding_w;
   const int last = min(a.shares.begin((split + 1) * a.streams), a.rows);
   float sum = 0;
-  for (int at = a.shares.begin(split * a.streams) + threadIdx.x / 32; at < last; at += kWarps) {
+  for (int at = a.shares.begin(split * a.streams) + threadIdx.x / 32; at < last; at += B::kWarps) {
     const int row = at % a.period, first = at / a.period % a.groups * a.together;
     const int column = at / a.period / a.groups * a.columns, y = row + i;
     if (row >= a.out_height || (!is_bias && (y < 0 || y >= a.height))) continue;
@@ -109,26 +109,26 @@ __device__ float sum_by_products(const Toeplitz& a, int split, int channel, int 
 }
 
 // The same by all threads of a block; the first one has it.
-template <typename T>
+template <typename T, class B>
 __device__ float block_sum_by_products(const Toeplitz& a, int split, int channel, int slot) {
-  const int scratch = kRing + block_sums(a.kernel_h * a.kernel_w) * 4;
-  float sum = sum_by_products<T>(a, split, channel, slot);
+  const int scratch = kRing + block_sums<B>(a.kernel_h * a.kernel_w) * 4;
+  float sum = sum_by_products<T, B>(a, split, channel, slot);
   for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
   if (threadIdx.x % 32 == 0) shared<float>(scratch + threadIdx.x / 32 * 4) = sum;
   __syncthreads();
-  for (int warp = 1; warp < kWarps; ++warp) sum += shared<float>(scratch + warp * 4);
+  for (int warp = 1; warp < B::kWarps; ++warp) sum += shared<float>(scratch + warp * 4);
   __syncthreads();
   return sum;
 }
 
 // Takes those of the block's sums again that are not finite.
-template <typename T>
+template <typename T, class B>
 __device__ __noinline__ void sum_again(const Toeplitz& a, int slab, int split, float* partial) {
   const int taps = a.kernel_h * a.kernel_w;
-  for (int at = 0; at < (taps + a.with_bias) * kSlab; ++at) {
-    const int slot = at / kSlab, channel = slab * kSlab + at % kSlab;
+  for (int at = 0; at < (taps + a.with_bias) * B::kSlab; ++at) {
+    const int slot = at / B::kSlab, channel = slab * B::kSlab + at % B::kSlab;
     if (is_finite(shared<float>(kRing + 4 * at)) || channel >= a.channels) continue;
-    const float sum = block_sum_by_products<T>(a, split, channel, slot);
+    const float sum = block_sum_by_products<T, B>(a, split, channel, slot);
     if (threadIdx.x == 0) partial[static_cast<int64_t>(slot) * a.channels + channel] = sum;
   }
 }
@@ -149,36 +149,43 @@ __device__ inline float& sum_at(int number) {
   return shared<float>(kRing + 4 * number);
 }
 
-// Takes the sums of the bias to the others in shared memory: channel c's are in row c.
-__device__ inline void store_bias(const Toeplitz& a, const float (&bias)[4]) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  float total = bias[0] + bias[1];
-  for (const int offset : {1, 2}) total += __shfl_xor_sync(~0u, total, offset);
-  if (lane % 4 == 0 && lane < 4 * kQuad) sum_at(a.kernel_h * a.kernel_w * kSlab + warp * kQuad + lane / 4) = total;
+// Where in a block's slab the channels of a warp begin, or those of one of its quads.
+template <class B>
+__device__ int first_channel(int quad = 0) {
+  return (static_cast<int>(threadIdx.x) / 32 * B::kQuads + quad) * kQuad;
 }
 
-// Stores a block's sums, which are in shared memory but for those of the bias.
-template <typename T>
-__device__ void store_sums(const Toeplitz& a, int slab, int split, const float (&bias)[4]) {
-  store_bias(a, bias);
+// Takes the sums of the bias to the others in shared memory: channel c's are in row c.
+template <class B = Usual>
+__device__ void store_bias(const Toeplitz& a, const float (&bias)[4], int quad = 0) {
+  const int lane = threadIdx.x % 32;
+  float total = bias[0] + bias[1];
+  for (const int offset : {1, 2}) total += __shfl_xor_sync(~0u, total, offset);
+  if (lane % 4 == 0 && lane < 4 * kQuad)
+    sum_at(a.kernel_h * a.kernel_w * B::kSlab + first_channel<B>(quad) + lane / 4) = total;
+}
+
+// Stores a block's sums, which are in shared memory.
+template <typename T, class B = Usual>
+__device__ void store_sums(const Toeplitz& a, int slab, int split) {
   __syncthreads();
   const int slots = a.kernel_h * a.kernel_w + a.with_bias;
   float* partial = a.partial + static_cast<int64_t>(split) * slots * a.channels;
   bool again = false;
-  for (int i = threadIdx.x; i < slots * kSlab; i += kThreads) {
-    const int slot = i / kSlab, channel = slab * kSlab + i % kSlab;
+  for (int i = threadIdx.x; i < slots * B::kSlab; i += B::kThreads) {
+    const int slot = i / B::kSlab, channel = slab * B::kSlab + i % B::kSlab;
     if (channel >= a.channels) continue;
     const float total = sum_at(i);
     partial[static_cast<int64_t>(slot) * a.channels + channel] = total;
     again |= !is_finite(total);
   }
-  if (__syncthreads_or(again)) sum_again<T>(a, slab, split, partial);
+  if (__syncthreads_or(again)) sum_again<T, B>(a, slab, split, partial);
 }
 
 // Adds up the sums of all splits, which are the blocks of a cluster: each does a part of it.
-template <typename T>
-__device__ void add_up_splits(const Toeplitz& a, int slab, int split, const float (&bias)[4]) {
-  const int taps = a.kernel_h * a.kernel_w, count = (taps + a.with_bias) * kSlab;
+template <typename T, class B>
+__device__ void add_up_splits(const Toeplitz& a, int slab, int split) {
+  const int taps = a.kernel_h * a.kernel_w, count = (taps + a.with_bias) * B::kSlab;
   const auto add = [&](int number) {
     float values[kPortableCluster], total = 0;
 #pragma unroll
@@ -189,28 +196,28 @@ __device__ void add_up_splits(const Toeplitz& a, int slab, int split, const floa
     return total;
   };
   const auto store = [&](int number, float total) {
-    const int tap = number / kSlab;
-    const int64_t channel = slab * kSlab + number % kSlab;
+    const int tap = number / B::kSlab;
+    const int64_t channel = slab * B::kSlab + number % B::kSlab;
     if (tap < taps)
       static_cast<T*>(a.grad_weight)[channel * taps + tap] = narrow<T>(total);
     else
       static_cast<T*>(a.grad_bias)[channel] = narrow<T>(total);
   };
-  store_bias(a, bias);
   meet_in_cluster();
   bool again = false;
-  for (int i = split * kThreads + threadIdx.x; i < count; i += a.splits * kThreads) {
-    if (slab * kSlab + i % kSlab >= a.channels) continue;
+  for (int i = split * B::kThreads + threadIdx.x; i < count; i += a.splits * B::kThreads) {
+    if (slab * B::kSlab + i % B::kSlab >= a.channels) continue;
     const float total = add(i);
     store(i, total);
     again |= !is_finite(total);
   }
   if (__syncthreads_or(again))
     for (int i = 0; i < count; ++i) {
-      const int channel = slab * kSlab + i % kSlab;
-      if (i / kThreads % a.splits != split || channel >= a.channels || is_finite(add(i))) continue;
+      const int channel = slab * B::kSlab + i % B::kSlab;
+      if (i / B::kThreads % a.splits != split || channel >= a.channels || is_finite(add(i))) continue;
       float total = 0;
-      for (int block = 0; block < a.splits; ++block) total += block_sum_by_products<T>(a, block, channel, i / kSlab);
+      for (int block = 0; block < a.splits; ++block)
+        total += block_sum_by_products<T, B>(a, block, channel, i / B::kSlab);
       if (threadIdx.x == 0) store(i, total);
     }
   meet_in_cluster();  // others read what is here
@@ -218,9 +225,9 @@ __device__ void add_up_splits(const Toeplitz& a, int slab, int split, const floa
 
 // Takes the sums of a row of the kernel by columns of a tile to shared memory. Those for column j of the kernel are on
 // the diagonal m - n = j.
-template <int kRows>
+template <class B = Usual, int kRows>
 __device__ void store_diagonals(const Toeplitz& a, const float (&sum)[kQuad][kRows][4]) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row = lane / 4, place = lane % 4;
+  const int lane = threadIdx.x % 32, row = lane / 4, place = lane % 4, first = first_channel<B>() + place;
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     float diagonal[kQuad];  // of column `row` of the kernel: the thread's part, of two columns n
@@ -235,13 +242,13 @@ __device__ void store_diagonals(const Toeplitz& a, const float (&sum)[kQuad][kRo
       }
     }
     const float total = add_up(diagonal, place);
-    if (row < a.kernel_w && i < a.kernel_h) sum_at((i * a.kernel_w + row) * kSlab + warp * kQuad + place) = total;
+    if (row < a.kernel_w && i < a.kernel_h) sum_at((i * a.kernel_w + row) * B::kSlab + first) = total;
     if (a.kernel_w > kRun) {  // one more, m = n + 8
 #pragma unroll
       for (int c = 0; c < kQuad; ++c) diagonal[c] = row / 2 != place ? 0 : row % 2 ? sum[c][i][3] : sum[c][i][2];
       float last = add_up(diagonal, place);
       for (int offset = 4; offset < 32; offset *= 2) last += __shfl_xor_sync(~0u, last, offset);
-      if (row == 0 && i < a.kernel_h) sum_at((i * a.kernel_w + kRun) * kSlab + warp * kQuad + place) = last;
+      if (row == 0 && i < a.kernel_h) sum_at((i * a.kernel_w + kRun) * B::kSlab + first) = last;
     }
   }
 }
@@ -273,12 +280,15 @@ inline Toeplitz toeplitz_of(const Problem& p, int64_t& bytes) {
 }
 
 // Describes boxes of a slab's channels, of so many columns, rows and images, and returns whether there can be any.
-// Within their 64 bytes of a pixel, units are exchanged by the pixel.
-inline bool describe_slabs(CUtensorMap& map, const View& view, const Problem& p, int64_t height, int64_t width,
-                           const std::array<int, 3>& box) {
-  return has_boxes(view, 2, kUnit) && describe_boxes(map, view.data, 2, {p.channels, width, height, p.batch},
-                                                     {view.stride[3] * 2, view.stride[2] * 2, view.stride[0] * 2},
-                                                     {kSlab, box[0], box[1], box[2]}, CU_TENSOR_MAP_SWIZZLE_64B);
+// Within their 64 or 128 bytes of a pixel, units are exchanged by the 128 bytes that they are in.
+template <class B = Usual>
+bool describe_slabs(CUtensorMap& map, const View& view, const Problem& p, int64_t height, int64_t width,
+                    const std::array<int, 3>& box) {
+  return has_boxes(view, 2, kUnit) &&
+         describe_boxes(map, view.data, 2, {p.channels, width, height, p.batch},
+                        {view.stride[3] * 2, view.stride[2] * 2, view.stride[0] * 2},
+                        {B::kSlab, box[0], box[1], box[2]},
+                        B::kPixel == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B);
 }
 
 // Memory for the sums of all splits.
