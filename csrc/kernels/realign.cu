@@ -35,7 +35,9 @@ __global__ void __launch_bounds__(kThreads) realign_units(const __grid_constant_
   }
 #pragma unroll
   for (int t = 0; t < kTurns; ++t) {
-    high[t] = unit_of_next_lane(low[t], high[t]);
+    const uint4 next = {__shfl_down_sync(~0u, low[t].x, 1), __shfl_down_sync(~0u, low[t].y, 1),
+                        __shfl_down_sync(~0u, low[t].z, 1), __shfl_down_sync(~0u, low[t].w, 1)};
+    if (lane < 31) high[t] = next;
     const int64_t at = first + t * kThreads;
     if (at >= a.units) continue;
     uint4 value = shifted<kMisfit / 4>(low[t], high[t], shift);
