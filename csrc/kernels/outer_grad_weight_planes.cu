@@ -75,6 +75,7 @@ struct Planes {
   int shifts, shares;                  // warps with other shifts, and with other images of a stage
   int together, stages;                // images that a warp has of a stage
   bool uneven;                         // not all warps have as many
+  bool reversed;                       // whether every second four warps have their shifts in the other order
   int sums, first_stage, image_bytes;  // places in shared memory
   int sum_bytes;                       // of a warp
   static constexpr int kZeros = 2 * 8 * kMaxStages, kZeroBytes = 32 * kGrads;
@@ -110,6 +111,13 @@ struct Item {
   __device__ int first_row(const Planes& a) const { return a.first_row + group * a.group_rows; }
   __device__ int last_row(const Planes& a) const { return min(first_row(a) + a.group_rows, a.last_row); }
 };
+
+// Which shift a warp has: every second four of them may have theirs in the other order.
+__host__ __device__ inline int tap_of(int warp, int shifts, bool reversed) {
+  if (!reversed || warp / 4 % 2 == 0) return warp;
+  const int first = warp / 4 * 4, end = first + 4 < shifts ? first + 4 : shifts;
+  return end - 1 - (warp - first);
+}
 
 // A place in the ring of stages.
 struct Turn {
@@ -540,8 +548,7 @@ __global__ void __launch_bounds__(32 * warps_of(way), 1) outer_planes(const __gr
   const int lane = __shfl_sync(~0u, threadIdx.x % 32, threadIdx.x % 32);  // kept as well
   const int share = warp / a.shifts, bias_sums = a.sums + warps * a.sum_bytes;
   // The farther shifts are the less rows they have: each scheduler has some of all.
-  int tap = warp % a.shifts;
-  if (a.shares == 1 && warp / 4 % 2 > 0) tap = warp / 4 * 4 + min(warp / 4 * 4 + 4, a.shifts) - 1 - warp;
+  const int tap = tap_of(warp % a.shifts, a.shifts, a.reversed);
   const int sums = a.sums + (share * a.shifts + tap) * a.sum_bytes;
   constexpr int kShifts = shifts_of_warp(way);
   Rows rows(a, a.first_shift(a.first_row) + kShifts * tap, kShifts - 1, lane);
@@ -657,6 +664,17 @@ __global__ void __launch_bounds__(32 * warps_of(way), 1) outer_planes(const __gr
 #endif
 }
 
+// The rows that the busiest of four schedulers has, each of which has every fourth warp.
+int busiest(const Planes& a, Way way, bool reversed) {
+  int rows[4] = {};
+  for (int warp = 0; warp < a.shifts; ++warp)
+    for (int k = 0; k < shifts_of_warp(way); ++k) {
+      const int shift = a.first_shift(a.first_row) + shifts_of_warp(way) * tap_of(warp, a.shifts, reversed) + k;
+      rows[warp % 4] += std::max(std::min(a.grad.summed, a.source.summed - shift) - std::max(-shift, 0), 0);
+    }
+  return *std::max_element(rows, rows + 4);
+}
+
 // Into how many parts the images are divided.
 int splits_for(const Planes& a, Way way, int multiprocessors) {
   constexpr int kLongest = 12 << 10;  // products of a sum in float32: longer ones lose digits
@@ -747,6 +765,7 @@ bool launch_outer_grad_weight_planes(const Problem& p, bool exchanged, bool tall
   a.shares = near ? 1 : static_cast<int>(std::min<int64_t>(most / a.shifts, ceil_div(a.images, a.together)));
   // Ten warps: with as many images for all, two of four schedulers would have three warps' work, and two have two's.
   a.uneven = bulk && !tall && a.shifts == 5 && a.shares == 2;
+  a.reversed = a.shares == 1 && busiest(a, way, true) < busiest(a, way, false);
   const bool few = warps_of(way) - a.shifts * a.shares < kMostLoaders / 32;
   a.loaders = loads_beside(way) ? 0 : bulk ? 32 : few ? kFewestLoaders : kMostLoaders;
   for (Plane* v : {&a.source, &a.grad})
