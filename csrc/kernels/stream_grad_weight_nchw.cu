@@ -168,8 +168,8 @@ template <int kKernel, int kSide>
 struct Corner {
   static constexpr int kKernelH = kKernel, kKernelW = kKernel;
   static constexpr int kRows = 7, kColumns = 7, kTiles = 1, kLanes = 1;
-  static constexpr bool kOddStrips = false, kWhole = true, kPlane = kSide == 7;
-  static constexpr int kProducts = 0;
+  static constexpr bool kOddStrips = false, kWhole = true, kPlane = kSide == 7, kTurns = false;
+  static constexpr int kProducts = 0, kScratch = 0;
   static constexpr int kMaxThreads = kKernel == 7 ? 160 : 224, kBlocks = 2;
   static constexpr int kMostMultiplier = 8;      // shared memory holds the planes of a channel
   static constexpr bool kInParts = kKernel < 5;  // as Window

@@ -15,6 +15,8 @@
 //   kMaxThreads, kBlocks  of a block, besides a warp that copies, and blocks of that size on a multiprocessor
 //   kWhole                whether it takes whole planes only
 //   kPlane                whether it is a whole plane, so that a thread has all sums of its filter
+//   kScratch              bytes of shared memory of a warp, from scratch_at on
+//   kTurns                whether a filter's warps take turns, as some tiles take longer
 //   add<T>(stream, chunk, filter, tile)  adds a tile, or the first of several, to the thread's sums
 //   total(i, j), total_bias()            the sums
 //   tap(i, j)                            whose sum total(i, j) is
@@ -60,6 +62,7 @@ struct GradStream {
   Divider by_strips, by_tiles, by_multiplier, by_bands, by_groups;
   bool with_bias, bulk, float32;
   int chunks_at;  // what the block knows of the chunks under way, in shared memory
+  int scratch_at;
 };
 
 // Rows of an image, and the slot of the first of them in the ring.
@@ -131,20 +134,25 @@ __device__ __noinline__ float sum_by_products(const GradStream& a, int group, in
   return sum;
 }
 
-// Adds up `count` values in shared memory; `lanes` threads side by side, a power of two, do so together.
-__device__ inline float sum_of(int values, int count, int lanes) {
-  float sum = 0;
-  for (int i = threadIdx.x % lanes; i < count; i += lanes) sum += shared<float>(values + 4 * i);
+// Adds up what so many threads side by side have, a power of two.
+__device__ inline float sum_of_lanes(float sum, int lanes) {
   const uint32_t team = (~0u >> (32 - lanes)) << (threadIdx.x % 32 & -lanes);
   for (int offset = lanes / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(team, sum, offset);
   return sum;
 }
 
+// Adds up `count` values in shared memory; so many threads do so together.
+__device__ inline float sum_of(int values, int count, int lanes) {
+  float sum = 0;
+  for (int i = threadIdx.x % lanes; i < count; i += lanes) sum += shared<float>(values + 4 * i);
+  return sum_of_lanes(sum, lanes);
+}
+
 // What tiles have in common that take any part of a plane, and have the taps in their order.
 template <int kKernelW>
 struct AnyPart {
-  static constexpr bool kWhole = false, kPlane = false;
-  static constexpr int kProducts = 0;
+  static constexpr bool kWhole = false, kPlane = false, kTurns = false;
+  static constexpr int kProducts = 0, kScratch = 0;
 
   __device__ int tap(int i, int j) const { return i * kKernelW + j; }
 };
@@ -209,9 +217,10 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
         }
       } else {
         const int warp = threadIdx.x / 32, filter = warp / a.filter_warps;
+        int number = warp - filter * a.filter_warps;
+        if (Tile::kTurns) number = (number + step - first) % a.filter_warps;
         if (filter < filters)
-          for (int tile = (warp - filter * a.filter_warps) * Tile::kTiles; tile < tiles;
-               tile += a.filter_warps * Tile::kTiles)
+          for (int tile = number * Tile::kTiles; tile < tiles; tile += a.filter_warps * Tile::kTiles)
             sums.template add<T>(a, c, filter, tile);
       }
       if (copier.dedicated)
@@ -247,9 +256,9 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
     }
   } else if constexpr (Tile::kProducts > 0) {
     static_assert(Tile::kProducts <= Tile::kKernelW);  // so that there is room
-    // The rings have served: their memory takes the products of all warps. A filter's warps' are added up, then those
-    // of a tap.
-    constexpr int kCount = 32 * (Tile::kKernelH * Tile::kProducts + 1);
+    // The rings have served: their memory takes the products of all warps, of which a tap's are added up by as many
+    // lanes as its diagonal has.
+    constexpr int kCount = 32 * (Tile::kKernelH * Tile::kProducts + 1), kWarps = Tile::kMaxThreads / 32;
     const int lane = threadIdx.x % 32;
     if (copier.is_worker()) {
       const int put = kHead + 4 * (threadIdx.x / 32 * kCount + lane);
@@ -261,26 +270,24 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
       shared<float>(put + 4 * (kCount - 32)) = sums.total_bias();
     }
     __syncthreads();
-    for (int at = threadIdx.x; at < filters * kCount; at += blockDim.x) {
-      const int place = kHead + 4 * (at / kCount * a.filter_warps * kCount + at % kCount);
-      float sum = 0;
-      for (int w = 0; w < a.filter_warps; ++w) sum += shared<float>(place + 4 * w * kCount);
-      shared<float>(place) = sum;
-    }
-    __syncthreads();
-    for (int at = threadIdx.x; at < filters * slots; at += blockDim.x) {
-      const int slot = at / filters, own = at % filters, place = kHead + 4 * own * a.filter_warps * kCount;
+    constexpr int kLanes = Tile::kDiagonal;
+    const int n = threadIdx.x % kLanes;
+    for (int at = threadIdx.x / kLanes; at < a.block_filters * slots; at += blockDim.x / kLanes) {
+      uint32_t number = at;
+      const int own = a.by_block_filters.split(number), slot = number;
+      if (own >= filters) continue;
+      const bool is_tap = slot < kTaps, is_there = is_tap || n < 4;
+      const int row = slot / Tile::kKernelW * Tile::kProducts, m = sums.begin(slot % Tile::kKernelW) + n;
+      const int place =
+          kHead + 4 * (own * a.filter_warps * kCount + (is_tap ? 32 * row + Tile::product_of(m, n) : kCount - 32 + n));
       float total = 0;
-      if (slot < kTaps) {
-        const int row = place + 128 * (slot / Tile::kKernelW * Tile::kProducts), m = sums.begin(slot % Tile::kKernelW);
-#pragma unroll
-        for (int n = 0; n < Tile::kDiagonal; ++n) total += shared<float>(row + 4 * Tile::product_of(m + n, n));
-        again |= !is_finite(total);
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) total += shared<float>(place + 4 * (kCount - 32 + i));
-      }
+#pragma unroll  // no branch between the loads
+      for (int w = 0; w < kWarps; ++w)
+        total += is_there && w < a.filter_warps ? shared<float>(place + 4 * w * kCount) : 0;
+      total = sum_of_lanes(total, kLanes);
+      if (n > 0) continue;
       results[static_cast<int64_t>(slot) * pitch_of_slots + own] = total;
+      again |= is_tap && !is_finite(total);
     }
   } else {
     // The rings have served: their memory takes the sums, tap by tap, of all threads, at a pitch that keeps those of
@@ -344,6 +351,7 @@ struct GradTileSize {
   int threads_per_block, blocks_per_multiprocessor;  // as the registers allow, besides a warp that copies
   bool odd_strips;                                   // an odd number of tiles side by side
   bool whole;
+  int scratch;  // bytes of a warp
 
   int64_t strips(int64_t width) const { return ceil_div(width, columns) | (odd_strips ? 1 : 0); }
 };
@@ -381,10 +389,11 @@ inline void apply(GradStream& a, GradCut& cut, const GradTileSize& tile) {
   source.memory = kHead;
   grad.memory = static_cast<int>(kHead + ring_bytes(source_rows, source.row_bytes));
   a.chunks_at = static_cast<int>(grad.memory + ring_bytes(grad_rows, grad.row_bytes));
+  a.scratch_at = static_cast<int>(round_up(a.chunks_at + kDepth * sizeof(GradChunk), kUnit));
   const int64_t slot_bytes = int64_t{tile.taps + 1} * static_cast<int64_t>(sizeof(float));
   a.totals = static_cast<int>(kHead + slot_bytes * (cut.threads + kMoreThreads));
   cut.shared_bytes =
-      std::max<int64_t>(a.chunks_at + kDepth * sizeof(GradChunk), a.totals + slot_bytes * a.block_filters);
+      std::max<int64_t>(a.scratch_at + cut.threads / 32 * tile.scratch, a.totals + slot_bytes * a.block_filters);
 }
 
 // Cuts the work so that as many threads as possible have some on a multiprocessor at a time, and every block about as
@@ -452,11 +461,25 @@ inline GradCut cut_for(GradStream a, const GradTileSize& tile, const Device& dev
   return best;
 }
 
+template <class Tile>
+constexpr GradTileSize size_of_tile() {
+  return {Tile::kRows,       Tile::kColumns, Tile::kTiles,     Tile::kLanes, Tile::kKernelH * Tile::kKernelW,
+          Tile::kMaxThreads, Tile::kBlocks,  Tile::kOddStrips, Tile::kWhole, Tile::kScratch};
+}
+
+// Whether there is room for bands of the fewest rows beside what warps need, and not only for the bands.
+template <class Tile>
+bool has_room_for_scratch(GradStream a) {
+  constexpr GradTileSize kTile = size_of_tile<Tile>();
+  GradCut least{true, 1, std::min<int>(kLeastRows, a.out_height), 32, 1, 1, 0};
+  apply(a, least, kTile);
+  return a.scratch_at + Tile::kMaxThreads / 32 * Tile::kScratch <= current_device().shared_per_block;
+}
+
 template <typename T, class Tile>
 void launch(const Problem& p, GradStream a, const Allocate& allocate, cudaStream_t stream) {
   constexpr int kTaps = Tile::kKernelH * Tile::kKernelW;
-  constexpr GradTileSize kTile{Tile::kRows,       Tile::kColumns, Tile::kTiles,     Tile::kLanes, kTaps,
-                               Tile::kMaxThreads, Tile::kBlocks,  Tile::kOddStrips, Tile::kWhole};
+  constexpr GradTileSize kTile = size_of_tile<Tile>();
   const Device& device = current_device();
   const auto kernel = stream_grad_weight_nchw<T, Tile>;
   a.bulk = a.bulk && device.capability >= 90;

@@ -191,15 +191,24 @@ struct Toeplitz : AnyPart<kKernel> {
 // [column m - 8 of segment k] and B[k][n] = gradient[y][column n of segment k], the product of A transposed and B has
 // the sums for row i of the kernel on its diagonals, here of 8 columns n of the gradient and 24 columns m of the input.
 // Matrices of 8 segments and 8 columns are loaded at once. A segment is an odd number of 16 bytes, so that their rows
-// are in different banks.
-template <int kKernel>
+// are in different banks. The 8 columns on the right are multiplied for two rows at once.
+//
+// kShifted: rows begin elsewhere in 16 bytes, at the same place in both arrays, and columns are counted from these 16
+// bytes on. So a row has 16 bytes more, and shares its first and its last ones with the rows above and below: where a
+// matrix has these they are read from copies, in which what is not the row's is zero. Of the last ones, where segments
+// do not reach them, rows are what is summed over.
+template <int kKernel, bool kShifted>
 struct Segments : AnyPart<kKernel> {
   static constexpr int kRows = 7, kColumns = 128, kTiles = 1, kLanes = 32;
-  static constexpr bool kOddStrips = true;
+  static constexpr bool kOddStrips = true, kTurns = kShifted;
   static constexpr int kKernelH = kKernel, kKernelW = kKernel;
   static constexpr int kMaxThreads = 480, kBlocks = 1;
+  static constexpr int kSourceRows = kRows - 1 + kKernel;
+  static constexpr int kEnds = kSourceRows + kRows;  // of the input's rows and the gradient's that a tile meets
+  static constexpr int kScratch = kShifted ? 2 * kEnds * kUnit : 0;
 
-  float sum[kKernel][2][4] = {}, bias[4] = {};
+  float sum[kKernel][4] = {}, bias[4] = {};
+  float right[kKernel + 1][4] = {};  // of rows i - 1 and i of the kernel
   const int padding;
 
   __device__ explicit Segments(const GradStream& a) : padding(a.padding_w) {}
@@ -209,61 +218,141 @@ struct Segments : AnyPart<kKernel> {
     const int lane = threadIdx.x % 32, middle = lane / 4 - lane % 4 * 2 - 8 + padding;
     float total = 0;
 #pragma unroll
-    for (int e = 0; e < 6; ++e) total = middle + e / 2 * 8 - e % 2 == j ? total + sum[i][e / 4][e % 4] : total;
+    for (int e = 0; e < 6; ++e) {
+      const float product = e < 4 ? sum[i][e] : right[i + 1][e % 2] + right[i][2 + e % 2];
+      total = middle + e / 2 * 8 - e % 2 == j ? total + product : total;
+    }
     return total;
   }
   __device__ float total_bias() const { return threadIdx.x % 32 < 4 ? bias[0] + bias[1] : 0.f; }
 
+  // A lane's walk down rows of 16 bytes: those of a ring, or their copies.
+  struct Walk {
+    uint32_t from, at, row_bytes;
+    const uint32_t ring_bytes;
+
+    __device__ Walk(const RowRing& ring, int slot, int unit)
+        : from(shared_address(ring.memory) + unit * kUnit),
+          at(slot * ring.row_bytes),
+          row_bytes(ring.row_bytes),
+          ring_bytes(ring.capacity * ring.row_bytes) {}
+    __device__ void take_copies(uint32_t first, int row) { from = first, at = row * kUnit, row_bytes = kUnit; }
+    __device__ uint32_t here() const { return from + at; }
+    __device__ void next(int rows) {
+      at += rows * row_bytes;
+      at = min(at, at - ring_bytes);
+    }
+  };
+
+  // Copies of the first 16 bytes of all rows, those of the input in front, and of the last 16 bytes.
+  __device__ void copy_ends(const RowRing& xs, const RowRing& gs, int source_slot, int grad_slot, int copies) const {
+#pragma unroll
+    for (int i = threadIdx.x % 32; i < 2 * kEnds; i += 32) {
+      const bool is_last = i >= kEnds;
+      const int row = is_last ? i - kEnds : i;
+      const bool input = row < kSourceRows;
+      const RowRing& ring = input ? xs : gs;
+      const int slot = ring.wrap(input ? source_slot + row : grad_slot + row - kSourceRows);
+      uint4 unit = shared<uint4>(ring.memory + slot * ring.row_bytes + (is_last ? ring.row_bytes : 0));
+      const auto keep = [&](uint32_t& word, int first) {
+        const auto is_its = [&](int element) { return (2 * element >= ring.phase) != is_last; };
+        word &= (is_its(first) ? 0xffffu : 0) | (is_its(first + 1) ? 0xffff0000u : 0);
+      };
+      keep(unit.x, 0), keep(unit.y, 2), keep(unit.z, 4), keep(unit.w, 6);
+      shared<uint4>(copies + i * kUnit) = unit;
+    }
+    __syncwarp();
+  }
+
+  template <typename T>
+  __device__ void add_bias(const uint32_t (&g)[2]) {
+    multiply(bias, bias, {ones(T{}), ones(T{}), ones(T{}), ones(T{})}, g, T{});
+  }
+
+  // Adds the last 16 bytes of rows: A and B have rows of the gradient, and those of the input that meet them.
+  template <typename T>
+  __device__ void add_ends(const GradStream& a, int source_slot, int rows, uint32_t inside, uint32_t copies) {
+    const RowRing& xs = a.source.ring;
+    const int lane = threadIdx.x % 32, row = lane % 8;
+    const uint32_t zeros = shared_address(kZeros), before = shared_address(xs.memory) + xs.row_bytes - kUnit;
+    copies += kEnds * kUnit;
+    uint32_t g[2];
+    load_two_transposed(g[0], g[1], lane < rows ? copies + (kSourceRows + lane) * kUnit : zeros);
+    if (a.with_bias) add_bias<T>(g);
+#pragma unroll
+    for (int i = 0; i < kKernel; ++i) {
+      uint32_t x[4];
+      const uint32_t from =
+          lane < 8 ? before + xs.wrap(source_slot + row + i) * xs.row_bytes : copies + (row + i) * kUnit;
+      load_matrices_transposed(x, lane < 16 && row < rows && inside >> (row + i) & 1 ? from : zeros);
+      multiply(sum[i], sum[i], x, g, T{});
+    }
+  }
+
   template <typename T>
   __device__ void add(const GradStream& a, const GradChunk& c, int filter, int tile) {
     const RowRing &xs = a.source.ring, &gs = a.grad.ring;
-    const int lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32, half = lane / 8 % 2;
     uint32_t segment = tile;
-    const int column = static_cast<int>(a.by_strips.split(segment)) * 8, width = a.strips * 8;  // of a segment
+    const int strip = static_cast<int>(a.by_strips.split(segment));
     const int row = static_cast<int>(segment) * kRows, rows = min(kRows, c.rows - row);
     if (rows <= 0) return;
-    // The columns where the lane's rows of matrices begin: to the left or those of the tile, those of the tile (of the
-    // gradient), and to the right. What is beside the image is read from zeros.
-    const int x = (lane % 8 + lane / 16 * 8) * width + column + (lane / 8 % 2 - 1) * 8;
-    const int v = lane % 16 * width + column, beside = v + 8;
+    // The 16 bytes where the lane's rows of matrices begin: to the left or those of the tile, those of the tile (of the
+    // gradient), and to the right, of two rows. What is beside the image is read from zeros.
+    const int own = (lane % 8 + lane / 16 * 8) * a.strips + strip, near = own + half - 1, beside = own + 1;
+    const int middle = lane % 16 * a.strips + strip;
+    const int source_end = a.width / 8 + kShifted, grad_end = a.out_width / 8 + kShifted;
     const int plane = c.source_plane + filter / a.multiplier * a.height, y = c.row + row - a.padding_h;
     const int begin = max(-y, 0), end = min(min(a.height, c.source.end - plane) - y, 32);
     const uint32_t inside = end > begin ? ~0u >> (32 - end) & ~0u << begin : 0;
-    const uint32_t mine = x >= 0 && x < a.width ? inside : 0, right = beside < a.width ? inside : 0;
+    const uint32_t mine = near >= 0 && (kShifted ? own : near) < source_end ? inside : 0,
+                   beside_mine = beside < source_end ? inside >> half : 0;
     const uint32_t zeros = shared_address(kZeros);
-    const uint32_t source = shared_address(xs.at(0)) + 2 * x, source_right = shared_address(xs.at(0)) + 2 * beside;
-    const uint32_t grad = shared_address(gs.at(0)) + 2 * v;
-    const uint32_t source_bytes = xs.capacity * xs.row_bytes, grad_bytes = gs.capacity * gs.row_bytes;
+    const int grad_slot = gs.wrap(c.grad.slot + (a.single ? 0 : filter * a.out_height) + row);
+    const int source_slot = inside ? xs.wrap(c.source.slot + plane + y - c.source.begin) : 0;
+    Walk grad(gs, gs.wrap(grad_slot + lane / 16), middle), source(xs, source_slot, near),
+        source_beside(xs, xs.wrap(source_slot + half), beside);
+    if constexpr (kShifted) {
+      const auto is_end = [&](int unit) { return unit == 0 || unit == source_end - 1; };
+      // Where no segment reaches the last 16 bytes of rows, one of the tiles with none of their ends has them, too.
+      const bool has_last = source_end > 16 * a.strips && strip == a.strips / 2;
+      if (__any_sync(~0u, is_end(near) || is_end(middle) || is_end(beside)) || has_last) {
+        const int at = a.scratch_at + static_cast<int>(threadIdx.x) / 32 * kScratch;
+        copy_ends(xs, gs, source_slot, grad_slot, at);
+        const auto take = [&](Walk& walk, int unit, int row) {
+          if (is_end(unit)) walk.take_copies(shared_address(at) + (unit > 0 ? kEnds * kUnit : 0), row);
+        };
+        take(source, near, 0), take(source_beside, beside, half), take(grad, middle, kSourceRows + lane / 16);
+        if (has_last) add_ends<T>(a, source_slot, rows, inside, shared_address(at));
+      }
+    }
 
     uint32_t g[kRows + 1][2];
-    uint32_t at =
-        gs.wrap(gs.wrap(c.grad.slot + (a.single ? 0 : filter * a.out_height) + row) + lane / 16) * gs.row_bytes;
 #pragma unroll
     for (int r = 0; r < kRows; r += 2) {
       uint32_t both[4];
-      load_matrices_transposed(both, r + lane / 16 < rows && v < a.out_width ? grad + at : zeros);
-      at += 2 * gs.row_bytes;
-      at = min(at, at - grad_bytes);
+      load_matrices_transposed(both, r + lane / 16 < rows && middle < grad_end ? grad.here() : zeros);
+      grad.next(2);
 #pragma unroll
       for (int e = 0; e < 4; ++e) g[r + e / 2][e % 2] = both[e];
     }
     if (a.with_bias)
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) multiply(bias, bias, {ones(T{}), ones(T{}), ones(T{}), ones(T{})}, g[r], T{});
-    at = (inside ? xs.wrap(c.source.slot + plane + y - c.source.begin) : 0) * xs.row_bytes;
+      for (int r = 0; r < kRows; ++r) add_bias<T>(g[r]);
 #pragma unroll
-    for (int r = 0; r < kRows - 1 + kKernel; ++r) {
-      uint32_t above[4], next[4] = {};
-      load_matrices_transposed(above, mine >> r & 1 ? source + at : zeros);
-      load_two_transposed(next[0], next[2], right >> r & 1 ? source_right + at : zeros);
-      at += xs.row_bytes;
-      at = min(at, at - source_bytes);
+    for (int r = 0; r < kSourceRows; ++r) {
+      uint32_t x[4];
+      load_matrices_transposed(x, mine >> r & 1 ? source.here() : zeros);
+      source.next(1);
 #pragma unroll
-      for (int i = 0; i < kKernel; ++i) {
-        if (r < i || r - i >= kRows) continue;
-        multiply(sum[i][0], sum[i][0], above, g[r - i], T{});
-        multiply(sum[i][1], sum[i][1], next, g[r - i], T{});
-      }
+      for (int i = 0; i < kKernel; ++i)
+        if (r >= i && r - i < kRows) multiply(sum[i], sum[i], x, g[r - i], T{});
+      if (r % 2 != 0) continue;
+      load_matrices_transposed(x, beside_mine >> r & 1 ? source_beside.here() : zeros);
+      source_beside.next(2);
+#pragma unroll
+      for (int i = 0; i <= kKernel; ++i)
+        if (r + 1 >= i && r + 1 - i < kRows) multiply(right[i], right[i], x, g[r + 1 - i], T{});
     }
   }
 };
@@ -276,9 +365,12 @@ void launch_kernel(const Problem& p, const GradStream& a, const Allocate& alloca
     return ceil_div(tiles, 4) * (60 + 13 * (rows + kKernel - 1) + 13 * rows);
   };
   constexpr int kWide = 256;  // rows of which few fit
-  const auto begins_with_units = [](const RowRing& ring) { return ring.phase == 0 && ring.row_bytes % kUnit == 0; };
-  if (a.out_width >= kWide && begins_with_units(a.source.ring) && begins_with_units(a.grad.ring))
-    return launch<T, Segments<kKernel>>(p, a, allocate, stream);
+  const RowRing &source = a.source.ring, &grad = a.grad.ring;
+  if (a.out_width >= kWide && source.row_bytes % kUnit == 0 && grad.row_bytes % kUnit == 0) {
+    if (source.phase == 0 && grad.phase == 0) return launch<T, Segments<kKernel, false>>(p, a, allocate, stream);
+    if (source.phase == grad.phase && a.width == a.out_width && has_room_for_scratch<Segments<kKernel, true>>(a))
+      return launch<T, Segments<kKernel, true>>(p, a, allocate, stream);
+  }
   if constexpr (kKernel == 3)
     launch_stream_grad_weight_nchw(p, a.bulk, allocate, stream);
   else if (a.out_width > kWide || cost(4) < cost(14))
