@@ -100,8 +100,7 @@ void run(Problem& problem, const Tensor& like, const By& by) {
     case PlanId::kStreamGradWeightNchw: return launch_stream_grad_weight_nchw(problem, true, allocate, stream);
     case PlanId::kStreamGradWeightNchwPortable: return launch_stream_grad_weight_nchw(problem, false, allocate, stream);
     case PlanId::kToeplitzLarge: return launch_toeplitz_large(problem, allocate, stream);
-    case PlanId::kToeplitzChannelsLast:
-      return launch_toeplitz_channels_last(realigned(problem, allocate, stream), stream);
+    case PlanId::kToeplitzChannelsLast: return launch_toeplitz_channels_last(problem, allocate, stream);
     case PlanId::kMarchChannelsLast: return launch_march_channels_last(problem, stream);
     case PlanId::kMarchGradWeightChannelsLast: return launch_march_grad_weight_channels_last(problem, allocate, stream);
     case PlanId::kToeplitzGradWeightChannelsLast:

@@ -1758,6 +1758,27 @@ def test_toeplitz_channels_last_shares_many_images(batch: int, size: tuple, side
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel", [(5, 5), (7, 7), (13, 13), (5, 31), (27, 27)], ids=str)
+def test_toeplitz_channels_last_of_arrays_that_begin_anywhere(kernel: tuple, dtype: torch.dtype) -> None:
+    """All places within 16 bytes, with gaps and without, and one image, or row, that stands for all."""
+    case = Case(9, 72, (14, 13), kernel, padding=tuple(k // 2 for k in kernel))
+    input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
+    grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=torch.channels_last)
+    layouts: list[dict] = [{"offset": offset} for offset in range(1, 8)]
+    layouts += [{"offset": 3, "steps": (2, 1, 1, 2)}, {"offset": 5, "expanded": (0,)}, {"offset": 1, "expanded": (2,)}]
+    for layout in layouts:
+        laid, grad = (lay(t, (0, 2, 3, 1), **layout) for t in (input, grad_output))
+        exact = run_float64((laid, weight, bias), grad, **case.geometry)._asdict()
+        forced = set()
+        for name, plan, result in results_of_plans(case, (laid, weight, bias), grad, True):
+            if plan == BAND:
+                assert wrong_numbers(result, exact[name].round()) == 0, (name, layout)
+                forced.add(name)
+        assert "grad_input" in forced and ("output" in forced or "expanded" in layout), layout
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("tile", [((3, 3), 1, 1), ((5, 5), 2, 1), ((5, 5), 1, 1)], ids=str)
 def test_the_same_sizes_in_other_layouts(tile: tuple, dtype: torch.dtype) -> None:

@@ -34,7 +34,7 @@ void launch_toeplitz_large(const Problem& problem, const Allocate& allocate, cud
 void launch_outer_grad_weight(const Problem& problem, const Allocate& allocate, cudaStream_t stream);
 void launch_hankel_grad_weight(const Problem& problem, const Allocate& allocate, cudaStream_t stream);
 
-void launch_toeplitz_channels_last(const Problem& problem, cudaStream_t stream);
+void launch_toeplitz_channels_last(const Problem& problem, const Allocate& allocate, cudaStream_t stream);
 void launch_march_channels_last(const Problem& problem, cudaStream_t stream);
 void launch_march_grad_weight_channels_last(const Problem& problem, const Allocate& allocate, cudaStream_t stream);
 void launch_toeplitz_grad_weight_channels_last(const Problem& problem, const Allocate& allocate, cudaStream_t stream);

@@ -1,5 +1,8 @@
 #include "realign.h"
 
+#include <algorithm>
+#include <iterator>
+
 #include "copies.cuh"
 #include "device.h"
 #include "overlap.cuh"
@@ -65,25 +68,73 @@ void launch(const Realign& a, cudaStream_t stream) {
   check_launch("realign_units");
 }
 
-}  // namespace
+// An array with gaps between pixels, rows or images, which are copied element by element.
+struct Gather {
+  const uint16_t* from;
+  int64_t image, row, pixel;  // elements from one to the next
+  uint4* to;
+  int64_t units;
+  Divider by_units, by_width, by_height;
+};
 
-Problem realigned(const Problem& problem, const Allocate& allocate, cudaStream_t stream) {
+__global__ void __launch_bounds__(kThreads) gather_units(const __grid_constant__ Gather a) {
+  wait_for_kernel_before();
+  let_next_kernel_start();
+  const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (at >= a.units) return;
+  uint32_t rest = static_cast<uint32_t>(at);
+  const uint32_t unit = a.by_units.split(rest), x = a.by_width.split(rest), y = a.by_height.split(rest);
+  const uint16_t* from = a.from + (rest * a.image + y * a.row + x * a.pixel + unit * 8);
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = from[2 * i] | static_cast<uint32_t>(from[2 * i + 1]) << 16;
+  a.to[at] = {words[0], words[1], words[2], words[3]};
+}
+
+Problem realigned(const Problem& problem, const Allocate& allocate, cudaStream_t stream, bool gaps) {
   Problem p = problem;
   const auto realign = [&](View& view, int64_t channels, int64_t height, int64_t width) {
     const int64_t steps[4] = {height * width * channels, 1, width * channels, channels};
     const int64_t sizes[4] = {p.batch, channels, height, width};
-    bool dense = reinterpret_cast<uintptr_t>(view.data) % 2 == 0 && channels * 2 % kUnit == 0;
+    if (reinterpret_cast<uintptr_t>(view.data) % kUnit == 0 || channels * 2 % kUnit != 0) return;
+    bool dense = reinterpret_cast<uintptr_t>(view.data) % 2 == 0;
     for (int d = 0; d < 4; ++d) dense = dense && (sizes[d] == 1 || view.stride[d] == steps[d]);
-    if (!dense || reinterpret_cast<uintptr_t>(view.data) % kUnit == 0) return;
-    const int64_t bytes = p.batch * steps[0] * 2;
-    void* const to = allocate(bytes);
-    launch({static_cast<const char*>(view.data), static_cast<uint4*>(to), bytes / kUnit}, stream);
+    if (!dense && !gaps) return;
+    const int64_t bytes = p.batch * steps[0] * 2, units = bytes / kUnit;
+    uint4* const to = static_cast<uint4*>(allocate(bytes));
+    if (dense) {
+      launch({static_cast<const char*>(view.data), to, units}, stream);
+    } else {
+      const Divider by_units(channels * 2 / kUnit), by_width(width), by_height(height);
+      const Gather a{static_cast<const uint16_t*>(view.data),
+                     view.stride[0],
+                     view.stride[2],
+                     view.stride[3],
+                     to,
+                     units,
+                     by_units,
+                     by_width,
+                     by_height};
+      launch_early(gather_units, a, ceil_div(units, int64_t{kThreads}), kThreads, stream);
+      check_launch("gather_units");
+    }
     view.data = to;
+    std::copy(std::begin(steps), std::end(steps), std::begin(view.stride));
   };
   if (size_of(p.dtype) != 2 || p.batch == 0) return p;
   if (p.pass != Pass::kGradInput) realign(p.input, p.channels, p.height, p.width);
   if (p.pass != Pass::kForward) realign(p.output, p.filters(), p.out_height, p.out_width);
   return p;
+}
+
+}  // namespace
+
+Problem realigned(const Problem& problem, const Allocate& allocate, cudaStream_t stream) {
+  return realigned(problem, allocate, stream, false);
+}
+
+Problem realigned_with_gaps(const Problem& problem, const Allocate& allocate, cudaStream_t stream) {
+  return realigned(problem, allocate, stream, true);
 }
 
 }  // namespace dwconv

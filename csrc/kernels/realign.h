@@ -10,4 +10,7 @@ namespace dwconv {
 // units of 16 bytes; the same problem where they begin at one already, or do not lie so.
 Problem realigned(const Problem& problem, const Allocate& allocate, cudaStream_t stream);
 
+// The same where there are gaps, too, which takes longer.
+Problem realigned_with_gaps(const Problem& problem, const Allocate& allocate, cudaStream_t stream);
+
 }  // namespace dwconv

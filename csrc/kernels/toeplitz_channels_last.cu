@@ -29,8 +29,13 @@
 // loaded as a matrix, transposed, and stored, a step ahead. Then 8 columns of a channel lie side by side, where a
 // matrix instruction finds all of A, from all banks.
 //
+// Pixels that begin between multiples of 16 bytes come as boxes, a row of all images in one bulk copy, from the unit on
+// that they begin in, and are moved to the ring from there, two steps before they are read: BoxFeed. Before sm_90, or
+// where there can be no boxes, the array is copied first (realign.cu).
+//
 // The zeros of B spoil an output if they meet Inf or NaN, which then is NaN. So outputs that are finite are right, and
 // the others are computed again, tap by tap.
+#include "realign.h"
 #include "toeplitz_channels_last.cuh"
 
 namespace dwconv {
@@ -43,7 +48,7 @@ class Drain : public RunRows<Shape, true> {
   using Base::left_, Base::share_;
 
  public:
-  using Units = typename Share<Shape>::Units;
+  using Units = typename Share<Shape, true>::Units;
 
   __device__ Drain(const Toeplitz& a, uint32_t memory, int slab, int first_column, int begin, int end)
       : Base(memory + a.stage_at, slab, first_column, begin, end) {}
@@ -123,12 +128,13 @@ class Parting {
 
 // Rows [begin, end) of all groups of images, from `slab` and `first_column` on.
 template <typename T, class Shape>
-__device__ void march(const Toeplitz& a, int slab, int first_column, int begin, int end, uint32_t& parity) {
+__device__ void march(const Toeplitz& a, int slab, int first_column, int begin, int end, uint32_t& parity,
+                      uint32_t& boxes) {
   constexpr int kRows = Shape::kRows, kBlocks = Shape::kBlocks, kChannels = Shape::kChannels, kDepth = Shape::kDepth;
   constexpr bool kSplit = Shape::kSplit, kParted = Shape::kParted;
   const uint32_t memory = kept_shared_address();
-  Feed<Shape> feed(memory, slab, first_column - a.lead, begin, end);
-  begin_rows<T>(a, feed, slab, first_column - a.lead, end);
+  FeedOf<Shape> feed = feed_of<Shape>(a, memory, slab, first_column - a.lead, begin, end, boxes);
+  begin_rows<T, Shape>(a, feed, slab, first_column - a.lead, end);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, number = lane / 4, pair = lane % 4 * 2;
   const int channel = slab + warp * kChannels;
@@ -173,7 +179,7 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
   Outputs<T, Shape> outputs(a, channel);
   Parting<Shape> parting(a);
   Drain<Shape> drain(a, memory, slab, first_column, begin, end);
-  typename Share<Shape>::Units units;
+  typename Share<Shape, true>::Units units;
   // Of the next source row in the ring, which is parted a step ahead, and of the next one to load.
   int slot = kParted ? a.slot_bytes : 0, loaded = Shape::kAhead % kDepth * a.slot_bytes;
   int stage = 0;    // of the step's outputs
@@ -202,7 +208,11 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
   const auto arrive_step = [&](bool now = true) {
     if (now) arrive_together_at(memory + kBarrier, lane == 0);
   };
-  wait_copies<kDepth - 2>();
+  // Rows are moved two steps before they are read, between multiplications, so the first ones now.
+  if constexpr (Shape::kShifted)
+    for (int i = 0; i < Shape::kMoved; ++i) feed.move(a, i * a.slot_bytes);
+  else
+    wait_copies<kDepth - 2>();
   if constexpr (kParted) {
     __syncthreads();
     parting.take(memory, 0);
@@ -230,7 +240,7 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
     int left = r.row_end - r.row;
     // All that is not for every step, so that the others have but one branch.
     const auto prepare = [&] {
-      feed.load_more(a, place_before(loaded, a.slot_bytes, a.ring_bytes), 1);
+      if constexpr (!Shape::kShifted) feed.load_more(a, place_before(loaded, a.slot_bytes, a.ring_bytes), 1);
       feed.find(a);
       drain.find(a);
     };
@@ -301,30 +311,38 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
       constexpr int kEarly = kParted ? 1 : 0;  // rows of sums before the arrival
       multiply_rows(0, kEarly);
       if constexpr (kParted) parting.write(memory, planes);
-      wait_copies<kDepth - 3>();  // the next row, or the one behind it
+      if constexpr (!Shape::kShifted) wait_copies<kDepth - 3>();  // the next row, or the one behind it
       const bool more = kParted && parting.is_more(a);
       // Of parted channels, a compiler puts the arrival behind all multiplications: but not out of a loop, of one turn.
       do arrive_step(!more);
       while (kParted && a.workers < 0);
-      if (!kParted) feed.load(a, loaded);
+      const auto load = [&] {
+        if constexpr (Shape::kShifted)
+          feed.load(a);
+        else
+          feed.load(a, loaded);
+      };
+      if (!kParted) load();
       drain.store(a, units, stores);
+      const auto after = [&](int place) { return next_place(place, a.slot_bytes, a.ring_bytes); };
+      if constexpr (Shape::kShifted) feed.move(a, after(after(slot)));
       if (kParted) write(sum[0], y >= r.begin);
       multiply_rows(kEarly, kRows);
       if (!kParted) write(sum[0], y >= r.begin);
-      if (kParted) feed.load(a, loaded);
+      if (kParted) load();
       feed.next(a);
       if (more) {
         parting.write_more(a, memory, slot, planes);
         arrive_step();
       }
-      loaded = slot, slot = next_place(slot, a.slot_bytes, a.ring_bytes);
+      loaded = slot, slot = after(slot);
       --left, ++y;
     };
     for (;;) {
       prepare();
       if (left == 0) break;
       do step();
-      while (left > 0 && !feed.is_between() && !drain.is_between() && !feed.has_more(a));
+      while (left > 0 && !feed.is_between() && !drain.is_between() && !FeedOf<Shape>::has_more(a));
     }
     // What no further row of the image reaches is complete as it is.
 #pragma unroll
@@ -338,18 +356,21 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
     }
   }
   __syncthreads();  // the next part's zeros, and the outputs that are read now, come behind
+  if constexpr (Shape::kShifted) boxes = feed.boxes();
   repair(a, outputs, channel, begin, end, [&](int v) {
     const int column = first_column + tile * Shape::kColumns + pair + v % 2 + (kSplit ? 0 : v / 2 * 8);
     return OutputPlace{(live ? stream : a.streams) + (kSplit ? v / 2 * kTiles : 0), column};
   });
 }
 
-}  // namespace
+// The problem, or the same with rows and columns exchanged.
+Problem served(const Problem& p) {
+  return band_shape_of(p) == BandShape::kNone ? exchange(p) : p;
+}
 
-void launch_toeplitz_channels_last(const Problem& problem, cudaStream_t stream) {
-  if (problem.stride_h > 1) return launch_toeplitz_strided_channels_last(problem, stream);
-  const bool exchanged = band_shape_of(problem) == BandShape::kNone;
-  const Problem p = exchanged ? exchange(problem) : problem;
+// Returns whether it could be launched: see launch().
+bool launch_bands(const Problem& problem, cudaStream_t stream) {
+  const Problem p = served(problem);
   const BandShape shape = band_shape_of(p);
   if (shape == BandShape::kWhole) return launch_toeplitz_whole_channels_last(p, stream);
   const Mapping map(p);
@@ -359,12 +380,13 @@ void launch_toeplitz_channels_last(const Problem& problem, cudaStream_t stream) 
   const Toeplitz a = arguments_of(p, !small  ? BandWindow(map, static_cast<int>(p.kernel_w)).lead
                                      : split ? 0
                                              : map.padding_w);
+  bool launched = false;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
       const auto launch_rows = [&](auto rows, auto blocks, auto split) {
-        is_aligned(a) ? launch<T, Shape<rows, blocks, split, true>>(a, stream)
-                      : launch<T, Shape<rows, blocks, split, false>>(a, stream);
+        launched = a.source.shift > 0 ? launch<T, Shape<rows, blocks, split, true>>(a, stream)
+                                      : launch<T, Shape<rows, blocks, split, false>>(a, stream);
       };
       constexpr std::true_type kYes{};
       constexpr std::false_type kNo{};
@@ -386,6 +408,18 @@ void launch_toeplitz_channels_last(const Problem& problem, cudaStream_t stream) 
       }
     }
   });
+  return launched;
+}
+
+}  // namespace
+
+void launch_toeplitz_channels_last(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
+  if (p.stride_h > 1) return launch_toeplitz_strided_channels_last(realigned(p, allocate, stream), stream);
+  // Boxes take as long for 16 channels of a pixel as for 32: longer than a copy of the array and its copies do.
+  const BandShape shape = band_shape_of(served(p));
+  const bool narrow = shape == BandShape::kTall || shape == BandShape::kWide;
+  const Problem aligned = narrow ? realigned(p, allocate, stream) : p;
+  if (!launch_bands(aligned, stream)) launch_bands(realigned_with_gaps(aligned, allocate, stream), stream);
 }
 
 }  // namespace dwconv

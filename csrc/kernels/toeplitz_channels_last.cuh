@@ -14,7 +14,7 @@
 namespace dwconv {
 
 // Of images whose sums are all in registers: kernels/toeplitz_whole_channels_last.cu.
-void launch_toeplitz_whole_channels_last(const Problem& problem, cudaStream_t stream);
+bool launch_toeplitz_whole_channels_last(const Problem& problem, cudaStream_t stream);
 
 // At stride 2: kernels/toeplitz_strided_channels_last.cu.
 void launch_toeplitz_strided_channels_last(const Problem& problem, cudaStream_t stream);
@@ -94,8 +94,8 @@ __device__ __noinline__ void column_by_taps(const Toeplitz& a, int begin, int en
     if (is_finite(widen(output))) continue;
     const float bias = a.bias ? widen(static_cast<const T*>(a.bias)[channel * a.bias_stride]) : 0.f;
     output = narrow<T>(sum_of_taps(
-        bias, reinterpret_cast<const T*>(a.source.base + image * a.source.image_bytes) + channel, a.source.row_bytes,
-        a.source.pixel_bytes, a.source.height, a.source.width,
+        bias, reinterpret_cast<const T*>(a.source.base + a.source.shift + image * a.source.image_bytes) + channel,
+        a.source.row_bytes, a.source.pixel_bytes, a.source.height, a.source.width,
         static_cast<const T*>(a.weight) + channel * a.weight_filter, a.weight_row, a.weight_column, a.kernel_h,
         a.kernel_w, [&](int i) { return y - a.padding_h + i; }, [&](int j) { return x - a.padding_w + j; }));
   }
@@ -116,15 +116,27 @@ __device__ void clear_edges(const Toeplitz& a, int first_column) {
   }
 }
 
+template <class Shape>
+using FeedOf = std::conditional_t<Shape::kShifted, BoxFeed<Shape>, Feed<Shape>>;
+
+template <class Shape>
+__device__ FeedOf<Shape> feed_of(const Toeplitz& a, uint32_t memory, int slab, int first_column, int begin, int end,
+                                 uint32_t boxes) {
+  if constexpr (Shape::kShifted)
+    return {a, memory, slab, first_column, begin, end, boxes};
+  else
+    return {memory, slab, first_column, begin, end};
+}
+
 // What goes before the first step of rows [begin, end): prepares the weights of a slab, and begins to load.
 template <typename T, class Shape>
-__device__ void begin_rows(const Toeplitz& a, Feed<Shape>& feed, int slab, int first_column, int end) {
+__device__ void begin_rows(const Toeplitz& a, FeedOf<Shape>& feed, int slab, int first_column, int end) {
   // What takes no memory goes before the kernel before has ended.
   Weights<T, Shape> weights(a, slab, 0);
   feed.find(a);
   // Zeros for all that is never loaded: if that is but the columns beside the images, the first loads go before.
-  const bool edges = Shape::kAligned && slab + a.slab <= a.channels && end <= a.whole_rows;
-  if (a.clear && !edges) {
+  const bool edges = slab + a.slab <= a.channels && end <= a.whole_rows;
+  if (!Shape::kShifted && a.clear && !edges) {
     for (int i = kRing + threadIdx.x * kUnit; i < a.stage_at; i += blockDim.x * kUnit) shared<uint4>(i) = {};
     __syncthreads();
   }
@@ -134,12 +146,17 @@ __device__ void begin_rows(const Toeplitz& a, Feed<Shape>& feed, int slab, int f
 #pragma unroll 1
   for (int i = 0; i < Shape::kAhead; ++i) {
     feed.find(a);
-    feed.load(a, i * a.slot_bytes);
-    feed.load_more(a, i * a.slot_bytes);
+    if constexpr (Shape::kShifted) {
+      i == 0 ? feed.load_first(a) : feed.load(a);
+    } else {
+      feed.load(a, i * a.slot_bytes);
+      feed.load_more(a, i * a.slot_bytes);
+    }
     feed.next(a);
     commit_copies();
   }
-  if (a.clear && edges) clear_edges<Shape>(a, first_column);
+  if (Shape::kShifted) wait_copies<0>();  // of the first box
+  if (!Shape::kShifted && a.clear && edges) clear_edges<Shape>(a, first_column);
   for (int i = threadIdx.x * kUnit; i < a.slab * Shape::kBandRows * Shape::kBandBytes; i += blockDim.x * kUnit)
     shared<uint4>(a.bands_at + i) = {};
   __syncthreads();
@@ -227,15 +244,19 @@ __device__ void repair(const Toeplitz& a, const Outputs<T, Shape>& outputs, int 
 // Those of all slabs for the same rows are neighbours, and so use what they read of a pixel's sectors at the same time.
 template <typename T, class Shape>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1) toeplitz_channels_last(const __grid_constant__ Toeplitz a) {
-  uint32_t worker = blockIdx.x, parity = 0;
-  if (threadIdx.x == 0) init_barrier(kBarrier, blockDim.x / 32 * kWarpArrivals);
+  uint32_t worker = blockIdx.x, parity = 0, boxes = 0;
+  if (threadIdx.x == 0) {
+    init_barrier(kBarrier, blockDim.x / 32 * kWarpArrivals);
+    for (int i = 0; i < Shape::kBoxes; ++i) init_barrier(a.box_barriers + 8 * i, 1);
+    if (Shape::kShifted) before_bulk_copies();
+  }
   __syncthreads();
   const int slab = a.by_slabs.split(worker) * a.slab;
   const int last = a.shares.begin(worker + 1);
   for (int first = a.shares.begin(worker); first < last;) {
     uint32_t span = first;
     const int begin = a.by_rows.split(span), end = min(a.rows, begin + last - first);
-    march<T, Shape>(a, slab, static_cast<int>(span) * a.tiles * Shape::kColumns, begin, end, parity);
+    march<T, Shape>(a, slab, static_cast<int>(span) * a.tiles * Shape::kColumns, begin, end, parity, boxes);
     first += end - begin;
   }
 }
@@ -243,11 +264,25 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) toeplitz_channels_last(cons
 template <int value>
 using Number = std::integral_constant<int, value>;
 
+// Describes boxes of the source. Returns whether there can be such boxes.
+template <class Shape>
+bool describe_source(Toeplitz& a) {
+  const Rows& r = a.source;
+  const int64_t pixel = r.pixel_bytes, row = r.height > 1 ? r.row_bytes : pixel;
+  const int64_t image = a.batch > 1 ? r.image_bytes : row;
+  if (std::min({pixel, row, image}) == 0) return false;  // then it has its first unit more than once
+  return describe_boxes(a.map, r.base, 2, {a.channels + r.shift / 2, r.width, r.height, a.batch}, {pixel, row, image},
+                        {Shape::kPitch / 2, r.columns, Shape::kSourceRows, a.streams});
+}
+
+// Returns whether it could be launched: pixels that are shifted have to come as boxes, which have to find room.
 template <typename T, class Shape>
-void launch(Toeplitz a, cudaStream_t stream) {
+bool launch(Toeplitz a, cudaStream_t stream) {
   const Device& device = current_device();
   const auto kernel = toeplitz_channels_last<T, Shape>;
+  if (Shape::kShifted && !can_overlap(kernel)) return false;
   int bytes = cut<Shape>(a, device.shared_per_block, a.batch);
+  if (Shape::kShifted && bytes > device.shared_per_block) return false;
   const int threads = a.slab / Shape::kChannels * 32;
   static thread_local Decisions<3, int> decisions;  // blocks on a multiprocessor
   const int resident = decisions({device.id, threads, bytes}, [&] {
@@ -265,9 +300,11 @@ void launch(Toeplitz a, cudaStream_t stream) {
     grain = a.target.height;
     a.workers = static_cast<int>(std::min<int64_t>(a.workers, int64_t{a.rows / grain} * a.spans));
   }
+  if (Shape::kShifted && !describe_source<Shape>(a)) return false;
   a.by_rows = Divider(a.rows), a.shares = Shares(int64_t{a.rows} * a.spans, a.workers, 1, grain);
   launch_early(kernel, a, slabs * a.workers, threads, stream, {.shared_bytes = bytes});
   check_launch("toeplitz_channels_last");
+  return true;
 }
 
 }  // namespace

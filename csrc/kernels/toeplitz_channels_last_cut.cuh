@@ -11,20 +11,18 @@ namespace {
 
 Rows rows_of(const View& view, int64_t batch, int64_t channels, int64_t height, int64_t width) {
   Rows r{};
-  r.base = static_cast<char*>(view.data);
+  r.shift = static_cast<int>(reinterpret_cast<uintptr_t>(view.data) % kUnit);
+  r.base = static_cast<char*>(view.data) - r.shift;
   r.image_bytes = view.stride[0] * 2, r.row_bytes = view.stride[2] * 2;
   r.pixel_bytes = static_cast<int>((width == 1 ? channels : view.stride[3]) * 2);
   r.bytes = static_cast<int>(channels * 2);
   r.height = static_cast<int>(height), r.width = static_cast<int>(width);
-  r.unit = alignment_of(view, 2, channels, height, width, batch);
   return r;
 }
 
-// Pixels of `unit` bytes at once that a block copies together: 32 threads for the channels of each warp.
+// Pixels that a block copies together: 32 threads for the channels of each warp.
 template <class Shape>
-int pixels_at_once(int unit) {
-  return 16 / Shape::kChannels * unit;
-}
+constexpr int kPixelsAtOnce = 16 / Shape::kChannels * kUnit;
 
 // Fills in what a block has of an array.
 template <class Shape>
@@ -34,13 +32,13 @@ void cut_rows(Rows& r, const Toeplitz& a, int columns, bool apart = false) {
   const int bytes = Shape::place_of(columns) + kUnit - 1 & -kUnit, next = a.tiles * kUnit % 128;
   r.stream_bytes = apart ? Shape::kImagePitch : bytes + (next - bytes % 128 + 128) % 128;
   r.warp_bytes = apart ? static_cast<int>(round_up(a.streams, 2)) * Shape::kImagePitch + kUnit : Shape::kWord;
-  const int at_once = pixels_at_once<Shape>(r.unit), there = std::min(columns, r.width);  // pixels
+  constexpr int at_once = kPixelsAtOnce<Shape>;
+  const int there = std::min(columns, r.width);  // pixels
   r.columns_at_once = std::min(at_once, there), r.streams_at_once = at_once / r.columns_at_once;
-  r.column_step = r.columns_at_once * r.pixel_bytes, r.stream_step = r.streams_at_once * r.image_bytes;
-  r.step = there > at_once ? r.column_step : r.stream_step;
+  r.step = there > at_once ? int64_t{at_once} * r.pixel_bytes : r.streams_at_once * r.image_bytes;
   r.place_step = there > at_once ? Shape::place_of(at_once) : r.streams_at_once * r.stream_bytes;
   r.copies = there > at_once ? ceil_div(there, at_once) : ceil_div(a.streams, r.streams_at_once);
-  r.by_units = Divider(2 * a.slab / r.unit), r.by_columns = Divider(r.columns_at_once);
+  r.by_units = Divider(2 * a.slab / kUnit), r.by_columns = Divider(r.columns_at_once);
 }
 
 // Cuts a problem into slabs and spans, for blocks of at most `most_streams` images. Returns the bytes of shared memory
@@ -56,7 +54,7 @@ int cut(Toeplitz& a, int64_t room, int most_streams) {
   for (int most = kTiles;; --most) {  // as many tiles as fit
     a.spans = static_cast<int>(ceil_div(tiles, most)), a.tiles = static_cast<int>(ceil_div(tiles, a.spans));
     a.streams = std::min({(Shape::kSplit ? 2 : 1) * most / a.tiles, a.batch, most_streams});
-    if (Shape::kAligned && a.source.width > pixels_at_once<Shape>(kUnit)) a.streams = 1;  // see Rows
+    if (a.source.width > kPixelsAtOnce<Shape>) a.streams = 1;  // see Rows
     cut_rows<Shape>(a.source, a, a.tiles * Shape::kColumns + Shape::kReach);
     cut_rows<Shape>(a.target, a, a.tiles * Shape::kColumns, Shape::kApart);
     a.slot_bytes = Shape::kSourceRows * a.streams * a.source.stream_bytes;
@@ -81,7 +79,16 @@ int cut(Toeplitz& a, int64_t room, int most_streams) {
     const int weights = a.slab * Shape::kBandRows * Shape::kBandBytes;
     a.bands_at = a.stage_at + (Shape::kKept ? 0 : a.stages_bytes);
     a.planes_at = std::max(a.stage_at + a.stages_bytes, a.bands_at + weights);
-    const int bytes = a.planes_at + (Shape::kParted ? 2 * a.planes_bytes : 0);
+    int bytes = a.planes_at + (Shape::kParted ? 2 * a.planes_bytes : 0);
+    if (Shape::kShifted) {
+      a.pixels = a.streams * Shape::kSourceRows * a.source.columns, a.by_box_columns = Divider(a.source.columns);
+      a.box_bytes = static_cast<int>(round_up(a.pixels * Shape::kPitch, kBoxUnit));
+      a.boxes_at = static_cast<int>(round_up(bytes, kBoxUnit));
+      a.box_barriers = a.boxes_at + Shape::kBoxes * a.box_bytes, bytes = a.box_barriers + 8 * Shape::kBoxes;
+      const int block_warps = a.slab / kChannels;
+      a.warp_pixels = static_cast<int>(std::min<int64_t>(round_up(ceil_div(a.pixels, block_warps), 8), 32));
+      a.pixels_at_once = block_warps * a.warp_pixels;
+    }
     if (bytes <= room || most == 1) return bytes;
   }
 }
@@ -108,6 +115,7 @@ inline Toeplitz arguments_of(const Problem& p, int lead) {
   a.batch = static_cast<int>(p.batch), a.channels = map.sources;
   a.source = rows_of(map.source, p.batch, map.sources, map.height, map.width);
   a.target = rows_of(map.target, p.batch, map.targets, map.out_height, map.out_width);
+  if (a.target.shift > 0) throw std::runtime_error("dwconv: an output of toeplitz_channels_last begins between units");
   a.padding_h = map.padding_h, a.padding_w = map.padding_w;
   a.weight = map.weight.data, a.weight_filter = map.weight.stride[0];
   a.weight_row = map.weight.stride[2], a.weight_column = map.weight.stride[3];
@@ -116,10 +124,6 @@ inline Toeplitz arguments_of(const Problem& p, int lead) {
   a.lead = lead, a.first_tap = a.padding_w - lead;
   a.by_height = Divider(map.out_height), a.by_kernel_w = Divider(p.kernel_w);
   return a;
-}
-
-inline bool is_aligned(const Toeplitz& a) {
-  return std::min(a.source.unit, a.target.unit) == kUnit;
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "boxes.cuh"
 #include "march_channels_last.cuh"
 #include "toeplitz_channels_last.h"
 
@@ -20,18 +21,21 @@ constexpr int kPairMiddle = 9;              // entries before the weights, see S
 // What a kernel is compiled for. kRows: rows of the kernel, which is as many rows of sums; or else, if kWhole, rows of
 // an image, all of whose sums there are at once, whatever the kernel. kBlocks: of 8 columns of the source that 8
 // columns of the target read. kSplit: the lower 8 rows of a multiplication are not the next 8 columns, but those of 8
-// more images, for images of at most 8 columns, which are one block. kAligned: whether all copies are of 16 bytes.
-template <int kRows_, int kBlocks_, bool kSplit_, bool kAligned_, bool kWhole_ = false>
+// more images, for images of at most 8 columns, which are one block. kShifted: whether pixels of the source begin
+// between multiples of 16 bytes, see BoxFeed.
+template <int kRows_, int kBlocks_, bool kSplit_, bool kShifted_, bool kWhole_ = false>
 struct Shape {
   static constexpr int kRows = kRows_, kBlocks = kBlocks_;
-  static constexpr bool kSplit = kSplit_, kAligned = kAligned_, kWhole = kWhole_;
+  static constexpr bool kSplit = kSplit_, kShifted = kShifted_, kWhole = kWhole_;
   static constexpr int kChannels = kBlocks <= 2 ? 4 : 2;  // of a warp
   // Whether the channels of a row are parted once, before warps read it, or by each thread that reads pixels.
   static constexpr bool kParted = !kWhole && kBlocks > 3;
   static constexpr int kSourceRows = kWhole ? 2 : 1;  // of a step
-  static constexpr int kDepth = 8 / kSourceRows;      // steps in the ring: one to work on, the others on their way
+  // Steps in the ring: one to work on, the others on their way, or two that are moved there from boxes.
+  static constexpr int kDepth = kShifted ? 3 : 8 / kSourceRows, kBoxes = !kShifted ? 0 : kWhole ? 3 : 8;
   // Of those, loaded before the first one: if channels are parted, or rows read ahead, one more.
-  static constexpr int kAhead = kWhole || kParted ? kDepth : kDepth - 1;
+  static constexpr int kAhead = kShifted ? kBoxes : kWhole || kParted ? kDepth : kDepth - 1;
+  static constexpr int kMoved = kParted ? 3 : 2;  // the same of those that are moved
   // Rows of outputs: one that is written, one that is waited for, one that is stored; or those written at once.
   static constexpr int kStages = kWhole ? 7 : 3;
   // Whether band matrices stay in registers, beside the sums, or are read from shared memory each time.
@@ -58,7 +62,7 @@ struct Shape {
 
   // Whether outputs of a warp's channels lie side by side, apart from those of the others, so that they are written to
   // all banks: where several rows are at once.
-  static constexpr bool kApart = kWhole && kAligned;
+  static constexpr bool kApart = kWhole;
   static constexpr int kWord = 2 * kChannels;     // bytes of a pixel, for a warp
   static constexpr int kImagePitch = 20 * kWord;  // from one image to the next
   static __host__ __device__ constexpr int output_place_of(int column) {
@@ -66,20 +70,19 @@ struct Shape {
   }
 };
 
-// An array (N, height, width, channels), and how the threads of a block copy a row of it.
+// An array (N, height, width, channels), and how the threads of a block copy a row of it, in units of 16 bytes.
 struct Rows {
   char* base;
+  int shift;  // bytes behind `base`, a multiple of 16, that all units of a pixel begin
   int64_t image_bytes, row_bytes;
   int pixel_bytes, bytes;  // from one pixel to the next; of a pixel, all channels
   int height, width;
-  int unit;          // bytes that are copied at once: 16, 8, 4 or 2
   int columns;       // of a block in an image
   int stream_bytes;  // in shared memory, from one image to the next
   int warp_bytes;    // from one warp's channels of a pixel to those of the next
-  // Columns and images that are copied at once, and what leads to the next ones.
-  int columns_at_once, streams_at_once, column_step;
-  int64_t stream_step;
-  // The same for aligned copies, for which there are either more columns or more images.
+  // Columns and images that are copied at once, and what leads to the next ones: there are either more columns or more
+  // images.
+  int columns_at_once, streams_at_once;
   int64_t step;
   int place_step;
   int copies;  // of a thread, at most
@@ -113,14 +116,19 @@ struct Toeplitz {
   Shares shares;                // of the rows of all spans
   bool clear;                   // whether there is something outside the images, which is never loaded
   Divider by_slabs, by_rows, by_height, by_kernel_w, by_groups, by_ring_rows;
+  // If pixels are shifted: boxes of the source; where they lie, and their barriers; the bytes of one, its pixels, and
+  // how many of these a warp moves, and a block, at once.
+  CUtensorMap map;
+  int boxes_at, box_barriers, box_bytes, pixels, warp_pixels, pixels_at_once;
+  Divider by_box_columns;
 };
 
-// A thread's part of every row that its block copies: some columns of some images, a few channels. kOutputs: of rows of
-// the target, where Shape::kApart counts.
-template <class Shape, bool kOutputs = false>
+// A thread's part of every row that its block copies: some columns of some images, 8 channels. kOutputs: of rows of the
+// target.
+template <class Shape, bool kOutputs>
 class Share {
  public:
-  // Aligned ones of a row: always enough for outputs, and for most sources.
+  // Of a row: always enough for outputs, and for most sources.
   static constexpr int kCopies = Shape::kChannels == 2 ? 1 : 2;
   using Units = uint4[kCopies];
 
@@ -132,23 +140,23 @@ class Share {
   __device__ void seek(const Toeplitz& a, const Rows& r, int slab, int first_column, int group, int row) {
     uint32_t rest;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(rest));  // or else the compiler keeps what follows from it
-    const int part = r.by_units.split(rest) * r.unit, before = max(-first_column, 0);
-    begin_ = before + r.by_columns.split(rest);
+    const int part = r.by_units.split(rest) * kUnit, before = max(-first_column, 0);
+    const int begin = before + r.by_columns.split(rest);
     const int stream = rest, image = group * a.streams + stream;
     const bool any = stream < r.streams_at_once && slab * 2 + part < r.bytes;
-    end_ = any ? min(r.columns, r.width - first_column) : 0;
-    const int images = begin_ < end_ ? min(a.streams - stream, a.batch - image) : 0;
+    const int end = any ? min(r.columns, r.width - first_column) : 0;
+    const int images = begin < end ? min(a.streams - stream, a.batch - image) : 0;
     left_ = 0;
 #pragma unroll 1
     for (int i = 0; i < images; i += r.streams_at_once) ++left_;
-    if (Shape::kAligned && left_ == 1)  // there are either more images or more columns
+    if (left_ == 1)  // there are either more images or more columns
 #pragma unroll 1
-      for (int i = begin_ + r.columns_at_once; i < end_; i += r.columns_at_once) ++left_;
-    const int place = kApart ? part / Shape::kWord * r.warp_bytes + Shape::output_place_of(begin_)
-                             : part + (Shape::kAligned ? Shape::place_of(begin_) : 0);
+      for (int i = begin + r.columns_at_once; i < end; i += r.columns_at_once) ++left_;
+    const int place =
+        kApart ? part / Shape::kWord * r.warp_bytes + Shape::output_place_of(begin) : part + Shape::place_of(begin);
     place_ = memory_ + stream * r.stream_bytes + place;
     at_ = r.base + (image * r.image_bytes + row * r.row_bytes +
-                    static_cast<int64_t>(first_column + begin_) * r.pixel_bytes + slab * 2 + part);
+                    static_cast<int64_t>(first_column + begin) * r.pixel_bytes + slab * 2 + part);
   }
 
   // Goes from a group of images to the next one, `rows` further down. Neither lacks an image.
@@ -159,52 +167,39 @@ class Share {
   // Begins to load the row, or one of the next, if there is `any`, `to` bytes further on in shared memory: by kCopies
   // copies, without a branch...
   __device__ void load(const Rows& r, int to, bool any, int rows = 0) const {
-    if constexpr (Shape::kAligned)
 #pragma unroll
-      for (int t = 0; t < kCopies; ++t)
-        copy_unit_if(any && t < left_, place_ + to + t * r.place_step, at_ + rows * r.row_bytes + t * r.step);
+    for (int t = 0; t < kCopies; ++t)
+      copy_unit_if(any && t < left_, place_ + to + t * r.place_step, at_ + rows * r.row_bytes + t * r.step);
   }
   // ... and by more, where there are more: never of small images.
-  static __device__ bool has_more(const Rows& r) { return !Shape::kAligned || (!Shape::kWhole && r.copies > kCopies); }
+  static __device__ bool has_more(const Rows& r) { return !Shape::kWhole && r.copies > kCopies; }
   __device__ void load_more(const Rows& r, int to, bool any, int rows = 0) const {
     if (!any || !has_more(r)) return;
     const char* from = at_ + rows * r.row_bytes;
-    if constexpr (Shape::kAligned) {
 #pragma unroll 1
-      for (int t = kCopies; t < left_; ++t) copy_unit<kUnit>(place_ + to + t * r.place_step, from + t * r.step);
-    } else {
-      visit(r, from, to, [](const char* from, uint32_t place, auto word) { copy_unit<sizeof(word)>(place, from); });
-    }
+    for (int t = kCopies; t < left_; ++t) copy_unit<kUnit>(place_ + to + t * r.place_step, from + t * r.step);
   }
 
-  // Takes the row, if there is `any`, `from` bytes further on in shared memory, to store it. What is not aligned is
-  // stored at once.
+  // Takes the row, if there is `any`, `from` bytes further on in shared memory, to store it.
   __device__ void take(const Rows& r, int from, Units& units, bool any = true) const {
-    if constexpr (Shape::kAligned) {
 #pragma unroll
-      for (int t = 0; t < kCopies; ++t)
-        if (any && t < left_) {
-          const uint32_t place = place_ + from + t * r.place_step;
-          if constexpr (!kApart) {
-            units[t] = shared_at<uint4>(place);
-          } else {
-            const auto word = [&](int i) { return shared_at<uint32_t>(place + i * r.warp_bytes); };
-            units[t] = {word(0), word(1), word(2), word(3)};
-          }
+    for (int t = 0; t < kCopies; ++t)
+      if (any && t < left_) {
+        const uint32_t place = place_ + from + t * r.place_step;
+        if constexpr (!kApart) {
+          units[t] = shared_at<uint4>(place);
+        } else {
+          const auto word = [&](int i) { return shared_at<uint32_t>(place + i * r.warp_bytes); };
+          units[t] = {word(0), word(1), word(2), word(3)};
         }
-    } else if (any) {
-      visit(r, at_, from, [](char* at, uint32_t place, auto word) {
-        *reinterpret_cast<decltype(word)*>(at) = shared_at<decltype(word)>(place);
-      });
-    }
+      }
   }
 
   // Stores what was taken.
   __device__ void store(const Rows& r, const Units& units, bool any = true) const {
-    if constexpr (Shape::kAligned)
 #pragma unroll
-      for (int t = 0; t < kCopies; ++t)
-        if (any && t < left_) *reinterpret_cast<uint4*>(at_ + t * r.step) = units[t];
+    for (int t = 0; t < kCopies; ++t)
+      if (any && t < left_) *reinterpret_cast<uint4*>(at_ + t * r.step) = units[t];
   }
 
   // Goes to the next row, if there was any.
@@ -214,8 +209,7 @@ class Share {
   static constexpr bool kApart = kOutputs && Shape::kApart;
 
   uint32_t memory_, place_;
-  int begin_, end_;
-  int left_ = 0;  // aligned copies, or images to copy from
+  int left_ = 0;  // copies
   char* at_ = nullptr;
 
   // Without a branch, and with a line of 128 bytes as the least to fetch: another slab's block has use for the rest.
@@ -227,26 +221,6 @@ class Share {
         "l"(from), "r"(static_cast<int>(copy))
         : "memory");
 #endif
-  }
-
-  template <typename Byte, typename Visit>
-  __device__ void visit(const Rows& r, Byte* at, int offset, Visit&& visit) const {
-    uint32_t place = place_ + offset;
-    const auto visit_words = [&](auto word) {
-#pragma unroll 1
-      for (int left = left_; left > 0; --left, at += r.stream_step, place += r.streams_at_once * r.stream_bytes) {
-        Byte* pixel = at;
-#pragma unroll 1
-        for (int column = begin_; column < end_; column += r.columns_at_once, pixel += r.column_step)
-          visit(pixel, place + Shape::place_of(column), word);
-      }
-    };
-    switch (r.unit) {
-      case 16: visit_words(uint4{}); break;
-      case 8: visit_words(uint2{}); break;
-      case 4: visit_words(uint32_t{}); break;
-      default: visit_words(uint16_t{});
-    }
   }
 };
 
@@ -302,7 +276,7 @@ class RunRows {
   __device__ RunRows(uint32_t memory, int slab, int first_column, int begin, int end)
       : share_(memory), slab_(slab), first_column_(first_column), begin_(begin), end_(end) {}
 
-  Share<Shape> share_;
+  Share<Shape, kOfTarget> share_;
   int left_ = 0;  // rows of the run; fewer than none behind the last one
 
  private:
@@ -325,15 +299,14 @@ class Feed : public RunRows<Shape, false> {
   // Begins to load all that a step takes, to a slot of the ring: first what takes no branch...
   __device__ void load(const Toeplitz& a, int slot) const {
 #pragma unroll
-    for (int k = 0; k < Shape::kSourceRows; ++k)
-      share_.load(a.source, slot + k * (a.slot_bytes / Shape::kSourceRows), left_ > k, k);
+    for (int k = 0; k < Shape::kSourceRows; ++k) share_.load(a.source, place_of(a, slot, k), left_ > k, k);
   }
   // ... and then the rest, if there is more, perhaps only `behind`, when it has gone on to the next row.
-  static __device__ bool has_more(const Toeplitz& a) { return Share<Shape>::has_more(a.source); }
+  static __device__ bool has_more(const Toeplitz& a) { return Share<Shape, false>::has_more(a.source); }
   __device__ void load_more(const Toeplitz& a, int slot, int behind = 0) const {
 #pragma unroll
     for (int k = 0; k < Shape::kSourceRows; ++k)
-      share_.load_more(a.source, slot + k * (a.slot_bytes / Shape::kSourceRows), left_ + behind > k, k - behind);
+      share_.load_more(a.source, place_of(a, slot, k), left_ + behind > k, k - behind);
   }
 
   // Goes to the next rows.
@@ -344,6 +317,147 @@ class Feed : public RunRows<Shape, false> {
       share_.next(a.source, k == 0 || left > k);
       left_ -= k == 0 || left > k;
     }
+  }
+
+ private:
+  // Where a row of a slot lies.
+  static __device__ int place_of(const Toeplitz& a, int slot, int row) {
+    return slot + row * (a.slot_bytes / Shape::kSourceRows);
+  }
+};
+
+// The 16 bytes that begin `shift` bytes, an even number below 16, behind the first of two units.
+__device__ inline uint4 shifted(const uint4& low, const uint4& high, int shift) {
+  const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  const bool by_word = (shift & 4) != 0, by_two = (shift & 8) != 0;
+  uint32_t near[7], moved[5];
+#pragma unroll
+  for (int i = 0; i < 7; ++i) near[i] = by_word ? words[i + 1] : words[i];
+#pragma unroll
+  for (int i = 0; i < 5; ++i) moved[i] = by_two ? near[i + 2] : near[i];
+  const uint32_t bits = shift % 4 * 8;
+  return {__funnelshift_r(moved[0], moved[1], bits), __funnelshift_r(moved[1], moved[2], bits),
+          __funnelshift_r(moved[2], moved[3], bits), __funnelshift_r(moved[3], moved[4], bits)};
+}
+
+// The same where pixels are shifted, on sm_90 and later: a box of all images, with zeros beside them and a unit more of
+// each pixel, comes as it lies in memory, and is then moved to the ring, a pixel a thread.
+template <class Shape>
+class BoxFeed {
+ public:
+  // `boxes`: those that the block has loaded before.
+  __device__ BoxFeed(const Toeplitz& a, uint32_t memory, int slab, int first_column, int begin, int end, uint32_t boxes)
+      : memory_(memory),
+        slab_(slab),
+        first_column_(first_column),
+        begin_(begin),
+        end_(end),
+        loaded_(boxes),
+        moved_(boxes),
+        pixel_(threadIdx.x / 32 * a.warp_pixels + threadIdx.x % 32) {
+    if (static_cast<int>(threadIdx.x) % 32 >= a.warp_pixels) pixel_ = a.pixels;
+    to_ = place_of(a, pixel_);
+  }
+
+  __device__ bool is_between() const { return left_ == 0; }
+  __device__ void find(const Toeplitz& a) {
+    if (left_ != 0) return;
+    left_ = -1;
+    if (begin_ == end_) return;
+    const Run r = run_of<Shape>(a, begin_, end_);
+    begin_ += r.end - r.begin;
+    image_ = r.image * a.streams, row_ = r.row, left_ = r.row_end - r.row;
+  }
+
+  // Begins to load all that a step takes, if there is any.
+  __device__ void load(const Toeplitz& a) {
+    if (left_ <= 0) return;
+    const int stage = loaded_++ % Shape::kBoxes, barrier = a.box_barriers + 8 * stage;
+    if (threadIdx.x < 32 && is_elected()) {
+      expect_bytes(barrier, a.pixels * Shape::kPitch);
+      copy_box(a.boxes_at + stage * a.box_bytes, a.map, slab_, first_column_, row_, image_, barrier);
+      arrive(barrier);
+    }
+  }
+
+  // The same before the first step. The array's first unit is not its own alone: threads load the box that has it.
+  __device__ void load_first(const Toeplitz& a) {
+    if (left_ <= 0 || slab_ > 0 || first_column_ > 0 || row_ > 0 || image_ > 0) return load(a);
+    const int stage = loaded_++ % Shape::kBoxes;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < a.pixels * kUnits; i += blockDim.x) {
+      const int pixel = i / kUnits, offset = i % kUnits * kUnit, to = a.boxes_at + stage * a.box_bytes + i * kUnit;
+      uint32_t rest = pixel;
+      const int x = first_column_ + static_cast<int>(a.by_box_columns.split(rest));
+      const int y = rest % Shape::kSourceRows, image = rest / Shape::kSourceRows;
+      const bool inside = x >= 0 && x < a.source.width && y < a.source.height && image < a.batch;
+      const int begin = inside && (x | y | image) > 0 ? 0 : a.source.shift;
+      const int end = inside ? a.source.bytes + a.source.shift : 0;
+      const char* from = a.source.base + (image * a.source.image_bytes + y * a.source.row_bytes +
+                                          static_cast<int64_t>(x) * a.source.pixel_bytes);
+      if (offset >= begin && offset + kUnit <= end)
+        copy_unit<kUnit>(shared_address(to), from + offset);
+      else
+        for (int at = offset; at < offset + kUnit; at += 2)
+          shared<uint16_t>(to + at - offset) =
+              at >= begin && at < end ? *reinterpret_cast<const uint16_t*>(from + at) : uint16_t{0};
+    }
+    before_bulk_copies();  // to the same place
+    if (threadIdx.x == 0) arrive(a.box_barriers + 8 * stage);
+  }
+
+  static __device__ bool has_more(const Toeplitz&) { return false; }
+
+  // Goes to the next rows.
+  __device__ void next(const Toeplitz&) {
+    if (left_ > 0) row_ += Shape::kSourceRows, left_ = max(left_ - Shape::kSourceRows, 0);
+  }
+
+  // Moves what was loaded first, if there is any, to a slot of the ring. Others see it when the warp has arrived at a
+  // barrier.
+  __device__ void move(const Toeplitz& a, int slot) {
+    if (moved_ == loaded_) return;
+    const int stage = moved_ % Shape::kBoxes;
+    const uint32_t from = memory_ + a.boxes_at + stage * a.box_bytes;
+    wait_at(memory_ + a.box_barriers + 8 * stage, moved_++ / Shape::kBoxes % 2);
+    int pixel = pixel_, to = to_;
+#pragma unroll 1
+    for (int first = 0;;) {
+      if (pixel < a.pixels) move_pixel(a, from + pixel * Shape::kPitch, memory_ + slot + to);
+      first += a.pixels_at_once;
+      if (first >= a.pixels) break;
+      pixel += a.pixels_at_once, to = place_of(a, pixel);
+    }
+  }
+
+  // Boxes that the block has loaded.
+  __device__ uint32_t boxes() const { return loaded_; }
+
+ private:
+  static constexpr int kUnits = Shape::kPitch / kUnit;  // of a pixel, whatever a slab has
+
+  uint32_t memory_;
+  int slab_, first_column_;
+  int begin_, end_;  // output rows of the runs that are not yet begun with
+  int image_ = 0, row_ = 0, left_ = 0;
+  uint32_t loaded_, moved_;
+  int pixel_, to_;  // the thread's first one
+
+  // Where a pixel of a box goes in a slot.
+  static __device__ int place_of(const Toeplitz& a, int pixel) {
+    uint32_t rest = pixel;
+    const int column = a.by_box_columns.split(rest);
+    return kRing + static_cast<int>(rest / Shape::kSourceRows) * a.source.stream_bytes +
+           static_cast<int>(rest % Shape::kSourceRows) * (a.slot_bytes / Shape::kSourceRows) + Shape::place_of(column);
+  }
+
+  static __device__ void move_pixel(const Toeplitz& a, uint32_t from, uint32_t to) {
+    uint4 units[kUnits];
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) units[u] = shared_at<uint4>(from + u * kUnit);
+#pragma unroll
+    for (int u = 0; u + 1 < kUnits; ++u)
+      shared_at<uint4>(to + u * kUnit) = shifted(units[u], units[u + 1], a.source.shift);
   }
 };
 

@@ -23,12 +23,11 @@ __device__ void store_rows(const Toeplitz& a, Share<Shape, true>& share, int row
 #pragma unroll
   for (int o = 0; o < Shape::kStages; ++o) {
     share.take(a.target, o * a.stage_bytes, units[o], o < rows);
-    if (!Shape::kAligned) share.next(a.target, o < rows);
   }
 #pragma unroll
   for (int o = 0; o < Shape::kStages; ++o) {
     share.store(a.target, units[o], o < rows);
-    if (Shape::kAligned) share.next(a.target, o < rows);
+    share.next(a.target, o < rows);
   }
 }
 
@@ -43,11 +42,11 @@ __device__ void seek_group(const Toeplitz& a, Share<Shape, true>& share, int sla
 
 // Rows [begin, end) of all groups of images, from `slab` on.
 template <typename T, class Shape>
-__device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint32_t& parity) {
+__device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint32_t& parity, uint32_t& boxes) {
   constexpr int kRows = Shape::kRows, kChannels = Shape::kChannels, kDepth = Shape::kDepth, kStages = Shape::kStages;
   const uint32_t memory = kept_shared_address();
-  Feed<Shape> feed(memory, slab, 0, begin, end);
-  begin_rows<T>(a, feed, slab, 0, end);
+  FeedOf<Shape> feed = feed_of<Shape>(a, memory, slab, 0, begin, end, boxes);
+  begin_rows<T, Shape>(a, feed, slab, 0, end);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, number = lane / 4, pair = lane % 4 * 2;
   const int channel = slab + warp * kChannels;
   const uint32_t bands =
@@ -81,7 +80,10 @@ __device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint
       }
     slot = next_place(slot, a.slot_bytes, a.ring_bytes);
   };
-  wait_copies<kDepth - 2>();
+  if constexpr (Shape::kShifted)
+    for (int i = 0; i < Shape::kMoved; ++i) feed.move(a, i * a.slot_bytes);
+  else
+    wait_copies<kDepth - 2>();
   __syncthreads();
   load_pixels();
   arrive_step();
@@ -101,9 +103,16 @@ __device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint
           x[k][1][h] = any ? __byte_perm(pixels[k][h][0], pixels[k][h][1], 0x7632) : 0;
         }
       load_pixels();
-      wait_copies<kDepth - 3>();  // the rows behind the next ones
+      // The rows behind the next ones.
+      if constexpr (Shape::kShifted)
+        feed.move(a, slot);
+      else
+        wait_copies<kDepth - 3>();
       arrive_step();
-      feed.load(a, loaded);
+      if constexpr (Shape::kShifted)
+        feed.load(a);
+      else
+        feed.load(a, loaded);
       const uint32_t row_bands = bands + row * Shape::kBandBytes;
 #pragma unroll
       for (int i = 0; i <= kRows; ++i) {
@@ -123,7 +132,7 @@ __device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint
             if (o >= 0 && o < kRows) multiply(sum[o][c], std::as_const(sum[o][c]), band[c], x[k][c], T{});
           }
       }
-      feed.load_more(a, loaded);
+      if constexpr (!Shape::kShifted) feed.load_more(a, loaded);
       feed.next(a);
       commit_copies();
       loaded = next_place(loaded, a.slot_bytes, a.ring_bytes);
@@ -147,19 +156,22 @@ __device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint
   }
   begin_step();
   __syncthreads();  // the next part's zeros, and the outputs that are read now, come behind
+  if constexpr (Shape::kShifted) boxes = feed.boxes();
   repair(a, outputs, channel, begin, end, [&](int v) { return OutputPlace{pair + v % 2, number + v / 2 * 8}; });
 }
 
 }  // namespace
 
-void launch_toeplitz_whole_channels_last(const Problem& p, cudaStream_t stream) {
+bool launch_toeplitz_whole_channels_last(const Problem& p, cudaStream_t stream) {
   const Toeplitz a = arguments_of(p, kWholeLead);
+  bool launched = false;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2)
-      is_aligned(a) ? launch<T, Shape<kMaxWholeRows, kWholeBlocks, false, true, true>>(a, stream)
-                    : launch<T, Shape<kMaxWholeRows, kWholeBlocks, false, false, true>>(a, stream);
+      launched = a.source.shift > 0 ? launch<T, Shape<kMaxWholeRows, kWholeBlocks, false, true, true>>(a, stream)
+                                    : launch<T, Shape<kMaxWholeRows, kWholeBlocks, false, false, true>>(a, stream);
   });
+  return launched;
 }
 
 }  // namespace dwconv
