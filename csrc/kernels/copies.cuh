@@ -69,13 +69,13 @@ constexpr int kWarpArrivals = 32;
 constexpr int kWarpArrivals = 1;
 #endif
 
-// By all lanes, one of which is the first.
-__device__ inline void arrive_together_at(uint32_t barrier, bool is_first) {
+// By all lanes, one of which is the first; whether they arrive at all is up to the caller.
+__device__ inline void arrive_together_at(uint32_t barrier, bool is_first, bool arrive = true) {
   __syncwarp();
-  if (kWarpArrivals > 1 || is_first) arrive_at(barrier);
+  if (arrive && (kWarpArrivals > 1 || is_first)) arrive_at(barrier);
 }
-__device__ inline void arrive_together(int barrier, bool is_first) {
-  arrive_together_at(shared_address(barrier), is_first);
+__device__ inline void arrive_together(int barrier, bool is_first, bool arrive = true) {
+  arrive_together_at(shared_address(barrier), is_first, arrive);
 }
 
 // Arrives when all copies by cp.async that the thread has begun are there.

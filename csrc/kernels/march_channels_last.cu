@@ -716,7 +716,7 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
           if (fresh == 0) {
             if (slot == a.ring_bytes) slot = 0;
             if constexpr (kBulk) {
-              if (groups > 0) arrive_together_at(base + Barriers::done((groups - 1) % kGroups), first_lane);
+              arrive_together_at(base + Barriers::done((groups - 1) % kGroups), first_lane, groups > 0);
               wait_at(base + Barriers::full(groups % kGroups), groups / kGroups % 2);
               ++groups;
               if (Tile::kLoading == 0 && loads) load_group(groups + 1);

@@ -205,9 +205,7 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
   const auto take = [&](bool stores) {
     drain.take(a, next_place(stage, a.stage_bytes, a.stages_bytes), units, stores);
   };
-  const auto arrive_step = [&](bool now = true) {
-    if (now) arrive_together_at(memory + kBarrier, lane == 0);
-  };
+  const auto arrive_step = [&](bool now = true) { arrive_together_at(memory + kBarrier, lane == 0, now); };
   // Rows are moved two steps before they are read, between multiplications, so the first ones now.
   if constexpr (Shape::kShifted)
     for (int i = 0; i < Shape::kMoved; ++i) feed.move(a, i * a.slot_bytes);

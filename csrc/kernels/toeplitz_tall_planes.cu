@@ -181,7 +181,7 @@ __device__ void store(const TallPlanes& a, int first, int count, int lane) {
       }
       commit_stores();
       wait_stores_but_one();
-      if (task > 0) arrive_together(empty_barrier(a, before), lane == 0);
+      arrive_together(empty_barrier(a, before), lane == 0, task > 0);
     } else {
 #pragma unroll 1
       for (int n = 0; n < t.images; ++n) {
