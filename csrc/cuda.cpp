@@ -104,7 +104,7 @@ void run(Problem& problem, const Tensor& like, const By& by) {
     case PlanId::kMarchChannelsLast: return launch_march_channels_last(problem, stream);
     case PlanId::kMarchGradWeightChannelsLast: return launch_march_grad_weight_channels_last(problem, allocate, stream);
     case PlanId::kToeplitzGradWeightChannelsLast:
-      return launch_toeplitz_grad_weight_channels_last(realigned(problem, allocate, stream), allocate, stream);
+      return launch_toeplitz_grad_weight_channels_last(problem, allocate, stream);
     case PlanId::kLargeFloat32: return launch_large_float32(problem, stream);
     case PlanId::kLargeFloat32GradWeight: return launch_large_float32_grad_weight(problem, allocate, stream);
     case PlanId::kOuterGradWeight: return launch_outer_grad_weight(problem, allocate, stream);

@@ -1530,20 +1530,27 @@ def test_marches_of_arrays_that_begin_anywhere(tile: tuple, dtype: torch.dtype) 
                     assert torch.equal(result.nan_to_num(nan=12345.0), wanted), (name, str(case), offsets)
 
 
-def check_grad_weight(case: Case, plan: str, dtype: torch.dtype, spoilt: bool) -> None:
-    """Grad_weight of channels_last arrays by a plan against float64, with Inf and NaN if `spoilt`, many times."""
+def check_grad_weight(
+    case: Case, plan: str, dtype: torch.dtype, spoilt: bool, offsets: tuple[int, int] = (0, 0), repeats: int = 20
+) -> None:
+    """Grad_weight of channels_last arrays by a plan against float64, with Inf and NaN if `spoilt`, many times.
+
+    Input and gradient begin so many elements behind an aligned address.
+    """
     input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
     grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=torch.channels_last)
     if spoilt:
         for number, tensor in enumerate((input, grad_output)):
             tensor[0, number, 0, 0], tensor[1, 1 - number, -1, -1] = torch.inf, torch.nan
+            tensor[0, -1 - number, 0, -1] = tensor[-1, -2 + number, 1, 0] = torch.inf
+    input, grad_output = (lay(t, (0, 2, 3, 1), offset=o) for t, o in zip((input, grad_output), offsets))
     exact = run_float64((input, weight, bias), grad_output, **case.geometry)
     call = grad_output, input, case.kernel, *arguments_of(case), True, plan
     first = torch.ops.dwconv.grad_weight.plan(*call)
     for result, right in zip(first, (exact.grad_weight, exact.grad_bias)):
         right = right.round().to(result).nan_to_num(nan=12345.0)
         assert torch.equal(result.nan_to_num(nan=12345.0), right), str(case)
-    for _ in range(20):
+    for _ in range(repeats):
         for a, b in zip(first, torch.ops.dwconv.grad_weight.plan(*call)):
             assert torch.equal(a.nan_to_num(nan=12345.0), b.nan_to_num(nan=12345.0)), str(case)
 
@@ -1588,6 +1595,31 @@ def test_grad_weight_of_small_images(spoilt: bool, dtype: torch.dtype) -> None:
     ):
         case = tile_case((kernel, 1, 1), batch, channels, size)
         check_grad_weight(case._replace(padding=padding), MATRIX, dtype, spoilt)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_grad_weight_of_arrays_that_begin_alike(spoilt: bool, dtype: torch.dtype) -> None:
+    """Both as far behind 16 bytes, so that units carry channels of the pixel before; and one case where they do not."""
+    for kernel, padding, batch, channels, size in (
+        ((7, 7), (3, 3), 20, 96, (7, 7)),
+        ((7, 5), (3, 2), 37, 40, (5, 6)),
+        ((3, 3), (1, 1), 9, 136, (7, 7)),
+        ((5, 7), (3, 3), 21, 32, (6, 8)),
+        ((3, 3), (1, 1), 13, 72, (14, 14)),
+        ((2, 3), (0, 2), 3, 192, (9, 30)),
+        ((3, 3), (2, 1), 5, 64, (11, 16)),
+        ((5, 5), (2, 2), 9, 40, (14, 28)),
+        ((7, 7), (3, 3), 5, 96, (28, 28)),
+        ((7, 9), (0, 8), 3, 32, (30, 31)),
+        ((9, 9), (4, 4), 3, 40, (28, 28)),
+        ((7, 7), (3, 3), 2, 64, (13, 131)),
+        ((2, 3), (1, 1), 3, 40, (9, 60)),
+    ):
+        case = tile_case((kernel, 1, 1), batch, channels, size)._replace(padding=padding)
+        for offsets in ((1, 1), (5, 5), (4, 4), (7, 7), (3, 2)):
+            check_grad_weight(case, MATRIX, dtype, spoilt, offsets, repeats=2)
 
 
 @pytest.mark.gpu

@@ -18,8 +18,14 @@
 // What is not part of a sum is multiplied by zero, which is exact unless the other factor is Inf or NaN. So sums that
 // are finite are right, and the others are taken again, product by product: toeplitz_grad_weight_sums.cuh.
 //
+// Arrays that begin between multiples of 16 bytes, both as far behind one, are loaded by whole units all the same:
+// those of a pixel begin with channels of the one before (Toeplitz::carried). In a row of the ring, their columns are
+// counted from 1 on, so it ends with the unit behind the row, and what its first pixel carries is cleared when it is
+// read.
+//
 // Small images, which are multiplied whole, and rows that come as boxes have kernels of their own:
 // toeplitz_grad_weight_images.cu, toeplitz_grad_weight_rows.cu.
+#include "realign.h"
 #include "toeplitz_grad_weight_sums.cuh"
 
 namespace dwconv {
@@ -30,18 +36,25 @@ __host__ __device__ constexpr int place_of(int pixel) {
 }
 
 // What a kernel is compiled for: rows of the kernel, or more; whether both halves of a tile are of one row, or of
-// different streams; bytes that are copied at once; blocks on a multiprocessor, as registers allow.
-template <int rows, bool wide, int bytes, int blocks>
+// different streams; bytes that are copied at once; blocks on a multiprocessor, as registers allow; whether pixels
+// carry channels, which they do where halves are of one row.
+template <int rows, bool wide, int bytes, int blocks, bool carries = false>
 struct Size {
   static constexpr int kRows = rows, kBytes = bytes, kBlocks = blocks;
-  static constexpr bool kWide = wide;
+  static constexpr bool kWide = wide, kCarries = carries;
+  static_assert(!carries || wide);
+  static constexpr int kSourceRuns = wide ? 3 : 4;  // of 8 columns that a thread reads, of both halves of a tile
 };
 
-// Begins to copy bytes, or writes zeros.
-template <int kBytes>
+// Begins to copy bytes, or writes zeros, if there is nothing to `copy`, or behind the first so many bytes if kSome.
+template <int kBytes, bool kSome>
 __device__ void copy_or_clear(uint32_t to, const char* from, uint32_t copy) {
   static_assert(kBytes == 2 || kBytes == kUnit);
-  if constexpr (kBytes == 2) {
+  if constexpr (kSome) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(copy) : "memory");
+#endif
+  } else if constexpr (kBytes == 2) {
     const uint16_t value = copy ? __ldg(reinterpret_cast<const uint16_t*>(from)) : uint16_t{0};
     asm volatile("st.shared.b16 [%0], %1;" ::"r"(to), "h"(value));  // loads may go before
   } else {
@@ -108,6 +121,7 @@ class StreamLoader {
 
  private:
   static constexpr int kSourcePixels = Size::kWide ? 3 : 4, kGradPixels = 2;  // of a row
+  static constexpr uint32_t kBehind = 1 << kSourcePixels;  // the bit of the first pixel that is behind the row
 
   int pixel_, byte_;              // the first one, and what of it
   uint32_t source_to_, grad_to_;  // where that goes in the first stage
@@ -123,10 +137,12 @@ class StreamLoader {
   __device__ void seek(const Toeplitz& a) {
     const auto seek = [&](const Rows& v, int row, const char*& from, uint32_t& inside) {
       const int column = span_ * a.columns - v.shift + pixel_;
-      from = v.base + image_ * v.image_bytes + row * v.row_bytes + int64_t{column} * v.pixel_bytes + byte_;
+      from = v.units + image_ * v.image_bytes + row * v.row_bytes + int64_t{column} * v.pixel_bytes + byte_;
       inside = 0;
-      for (int k = 0; k < kSourcePixels; ++k)
+      for (int k = 0; k < kSourcePixels; ++k) {
         inside |= (static_cast<uint32_t>(column + k * step(a)) < static_cast<uint32_t>(v.width)) << k;
+        if (Size::kCarries && byte_ == 0 && column + k * step(a) == v.width) inside |= kBehind << k;
+      }
     };
     seek(a.source, row_ - a.padding_h, source_, source_inside_), seek(a.grad, row_, grad_, grad_inside_);
   }
@@ -141,9 +157,11 @@ class StreamLoader {
       if (Size::kWide && k == 2 && !third_) break;
       const uint32_t target = to + (Size::kWide ? k * to_step_ : place_of(k * kRun / 2));
 #pragma unroll
-      for (int part = 0; part < kUnit; part += Size::kBytes)
-        copy_or_clear<Size::kBytes>(target + part, from + part,
-                                    Size::kBytes == kUnit || byte_ + part < a.channels * 2 ? inside & 1 << k : 0);
+      for (int part = 0; part < kUnit; part += Size::kBytes) {
+        uint32_t copy = Size::kBytes == kUnit || byte_ + part < a.channels * 2 ? inside & 1 << k : 0;
+        if (Size::kCarries) copy = copy ? kUnit : inside & kBehind << k ? 2 * a.carried : 0;
+        copy_or_clear<Size::kBytes, Size::kCarries>(target + part, from + part, copy);
+      }
       from += step;
     }
   }
@@ -179,6 +197,7 @@ __global__ void __launch_bounds__(kThreads, Size::kBlocks)
     source_at[h] = kept(stream * a.source.ring_bytes() + at);
     grad_at[h] = kept(a.grad_at + stream * a.grad.ring_bytes() + at);
   }
+  const bool carries = Size::kCarries && slab == 0 && first_channel<Usual>() < a.carried;
   int stage = 0, free_stage = a.ahead;
   uint32_t parity = 0, free_parity = 1;
   for (int step = 0; step < a.steps;) {
@@ -187,25 +206,43 @@ __global__ void __launch_bounds__(kThreads, Size::kBlocks)
       if (step == a.steps) break;
       wait_at(barriers.full(stage), parity);
       const uint32_t at = stage * a.stage_bytes;
+      uint2 grad[2][2], source[Size::kSourceRuns][2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k)
+          grad[k][h] = load_at(grad_at[h] + at + k * (Size::kWide ? kRunBytes : kTiles * a.grad.ring_bytes()));
+#pragma unroll
+        for (int k = 0; k < Size::kSourceRuns; ++k)
+          source[k][h] = load_at(source_at[h] + at + (Size::kWide ? k : k % 2) * kRunBytes +
+                                 (Size::kWide ? 0 : k / 2 * kTiles * a.source.ring_bytes()));
+      }
+      if (carries) {  // the first pixels of rows
+        const uint2 carried = carried_at(a, first_channel<Usual>());
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int tile = lane % 4 + 4 * h, stream = tile >> a.tile_shift;
+          const bool in_first_span =
+              a.spans == 1 || a.shares.begin(split * a.streams + stream) + step < a.groups * a.period;
+          if (!in_first_span || (tile & (a.tiles() - 1)) != 0) continue;
+          if (lane / 4 == a.source.shift) clear_carried(source[0][h], carried);
+          if (lane / 4 == 0) clear_carried(grad[0][h], carried);
+        }
+      }
       uint32_t x[kQuad][4];  // of a half of the tiles, and of the 8 columns behind
-      uint2 low, high;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         uint32_t pair[kQuad];
-        const uint32_t g_at = at + half * (Size::kWide ? kRunBytes : kTiles * a.grad.ring_bytes());
-        pair_up(load_at(grad_at[0] + g_at), load_at(grad_at[1] + g_at), pair);
+        pair_up(grad[half][0], grad[half][1], pair);
 #pragma unroll
         for (int c = 0; c < kQuad; ++c) g[u][c][half] = pair[c];
 #pragma unroll
         for (int behind = 0; behind < 2; ++behind) {
-          if (!Size::kWide || half == 0 || behind == 1) {
-            const uint32_t x_at =
-                at + half * (Size::kWide ? kRunBytes : kTiles * a.source.ring_bytes()) + behind * kRunBytes;
-            low = load_at(source_at[0] + x_at), high = load_at(source_at[1] + x_at);
-            pair_up(low, high, pair);
-          } else {
-            pair_up_again(low, high, pair);
-          }
+          const uint2(&of)[2] = source[Size::kWide ? half + behind : 2 * half + behind];
+          if (Size::kWide && half == 1 && behind == 0)
+            pair_up_again(of[0], of[1], pair);
+          else
+            pair_up(of[0], of[1], pair);
 #pragma unroll
           for (int c = 0; c < kQuad; ++c) x[c][2 * half + behind] = pair[c];
         }
@@ -253,7 +290,7 @@ void apply(Toeplitz& a, Cut& cut) {
   a.streams = Size::kWide ? kTiles >> a.tile_shift : 2 * kTiles;
   a.columns = Size::kWide ? kTileColumns << a.tile_shift : kRun;
   a.grad.runs = a.columns / kRun, a.source.runs = a.grad.runs + 1;
-  a.spans = static_cast<int>(ceil_div(a.grad.width, a.columns));
+  a.spans = static_cast<int>(ceil_div(a.counted_columns(), a.columns));
   a.rows = a.spans * a.groups * a.period;
   const int64_t streams = int64_t{a.splits} * a.streams;  // of all blocks
   a.shares = Shares(a.rows, streams);
@@ -271,7 +308,7 @@ Cut cut_for(Toeplitz a, const Device& device) {
   int64_t least = INT64_MAX;
   for (int shift = 0; Size::kWide && shift <= 3; ++shift) {
     const int columns = kTileColumns << shift;
-    const int64_t loaded = ceil_div(a.grad.width, columns) * (columns + 24);
+    const int64_t loaded = ceil_div(a.counted_columns(), columns) * (columns + 24);
     if (loaded < least) least = loaded, cut.tile_shift = shift;
   }
   apply<Size>(a, cut);
@@ -288,14 +325,14 @@ template <typename T, class Size>
 void launch(const Problem& p, Toeplitz a, const Allocate& allocate, cudaStream_t stream) {
   const Device& device = current_device();
   const auto kernel = toeplitz_grad_weight_channels_last<T, Size>;
-  static thread_local Decisions<9, Cut> decisions;
+  static thread_local Decisions<10, Cut> decisions;
   const auto decide = [&] {
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
     return cut_for<Size>(a, device);
   };
-  Cut cut = decisions(
-      {device.id, a.images, a.channels, a.height, a.source.width, a.padding_h, a.padding_w, a.kernel_h, a.kernel_w},
-      decide);
+  Cut cut = decisions({device.id, a.images, a.channels, a.height, a.source.width, a.padding_h, a.padding_w, a.kernel_h,
+                       a.kernel_w, a.carried > 0},
+                      decide);
   apply<Size>(a, cut);
   a.partial = allocate_partial(a, allocate);
   launch_early(kernel, a, int64_t{a.slabs} * a.splits, kThreads, stream, {.shared_bytes = cut.shared_bytes});
@@ -305,7 +342,12 @@ void launch(const Problem& p, Toeplitz a, const Allocate& allocate, cudaStream_t
 
 }  // namespace
 
-void launch_toeplitz_grad_weight_channels_last(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
+void launch_toeplitz_grad_weight_channels_last(const Problem& problem, const Allocate& allocate, cudaStream_t stream) {
+  // Where small images cannot be taken as they lie, they are copied first to where 16 bytes begin, as are arrays of
+  // which pixels do not carry the same channels.
+  if (launch_toeplitz_grad_weight_images(problem, allocate, stream)) return;
+  const bool as_they_lie = carried_channels(problem) > 0 && problem.out_width >= kRun;
+  const Problem p = as_they_lie ? problem : realigned(problem, allocate, stream);
   if (launch_toeplitz_grad_weight_images(p, allocate, stream) || launch_toeplitz_grad_weight_rows(p, allocate, stream))
     return;
   int64_t bytes = 0;
@@ -314,6 +356,7 @@ void launch_toeplitz_grad_weight_channels_last(const Problem& p, const Allocate&
     using T = decltype(zero);
     const auto launch_rows = [&](auto rows, auto blocks) {
       if (bytes % kUnit != 0) return launch<T, Size<rows, true, 2, blocks>>(p, a, allocate, stream);
+      if (a.carried > 0) return launch<T, Size<rows, true, kUnit, blocks, true>>(p, a, allocate, stream);
       if (p.out_width <= kRun) return launch<T, Size<rows, false, kUnit, blocks>>(p, a, allocate, stream);
       launch<T, Size<rows, true, kUnit, blocks>>(p, a, allocate, stream);
     };

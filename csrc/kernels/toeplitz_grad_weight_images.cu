@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, 1) toeplitz_grad_weight_of_images(co
   };
   // What there is to copy of the next images.
   const auto next_images = [&](const Rows& v, int height, uint32_t to) {
-    return Copies{v.base + (next * v.image_bytes + int64_t{row} * v.pixel_bytes + byte),
+    return Copies{v.units + (next * v.image_bytes + int64_t{row} * v.pixel_bytes + byte),
                   to + warp * image_bytes_of(height), next - warp < static_cast<int>(last) ? height : 0,
                   next < static_cast<int>(last) && row < v.width && byte < a.channels * 2};
   };
@@ -200,16 +200,25 @@ using Wide = Block<8, 2>;
 constexpr int kBoxSide = 7, kBoxImage = kBoxSide * kBoxSide;   // pixels
 constexpr int kBoxBytes = kImages * kBoxImage * Wide::kPixel;  // a multiple of what units are exchanged in
 constexpr int kBoxesAt = 8 * Wide::kPixel;                     // where the first one begins in shared memory
+constexpr int kCarriedAt = kBoxBytes + kBoxUnit;               // where behind it the unit of its own is
+template <bool kCarries>
+constexpr int kGradAt = kBoxBytes + (kCarries ? kBoxesAt : 0);  // where in a stage the gradient is
 static_assert(kBoxBytes % kBoxesAt == 0 && Wide::kUnits == 8 && Wide::kWarps == Wide::kUnits);
+static_assert(kCarriedAt + kUnit <= kGradAt<true>);
 
+template <bool kCarries>
 struct Boxes {
   CUtensorMap source, grad;
+  std::array<CUtensorMap, kCarries ? 2 : 0> carried;  // of the units behind images, likewise
   Toeplitz images;
 };
 
-template <typename T, int kPairs>
+// `kCarries`: whether there are carried channels, of images of 7 x 7. Of these, the last pixel of a row is the one
+// behind it, in the next row or image, or in a unit of its own behind the last image, and so columns are counted from 1
+// to 8, and the first one is not theirs.
+template <typename T, int kPairs, bool kCarries>
 __global__ void __launch_bounds__(Wide::kThreads, 1)
-    toeplitz_grad_weight_of_boxes(const __grid_constant__ Boxes boxes) {
+    toeplitz_grad_weight_of_boxes(const __grid_constant__ Boxes<kCarries> boxes) {
 #if __CUDA_ARCH__ >= 900
   const Toeplitz& a = boxes.images;
   let_next_kernel_start();
@@ -221,13 +230,23 @@ __global__ void __launch_bounds__(Wide::kThreads, 1)
   a.by_period.split(image), a.by_period.split(last);
   StageBarriers::init(1, Wide::kWarps, true);
   if (threadIdx.x == 0) prefetch(boxes.source), prefetch(boxes.grad);
+  if (kCarries && static_cast<int>(threadIdx.x) < 2 * a.depth)  // behind an eighth image that there is not
+    shared<uint4>(kBoxesAt + threadIdx.x / 2 * a.stage_bytes + threadIdx.x % 2 * a.grad_at + kBoxBytes) = {};
   before_bulk_copies();
   __syncthreads();
+  const bool carries_some = kCarries && slab == 0, carries = carries_some && first_channel<Wide>() < a.carried;
+  const auto last_image = [&](uint32_t image) { return min(static_cast<int>(image) + kImages, a.images) - 1; };
   const auto load = [&](uint32_t image, int stage) {
     const int to = kBoxesAt + stage * a.stage_bytes, barrier = StageBarriers::full(stage);
     expect_bytes(barrier, 2 * kBoxBytes);
     copy_box(to, boxes.source, slab * Wide::kSlab, 0, 0, image, barrier);
-    copy_box(to + kBoxBytes, boxes.grad, slab * Wide::kSlab, 0, 0, image, barrier);
+    copy_box(to + a.grad_at, boxes.grad, slab * Wide::kSlab, 0, 0, image, barrier);
+    if constexpr (kCarries)
+      if (carries_some) {
+        expect_bytes(barrier, 2 * kUnit);
+        copy_box(to + kCarriedAt, boxes.carried[0], 0, 0, 0, last_image(image), barrier);
+        copy_box(to + a.grad_at + kCarriedAt, boxes.carried[1], 0, 0, 0, last_image(image), barrier);
+      }
     arrive(barrier);
   };
   settle_and_wait_for_kernel_before(a.depth);
@@ -240,7 +259,13 @@ __global__ void __launch_bounds__(Wide::kThreads, 1)
   // There is no eighth column: the seventh is read again, and these sums are left out.
   float sum[Wide::kQuads][kPairs][kQuad][4] = {}, bias[Wide::kQuads][4] = {};
   // A thread's pixels are of images 2 place and 2 place + 1, so that those that are read at once are in all banks.
-  const int first = 2 * place * kBoxImage + min(lane / 4, kBoxSide - 1);
+  const int column = lane / 4, first = 2 * place * kBoxImage + (carries ? column : min(column, kBoxSide - 1));
+  uint2 mask[Wide::kQuads];  // of the channels whose column it is
+#pragma unroll
+  for (int quad = 0; quad < Wide::kQuads; ++quad) {
+    const uint2 carried = carried_at(a, slab * Wide::kSlab + first_channel<Wide>(quad));
+    mask[quad] = column == 0 ? uint2{~carried.x, ~carried.y} : column == kBoxSide ? carried : uint2{~0u, ~0u};
+  }
   int stage = 0;
   uint32_t parity = 0;
 #pragma unroll 1
@@ -255,14 +280,20 @@ __global__ void __launch_bounds__(Wide::kThreads, 1)
     for (int quad = 0; quad < Wide::kQuads; ++quad) {
       const auto load_row = [&](int box, int y) {
         if (y < 0 || y >= kBoxSide) return TwoPixels{};
-        const auto load_pixel = [&](int behind) {  // `first`
-          return load_at(pixel_at[(8 - behind % 8) % 8] + box + behind * Wide::kPixel + quad * kQuad * 2);
+        const auto load_pixel = [&](int h) {
+          const int behind = y * kBoxSide + h * kBoxImage;  // `first`
+          uint32_t from = pixel_at[(8 - behind % 8) % 8] + box + behind * Wide::kPixel;
+          if (kCarries && y == kBoxSide - 1 && carries && column == kBoxSide &&
+              static_cast<int>(image) + 2 * place + h == last_image(image))
+            from = shared_address(kBoxesAt) + stage * a.stage_bytes + box + kCarriedAt;
+          const uint2 pixel = load_at(from + quad * kQuad * 2);
+          return kCarries ? uint2{pixel.x & mask[quad].x, pixel.y & mask[quad].y} : pixel;
         };
-        return TwoPixels{load_pixel(y * kBoxSide), load_pixel(y * kBoxSide + kBoxImage)};
+        return TwoPixels{load_pixel(0), load_pixel(1)};
       };
       constexpr int kPadding = kPairs - 1;
       multiply_images<T, 1>(
-          sum[quad], bias[quad], a.with_bias, [&](int y) { return load_row(kBoxBytes, y); },
+          sum[quad], bias[quad], a.with_bias, [&](int y) { return load_row(kGradAt<kCarries>, y); },
           [&](int r) { return load_row(0, r - kPadding); },
           [](int t) { return 2 * t + 2 >= kPadding && 2 * t < kPadding + kBoxSide; });
     }
@@ -275,8 +306,8 @@ __global__ void __launch_bounds__(Wide::kThreads, 1)
   __syncthreads();
 #pragma unroll
   for (int quad = 0; quad < Wide::kQuads; ++quad) {
-    store_image_sums<Wide, 2 * kPairs - 1, kBoxSide>(a, sum[quad], quad);
-    if (place == 3) bias[quad][1] = 0;
+    store_image_sums<Wide, 2 * kPairs - 1, kCarries ? kRun : kBoxSide>(a, sum[quad], quad);
+    if (!kCarries && place == 3) bias[quad][1] = 0;
     store_bias<Wide>(a, bias[quad], quad);
   }
   if (a.cluster)
@@ -310,21 +341,24 @@ void cut_images(Toeplitz& a) {
 }
 
 // Returns false, and launches nothing, where images do not come as boxes.
-template <typename T, int kPairs>
+template <typename T, int kPairs, bool kCarries>
 bool launch_boxes(const Problem& p, const Toeplitz& images, const Allocate& allocate, cudaStream_t stream) {
-  const auto kernel = toeplitz_grad_weight_of_boxes<T, kPairs>;
-  Boxes boxes{{}, {}, images};
+  const auto kernel = toeplitz_grad_weight_of_boxes<T, kPairs, kCarries>;
+  Boxes<kCarries> boxes{{}, {}, {}, images};
   Toeplitz& a = boxes.images;
-  const int most = std::max({a.height, a.out_height, a.source.width, a.grad.width});
-  if (most > kBoxSide || a.padding_h != kPairs - 1 || a.kernel_h >= 2 * kPairs) return false;
-  const std::array<int, 3> box{kBoxSide, kBoxSide, kImages};
-  if (!can_overlap(kernel) || !describe_slabs<Wide>(boxes.source, p.input, p, p.height, p.width, box) ||
-      !describe_slabs<Wide>(boxes.grad, p.output, p, p.out_height, p.out_width, box))
+  const auto [least, most] = std::minmax({a.height, a.out_height, a.source.width, a.grad.width});
+  if (most > kBoxSide || (kCarries && least < kBoxSide) || a.padding_h != kPairs - 1 || a.kernel_h >= 2 * kPairs)
     return false;
+  const std::array<int, 3> box{kBoxSide, kBoxSide, kImages};
+  if (!can_overlap(kernel) || !describe_slabs<Wide>(boxes.source, a.source, p.input, p, p.height, box) ||
+      !describe_slabs<Wide>(boxes.grad, a.grad, p.output, p, p.out_height, box))
+    return false;
+  if constexpr (kCarries)
+    if (!describe_carried(boxes.carried, a, p, false, 1)) return false;
   cut_images<Wide>(a);
   const Device& device = current_device();
   const int64_t groups = ceil_div(a.images, kImages);
-  a.stage_bytes = 2 * kBoxBytes;
+  a.grad_at = kGradAt<kCarries>, a.stage_bytes = 2 * a.grad_at;
   a.depth = static_cast<int>(
       std::min((device.shared_per_block - kBoxesAt) / int64_t{a.stage_bytes}, ceil_div(groups, a.splits)));
   if (a.depth < 1) return false;
@@ -345,8 +379,9 @@ bool launch_boxes(const Problem& p, const Toeplitz& images, const Allocate& allo
 }
 
 template <typename T, int kPairs>
-void launch_images(const Problem& p, Toeplitz a, const Allocate& allocate, cudaStream_t stream) {
-  if (launch_boxes<T, kPairs>(p, a, allocate, stream)) return;
+bool launch_images(const Problem& p, Toeplitz a, const Allocate& allocate, cudaStream_t stream) {
+  if (a.carried > 0) return launch_boxes<T, kPairs, true>(p, a, allocate, stream);
+  if (launch_boxes<T, kPairs, false>(p, a, allocate, stream)) return true;
   const Device& device = current_device();
   const auto kernel = toeplitz_grad_weight_of_images<T, kPairs>;
   cut_images<Usual>(a);
@@ -358,6 +393,7 @@ void launch_images(const Problem& p, Toeplitz a, const Allocate& allocate, cudaS
                {.shared_bytes = kRing + std::max(sums, kRowBytes + int64_t{a.depth} * a.stage_bytes)});
   check_launch("toeplitz_grad_weight_of_images");
   launch_add_partial_sums(p, a.partial, a.splits, stream);
+  return true;
 }
 
 }  // namespace
@@ -366,12 +402,14 @@ bool launch_toeplitz_grad_weight_images(const Problem& p, const Allocate& alloca
   int64_t bytes = 0;
   Toeplitz a = toeplitz_of(p, bytes);
   if (bytes % kUnit != 0 || !has_small_images(a)) return false;
+  bool launched = false;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2)
-      a.kernel_h <= 4 ? launch_images<T, 2>(p, a, allocate, stream) : launch_images<T, 4>(p, a, allocate, stream);
+      launched =
+          a.kernel_h <= 4 ? launch_images<T, 2>(p, a, allocate, stream) : launch_images<T, 4>(p, a, allocate, stream);
   });
-  return true;
+  return launched;
 }
 
 }  // namespace dwconv

@@ -5,10 +5,11 @@
 // other. A step brings a row of the input and the row of the gradient that meets it with the first row of its window. A
 // box has the columns of the images and none beside them: what a thread would read there are zeros that lie behind the
 // boxes of a stage. All tiles are at the same row, so a row that no image has is not loaded, nor multiplied. Warps take
-// turns to begin to copy boxes. These take time by the pixel, of 64 bytes each: where there is little to multiply, all
-// threads copy the rows of the gradient instead.
+// turns to begin to copy boxes. These take time by the pixel, not by the byte: for few rows of the kernel, which leave
+// registers, a block has 64 channels, 128 bytes of a pixel, instead of 32; for some more, all threads copy the rows of
+// the gradient instead.
 //
-// Boxes are swizzled: within 64 bytes, units are exchanged by the pixel.
+// Boxes are swizzled: within the bytes of a pixel, units are exchanged by the pixel.
 #include "boxes.cuh"
 #include "toeplitz_grad_weight_sums.cuh"
 
@@ -20,10 +21,12 @@ template <class B>
 constexpr int kFirst = 8 * B::kPixel;
 constexpr int kBehind = 2;  // steps that warps may be apart
 
+template <bool kCarries>
 struct RowBoxes {
   CUtensorMap source, grad;
-  int source_bytes, grad_bytes;  // of a box
-  int zeros_at;                  // where in a stage the zeros are
+  std::array<CUtensorMap, kCarries ? 2 : 0> carried;  // of the units behind rows, likewise
+  int source_bytes, grad_bytes;                       // of a box
+  int zeros_at, carried_at;  // where in a stage the zeros are, and the units behind rows, if there are any
   Toeplitz images;
 };
 
@@ -51,7 +54,7 @@ class GradLoader {
     }
     second_ = places[1] - places[0];
     const int64_t images = int64_t{group} * a.together;
-    from_ = a.grad.base + (images * a.grad.image_bytes + row * a.grad.row_bytes + places[0] + byte);
+    from_ = a.grad.units + (images * a.grad.image_bytes + row * a.grad.row_bytes + places[0] + byte);
   }
 
   // Begins to load the next row to a stage, if it is one of the split, and arrives when it is there.
@@ -75,8 +78,9 @@ class GradLoader {
 };
 #endif
 
-template <typename T, class B, int kRows, bool kBoth>
-__global__ void __launch_bounds__(B::kThreads, 1) toeplitz_grad_weight_rows(const __grid_constant__ RowBoxes boxes) {
+template <typename T, class B, int kRows, bool kBoth, bool kCarries>
+__global__ void __launch_bounds__(B::kThreads, 1)
+    toeplitz_grad_weight_rows(const __grid_constant__ RowBoxes<kCarries> boxes) {
 #if __CUDA_ARCH__ >= 900
   static_assert(kBoth || std::is_same_v<B, Usual>);
   const Toeplitz& a = boxes.images;
@@ -101,6 +105,8 @@ __global__ void __launch_bounds__(B::kThreads, 1) toeplitz_grad_weight_rows(cons
   const auto has_source = [&](int row) {
     return static_cast<uint32_t>(row - a.padding_h) < static_cast<uint32_t>(a.height);
   };
+  // Of carried channels, the last pixel of a row is in the unit behind it, and what the first one carries is of others.
+  const bool carries_some = kCarries && slab == 0, carries = carries_some && first_channel<B>() < a.carried;
   GradLoader grad_loader(a, slab, group, row);
   const StageAddresses barriers{kept(shared_address(0))};
   // By all threads: if it is `mine`, one of the warp begins to copy boxes.
@@ -112,11 +118,21 @@ __global__ void __launch_bounds__(B::kThreads, 1) toeplitz_grad_weight_rows(cons
       if (has_source(row)) {
         expect_bytes(barrier, boxes.source_bytes);
         copy_box(to, boxes.source, slab * B::kSlab, 0, row - a.padding_h, image, barrier);
+        if constexpr (kCarries)
+          if (carries_some) {
+            expect_bytes(barrier, a.together * kUnit);
+            copy_box(to + boxes.carried_at, boxes.carried[0], 0, 0, row - a.padding_h, image, barrier);
+          }
       }
       if (kBoth && has_grad(row, step)) {
         expect_bytes(barrier, boxes.grad_bytes);
         copy_box(to + a.grad_at, boxes.grad, slab * B::kSlab, 0, row, image, barrier);
       }
+      if constexpr (kCarries)
+        if (carries_some && has_grad(row, step)) {
+          expect_bytes(barrier, a.together * kUnit);
+          copy_box(to + boxes.carried_at + kBoxUnit, boxes.carried[1], 0, 0, row, image, barrier);
+        }
       arrive(barrier);
     }
     if (!kBoth) grad_loader.load(a, stage * a.stage_bytes, step < rows, barriers.full(stage));
@@ -129,20 +145,22 @@ __global__ void __launch_bounds__(B::kThreads, 1) toeplitz_grad_weight_rows(cons
   float sum[kQuad][kRows][4] = {}, bias[4] = {};
   uint32_t g[kRows][kQuad][2] = {};
   // The thread's pixels, of tiles lane % 4 and lane % 4 + 4: one of each 8 columns.
-  const auto pixel_of = [&](const Rows& v, int begin, int h, int first) {
+  const auto pixel_of = [&](const Rows& v, int begin, int carried_at, int h, int first) {
     const int tile = place + 4 * h, x = (tile & (a.tiles() - 1)) * kTileColumns + first + column;
-    const int pixel = (tile >> a.tile_shift) * v.width + x;
+    const int image = tile >> a.tile_shift, pixel = image * v.width + x;
     const bool inside = static_cast<uint32_t>(x) < static_cast<uint32_t>(v.width);
-    const int from = inside ? begin + place_of<B>(pixel, warp / 2) : boxes.zeros_at;
+    const int from = inside                    ? begin + place_of<B>(pixel, warp / 2)
+                     : carries && x == v.width ? carried_at + image * kUnit
+                                               : boxes.zeros_at;
     return kept(shared_address(kFirst<B>) + from + warp % 2 * kQuad * 2);
   };
   uint32_t source_at[3][2], grad_at[2][2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
 #pragma unroll
-    for (int k = 0; k < 3; ++k) source_at[k][h] = pixel_of(a.source, 0, h, k * kRun - a.padding_w);
+    for (int k = 0; k < 3; ++k) source_at[k][h] = pixel_of(a.source, 0, boxes.carried_at, h, k * kRun - a.padding_w);
 #pragma unroll
-    for (int k = 0; k < 2; ++k) grad_at[k][h] = pixel_of(a.grad, a.grad_at, h, k * kRun);
+    for (int k = 0; k < 2; ++k) grad_at[k][h] = pixel_of(a.grad, a.grad_at, boxes.carried_at + kBoxUnit, h, k * kRun);
   }
   // Reads the pixels that a step multiplies; there are zeros for a row of the gradient that there is not.
   uint2 source[3][2] = {}, grad[2][2];
@@ -164,6 +182,15 @@ __global__ void __launch_bounds__(B::kThreads, 1) toeplitz_grad_weight_rows(cons
       const bool multiplies = has_source(row), mine = static_cast<uint32_t>(step) % B::kWarps == warp;
       wait_at(barriers.full(stage), parity);
       read(has_grad(row, step), multiplies, stage * a.stage_bytes);
+      if (carries) {
+        const uint2 carried = carried_at(a, first_channel<B>());
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          if (((place + 4 * h) & (a.tiles() - 1)) != 0) continue;
+          if (column == a.padding_w) clear_carried(source[0][h], carried);
+          if (column == 0) clear_carried(grad[0][h], carried);
+        }
+      }
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         uint32_t pair[kQuad];
@@ -208,12 +235,12 @@ __global__ void __launch_bounds__(B::kThreads, 1) toeplitz_grad_weight_rows(cons
 }
 
 // Returns false, and launches nothing, where boxes cannot be described.
-template <typename T, class B, int kRows, bool kBoth>
+template <typename T, class B, int kRows, bool kBoth, bool kCarries>
 bool launch(const Problem& p, Toeplitz a, const Allocate& allocate, cudaStream_t stream) {
-  const auto kernel = toeplitz_grad_weight_rows<T, B, kRows, kBoth>;
+  const auto kernel = toeplitz_grad_weight_rows<T, B, kRows, kBoth, kCarries>;
   if (!can_overlap(kernel)) return false;
   const Device& device = current_device();
-  while (kTileColumns << a.tile_shift < a.grad.width) ++a.tile_shift;
+  while (kTileColumns << a.tile_shift < a.counted_columns()) ++a.tile_shift;
   a.columns = kTileColumns << a.tile_shift, a.spans = 1, a.streams = 1;
   a.together = kTiles >> a.tile_shift, a.groups = static_cast<int>(ceil_div(a.images, a.together));
   a.slabs = static_cast<int>(ceil_div(a.channels, B::kSlab));
@@ -221,15 +248,18 @@ bool launch(const Problem& p, Toeplitz a, const Allocate& allocate, cudaStream_t
   a.rows = a.groups * a.period;
   a.grad.turn_bytes = a.together * a.grad.image_bytes - a.period * a.grad.row_bytes;
 
-  RowBoxes boxes{};
-  if (!describe_slabs<B>(boxes.source, p.input, p, p.height, p.width, {a.source.width, 1, a.together}) ||
-      !describe_slabs<B>(boxes.grad, p.output, p, p.out_height, p.out_width, {a.grad.width, 1, a.together}))
+  RowBoxes<kCarries> boxes{};
+  if (!describe_slabs<B>(boxes.source, a.source, p.input, p, p.height, {a.source.width, 1, a.together}) ||
+      !describe_slabs<B>(boxes.grad, a.grad, p.output, p, p.out_height, {a.grad.width, 1, a.together}))
     return false;
+  if constexpr (kCarries)
+    if (!describe_carried(boxes.carried, a, p, true, a.together)) return false;
   boxes.source_bytes = a.together * a.source.width * B::kPixel;
   boxes.grad_bytes = a.together * a.grad.width * B::kPixel;
   a.grad_at = static_cast<int>(round_up(boxes.source_bytes, kFirst<B>));
   boxes.zeros_at = a.grad_at + boxes.grad_bytes;
-  a.stage_bytes = static_cast<int>(round_up(boxes.zeros_at + B::kPixel, kFirst<B>));
+  boxes.carried_at = static_cast<int>(round_up(boxes.zeros_at + B::kPixel, kBoxUnit));
+  a.stage_bytes = static_cast<int>(round_up(boxes.carried_at + (kCarries ? 2 * kBoxUnit : 0), kFirst<B>));
   a.depth = static_cast<int>(std::min<int64_t>((device.shared_per_block - kFirst<B>) / a.stage_bytes, kMaxStages));
   if (a.depth <= kBehind) return false;
   a.ahead = a.depth - kBehind;
@@ -249,7 +279,7 @@ bool launch(const Problem& p, Toeplitz a, const Allocate& allocate, cudaStream_t
 }  // namespace
 
 bool launch_toeplitz_grad_weight_rows(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
-  // More columns, or fewer rows of the kernel, gain nothing.
+  // More columns gain nothing.
   constexpr int64_t kMostColumns = 2 * kTileColumns, kFewRows = 3, kMoreRows = 5, kMostRows = 7;
   if (p.out_width <= kRun || std::max(p.width, p.out_width) > kMostColumns || p.kernel_h > kMostRows) return false;
   int64_t bytes = 0;
@@ -258,10 +288,17 @@ bool launch_toeplitz_grad_weight_rows(const Problem& p, const Allocate& allocate
   bool launched = false;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if constexpr (sizeof(T) == 2)
-      launched = p.kernel_h <= kFewRows    ? launch<T, Block<16>, kFewRows, true>(p, a, allocate, stream)
-                 : p.kernel_h <= kMoreRows ? launch<T, Usual, kMoreRows, false>(p, a, allocate, stream)
-                                           : launch<T, Usual, kMostRows, true>(p, a, allocate, stream);
+    if constexpr (sizeof(T) == 2) {
+      const auto launch_rows = [&](auto carries) {
+        constexpr bool kCarries = decltype(carries)::value;
+        if (p.kernel_h > kMoreRows) return launch<T, Usual, kMostRows, true, kCarries>(p, a, allocate, stream);
+        if (p.kernel_h > kFewRows) return launch<T, Usual, kMoreRows, false, kCarries>(p, a, allocate, stream);
+        using Wide = Block<16>;  // if at most a fifth of its channels are beyond the last
+        return round_up(a.channels, Wide::kSlab) * 4 <= int64_t{a.channels} * 5 &&
+               launch<T, Wide, kFewRows, true, kCarries>(p, a, allocate, stream);
+      };
+      launched = a.carried > 0 ? launch_rows(std::true_type{}) : launch_rows(std::false_type{});
+    }
   });
   return launched;
 }

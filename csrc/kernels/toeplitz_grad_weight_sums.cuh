@@ -28,6 +28,7 @@ constexpr int kPixelBytes = kSlab * 2 + kUnit, kRunBytes = kRun * kPixelBytes + 
 // The input or the gradient, and the rows of it that a stage takes.
 struct Rows {
   const char* base;
+  const char* units;  // where its first unit of 16 bytes begins: see Toeplitz::carried
   int64_t image_bytes, row_bytes;
   int64_t turn_bytes;  // from behind the last row of an image's period to the first one of the next image
   int pixel_bytes, width;
@@ -43,6 +44,10 @@ struct Toeplitz {
   void *grad_weight, *grad_bias;  // where there is no second kernel
   int height, out_height, kernel_h, kernel_w, padding_h, padding_w;
   int images, channels;
+  // Arrays without gaps may begin between multiples of 16 bytes, both as far behind one. Then a pixel's first unit
+  // begins with so many channels of the pixel before, its last ones. Channels are counted by where they are in units,
+  // and these are first. What else is in the first and the last unit of an array is read, and meets nothing.
+  int carried;
   int together, groups;      // images side by side, and how many times as many there are
   int slabs, spans, splits;  // of channels, columns, rows
   int columns;               // of a span
@@ -61,7 +66,25 @@ struct Toeplitz {
   Divider by_slabs, by_period, by_groups;
 
   __host__ __device__ int tiles() const { return 1 << tile_shift; }
+  // Columns of the gradient. Those of carried channels are counted from 1 on, as pixels behind their own have them.
+  __host__ __device__ int counted_columns() const { return grad.width + (carried > 0); }
 };
+
+// The channel that is at a place in a pixel's units.
+__device__ inline int channel_at(const Toeplitz& a, int place) {
+  return place - a.carried + (place < a.carried ? a.channels : 0);
+}
+
+// Which of four places from `first` on are of carried channels, as a mask.
+__device__ inline uint2 carried_at(const Toeplitz& a, int first) {
+  const auto mask = [&](int place) { return place < a.carried ? 0xffffu : 0u; };
+  return {mask(first) | mask(first + 1) << 16, mask(first + 2) | mask(first + 3) << 16};
+}
+
+// Makes zeros of what a pixel carries, which is of another row.
+__device__ inline void clear_carried(uint2& pixel, uint2 carried) {
+  pixel = {pixel.x & ~carried.x, pixel.y & ~carried.y};
+}
 
 // Begins to copy 16 bytes, or writes zeros, if there is `any` to be there.
 __device__ inline void copy_or_clear_if(bool any, uint32_t to, const char* from, uint32_t copy) {
@@ -90,13 +113,14 @@ __device__ float sum_by_products(const Toeplitz& a, int split, int channel, int 
   float sum = 0;
   for (int at = a.shares.begin(split * a.streams) + threadIdx.x / 32; at < last; at += B::kWarps) {
     const int row = at % a.period, first = at / a.period % a.groups * a.together;
-    const int column = at / a.period / a.groups * a.columns, y = row + i;
+    // Where columns of carried channels are counted from 1 on, a span has the one before its first.
+    const int column = at / a.period / a.groups * a.columns - (channel >= a.channels - a.carried), y = row + i;
     if (row >= a.out_height || (!is_bias && (y < 0 || y >= a.height))) continue;
     const int end = min(column + a.columns, a.grad.width);
     for (int image = first; image < min(first + a.together, a.images); ++image) {
       const char* g = a.grad.base + image * a.grad.image_bytes + row * a.grad.row_bytes + channel * sizeof(T);
       const char* x = a.source.base + image * a.source.image_bytes + y * a.source.row_bytes + channel * sizeof(T);
-      for (int v = column + threadIdx.x % 32; v < end; v += 32) {
+      for (int v = max(column, 0) + threadIdx.x % 32; v < end; v += 32) {
         const float gradient = widen(*reinterpret_cast<const T*>(g + int64_t{v} * a.grad.pixel_bytes));
         if (is_bias)
           sum += gradient;
@@ -126,8 +150,8 @@ template <typename T, class B>
 __device__ __noinline__ void sum_again(const Toeplitz& a, int slab, int split, float* partial) {
   const int taps = a.kernel_h * a.kernel_w;
   for (int at = 0; at < (taps + a.with_bias) * B::kSlab; ++at) {
-    const int slot = at / B::kSlab, channel = slab * B::kSlab + at % B::kSlab;
-    if (is_finite(shared<float>(kRing + 4 * at)) || channel >= a.channels) continue;
+    const int slot = at / B::kSlab, place = slab * B::kSlab + at % B::kSlab, channel = channel_at(a, place);
+    if (is_finite(shared<float>(kRing + 4 * at)) || place >= a.channels) continue;
     const float sum = block_sum_by_products<T, B>(a, split, channel, slot);
     if (threadIdx.x == 0) partial[static_cast<int64_t>(slot) * a.channels + channel] = sum;
   }
@@ -173,10 +197,10 @@ __device__ void store_sums(const Toeplitz& a, int slab, int split) {
   float* partial = a.partial + static_cast<int64_t>(split) * slots * a.channels;
   bool again = false;
   for (int i = threadIdx.x; i < slots * B::kSlab; i += B::kThreads) {
-    const int slot = i / B::kSlab, channel = slab * B::kSlab + i % B::kSlab;
-    if (channel >= a.channels) continue;
+    const int slot = i / B::kSlab, place = slab * B::kSlab + i % B::kSlab;
+    if (place >= a.channels) continue;
     const float total = sum_at(i);
-    partial[static_cast<int64_t>(slot) * a.channels + channel] = total;
+    partial[static_cast<int64_t>(slot) * a.channels + channel_at(a, place)] = total;
     again |= !is_finite(total);
   }
   if (__syncthreads_or(again)) sum_again<T, B>(a, slab, split, partial);
@@ -197,7 +221,7 @@ __device__ void add_up_splits(const Toeplitz& a, int slab, int split) {
   };
   const auto store = [&](int number, float total) {
     const int tap = number / B::kSlab;
-    const int64_t channel = slab * B::kSlab + number % B::kSlab;
+    const int64_t channel = channel_at(a, slab * B::kSlab + number % B::kSlab);
     if (tap < taps)
       static_cast<T*>(a.grad_weight)[channel * taps + tap] = narrow<T>(total);
     else
@@ -213,8 +237,8 @@ __device__ void add_up_splits(const Toeplitz& a, int slab, int split) {
   }
   if (__syncthreads_or(again))
     for (int i = 0; i < count; ++i) {
-      const int channel = slab * B::kSlab + i % B::kSlab;
-      if (i / B::kThreads % a.splits != split || channel >= a.channels || is_finite(add(i))) continue;
+      const int place = slab * B::kSlab + i % B::kSlab, channel = channel_at(a, place);
+      if (i / B::kThreads % a.splits != split || place >= a.channels || is_finite(add(i))) continue;
       float total = 0;
       for (int block = 0; block < a.splits; ++block)
         total += block_sum_by_products<T, B>(a, block, channel, i / B::kSlab);
@@ -253,16 +277,32 @@ __device__ void store_diagonals(const Toeplitz& a, const float (&sum)[kQuad][kRo
   }
 }
 
+// How many channels a pixel's first unit carries; none also where that is not what keeps pixels from whole units.
+inline int64_t carried_channels(const Problem& p) {
+  const auto behind = [](const View& view) {
+    return static_cast<int64_t>(reinterpret_cast<uintptr_t>(view.data)) % kUnit;
+  };
+  const auto is_dense = [&](const View& view, int64_t height, int64_t width) {
+    const int64_t row = width * p.channels;
+    return view.stride[3] == p.channels && view.stride[2] == row && view.stride[0] == height * row;
+  };
+  const bool alike = behind(p.input) == behind(p.output) && behind(p.input) % 2 == 0 && p.channels * 2 % kUnit == 0;
+  if (p.padding_w >= kRun) return 0;
+  return alike && is_dense(p.input, p.height, p.width) && is_dense(p.output, p.out_height, p.out_width)
+             ? behind(p.input) / 2
+             : 0;
+}
+
 // How a problem is described, but for how its work is cut. `bytes`: a multiple of what can be copied at once.
 inline Toeplitz toeplitz_of(const Problem& p, int64_t& bytes) {
   Toeplitz a{};
-  bytes = 2 * p.channels;
+  bytes = 2 * p.channels, a.carried = static_cast<int>(carried_channels(p));
   const auto arrange = [&](const View& view, int64_t height, int64_t width, int64_t shift, Rows& v) {
-    v.base = static_cast<const char*>(view.data);
+    v.base = static_cast<const char*>(view.data), v.units = v.base - 2 * a.carried;
     v.image_bytes = p.batch == 1 ? 0 : 2 * view.stride[0], v.row_bytes = height == 1 ? 0 : 2 * view.stride[2];
     v.pixel_bytes = static_cast<int>(width == 1 ? 0 : 2 * view.stride[3]);
     v.width = static_cast<int>(width), v.shift = static_cast<int>(shift);
-    bytes |= static_cast<int64_t>(reinterpret_cast<uintptr_t>(view.data)) | v.image_bytes | v.row_bytes | v.pixel_bytes;
+    bytes |= static_cast<int64_t>(reinterpret_cast<uintptr_t>(v.units)) | v.image_bytes | v.row_bytes | v.pixel_bytes;
   };
   arrange(p.input, p.height, p.width, p.padding_w, a.source);
   arrange(p.output, p.out_height, p.out_width, 0, a.grad);
@@ -282,13 +322,26 @@ inline Toeplitz toeplitz_of(const Problem& p, int64_t& bytes) {
 // Describes boxes of a slab's channels, of so many columns, rows and images, and returns whether there can be any.
 // Within their 64 or 128 bytes of a pixel, units are exchanged by the 128 bytes that they are in.
 template <class B = Usual>
-bool describe_slabs(CUtensorMap& map, const View& view, const Problem& p, int64_t height, int64_t width,
+bool describe_slabs(CUtensorMap& map, const Rows& v, const View& view, const Problem& p, int64_t height,
                     const std::array<int, 3>& box) {
   return has_boxes(view, 2, kUnit) &&
-         describe_boxes(map, view.data, 2, {p.channels, width, height, p.batch},
+         describe_boxes(map, const_cast<char*>(v.units), 2, {p.channels, v.width, height, p.batch},
                         {view.stride[3] * 2, view.stride[2] * 2, view.stride[0] * 2},
                         {B::kSlab, box[0], box[1], box[2]},
                         B::kPixel == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B);
+}
+
+// Describes the units behind all rows, or all images, of which there are carried channels alone: those of the input,
+// and those of the gradient.
+inline bool describe_carried(std::array<CUtensorMap, 2>& maps, const Toeplitz& a, const Problem& p, bool of_rows,
+                             int images) {
+  const auto describe = [&](CUtensorMap& map, const Rows& v, const View& view, int64_t height) {
+    const int64_t row = 2 * view.stride[2];
+    return describe_boxes(map, const_cast<char*>(v.units) + (of_rows ? row : height * row), 2,
+                          {a.carried, 1, of_rows ? height : 1, p.batch}, {row, row, 2 * view.stride[0]},
+                          {kUnit / 2, 1, 1, images});
+  };
+  return describe(maps[0], a.source, p.input, p.height) && describe(maps[1], a.grad, p.output, p.out_height);
 }
 
 // Memory for the sums of all splits.
