@@ -70,12 +70,12 @@ constexpr int kWarpArrivals = 1;
 #endif
 
 // By all lanes, one of which is the first; whether they arrive at all is up to the caller.
-__device__ inline void arrive_together_at(uint32_t barrier, bool is_first, bool arrive = true) {
+__device__ inline void arrive_together_at(uint32_t barrier, bool is_first, bool arrives = true) {
   __syncwarp();
-  if (arrive && (kWarpArrivals > 1 || is_first)) arrive_at(barrier);
+  if (arrives && (kWarpArrivals > 1 || is_first)) arrive_at(barrier);
 }
-__device__ inline void arrive_together(int barrier, bool is_first, bool arrive = true) {
-  arrive_together_at(shared_address(barrier), is_first, arrive);
+__device__ inline void arrive_together(int barrier, bool is_first, bool arrives = true) {
+  arrive_together_at(shared_address(barrier), is_first, arrives);
 }
 
 // Arrives when all copies by cp.async that the thread has begun are there.
