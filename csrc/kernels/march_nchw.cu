@@ -357,40 +357,38 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
           sum[o][v] = fmaf(x[s], weight[i][j], before);
         };
         // In the order in which ptxas finds the most operands in different banks.
-        const auto add_rows = [&](auto from, auto to) {
-          constexpr int kFrom = decltype(from)::value, kTo = decltype(to)::value;
-          const auto first_tap = [](int v) { return kHalves && v < kReach ? kReach - v : 0; };
-          if constexpr (kKernel > kMarchKernel) {
+        if constexpr (kSkips) {
+          const auto add_rows = [&](auto from, auto to) {
 #pragma unroll
             for (int v = 0; v < kStrip; ++v)
 #pragma unroll
               for (int j = 0; j < kKernel; ++j)
 #pragma unroll
-                for (int o = kFrom; o < kTo; ++o) add(o, j, v, j == 0);
-          } else if constexpr (!kBoxes) {
+                for (int o = decltype(from)::value; o < decltype(to)::value; ++o) add(o, j, v, j == 0);
+          };
+          using std::integral_constant;
+          constexpr int kHalf = kHeld / 2;
+          if (step <= r.begin + kHalf)
+            add_rows(integral_constant<int, kHalf>{}, integral_constant<int, kHeld>{});
+          else if (step >= r.end + kAhead - 1 - kHalf)
+            add_rows(integral_constant<int, 0>{}, integral_constant<int, kHeld - kHalf>{});
+          else
+            add_rows(integral_constant<int, 0>{}, integral_constant<int, kHeld>{});
+        } else if constexpr (!kBoxes) {
 #pragma unroll
-            for (int o = kFrom; o < kTo; ++o)
-#pragma unroll
-              for (int j = 0; j < kKernel; ++j)
-#pragma unroll
-                for (int v = 0; v < kStrip; ++v) add(o, j, v, j == 0);
-          } else {
+          for (int o = 0; o < kHeld; ++o)
 #pragma unroll
             for (int j = 0; j < kKernel; ++j)
 #pragma unroll
-              for (int v = 0; v < kStrip; ++v)
+              for (int v = 0; v < kStrip; ++v) add(o, j, v, j == 0);
+        } else {
 #pragma unroll
-                for (int o = kFrom; o < kTo; ++o) add(o, j, v, j == first_tap(v));
-          }
-        };
-        using std::integral_constant;
-        constexpr int kHalf = kHeld / 2;
-        if (kSkips && step <= r.begin + kHalf)
-          add_rows(integral_constant<int, kHalf>{}, integral_constant<int, kHeld>{});
-        else if (kSkips && step >= r.end + kAhead - 1 - kHalf)
-          add_rows(integral_constant<int, 0>{}, integral_constant<int, kHeld - kHalf>{});
-        else
-          add_rows(integral_constant<int, 0>{}, integral_constant<int, kHeld>{});
+          for (int j = 0; j < kKernel; ++j)
+#pragma unroll
+            for (int v = 0; v < kStrip; ++v)
+#pragma unroll
+              for (int o = 0; o < kHeld; ++o) add(o, j, v, j == (kHalves && v < kReach ? kReach - v : 0));
+        }
       }
       if (step >= r.begin + kAhead) store(step - kAhead);
     }
