@@ -134,6 +134,8 @@ LANES = [
     Case(7, 72, (53, 55), (30, 30), padding=(15, 14)),
     Case(4, 72, (56, 56), (5, 51), padding=(2, 25)),
     Case(5, 72, (56, 54), (51, 5), padding=(25, 1)),
+    Case(7, 72, (56, 54), (51, 5), padding=(25, 2)),
+    Case(8, 72, (55, 56), (10, 4), padding=(5, 2)),
 ]
 
 
@@ -162,6 +164,49 @@ def test_planes_as_wide_as_code_is_compiled_for(case: Case, memory_format: torch
         spoiled[which] = spoiled[which].clone()
         spoiled[which][-1, 3, 0, -1] = value
         for found, expected in zip(sums(*spoiled), sums(*spoiled, plan="generic")):
+            assert same(found, expected), (which, value)
+
+
+# What lanes.cu is compiled for, likewise, of so many images and filters that every multiprocessor has some.
+ROWS = [
+    Case(15, 260, (27, 28), (9, 9), padding=(4, 4)),
+    Case(16, 132, (28, 28), (9, 8), padding=(2, 4), multiplier=2),
+    Case(16, 264, (29, 26), (13, 12), padding=(7, 6)),
+    Case(30, 140, (28, 28), (29, 29), padding=(14, 14)),
+    Case(8, 264, (53, 55), (30, 30), padding=(15, 14)),
+    Case(7, 264, (56, 56), (5, 51), padding=(2, 25)),
+    Case(15, 132, (56, 54), (51, 5), padding=(25, 2)),
+    Case(8, 264, (55, 56), (10, 4), padding=(5, 2)),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ROWS, ids=str)
+def test_rows_that_code_is_compiled_for(case: Case) -> None:
+    """Exact, wherever tensors begin, and NaN only where a tap meets one."""
+    arguments = arguments_of(case)
+
+    def results(input: Tensor, weight: Tensor, bias: Tensor, grad_output: Tensor, plan: str | None = None) -> list:
+        found = [torch.ops.dwconv.forward.plan(input, weight, bias, *arguments, plan or PLANS["forward"])]
+        if case.multiplier == 1:
+            of_input = torch.ops.dwconv.grad_input.plan
+            found.append(of_input(grad_output, weight, input.shape, *arguments, False, plan or PLANS["grad_input"]))
+        return found
+
+    input, weight, bias = make_inputs(case._replace(bias=True), torch.float32, "cuda", make=integers)
+    grad_output = integers(*output_size(case)).to(input)
+    exact = run_float64((input, weight, bias), grad_output, **case.geometry)
+    for offset in (0, 1):
+        laid = lay(input, offset=offset), weight, bias, lay(grad_output, offset=offset)
+        found = results(*laid)
+        for result, expected in zip(found, (exact.output, exact.grad_input)):
+            assert wrong_numbers(result, expected.round()) == 0, offset
+        assert all(torch.equal(a, b) for a, b in zip(found, results(*laid)))
+    for which, value in product((0, 1, 3), (torch.nan, torch.inf)):
+        spoiled = [t.clone() for t in (input, weight, bias, grad_output)]
+        spoiled[which][-1, 0, 0, -1] = value
+        spoiled[which][3, 0, -1, 0] = value
+        for found, expected in zip(results(*spoiled), results(*spoiled, plan="generic")):
             assert same(found, expected), (which, value)
 
 

@@ -17,9 +17,8 @@
 
 #include <algorithm>
 
-#include "boxes.cuh"
-#include "copies.cuh"
 #include "device.h"
+#include "lanes.cuh"
 #include "lanes_forms.h"
 #include "large_float32.cuh"
 #include "launch.h"
@@ -39,13 +38,16 @@ struct Form {
   static constexpr int kSide = kForm.side, kReach = kForm.reach, kTapRows = kForm.tap_rows;
   static constexpr bool kChannelsLast = kChannelsLast_;
   static constexpr int kBlock = kSide == 56 ? 28 : kSide, kBlocks = kSide / kBlock;
-  static constexpr int kUnits = kForm.units();  // images, or channels, of a warp
-  static constexpr int kRows = 32 / kUnits;     // rows of a warp
+  static constexpr int kUnits = kForm.units(kChannelsLast);  // images, or channels, of a warp
+  static constexpr int kLanesOfUnit = 32 / kUnits;
+  static constexpr bool kAlone = kSide == 14;  // all lanes have the same row, and a warp neighbouring rows of taps
+  static constexpr int kImages = kAlone && kChannelsLast ? kLanesOfUnit : 1;  // of an item in channels_last
+  static constexpr int kRows = kAlone ? 1 : kLanesOfUnit;                     // rows of a warp
   static constexpr int kTaps = 2 * kReach + 1, kSums = kTapRows * kTaps;
-  static constexpr bool kLoads = kReach == 4 || kReach == 15;  // gradients on the way
-  static constexpr int kMostWarps = kReach == 15 ? 16 : 15;    // that compute
-  static constexpr int kFilters = kChannelsLast ? kUnits : 1;  // of an item
-  static constexpr int kSharers = kChannelsLast ? kRows : 32;  // lanes whose sums belong together
+  static constexpr bool kLoads = kReach == 4 || kReach == 15;         // gradients on the way
+  static constexpr int kMostWarps = kReach == 15 ? 16 : 15;           // that compute
+  static constexpr int kFilters = kChannelsLast ? kUnits : 1;         // of an item
+  static constexpr int kSharers = kChannelsLast ? kLanesOfUnit : 32;  // lanes whose sums belong together
   // Their sums are halved by so many lanes' bits, and then exchanged.
   static constexpr int kHalvings = kSharers >= 8 ? 3 : kSharers == 4 ? 2 : 1;
   static constexpr int kPadded = (kSums + (1 << kHalvings) - 1) >> kHalvings << kHalvings;
@@ -54,22 +56,16 @@ struct Form {
   static constexpr int kColumnBytes = kChannelsLast ? 4 * kUnits : 4;
   static constexpr int kRowBytes = kChannelsLast ? (kSide | 1) * kColumnBytes : 4 * kSide;
 
-  // The image, or channel, and the row of a lane. The lanes that read shared memory at once read different banks: 8 of
-  // 16 bytes, or 16 of 8 where rows have 14 columns.
-  static __device__ int unit_of(int lane) {
-    return kChannelsLast || kSide != 14 ? lane % kUnits : lane % 8 + lane / 16 * 8;
-  }
+  // The image, or channel, and the row of a lane. The lanes that read shared memory at once, 8 of 16 bytes, read
+  // different banks.
+  static __device__ int unit_of(int lane) { return lane % kUnits; }
   static __device__ int row_of(int lane) {
+    if (kAlone) return 0;
     if (kChannelsLast || kSide == 28) return lane / kUnits;
-    if (kSide == 14) return lane / 8 % 2;
     return lane / 4 % 2 * 2 + lane / 8 % 2 + lane / 16 * 4;
   }
-};
-
-struct Copy {
-  int vector;   // elements that are copied at once
-  bool as_one;  // a plane, as if it were a row
-  bool bulk;    // by bulk copies, in channels_last of boxes, where code is for GPUs that have them
+  // Rows of 14 columns 16 lanes read at once, in pieces of 8 bytes: half of them take neighbouring rows in other order.
+  static __device__ int turn_of(int lane) { return kChannelsLast ? 0 : lane / 8 % 2; }
 };
 
 struct Arguments {
@@ -82,10 +78,11 @@ struct Arguments {
   int filters;
   bool turned;        // rows are columns
   int groups, items;  // items: groups of images of each filter, or images of each group of filters, one after the other
-  int share, slots, blocks;     // items of a block; blocks that may share a filter; of a band
-  int splits;                   // blocks of each filter, if blocks have items of one alone
-  int band, tap_groups, parts;  // rows of taps of a block; warps that they take, and how many share their rows
-  int copiers;                  // warps that copy
+  int share, slots, blocks;        // items of a block; blocks that may share a filter; of a band
+  int splits;                      // blocks of each filter, if blocks have items of one alone
+  int band, tap_groups, parts;     // rows of taps of a block; warps that they take, and how many share their rows
+  int copiers;                     // warps that copy
+  signed char first_tap_rows[16];  // of warps that have neighbouring rows of taps
   Divider by_kernel_w, by_tap_groups;
   int stages, stage_bytes, grads_at, input_unit_bytes, grad_unit_bytes;
   Copy input_copy, grad_copy;
@@ -241,127 +238,6 @@ __device__ __forceinline__ void flush(float (&sum)[F::kTapRows][F::kTaps], int t
   }
 }
 
-// Copies rows of so many units, by one warp.
-template <int kVector>
-__device__ __forceinline__ void copy_rows(const float* from, int64_t row_stride, int64_t column_stride, int rows,
-                                          int units, int to, int row_bytes, int column_bytes) {
-  const int lane = threadIdx.x % 32, at_once = max(32 / units, 1);
-  const uint32_t base = shared_address(to);
-  for (int first = 0; first < units; first += 32) {
-    const int first_row = units < 32 ? lane / units : 0, unit = first + lane - first_row * units;
-    if (unit >= units || first_row >= at_once) break;
-    const float* at = from + first_row * row_stride + unit * column_stride;
-    uint32_t place = base + first_row * row_bytes + unit * column_bytes;
-#pragma unroll 4
-    for (int row = first_row; row < rows; row += at_once, at += at_once * row_stride, place += at_once * row_bytes)
-      copy_unit<4 * kVector>(place, at);
-  }
-}
-
-// Copies a plane whose rows follow each other, by one warp.
-template <int kVector>
-__device__ __forceinline__ void copy_flat(const float* from, int count, int to) {
-  constexpr int kAtOnce = 8;
-  const int lane = threadIdx.x % 32;
-  const float* at = from + lane * kVector;
-  uint32_t place = shared_address(to) + 4 * kVector * lane;
-  int left = count - lane;
-  const auto copy = [&](int n) { copy_unit<4 * kVector>(place + 128 * kVector * n, at + 32 * kVector * n); };
-#pragma unroll 1
-  for (; left > 32 * (kAtOnce - 1);
-       left -= 32 * kAtOnce, at += 32 * kVector * kAtOnce, place += 128 * kVector * kAtOnce)
-#pragma unroll
-    for (int n = 0; n < kAtOnce; ++n) copy(n);
-#pragma unroll
-  for (int n = 0; n < kAtOnce - 1; ++n)
-    if (left > 32 * n) copy(n);
-}
-
-// Copies a plane that lies column by column, by one warp: 8 rows of 4 columns at once, which meet few banks twice.
-__device__ __forceinline__ void copy_turned(const float* from, int64_t column_stride, int rows, int columns, int to,
-                                            int row_bytes) {
-  const int lane = threadIdx.x % 32, first_column = lane / 8;
-  const int64_t step = 4 * column_stride;
-#pragma unroll 1
-  for (int row = lane % 8; row < rows; row += 8) {
-    const float* at = from + row + first_column * column_stride;
-    uint32_t place = shared_address(to) + row * row_bytes + 4 * first_column;
-#pragma unroll 7
-    for (int column = first_column; column < columns; column += 4, at += step, place += 16) copy_unit<4>(place, at);
-  }
-}
-
-// Copies an item's planes of a tensor, by a warp of some.
-template <class F>
-__device__ __forceinline__ void copy_planes(const CUtensorMap& map, const float* from, const int64_t (&stride)[4],
-                                            Copy how, int filter, int image, int units, int rows, int columns, int to,
-                                            int unit_bytes, int barrier, int copier, int copiers) {
-  if constexpr (F::kChannelsLast) {
-#if __CUDA_ARCH__ >= 900
-    if (how.bulk) {
-      if (is_elected()) {
-        expect_bytes(barrier, rows * F::kRowBytes);
-        copy_box(to, map, filter, 0, 0, image, barrier);
-      }
-      __syncwarp();
-      return;
-    }
-#endif
-    // Neighbouring lanes on neighbouring channels.
-    const auto copy = [&](auto width) {
-      constexpr int kVector = decltype(width)::value, kPixel = F::kUnits / kVector;  // copies of a pixel
-      const int lane = threadIdx.x % 32, channel = lane % kPixel * kVector;
-      if (channel >= units) return;
-      const uint32_t base = shared_address(to) + 4 * channel;
-      const int64_t step = copiers * stride[2];
-      for (int column = lane / kPixel; column < columns; column += 32 / kPixel) {
-        const float* at = from + channel + column * stride[3] + copier * stride[2];
-        uint32_t place = base + column * F::kColumnBytes + copier * F::kRowBytes;
-#pragma unroll 4
-        for (int row = copier; row < rows; row += copiers, at += step, place += copiers * F::kRowBytes)
-          copy_unit<4 * kVector>(place, at);
-      }
-    };
-    if (how.vector == 4)
-      copy(std::integral_constant<int, 4>{});
-    else
-      copy(std::integral_constant<int, 1>{});
-  } else {
-    from += copier * stride[0], to += copier * unit_bytes;
-    const int64_t step = copiers * stride[0];
-#if __CUDA_ARCH__ >= 900
-    if (how.bulk) {
-      if (is_elected()) {
-        const int bytes = 4 * rows * columns;
-        uint32_t place = shared_address(to);
-#pragma unroll 1
-        for (int unit = copier; unit < units; unit += copiers, from += step, place += copiers * unit_bytes) {
-          expect_bytes(barrier, bytes);
-          copy_bulk(place, from, bytes, barrier);
-        }
-      }
-      __syncwarp();
-      return;
-    }
-#endif
-#pragma unroll 1
-    for (int unit = copier; unit < units; unit += copiers, from += step, to += copiers * unit_bytes) {
-      if (how.as_one && how.vector == 4)
-        copy_flat<4>(from, rows * columns / 4, to);
-      else if (how.as_one)
-        copy_flat<1>(from, rows * columns, to);
-      else if (how.vector == 4)
-        copy_rows<4>(from, stride[2], 4, rows, columns / 4, to, F::kRowBytes, 16);
-      else if (how.vector == 2)
-        copy_rows<2>(from, stride[2], 2, rows, columns / 2, to, F::kRowBytes, 8);
-      else if (stride[3] == 1 || stride[2] != 1)
-        copy_rows<1>(from, stride[2], stride[3], rows, columns, to, F::kRowBytes, 4);
-      else
-        copy_turned(from, stride[3], rows, columns, to, F::kRowBytes);
-    }
-  }
-}
-
 // A block's items: as many as others have, or in channels_last as many of the same filters.
 template <class F>
 struct Share {
@@ -390,35 +266,24 @@ struct Cursor {
     if (++group == a.groups) group = 0, ++index;
   }
   __device__ int filter() const { return index * F::kFilters; }
-  __device__ int image() const { return F::kChannelsLast ? group : group * F::kUnits; }
+  __device__ int image() const { return group * (F::kChannelsLast ? F::kImages : F::kUnits); }
+  __device__ int images(const Arguments& a) const { return min(F::kImages, a.batch - image()); }  // in channels_last
   __device__ int units(const Arguments& a) const {
     return min(F::kUnits, F::kChannelsLast ? a.filters - filter() : a.batch - image());
   }
 };
 
-// What is filled and emptied by turns, and two barriers of each: full, and empty.
-struct Ring {
-  int barriers, count, at = 0, parity = 0;
-
-  __device__ Ring(int barriers, int count) : barriers(barriers), count(count) {}
-  __device__ int full() const { return barriers + 16 * at; }
-  __device__ int empty() const { return barriers + 16 * at + 8; }
-  __device__ void wait_full() const { wait(full(), parity); }
-  __device__ void wait_empty() const { wait(empty(), parity ^ 1); }
-  __device__ void advance() {
-    if (++at == count) at = 0, parity ^= 1;
-  }
-};
-
 // A lane's part of the sum of an item's gradients, of its filter in channels_last.
 template <class F>
-__device__ float sum_gradients(const Arguments& a, int units, int at) {
+__device__ float sum_gradients(const Arguments& a, int units, int images, int at) {
   const int lane = threadIdx.x % 32;
   float sum = 0;
   if constexpr (F::kChannelsLast) {
-    for (int row = 0; row < a.out_height; ++row)
-      for (int column = lane / F::kUnits; column < a.out_width; column += F::kRows)
-        sum += shared<float>(at + 4 * (lane % F::kUnits) + row * F::kRowBytes + column * F::kColumnBytes);
+    at += 4 * (lane % F::kUnits);
+    for (int image = 0; image < images; ++image, at += a.grad_unit_bytes)
+      for (int row = 0; row < a.out_height; ++row)
+        for (int column = lane / F::kUnits; column < a.out_width; column += F::kLanesOfUnit)
+          sum += shared<float>(at + row * F::kRowBytes + column * F::kColumnBytes);
   } else {
     for (int unit = 0; unit < units; ++unit)
       for (int row = 0; row < a.out_height; ++row)
@@ -438,11 +303,25 @@ __device__ void put(const Arguments& a, const Cursor<F>& cursor, const Share<F>&
     while (++slot < a.slots) a.sums.put<float>(filter, slot, tap, 0);
 }
 
+// Puts a tap's sum, of a filter at the cursor, after it was computed again if it is not finite.
+template <class F>
+__device__ __forceinline__ void put_tap(const Arguments& a, const Cursor<F>& cursor, const Share<F>& share, int plane,
+                                        int i, int j, float sum) {
+  const int filter = cursor.filter() + plane;
+  if (!is_finite(sum)) {
+    Cursor<F> from = cursor;
+    from.group = max((F::kChannelsLast ? share.first : share.block * a.share) - cursor.index * a.groups, 0);
+    const int end_image = cursor.image() + (F::kChannelsLast ? cursor.images(a) : cursor.units(a));
+    sum = sum_by_taps(a, filter, from.image(), end_image, i, j);
+  }
+  put<F>(a, cursor, share, filter, a.turned ? j * a.kernel_h + i : i * a.kernel_w + j, sum);
+}
+
 // Puts the sums of the filters at the cursor, by all threads that compute.
 template <class F>
 __device__ __forceinline__ void put_sums(const Arguments& a, const Cursor<F>& cursor, int band, const Share<F>& share,
                                          int sums_at) {
-  const int plane = threadIdx.x % F::kFilters, filter = cursor.filter() + plane;
+  const int plane = threadIdx.x % F::kFilters;
   if (F::kChannelsLast && plane >= cursor.units(a)) return;
   const int first_row = band * a.band, taps = min(a.band, a.kernel_h - first_row) * a.kernel_w;
   const int step = 32 * a.tap_groups * a.parts / F::kFilters;
@@ -453,14 +332,21 @@ __device__ __forceinline__ void put_sums(const Arguments& a, const Cursor<F>& cu
     float sum = 0;
     for (int part = 0; part < a.parts; ++part)
       sum += shared<float>(sums_at + (part * a.tap_groups + tap_group) * F::kSumBytes + 4 * at);
-    if (!is_finite(sum)) {
-      Cursor<F> from = cursor;
-      from.group = max((F::kChannelsLast ? share.first : share.block * a.share) - cursor.index * a.groups, 0);
-      const int end_image = cursor.image() + (F::kChannelsLast ? 1 : cursor.units(a));
-      sum = sum_by_taps(a, filter, from.image(), end_image, i, j);
-    }
-    put<F>(a, cursor, share, filter, a.turned ? j * a.kernel_h + i : i * a.kernel_w + j, sum);
+    put_tap<F>(a, cursor, share, plane, i, j, sum);
   }
+}
+
+// The same, by each warp those of its own rows of taps, where no other warp has sums of them.
+template <class F>
+__device__ __forceinline__ void put_own_sums(const Arguments& a, const Cursor<F>& cursor, const Share<F>& share,
+                                             int first_row, int last_row, int apart, int sums_at) {
+  const int lane = threadIdx.x % 32, plane = lane % F::kFilters;
+  if (F::kChannelsLast && plane >= cursor.units(a)) return;
+  for (int i = first_row, row = 0; i <= last_row; i += apart, ++row)
+    for (int j = lane / F::kFilters; j < a.kernel_w; j += 32 / F::kFilters) {
+      const int at = (row * F::kTaps + j - a.padding_w + F::kReach) * F::kFilters + plane;
+      put_tap<F>(a, cursor, share, plane, i, j, shared<float>(sums_at + 4 * at));
+    }
 }
 
 template <class F>
@@ -496,18 +382,18 @@ __global__ void __launch_bounds__(32 * (F::kMostWarps + 1), 1) lanes_grad_weight
         stages.wait_empty();
         const int filter = cursor.filter(), image = cursor.image(), units = cursor.units(a);
         const int at = stages.at * a.stage_bytes;
-        copy_planes<F>(a.input_map, a.input + image * a.input_stride[0] + filter / a.multiplier * a.input_stride[1],
-                       a.input_stride, a.input_copy, filter, image, units, a.height, a.width, at, a.input_unit_bytes,
-                       stages.full(), copier, a.copiers);
-        copy_planes<F>(a.grad_map, a.grad + image * a.grad_stride[0] + filter * a.grad_stride[1], a.grad_stride,
-                       a.grad_copy, filter, image, units, a.out_height, a.out_width, at + a.grads_at, a.grad_unit_bytes,
-                       stages.full(), copier, a.copiers);
+        copy_planes<F>(&a.input_map, a.input + image * a.input_stride[0] + filter / a.multiplier * a.input_stride[1],
+                       a.input_stride, a.input_copy, filter, image, cursor.images(a), units, a.height, a.width, at,
+                       a.input_unit_bytes, stages.full(), copier, a.copiers);
+        copy_planes<F>(&a.grad_map, a.grad + image * a.grad_stride[0] + filter * a.grad_stride[1], a.grad_stride,
+                       a.grad_copy, filter, image, cursor.images(a), units, a.out_height, a.out_width, at + a.grads_at,
+                       a.grad_unit_bytes, stages.full(), copier, a.copiers);
         arrive_after_copies(stages.full());
         stages.advance(), cursor.advance(a);
       }
       if (behind == 0 || item - behind < first) continue;
       summed_stages.wait_full();
-      bias += sum_gradients<F>(a, summed.units(a), summed_stages.at * a.stage_bytes + a.grads_at);
+      bias += sum_gradients<F>(a, summed.units(a), summed.images(a), summed_stages.at * a.stage_bytes + a.grads_at);
       arrive_together(summed_stages.empty(), lane == 0);
       summed_stages.advance();
       if (summed.group == a.groups - 1 || item - behind == end - 1) {
@@ -522,10 +408,11 @@ __global__ void __launch_bounds__(32 * (F::kMostWarps + 1), 1) lanes_grad_weight
     return;
   }
 
-  // Rows of taps that lie so far apart that every group of them meets about as many rows of the image.
-  const int part = warp / a.tap_groups, tap_group = warp - part * a.tap_groups;
-  const int tap_row = band * a.band + tap_group;
-  const int last_tap_row = min(min((band + 1) * a.band, a.kernel_h) - 1, tap_row + (F::kTapRows - 1) * a.tap_groups);
+  // Rows of taps that lie so far apart that every group of them meets about as many rows of the image. Or neighbouring
+  // ones: then some meet few rows, and leave their issue slots to others.
+  const int part = warp / a.tap_groups, tap_group = warp - part * a.tap_groups, apart = F::kAlone ? 1 : a.tap_groups;
+  const int tap_row = band * a.band + (F::kAlone ? a.first_tap_rows[warp] : tap_group);
+  const int last_tap_row = min(min((band + 1) * a.band, a.kernel_h) - 1, tap_row + (F::kTapRows - 1) * apart);
   const int unit = F::unit_of(lane), lane_row = F::row_of(lane);
   const int lowest = max(tap_row - a.padding_h, 0);
   const int highest = min(a.out_height - 1 + last_tap_row - a.padding_h, a.height - 1);
@@ -539,40 +426,61 @@ __global__ void __launch_bounds__(32 * (F::kMostWarps + 1), 1) lanes_grad_weight
 
   for (int item = first, own_part = part; item < end; ++item) {
     stages.wait_full();
-    const uint32_t inputs =
-        once(base + stages.at * a.stage_bytes + (F::kChannelsLast ? 4 * unit : unit * a.input_unit_bytes));
-    const uint32_t grads =
-        once(base + stages.at * a.stage_bytes + a.grads_at + (F::kChannelsLast ? 4 * unit : unit * a.grad_unit_bytes));
-    const int own_highest = unit < cursor.units(a) ? highest : -1;
+    const auto place_of = [&](int unit_bytes) {
+      if (F::kChannelsLast) return 4 * unit + (F::kImages > 1 ? lane / F::kUnits * unit_bytes : 0);
+      return unit * unit_bytes;
+    };
+    const uint32_t inputs = once(base + stages.at * a.stage_bytes + place_of(a.input_unit_bytes));
+    const uint32_t grads = once(base + stages.at * a.stage_bytes + a.grads_at + place_of(a.grad_unit_bytes));
+    const bool is_own = unit < cursor.units(a) && (F::kImages == 1 || lane / F::kUnits < cursor.images(a));
+    if constexpr (F::kAlone) {
+      // Rows in which both rows of taps meet some, and before and behind them those in which one does.
+      const int first_both = max(tap_row + 1 - a.padding_h, lowest);
+      const int last_both = min(a.out_height - 1 + tap_row - a.padding_h, highest);
+      const int turn = F::turn_of(lane);
+      if (is_own)
 #pragma unroll 1
-    for (int row = lowest + own_part * F::kRows + lane_row; row - lane_row <= highest; row += rows_at_once) {
-      const bool is_there = row <= own_highest;
-      const uint32_t source = inputs + min(row, highest) * F::kRowBytes;
-      const auto grad_of = [&](int t) { return row - tap_row - t * a.tap_groups + a.padding_h; };
-      const auto meets = [&](int t) {
-        return is_there && tap_row + t * a.tap_groups <= last_tap_row &&
-               static_cast<uint32_t>(grad_of(t)) < static_cast<uint32_t>(a.out_height);
-      };
-      if constexpr (F::kBlocks == 1) {
-        float x[F::kBlock];
-        load_block<F>(x, source);
-#pragma unroll
-        for (int t = 0; t < F::kTapRows; ++t)
-          if (meets(t)) add_block<F, 0>(sum[t], x, grads + grad_of(t) * F::kRowBytes, never);
-      } else {
-        static_assert(F::kTapRows == 1 && F::kBlocks == 2);
-        if (meets(0)) {
-          constexpr int kNext = F::kBlock * F::kColumnBytes;
-          const uint32_t grad = grads + grad_of(0) * F::kRowBytes;
+        for (int row = lowest; row <= highest; ++row) {
+          const auto is_both = [&](int row) { return row >= first_both && row <= last_both; };
+          const int own_row = is_both(row) && is_both(row ^ turn) ? row ^ turn : row;
+          const uint32_t grad = grads + (own_row - tap_row + a.padding_h) * F::kRowBytes;
+          float x[F::kBlock];
+          load_block<F>(x, inputs + own_row * F::kRowBytes);
+          if (row <= last_both) add_block<F, 0>(sum[0], x, grad, never);
+          if (row >= first_both && tap_row < last_tap_row) add_block<F, 0>(sum[1], x, grad - F::kRowBytes, never);
+        }
+    } else {
+      const int own_highest = is_own ? highest : -1;
+#pragma unroll 1
+      for (int row = lowest + own_part * F::kRows + lane_row; row - lane_row <= highest; row += rows_at_once) {
+        const bool is_there = row <= own_highest;
+        const uint32_t source = inputs + min(row, highest) * F::kRowBytes;
+        const auto grad_of = [&](int t) { return row - tap_row - t * apart + a.padding_h; };
+        const auto meets = [&](int t) {
+          return is_there && tap_row + t * apart <= last_tap_row &&
+                 static_cast<uint32_t>(grad_of(t)) < static_cast<uint32_t>(a.out_height);
+        };
+        if constexpr (F::kBlocks == 1) {
           float x[F::kBlock];
           load_block<F>(x, source);
-          add_block<F, -F::kBlock>(sum[0], x, grad + kNext, never);
+#pragma unroll
+          for (int t = 0; t < F::kTapRows; ++t)
+            if (meets(t)) add_block<F, 0>(sum[t], x, grads + grad_of(t) * F::kRowBytes, never);
+        } else {
+          static_assert(F::kTapRows == 1 && F::kBlocks == 2);
+          if (meets(0)) {
+            constexpr int kNext = F::kBlock * F::kColumnBytes;
+            const uint32_t grad = grads + grad_of(0) * F::kRowBytes;
+            float x[F::kBlock];
+            load_block<F>(x, source);
+            add_block<F, -F::kBlock>(sum[0], x, grad + kNext, never);
 #pragma unroll 1
-          for (int block = 0;; ++block) {
-            add_block<F, 0>(sum[0], x, grad + block * kNext, never);
-            if (block > 0) break;
-            load_block<F>(x, source + kNext);
-            add_block<F, F::kBlock>(sum[0], x, grad, never);
+            for (int block = 0;; ++block) {
+              add_block<F, 0>(sum[0], x, grad + block * kNext, never);
+              if (block > 0) break;
+              load_block<F>(x, source + kNext);
+              add_block<F, F::kBlock>(sum[0], x, grad, never);
+            }
           }
         }
       }
@@ -589,6 +497,14 @@ __global__ void __launch_bounds__(32 * (F::kMostWarps + 1), 1) lanes_grad_weight
         for (int at = 4 * lane; at < F::kSumBytes; at += 128) shared<float>(from + warp * F::kSumBytes + at) = 0;
         __syncwarp();
       };
+      if (F::kReach < 25 && a.parts == 1) {  // those of wider kernels have few rows
+        __syncwarp();
+        put_own_sums<F>(a, cursor, share, tap_row, last_tap_row, apart, sums_at + warp * F::kSumBytes);
+        __syncwarp();
+        clear(sums_at);
+        cursor.advance(a);
+        continue;
+      }
       all_meet();
       if (sums_at != other_sums_at) clear(other_sums_at);  // which all have read, as they are here
       put_sums<F>(a, cursor, band, share, sums_at);
@@ -603,8 +519,9 @@ __global__ void __launch_bounds__(32 * (F::kMostWarps + 1), 1) lanes_grad_weight
 // Bytes of shared memory; 0 where planes do not fit.
 template <class F>
 int place(Arguments& a, int shared_memory) {
-  a.input_unit_bytes = a.height * F::kRowBytes, a.grad_unit_bytes = a.out_height * F::kRowBytes;
-  int inputs = a.input_unit_bytes, grads = a.grad_unit_bytes;
+  a.input_unit_bytes = box_rows<F>(a.height) * F::kRowBytes;
+  a.grad_unit_bytes = box_rows<F>(a.out_height) * F::kRowBytes;
+  int inputs = F::kImages * a.input_unit_bytes, grads = F::kImages * a.grad_unit_bytes;
   if (!F::kChannelsLast) {
     for (int* bytes : {&a.input_unit_bytes, &a.grad_unit_bytes})
       *bytes = static_cast<int>(round_up(*bytes, 16)) | 16;  // an odd number of 16 bytes from image to image
@@ -625,21 +542,29 @@ int place(Arguments& a, int shared_memory) {
   }
 }
 
+// Gives warps the rows of taps of band 0 so that schedulers, each of which has every fourth warp, have about as much to
+// do: those that meet the most rows first.
 template <class F>
-Copy copy_of(const float* from, const int64_t (&stride)[4], int filters, int rows, int columns, bool has_bulk_copies) {
-  uint64_t low = reinterpret_cast<uintptr_t>(from) / 4 | stride[0];
-  if (F::kChannelsLast) return {(low | stride[2] | stride[3] | filters) % 4 == 0 ? 4 : 1};
-  if (stride[3] != 1) return {1};
-  const bool as_one = columns == F::kSide && stride[2] == columns;
-  low |= stride[1] | (as_one ? rows * columns : stride[2] | columns);
-  return {low % 4 == 0 ? 4 : low % 2 == 0 ? 2 : 1, as_one, as_one && low % 4 == 0 && has_bulk_copies};
-}
-
-template <class F>
-bool describe_planes(CUtensorMap& map, const float* from, const int64_t (&stride)[4], const Arguments& a, int rows,
-                     int columns) {
-  return describe_boxes(map, const_cast<float*>(from), 4, {a.filters, columns, rows, a.batch},
-                        {4 * stride[3], 4 * stride[2], 4 * stride[0]}, {F::kUnits, F::kSide | 1, rows, 1});
+void balance_warps(Arguments& a) {
+  constexpr int kSchedulers = 4;
+  const auto met = [&](int group) {
+    int rows = 0;
+    for (int t = F::kTapRows * group; t < std::min(F::kTapRows * (group + 1), a.band); ++t)
+      rows +=
+          std::max(std::min(a.out_height - 1 + t - a.padding_h, a.height - 1) - std::max(t - a.padding_h, 0) + 1, 0);
+    return rows;
+  };
+  int order[16], load[kSchedulers] = {}, warps[kSchedulers] = {};
+  for (int group = 0; group < a.tap_groups; ++group) order[group] = group;
+  std::stable_sort(order, order + a.tap_groups, [&](int one, int other) { return met(one) > met(other); });
+  for (int rank = 0; rank < a.tap_groups; ++rank) {
+    int best = -1;
+    for (int scheduler = 0; scheduler < kSchedulers; ++scheduler)
+      if (kSchedulers * warps[scheduler] + scheduler < a.tap_groups && (best < 0 || load[scheduler] < load[best]))
+        best = scheduler;
+    a.first_tap_rows[kSchedulers * warps[best]++ + best] = static_cast<signed char>(F::kTapRows * order[rank]);
+    load[best] += met(order[rank]);
+  }
 }
 
 template <class F>
@@ -649,11 +574,12 @@ bool launch(const Problem& p, Arguments a, const Allocate& allocate, cudaStream_
   a.grad_copy = copy_of<F>(a.grad, a.grad_stride, a.filters, a.out_height, a.out_width, p.capability >= 90);
   if (F::kChannelsLast && p.capability >= 90)
     a.input_copy.bulk = a.grad_copy.bulk =
-        describe_planes<F>(a.input_map, a.input, a.input_stride, a, a.height, a.width) &&
-        describe_planes<F>(a.grad_map, a.grad, a.grad_stride, a, a.out_height, a.out_width);
+        describe_planes<F>(a.input_map, a.input, a.input_stride, a.filters, a.batch, a.height, a.width) &&
+        describe_planes<F>(a.grad_map, a.grad, a.grad_stride, a.filters, a.batch, a.out_height, a.out_width);
   const int bands = static_cast<int>(ceil_div(a.kernel_h, F::kTapRows * F::kMostWarps));
   a.band = static_cast<int>(ceil_div(a.kernel_h, bands));
   a.tap_groups = static_cast<int>(ceil_div(a.band, F::kTapRows));
+  if (F::kAlone) balance_warps<F>(a);
   // A warp takes as long for as many copies as all the others together for kCopies / its vector taps.
   constexpr int kCopies = 400;
   const bool bulk = a.input_copy.bulk && a.grad_copy.bulk;
@@ -662,7 +588,7 @@ bool launch(const Problem& p, Arguments a, const Allocate& allocate, cudaStream_
   a.parts = std::max(1, std::min(F::kMostWarps / a.tap_groups, static_cast<int>(ceil_div(a.height, F::kRows))));
   while (a.parts > 1 && a.tap_groups * a.parts + wanted > 16) --a.parts;
   a.copiers = bulk ? 1 : std::max(16 - a.tap_groups * a.parts, 1);
-  a.groups = F::kChannelsLast ? a.batch : static_cast<int>(ceil_div(a.batch, F::kUnits));
+  a.groups = static_cast<int>(ceil_div(a.batch, F::kChannelsLast ? F::kImages : F::kUnits));
   a.items = a.groups * (F::kChannelsLast ? static_cast<int>(ceil_div(a.filters, F::kUnits)) : a.filters);
   // Smaller problems are spread over the device in smaller pieces.
   if (2 * int64_t{a.items} * bands < multiprocessors || place<F>(a, static_cast<int>(p.shared_memory)) == 0)
@@ -692,8 +618,8 @@ bool launch(const Problem& p, Arguments a, const Allocate& allocate, cudaStream_
 
 template <bool kChannelsLast>
 bool launch_form(const Problem& p, const Arguments& a, const Allocate& allocate, cudaStream_t stream) {
-  const int number =
-      find_lanes_form(kChannelsLast ? a.filters : a.batch, a.width, a.out_width, a.kernel_w, a.padding_w);
+  const int number = find_lanes_form(kChannelsLast, kChannelsLast ? a.filters : a.batch, a.width, a.out_width,
+                                     a.kernel_w, a.padding_w);
   return [&]<int... kNumber>(std::integer_sequence<int, kNumber...>) {
     return ((number == kNumber && launch<Form<kNumber, kChannelsLast>>(p, a, allocate, stream)) || ...);
   }(std::make_integer_sequence<int, static_cast<int>(std::size(kLanesForms))>{});

@@ -19,6 +19,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "lanes.h"
 #include "large_float32.cuh"
 #include "launch.h"
 #include "mapping.h"
@@ -87,24 +88,6 @@ struct Tile {
     source_columns = max(min(column + columns - 1 + a.kernel_w - a.padding_w, a.width) - source_column, 0);
   }
 };
-
-// An output, tap by tap: only taps that meet the image.
-__device__ __noinline__ float sum_by_taps(const Arguments& a, int filter, int image, int row, int column) {
-  float sum = 0;
-  for (int i = 0; i < a.kernel_h; ++i) {
-    const int y = row - a.padding_h + i;
-    if (y < 0 || y >= a.height) continue;
-    for (int j = 0; j < a.kernel_w; ++j) {
-      const int x = column - a.padding_w + j;
-      if (x >= 0 && x < a.width)
-        sum = fmaf(a.weight[filter * a.weight_stride[0] + i * a.weight_stride[2] + j * a.weight_stride[3]],
-                   a.source[image * a.source_stride[0] + filter / a.fan_out * a.source_stride[1] +
-                            y * a.source_stride[2] + x * a.source_stride[3]],
-                   sum);
-    }
-  }
-  return sum;
-}
 
 // sum[o] += x[o + d] * tap for all o such that o and o + d are columns of a block: what a weight of the kernel adds to
 // a row. All products of a weight follow each other, and the sums for even and for odd d are apart: see correlate().
@@ -554,6 +537,7 @@ Cut choose_cut(Arguments& a, bool channels_last, int64_t shared_memory) {
 }  // namespace
 
 void launch_large_float32(const Problem& p, cudaStream_t stream) {
+  if (launch_lanes(p, stream)) return;
   const Mapping m(p);
   Arguments a{};
   a.source = static_cast<const float*>(m.source.data), a.target = static_cast<float*>(m.target.data);

@@ -205,6 +205,25 @@ __device__ __forceinline__ void visit_from(int first, Visitor&& visit) {
 #undef DWCONV_CASE
 }
 
+// An output, tap by tap: only taps that meet the image.
+template <typename A>
+__device__ __noinline__ float sum_by_taps(const A& a, int filter, int image, int row, int column) {
+  float sum = 0;
+  for (int i = 0; i < a.kernel_h; ++i) {
+    const int y = row - a.padding_h + i;
+    if (y < 0 || y >= a.height) continue;
+    for (int j = 0; j < a.kernel_w; ++j) {
+      const int x = column - a.padding_w + j;
+      if (x >= 0 && x < a.width)
+        sum = fmaf(a.weight[filter * a.weight_stride[0] + i * a.weight_stride[2] + j * a.weight_stride[3]],
+                   a.source[image * a.source_stride[0] + filter / a.fan_out * a.source_stride[1] +
+                            y * a.source_stride[2] + x * a.source_stride[3]],
+                   sum);
+    }
+  }
+  return sum;
+}
+
 // The order in which chunks are computed: those in the middle, which meet the most rows, first.
 __device__ inline int middle_first(int rank, int chunks) {
   return chunks / 2 + (rank % 2 == 1 ? -(rank + 1) / 2 : rank / 2);
