@@ -745,7 +745,8 @@ void launch(const Problem& p, March a, bool boxes, const Allocate& allocate, cud
   constexpr int kElement = sizeof(T);
   const Device& device = current_device();
   const auto any_pitch = march_grad_weight_channels_last<T, W, kJoined, 0>;
-  const auto known_pitch = march_grad_weight_channels_last < T, W, kJoined, kJoined ? 0 : W::kKnownPitch > ;
+  constexpr int kPitch = kJoined ? 0 : W::kKnownPitch;
+  const auto known_pitch = march_grad_weight_channels_last<T, W, kJoined, kPitch>;
   static thread_local Decisions<11, Cut> decisions;
   Cut cut = decisions(
       {device.id, a.images, a.filters, a.multiplier, a.height, a.width, a.out_height, a.out_width,
@@ -769,7 +770,7 @@ void launch(const Problem& p, March a, bool boxes, const Allocate& allocate, cud
   if (parts > 1)
     a.partial = static_cast<float*>(
         allocate(parts * (W::kTaps + a.with_bias) * a.filters * static_cast<int64_t>(sizeof(float))));
-  const bool is_known = a.source.pitch == W::kKnownPitch && a.grad.pitch == W::kKnownPitch;
+  const bool is_known = a.source.pitch == kPitch && a.grad.pitch == kPitch;
   launch_early(is_known ? known_pitch : any_pitch, a, blocks, cut.threads, stream, {.shared_bytes = cut.shared_bytes});
   check_launch("march_grad_weight_channels_last");
   if (parts > 1) launch_add_partial_sums(p, a.partial, parts, stream);
