@@ -84,7 +84,7 @@ class Reference:
 class Entry:
     """What a contestant achieved; no time if its result was wrong."""
 
-    error: float
+    error: float | None
     time: Time | None
 
     @property
@@ -105,22 +105,22 @@ def copy_time(traffic: int, dtype: torch.dtype, sets: int, budget_us: float) -> 
     return min((measure(calls, budget_us, capturable) for capturable in (True, False)), key=lambda time: time.us)
 
 
-def run_cell(cell: Cell, quick: bool) -> dict[str, Any]:
-    """Times all contestants of a cell."""
+def run_cell(cell: Cell, quick: bool, alone: bool = False) -> dict[str, Any]:
+    """Times all contestants of a cell; `alone`, dwconv and the copy only, unchecked, in a fraction of the time."""
     budget_us = 8e3 if quick else 40e3
     sets = number_of_sets(cell.bytes)
     copy = copy_time(cell.bytes, cell.torch_dtype, sets, budget_us)
     draws = [Tensors.draw(cell, DEVICE) for _ in range(sets)]
-    reference = Reference(cell, draws[0])
+    reference = None if alone else Reference(cell, draws[0])
 
     def contest(function: Callable[[Cell, Tensors], Tensor], capturable: bool = True) -> Entry:
-        error, correct = reference.relative_error(function(cell, draws[0]))
+        error, correct = reference.relative_error(function(cell, draws[0])) if reference else (None, True)
         calls = [lambda t=t: function(cell, t) for t in draws]
         return Entry(error, measure(calls, budget_us, capturable) if correct else None)
 
     ours = contest(with_dwconv)
     theirs = {}
-    for name, flags in PYTORCH.items():
+    for name, flags in ({} if alone else PYTORCH).items():
         try:
             # PyTorch keeps cuDNN's choices per thread, whichever mode they were made in: in the same thread, benchmark
             # mode would take over what was chosen without it.
@@ -130,7 +130,8 @@ def run_cell(cell: Cell, quick: bool) -> dict[str, Any]:
             if name != "cudnn_forced":
                 raise
     # Third parties may launch on the default stream, which no graph captures.
-    others = {name: contest(function, capturable=False) for name, function in peers.available(cell)}
+    available = () if alone else peers.available(cell)
+    others = {name: contest(function, capturable=False) for name, function in available}
     return {
         "layer": cell.layer,
         "dtype": cell.dtype,
@@ -149,7 +150,7 @@ def run_cell(cell: Cell, quick: bool) -> dict[str, Any]:
         "contestants_us": {name: entry.us for name, entry in (theirs | others).items()},
         "relative_error": report.finite(ours.error),
         # Of PyTorch's ways, the one a user gets by default is what our error is held against.
-        "rms_error_ratio": report.finite(report.ratio(ours.error, theirs["cudnn"].error)),
+        "rms_error_ratio": None if alone else report.finite(report.ratio(ours.error, theirs["cudnn"].error)),
         "bytes": cell.bytes,
         "flops": cell.flops,
     }
@@ -188,13 +189,13 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def timed(cells: Sequence[Cell], quick: bool) -> Iterator[dict[str, Any]]:
+def timed(cells: Sequence[Cell], quick: bool, alone: bool = False) -> Iterator[dict[str, Any]]:
     """Runs cell after cell. A line is printed when the next result is asked for: until then one may add to the last."""
     print(report.CELL_HEADER)
     with tqdm(total=len(cells), unit="cell", dynamic_ncols=True, smoothing=0.1) as progress:
         for cell in cells:
             progress.set_postfix_str(str(cell))
-            result = run_cell(cell, quick)
+            result = run_cell(cell, quick, alone)
             yield result
             progress.write(report.cell_line(result))
             progress.update()
@@ -210,9 +211,14 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--table", type=Path, default=LAYERS, metavar="CSV", help="layers to time; default: layers.csv")
 
 
+def add_alone(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--alone", action="store_true", help="time dwconv and the copy only, and check no result")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_selection(parser)
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
+    add_alone(parser)
     parser.add_argument("--output", type=Path, help="write JSON here, and Markdown beside it; cells it holds are kept")
     parser.add_argument(
         "--keep-older",
@@ -259,7 +265,7 @@ def main(args: argparse.Namespace) -> None:
             report.write_layers({"meta": meta, "cells": list(results.values())}, args.output)
 
     print(report.headline(meta))
-    for result, following in zip(timed(cells, args.quick), [*cells[1:], None]):
+    for result, following in zip(timed(cells, args.quick, args.alone), [*cells[1:], None]):
         results[report.identity(result)] = result
         add_any_layout(results.values())
         if following is not None and following.layer != result["layer"]:

@@ -3,6 +3,7 @@
 python benchmarks/run.py layers --quick                   every layer of layers.csv, against PyTorch and a copy
 python benchmarks/run.py layers --layers seed cnx-56 --dtype bfloat16 --pass forward
 python benchmarks/run.py layers --output results.json     JSON, and Markdown beside it
+python benchmarks/run.py layers --quick --alone           the same in seconds, without PyTorch
 python benchmarks/run.py models --output models.json      whole models before and after dwconv.convert
 python benchmarks/run.py sweep --output sweep.json        kernels from 3x3 to 63x63: is there a cliff?
 python benchmarks/run.py conditions --quick               misaligned tensors, odd widths, the way of older GPUs

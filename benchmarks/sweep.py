@@ -13,7 +13,7 @@ from typing import Any
 
 import report
 from cells import DTYPES, LAYOUTS, PASSES, Cell
-from layers import machine, timed
+from layers import add_alone, machine, timed
 
 PLANES = {56: (32, 128), 14: (64, 512)}  # images and channels, by height and width
 
@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["NCHW"], help="default: %(default)s")
     parser.add_argument("--pass", nargs="+", choices=PASSES, default=PASSES, dest="passes", help="default: all three")
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
+    add_alone(parser)
     parser.add_argument("--images", type=int, metavar="N", help="default: 32 of 56x56, 64 of 14x14")
     parser.add_argument("--output", type=Path, help="write JSON here; run.py plot draws it")
 
@@ -58,7 +59,7 @@ def main(args: argparse.Namespace) -> None:
     meta, cells = machine(), sweep_cells(args)
     results: list[dict[str, Any]] = []
     print(report.headline(meta))
-    for result, cell in zip(timed(cells, args.quick), cells):
+    for result, cell in zip(timed(cells, args.quick, args.alone), cells):
         plane, kernel = f"{cell.size[2]}x{cell.size[3]}", cell.kernel[0]
         results.append(result | {"plane": plane, "kernel_size": kernel})
         if args.output:  # what is measured stays, should the run be cut short

@@ -107,6 +107,13 @@ def test_layers_json(layers_json: Path):
     assert "Geometric means" in text and "## Over target: " in text and "seed bfloat16 NCHW grad_weight" in text
 
 
+def test_alone_times_no_one_else(table: Path, tmp_path: Path):
+    run("layers", "--table", table, "--quick", "--alone", "--output", tmp_path / "alone.json")
+    for cell in json.loads((tmp_path / "alone.json").read_text())["cells"]:
+        assert cell["us"] > 0 and cell["copy_us"] > 0 and not cell["contestants_us"]
+        assert cell["pytorch_us"] is cell["relative_error"] is cell["rms_error_ratio"] is None
+
+
 def test_older_cells_are_kept_while_their_plan_serves(table: Path, layers_json: Path, tmp_path: Path):
     path, older = tmp_path / "layers.json", "0" * 64
     result = json.loads(layers_json.read_text())
