@@ -122,6 +122,11 @@ def architectures() -> str:
     return DEFAULT_ARCHITECTURES
 
 
+def architecture_flags(flags: list[str]) -> list[str]:
+    """For nvcc: code for sm_90 becomes code for sm_90a, which runs on the same GPUs and alone has wgmma."""
+    return [flag.replace("arch=compute_90,code=sm_90", "arch=compute_90a,code=sm_90a") for flag in flags]
+
+
 def main() -> None:
     check_requirements()
     toolkit = wanted_toolkit()
@@ -150,6 +155,10 @@ def main() -> None:
         sources += ["csrc/cuda.cpp", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/kernels/*.cu"))]
         libraries += ["cudart_static", "dl", "rt", "pthread"]
 
+    nvcc = ["-O3", "-Xcompiler", "-fvisibility=hidden", "--threads", "2"]
+    if toolkit is not None:
+        nvcc += architecture_flags(cpp_extension._get_cuda_arch_flags())
+
     class Build(cpp_extension.BuildExtension):
         def run(self) -> None:
             super().run()
@@ -164,7 +173,7 @@ def main() -> None:
         depends=[str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.*h")],
         extra_compile_args={
             "cxx": ["-O3", "-fvisibility=hidden", "-Wall", f"-ffile-prefix-map={ROOT}/="],
-            "nvcc": ["-O3", "-Xcompiler", "-fvisibility=hidden", "--threads", "2"],
+            "nvcc": nvcc,
         },
     )
     # Some linkers drop libtorch, of which no symbol is used directly, unless told.

@@ -414,6 +414,8 @@ def test_unknown_choice(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, c
 
 
 def test_architectures(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils import cpp_extension
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert setup_py.architectures() == "8.0;9.0+PTX"
     gpus = [(9, 0), (8, 6), (9, 0)]
@@ -423,6 +425,12 @@ def test_architectures(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
     assert setup_py.architectures() == "8.6;9.0"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 8.0+PTX")
     assert setup_py.architectures() == "7.5 8.0+PTX"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    assert setup_py.architecture_flags(cpp_extension._get_cuda_arch_flags()) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=compute_90",
+        "-gencode=arch=compute_90a,code=sm_90a",
+    ]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
     assert setup_py.architectures() == "8.6;9.0"
 
