@@ -10,4 +10,7 @@ namespace dwconv {
 // Launches a kernel for whole planes of images, if there is one that is faster than toeplitz_large. Returns whether.
 bool launch_toeplitz_large_planes(const Problem& problem, cudaStream_t stream);
 
+// The same on multiplications that warps begin together, where there are such.
+bool launch_toeplitz_large_groups(const Problem& problem, cudaStream_t stream);
+
 }  // namespace dwconv

@@ -11,4 +11,7 @@ namespace dwconv {
 // exchanged. Returns whether.
 bool launch_toeplitz_tall_planes(const Problem& exchanged, cudaStream_t stream);
 
+// The same on multiplications that warps begin together, where there are such.
+bool launch_toeplitz_tall_groups(const Problem& exchanged, cudaStream_t stream);
+
 }  // namespace dwconv

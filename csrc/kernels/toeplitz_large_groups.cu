@@ -1,0 +1,249 @@
+// Whole planes of toeplitz_large (toeplitz_large_planes.cuh) where the four warps of a warpgroup multiply together, on
+// sm_90. A multiplication has rows of the source in registers, 16 of each warp, and band matrices in shared memory.
+//
+// A warpgroup slides down the source. Two rows of it, in registers, meet rows of the target that are 4 kRows apart,
+// each with another two rows of the kernel; the warps of the group have the rows between.
+#include "toeplitz_large_planes.cuh"
+#include "warpgroups.cuh"
+
+namespace dwconv {
+namespace {
+
+template <typename T, int kTiles, int kSides, int kSteps>
+struct Slide {
+  static constexpr int kEdge = kTiles - 1, kDepth = 2 * kEdge + 1;  // all tiles meet all groups, some by zeros
+  static constexpr int kRows = 2 / kSides;                          // of an image in a warp's 16 rows
+  static constexpr int kApart = kGroupWarps * kRows;                // rows of the target
+  static constexpr int kUnitRows = kSteps * kApart;
+  static constexpr int kBoxRows = 256 / (kTiles * kLargeGroup) / 4 * 4;
+
+  using Sums = float[kSteps][kTiles][4];
+
+  const Planes& a;
+  Sums& sum;
+  uint32_t source, zeros;  // the lane's row of the source at step 0, and a row of zeros
+  int y;                   // likewise
+  Matrices matrices;       // of the kernel's first row
+
+  // Steps [begin, end), at all of which rows kLow to kHigh of the target have rows of the kernel to meet.
+  template <int kLow, int kHigh>
+  __device__ void multiply(int begin, int end) {
+    const auto load = [&](uint32_t (&x)[kTiles][4], int s) {
+      const bool there = static_cast<uint32_t>(y + 2 * s) < static_cast<uint32_t>(a.height);
+      const uint32_t from = there ? source + 2 * s * a.source_pitch : zeros;
+#pragma unroll
+      for (int c = 0; c < kTiles; ++c) load_matrices(x[c], from + c * kLargeGroupBytes);
+    };
+    const auto begin_step = [&](const uint32_t (&x)[kTiles][4], int s) {
+      before_multiplications();
+#pragma unroll
+      for (int c = 0; c < kTiles; ++c)
+#pragma unroll
+        for (int q = kLow; q <= kHigh; ++q)
+          multiply_together(sum[q], x[c], matrices.from(((2 * s - kApart * q) * kDepth + kEdge - c) * 8), T{});
+      commit_multiplications();
+    };
+    if (begin >= end) return;
+    // Rows are loaded while multiplications are under way, which end every other step: compilers lose track of those
+    // that a loop's next turn would wait for.
+    uint32_t x[kTiles][4], next[kTiles][4];
+    load(x, begin);
+    int s = begin;
+#pragma unroll 1
+    for (; s + 1 < end; s += 2) {
+      begin_step(x, s);
+      load(next, s + 1);
+      begin_step(next, s + 1);
+      wait_multiplications<1>();
+      load(x, s + 2);
+      wait_multiplications<0>();
+    }
+    if (s < end) begin_step(x, s), wait_multiplications<0>();
+  }
+
+  // All steps from `begin` to `end`: rows of the target begin and end to meet the kernel one after the other.
+  template <int kLow = 0, int kHigh = 0>
+  __device__ void visit(int begin, int end, int rows, int pairs) {
+    // Row q meets steps [q kStep, q kStep + pairs).
+    constexpr int kStep = kApart / 2;
+    const int from = max(begin, max(kHigh * kStep, kLow > 0 ? (kLow - 1) * kStep + pairs : 0));
+    const int to = min(end, min(kLow * kStep + pairs, kHigh + 1 < rows ? (kHigh + 1) * kStep : end));
+    if (kHigh < rows) multiply<kLow, kHigh>(from, to);
+    if constexpr (kHigh + 1 < kSteps)
+      visit<kLow, kHigh + 1>(begin, end, rows, pairs);
+    else if constexpr (kLow + 1 < kSteps)
+      visit<kLow + 1, kLow + 1>(begin, end, rows, pairs);
+  }
+};
+
+// Warpgroups take the units of a block's tasks, each from the slot of its task.
+template <typename T, int kTiles, int kSides, int kSteps>
+__device__ void consume(const Planes& a, int count, int warp) {
+  using Sliding = Slide<T, kTiles, kSides, kSteps>;
+  constexpr int kRows = Sliding::kRows, kApart = Sliding::kApart, kBoxRows = Sliding::kBoxRows;
+  constexpr int kUnitRows = Sliding::kUnitRows, kFirstBarrier = 3;  // producers have the others
+  const int group = warp / kGroupWarps, all = count * a.units, out_at = a.out_at + group * a.out_bytes;
+  const int next_at = a.counter_at + 8 + 4 * group;
+  const int lane = threadIdx.x % 32, quad = lane / 4, pair = lane % 4 * 2;
+  warp %= kGroupWarps;
+  int number = __shfl_sync(~0u, group, 0);
+#pragma unroll 1
+  while (number < all) {
+    uint32_t task = number;
+    const int unit = a.by_units.split(task);
+    uint32_t round = task;
+    const int slot = a.by_slots.split(round);
+    // Rows in the middle, which meet the most rows of the kernel, come first.
+    const int step = (unit + 1) / 2, place = (a.units - 1) / 2 + (unit % 2 == 1 ? step : -step);
+    const int row = place * kUnitRows, rows = min((a.out_height - row + kApart - 1) / kApart, kSteps);
+    wait(full_barrier(a, slot), round & 1);
+    const PlanesTask t = task_in(a, slot);
+
+    typename Sliding::Sums sum;
+#pragma unroll
+    for (int q = 0; q < kSteps; ++q)
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+        for (int v = 0; v < 4; ++v) sum[q][j][v] = t.bias;
+
+    const int pairs = (a.kernel_h + 1) / 2, top = row - a.padding_h, image = lane % 16 / kRows;
+    const int y = top + warp * kRows + lane % kRows + lane / 16;
+    const int begin = max(-top - kApart + 1, 0) / 2;
+    const int end = min((a.height - top + 1) / 2, pairs + (rows - 1) * kApart / 2);
+    const int source_at = a.source_at + slot * a.slot_bytes + image * a.source_plane + y * a.source_pitch;
+    Sliding slide{a,
+                  sum,
+                  shared_address(source_at),
+                  shared_address(0),
+                  image < t.images ? y : -(1 << 30),
+                  Matrices(__shfl_sync(~0u, shared_address(t.weights_at), 0), Sliding::kDepth * 128, 128)};
+    slide.visit(begin, end, rows, pairs);
+    arrive_together(empty_barrier(a, slot), lane == 0);
+
+    if (warp == 0) {
+      wait_stores();
+      __syncwarp();
+      if (is_elected()) shared<int>(next_at) = take_unit(a);
+    }
+    meet_group(kFirstBarrier + group);
+    number = __shfl_sync(~0u, shared<int>(next_at), 0);
+    const bool last = (kTiles - 1) * kLargeGroup + pair < a.out_width;
+    const auto none = narrow_pair(0.f, 0.f, T{});
+    Pair<T> zero[] = {none, none};
+    const auto place_of = [&](int n, int r) {
+      return out_at + r / kBoxRows * a.box_bytes + n * a.out_plane + r % kBoxRows * a.out_pitch;
+    };
+#pragma unroll
+    for (int q = 0; q < kSteps; ++q)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int to = place_of((8 * h + quad) / kRows, q * kApart + warp * kRows + quad % kRows) + 2 * pair;
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j) {
+          const auto values = narrow_pair(sum[q][j][2 * h], sum[q][j][2 * h + 1], T{});
+#if __CUDA_ARCH__ >= 800
+          zero[h] = __hfma2(values, none, zero[h]);
+#endif
+          if (j < kTiles - 1 || last) shared<Pair<T>>(to + j * kLargeGroupBytes) = values;
+        }
+      }
+    zero[0] = __hadd2(zero[0], zero[1]);
+    if (!(__low2float(zero[0]) == 0 && __high2float(zero[0]) == 0)) {  // NaN: an output of the thread is not finite
+#pragma unroll 1
+      for (int v = 0; v < kSteps * 2 * kTiles * 2; ++v) {
+        const int column = v / 2 % kTiles * kLargeGroup + pair + v % 2, n = (v / (2 * kTiles) % 2 * 8 + quad) / kRows;
+        const int r = v / (4 * kTiles) * kApart + warp * kRows + quad % kRows;
+        if (row + r >= a.out_height || n >= t.images || column >= a.out_width) continue;
+        T& to = shared<T>(place_of(n, r) + 2 * column);
+        if (!is_finite(widen(to))) to = narrow<T>(sum_of_taps<T>(a, t.target, t.image + n, row + r, column, 1, false));
+      }
+    }
+    before_bulk_copies();
+    meet_group(kFirstBarrier + group);
+    if (warp == 0) {
+      if (is_elected()) {
+#pragma unroll
+        for (int r = 0; r < kUnitRows; r += kBoxRows)
+          if (row + r < a.out_height)
+            store_box(a.target_map, out_at + r / kBoxRows * a.box_bytes, (row + r) * a.out_width, t.target, t.image, 0);
+        commit_stores();
+      }
+      __syncwarp();
+    }
+  }
+  if (warp == 0) wait_stores();
+}
+
+template <typename T, int kTiles, int kSides, int kSteps, int kThreads>
+__global__ void __launch_bounds__(launch_threads(kThreads), 1) toeplitz_large_groups(const __grid_constant__ Planes a) {
+  if (!kHasWarpgroups) return;
+  let_next_kernel_start();
+  const int block = blockIdx.x, first = block * a.each + min(block, a.more), count = a.each + (block < a.more);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = kThreads / 32;
+  constexpr int kImages = 8 * kSides;
+  ask_for_planes<T>(a, a.early, first, count, kImages);
+  // Zeros where nothing is copied to: the row outside of all images, around the weights, and behind the columns.
+  for (int i = 16 * threadIdx.x; i < a.source_at; i += 16 * kThreads) shared<uint4>(i) = uint4{};
+  if (a.width % kLargeGroup != 0)
+    for (int image = warp; image < a.slots * kImages; image += warps)
+      for (int row = lane; row < a.height; row += 32)
+        shared<uint4>(a.source_at + image / kImages * a.slot_bytes + image % kImages * a.source_plane +
+                      row * a.source_pitch + (kTiles - 1) * kLargeGroupBytes) = uint4{};
+  __syncthreads();
+  if (threadIdx.x < a.slots) {
+    init_barrier(full_barrier(a, threadIdx.x), 2 * 32 * a.producers);
+    init_barrier(empty_barrier(a, threadIdx.x), a.units * kGroupWarps * kWarpArrivals);
+  }
+  if (threadIdx.x == 0) shared<int>(a.counter_at) = a.consumers;
+  if (a.bulk_load) before_bulk_copies();
+  wait_for_kernel_before();
+  __syncthreads();
+  // Producers need few registers: what they leave the others share.
+  constexpr int kGroups = kThreads / kGroupThreads, kAll = (64 << 10) / kThreads / 8 * 8 * kGroups, kFew = 80;
+  if (warp < kGroupWarps) {
+    give_registers<kFew>();
+    produce<T, kTiles, kSides, false, 2 * kTiles - 1>(a, first, count, threadIdx.x);
+  } else {
+    take_registers<(kAll - kFew) / (kGroups - 1) / 8 * 8>();
+    consume<T, kTiles, kSides, kSteps>(a, count, warp - kGroupWarps);
+  }
+}
+
+template <typename T>
+bool launch(const Problem& p, cudaStream_t stream) {
+  constexpr int kTiles = 4, kSides = 2, kSteps = 4, kThreads = 512;
+  using Sliding = Slide<T, kTiles, kSides, kSteps>;
+  Planes a{};
+  static_cast<Large&>(a) = arguments_of(p);
+  if (p.stride_h != 1 || a.out_width % 2 != 0 || (a.target_row != a.out_width && a.out_height > 1)) return false;
+  constexpr int kManyRows = 20;  // of a kernel: with fewer, few steps have all of a unit's rows to multiply with
+  if (a.kernel_h < kManyRows) return false;
+  const auto kernel = toeplitz_large_groups<T, kTiles, kSides, kSteps, kThreads>;
+  if (!has_warpgroups(kernel)) return false;
+  const PlanesShape shape{.tiles = kTiles,
+                          .depth = Sliding::kDepth,
+                          .sides = kSides,
+                          .unit_rows = Sliding::kUnitRows,
+                          .threads = kThreads,
+                          .producers = kGroupWarps,
+                          .groups = true,
+                          .box_rows = Sliding::kBoxRows};
+  const int64_t bytes = apply(a, shape, true, p.shared_memory);
+  const Device& device = current_device();
+  if (bytes == 0 || !pays(a, device.multiprocessors)) return false;
+  const int blocks = std::min(a.tasks, device.multiprocessors);
+  a.each = a.tasks / blocks, a.more = a.tasks % blocks;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  launch_early(kernel, a, blocks, kThreads, stream, {.shared_bytes = bytes});
+  check_launch("toeplitz_large_groups");
+  return true;
+}
+
+}  // namespace
+
+bool launch_toeplitz_large_groups(const Problem& problem, cudaStream_t stream) {
+  return problem.dtype == DType::kFloat16 ? launch<__half>(problem, stream) : launch<__nv_bfloat16>(problem, stream);
+}
+
+}  // namespace dwconv
