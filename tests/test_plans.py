@@ -2041,6 +2041,43 @@ def test_grad_weight_of_whole_planes(kernel: tuple, size: tuple, batch: int, cha
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
+    ("kernel", "size", "padding", "batch", "channels"),
+    [
+        ((11, 11), (56, 56), (5, 5), 33, 3),
+        ((16, 17), (20, 56), (0, 8), 6, 3),  # few rows of the gradient
+        ((17, 23), (56, 48), (8, 11), 5, 135),
+        ((31, 31), (56, 56), (15, 15), 64, 2),
+        ((32, 17), (30, 40), (31, 12), 4, 4),  # narrower than the gradient, and lower
+        ((20, 25), (64, 56), (3, 8), 3, 2),  # wider
+        ((33, 33), (56, 56), (16, 16), 7, 4),
+        ((40, 47), (24, 48), (39, 23), 2, 3),
+        ((63, 63), (56, 56), (31, 31), 5, 2),
+        ((12, 99), (20, 56), (6, 49), 5, 3),
+    ],
+    ids=str,
+)
+def test_grad_weight_of_pairs_of_planes(
+    kernel: tuple, size: tuple, padding: tuple, batch: int, channels: int, dtype: torch.dtype
+) -> None:
+    """Rows of up to 56 columns, two images side by side, also the last one of an odd number."""
+    case = Case(batch, channels, size, kernel, padding=padding)
+    for spoilt, multiplier in ((False, 2), (True, 1)):
+        case = case._replace(multiplier=multiplier)
+        input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+        grad_output = integers(*output_size(case)).to(input)
+        if spoilt:
+            input[0, 1, 3, 5], input[-1, -1, -1, -1] = torch.inf, torch.nan
+            grad_output[-1, 0, 0, 0], grad_output[0, -1, 2, -1] = torch.inf, torch.nan
+        exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+        for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
+            if plan == "hankel_grad_weight":
+                expected = exact[name].to(result)
+                assert torch.equal(result.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0)), (name, spoilt)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
     "kernel", [(31, 31), (27, 29), (13, 9), (8, 8), (51, 5), (5, 51), (1, 63), (63, 2), (20, 40), (63, 63)], ids=str
 )
 def test_grad_weight_of_large_kernels_is_exact(kernel: tuple, dtype: torch.dtype) -> None:

@@ -11,11 +11,12 @@
 // What lies beside the images is multiplied as zeros, which is exact unless the other factor is Inf or NaN. So sums
 // that are finite are right, and the others are taken again, product by product.
 //
-// Whole planes go another way where that multiplies about as often: outer_grad_weight_planes.cu.
+// Whole planes go other ways: hankel_grad_weight_planes.cu and outer_grad_weight_planes.cu.
 #include <algorithm>
 #include <cmath>
 
 #include "aligned_planes.cuh"
+#include "hankel_grad_weight_planes.h"
 #include "launch.h"
 #include "outer_grad_weight_planes.h"
 #include "overlap.cuh"
@@ -636,6 +637,7 @@ void launch_hankel_grad_weight(const Problem& problem, const Allocate& allocate,
       aligned_planes_of(p.input, p.batch, p.channels, p.height, p.width, allocate, stream);
   static_cast<ImagePlanes&>(a.grad) =
       aligned_planes_of(p.output, p.batch, p.filters(), p.out_height, p.out_width, allocate, stream);
+  if (launch_hankel_grad_weight_planes(p, exchanged, a.source, a.grad, allocate, stream)) return;
   if (launch_outer_grad_weight_planes(p, exchanged, false, a.source, a.grad, allocate, stream)) return;
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
