@@ -629,7 +629,8 @@ void launch_hankel_grad_weight(const Problem& problem, const Allocate& allocate,
   const auto odd = [](const Problem& p) { return p.width % 2 + p.out_width % 2; };
   const bool exchanged =
       can_exchange(problem) && odd(other) <= odd(problem) && cost_of(other) < kLess * cost_of(problem);
-  const Problem& p = exchanged ? other : problem;
+  Problem p = exchanged ? other : problem;
+  both_to_planes(p, allocate, stream);
   Hankel a{};
   a.tap_row = static_cast<int>(exchanged ? 1 : problem.kernel_w);
   a.tap_column = static_cast<int>(exchanged ? problem.kernel_w : 1);

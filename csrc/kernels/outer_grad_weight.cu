@@ -578,7 +578,8 @@ void launch(const Problem& p, Outer a, const Allocate& allocate, cudaStream_t st
 
 void launch_outer_grad_weight(const Problem& problem, const Allocate& allocate, cudaStream_t stream) {
   const bool exchanged = is_outer_exchanged(problem), by_kernel = is_outer_exchanged_in_kernel(problem);
-  const Problem p = exchanged ? exchange(problem) : problem;
+  Problem p = exchanged ? exchange(problem) : problem;
+  if (!by_kernel) both_to_planes(p, allocate, stream);
   const OuterSizes sizes = OuterSizes::of(problem, exchanged);
   const auto planes = [&](View view, int64_t channels, int64_t height, int64_t width) {
     if (by_kernel) std::swap(view.stride[2], view.stride[3]), std::swap(height, width);

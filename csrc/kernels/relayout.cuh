@@ -18,6 +18,15 @@ struct Relayout {
   int channels, size;                               // of an image; the pixels of a plane
   bool joined;                                      // whether rows of pixels have no gaps
   Divider by_width, by_channel_tiles, by_pixel_tiles;
+
+  int64_t tiles() const { return int64_t{by_channel_tiles.divisor} * by_pixel_tiles.divisor; }  // of an image
+};
+
+// One or two of them for one kernel.
+template <int kCount>
+struct Relayouts {
+  Relayout each[kCount];
+  uint32_t blocks;  // of the first one
 };
 
 // A tile, in words of two pixels of a channel: 16 bytes, which are moved as one, lie where neither channels that are 8
@@ -56,12 +65,15 @@ struct PixelChannels<1> {
   __device__ uint16_t vector() const { return static_cast<uint16_t>(words[0]); }
 };
 
-template <bool kToPlanes, int kVector>
-__global__ void __launch_bounds__(kRelayoutThreads) relayout(const __grid_constant__ Relayout a) {
+template <bool kToPlanes, int kVector, int kCount>
+__global__ void __launch_bounds__(kRelayoutThreads) relayout(const __grid_constant__ Relayouts<kCount> all) {
   constexpr uint32_t kSlots = kTileChannels / kVector, kPairs = kTilePixels / 2;
   using Vector = typename PixelChannels<kVector>::Vector;
   __shared__ RelayoutTile tile;
   uint32_t number = blockIdx.x;
+  const bool is_second = kCount > 1 && number >= all.blocks;
+  const Relayout& a = all.each[is_second ? kCount - 1 : 0];
+  if (is_second) number -= all.blocks;
   const uint32_t first_channel = a.by_channel_tiles.split(number) * kTileChannels;
   const uint32_t first_pixel = a.by_pixel_tiles.split(number) * kTilePixels;
   const uint32_t channels = min(kTileChannels, a.channels - first_channel);
@@ -120,7 +132,8 @@ __global__ void __launch_bounds__(kRelayoutThreads) relayout(const __grid_consta
   wait_for_kernel_before();
   if constexpr (kToPlanes) {
     visit_pixels([&](uint32_t channel, uint32_t pair, Vector* const(&from)[2]) {
-      const PixelChannels<kVector> first(*from[0]), second(*from[1]);
+      // Read once: L2 is for what is written.
+      const PixelChannels<kVector> first(__ldcs(from[0])), second(__ldcs(from[1]));
       const uint32_t place = tile.place(channel, pair);
 #pragma unroll
       for (int k = 0; k < kVector; ++k)
@@ -172,11 +185,10 @@ inline bool has_vectors(const View& pixels, int64_t batch, int64_t channels, int
 template <bool kToPlanes>
 void launch_relayout(const View& pixels, const View& planes, int64_t batch, int64_t channels, int64_t height,
                      int64_t width, cudaStream_t stream) {
-  const Relayout a = relayout_of(pixels, planes, channels, height, width);
+  const Relayouts<1> a{{relayout_of(pixels, planes, channels, height, width)}, 0};
   const auto kernel =
-      has_vectors(pixels, batch, channels, height, width) ? relayout<kToPlanes, 8> : relayout<kToPlanes, 1>;
-  const int64_t tiles = int64_t{a.by_channel_tiles.divisor} * a.by_pixel_tiles.divisor;
-  launch_early(kernel, a, batch * tiles, kRelayoutThreads, stream);
+      has_vectors(pixels, batch, channels, height, width) ? relayout<kToPlanes, 8, 1> : relayout<kToPlanes, 1, 1>;
+  launch_early(kernel, a, batch * a.each[0].tiles(), kRelayoutThreads, stream);
   check_launch("relayout");
 }
 
@@ -205,6 +217,24 @@ inline View to_planes(const View& images, int64_t batch, int64_t channels, int64
   const View planes = new_planes(batch, channels, height, width, allocate);
   launch_relayout<true>(images, planes, batch, channels, height, width, stream);
   return planes;
+}
+
+// Copies both images of a problem to planes by one kernel, if both have to be, and by whole vectors.
+inline void both_to_planes(Problem& p, const Allocate& allocate, cudaStream_t stream) {
+  if (has_rows(p.input, p.width) || has_rows(p.output, p.out_width) ||
+      !has_vectors(p.input, p.batch, p.channels, p.height, p.width) ||
+      !has_vectors(p.output, p.batch, p.filters(), p.out_height, p.out_width))
+    return;
+  const View input = new_planes(p.batch, p.channels, p.height, p.width, allocate);
+  const View output = new_planes(p.batch, p.filters(), p.out_height, p.out_width, allocate);
+  Relayouts<2> a{{relayout_of(p.input, input, p.channels, p.height, p.width),
+                  relayout_of(p.output, output, p.filters(), p.out_height, p.out_width)},
+                 0};
+  const int64_t first = p.batch * a.each[0].tiles(), second = p.batch * a.each[1].tiles();
+  a.blocks = static_cast<uint32_t>(first);
+  launch_early(relayout<true, 8, 2>, a, first + second, kRelayoutThreads, stream);
+  check_launch("relayout");
+  p.input = input, p.output = output;
 }
 
 }  // namespace dwconv
