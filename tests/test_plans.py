@@ -2107,6 +2107,45 @@ def test_grad_weight_of_large_kernels_is_exact(kernel: tuple, dtype: torch.dtype
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "size", "batch", "channels"),
+    [
+        ((13, 13), (28, 28), 23, 264),
+        ((9, 15), (45, 25), 16, 16),
+        ((16, 14), (30, 19), 37, 24),
+        ((11, 12), (140, 32), 12, 40),
+        ((15, 16), (20, 17), 70, 32),
+        ((13, 13), (28, 28), 12, 2120),
+        ((5, 51), (56, 56), 16, 136),
+        ((51, 5), (56, 56), 33, 40),
+        ((29, 29), (28, 28), 32, 40),
+        ((27, 27), (14, 14), 37, 44),
+    ],
+    ids=str,
+)
+def test_grad_weight_of_large_kernels_in_channels_last(
+    kernel: tuple, size: tuple, batch: int, channels: int, dtype: torch.dtype
+) -> None:
+    """As they lie, beside each other or apart: exact, NaN where F.conv2d has it."""
+    case = Case(batch, channels, size, kernel, padding=tuple(k // 2 for k in kernel))
+    for turn in range(3):
+        case = case._replace(bias=turn != 1)
+        input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+        grad_output = integers(*output_size(case)).to(input)
+        order, steps = (0, 2, 3, 1), [(1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 1, 1)][turn]
+        input, grad_output = lay(input, order, steps, 8 * turn), lay(grad_output, order, offset=8)
+        if turn > 0:
+            for tensor in (input, grad_output):
+                tensor[0, 1, 3, 5], tensor[-1, 2, 0, -1], tensor[-1, -1, -1, -1] = torch.inf, -torch.inf, torch.nan
+        exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+        for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
+            if plan in ("outer_grad_weight", "hankel_grad_weight"):
+                expected = exact[name].to(result)
+                assert torch.equal(result.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0)), (name, plan, turn)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_grad_weight_of_large_kernels_repeats_bit_for_bit(dtype: torch.dtype) -> None:
     for case in (
         Case(16, 24, (56, 56), (31, 31), padding=(15, 15)),

@@ -26,6 +26,7 @@
 #include "planes.cuh"
 #include "stream.cuh"
 #include "tensor_cores.cuh"
+#include "toeplitz_grad_weight_large_channels_last.h"
 #include "weight_sums.cuh"
 
 namespace dwconv {
@@ -577,6 +578,7 @@ void launch(const Problem& p, Outer a, const Allocate& allocate, cudaStream_t st
 }  // namespace
 
 void launch_outer_grad_weight(const Problem& problem, const Allocate& allocate, cudaStream_t stream) {
+  if (launch_toeplitz_grad_weight_large_channels_last(problem, allocate, stream)) return;
   const bool exchanged = is_outer_exchanged(problem), by_kernel = is_outer_exchanged_in_kernel(problem);
   Problem p = exchanged ? exchange(problem) : problem;
   if (!by_kernel) both_to_planes(p, allocate, stream);
