@@ -130,12 +130,25 @@ LANES = [
     Case(15, 72, (29, 26), (13, 12), padding=(7, 6)),
     Case(8, 72, (28, 28), (29, 29), padding=(14, 14)),
     Case(7, 80, (30, 27), (9, 8), padding=(3, 4)),
+    Case(30, 180, (28, 27), (9, 9), padding=(4, 4)),  # two blocks share a filter
+    Case(16, 190, (28, 28), (9, 8), padding=(4, 3)),  # or, in channels_last, some take what others leave
     Case(60, 48, (15, 13), (25, 26), padding=(12, 13)),
+    Case(64, 46, (14, 14), (27, 27), padding=(13, 13)),
+    Case(23, 40, (14, 13), (9, 27), padding=(4, 12), multiplier=2),
+    Case(64, 48, (14, 14), (27, 13), padding=(13, 6)),
+    Case(62, 48, (14, 12), (31, 40), padding=(14, 21)),  # taps that meet no image
     Case(7, 72, (53, 55), (30, 30), padding=(15, 14)),
     Case(4, 72, (56, 56), (5, 51), padding=(2, 25)),
     Case(5, 72, (56, 54), (51, 5), padding=(25, 1)),
     Case(7, 72, (56, 54), (51, 5), padding=(25, 2)),
     Case(8, 72, (55, 56), (10, 4), padding=(5, 2)),
+    Case(7, 72, (54, 56), (51, 5), padding=(25, 2)),
+    Case(8, 36, (56, 56), (31, 9), padding=(15, 3), multiplier=2),
+    Case(15, 72, (27, 28), (29, 13), padding=(14, 6)),
+    Case(16, 72, (28, 28), (13, 4), padding=(6, 1)),
+    Case(33, 48, (12, 14), (10, 9), padding=(5, 4)),
+    Case(8, 68, (56, 55), (17, 18), padding=(8, 9)),
+    Case(4, 68, (50, 52), (33, 35), padding=(16, 17)),
 ]
 
 

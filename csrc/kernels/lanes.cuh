@@ -17,12 +17,13 @@ struct Copy {
   int vector;   // elements that are copied at once
   bool as_one;  // a plane, as if it were a row
   bool bulk;    // by bulk copies, in channels_last of boxes, where code is for GPUs that have them
+  bool boxes;   // these are of several planes
 };
 
 // Rows of a box: an odd number, where images lie side by side, so that these meet in different banks.
 template <class F>
 __host__ __device__ constexpr int box_rows(int rows) {
-  return F::kImages > 1 ? rows | 1 : rows;
+  return F::kChannelsLast && F::kImages > 1 ? rows | 1 : rows;
 }
 
 // Copies rows of so many units, by one warp.

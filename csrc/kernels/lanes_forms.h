@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 #include <iterator>
 
 #include "../problem.h"
@@ -14,13 +15,19 @@ struct RowForm {
 
   // Images of a warp of lanes.cu.
   constexpr int units() const { return side == 56 ? 8 : 16; }
+  // Whether no tap that lies farther meets an image.
+  constexpr bool has_all_taps() const { return reach == side - 1; }
+  // Whether planes and kernels fit.
+  bool fits(int64_t width, int64_t out_width, int64_t kernel_w, int64_t padding_w) const {
+    return std::max(width, out_width) <= side &&
+           (has_all_taps() || std::max(padding_w, kernel_w - 1 - padding_w) <= reach);
+  }
+  // Whether few lanes are idle that lie on so many of them.
+  static bool fills(int64_t planes, int64_t units) { return 3 * (-planes & (units - 1)) <= planes; }
   // Whether code for it wastes little.
-  bool serves(int64_t planes, int64_t units, int64_t width, int64_t out_width, int64_t kernel_w,
-              int64_t padding_w) const {
-    const int64_t most = std::max(width, out_width), far = std::max(padding_w, kernel_w - 1 - padding_w);
-    const int64_t idle = -planes & (units - 1);
-    return most <= side && 8 * most >= 7 * side && far <= reach && 4 * kernel_w >= 3 * (2 * reach + 1) &&
-           3 * idle <= planes;
+  bool serves(int64_t planes, int64_t width, int64_t out_width, int64_t kernel_w, int64_t padding_w) const {
+    return fits(width, out_width, kernel_w, padding_w) && 8 * std::max(width, out_width) >= 7 * side &&
+           4 * kernel_w >= 3 * (2 * reach + 1) && fills(planes, units());
   }
 };
 
@@ -30,8 +37,7 @@ constexpr RowForm kRowForms[] = {{28, 4}, {28, 6}, {28, 14}, {56, 15}, {56, 2}, 
 // The number of the form that serves; -1 for none.
 inline int find_row_form(int64_t batch, int64_t width, int64_t out_width, int64_t kernel_w, int64_t padding_w) {
   for (int number = 0; number < static_cast<int>(std::size(kRowForms)); ++number)
-    if (kRowForms[number].serves(batch, kRowForms[number].units(), width, out_width, kernel_w, padding_w))
-      return number;
+    if (kRowForms[number].serves(batch, width, out_width, kernel_w, padding_w)) return number;
   return -1;
 }
 
@@ -41,31 +47,49 @@ struct LanesForm : RowForm {
 
   constexpr LanesForm(int side, int reach, int tap_rows) : RowForm{side, reach}, tap_rows(tap_rows) {}
 
-  // Planes of a warp: images, or channels in channels_last.
-  constexpr int units(bool channels_last) const { return side == 14 ? (channels_last ? 8 : 32) : side == 28 ? 8 : 4; }
+  // Filters and images that the lanes of a warp lie on; what is left of them lies on rows.
+  constexpr int filters(bool channels_last) const { return side == 14 ? 4 : !channels_last ? 1 : side == 28 ? 8 : 4; }
+  constexpr int images(bool channels_last) const { return side == 14 ? 8 : channels_last ? 1 : side == 28 ? 8 : 4; }
+  // Whether of a row's products enough are of taps that meet the image: large_float32_grad_weight.cu multiplies half
+  // as fast.
+  bool serves(int64_t width, int64_t out_width, int64_t kernel_w, int64_t padding_w) const {
+    if (!fits(width, out_width, kernel_w, padding_w)) return false;
+    int64_t all = 0, useful = 0;
+    for (int64_t shift = -reach; shift <= reach; ++shift) {
+      all += side - std::abs(shift);
+      if (shift >= -padding_w && shift < kernel_w - padding_w)
+        useful += std::max<int64_t>(std::min(width, out_width + shift) - std::max<int64_t>(shift, 0), 0);
+    }
+    return 10 * all <= 19 * useful;
+  }
 };
-constexpr LanesForm kLanesForms[] = {{14, 13, 2}, {28, 4, 3}, {28, 6, 3}, {28, 14, 2}, {56, 15, 1}, {56, 25, 1}};
+constexpr LanesForm kLanesForms[] = {{14, 13, 1}, {28, 4, 3},  {28, 6, 3},  {28, 14, 2},
+                                     {56, 10, 1}, {56, 15, 1}, {56, 18, 1}, {56, 25, 1}};
 
 // The number of the form that serves, of those that waste little; -1 for none.
-inline int find_lanes_form(bool channels_last, int64_t planes, int64_t width, int64_t out_width, int64_t kernel_w,
-                           int64_t padding_w) {
-  for (int number = 0; number < static_cast<int>(std::size(kLanesForms)); ++number)
-    if (kLanesForms[number].serves(planes, kLanesForms[number].units(channels_last), width, out_width, kernel_w,
-                                   padding_w))
+inline int find_lanes_form(bool channels_last, int64_t batch, int64_t filters, int64_t width, int64_t out_width,
+                           int64_t kernel_w, int64_t padding_w) {
+  for (int number = 0; number < static_cast<int>(std::size(kLanesForms)); ++number) {
+    const LanesForm& form = kLanesForms[number];
+    if (form.fills(batch, form.images(channels_last)) && form.fills(filters, form.filters(channels_last)) &&
+        form.serves(width, out_width, kernel_w, padding_w))
       return number;
+  }
   return -1;
 }
 
-// Whether launch_lanes_grad_weight is sure to serve planes whose rows lie side by side.
+// Whether launch_lanes_grad_weight is sure to serve planes whose rows lie side by side, and wastes few columns.
 inline bool is_sure_of_lanes(const Problem& p) {
-  const int number = find_lanes_form(false, p.batch, p.width, p.out_width, p.kernel_w, p.padding_w);
+  const int number = find_lanes_form(false, p.batch, p.filters(), p.width, p.out_width, p.kernel_w, p.padding_w);
   if (number < 0 || p.capability < 80 || p.kernel_h > 2 * p.kernel_w) return false;
   constexpr int64_t kBesidesStages = 12 << 10;
   const LanesForm& form = kLanesForms[number];
+  if (8 * std::max(p.width, p.out_width) < 7 * form.side) return false;
   constexpr int64_t kManyItems = 256;  // no device has more multiprocessors than twice that
-  if (p.filters() * ((p.batch + form.units(false) - 1) / form.units(false)) < kManyItems) return false;
+  const int64_t images = form.images(false), filters = form.filters(false);
+  if ((p.filters() + filters - 1) / filters * ((p.batch + images - 1) / images) < kManyItems) return false;
   const int64_t plane_bytes = 4 * form.side * (p.height + p.out_height) + 64;
-  return 2 * form.units(false) * plane_bytes + kBesidesStages <= p.shared_memory;
+  return 2 * images * filters * plane_bytes + kBesidesStages <= p.shared_memory;
 }
 
 }  // namespace dwconv

@@ -1,22 +1,25 @@
 // grad_weight (and the bias gradient) of large kernels in float32 on planes about as wide as code is compiled for, on
 // CUDA cores.
 //
-// The lanes of a warp lie on images (in channels_last on channels) and on rows. A warp has some rows of taps, whose
-// sums stay in its lanes' registers: a lane has a row of the input in registers, and multiplies it with the rows of the
-// gradient that meet it for these taps. Which pixels meet which gradients along a row is known when the code is
-// compiled, and rows outside of the image are left out: nothing is multiplied but what meets, but for columns that
-// narrower planes lack.
+// The lanes of a warp lie on images, on filters where these lie side by side or planes are small, and on rows. A warp
+// has some rows of taps, whose sums stay in its lanes' registers: a lane has a row of the input in registers, and
+// multiplies it with the rows of the gradient that meet it for these taps. Which pixels meet which gradients along a
+// row is known when the code is compiled, and rows outside of the image are left out: nothing is multiplied but what
+// meets, but for columns that narrower planes lack, and taps that narrower kernels lack.
 //
-// Other warps copy the planes of the next images, or channels, to shared memory meanwhile: a ring of stages. The sums
-// of lanes, and of warps that share rows of taps, are added up in shared memory, those of several blocks by a second
-// kernel, always in the same order.
+// Other warps copy the planes of the next images, or filters, to shared memory meanwhile: a ring of stages. Kernels
+// that go along their columns read planes as they lie, column by column. The sums of lanes, and of warps that share
+// rows of taps, are added up in shared memory, those of two blocks that share one filter by the first of them, as a
+// cluster, those of others by a second kernel, always in the same order.
 //
 // Columns that planes lack are zero, and give NaN where they meet Inf or NaN. So sums that are not finite are computed
 // again.
 #include "lanes_grad_weight.h"
 
 #include <algorithm>
+#include <numeric>
 
+#include "cluster_sums.cuh"
 #include "device.h"
 #include "lanes.cuh"
 #include "lanes_forms.h"
@@ -29,43 +32,54 @@ namespace dwconv {
 namespace {
 
 constexpr int kMostStages = 4;
-constexpr int kRun = 512;  // products that are summed before they are added to a sum
+
+// How planes lie in memory, and so in shared memory: by rows, by columns, or channels side by side.
+enum class Layout { kRows, kColumns, kChannelsLast };
 
 // How the lanes of a form lie on planes, and these in shared memory.
-template <int kNumber, bool kChannelsLast_>
+template <int kNumber, Layout kLayout_, bool kBulk_ = true>
 struct Form {
+  static constexpr Layout kLayout = kLayout_;
   static constexpr LanesForm kForm = kLanesForms[kNumber];
-  static constexpr int kSide = kForm.side, kReach = kForm.reach, kTapRows = kForm.tap_rows;
-  static constexpr bool kChannelsLast = kChannelsLast_;
+  static constexpr int kSide = kForm.side, kReach = kForm.reach;
+  static constexpr bool kChannelsLast = kLayout == Layout::kChannelsLast, kColumns = kLayout == Layout::kColumns;
   static constexpr int kBlock = kSide == 56 ? 28 : kSide, kBlocks = kSide / kBlock;
-  static constexpr int kUnits = kForm.units(kChannelsLast);  // images, or channels, of a warp
-  static constexpr int kLanesOfUnit = 32 / kUnits;
-  static constexpr bool kAlone = kSide == 14;  // all lanes have the same row, and a warp neighbouring rows of taps
-  static constexpr int kImages = kAlone && kChannelsLast ? kLanesOfUnit : 1;  // of an item in channels_last
-  static constexpr int kRows = kAlone ? 1 : kLanesOfUnit;                     // rows of a warp
+  static constexpr int kFilters = kForm.filters(kChannelsLast), kImages = kForm.images(kChannelsLast);  // of an item
+  static constexpr int kPlanes = kFilters * kImages, kRows = 32 / kPlanes;                              // of a warp
+  static constexpr bool kAlone = kRows == 1;  // all lanes have the same row
+  // Where a warp has one row of taps, and there are many, one more that copies by itself is not enough.
+  static constexpr bool kBulk = kBulk_ || !kAlone;
+  static constexpr int kTapRows = kBulk ? kForm.tap_rows : 2 * kForm.tap_rows;
+  static constexpr int kUnits = kFilters;  // of a box
   static constexpr int kTaps = 2 * kReach + 1, kSums = kTapRows * kTaps;
-  static constexpr bool kLoads = kReach == 4 || kReach == 15;         // gradients on the way
-  static constexpr int kMostWarps = kReach == 15 ? 16 : 15;           // that compute
-  static constexpr int kFilters = kChannelsLast ? kUnits : 1;         // of an item
-  static constexpr int kSharers = kChannelsLast ? kLanesOfUnit : 32;  // lanes whose sums belong together
+  static constexpr int kMostWarps = kAlone ? (kBulk ? 27 : 14) : kSide == 56 && kReach <= 15 ? 16 : 15;  // that compute
+  static constexpr int kAllWarps = kMostWarps + (kBulk ? 1 : 2);
+  static constexpr int kRun = 512;                // products that are summed before they are added to a sum
+  static constexpr int kSharers = 32 / kFilters;  // lanes whose sums belong together
+  static constexpr bool kClusters = !kAlone;      // for which few registers are left there
   // Their sums are halved by so many lanes' bits, and then exchanged.
   static constexpr int kHalvings = kSharers >= 8 ? 3 : kSharers == 4 ? 2 : 1;
   static constexpr int kPadded = (kSums + (1 << kHalvings) - 1) >> kHalvings << kHalvings;
-  static constexpr int kSumBytes = 4 * kPadded * (kChannelsLast ? kUnits : 1);  // of a warp
+  static constexpr int kSumBytes = 4 * kPadded * kFilters;  // of a warp
   // Rows lie so that what lanes read at once is in different banks.
-  static constexpr int kColumnBytes = kChannelsLast ? 4 * kUnits : 4;
-  static constexpr int kRowBytes = kChannelsLast ? (kSide | 1) * kColumnBytes : 4 * kSide;
+  static constexpr int kColumnBytes = kChannelsLast ? 4 * kFilters : kColumns ? 4 * kSide : 4;
+  static constexpr int kRowBytes = kChannelsLast ? (kSide | 1) * kColumnBytes : kColumns ? 4 : 4 * kSide;
+  static constexpr int kPlaneUnit = kColumns ? 4 * kRows : 16;  // planes are an odd number of so many bytes apart
 
-  // The image, or channel, and the row of a lane. The lanes that read shared memory at once, 8 of 16 bytes, read
+  template <class A>
+  static __device__ bool has_clusters(const A& a) {
+    return kClusters && a.cluster > 1;
+  }
+  // The filter, the image and the row of a lane. The lanes that read shared memory at once, 8 of 16 bytes, read
   // different banks.
-  static __device__ int unit_of(int lane) { return lane % kUnits; }
-  static __device__ int row_of(int lane) {
-    if (kAlone) return 0;
-    if (kChannelsLast || kSide == 28) return lane / kUnits;
+  static __device__ int filter_of(uint32_t lane) { return lane % kFilters; }
+  static __device__ int image_of(uint32_t lane) { return lane / kFilters % kImages; }
+  static __device__ int row_of(uint32_t lane) {
+    if (kLayout != Layout::kRows || kSide != 56) return lane / kPlanes;
     return lane / 4 % 2 * 2 + lane / 8 % 2 + lane / 16 * 4;
   }
-  // Rows of 14 columns 16 lanes read at once, in pieces of 8 bytes: half of them take neighbouring rows in other order.
-  static __device__ int turn_of(int lane) { return kChannelsLast ? 0 : lane / 8 % 2; }
+  // Rows of 14 columns 16 lanes read at once, in pieces of 8 bytes: half of them begin with the second row.
+  static __device__ int turn_of(uint32_t lane) { return kLayout == Layout::kRows ? lane / 8 % 2 : 0; }
 };
 
 struct Arguments {
@@ -78,15 +92,20 @@ struct Arguments {
   int filters;
   bool turned;        // rows are columns
   int groups, items;  // items: groups of images of each filter, or images of each group of filters, one after the other
-  int share, slots, blocks;        // items of a block; blocks that may share a filter; of a band
-  int splits;                      // blocks of each filter, if blocks have items of one alone
-  int band, tap_groups, parts;     // rows of taps of a block; warps that they take, and how many share their rows
-  int copiers;                     // warps that copy
-  signed char first_tap_rows[16];  // of warps that have neighbouring rows of taps
+  int share, slots, blocks;  // items of a block; blocks that may share a filter; of a band
+  int splits;                // blocks of each filter, if blocks have items of one alone
+  int rest, rests;           // the first group of images that these leave, and of how many filters blocks take them
+  int cluster;               // blocks that share filters, the first of which adds up their sums; 1: none do
+  int bands, band;           // of rows of taps, and rows of taps of a block
+  int tap_groups, parts;     // warps that these take, and how many share their rows of the image
+  int copiers;               // warps that copy
+  signed char kinds[28];     // of warps: the part, and in it the group of rows of taps
   Divider by_kernel_w, by_tap_groups;
   int stages, stage_bytes, grads_at, input_unit_bytes, grad_unit_bytes;
   Copy input_copy, grad_copy;
   int zeros_from, sums_at, sums_bytes, sums_buffers, barriers_at, bytes;  // in shared memory, behind the stages
+  int rows_at;                                                            // of each warp, where registers are few
+  int totals_at, totals_bytes;                                            // of the cluster's second block
 };
 
 // A sum of a block, tap by tap: only taps that meet the image.
@@ -112,87 +131,54 @@ __device__ __noinline__ float sum_by_taps(const Arguments& a, int filter, int fi
   return total;
 }
 
-template <class F>
-__device__ __forceinline__ void load_block(float (&to)[F::kBlock], uint32_t from) {
-  if constexpr (F::kChannelsLast) {
+// Loads columns that follow each other.
+template <class F, int kCount>
+__device__ __forceinline__ void load_columns(float (&to)[kCount], uint32_t from) {
+  if constexpr (F::kColumnBytes > 4) {
 #pragma unroll
-    for (int c = 0; c < F::kBlock; ++c)
+    for (int c = 0; c < kCount; ++c)
       asm volatile("ld.shared.f32 %0, [%1];" : "=f"(to[c]) : "r"(from + c * F::kColumnBytes));
-  } else if constexpr (F::kBlock % 4 == 0) {
+  } else if constexpr (kCount % 4 == 0) {
     load_row(to, from);
   } else {
 #pragma unroll
-    for (int c = 0; c < F::kBlock; c += 2)
+    for (int c = 0; c < kCount; c += 2)
       asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(to[c]), "=f"(to[c + 1]) : "r"(from + 4 * c));
   }
 }
 
-// All products of a block of pixels, and one of gradients that begins kShift columns before it. The order is one, of
-// those tried, in which ptxas finds registers in different banks for the most of the FMA.
-template <class F, int kShift>
-__device__ __forceinline__ void multiply(float (&sum)[F::kTaps], const float (&x)[F::kBlock],
-                                         const float (&g)[F::kBlock], bool never) {
-  const auto add = [&](int u, int o) {
-    const int tap = u - o + kShift + F::kReach;
-    if (o >= 0 && o < F::kBlock && tap >= 0 && tap < F::kTaps) sum[tap] = fmaf(x[u], g[o], sum[tap]);
-  };
-  constexpr int kTurn = F::kReach == 6;
-#pragma unroll
-  for (int u = 0; u < F::kBlock; u += 2) {
-    if constexpr (F::kBlocks == 1) {
-#pragma unroll
-      for (int o = 0; o < F::kBlock; ++o) add(u + (o + kTurn) % 2, o), add(u + (o + kTurn + 1) % 2, o);
-    } else {
-#pragma unroll
-      for (int o = -1; o < F::kBlock; ++o) add(u, o), add(u + 1, o + 1);
-      if (never) asm volatile("trap;");  // or ptxas unrolls the loop around, and mixes all its FMA
-    }
-  }
-}
-
-// The same with gradients that are loaded on the way, where there are few registers.
-template <class F, int kShift>
-__device__ __forceinline__ void multiply_loading(float (&sum)[F::kTaps], const float (&x)[F::kBlock], uint32_t grad,
-                                                 bool never) {
-  constexpr int kBegin = kShift > F::kReach ? (kShift - F::kReach) / 4 * 4 : 0;
-  constexpr int kEnd = -kShift > F::kReach ? F::kBlock + kShift + F::kReach : F::kBlock;
-  float g[2][4];
-  const auto load = [&](int first) {
-    float (&to)[4] = g[first / 4 % 2];
-    const uint32_t from = grad + first * F::kColumnBytes;
-    if constexpr (F::kChannelsLast) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c)
-        asm volatile("ld.shared.f32 %0, [%1];" : "=f"(to[c]) : "r"(from + c * F::kColumnBytes));
-    } else {
-      load_four(to, from);
-    }
-  };
-  load(kBegin);
-#pragma unroll
-  for (int first = kBegin; first < kEnd; first += 4) {
-    if (first + 4 < kEnd) load(first + 4);
-    const auto add = [&](int u, int o) {
-      const int tap = u - o + kShift + F::kReach;
-      if (tap >= 0 && tap < F::kTaps) sum[tap] = fmaf(x[u], g[first / 4 % 2][o - first], sum[tap]);
-    };
-#pragma unroll
-    for (int o = first; o < first + 4; ++o)
-#pragma unroll
-      for (int u = 0; u < F::kBlock; ++u) add(u, o);
-    if (F::kBlocks > 1 && never) asm volatile("trap;");
-  }
-}
-
+// All products of a block of pixels, and one of gradients that begins kShift columns before it, which are loaded on the
+// way: registers are few. The order is one, of those tried, in which ptxas finds registers in different banks for the
+// most of the FMA.
 template <class F, int kShift>
 __device__ __forceinline__ void add_block(float (&sum)[F::kTaps], const float (&x)[F::kBlock], uint32_t grad,
                                           bool never) {
-  if constexpr (F::kLoads) {
-    multiply_loading<F, kShift>(sum, x, grad, never);
-  } else {
-    float g[F::kBlock];
-    load_block<F>(g, grad);
-    multiply<F, kShift>(sum, x, g, never);
+  constexpr int kAtOnce = F::kBlock % 4 == 0 ? 4 : F::kBlock;
+  constexpr int kBegin = kShift > F::kReach ? (kShift - F::kReach) / kAtOnce * kAtOnce : 0;
+  constexpr int kEnd = -kShift > F::kReach ? F::kBlock + kShift + F::kReach : F::kBlock;
+  const auto pixel = [](int n, int o) {
+    constexpr int kHalf = F::kBlock / 2;
+    const int back = F::kBlock - 1 - n;
+    if (F::kSide == 14) return o % 2 == 1 ? n : back;
+    if (F::kLayout == Layout::kRows) return F::kSide == 28 && F::kReach > 4 && o % 2 == 1 ? back : n;
+    if (F::kSide == 28 || (F::kReach == 25 && F::kChannelsLast)) return 5 * n % F::kBlock;
+    return n < kHalf ? 2 * n + o % 2 : 2 * (n - kHalf) + 1 - o % 2;
+  };
+  float g[2][kAtOnce];
+  const auto load = [&](int first) { load_columns<F>(g[first / kAtOnce % 2], grad + first * F::kColumnBytes); };
+  load(kBegin);
+#pragma unroll
+  for (int first = kBegin; first < kEnd; first += kAtOnce) {
+    if (first + kAtOnce < kEnd) load(first + kAtOnce);
+    const auto add = [&](int u, int o) {
+      const int tap = u - o + kShift + F::kReach;
+      if (tap >= 0 && tap < F::kTaps) sum[tap] = fmaf(x[u], g[first / kAtOnce % 2][o - first], sum[tap]);
+    };
+#pragma unroll
+    for (int o = first; o < first + kAtOnce; ++o)
+#pragma unroll
+      for (int n = 0; n < F::kBlock; ++n) add(pixel(n, o), o);
+    if (F::kBlocks > 1 && never) asm volatile("trap;");
   }
 }
 
@@ -214,31 +200,26 @@ __device__ __forceinline__ int share_sums(float* v, int lane) {
 
 // Adds a warp's sums to those in shared memory.
 template <class F>
-__device__ __forceinline__ void flush(float (&sum)[F::kTapRows][F::kTaps], int to) {
+__device__ __forceinline__ void flush(const float (&sum)[F::kTapRows][F::kTaps], int to) {
   const int lane = threadIdx.x % 32;
   float v[F::kPadded];
 #pragma unroll
   for (int k = 0; k < F::kPadded; ++k) v[k] = k < F::kSums ? sum[k / F::kTaps][k % F::kTaps] : 0;
-#pragma unroll
-  for (int k = 0; k < F::kSums; ++k) sum[k / F::kTaps][k % F::kTaps] = 0;
   const int first = share_sums<F::kPadded, 16, F::kHalvings>(v, lane);
   constexpr int kLeft = F::kPadded >> F::kHalvings;
-  constexpr int kLowest = F::kChannelsLast ? F::kUnits : 1;  // bit
 #pragma unroll
-  for (int bit = 16 >> F::kHalvings; bit >= kLowest; bit /= 2)
+  for (int bit = 16 >> F::kHalvings; bit >= F::kFilters; bit /= 2)
 #pragma unroll
     for (int k = 0; k < kLeft; ++k) v[k] += __shfl_xor_sync(~0u, v[k], bit);
-  if constexpr (F::kChannelsLast) {
-    const int at = to + 4 * (lane % F::kUnits + F::kUnits * first);
+  if (lane % (32 >> F::kHalvings) < F::kFilters) {
+    const int at = to + 4 * (F::filter_of(lane) + F::kFilters * first);
 #pragma unroll
-    for (int k = 0; k < kLeft; ++k) shared<float>(at + 4 * F::kUnits * k) += v[k];
-  } else if (lane % (32 >> F::kHalvings) == 0) {
-#pragma unroll
-    for (int k = 0; k < kLeft; ++k) shared<float>(to + 4 * (first + k)) += v[k];
+    for (int k = 0; k < kLeft; ++k) shared<float>(at + 4 * F::kFilters * k) += v[k];
   }
 }
 
-// A block's items: as many as others have, or in channels_last as many of the same filters.
+// A block's items: as many as others have, or in channels_last as many of the same filters, with blocks that take what
+// these leave, of several.
 template <class F>
 struct Share {
   int block, first, end;
@@ -246,14 +227,21 @@ struct Share {
   __device__ Share(const Arguments& a, int block) : block(block), first(block * a.share) {
     end = min(first + a.share, a.items);
     if (!F::kChannelsLast || a.splits == 0) return;
-    const int index = block / a.splits;
-    first = index * a.groups + (block - index * a.splits) * a.share;
-    end = min(first + a.share, (index + 1) * a.groups);
+    const int filters = a.items / a.groups, index = min(block / a.splits, filters), rest = block - filters * a.splits;
+    const int begin = rest >= 0 ? min(rest * a.rests, filters) : index;
+    first = begin * a.groups + (rest >= 0 ? a.rest : (block - index * a.splits) * a.share);
+    end = rest >= 0 ? first + min(a.rests, filters - begin) * (a.groups - a.rest)
+                    : min(first + a.share, (index + 1) * a.groups);
   }
   // Of the sums of a filter, which are the block's.
   __device__ int slot(const Arguments& a, int index) const {
-    return block - (F::kChannelsLast && a.splits > 0 ? index * a.splits : index * a.groups / a.share);
+    if (!F::kChannelsLast || a.splits == 0) return block - index * a.groups / a.share;
+    return min(block - index * a.splits, a.splits);
   }
+  __device__ int rank(const Arguments& a) const { return block % a.cluster; }
+  // Whether blocks before, or behind, have items of the same filters.
+  __device__ bool begins_before(const Arguments& a, int index) const { return index * a.groups < first; }
+  __device__ bool ends_behind(const Arguments& a, int index) const { return (index + 1) * a.groups > end; }
 };
 
 // Where a block is among its items.
@@ -263,34 +251,36 @@ struct Cursor {
 
   __device__ Cursor(const Arguments& a, int item) : index(item / a.groups), group(item - index * a.groups) {}
   __device__ void advance(const Arguments& a) {
-    if (++group == a.groups) group = 0, ++index;
+    if (++group == a.groups) group = F::kChannelsLast ? a.rest : 0, ++index;
   }
   __device__ int filter() const { return index * F::kFilters; }
-  __device__ int image() const { return group * (F::kChannelsLast ? F::kImages : F::kUnits); }
-  __device__ int images(const Arguments& a) const { return min(F::kImages, a.batch - image()); }  // in channels_last
-  __device__ int units(const Arguments& a) const {
-    return min(F::kUnits, F::kChannelsLast ? a.filters - filter() : a.batch - image());
-  }
+  __device__ int filters(const Arguments& a) const { return min(F::kFilters, a.filters - filter()); }
+  __device__ int image() const { return group * F::kImages; }
+  __device__ int images(const Arguments& a) const { return min(F::kImages, a.batch - image()); }
 };
 
-// A lane's part of the sum of an item's gradients, of its filter in channels_last.
+// A lane's part of the sum of an item's gradients, of its filter.
 template <class F>
-__device__ float sum_gradients(const Arguments& a, int units, int images, int at) {
-  const int lane = threadIdx.x % 32;
+__device__ float sum_gradients(const Arguments& a, int images, int at) {
+  const int lane = threadIdx.x % 32, first = lane / F::kFilters;
   float sum = 0;
   if constexpr (F::kChannelsLast) {
-    at += 4 * (lane % F::kUnits);
+    at += 4 * F::filter_of(lane);
     for (int image = 0; image < images; ++image, at += a.grad_unit_bytes)
       for (int row = 0; row < a.out_height; ++row)
-        for (int column = lane / F::kUnits; column < a.out_width; column += F::kLanesOfUnit)
+        for (int column = first; column < a.out_width; column += F::kSharers)
           sum += shared<float>(at + row * F::kRowBytes + column * F::kColumnBytes);
-  } else {
-    for (int unit = 0; unit < units; ++unit)
-      for (int row = 0; row < a.out_height; ++row)
-        for (int column = lane; column < a.out_width; column += 32)
-          sum += shared<float>(at + unit * a.grad_unit_bytes + row * F::kRowBytes + 4 * column);
+  } else {  // columns that planes lack are zero
+    at += F::filter_of(lane) * a.grad_unit_bytes;
+    for (int image = 0; image < images; ++image, at += F::kFilters * a.grad_unit_bytes)
+      for (int pixel = first; pixel < a.out_height * F::kSide; pixel += F::kSharers)
+        sum += shared<float>(at + 4 * pixel);
   }
   return sum;
+}
+
+__device__ inline int totals_barrier(const Arguments& a) {
+  return a.barriers_at + 16 * kMostStages;
 }
 
 // Puts a sum of the block, and zeros for blocks that there are not.
@@ -303,18 +293,44 @@ __device__ void put(const Arguments& a, const Cursor<F>& cursor, const Share<F>&
     while (++slot < a.slots) a.sums.put<float>(filter, slot, tap, 0);
 }
 
-// Puts a tap's sum, of a filter at the cursor, after it was computed again if it is not finite.
+// Where filters are a cluster's: sends a sum to the first block, or adds to it what others have sent there. Returns
+// whether it is this block that puts it.
+template <class F>
+__device__ __forceinline__ bool gather(const Arguments& a, const Cursor<F>& cursor, const Share<F>& share, int place,
+                                       float& sum) {
+  if (!F::has_clusters(a)) return true;
+  const int at = a.totals_at + 4 * place, barrier = totals_barrier(a);
+  if (share.begins_before(a, cursor.index)) {
+    send_to_first(at, sum, barrier);
+    return false;
+  }
+  if (share.ends_behind(a, cursor.index)) {
+    wait(barrier, 0);
+    sum += shared<float>(at);
+  }
+  return true;
+}
+
+// Puts a tap's sum, of a filter at the cursor, after it was computed again if it is not finite. `tap`: of the band.
 template <class F>
 __device__ __forceinline__ void put_tap(const Arguments& a, const Cursor<F>& cursor, const Share<F>& share, int plane,
-                                        int i, int j, float sum) {
+                                        int tap, int i, int j, float sum) {
+  if (!gather(a, cursor, share, tap * F::kFilters + plane, sum)) return;
   const int filter = cursor.filter() + plane;
   if (!is_finite(sum)) {
-    Cursor<F> from = cursor;
-    from.group = max((F::kChannelsLast ? share.first : share.block * a.share) - cursor.index * a.groups, 0);
-    const int end_image = cursor.image() + (F::kChannelsLast ? cursor.images(a) : cursor.units(a));
-    sum = sum_by_taps(a, filter, from.image(), end_image, i, j);
+    const int begin = share.first - cursor.index * a.groups, first = (begin < 0 ? a.rest : begin) * F::kImages;
+    const int end = F::has_clusters(a) ? a.batch : cursor.image() + cursor.images(a);
+    sum = sum_by_taps(a, filter, first, end, i, j);
   }
   put<F>(a, cursor, share, filter, a.turned ? j * a.kernel_h + i : i * a.kernel_w + j, sum);
+}
+
+// A warp's sum of tap j of one of its rows of taps: none where the tap meets no image.
+template <class F>
+__device__ __forceinline__ float sum_of(const Arguments& a, int sums_at, int row, int j, int plane) {
+  const int tap = j - a.padding_w + F::kReach;
+  if (F::kForm.has_all_taps() && static_cast<uint32_t>(tap) >= F::kTaps) return 0;
+  return shared<float>(sums_at + 4 * ((row * F::kTaps + tap) * F::kFilters + plane));
 }
 
 // Puts the sums of the filters at the cursor, by all threads that compute.
@@ -322,35 +338,83 @@ template <class F>
 __device__ __forceinline__ void put_sums(const Arguments& a, const Cursor<F>& cursor, int band, const Share<F>& share,
                                          int sums_at) {
   const int plane = threadIdx.x % F::kFilters;
-  if (F::kChannelsLast && plane >= cursor.units(a)) return;
+  if (plane >= cursor.filters(a)) return;
   const int first_row = band * a.band, taps = min(a.band, a.kernel_h - first_row) * a.kernel_w;
   const int step = 32 * a.tap_groups * a.parts / F::kFilters;
   for (int tap = threadIdx.x / F::kFilters; tap < taps; tap += step) {
     uint32_t row = tap;
     const int j = a.by_kernel_w.split(row), i = first_row + row, tap_group = a.by_tap_groups.split(row);
-    const int at = (row * F::kTaps + j - a.padding_w + F::kReach) * F::kFilters + plane;
     float sum = 0;
     for (int part = 0; part < a.parts; ++part)
-      sum += shared<float>(sums_at + (part * a.tap_groups + tap_group) * F::kSumBytes + 4 * at);
-    put_tap<F>(a, cursor, share, plane, i, j, sum);
+      sum += sum_of<F>(a, sums_at + (part * a.tap_groups + tap_group) * F::kSumBytes, row, j, plane);
+    put_tap<F>(a, cursor, share, plane, tap, i, j, sum);
   }
 }
 
 // The same, by each warp those of its own rows of taps, where no other warp has sums of them.
 template <class F>
 __device__ __forceinline__ void put_own_sums(const Arguments& a, const Cursor<F>& cursor, const Share<F>& share,
-                                             int first_row, int last_row, int apart, int sums_at) {
+                                             int band, int first_row, int last_row, int apart, int sums_at) {
   const int lane = threadIdx.x % 32, plane = lane % F::kFilters;
-  if (F::kChannelsLast && plane >= cursor.units(a)) return;
+  if (plane >= cursor.filters(a)) return;
   for (int i = first_row, row = 0; i <= last_row; i += apart, ++row)
     for (int j = lane / F::kFilters; j < a.kernel_w; j += 32 / F::kFilters) {
-      const int at = (row * F::kTaps + j - a.padding_w + F::kReach) * F::kFilters + plane;
-      put_tap<F>(a, cursor, share, plane, i, j, shared<float>(sums_at + 4 * at));
+      const float sum = sum_of<F>(a, sums_at, row, j, plane);
+      put_tap<F>(a, cursor, share, plane, (i - band * a.band) * a.kernel_w + j, i, j, sum);
     }
 }
 
+// Copies an item's planes of a tensor, of so many filters a channel, by a warp of some.
 template <class F>
-__global__ void __launch_bounds__(32 * (F::kMostWarps + 1), 1) lanes_grad_weight(const __grid_constant__ Arguments a) {
+__device__ __forceinline__ void copy_item(const Arguments& a, const Cursor<F>& cursor, const CUtensorMap* map,
+                                          const float* from, const int64_t (&stride)[4], Copy how, int fan_out,
+                                          int rows, int columns, int to, int unit_bytes, int barrier, int copier) {
+  const int filter = cursor.filter(), filters = cursor.filters(a), image = cursor.image(), images = cursor.images(a);
+  from += image * stride[0];
+  if constexpr (F::kChannelsLast) {
+    copy_planes<F>(map, from + filter * stride[1], stride, how, filter, image, images, filters, rows, columns, to,
+                   unit_bytes, barrier, copier, a.copiers);
+  } else {
+#if __CUDA_ARCH__ >= 900
+    if (F::kAlone && how.boxes) {
+      if (copier == 0 && is_elected()) {
+        expect_bytes(barrier, F::kPlanes * unit_bytes);
+        copy_box(to, *map, 0, filter, image, 0, barrier);
+      }
+      __syncwarp();
+      return;
+    }
+#endif
+#pragma unroll 1
+    for (int n = 0; n < filters; ++n)
+      copy_planes<F>(map, from + (filter + n) / fan_out * stride[1], stride, how, filter, image, images, images, rows,
+                     columns, to + n * unit_bytes, F::kFilters * unit_bytes, barrier, copier, a.copiers);
+  }
+}
+
+// The number of the thread, asked for anew: so that what follows from it takes no registers meanwhile.
+__device__ __forceinline__ uint32_t thread_anew() {
+  uint32_t thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
+// A warp's rows of taps, and the rows of the image that any of them meets. They lie so far apart that every group of
+// them meets about as many. A single one may meet few, and leaves its issue slots to others.
+template <class F>
+struct TapRows {
+  int kind, part, first, last, lowest, highest;
+
+  __device__ TapRows(const Arguments& a, int band, int warp) : kind(a.kinds[warp]), part(kind / a.tap_groups) {
+    first = band * a.band + kind - part * a.tap_groups;
+    last = min(min((band + 1) * a.band, a.kernel_h) - 1, first + (F::kTapRows - 1) * a.tap_groups);
+    lowest = max(first - a.padding_h, 0);
+    highest = min(a.out_height - 1 + last - a.padding_h, a.height - 1);
+  }
+};
+
+template <class F>
+__global__ void __launch_bounds__(32 * F::kAllWarps, 1) lanes_grad_weight(const __grid_constant__ Arguments a) {
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int warps = a.tap_groups * a.parts;                                      // that compute
   const int band = blockIdx.x / a.blocks, block = blockIdx.x - band * a.blocks;  // of rows of taps
@@ -365,6 +429,12 @@ __global__ void __launch_bounds__(32 * (F::kMostWarps + 1), 1) lanes_grad_weight
       init_barrier(stages.barriers + 16 * stage, 32 * a.copiers);
       init_barrier(stages.barriers + 16 * stage + 8, (warps + sums_bias) * kWarpArrivals);
     }
+  if (F::has_clusters(a)) {
+    const int index = max(end - 1, 0) / a.groups, taps = min(a.band, a.kernel_h - band * a.band) * a.kernel_w;
+    const bool receives = share.rank(a) == 0 && share.ends_behind(a, index);
+    const int sums = Cursor<F>(a, index * a.groups).filters(a) * (taps + sums_bias);
+    enter_cluster(receives, totals_barrier(a), 4 * sums);
+  }
   before_bulk_copies();
   __syncthreads();
   let_next_kernel_start();
@@ -380,131 +450,156 @@ __global__ void __launch_bounds__(32 * (F::kMostWarps + 1), 1) lanes_grad_weight
     for (int item = first; item < end + behind; ++item) {
       if (item < end) {
         stages.wait_empty();
-        const int filter = cursor.filter(), image = cursor.image(), units = cursor.units(a);
         const int at = stages.at * a.stage_bytes;
-        copy_planes<F>(&a.input_map, a.input + image * a.input_stride[0] + filter / a.multiplier * a.input_stride[1],
-                       a.input_stride, a.input_copy, filter, image, cursor.images(a), units, a.height, a.width, at,
-                       a.input_unit_bytes, stages.full(), copier, a.copiers);
-        copy_planes<F>(&a.grad_map, a.grad + image * a.grad_stride[0] + filter * a.grad_stride[1], a.grad_stride,
-                       a.grad_copy, filter, image, cursor.images(a), units, a.out_height, a.out_width, at + a.grads_at,
-                       a.grad_unit_bytes, stages.full(), copier, a.copiers);
+        copy_item(a, cursor, &a.input_map, a.input, a.input_stride, a.input_copy, a.multiplier, a.height, a.width, at,
+                  a.input_unit_bytes, stages.full(), copier);
+        copy_item(a, cursor, &a.grad_map, a.grad, a.grad_stride, a.grad_copy, 1, a.out_height, a.out_width,
+                  at + a.grads_at, a.grad_unit_bytes, stages.full(), copier);
         arrive_after_copies(stages.full());
         stages.advance(), cursor.advance(a);
+        if (F::has_clusters(a) && item == first) meet_cluster();
       }
       if (behind == 0 || item - behind < first) continue;
       summed_stages.wait_full();
-      bias += sum_gradients<F>(a, summed.units(a), summed.images(a), summed_stages.at * a.stage_bytes + a.grads_at);
+      bias += sum_gradients<F>(a, summed.images(a), summed_stages.at * a.stage_bytes + a.grads_at);
       arrive_together(summed_stages.empty(), lane == 0);
       summed_stages.advance();
       if (summed.group == a.groups - 1 || item - behind == end - 1) {
 #pragma unroll
         for (int bit = 16; bit >= F::kFilters; bit /= 2) bias += __shfl_xor_sync(~0u, bias, bit);
-        if (lane < (F::kChannelsLast ? summed.units(a) : 1))
+        const int taps = min(a.band, a.kernel_h) * a.kernel_w;
+        if (lane < summed.filters(a) && gather(a, summed, share, taps * F::kFilters + lane, bias))
           put<F>(a, summed, share, summed.filter() + lane, a.kernel_h * a.kernel_w, bias);
         bias = 0;
       }
       summed.advance(a);
     }
+    if (F::has_clusters(a) && first >= end) meet_cluster();
     return;
   }
+  if (F::has_clusters(a)) meet_cluster();
 
-  // Rows of taps that lie so far apart that every group of them meets about as many rows of the image. Or neighbouring
-  // ones: then some meet few rows, and leave their issue slots to others.
-  const int part = warp / a.tap_groups, tap_group = warp - part * a.tap_groups, apart = F::kAlone ? 1 : a.tap_groups;
-  const int tap_row = band * a.band + (F::kAlone ? a.first_tap_rows[warp] : tap_group);
-  const int last_tap_row = min(min((band + 1) * a.band, a.kernel_h) - 1, tap_row + (F::kTapRows - 1) * apart);
-  const int unit = F::unit_of(lane), lane_row = F::row_of(lane);
-  const int lowest = max(tap_row - a.padding_h, 0);
-  const int highest = min(a.out_height - 1 + last_tap_row - a.padding_h, a.height - 1);
+  const TapRows<F> known_rows(a, band, warp);
+  const auto own_rows = [&] {
+    if constexpr (F::kAlone)
+      return TapRows<F>(a, band, thread_anew() / 32);
+    else
+      return known_rows;
+  };
+  if constexpr (F::kAlone) {
+    // Where a warp's part of the rows of the image begins, in input and gradient, and its bytes and rows: in shared
+    // memory, as registers are few.
+#pragma unroll
+    for (int t = 0; t < F::kTapRows; ++t) {
+      const int tap_row = known_rows.first + t * a.tap_groups, part = known_rows.part;
+      const int lowest = max(tap_row - a.padding_h, 0);
+      const int end = tap_row > known_rows.last ? 0 : min(a.out_height + tap_row - a.padding_h, a.height);
+      const int rows = max(end - lowest, 0), from = lowest + rows * part / a.parts;
+      const int count = lowest + rows * (part + 1) / a.parts - from;
+      if (lane == 0)
+        shared<int4>(a.rows_at + 16 * (F::kTapRows * warp + t)) = {
+            from * F::kRowBytes, (from + a.padding_h - tap_row) * F::kRowBytes, count * F::kRowBytes, count};
+    }
+    __syncwarp();
+  }
+  const int lane_row = F::row_of(lane);
   const int rows_at_once = F::kRows * a.parts;
-  const int products = a.height / rows_at_once * F::kSide, run = max(kRun / max(products, 1), 1);
-  float sum[F::kTapRows][F::kTaps] = {};
-  int run_left = run;
+  const int products = a.height / rows_at_once * F::kSide, run = max(F::kRun / max(products, 1), 1);
   int sums_at = a.sums_at, other_sums_at = a.sums_at + (a.sums_buffers - 1) * a.sums_bytes;
   const bool never = a.batch < 0;  // which ptxas does not know
   const uint32_t base = once(shared_address(0));
 
-  for (int item = first, own_part = part; item < end; ++item) {
-    stages.wait_full();
-    const auto place_of = [&](int unit_bytes) {
-      if (F::kChannelsLast) return 4 * unit + (F::kImages > 1 ? lane / F::kUnits * unit_bytes : 0);
-      return unit * unit_bytes;
-    };
-    const uint32_t inputs = once(base + stages.at * a.stage_bytes + place_of(a.input_unit_bytes));
-    const uint32_t grads = once(base + stages.at * a.stage_bytes + a.grads_at + place_of(a.grad_unit_bytes));
-    const bool is_own = unit < cursor.units(a) && (F::kImages == 1 || lane / F::kUnits < cursor.images(a));
-    if constexpr (F::kAlone) {
-      // Rows in which both rows of taps meet some, and before and behind them those in which one does.
-      const int first_both = max(tap_row + 1 - a.padding_h, lowest);
-      const int last_both = min(a.out_height - 1 + tap_row - a.padding_h, highest);
-      const int turn = F::turn_of(lane);
-      if (is_own)
-#pragma unroll 1
-        for (int row = lowest; row <= highest; ++row) {
-          const auto is_both = [&](int row) { return row >= first_both && row <= last_both; };
-          const int own_row = is_both(row) && is_both(row ^ turn) ? row ^ turn : row;
-          const uint32_t grad = grads + (own_row - tap_row + a.padding_h) * F::kRowBytes;
-          float x[F::kBlock];
-          load_block<F>(x, inputs + own_row * F::kRowBytes);
-          if (row <= last_both) add_block<F, 0>(sum[0], x, grad, never);
-          if (row >= first_both && tap_row < last_tap_row) add_block<F, 0>(sum[1], x, grad - F::kRowBytes, never);
-        }
-    } else {
-      const int own_highest = is_own ? highest : -1;
-#pragma unroll 1
-      for (int row = lowest + own_part * F::kRows + lane_row; row - lane_row <= highest; row += rows_at_once) {
-        const bool is_there = row <= own_highest;
-        const uint32_t source = inputs + min(row, highest) * F::kRowBytes;
-        const auto grad_of = [&](int t) { return row - tap_row - t * apart + a.padding_h; };
-        const auto meets = [&](int t) {
-          return is_there && tap_row + t * apart <= last_tap_row &&
-                 static_cast<uint32_t>(grad_of(t)) < static_cast<uint32_t>(a.out_height);
-        };
-        if constexpr (F::kBlocks == 1) {
-          float x[F::kBlock];
-          load_block<F>(x, source);
+  for (int item = first, own_part = known_rows.part; item < end;) {
+    float sum[F::kTapRows][F::kTaps] = {};
+    bool is_last;  // of its filters
+    for (int left = run;;) {
+      stages.wait_full();
+      const uint32_t lane = (F::kAlone ? thread_anew() : threadIdx.x) % 32;
+      const int lane_filter = F::filter_of(lane), lane_image = F::image_of(lane);
+      const auto place_of = [&](int unit_bytes) {
+        if (F::kChannelsLast) return 4 * lane_filter + lane_image * unit_bytes;
+        return (lane_image * F::kFilters + lane_filter) * unit_bytes;
+      };
+      const uint32_t inputs = once(base + stages.at * a.stage_bytes + place_of(a.input_unit_bytes));
+      const uint32_t grads = once(base + stages.at * a.stage_bytes + a.grads_at + place_of(a.grad_unit_bytes));
+      const bool is_own = lane_filter < cursor.filters(a) && lane_image < cursor.images(a);
+      if constexpr (F::kAlone) {
+        // The part's rows of the image, each lane from its first one on and around.
 #pragma unroll
-          for (int t = 0; t < F::kTapRows; ++t)
-            if (meets(t)) add_block<F, 0>(sum[t], x, grads + grad_of(t) * F::kRowBytes, never);
-        } else {
-          static_assert(F::kTapRows == 1 && F::kBlocks == 2);
-          if (meets(0)) {
-            constexpr int kNext = F::kBlock * F::kColumnBytes;
-            const uint32_t grad = grads + grad_of(0) * F::kRowBytes;
-            float x[F::kBlock];
-            load_block<F>(x, source);
-            add_block<F, -F::kBlock>(sum[0], x, grad + kNext, never);
+        for (int t = 0; t < F::kTapRows; ++t) {
+          const int4 rows = shared<int4>(a.rows_at + 16 * (F::kTapRows * (thread_anew() / 32) + t));
+          const int turn = F::turn_of(lane) * F::kRowBytes, end_bytes = rows.z;
+          uint32_t source = once(inputs + rows.x + turn), grad = once(grads + rows.y + turn);
+          const uint32_t behind = inputs + rows.x + end_bytes;
+          if (is_own)
 #pragma unroll 1
-            for (int block = 0;; ++block) {
-              add_block<F, 0>(sum[0], x, grad + block * kNext, never);
-              if (block > 0) break;
-              load_block<F>(x, source + kNext);
-              add_block<F, F::kBlock>(sum[0], x, grad, never);
+            for (int left = rows.w; left > 0; --left, source += F::kRowBytes, grad += F::kRowBytes) {
+              if (F::kLayout == Layout::kRows && source == behind) source -= end_bytes, grad -= end_bytes;
+              float x[F::kBlock];
+              load_columns<F>(x, source);
+              add_block<F, 0>(sum[t], x, grad, never);
+            }
+        }
+      } else {
+        const int highest = known_rows.highest, own_highest = is_own ? highest : -1;
+#pragma unroll 1
+        for (int row = known_rows.lowest + own_part * F::kRows + lane_row; row - lane_row <= highest;
+             row += rows_at_once) {
+          const bool is_there = row <= own_highest;
+          const uint32_t source = inputs + min(row, highest) * F::kRowBytes;
+          const auto grad_of = [&](int t) { return row - known_rows.first - t * a.tap_groups + a.padding_h; };
+          const auto meets = [&](int t) {
+            return is_there && known_rows.first + t * a.tap_groups <= known_rows.last &&
+                   static_cast<uint32_t>(grad_of(t)) < static_cast<uint32_t>(a.out_height);
+          };
+          if constexpr (F::kBlocks == 1) {
+            float x[F::kBlock];
+            load_columns<F>(x, source);
+#pragma unroll
+            for (int t = 0; t < F::kTapRows; ++t)
+              if (meets(t)) add_block<F, 0>(sum[t], x, grads + grad_of(t) * F::kRowBytes, never);
+          } else {
+            static_assert(F::kTapRows == 1 && F::kBlocks == 2);
+            if (meets(0)) {
+              constexpr int kNext = F::kBlock * F::kColumnBytes;
+              const uint32_t grad = grads + grad_of(0) * F::kRowBytes;
+              float x[F::kBlock];
+              load_columns<F>(x, source);
+              add_block<F, -F::kBlock>(sum[0], x, grad + kNext, never);
+#pragma unroll 1
+              for (int block = 0;; ++block) {
+                add_block<F, 0>(sum[0], x, grad + block * kNext, never);
+                if (block > 0) break;
+                load_columns<F>(x, source + kNext);
+                add_block<F, F::kBlock>(sum[0], x, grad, never);
+              }
             }
           }
         }
       }
+      arrive_together(stages.empty(), lane == 0);
+      stages.advance(), ++item;
+      if (++own_part == a.parts) own_part = 0;  // all warps have the most rows by turns
+      is_last = cursor.group == a.groups - 1 || item == end;
+      if (is_last) break;
+      cursor.advance(a);
+      if (--left == 0) break;
     }
-    arrive_together(stages.empty(), lane == 0);
-    stages.advance();
-    if (++own_part == a.parts) own_part = 0;  // all warps have the most rows by turns
-
-    const bool is_last = cursor.group == a.groups - 1 || item == end - 1;
-    if (--run_left == 0 || is_last) flush<F>(sum, sums_at + warp * F::kSumBytes), run_left = run;
-    if (is_last) {
+    const int own_sums = a.kinds[F::kAlone ? thread_anew() / 32 : warp] * F::kSumBytes;
+    flush<F>(sum, sums_at + own_sums);
+    if (!is_last) continue;
+    const auto clear = [&](int from) {
+      for (int at = 4 * lane; at < F::kSumBytes; at += 128) shared<float>(from + own_sums + at) = 0;
+      __syncwarp();
+    };
+    if (F::kReach < 25 && a.parts == 1) {  // those of wider kernels have few rows
+      __syncwarp();
+      const TapRows<F> tap_rows = own_rows();
+      put_own_sums<F>(a, cursor, share, band, tap_rows.first, tap_rows.last, a.tap_groups, sums_at + own_sums);
+      __syncwarp();
+      clear(sums_at);
+    } else {
       const auto all_meet = [&] { meet<1>(32 * warps); };
-      const auto clear = [&](int from) {
-        for (int at = 4 * lane; at < F::kSumBytes; at += 128) shared<float>(from + warp * F::kSumBytes + at) = 0;
-        __syncwarp();
-      };
-      if (F::kReach < 25 && a.parts == 1) {  // those of wider kernels have few rows
-        __syncwarp();
-        put_own_sums<F>(a, cursor, share, tap_row, last_tap_row, apart, sums_at + warp * F::kSumBytes);
-        __syncwarp();
-        clear(sums_at);
-        cursor.advance(a);
-        continue;
-      }
       all_meet();
       if (sums_at != other_sums_at) clear(other_sums_at);  // which all have read, as they are here
       put_sums<F>(a, cursor, band, share, sums_at);
@@ -521,107 +616,188 @@ template <class F>
 int place(Arguments& a, int shared_memory) {
   a.input_unit_bytes = box_rows<F>(a.height) * F::kRowBytes;
   a.grad_unit_bytes = box_rows<F>(a.out_height) * F::kRowBytes;
-  int inputs = F::kImages * a.input_unit_bytes, grads = F::kImages * a.grad_unit_bytes;
-  if (!F::kChannelsLast) {
+  if (F::kColumns) a.input_unit_bytes = a.grad_unit_bytes = 4 * F::kSide * F::kSide;
+  if (!F::kChannelsLast)
     for (int* bytes : {&a.input_unit_bytes, &a.grad_unit_bytes})
-      *bytes = static_cast<int>(round_up(*bytes, 16)) | 16;  // an odd number of 16 bytes from image to image
-    inputs = F::kUnits * a.input_unit_bytes, grads = F::kUnits * a.grad_unit_bytes;
-  }
-  a.grads_at = static_cast<int>(round_up(inputs, kBoxUnit));
-  a.stage_bytes = static_cast<int>(round_up(a.grads_at + grads, kBoxUnit));
+      *bytes = static_cast<int>(round_up(*bytes, F::kPlaneUnit)) | F::kPlaneUnit;
+  constexpr int kUnits = F::kChannelsLast ? F::kImages : F::kPlanes;
+  a.grads_at = static_cast<int>(round_up(kUnits * a.input_unit_bytes, kBoxUnit));
+  a.stage_bytes = static_cast<int>(round_up(a.grads_at + kUnits * a.grad_unit_bytes, kBoxUnit));
   const int warps = a.tap_groups * a.parts;
   a.sums_bytes = warps * F::kSumBytes;
   for (a.sums_buffers = 2;; --a.sums_buffers) {
-    const int rest = a.sums_buffers * a.sums_bytes + 16 * kMostStages;
+    constexpr int kRowsBytes = F::kAlone ? 16 * F::kTapRows * F::kMostWarps : 0;
+    const int rest = a.sums_buffers * a.sums_bytes + 16 * (kMostStages + 1) + kRowsBytes;
     a.stages = std::min(kMostStages, (shared_memory - 128 - rest) / a.stage_bytes);
     a.sums_at = a.stages * a.stage_bytes, a.barriers_at = a.sums_at + a.sums_buffers * a.sums_bytes;
     a.zeros_from = a.width == F::kSide && a.out_width == F::kSide ? a.sums_at : 0;
-    a.bytes = a.barriers_at + 16 * kMostStages;
+    a.rows_at = a.barriers_at + 16 * (kMostStages + 1), a.bytes = a.rows_at + kRowsBytes;
     if (a.stages >= 2) return a.bytes;
     if (a.sums_buffers == 1) return 0;
   }
 }
 
-// Gives warps the rows of taps of band 0 so that schedulers, each of which has every fourth warp, have about as much to
-// do: those that meet the most rows first.
+// Gives warps the rows of taps of band 0, or parts of their rows of the image, so that schedulers, each of which has
+// every fourth warp, have about as much to do: those that meet the most rows first.
 template <class F>
 void balance_warps(Arguments& a) {
   constexpr int kSchedulers = 4;
-  const auto met = [&](int group) {
-    int rows = 0;
-    for (int t = F::kTapRows * group; t < std::min(F::kTapRows * (group + 1), a.band); ++t)
-      rows +=
-          std::max(std::min(a.out_height - 1 + t - a.padding_h, a.height - 1) - std::max(t - a.padding_h, 0) + 1, 0);
-    return rows;
+  const int count = a.tap_groups * a.parts;
+  const auto met = [&](int kind) {
+    const int part = kind / a.tap_groups, group = kind - part * a.tap_groups;
+    int sum = 0;
+    for (int t = group; t < a.band; t += a.tap_groups) {
+      const int first = std::max(t - a.padding_h, 0), end = std::min(a.out_height + t - a.padding_h, a.height);
+      const int rows = std::max(end - first, 0);
+      sum += rows * (part + 1) / a.parts - rows * part / a.parts;
+    }
+    return sum;
   };
-  int order[16], load[kSchedulers] = {}, warps[kSchedulers] = {};
-  for (int group = 0; group < a.tap_groups; ++group) order[group] = group;
-  std::stable_sort(order, order + a.tap_groups, [&](int one, int other) { return met(one) > met(other); });
-  for (int rank = 0; rank < a.tap_groups; ++rank) {
+  int order[F::kMostWarps], load[kSchedulers] = {}, warps[kSchedulers] = {};
+  std::iota(order, order + count, 0);
+  std::stable_sort(order, order + count, [&](int one, int other) { return met(one) > met(other); });
+  for (int rank = 0; rank < count; ++rank) {
     int best = -1;
     for (int scheduler = 0; scheduler < kSchedulers; ++scheduler)
-      if (kSchedulers * warps[scheduler] + scheduler < a.tap_groups && (best < 0 || load[scheduler] < load[best]))
+      if (kSchedulers * warps[scheduler] + scheduler < count && (best < 0 || load[scheduler] < load[best]))
         best = scheduler;
-    a.first_tap_rows[kSchedulers * warps[best]++ + best] = static_cast<signed char>(F::kTapRows * order[rank]);
+    a.kinds[kSchedulers * warps[best]++ + best] = static_cast<signed char>(order[rank]);
     load[best] += met(order[rank]);
   }
+}
+
+// Cuts the rows of taps into bands, and the rows of the image into parts, so that schedulers, each of which has every
+// fourth warp, have the least to do: for a row of taps, and for the planes that each band loads.
+template <class F>
+void cut(Arguments& a, int copiers) {
+  constexpr double kLoad = 0.4, kWait = 0.3;  // of what a warp takes for a row of taps
+  double least = 0;
+  for (int bands = static_cast<int>(ceil_div(a.kernel_h, F::kTapRows * F::kMostWarps)); bands <= a.kernel_h; ++bands) {
+    const int band = static_cast<int>(ceil_div(a.kernel_h, bands));
+    const int groups = static_cast<int>(ceil_div(band, F::kTapRows));
+    for (int parts = 1; parts * groups <= F::kMostWarps && (parts - 1) * F::kRows < a.height; ++parts) {
+      if ((parts > 1 || bands < a.kernel_h) && parts * groups + copiers > F::kAllWarps) break;
+      const double warps = static_cast<double>(ceil_div(groups * parts, 4));  // of a scheduler
+      const double cost = bands * ((warps + kWait) * F::kTapRows / parts + kLoad);
+      if (least == 0 || cost < least)
+        least = cost, a.bands = bands, a.band = band, a.tap_groups = groups, a.parts = parts;
+    }
+  }
+}
+
+// Makes clusters of two blocks where these share one filter, and no others do: then no second kernel has to add up.
+template <class F>
+void join_clusters(Arguments& a, void (*kernel)(Arguments), int shared_memory) {
+  a.cluster = 1;
+  constexpr int kBlocks = 2;
+  if (!F::kClusters || a.slots == 1 || a.rest > 0 || kBlocks * a.share % a.groups != 0 || !can_overlap(kernel)) return;
+  a.totals_at = a.bytes, a.totals_bytes = static_cast<int>(round_up(4 * (a.band * a.kernel_w + 1) * F::kFilters, 16));
+  const int bytes = a.bytes + a.totals_bytes, blocks = static_cast<int>(round_up(a.blocks, kBlocks));
+  if (bytes + 128 > shared_memory) return;
+  a.bytes = bytes, a.blocks = blocks, a.cluster = kBlocks, a.slots = 1;
+}
+
+// Describes boxes of as many planes as an item has, which lie close together in shared memory, where they are an odd
+// number of 16 bytes apart so.
+template <class F>
+bool describe_dense_planes(CUtensorMap& map, const float* from, const int64_t (&stride)[4], int filters, int batch,
+                           int rows) {
+  const int pixels = rows * F::kSide;
+  return pixels % 8 == 4 &&
+         describe_boxes(map, const_cast<float*>(from), 4, {pixels, filters, batch, 1},
+                        {4 * stride[1], 4 * stride[0], 4 * stride[0]}, {pixels, F::kFilters, F::kImages, 1});
 }
 
 template <class F>
 bool launch(const Problem& p, Arguments a, const Allocate& allocate, cudaStream_t stream) {
   const int64_t multiprocessors = current_device().multiprocessors;
-  a.input_copy = copy_of<F>(a.input, a.input_stride, a.filters, a.height, a.width, p.capability >= 90);
-  a.grad_copy = copy_of<F>(a.grad, a.grad_stride, a.filters, a.out_height, a.out_width, p.capability >= 90);
-  if (F::kChannelsLast && p.capability >= 90)
+  const bool has_bulk_copies = p.capability >= 90;
+  if constexpr (F::kColumns) {
+    const auto is_served = [](const int64_t (&stride)[4], int rows) {
+      return rows == F::kSide && stride[2] == 1 && stride[3] == rows;
+    };
+    if (!is_served(a.input_stride, a.height) || !is_served(a.grad_stride, a.out_height)) return false;
+    a.input_copy = copy_of<F>(a.input, p.input.stride, a.filters, a.width, a.height, has_bulk_copies);
+    a.grad_copy = copy_of<F>(a.grad, p.output.stride, a.filters, a.out_width, a.out_height, has_bulk_copies);
+  } else {
+    a.input_copy = copy_of<F>(a.input, a.input_stride, a.filters, a.height, a.width, has_bulk_copies);
+    a.grad_copy = copy_of<F>(a.grad, a.grad_stride, a.filters, a.out_height, a.out_width, has_bulk_copies);
+  }
+  if (F::kChannelsLast && has_bulk_copies)
     a.input_copy.bulk = a.grad_copy.bulk =
         describe_planes<F>(a.input_map, a.input, a.input_stride, a.filters, a.batch, a.height, a.width) &&
         describe_planes<F>(a.grad_map, a.grad, a.grad_stride, a.filters, a.batch, a.out_height, a.out_width);
-  const int bands = static_cast<int>(ceil_div(a.kernel_h, F::kTapRows * F::kMostWarps));
-  a.band = static_cast<int>(ceil_div(a.kernel_h, bands));
-  a.tap_groups = static_cast<int>(ceil_div(a.band, F::kTapRows));
-  if (F::kAlone) balance_warps<F>(a);
+  if (F::kAlone && !F::kChannelsLast) {
+    a.input_copy.boxes = a.input_copy.bulk && a.multiplier == 1 &&
+                         describe_dense_planes<F>(a.input_map, a.input, a.input_stride, a.filters, a.batch, a.height);
+    a.grad_copy.boxes = a.grad_copy.bulk &&
+                        describe_dense_planes<F>(a.grad_map, a.grad, a.grad_stride, a.filters, a.batch, a.out_height);
+  }
   // A warp takes as long for as many copies as all the others together for kCopies / its vector taps.
   constexpr int kCopies = 400;
   const bool bulk = a.input_copy.bulk && a.grad_copy.bulk;
-  const int wanted =
-      bulk ? 1 : 1 + kCopies / (std::min(a.input_copy.vector, a.grad_copy.vector) * a.kernel_h * a.kernel_w);
-  a.parts = std::max(1, std::min(F::kMostWarps / a.tap_groups, static_cast<int>(ceil_div(a.height, F::kRows))));
-  while (a.parts > 1 && a.tap_groups * a.parts + wanted > 16) --a.parts;
-  a.copiers = bulk ? 1 : std::max(16 - a.tap_groups * a.parts, 1);
-  a.groups = static_cast<int>(ceil_div(a.batch, F::kChannelsLast ? F::kImages : F::kUnits));
-  a.items = a.groups * (F::kChannelsLast ? static_cast<int>(ceil_div(a.filters, F::kUnits)) : a.filters);
+  if (F::kAlone && F::kBulk && !bulk) return false;
+  const int copies = std::min(a.input_copy.vector, a.grad_copy.vector) * a.kernel_h * a.kernel_w;
+  cut<F>(a, bulk ? 1 : std::min(1 + kCopies / copies, F::kAllWarps / 2));
+  a.copiers = bulk ? 1 : F::kAllWarps - a.tap_groups * a.parts;
+  std::iota(a.kinds, a.kinds + a.tap_groups * a.parts, static_cast<signed char>(0));
+  if (F::kAlone) balance_warps<F>(a);
+  a.groups = static_cast<int>(ceil_div(a.batch, F::kImages));
+  a.items = a.groups * static_cast<int>(ceil_div(a.filters, F::kFilters));
   // Smaller problems are spread over the device in smaller pieces.
-  if (2 * int64_t{a.items} * bands < multiprocessors || place<F>(a, static_cast<int>(p.shared_memory)) == 0)
+  if (2 * int64_t{a.items} * a.bands < multiprocessors || place<F>(a, static_cast<int>(p.shared_memory)) == 0)
     return false;
-  const int64_t most_blocks = std::max<int64_t>(multiprocessors / bands, 1);
+  const int64_t most_blocks = std::max<int64_t>(multiprocessors / a.bands, 1);
   a.splits = F::kChannelsLast ? static_cast<int>(most_blocks * a.groups / a.items) : 0;
   if (a.splits > 0) {
     // Blocks that read neighbouring channels of a pixel do so at the same time.
+    const int filters = a.items / a.groups, others = static_cast<int>(most_blocks) - filters * a.splits;
     a.share = static_cast<int>(ceil_div(a.groups, std::min(a.splits, a.groups)));
-    a.splits = a.slots = static_cast<int>(ceil_div(a.groups, a.share));
+    if (others > 0) {
+      a.rests = static_cast<int>(ceil_div(filters, others));
+      const int less = static_cast<int>(ceil_div(a.groups * a.rests, 1 + a.splits * a.rests));
+      if (less < a.share && less * a.splits < a.groups) a.share = less, a.rest = less * a.splits;
+    }
+    if (a.rest == 0) a.splits = static_cast<int>(ceil_div(a.groups, a.share));
+    a.slots = a.splits + (a.rest > 0);
   } else {
     a.share = static_cast<int>(ceil_div(a.items, most_blocks));
     a.slots = a.share % a.groups == 0   ? 1
               : a.groups % a.share == 0 ? a.groups / a.share
                                         : static_cast<int>(ceil_div(a.groups - 1, a.share)) + 1;
   }
-  a.sums = weight_sums(p, a.slots, allocate);
-  const auto kernel = lanes_grad_weight<F>;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, a.bytes);
   a.blocks = static_cast<int>(a.splits > 0 ? a.items / a.groups * a.splits : ceil_div(a.items, a.share));
+  if (a.rest > 0) a.blocks += static_cast<int>(ceil_div(a.items / a.groups, a.rests));
+  const auto kernel = lanes_grad_weight<F>;
+  const int threads = 32 * (a.tap_groups * a.parts + a.copiers);
+  join_clusters<F>(a, kernel, static_cast<int>(p.shared_memory));
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, a.bytes);
+  a.sums = weight_sums(p, a.slots, allocate);
   a.by_kernel_w = Divider(a.kernel_w), a.by_tap_groups = Divider(a.tap_groups);
-  launch_early(kernel, a, int64_t{a.blocks} * bands, 32 * (a.tap_groups * a.parts + a.copiers), stream, {1, a.bytes});
+  launch_early(kernel, a, int64_t{a.blocks} * a.bands, threads, stream, {a.cluster, a.bytes});
   check_launch("lanes_grad_weight");
   launch_add_partial_sums(p, a.sums, a.slots, stream);
   return true;
 }
 
-template <bool kChannelsLast>
+template <Layout kLayout>
 bool launch_form(const Problem& p, const Arguments& a, const Allocate& allocate, cudaStream_t stream) {
-  const int number = find_lanes_form(kChannelsLast, kChannelsLast ? a.filters : a.batch, a.width, a.out_width,
+  const int number = find_lanes_form(kLayout == Layout::kChannelsLast, a.batch, a.filters, a.width, a.out_width,
                                      a.kernel_w, a.padding_w);
+  const auto launch_it = [&](auto form) {
+    constexpr int kNumber = decltype(form)::value;
+    // Lanes on planes alone would meet in the same banks.
+    using Usual = Form<kNumber, kLayout>;
+    if constexpr (kLayout == Layout::kColumns && Form<kNumber, Layout::kRows>::kAlone)
+      return false;
+    else if constexpr (Usual::kAlone)
+      return number == kNumber &&
+             (launch<Usual>(p, a, allocate, stream) || launch<Form<kNumber, kLayout, false>>(p, a, allocate, stream));
+    else
+      return number == kNumber && launch<Usual>(p, a, allocate, stream);
+  };
   return [&]<int... kNumber>(std::integer_sequence<int, kNumber...>) {
-    return ((number == kNumber && launch<Form<kNumber, kChannelsLast>>(p, a, allocate, stream)) || ...);
+    return (launch_it(std::integral_constant<int, kNumber>{}) || ...);
   }(std::make_integer_sequence<int, static_cast<int>(std::size(kLanesForms))>{});
 }
 
@@ -644,7 +820,9 @@ bool launch_lanes_grad_weight(const Problem& p, const Allocate& allocate, cudaSt
     turn(a);
     for (int64_t* stride : {a.input_stride, a.grad_stride}) std::swap(stride[2], stride[3]);
   }
-  return channels_last ? launch_form<true>(p, a, allocate, stream) : launch_form<false>(p, a, allocate, stream);
+  if (channels_last) return launch_form<Layout::kChannelsLast>(p, a, allocate, stream);
+  return (a.turned && launch_form<Layout::kColumns>(p, a, allocate, stream)) ||
+         launch_form<Layout::kRows>(p, a, allocate, stream);
 }
 
 }  // namespace dwconv
