@@ -96,7 +96,7 @@ template <int kKernel>
 struct Units : AnyPart<kKernel> {
   static constexpr int kKernelH = kKernel, kKernelW = kKernel, kReach = kKernel / 2;
   static constexpr int kRows = 8, kColumns = kUnit / 2, kTiles = 1, kLanes = 1;
-  static constexpr bool kOddStrips = false;
+  static constexpr bool kOddStrips = false, kUnits = true;
   static constexpr int kMaxThreads = 224, kBlocks = 2;
 
   float sum[kKernel][kKernel] = {};
@@ -169,6 +169,7 @@ struct Corner {
   static constexpr int kKernelH = kKernel, kKernelW = kKernel;
   static constexpr int kRows = 7, kColumns = 7, kTiles = 1, kLanes = 1;
   static constexpr bool kOddStrips = false, kWhole = true, kPlane = kSide == 7, kTurns = false;
+  static constexpr bool kPieces = false, kUnits = false;
   static constexpr int kProducts = 0, kScratch = 0;
   static constexpr int kMaxThreads = kKernel == 7 ? 160 : 224, kBlocks = 2;
   static constexpr int kMostMultiplier = 8;      // shared memory holds the planes of a channel

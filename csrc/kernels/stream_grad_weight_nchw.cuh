@@ -17,6 +17,8 @@
 //   kPlane                whether it is a whole plane, so that a thread has all sums of its filter
 //   kScratch              bytes of shared memory of a warp, from scratch_at on
 //   kTurns                whether a filter's warps take turns, as some tiles take longer
+//   kUnits                whether a row of a tile is 16 bytes that are read at once
+//   kPieces               whether a chunk that is a block's only one comes in two pieces
 //   add<T>(stream, chunk, filter, tile)  adds a tile, or the first of several, to the thread's sums
 //   total(i, j), total_bias()            the sums
 //   tap(i, j)                            whose sum total(i, j) is
@@ -55,6 +57,10 @@ struct GradStream {
   bool single;  // a block works for one filter, on bands of rows; else for whole planes
   int block_channels, block_filters, chunk_rows, bands;
   int splits, split_steps, more_steps;  // so many splits have a step more than the others
+  // A chunk that is a block's only one arrives in two pieces, as if they were chunks. The first one has so many rows of
+  // the gradient, of so many planes of the input or else the rows of one that these meet, and units before
+  // `early_units` need nothing else. 0 where chunks arrive as a whole.
+  int early_rows, early_channels, early_units;
   int strips, segments;
   int lanes_log2, slots_at_once;  // so many lanes add up the threads' sums of a tap, and so many taps at a time
   Divider by_block_filters;
@@ -109,6 +115,20 @@ __device__ inline GradChunk chunk_of(const GradStream& a, int group, int step) {
   return c;
 }
 
+// The rows behind the first piece of a chunk.
+struct Middle {
+  int source, grad;
+};
+
+__device__ inline Middle middle_of(const GradStream& a, const GradChunk& c) {
+  int source = c.source_plane + a.early_channels * a.height;
+  if (a.early_channels == 0) {
+    const int last = (c.row + a.early_rows - 1) * a.stride - a.padding_h + (a.kernel_h - 1) * a.dilation;
+    source += min(max(last + 2, 0), a.height);  // with the row behind them, into which words of the last one reach
+  }
+  return {min(max(source, c.source.begin), c.source.end), min(c.grad.begin + a.early_rows, c.grad.end)};
+}
+
 // The sum of one tap over the block's part of the images, by all threads, of products inside the image only.
 template <typename T>
 __device__ __noinline__ float sum_by_products(const GradStream& a, int group, int first, int last, int filter,
@@ -151,11 +171,13 @@ __device__ inline float sum_of(int values, int count, int lanes) {
 // What tiles have in common that take any part of a plane, and have the taps in their order.
 template <int kKernelW>
 struct AnyPart {
-  static constexpr bool kWhole = false, kPlane = false, kTurns = false;
+  static constexpr bool kWhole = false, kPlane = false, kTurns = false, kPieces = false, kUnits = false;
   static constexpr int kProducts = 0, kScratch = 0;
 
   __device__ int tap(int i, int j) const { return i * kKernelW + j; }
 };
+
+constexpr int kManyTaps = 25;  // from so many on arithmetic bounds it, not bytes
 
 template <typename T, class Tile>
 __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
@@ -180,13 +202,24 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
   uint32_t parity = loads ? 1 : 0;
   // By one piece of code for all chunks: instructions are slow to come the first time. What there is to find out is so
   // before the wait for the place that the chunk takes.
+  const bool in_pieces = Tile::kPieces && copier.bulk && a.early_units > 0;
   const auto load = [&](int step) {
-    if (step < last && copier.loads()) {
-      GradChunk c = chunk_of(a, group, step);
+    if (step < last + in_pieces && copier.loads()) {
+      GradChunk c = chunk_of(a, group, in_pieces ? first : step);
+      const int source_end = c.source.end, grad_end = c.grad.end;
+      if (in_pieces) {
+        const Middle middle = middle_of(a, c);
+        (stage == 0 ? c.source.end : c.source.begin) = middle.source;
+        (stage == 0 ? c.grad.end : c.grad.begin) = middle.grad;
+      }
       bool taken = copier.dedicated && step >= first + kDepth;
+      // Where much is multiplied, the second chunk, or piece, waits for the first one: that of every block comes
+      // before.
+      bool second = kTaps >= kManyTaps && Tile::kBlocks > 1 && copier.dedicated && step == first + 1;
       const auto ready = [&] {
         if (taken) wait(Barriers::done(stage), parity);
-        taken = false;
+        if (second) wait(Barriers::full(0), 0);
+        taken = second = false;
         if (!may_read) settle_and_wait_for_kernel_before(a.splits);
         may_read = true;
       };
@@ -197,9 +230,10 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
       };
       load_flow(a.source, source_cursor, c.source);
       load_flow(a.grad, grad_cursor, c.grad);
+      c.source.end = source_end, c.grad.end = grad_end;
       if (copier.rank() == 0) shared<GradChunk>(a.chunks_at + stage * static_cast<int>(sizeof(GradChunk))) = c;
     }
-    if (step < last || !copier.bulk) copier.commit(stage);
+    if (step < last + in_pieces || !copier.bulk) copier.commit(stage);
   };
 
   Tile sums(a);
@@ -220,8 +254,11 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
         int number = warp - filter * a.filter_warps;
         if (Tile::kTurns) number = (number + step - first) % a.filter_warps;
         if (filter < filters)
-          for (int tile = number * Tile::kTiles; tile < tiles; tile += a.filter_warps * Tile::kTiles)
+          for (int tile = number * Tile::kTiles; tile < tiles; tile += a.filter_warps * Tile::kTiles) {
+            if (in_pieces && filter * tiles + min(tile + Tile::kTiles, tiles) > a.early_units)
+              wait(Barriers::full(1), 0);
             sums.template add<T>(a, c, filter, tile);
+          }
       }
       if (copier.dedicated)
         copier.finish(stage);
@@ -231,6 +268,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
     if (loads) load(step + kDepth);
     if (++stage == kDepth) stage = 0, parity ^= 1;
   }
+  if (in_pieces) wait(Barriers::full(1), 0);  // before the rings take sums, whoever has read of it
   __syncthreads();
 
   const int slots = kTaps + a.with_bias;
@@ -352,6 +390,8 @@ struct GradTileSize {
   bool odd_strips;                                   // an odd number of tiles side by side
   bool whole;
   int scratch;  // bytes of a warp
+  bool pieces;
+  bool units;  // whether a row of a tile is 16 bytes that are read at once
 
   int64_t strips(int64_t width) const { return ceil_div(width, columns) | (odd_strips ? 1 : 0); }
 };
@@ -376,6 +416,12 @@ inline void apply(GradStream& a, GradCut& cut, const GradTileSize& tile) {
   a.lanes_log2 = per_filter < kFew ? 0 : 3;
   a.slots_at_once = (cut.threads + (a.bulk ? 32 : 0)) / (a.block_filters << a.lanes_log2);
   a.by_block_filters = Divider(a.block_filters);
+  // The rest is to arrive while the first piece is added.
+  const int early_segments = (2 * a.segments + 4) / 5, early_filters = (2 * a.block_filters + 4) / 5;
+  const bool by_segments = a.block_filters == 1, in_pieces = tile.pieces && steps == cut.splits;
+  a.early_channels = by_segments ? 0 : (early_filters + a.multiplier - 1) / a.multiplier;
+  a.early_rows = by_segments ? early_segments * tile.rows : early_filters * a.out_height;
+  a.early_units = in_pieces ? (by_segments ? early_segments : early_filters * a.segments) * a.strips : 0;
   a.by_tiles = Divider(cut.single ? int64_t{1} << 30 : int64_t{a.strips} * a.segments);
   const int extent = (a.kernel_h - 1) * a.dilation + 1;
   RowRing &source = a.source.ring, &grad = a.grad.ring;
@@ -401,6 +447,11 @@ inline void apply(GradStream& a, GradCut& cut, const GradTileSize& tile) {
 inline GradCut cut_for(GradStream a, const GradTileSize& tile, const Device& device) {
   GradCut best{};
   double best_score = -1;
+  // Whether the first chunks of all blocks are a good part of both arrays.
+  const int64_t image_bytes = int64_t{a.channels} * a.height * a.source.ring.row_bytes +
+                              int64_t{a.filters} * a.out_height * a.grad.ring.row_bytes;
+  const bool soon_done =
+      a.images * image_bytes < int64_t{4} * device.shared_per_multiprocessor * device.multiprocessors;
   const auto consider = [&](bool single, int channels, int rows) {
     const int64_t tiles = tile.strips(a.out_width) * ceil_div(rows, tile.rows);
     const int64_t filters = single ? 1 : channels * a.multiplier;
@@ -431,11 +482,13 @@ inline GradCut cut_for(GradStream a, const GradTileSize& tile, const Device& dev
     double even = turns / std::ceil(turns) * (static_cast<double>(steps) / splits) / ceil_div(steps, splits);
     if (tile.lanes == 1) even *= static_cast<double>(a.filters) / (groups * a.block_filters);
     double busy = static_cast<double>(resident * units) / rounds;
-    if (tile.lanes == 1 && tile.taps < 25 && a.bulk && a.float32) {
+    if (tile.lanes == 1 && tile.taps < kManyTaps && a.bulk &&
+        (a.float32 || (tile.units && tile.taps > 1 && soon_done))) {
       // Bytes bound: as many threads as keep up with memory are enough, and memory is faster where less is on its way
-      // at once, in whole lines. Bands share rows, and the last one may be short.
+      // at once, in whole lines. Bands share rows, and the last one may be short. In 16 bits there are as many
+      // instructions for half of the bytes.
       constexpr int64_t kEnoughBytes = 160 << 10;
-      busy = std::min(busy, 14. * tile.taps);
+      busy = std::min(busy, (a.float32 ? 14. : 28.) * tile.taps);
       if (resident * cut.shared_bytes > kEnoughBytes) busy *= 0.85;
       const auto in_lines = [&](const RowRing& ring, int64_t planes, int height) {
         return planes * height * ring.row_bytes % 128 == 0;
@@ -464,7 +517,8 @@ inline GradCut cut_for(GradStream a, const GradTileSize& tile, const Device& dev
 template <class Tile>
 constexpr GradTileSize size_of_tile() {
   return {Tile::kRows,       Tile::kColumns, Tile::kTiles,     Tile::kLanes, Tile::kKernelH * Tile::kKernelW,
-          Tile::kMaxThreads, Tile::kBlocks,  Tile::kOddStrips, Tile::kWhole, Tile::kScratch};
+          Tile::kMaxThreads, Tile::kBlocks,  Tile::kOddStrips, Tile::kWhole, Tile::kScratch,
+          Tile::kPieces,     Tile::kUnits};
 }
 
 // Whether there is room for bands of the fewest rows beside what warps need, and not only for the bands.

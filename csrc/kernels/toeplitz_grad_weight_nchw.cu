@@ -26,7 +26,7 @@ enum class Begin { kEven, kAny, kEvenOdd, kOddEven };
 template <int kKernel, int kTileRows>
 struct Toeplitz : AnyPart<kKernel> {
   static constexpr int kRows = kTileRows, kColumns = 16, kTiles = 4, kLanes = 32;
-  static constexpr bool kOddStrips = false;
+  static constexpr bool kOddStrips = false, kPieces = true;
   static constexpr int kKernelH = kKernel, kKernelW = kKernel;
   static constexpr int kMaxThreads = 224, kBlocks = 2;
 
