@@ -1005,6 +1005,7 @@ def test_streams_are_exact(tile: tuple, dtype: torch.dtype) -> None:
         (28, 28),
         (31, 57),
         (56, 56),
+        (61, 64),
         (113, 95),
         (64, 301),
         (200, 300),

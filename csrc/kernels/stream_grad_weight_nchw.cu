@@ -11,15 +11,17 @@
 namespace dwconv {
 namespace {
 
-// A tile of 7 x 7 gradients: walks down the source rows, reads each once, and multiplies it with the gradients whose
-// window it lies in. Needs a padding below the kernel's extent and 7 output columns.
-template <class Kernel>
+// A tile of kRows x kColumns gradients: walks down the source rows, reads each once, and multiplies it with the
+// gradients whose window it lies in. Needs a padding below the kernel's extent and kColumns output columns. Tiles of 2
+// columns are read by pairs, as far as rows and what tiles read of them lie evenly (8 bytes), or oddly as the kernel
+// is.
+template <class Kernel, int kRows_ = 7, int kColumns_ = 7>
 struct Window : AnyPart<Kernel::kKernelW> {
   static constexpr int kKernelH = Kernel::kKernelH, kKernelW = Kernel::kKernelW;
   static constexpr int kStride = Kernel::kStride, kDilation = Kernel::kDilation;
-  static constexpr int kRows = 7, kColumns = 7, kTiles = 1, kLanes = 1;
-  static constexpr bool kOddStrips = false;
-  static constexpr int kMaxThreads = kKernelH * kKernelW < 25 ? 224 : 128, kBlocks = 2;
+  static constexpr int kRows = kRows_, kColumns = kColumns_, kTiles = 1, kLanes = 1;
+  static constexpr bool kOddStrips = false, kPairs = kColumns == 2;
+  static constexpr int kMaxThreads = kPairs ? 256 : kKernelH * kKernelW < kManyTaps ? 224 : 128, kBlocks = 2;
   static constexpr bool kInParts = kKernelH * kKernelW < 25;  // long sums lose digits; of more taps there is no room
 
   float sum[kKernelH][kKernelW] = {};
@@ -59,7 +61,11 @@ struct Window : AnyPart<Kernel::kKernelW> {
       if (r % kStride == 0 && r / kStride < kRows) {
         float (&row_g)[kColumns] = g[r / kStride];
         const int from = grad.next();
-        read_row<T>(r / kStride < rows ? from + column * kSize : kZeros, row_g);
+        const int first = r / kStride < rows ? from + column * kSize : kZeros;
+        if constexpr (kPairs)
+          read_row_by_pairs<false>(first, row_g);
+        else
+          read_row<T>(first, row_g);
         if (overlap > 0)
 #pragma unroll
           for (int v = 0; v < kColumns - 1; ++v)
@@ -70,7 +76,9 @@ struct Window : AnyPart<Kernel::kKernelW> {
       }
       float x[kSourceColumns];
       const bool inside = y0 + r >= begin && y0 + r < end;
-      read_next<T, kExtentW - 1, (kColumns - 1) * kStride + 1>(source, inside, x0, a.width, x);
+      constexpr ReadBy kEvenOrOdd = kExtentW / 2 % 2 == 0 ? ReadBy::kEvenPairs : ReadBy::kOddPairs;
+      read_next<T, kExtentW - 1, (kColumns - 1) * kStride + 1, kPairs ? kEvenOrOdd : ReadBy::kOne>(source, inside, x0,
+                                                                                                   a.width, x);
 #pragma unroll
       for (int i = 0; i < kKernelH; ++i) {
         const int reach = r - i * kDilation, o = reach / kStride;
@@ -456,6 +464,13 @@ void launch_stream_grad_weight_nchw(const Problem& p, bool bulk, const Allocate&
           if (a.padding_h == kSide / 2 && a.padding_w == kSide / 2 && begins_with_units(a.source.ring) &&
               begins_with_units(a.grad.ring))
             return launch<T, Units<kSide>>(p, a, allocate, stream);
+        }
+        if constexpr (sizeof(T) == 4 && Kernel::kSquare && kSide == 3 && Kernel::kStride == 1) {
+          constexpr int kPairsWidth = 64;  // a warp has a row of tiles of 2 columns
+          // Tiles of 7 columns below each other lie in the same banks there.
+          if (a.width == kPairsWidth && a.out_width == kPairsWidth && a.padding_w % 2 == Kernel::kDilation % 2 &&
+              a.source.ring.phase % 8 == 0 && a.grad.ring.phase % 8 == 0)
+            return launch<T, Window<Kernel, 8, 2>>(p, a, allocate, stream);
         }
         launch<T, Window<Kernel>>(p, a, allocate, stream);
       });
