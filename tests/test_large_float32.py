@@ -183,7 +183,10 @@ def test_planes_as_wide_as_code_is_compiled_for(case: Case, memory_format: torch
 # What lanes.cu is compiled for, likewise, of so many images and filters that every multiprocessor has some.
 ROWS = [
     Case(15, 260, (27, 28), (9, 9), padding=(4, 4)),
-    Case(16, 132, (28, 28), (9, 8), padding=(2, 4), multiplier=2),
+    Case(63, 260, (27, 28), (9, 9), padding=(4, 4)),
+    Case(60, 264, (15, 13), (25, 26), padding=(12, 13)),
+    Case(64, 264, (14, 14), (27, 27), padding=(13, 13)),
+    Case(32, 132, (28, 28), (9, 8), padding=(2, 4), multiplier=2),
     Case(16, 264, (29, 26), (13, 12), padding=(7, 6)),
     Case(30, 140, (28, 28), (29, 29), padding=(14, 14)),
     Case(8, 264, (53, 55), (30, 30), padding=(15, 14)),

@@ -13,8 +13,6 @@ namespace dwconv {
 struct RowForm {
   int side, reach;
 
-  // Images of a warp of lanes.cu.
-  constexpr int units() const { return side == 56 ? 8 : 16; }
   // Whether no tap that lies farther meets an image.
   constexpr bool has_all_taps() const { return reach == side - 1; }
   // Whether planes and kernels fit.
@@ -23,22 +21,57 @@ struct RowForm {
            (has_all_taps() || std::max(padding_w, kernel_w - 1 - padding_w) <= reach);
   }
   // Whether few lanes are idle that lie on so many of them.
-  static bool fills(int64_t planes, int64_t units) { return 3 * (-planes & (units - 1)) <= planes; }
-  // Whether code for it wastes little.
-  bool serves(int64_t planes, int64_t width, int64_t out_width, int64_t kernel_w, int64_t padding_w) const {
-    return fits(width, out_width, kernel_w, padding_w) && 8 * std::max(width, out_width) >= 7 * side &&
-           4 * kernel_w >= 3 * (2 * reach + 1) && fills(planes, units());
+  static constexpr bool fills(int64_t planes, int64_t units) { return 3 * (-planes & (units - 1)) <= planes; }
+  // Whether code for it wastes little, if so many planes are computed together.
+  bool serves(int64_t planes, int64_t units, int64_t width, int64_t out_width, int64_t kernel_w,
+              int64_t padding_w) const {
+    const int64_t most = std::max(width, out_width), far = std::max(padding_w, kernel_w - 1 - padding_w);
+    return most <= side && 8 * most >= 7 * side && far <= reach && 4 * kernel_w >= 3 * (2 * reach + 1) &&
+           fills(planes, units);
   }
 };
 
-// What lanes.cu is compiled for.
-constexpr RowForm kRowForms[] = {{28, 4}, {28, 6}, {28, 14}, {56, 15}, {56, 2}, {56, 25}};
+// What lanes.cu is compiled for: what a lane has, images and neighbouring rows of outputs of each, and how many lanes
+// lie side by side, on images, at least and at most; others lie on rows.
+struct RowsForm : RowForm {
+  int images, rows, least_lanes, lanes;
+  bool staged, ahead;  // whether outputs go out through shared memory, and pixels are read ahead of their use
+
+  constexpr RowsForm(RowForm form, int images, int rows, int least_lanes, int lanes, bool staged, bool ahead)
+      : RowForm(form),
+        images(images),
+        rows(rows),
+        least_lanes(least_lanes),
+        lanes(lanes),
+        staged(staged),
+        ahead(ahead) {}
+};
+constexpr RowsForm kRowsForms[] = {{{14, 13}, 2, 2, 32, 32, true, true}, {{28, 4}, 2, 1, 8, 16, true, false},
+                                   {{28, 6}, 2, 1, 8, 16, true, false},  {{28, 14}, 2, 1, 8, 16, false, false},
+                                   {{56, 15}, 1, 1, 8, 8, false, false}, {{56, 2}, 1, 1, 8, 8, true, false},
+                                   {{56, 25}, 1, 1, 8, 8, false, false}};
 
 // The number of the form that serves; -1 for none.
-inline int find_row_form(int64_t batch, int64_t width, int64_t out_width, int64_t kernel_w, int64_t padding_w) {
-  for (int number = 0; number < static_cast<int>(std::size(kRowForms)); ++number)
-    if (kRowForms[number].serves(batch, width, out_width, kernel_w, padding_w)) return number;
+inline int find_rows_form(int64_t batch, int64_t width, int64_t out_width, int64_t kernel_w, int64_t padding_w) {
+  for (int number = 0; number < static_cast<int>(std::size(kRowsForms)); ++number) {
+    const RowsForm& form = kRowsForms[number];
+    if (form.serves(batch, form.images * form.least_lanes, width, out_width, kernel_w, padding_w)) return number;
+  }
   return -1;
+}
+
+// Whether launch_lanes is sure to serve planes whose rows lie side by side.
+inline bool is_sure_of_rows(const Problem& p) {
+  const int number = find_rows_form(p.batch, p.width, p.out_width, p.kernel_w, p.padding_w);
+  if (number < 0 || p.capability < 80) return false;
+  const RowsForm& form = kRowsForms[number];
+  const int64_t units = form.images * form.least_lanes, rows = 32 / form.least_lanes * form.rows;
+  constexpr int64_t kManyItems = 512;  // no device has more multiprocessors than a third of that
+  if (p.filters() * ((p.batch + units - 1) / units) < kManyItems) return false;
+  const int64_t height = std::max(p.height, p.out_height);
+  constexpr int64_t kStages = 2, kWarps = 12, kKernel = 8 << 10, kBesidesStages = 64 << 10;
+  return kStages * std::min(p.height, p.out_height) >= kWarps * rows &&
+         kStages * (units * (4 * form.side * height + 16) + kKernel) + kBesidesStages <= p.shared_memory;
 }
 
 // What lanes_grad_weight.cu is compiled for: rows of taps for each warp besides.

@@ -207,11 +207,13 @@ __device__ __forceinline__ void visit_from(int first, Visitor&& visit) {
 
 // An output, tap by tap: only taps that meet the image.
 template <typename A>
-__device__ __noinline__ float sum_by_taps(const A& a, int filter, int image, int row, int column) {
+__device__ __forceinline__ float sum_taps(const A& a, int filter, int image, int row, int column) {
   float sum = 0;
+#pragma unroll 1
   for (int i = 0; i < a.kernel_h; ++i) {
     const int y = row - a.padding_h + i;
     if (y < 0 || y >= a.height) continue;
+#pragma unroll 1
     for (int j = 0; j < a.kernel_w; ++j) {
       const int x = column - a.padding_w + j;
       if (x >= 0 && x < a.width)
@@ -222,6 +224,12 @@ __device__ __noinline__ float sum_by_taps(const A& a, int filter, int image, int
     }
   }
   return sum;
+}
+
+// The same, called.
+template <typename A>
+__device__ __noinline__ float sum_by_taps(const A& a, int filter, int image, int row, int column) {
+  return sum_taps(a, filter, image, row, column);
 }
 
 // The order in which chunks are computed: those in the middle, which meet the most rows, first.
