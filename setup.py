@@ -124,7 +124,8 @@ def architectures() -> str:
 
 def architecture_flags(flags: list[str]) -> list[str]:
     """For nvcc: code for sm_90 becomes code for sm_90a, which runs on the same GPUs and alone has wgmma."""
-    return [flag.replace("arch=compute_90,code=sm_90", "arch=compute_90a,code=sm_90a") for flag in flags]
+    plain, full = "arch=compute_90,code=sm_90", "arch=compute_90a,code=sm_90a"
+    return list(dict.fromkeys(flag.replace(plain, full) for flag in flags))
 
 
 def main() -> None:

@@ -414,8 +414,6 @@ def test_unknown_choice(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, c
 
 
 def test_architectures(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.utils import cpp_extension
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert setup_py.architectures() == "8.0;9.0+PTX"
     gpus = [(9, 0), (8, 6), (9, 0)]
@@ -425,14 +423,27 @@ def test_architectures(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) ->
     assert setup_py.architectures() == "8.6;9.0"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 8.0+PTX")
     assert setup_py.architectures() == "7.5 8.0+PTX"
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
-    assert setup_py.architecture_flags(cpp_extension._get_cuda_arch_flags()) == [
-        "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_90,code=compute_90",
-        "-gencode=arch=compute_90a,code=sm_90a",
-    ]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "")
     assert setup_py.architectures() == "8.6;9.0"
+
+
+@pytest.mark.parametrize(
+    "architectures, flags",
+    [
+        ("8.0", ["compute_80,code=sm_80"]),
+        ("9.0", ["compute_90a,code=sm_90a"]),
+        ("9.0;9.0a", ["compute_90a,code=sm_90a"]),
+        ("8.6 9.0+PTX", ["compute_86,code=sm_86", "compute_90,code=compute_90", "compute_90a,code=sm_90a"]),
+    ],
+)
+def test_architecture_flags(
+    setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, architectures: str, flags: list[str]
+) -> None:
+    from torch.utils import cpp_extension
+
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", architectures)
+    found = setup_py.architecture_flags(cpp_extension._get_cuda_arch_flags())
+    assert sorted(found) == [f"-gencode=arch={flag}" for flag in flags]
 
 
 @needs_sources
@@ -461,6 +472,7 @@ def test_toolkit_of_another_cuda_than_torchs(tree: Path, tmp_path: Path) -> None
     assert {"csrc/cuda.cpp", "csrc/cpu.cpp"} < set(extension["sources"])
     defined = dict(extension["define_macros"])
     assert (defined["DWCONV_CUDA_VERSION"], defined["DWCONV_CUDA_ARCHITECTURES"]) == ('"99.8"', '"7.5"')
+    assert "-gencode=arch=compute_75,code=sm_75" in extension["extra_compile_args"]["nvcc"]
     assert "-lcudart_static" in extension["extra_link_args"]
     assert extension["libraries"] == extension["runtime_library_dirs"] == []
 

@@ -22,6 +22,7 @@
 #include "launch.h"
 #include "outer_grad_weight_images.h"
 #include "outer_grad_weight_planes.h"
+#include "outer_grad_weight_tall.h"
 #include "overlap.cuh"
 #include "planes.cuh"
 #include "stream.cuh"
@@ -589,6 +590,7 @@ void launch_outer_grad_weight(const Problem& problem, const Allocate& allocate, 
   };
   const ImagePlanes source = planes(p.input, p.channels, p.height, p.width);
   const ImagePlanes grad = planes(p.output, p.filters(), p.out_height, p.out_width);
+  if (by_kernel && launch_outer_grad_weight_tall(p, source, grad, allocate, stream)) return;
   if (!by_kernel && launch_outer_grad_weight_images(p, exchanged, source, grad, allocate, stream)) return;
   if (launch_outer_grad_weight_planes(p, exchanged, by_kernel, source, grad, allocate, stream)) return;
 

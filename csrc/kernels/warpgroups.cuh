@@ -85,18 +85,34 @@ struct Matrices {
   }
 };
 
+// A matrix in rows of up to 64 elements of 16 bits, 128 bytes each, as boxes come with CU_TENSOR_MAP_SWIZZLE_128B: 16
+// elements of all rows are multiplied with. Eight rows begin at a multiple of 1024 bytes.
+constexpr int kBoxPitch = 128, kBoxAlignment = 8 * kBoxPitch;
+__device__ inline uint64_t swizzled_rows(uint32_t address) {
+  constexpr uint64_t kStep = kBoxAlignment / 16, kSwizzle = uint64_t{1} << 62;
+  return address >> 4 | kStep << 16 | kStep << 32 | kSwizzle;
+}
+
 // clang-format off
 #define DWCONV_TILE(j) "+f"(sum[j][0]), "+f"(sum[j][1]), "+f"(sum[j][2]), "+f"(sum[j][3])
 #define DWCONV_TILES_2 DWCONV_TILE(0), DWCONV_TILE(1)
 #define DWCONV_TILES_3 DWCONV_TILES_2, DWCONV_TILE(2)
 #define DWCONV_TILES_4 DWCONV_TILES_3, DWCONV_TILE(3)
 #define DWCONV_TILES_5 DWCONV_TILES_4, DWCONV_TILE(4)
-#define DWCONV_TILES_14 DWCONV_TILES_5, DWCONV_TILE(5), DWCONV_TILE(6), DWCONV_TILE(7), DWCONV_TILE(8), \
-    DWCONV_TILE(9), DWCONV_TILE(10), DWCONV_TILE(11), DWCONV_TILE(12), DWCONV_TILE(13)
+#define DWCONV_TILES_7 DWCONV_TILES_5, DWCONV_TILE(5), DWCONV_TILE(6)
+#define DWCONV_TILES_8 DWCONV_TILES_7, DWCONV_TILE(7)
+#define DWCONV_TILES_14 DWCONV_TILES_8, DWCONV_TILE(8), DWCONV_TILE(9), DWCONV_TILE(10), DWCONV_TILE(11), \
+    DWCONV_TILE(12), DWCONV_TILE(13)
 #define DWCONV_SUMS_2 "{%0, %1, %2, %3, %4, %5, %6, %7}"
 #define DWCONV_SUMS_3 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11}"
 #define DWCONV_SUMS_4 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
 #define DWCONV_SUMS_5 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19}"
+#define DWCONV_SUMS_7                                                                                           \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "  \
+  "%23, %24, %25, %26, %27}"
+#define DWCONV_SUMS_8                                                                                           \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "  \
+  "%23, %24, %25, %26, %27, %28, %29, %30, %31}"
 #define DWCONV_SUMS_14                                                                                          \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "  \
   "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "   \
@@ -118,6 +134,10 @@ struct Matrices {
     DWCONV_MULTIPLY(4, "32", type, "{%16, %17, %18, %19}, %20", "0"); \
   else if constexpr (kTiles == 5)                                     \
     DWCONV_MULTIPLY(5, "40", type, "{%20, %21, %22, %23}, %24", "0"); \
+  else if constexpr (kTiles == 7)                                     \
+    DWCONV_MULTIPLY(7, "56", type, "{%28, %29, %30, %31}, %32", "0"); \
+  else if constexpr (kTiles == 8)                                     \
+    DWCONV_MULTIPLY(8, "64", type, "{%32, %33, %34, %35}, %36", "0"); \
   else if constexpr (kTiles == 14)                                    \
   DWCONV_MULTIPLY(14, "112", type, "{%56, %57, %58, %59}, %60", "1")
 
