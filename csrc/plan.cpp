@@ -384,6 +384,8 @@ bool claims_toeplitz_channels_last(const Problem& p) {
 
 bool claims_march_channels_last(const Problem& p) {
   if (p.pass == Pass::kGradWeight || !can_march(p)) return false;
+  if (p.dtype == DType::kFloat32 && March9x9::is_of(p) && is_sure_of_lanes_channels_last(p))
+    return false;  // large_float32 is faster
   if (p.pass == Pass::kForward) return p.multiplier <= 8;
   // Sums over two filters are compiled for squares only.
   const bool square = p.kernel_h == p.kernel_w && p.kernel_h > 1 && p.dilation_h == 1;

@@ -196,24 +196,41 @@ ROWS = [
 ]
 
 
+# The same of lanes_channels_last.cu.
+PIXELS = [
+    Case(24, 516, (15, 13), (25, 26), padding=(12, 13)),
+    Case(21, 260, (27, 28), (9, 9), padding=(4, 4)),
+    Case(21, 264, (29, 26), (13, 12), padding=(7, 6)),
+    Case(21, 256, (28, 28), (29, 29), padding=(14, 14)),
+    Case(21, 140, (53, 55), (30, 30), padding=(15, 14)),
+    Case(21, 144, (56, 56), (5, 51), padding=(2, 25)),
+    Case(21, 140, (56, 54), (51, 5), padding=(25, 2)),
+    Case(44, 264, (3, 28), (13, 13), padding=(12, 6)),
+]
+CASES = [(case, FORMATS[0]) for case in ROWS] + [(case, FORMATS[1]) for case in PIXELS]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", ROWS, ids=str)
-def test_rows_that_code_is_compiled_for(case: Case) -> None:
+@pytest.mark.parametrize(("case", "memory_format"), CASES, ids=str)
+def test_rows_that_code_is_compiled_for(case: Case, memory_format: torch.memory_format) -> None:
     """Exact, wherever tensors begin, and NaN only where a tap meets one."""
-    arguments = arguments_of(case)
+    arguments, channels_last = arguments_of(case), memory_format == torch.channels_last
 
     def results(input: Tensor, weight: Tensor, bias: Tensor, grad_output: Tensor, plan: str | None = None) -> list:
         found = [torch.ops.dwconv.forward.plan(input, weight, bias, *arguments, plan or PLANS["forward"])]
         if case.multiplier == 1:
             of_input = torch.ops.dwconv.grad_input.plan
-            found.append(of_input(grad_output, weight, input.shape, *arguments, False, plan or PLANS["grad_input"]))
+            name = plan or PLANS["grad_input"]
+            found.append(of_input(grad_output, weight, input.shape, *arguments, channels_last, name))
         return found
 
     input, weight, bias = make_inputs(case._replace(bias=True), torch.float32, "cuda", make=integers)
     grad_output = integers(*output_size(case)).to(input)
     exact = run_float64((input, weight, bias), grad_output, **case.geometry)
+    order = (0, 2, 3, 1) if channels_last else None
+    input, grad_output = (t.contiguous(memory_format=memory_format) for t in (input, grad_output))
     for offset in (0, 1):
-        laid = lay(input, offset=offset), weight, bias, lay(grad_output, offset=offset)
+        laid = lay(input, order, offset=offset), weight, bias, lay(grad_output, order, offset=offset)
         found = results(*laid)
         for result, expected in zip(found, (exact.output, exact.grad_input)):
             assert wrong_numbers(result, expected.round()) == 0, offset

@@ -464,18 +464,20 @@ def test_what_can_march(name: str) -> None:
 def test_nine_by_nine() -> None:
     """In float32 warps march down its planes, and in 16 bits its output and its input's gradient have tensor cores.
 
-    Planes that lanes.cu and lanes_grad_weight.cu are compiled for go there.
+    Planes that lanes.cu, lanes_channels_last.cu and lanes_grad_weight.cu are compiled for go there, where there are many.
     """
     case = Case(64, 192, (28, 28), (9, 9), padding=(4, 4))
     for name, dtype, memory_format in product(PASSES[:2], FAST, FORMATS):
         last = memory_format == torch.channels_last
         if dtype == torch.float32:
-            expected = "march_channels_last" if last else "large_float32"
+            expected = "large_float32"
         else:
             expected = BAND if last else "toeplitz_nchw"
         assert plan_of(name, case, dtype, memory_format) == expected
     for change in ({"size": (56, 56)}, {"size": (36, 24)}):
         assert plan_of("forward", case._replace(**change)) == "march_nchw", change
+    for name, change in product(PASSES[:2], ({"batch": 8}, {"size": (28, 24)}, {"channels": 190}, {"padding": (5, 5)})):
+        assert plan_of(name, case._replace(**change), memory_format=FORMATS[1]) == "march_channels_last", change
     assert plan_of("grad_weight", case) == "large_float32_grad_weight"
     for change in ({"size": (56, 56)}, {"size": (36, 24)}, {"size": (300, 28)}):
         march = "march_grad_weight_nchw"

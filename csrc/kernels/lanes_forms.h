@@ -74,6 +74,33 @@ inline bool is_sure_of_rows(const Problem& p) {
          kStages * (units * (4 * form.side * height + 16) + kKernel) + kBesidesStages <= p.shared_memory;
 }
 
+// What lanes_channels_last.cu is compiled for.
+struct ChannelsForm : RowForm {
+  constexpr int units() const { return side == 56 ? 8 : side == 28 ? 16 : 32; }  // channels of a warp
+};
+constexpr ChannelsForm kChannelForms[] = {{{14, 13}}, {{28, 4}}, {{28, 6}}, {{28, 14}}, {{56, 15}}, {{56, 25}}};
+
+// The images of all groups of channels, as many as can be shared out among any device's multiprocessors.
+constexpr int64_t kManyGroupImages = 512;
+
+// Whether launch_lanes_channels_last is sure to serve a square kernel.
+inline bool is_sure_of_lanes_channels_last(const Problem& p) {
+  constexpr int64_t kUnit = 4, kMostHeight = 64;  // of planes that are sure to fit; kUnit: elements of 16 bytes
+  const bool forward = p.pass == Pass::kForward;
+  const View &source = forward ? p.input : p.output, &target = forward ? p.output : p.input;
+  const int64_t width = forward ? p.width : p.out_width, out_width = forward ? p.out_width : p.width;
+  const int64_t padding = forward ? p.padding_w : p.kernel_w - 1 - p.padding_w;
+  if (p.capability < 90 || p.shared_memory < 227 << 10 || p.kernel_h != p.kernel_w || p.multiplier > 1) return false;
+  if (source.stride[1] != 1 || target.stride[1] != 1 || std::max(p.height, p.out_height) > kMostHeight) return false;
+  if (reinterpret_cast<uintptr_t>(source.data) % 16 != 0 || target.stride[3] >= 1 << 29) return false;
+  for (const int64_t stride : {source.stride[0], source.stride[2], source.stride[3]})
+    if (stride % kUnit != 0 || stride <= 0 || stride >= int64_t{1} << 38) return false;
+  for (const ChannelsForm& form : kChannelForms)
+    if (form.serves(p.channels, form.units(), width, out_width, p.kernel_w, padding))
+      return p.batch * ((p.channels + form.units() - 1) / form.units()) >= kManyGroupImages;
+  return false;
+}
+
 // What lanes_grad_weight.cu is compiled for: rows of taps for each warp besides.
 struct LanesForm : RowForm {
   int tap_rows;

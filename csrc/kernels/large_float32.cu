@@ -20,6 +20,7 @@
 #include <limits>
 
 #include "lanes.h"
+#include "lanes_channels_last.h"
 #include "large_float32.cuh"
 #include "launch.h"
 #include "mapping.h"
@@ -537,7 +538,7 @@ Cut choose_cut(Arguments& a, bool channels_last, int64_t shared_memory) {
 }  // namespace
 
 void launch_large_float32(const Problem& p, cudaStream_t stream) {
-  if (launch_lanes(p, stream)) return;
+  if (launch_lanes(p, stream) || launch_lanes_channels_last(p, stream)) return;
   const Mapping m(p);
   Arguments a{};
   a.source = static_cast<const float*>(m.source.data), a.target = static_cast<float*>(m.target.data);

@@ -1,0 +1,435 @@
+// Forward, and grad_input at stride 1, of large kernels in float32 and channels_last on planes about as wide as code is
+// compiled for, on CUDA cores: from sm_90 on.
+//
+// As in lanes.cu, a lane has the sums of a row of outputs, or of half of it, in registers, and walks down the kernel,
+// and what meets along a row is straight code. Here the lanes of a warp lie on channels and on rows. A block has some
+// channels of some images, one after the other.
+//
+// Rows stream through shared memory. One warp lets boxes arrive, some rows of all channels each, and turns them on
+// their way to a ring, where each channel's rows are contiguous: four pixels of four channels at once. The other warps
+// take chunks of rows from a counter, in the order of the images, wait for the last rows of the source that they meet,
+// and say when they are done: so the first warp knows which rows of the ring are free.
+//
+// Where planes are two blocks of columns wide, products within a block have one loop over the rows, those with the
+// other block another: the code of each fits the instruction caches, and both blocks have the first loop in common.
+//
+// Columns that planes, and kernels, lack are zero, and give NaN where they meet Inf or NaN. So outputs that are not
+// finite are computed again.
+#include "lanes_channels_last.h"
+
+#include <algorithm>
+#include <iterator>
+
+#include "boxes.cuh"
+#include "device.h"
+#include "lanes.cuh"
+#include "lanes_forms.h"
+#include "large_float32.cuh"
+#include "launch.h"
+#include "mapping.h"
+#include "overlap.cuh"
+
+namespace dwconv {
+namespace {
+
+constexpr int kBandRows = 4;     // of a box, and of what becomes free in the ring at once
+constexpr int kBoxes = 4;        // that arrive at once
+constexpr int kMostBands = 64;   // of the ring
+constexpr int kMostTasks = 128;  // that are known not to be done
+
+// How the lanes of a form lie on planes, and these in shared memory.
+template <int kNumber>
+struct Form {
+  static constexpr ChannelsForm kForm = kChannelForms[kNumber];
+  static constexpr int kSide = kForm.side, kReach = kForm.reach;
+  static constexpr int kBlock = kSide == 56 ? 28 : kSide, kBlocks = kSide / kBlock;  // outputs of a lane
+  static constexpr int kUnits = kForm.units();                                       // channels of a warp
+  static constexpr int kRows = 32 / kUnits;                                          // of a warp
+  static constexpr int kWarps = kSide == 14 ? 19 : 15;                               // that compute
+  static constexpr int kTaps = 2 * kReach + 1;
+  static constexpr int kPixels = (kSide + 3) / 4 * 4;  // of a row
+  static constexpr int kRowBytes = 4 * kPixels;
+  static constexpr int kBoxBytes = kBandRows * kUnits * kRowBytes;
+  static constexpr bool kByPixels = kSide == 14;  // which are fewer than taps
+  // After so many taps, or pixels, ptxas finds a test, and does not mix their FMA with others.
+  static constexpr int kTogether = kSide == 28 ? 4 : kReach == 15 ? 8 : kTaps;
+  static constexpr int kWeightBytes = (kTaps + 3) / 4 * 16;  // from row to row
+};
+
+struct Arguments {
+  CUtensorMap map;  // of boxes of the source
+  const float* source;
+  const float* weight;
+  const float* bias;
+  float* target;
+  int64_t source_stride[4], target_stride[4], weight_stride[4], bias_stride;  // in elements
+  int batch, height, width, out_height, out_width, kernel_h, kernel_w, padding_h, padding_w, fan_out;
+  int filters;
+  int pixel_bytes;           // from column to column of the target
+  int groups, share;         // groups of channels; images of a block
+  int bands, chunks, tasks;  // of an image: what it is read in, rows of warps, and what warps take from the counter
+  int ring_bands;
+  int channel_bytes, kernel_bytes;                        // from channel to channel
+  int ring_at, weights_at, zeros_at, barriers_at, bytes;  // in shared memory, behind the boxes
+  Divider by_tasks;
+};
+
+constexpr int kBarriers = kBoxes + kMostBands + kMostTasks;
+
+// Barriers: a box is there, rows of the ring are there, a task is done.
+__device__ inline uint32_t box_barrier(const Arguments& a, int box) {
+  return a.barriers_at + 8 * box;
+}
+__device__ inline uint32_t band_barrier(const Arguments& a, int slot) {
+  return a.barriers_at + 8 * (kBoxes + slot);
+}
+__device__ inline uint32_t task_barrier(const Arguments& a, int task) {
+  return a.barriers_at + 8 * (kBoxes + kMostBands + task % kMostTasks);
+}
+
+// The last band of an image that a chunk meets; 0 if it meets none.
+template <class F>
+__host__ __device__ int last_band_of(const Arguments& a, int chunk) {
+  const int row = chunk * F::kRows + F::kRows - 1 - a.padding_h + a.kernel_h - 1;
+  return (row < a.height ? row : a.height - 1) / kBandRows;
+}
+
+// The last chunk that meets a band of an image.
+template <class F>
+__host__ __device__ int last_chunk_of(const Arguments& a, int band) {
+  const int chunk = (kBandRows * band + kBandRows - 1 + a.padding_h) / F::kRows;
+  return chunk < a.chunks ? chunk : a.chunks - 1;
+}
+
+// All products of a row of weights, and a block of pixels that begins kShift columns behind the outputs.
+template <class F, int kShift>
+__device__ __forceinline__ void add_block(float (&sum)[2][F::kBlock], uint32_t source, uint32_t weight, int positive) {
+  constexpr int kBlock = F::kBlock, kReach = F::kReach;
+  constexpr int kFirst = std::max(kShift - kBlock + 1, -kReach) + kReach;
+  constexpr int kLast = std::min(kShift + kBlock - 1, kReach) + kReach;
+  constexpr int kBegin = std::max(0, -kReach - kShift), kEnd = std::min(kBlock, kBlock + kReach - kShift);
+  float x[F::kPixels], w[F::kWeightBytes / 4];
+#pragma unroll
+  for (int u = kBegin / 4 * 4; u < kEnd; u += 4) load_four(&x[u], source + 4 * u);
+  const auto add = [&](int u, int o, int tap, int parity) {
+    if (u >= 0 && u < kBlock) sum[parity][o] = fmaf(x[u], w[tap], sum[parity][o]);
+  };
+  const auto test = [&](int number) {
+    if (number % F::kTogether == 0 && positive == -number) asm volatile("trap;");
+  };
+  if constexpr (F::kByPixels) {
+    load_row(w, weight);
+#pragma unroll
+    for (int u = 0; u < kBlock; ++u) {
+      if (u > 0) test(u);
+#pragma unroll
+      for (int n = 0; n < kBlock; ++n) {
+        const int o = u % 2 == 0 ? kBlock - 1 - n : n;
+        add(u, o, u - o + kReach + kShift, u % 2);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int tap = kFirst / 4 * 4; tap < kFirst + 4; tap += 4) load_four(&w[tap], weight + 4 * tap);
+#pragma unroll
+    for (int tap = kFirst; tap <= kLast; ++tap) {
+      if (tap > kFirst) test(tap);
+      if (tap % 4 == 0 && tap + 4 <= kLast) load_four(&w[tap + 4], weight + 4 * (tap + 4));
+#pragma unroll
+      for (int n = 0; n < kBlock; ++n) {
+        const int o = tap % 2 == 0 ? n : kBlock - 1 - n;
+        add(o + tap - kReach - kShift, o, tap, tap % 2);
+      }
+    }
+  }
+}
+
+// What a warp takes at once: a block of columns of some rows of an image's channels. `first_row`: the place in the ring
+// of the image's first row.
+template <class F>
+__device__ __forceinline__ void compute(const Arguments& a, int filter, int image, uint32_t base, int image_row,
+                                        int chunk, bool is_right) {
+  const int lane = threadIdx.x % 32, own = lane % F::kUnits;
+  const int first_row = chunk * F::kRows, own_row = first_row + lane / F::kUnits;
+  // Rows of the kernel in which any lane meets the image.
+  const int begin = max(a.padding_h - (first_row + F::kRows - 1), 0);
+  const int end = min(a.height + a.padding_h - first_row, a.kernel_h);
+  const int first_y = own_row - a.padding_h + begin, ring_rows = kBandRows * a.ring_bands;
+  int place = image_row + first_y;
+  while (place < 0) place += ring_rows;
+  while (place >= ring_rows) place -= ring_rows;
+  const uint32_t ring = base + a.ring_at + own * a.channel_bytes, ring_bytes = ring_rows * F::kRowBytes;
+  const uint32_t first_weight = base + a.weights_at + own * a.kernel_bytes + begin * F::kWeightBytes;
+  filter += own;
+  const bool valid = filter < a.filters && own_row < a.out_height;
+  const float bias = a.bias && valid ? a.bias[filter * a.bias_stride] : 0;
+  const int positive = a.batch;  // which ptxas does not know
+  float sum[2][F::kBlock];
+#pragma unroll
+  for (int o = 0; o < F::kBlock; ++o) sum[0][o] = bias, sum[1][o] = 0;
+  const auto walk = [&](auto shift, uint32_t column) {
+    const uint32_t from = ring + column, past = from + ring_bytes, zeros = base + a.zeros_at;
+    uint32_t y = first_y, source = from + place * F::kRowBytes, weight = first_weight;
+    int left = end - begin;
+#pragma unroll 1
+    do {  // one row of zeros, if there is none
+      add_block<F, decltype(shift)::value>(sum, y < static_cast<uint32_t>(a.height) ? source : zeros, weight, positive);
+      ++y, source += F::kRowBytes, weight += F::kWeightBytes;
+      if (source == past) source = from;
+    } while (--left > 0);
+  };
+  constexpr int kNext = 4 * F::kBlock;
+  walk(std::integral_constant<int, 0>{}, is_right ? kNext : 0);
+  if constexpr (F::kBlocks > 1) {
+    if (is_right)
+      walk(std::integral_constant<int, -F::kBlock>{}, 0);
+    else
+      walk(std::integral_constant<int, F::kBlock>{}, kNext);
+  }
+
+  constexpr int kBlock = F::kBlock;
+  const int column = is_right ? kBlock : 0, columns = min(a.out_width - column, kBlock);
+  float zero = 0;
+#pragma unroll
+  for (int o = 0; o < kBlock; ++o) {
+    sum[0][o] += sum[1][o];
+    zero = fmaf(sum[0][o], 0.f, zero);
+  }
+  const bool again = __shfl_sync(~0u, __any_sync(~0u, zero != 0.f), 0);
+  if (!valid) return;
+  float* const to = a.target + image * a.target_stride[0] + filter * a.target_stride[1] + own_row * a.target_stride[2] +
+                    column * a.target_stride[3];
+  const auto at = [&](int o) {
+    return reinterpret_cast<float*>(reinterpret_cast<char*>(to) + int64_t{o} * a.pixel_bytes);
+  };
+  if (columns == kBlock) {
+#pragma unroll
+    for (int o = 0; o < kBlock; ++o) *at(o) = sum[0][o];
+  } else {
+#pragma unroll
+    for (int o = 0; o < kBlock - 1; ++o)
+      if (o < columns) *at(o) = sum[0][o];
+  }
+  if (again)
+#pragma unroll 1
+    for (int o = 0; o < columns; ++o)
+      if (!is_finite(*at(o))) *at(o) = sum_by_taps(a, filter, image, own_row, column + o) + bias;
+}
+
+// Where a lane finds the pixels that it turns in a box, and where they go in a band of the ring.
+template <class F>
+struct Turn {
+  static constexpr int kFours = F::kUnits / 4, kColumns = F::kPixels / 4;
+  static constexpr int kAll = kFours * kColumns * kBandRows, kCount = (kAll + 31) / 32;
+  int from[kCount], to[kCount];
+
+  __device__ explicit Turn(int channel_bytes) {
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      const int at = threadIdx.x % 32 + 32 * n, four = at % kFours, column = at / kFours % kColumns;
+      const int row = at / (kFours * kColumns);
+      from[n] = (row * F::kPixels + 4 * column) * 4 * F::kUnits + 16 * four;
+      to[n] = 4 * four * channel_bytes + row * F::kRowBytes + 16 * column;
+    }
+  }
+
+  __device__ __forceinline__ void copy(uint32_t box, uint32_t band, int channel_bytes) const {
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      if (n == kCount - 1 && static_cast<int>(threadIdx.x % 32) + 32 * n >= kAll) break;
+      float x[4][4];  // pixels, channels
+#pragma unroll
+      for (int pixel = 0; pixel < 4; ++pixel) load_four(x[pixel], box + from[n] + pixel * 4 * F::kUnits);
+#pragma unroll
+      for (int channel = 0; channel < 4; ++channel)
+        asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(band + to[n] + channel * channel_bytes),
+                     "f"(x[0][channel]), "f"(x[1][channel]), "f"(x[2][channel]), "f"(x[3][channel])
+                     : "memory");
+    }
+  }
+};
+
+// Lets the boxes of all images of a block arrive, and turns them: by one warp.
+template <class F>
+__device__ __forceinline__ void fill_ring(const Arguments& a, int filter, int first_image, int images, uint32_t base) {
+  const Turn<F> turn(a.channel_bytes);
+  const int all = images * a.bands;
+  int image = first_image, band = 0;  // of what is asked for next
+  const auto ask = [&](int box) {
+    if (is_elected()) {
+      const int barrier = box_barrier(a, box);
+      expect_bytes(barrier, F::kBoxBytes);
+      copy_box(box * F::kBoxBytes, a.map, filter, 0, band * kBandRows, image, barrier);
+      arrive(barrier);
+    }
+    __syncwarp();
+    if (++band == a.bands) band = 0, ++image;
+  };
+  for (int box = 0; box < min(kBoxes, all); ++box) ask(box);
+  int box = 0, box_parity = 0, slot = 0;
+  int free_band = 0, first_task = 0,
+      done = 0;  // what the next band takes the place of; tasks that are known to be done
+#pragma unroll 1
+  for (int at = 0; at < all; ++at) {
+    wait(box_barrier(a, box), box_parity);
+    if (at >= a.ring_bands) {
+      const int end = first_task + (last_chunk_of<F>(a, free_band) + 1) * F::kBlocks;
+      for (; done < end; ++done) wait(task_barrier(a, done), done / kMostTasks & 1);
+      if (++free_band == a.bands) free_band = 0, first_task += a.tasks;
+    }
+    turn.copy(base + box * F::kBoxBytes, base + a.ring_at + slot * kBandRows * F::kRowBytes, a.channel_bytes);
+    arrive_together(band_barrier(a, slot), threadIdx.x % 32 == 0);
+    if (++slot == a.ring_bands) slot = 0;
+    if (at + kBoxes < all) ask(box);
+    if (++box == kBoxes) box = 0, box_parity ^= 1;
+  }
+}
+
+template <class F>
+__global__ void __launch_bounds__(32 * (F::kWarps + 1), 1) lanes_channels_last(const __grid_constant__ Arguments a) {
+#if __CUDA_ARCH__ >= 900
+  __shared__ int next_task;
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const int split = blockIdx.x / a.groups, filter = (blockIdx.x - split * a.groups) * F::kUnits;
+  const int first_image = split * a.share, images = min(a.share, a.batch - first_image);
+  for (int at = a.weights_at + 16 * threadIdx.x; at < a.barriers_at; at += 16 * blockDim.x) shared<float4>(at) = {};
+  if (threadIdx.x == 0) {
+    next_task = 0;
+    for (int box = 0; box < kBoxes; ++box) init_barrier(box_barrier(a, box), 1);
+  }
+  for (int n = threadIdx.x; n < kMostBands; n += blockDim.x) init_barrier(band_barrier(a, n), kWarpArrivals);
+  for (int n = threadIdx.x; n < kMostTasks; n += blockDim.x) init_barrier(task_barrier(a, n), kWarpArrivals);
+  before_bulk_copies();
+  __syncthreads();
+  let_next_kernel_start();
+  wait_for_kernel_before();
+
+  const uint32_t base = once(shared_address(0));
+  if (warp == F::kWarps) {
+    fill_ring<F>(a, filter, first_image, images, base);
+    return;
+  }
+  for (int own = warp; own < min(F::kUnits, a.filters - filter); own += F::kWarps)
+    copy_rows<1>(a.weight + (filter + own) * a.weight_stride[0], a.weight_stride[2], a.weight_stride[3], a.kernel_h,
+                 a.kernel_w, a.weights_at + own * a.kernel_bytes + 4 * (F::kReach - a.padding_w), F::kWeightBytes, 4);
+  finish_copies();
+  meet<1>(32 * F::kWarps);
+
+  const int end = images * a.tasks, image_rows = a.bands * kBandRows, ring_rows = kBandRows * a.ring_bands;
+  int image = 0, image_row = 0, first_band = 0;  // of the task before; where its image begins in the ring, and of all
+  for (;;) {
+    int task = 0;
+    if (lane == 0) task = atomicAdd(&next_task, 1);
+    task = __shfl_sync(~0u, task, 0);
+    if (task >= end) return;
+    uint32_t own_image = task;
+    const int rank = a.by_tasks.split(own_image);
+    while (image < static_cast<int>(own_image)) {
+      ++image, first_band += a.bands;
+      image_row += image_rows;
+      while (image_row >= ring_rows) image_row -= ring_rows;
+    }
+    const int chunk = rank / F::kBlocks, last_band = first_band + last_band_of<F>(a, chunk);
+    const int turns = last_band / a.ring_bands;
+    wait(band_barrier(a, last_band - turns * a.ring_bands), turns & 1);
+    compute<F>(a, filter, first_image + image, base, image_row, chunk, F::kBlocks > 1 && rank % F::kBlocks == 1);
+    arrive_together(task_barrier(a, task), lane == 0);
+  }
+#endif
+}
+
+// Whether rows fit shared memory.
+template <class F>
+bool place(Arguments& a, int shared_memory) {
+  a.bands = static_cast<int>(ceil_div(a.height, kBandRows));
+  a.chunks = static_cast<int>(ceil_div(a.out_height, F::kRows)), a.tasks = F::kBlocks * a.chunks;
+  a.kernel_bytes = a.kernel_h * F::kWeightBytes | 16;  // an odd number of 16 bytes from channel to channel
+  const int rest = kBoxes * F::kBoxBytes + F::kUnits * (a.kernel_bytes + 16) + F::kRowBytes + 8 * kBarriers + 256;
+  a.ring_bands = std::min(kMostBands, (shared_memory - rest) / F::kBoxBytes);
+  // A task's barrier is another's only when it is known to be done.
+  a.ring_bands = std::min(a.ring_bands, (kMostTasks / a.tasks - 1) * a.bands);
+  a.ring_at = kBoxes * F::kBoxBytes;
+  a.channel_bytes = a.ring_bands * kBandRows * F::kRowBytes | 16;
+  a.weights_at = a.ring_at + F::kUnits * a.channel_bytes;
+  a.zeros_at = a.weights_at + F::kUnits * a.kernel_bytes;
+  a.barriers_at = a.zeros_at + F::kRowBytes;
+  a.bytes = a.barriers_at + 8 * kBarriers;
+  // What a task waits for must not need the place of what it, or one before, meets.
+  for (int band = 0; band < a.bands; ++band)
+    if (last_band_of<F>(a, last_chunk_of<F>(a, band)) - band >= a.ring_bands) return false;
+  // By the parity of a band's barrier warps see whether it is there only if the one is that had its place before: all
+  // are that tasks met which are not under way any more.
+  const auto last_band = [&](int task) {
+    const int image = task / a.tasks;
+    return image * a.bands + last_band_of<F>(a, (task - image * a.tasks) / F::kBlocks);
+  };
+  for (int task = 0; task < F::kWarps + a.tasks; ++task)
+    if (last_band(task) - (task < F::kWarps ? -1 : last_band(task - F::kWarps)) > a.ring_bands) return false;
+  return true;
+}
+
+template <class F>
+bool launch(const Problem& p, Arguments a, cudaStream_t stream) {
+  const int multiprocessors = current_device().multiprocessors;
+  a.groups = static_cast<int>(ceil_div(a.filters, F::kUnits));
+  if (!place<F>(a, static_cast<int>(p.shared_memory))) return false;
+  // Each group's images are cut into shares. A block also takes some time before it has all rows that it needs.
+  constexpr double kBegin = 0.5, kBusy = 0.7;  // images; of the multiprocessors
+  double least = 0;
+  int64_t blocks = 0, images = 0;        // images: of the multiprocessor that has the most
+  for (const int some : {1, 2, 3, 4}) {  // blocks of a multiprocessor
+    const int share = static_cast<int>(ceil_div(a.batch, std::clamp(some * multiprocessors / a.groups, 1, a.batch)));
+    const int64_t all = a.groups * ceil_div(a.batch, share), rounds = ceil_div(all, multiprocessors);
+    const double time = rounds * (share + kBegin);
+    if (blocks == 0 || time < least) least = time, blocks = all, images = rounds * share, a.share = share;
+  }
+  // Smaller problems are spread over the device in smaller pieces.
+  const int64_t group_images = int64_t{a.groups} * a.batch;
+  if (group_images < kManyGroupImages && (images < 2 || group_images < kBusy * multiprocessors * images)) return false;
+  if (a.target_stride[3] >= 1 << 29) return false;
+  if (!describe_boxes(a.map, const_cast<float*>(a.source), 4, {a.filters, a.width, a.height, a.batch},
+                      {4 * a.source_stride[3], 4 * a.source_stride[2], 4 * a.source_stride[0]},
+                      {F::kUnits, F::kPixels, kBandRows, 1}))
+    return false;
+  a.by_tasks = Divider(a.tasks), a.pixel_bytes = static_cast<int>(4 * a.target_stride[3]);
+  const auto kernel = lanes_channels_last<F>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, a.bytes);
+  launch_early(kernel, a, blocks, 32 * (F::kWarps + 1), stream, {1, a.bytes});
+  check_launch("lanes_channels_last");
+  return true;
+}
+
+}  // namespace
+
+bool launch_lanes_channels_last(const Problem& p, cudaStream_t stream) {
+  if (p.capability < 90) return false;
+  const Mapping m(p);
+  Arguments a{};
+  a.source = static_cast<const float*>(m.source.data), a.target = static_cast<float*>(m.target.data);
+  a.weight = static_cast<const float*>(m.weight.data), a.bias = static_cast<const float*>(m.bias);
+  for (int d = 0; d < 4; ++d) {
+    a.source_stride[d] = m.source.stride[d], a.target_stride[d] = m.target.stride[d];
+    a.weight_stride[d] = m.weight.stride[d];
+  }
+  a.bias_stride = m.bias_stride, a.fan_out = m.fan_out;
+  a.batch = static_cast<int>(p.batch), a.height = m.height, a.width = m.width;
+  a.out_height = m.out_height, a.out_width = m.out_width;
+  a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
+  a.padding_h = m.padding_h, a.padding_w = m.padding_w;
+  a.filters = m.targets;
+  if (m.fan_out != 1 || !is_channels_last(a.source_stride, a.filters, a.width) ||
+      !is_channels_last(a.target_stride, a.filters, a.out_width))
+    return false;
+  if (goes_along_columns(a.kernel_h, a.kernel_w, a.out_height, a.out_width)) {
+    turn(a);
+    for (int64_t* stride : {a.source_stride, a.target_stride, a.weight_stride}) std::swap(stride[2], stride[3]);
+  }
+  return [&]<int... kNumber>(std::integer_sequence<int, kNumber...>) {
+    return ((kChannelForms[kNumber].serves(a.filters, kChannelForms[kNumber].units(), a.width, a.out_width, a.kernel_w,
+                                           a.padding_w) &&
+             launch<Form<kNumber>>(p, a, stream)) ||
+            ...);
+  }(std::make_integer_sequence<int, static_cast<int>(std::size(kChannelForms))>{});
+}
+
+}  // namespace dwconv
