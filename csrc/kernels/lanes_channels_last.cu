@@ -5,10 +5,10 @@
 // and what meets along a row is straight code. Here the lanes of a warp lie on channels and on rows. A block has some
 // channels of some images, one after the other.
 //
-// Rows stream through shared memory. One warp lets boxes arrive, some rows of all channels each, and turns them on
+// Rows stream through shared memory. Some warps let boxes arrive, some rows of all channels each, and turn them on
 // their way to a ring, where each channel's rows are contiguous: four pixels of four channels at once. The other warps
 // take chunks of rows from a counter, in the order of the images, wait for the last rows of the source that they meet,
-// and say when they are done: so the first warp knows which rows of the ring are free.
+// and say when they are done: so the first ones know which rows of the ring are free.
 //
 // Where planes are two blocks of columns wide, products within a block have one loop over the rows, those with the
 // other block another: the code of each fits the instruction caches, and both blocks have the first loop in common.
@@ -32,6 +32,7 @@
 namespace dwconv {
 namespace {
 
+constexpr int kWarps = 16;       // of a block
 constexpr int kBandRows = 4;     // of a box, and of what becomes free in the ring at once
 constexpr int kBoxes = 4;        // that arrive at once
 constexpr int kMostBands = 64;   // of the ring
@@ -44,16 +45,18 @@ struct Form {
   static constexpr int kSide = kForm.side, kReach = kForm.reach;
   static constexpr int kBlock = kSide == 56 ? 28 : kSide, kBlocks = kSide / kBlock;  // outputs of a lane
   static constexpr int kUnits = kForm.units();                                       // channels of a warp
-  static constexpr int kRows = 32 / kUnits;                                          // of a warp
-  static constexpr int kWarps = kSide == 14 ? 19 : 15;                               // that compute
+  static constexpr bool kDownImage = kSide == 14;        // or else lanes walk down the kernel
+  static constexpr int kLaneRows = kDownImage ? 2 : 1;   // of outputs
+  static constexpr int kRows = 32 / kUnits * kLaneRows;  // of a warp
+  static constexpr int kCopiers = kReach == 25 ? 2 : 4;  // warps that fill the ring
   static constexpr int kTaps = 2 * kReach + 1;
   static constexpr int kPixels = (kSide + 3) / 4 * 4;  // of a row
   static constexpr int kRowBytes = 4 * kPixels;
   static constexpr int kBoxBytes = kBandRows * kUnits * kRowBytes;
-  static constexpr bool kByPixels = kSide == 14;  // which are fewer than taps
-  // After so many taps, or pixels, ptxas finds a test, and does not mix their FMA with others.
-  static constexpr int kTogether = kSide == 28 ? 4 : kReach == 15 ? 8 : kTaps;
+  // After so many taps ptxas finds a test, and does not mix their FMA with others.
+  static constexpr int kTogether = kSide == 28 ? 4 : kReach == 15 ? 8 : 16;
   static constexpr int kWeightBytes = (kTaps + 3) / 4 * 16;  // from row to row
+  static constexpr int kZeroBytes = std::max(kRowBytes, kWeightBytes);
 };
 
 struct Arguments {
@@ -68,6 +71,7 @@ struct Arguments {
   int pixel_bytes;           // from column to column of the target
   int groups, share;         // groups of channels; images of a block
   int bands, chunks, tasks;  // of an image: what it is read in, rows of warps, and what warps take from the counter
+  int warps, copiers;        // that compute, and that fill the ring
   int ring_bands;
   int channel_bytes, kernel_bytes;                        // from channel to channel
   int ring_at, weights_at, zeros_at, barriers_at, bytes;  // in shared memory, behind the boxes
@@ -111,84 +115,109 @@ __device__ __forceinline__ void add_block(float (&sum)[2][F::kBlock], uint32_t s
   float x[F::kPixels], w[F::kWeightBytes / 4];
 #pragma unroll
   for (int u = kBegin / 4 * 4; u < kEnd; u += 4) load_four(&x[u], source + 4 * u);
-  const auto add = [&](int u, int o, int tap, int parity) {
-    if (u >= 0 && u < kBlock) sum[parity][o] = fmaf(x[u], w[tap], sum[parity][o]);
-  };
-  const auto test = [&](int number) {
-    if (number % F::kTogether == 0 && positive == -number) asm volatile("trap;");
-  };
-  if constexpr (F::kByPixels) {
-    load_row(w, weight);
 #pragma unroll
-    for (int u = 0; u < kBlock; ++u) {
-      if (u > 0) test(u);
+  for (int tap = kFirst / 4 * 4; tap < kFirst + 4; tap += 4) load_four(&w[tap], weight + 4 * tap);
 #pragma unroll
-      for (int n = 0; n < kBlock; ++n) {
-        const int o = u % 2 == 0 ? kBlock - 1 - n : n;
-        add(u, o, u - o + kReach + kShift, u % 2);
-      }
-    }
-  } else {
+  for (int tap = kFirst; tap <= kLast; ++tap) {
+    if (tap > kFirst && tap % F::kTogether == 0 && positive == -tap) asm volatile("trap;");
+    if (tap % 4 == 0 && tap + 4 <= kLast) load_four(&w[tap + 4], weight + 4 * (tap + 4));
 #pragma unroll
-    for (int tap = kFirst / 4 * 4; tap < kFirst + 4; tap += 4) load_four(&w[tap], weight + 4 * tap);
-#pragma unroll
-    for (int tap = kFirst; tap <= kLast; ++tap) {
-      if (tap > kFirst) test(tap);
-      if (tap % 4 == 0 && tap + 4 <= kLast) load_four(&w[tap + 4], weight + 4 * (tap + 4));
-#pragma unroll
-      for (int n = 0; n < kBlock; ++n) {
-        const int o = tap % 2 == 0 ? n : kBlock - 1 - n;
-        add(o + tap - kReach - kShift, o, tap, tap % 2);
-      }
+    for (int n = 0; n < kBlock; ++n) {
+      const int o = tap % 2 == 0 ? n : kBlock - 1 - n, u = o + tap - kReach - kShift;
+      if (u >= 0 && u < kBlock) sum[tap % 2][o] = fmaf(x[u], w[tap], sum[tap % 2][o]);
     }
   }
 }
 
-// What a warp takes at once: a block of columns of some rows of an image's channels. `first_row`: the place in the ring
-// of the image's first row.
+// All products of a row of pixels and two rows of weights, for as many rows of outputs.
 template <class F>
-__device__ __forceinline__ void compute(const Arguments& a, int filter, int image, uint32_t base, int image_row,
-                                        int chunk, bool is_right) {
-  const int lane = threadIdx.x % 32, own = lane % F::kUnits;
-  const int first_row = chunk * F::kRows, own_row = first_row + lane / F::kUnits;
-  // Rows of the kernel in which any lane meets the image.
-  const int begin = max(a.padding_h - (first_row + F::kRows - 1), 0);
-  const int end = min(a.height + a.padding_h - first_row, a.kernel_h);
-  const int first_y = own_row - a.padding_h + begin, ring_rows = kBandRows * a.ring_bands;
-  int place = image_row + first_y;
-  while (place < 0) place += ring_rows;
-  while (place >= ring_rows) place -= ring_rows;
-  const uint32_t ring = base + a.ring_at + own * a.channel_bytes, ring_bytes = ring_rows * F::kRowBytes;
-  const uint32_t first_weight = base + a.weights_at + own * a.kernel_bytes + begin * F::kWeightBytes;
-  filter += own;
-  const bool valid = filter < a.filters && own_row < a.out_height;
-  const float bias = a.bias && valid ? a.bias[filter * a.bias_stride] : 0;
-  const int positive = a.batch;  // which ptxas does not know
-  float sum[2][F::kBlock];
+__device__ __forceinline__ void add_to_two_rows(float (&sum)[2][2][F::kBlock], uint32_t source,
+                                                const float (&upper)[F::kWeightBytes / 4],
+                                                const float (&lower)[F::kWeightBytes / 4]) {
+  float x[F::kPixels];
+  load_row(x, source);
 #pragma unroll
-  for (int o = 0; o < F::kBlock; ++o) sum[0][o] = bias, sum[1][o] = 0;
-  const auto walk = [&](auto shift, uint32_t column) {
-    const uint32_t from = ring + column, past = from + ring_bytes, zeros = base + a.zeros_at;
-    uint32_t y = first_y, source = from + place * F::kRowBytes, weight = first_weight;
-    int left = end - begin;
-#pragma unroll 1
-    do {  // one row of zeros, if there is none
-      add_block<F, decltype(shift)::value>(sum, y < static_cast<uint32_t>(a.height) ? source : zeros, weight, positive);
-      ++y, source += F::kRowBytes, weight += F::kWeightBytes;
-      if (source == past) source = from;
-    } while (--left > 0);
-  };
-  constexpr int kNext = 4 * F::kBlock;
-  walk(std::integral_constant<int, 0>{}, is_right ? kNext : 0);
-  if constexpr (F::kBlocks > 1) {
-    if (is_right)
-      walk(std::integral_constant<int, -F::kBlock>{}, 0);
-    else
-      walk(std::integral_constant<int, F::kBlock>{}, kNext);
-  }
+  for (int row = 0; row < 2; ++row)
+#pragma unroll
+    for (int tap = 0; tap < F::kTaps; ++tap)
+#pragma unroll
+      for (int o = 0; o < F::kBlock; ++o) {
+        const int u = o + tap - F::kReach;
+        float& to = sum[row][tap % 2][o];
+        if (u >= 0 && u < F::kBlock) to = fmaf(x[u], (row == 0 ? upper : lower)[tap], to);
+      }
+}
 
+// The place of a row in the ring.
+__device__ inline int place_in_ring(int row, int ring_rows) {
+  while (row < 0) row += ring_rows;
+  while (row >= ring_rows) row -= ring_rows;
+  return row;
+}
+
+// Walks down the kernel, of which a row meets another row of the image for each of the warp's rows. `image_row`: the
+// place in the ring of the image's first row; `first_row`: of the outputs.
+template <class F, int kShift>
+__device__ __forceinline__ void walk_down_kernel(float (&sum)[2][F::kBlock], const Arguments& a, uint32_t ring,
+                                                 uint32_t weight, uint32_t zeros, int image_row, int first_row,
+                                                 int row) {
+  // Rows of the kernel in which any lane meets the image: at least one, of zeros.
+  const int begin = max(a.padding_h - (first_row + F::kRows - 1), 0);
+  const int end = min(a.height + a.padding_h - first_row, a.kernel_h), ring_rows = kBandRows * a.ring_bands;
+  const int positive = a.batch;  // which ptxas does not know
+  uint32_t y = row - a.padding_h + begin;
+  uint32_t source = ring + place_in_ring(image_row + static_cast<int>(y), ring_rows) * F::kRowBytes;
+  const uint32_t past = ring + ring_rows * F::kRowBytes;
+  weight += begin * F::kWeightBytes;
+  int left = end - begin;
+#pragma unroll 1
+  do {
+    add_block<F, kShift>(sum, y < static_cast<uint32_t>(a.height) ? source : zeros, weight, positive);
+    ++y, source += F::kRowBytes, weight += F::kWeightBytes;
+    if (source == past) source = ring;
+  } while (--left > 0);
+}
+
+// Walks down the image, of which a row meets another row of the kernel for each row of outputs: where kernels reach
+// beyond the image, no step is in vain. A lane has two rows, of which the lower one meets what the upper one has met.
+template <class F>
+__device__ __forceinline__ void walk_down_image(float (&sum)[2][2][F::kBlock], const Arguments& a, uint32_t ring,
+                                                uint32_t weight, uint32_t zeros, int image_row, int first_row,
+                                                int row) {
+  const int begin = max(first_row - a.padding_h, 0);
+  const int end = min(first_row + F::kRows - 1 - a.padding_h + a.kernel_h, a.height);
+  const int ring_rows = kBandRows * a.ring_bands;
+  uint32_t source = ring + place_in_ring(image_row + begin, ring_rows) * F::kRowBytes;
+  const uint32_t past = ring + ring_rows * F::kRowBytes;
+  uint32_t tap_row = begin - row + a.padding_h - 1;
+  weight += tap_row * F::kWeightBytes;
+  const auto load_next = [&](float (&to)[F::kWeightBytes / 4]) {
+    load_row(to, tap_row < static_cast<uint32_t>(a.kernel_h) ? weight : zeros);
+    ++tap_row, weight += F::kWeightBytes;
+  };
+  const auto add = [&](const float (&upper)[F::kWeightBytes / 4], const float (&lower)[F::kWeightBytes / 4]) {
+    add_to_two_rows<F>(sum, source, upper, lower);
+    source += F::kRowBytes;
+    if (source == past) source = ring;
+  };
+  float one[F::kWeightBytes / 4], other[F::kWeightBytes / 4];
+  load_next(other);
+#pragma unroll 1
+  for (int left = end - begin; left > 0; left -= 2) {
+    load_next(one);
+    add(one, other);
+    if (left == 1) break;
+    load_next(other);
+    add(other, one);
+  }
+}
+
+// Writes a lane's row of outputs, of a block of columns.
+template <class F>
+__device__ __forceinline__ void store_row(float (&sum)[2][F::kBlock], const Arguments& a, int filter, int image,
+                                          int row, int column, float bias) {
   constexpr int kBlock = F::kBlock;
-  const int column = is_right ? kBlock : 0, columns = min(a.out_width - column, kBlock);
+  const int columns = min(a.out_width - column, kBlock);
   float zero = 0;
 #pragma unroll
   for (int o = 0; o < kBlock; ++o) {
@@ -196,8 +225,8 @@ __device__ __forceinline__ void compute(const Arguments& a, int filter, int imag
     zero = fmaf(sum[0][o], 0.f, zero);
   }
   const bool again = __shfl_sync(~0u, __any_sync(~0u, zero != 0.f), 0);
-  if (!valid) return;
-  float* const to = a.target + image * a.target_stride[0] + filter * a.target_stride[1] + own_row * a.target_stride[2] +
+  if (filter >= a.filters || row >= a.out_height) return;
+  float* const to = a.target + image * a.target_stride[0] + filter * a.target_stride[1] + row * a.target_stride[2] +
                     column * a.target_stride[3];
   const auto at = [&](int o) {
     return reinterpret_cast<float*>(reinterpret_cast<char*>(to) + int64_t{o} * a.pixel_bytes);
@@ -213,7 +242,39 @@ __device__ __forceinline__ void compute(const Arguments& a, int filter, int imag
   if (again)
 #pragma unroll 1
     for (int o = 0; o < columns; ++o)
-      if (!is_finite(*at(o))) *at(o) = sum_by_taps(a, filter, image, own_row, column + o) + bias;
+      if (!is_finite(*at(o))) *at(o) = sum_by_taps(a, filter, image, row, column + o) + bias;
+}
+
+// What a warp takes at once: a block of columns of some rows of an image's channels.
+template <class F>
+__device__ __forceinline__ void compute(const Arguments& a, int filter, int image, uint32_t base, int image_row,
+                                        int chunk, bool is_right) {
+  constexpr int kBlock = F::kBlock, kLaneRows = F::kLaneRows;
+  const int lane = threadIdx.x % 32, own = lane % F::kUnits;
+  const int first_row = chunk * F::kRows, row = first_row + lane / F::kUnits * kLaneRows;
+  const int column = is_right ? kBlock : 0;
+  const uint32_t ring = base + a.ring_at + own * a.channel_bytes, zeros = base + a.zeros_at;
+  const uint32_t weight = base + a.weights_at + own * a.kernel_bytes;
+  filter += own;
+  const float bias = a.bias && filter < a.filters ? a.bias[filter * a.bias_stride] : 0;
+  float sum[kLaneRows][2][kBlock];
+#pragma unroll
+  for (int n = 0; n < kLaneRows; ++n)
+#pragma unroll
+    for (int o = 0; o < kBlock; ++o) sum[n][0][o] = bias, sum[n][1][o] = 0;
+  if constexpr (F::kDownImage) {
+    walk_down_image<F>(sum, a, ring, weight, zeros, image_row, first_row, row);
+  } else {
+    walk_down_kernel<F, 0>(sum[0], a, ring + 4 * column, weight, zeros, image_row, first_row, row);
+    if constexpr (F::kBlocks > 1) {
+      if (is_right)
+        walk_down_kernel<F, -kBlock>(sum[0], a, ring, weight, zeros, image_row, first_row, row);
+      else
+        walk_down_kernel<F, kBlock>(sum[0], a, ring + 4 * kBlock, weight, zeros, image_row, first_row, row);
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < kLaneRows; ++n) store_row<F>(sum[n], a, filter, image, row + n, column, bias);
 }
 
 // Where a lane finds the pixels that it turns in a box, and where they go in a band of the ring.
@@ -249,49 +310,64 @@ struct Turn {
   }
 };
 
-// Lets the boxes of all images of a block arrive, and turns them: by one warp.
+// Where a warp is that takes every a.copiers-th band of a block's images.
+struct BandCursor {
+  int image = 0, band = 0;  // band: of the image
+
+  __device__ BandCursor(const Arguments& a, int bands) { advance(a, bands); }
+  __device__ void advance(const Arguments& a, int bands) {
+    for (band += bands; band >= a.bands; band -= a.bands) ++image;
+  }
+};
+
+// Lets boxes arrive and turns them: every a.copiers-th band of a block's images, by one of as many warps.
 template <class F>
-__device__ __forceinline__ void fill_ring(const Arguments& a, int filter, int first_image, int images, uint32_t base) {
+__device__ __forceinline__ void fill_ring(const Arguments& a, int filter, int first_image, int images, uint32_t base,
+                                          int copier) {
   const Turn<F> turn(a.channel_bytes);
-  const int all = images * a.bands;
-  int image = first_image, band = 0;  // of what is asked for next
+  const int boxes = kBoxes / a.copiers, first_box = copier * boxes;
+  BandCursor next(a, copier), freed(a, copier);  // what is asked for next, and what the next band takes the place of
   const auto ask = [&](int box) {
+    if (next.image >= images) return;
     if (is_elected()) {
       const int barrier = box_barrier(a, box);
       expect_bytes(barrier, F::kBoxBytes);
-      copy_box(box * F::kBoxBytes, a.map, filter, 0, band * kBandRows, image, barrier);
+      copy_box(box * F::kBoxBytes, a.map, filter, 0, next.band * kBandRows, first_image + next.image, barrier);
       arrive(barrier);
     }
     __syncwarp();
-    if (++band == a.bands) band = 0, ++image;
+    next.advance(a, a.copiers);
   };
-  for (int box = 0; box < min(kBoxes, all); ++box) ask(box);
-  int box = 0, box_parity = 0, slot = 0;
-  int free_band = 0, first_task = 0,
-      done = 0;  // what the next band takes the place of; tasks that are known to be done
+  for (int box = 0; box < boxes; ++box) ask(first_box + box);
+  int box = 0, box_parity = 0, slot = copier, parity = 0, done = 0;  // done: tasks that are known to be
 #pragma unroll 1
-  for (int at = 0; at < all; ++at) {
-    wait(box_barrier(a, box), box_parity);
+  for (int at = copier; at < images * a.bands; at += a.copiers) {
+    wait(box_barrier(a, first_box + box), box_parity);
     if (at >= a.ring_bands) {
-      const int end = first_task + (last_chunk_of<F>(a, free_band) + 1) * F::kBlocks;
+      const int end = freed.image * a.tasks + (last_chunk_of<F>(a, freed.band) + 1) * F::kBlocks;
       for (; done < end; ++done) wait(task_barrier(a, done), done / kMostTasks & 1);
-      if (++free_band == a.bands) free_band = 0, first_task += a.tasks;
+      freed.advance(a, a.copiers);
     }
-    turn.copy(base + box * F::kBoxBytes, base + a.ring_at + slot * kBandRows * F::kRowBytes, a.channel_bytes);
+    turn.copy(base + (first_box + box) * F::kBoxBytes, base + a.ring_at + slot * kBandRows * F::kRowBytes,
+              a.channel_bytes);
+    // Bands are there in their order.
+    if (a.copiers > 1 && at > 0)
+      wait(band_barrier(a, slot > 0 ? slot - 1 : a.ring_bands - 1), slot > 0 ? parity : parity ^ 1);
     arrive_together(band_barrier(a, slot), threadIdx.x % 32 == 0);
-    if (++slot == a.ring_bands) slot = 0;
-    if (at + kBoxes < all) ask(box);
-    if (++box == kBoxes) box = 0, box_parity ^= 1;
+    for (slot += a.copiers; slot >= a.ring_bands; parity ^= 1) slot -= a.ring_bands;
+    ask(first_box + box);
+    if (++box == boxes) box = 0, box_parity ^= 1;
   }
 }
 
 template <class F>
-__global__ void __launch_bounds__(32 * (F::kWarps + 1), 1) lanes_channels_last(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(32 * kWarps, 1) lanes_channels_last(const __grid_constant__ Arguments a) {
 #if __CUDA_ARCH__ >= 900
   __shared__ int next_task;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int split = blockIdx.x / a.groups, filter = (blockIdx.x - split * a.groups) * F::kUnits;
   const int first_image = split * a.share, images = min(a.share, a.batch - first_image);
+  if (threadIdx.x == 0) prefetch(a.map);
   for (int at = a.weights_at + 16 * threadIdx.x; at < a.barriers_at; at += 16 * blockDim.x) shared<float4>(at) = {};
   if (threadIdx.x == 0) {
     next_task = 0;
@@ -305,15 +381,15 @@ __global__ void __launch_bounds__(32 * (F::kWarps + 1), 1) lanes_channels_last(c
   wait_for_kernel_before();
 
   const uint32_t base = once(shared_address(0));
-  if (warp == F::kWarps) {
-    fill_ring<F>(a, filter, first_image, images, base);
+  if (warp >= a.warps) {
+    fill_ring<F>(a, filter, first_image, images, base, warp - a.warps);
     return;
   }
-  for (int own = warp; own < min(F::kUnits, a.filters - filter); own += F::kWarps)
+  for (int own = warp; own < min(F::kUnits, a.filters - filter); own += a.warps)
     copy_rows<1>(a.weight + (filter + own) * a.weight_stride[0], a.weight_stride[2], a.weight_stride[3], a.kernel_h,
                  a.kernel_w, a.weights_at + own * a.kernel_bytes + 4 * (F::kReach - a.padding_w), F::kWeightBytes, 4);
   finish_copies();
-  meet<1>(32 * F::kWarps);
+  meet<1>(32 * a.warps);
 
   const int end = images * a.tasks, image_rows = a.bands * kBandRows, ring_rows = kBandRows * a.ring_bands;
   int image = 0, image_row = 0, first_band = 0;  // of the task before; where its image begins in the ring, and of all
@@ -344,15 +420,16 @@ bool place(Arguments& a, int shared_memory) {
   a.bands = static_cast<int>(ceil_div(a.height, kBandRows));
   a.chunks = static_cast<int>(ceil_div(a.out_height, F::kRows)), a.tasks = F::kBlocks * a.chunks;
   a.kernel_bytes = a.kernel_h * F::kWeightBytes | 16;  // an odd number of 16 bytes from channel to channel
-  const int rest = kBoxes * F::kBoxBytes + F::kUnits * (a.kernel_bytes + 16) + F::kRowBytes + 8 * kBarriers + 256;
+  const int rest = kBoxes * F::kBoxBytes + F::kUnits * (a.kernel_bytes + 16) + F::kZeroBytes + 8 * kBarriers + 256;
   a.ring_bands = std::min(kMostBands, (shared_memory - rest) / F::kBoxBytes);
   // A task's barrier is another's only when it is known to be done.
   a.ring_bands = std::min(a.ring_bands, (kMostTasks / a.tasks - 1) * a.bands);
+  a.ring_bands -= a.ring_bands % a.copiers;
   a.ring_at = kBoxes * F::kBoxBytes;
   a.channel_bytes = a.ring_bands * kBandRows * F::kRowBytes | 16;
   a.weights_at = a.ring_at + F::kUnits * a.channel_bytes;
   a.zeros_at = a.weights_at + F::kUnits * a.kernel_bytes;
-  a.barriers_at = a.zeros_at + F::kRowBytes;
+  a.barriers_at = a.zeros_at + F::kZeroBytes;
   a.bytes = a.barriers_at + 8 * kBarriers;
   // What a task waits for must not need the place of what it, or one before, meets.
   for (int band = 0; band < a.bands; ++band)
@@ -363,8 +440,8 @@ bool place(Arguments& a, int shared_memory) {
     const int image = task / a.tasks;
     return image * a.bands + last_band_of<F>(a, (task - image * a.tasks) / F::kBlocks);
   };
-  for (int task = 0; task < F::kWarps + a.tasks; ++task)
-    if (last_band(task) - (task < F::kWarps ? -1 : last_band(task - F::kWarps)) > a.ring_bands) return false;
+  for (int task = 0; task < a.warps + a.tasks; ++task)
+    if (last_band(task) - (task < a.warps ? -1 : last_band(task - a.warps)) > a.ring_bands) return false;
   return true;
 }
 
@@ -372,6 +449,7 @@ template <class F>
 bool launch(const Problem& p, Arguments a, cudaStream_t stream) {
   const int multiprocessors = current_device().multiprocessors;
   a.groups = static_cast<int>(ceil_div(a.filters, F::kUnits));
+  a.copiers = F::kCopiers, a.warps = kWarps - a.copiers;
   if (!place<F>(a, static_cast<int>(p.shared_memory))) return false;
   // Each group's images are cut into shares. A block also takes some time before it has all rows that it needs.
   constexpr double kBegin = 0.5, kBusy = 0.7;  // images; of the multiprocessors
@@ -394,7 +472,7 @@ bool launch(const Problem& p, Arguments a, cudaStream_t stream) {
   a.by_tasks = Divider(a.tasks), a.pixel_bytes = static_cast<int>(4 * a.target_stride[3]);
   const auto kernel = lanes_channels_last<F>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, a.bytes);
-  launch_early(kernel, a, blocks, 32 * (F::kWarps + 1), stream, {1, a.bytes});
+  launch_early(kernel, a, blocks, 32 * kWarps, stream, {1, a.bytes});
   check_launch("lanes_channels_last");
   return true;
 }
