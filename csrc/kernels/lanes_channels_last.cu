@@ -53,8 +53,6 @@ struct Form {
   static constexpr int kPixels = (kSide + 3) / 4 * 4;  // of a row
   static constexpr int kRowBytes = 4 * kPixels;
   static constexpr int kBoxBytes = kBandRows * kUnits * kRowBytes;
-  // After so many taps ptxas finds a test, and does not mix their FMA with others.
-  static constexpr int kTogether = kSide == 28 ? 4 : kReach == 15 ? 8 : 16;
   static constexpr int kWeightBytes = (kTaps + 3) / 4 * 16;  // from row to row
   static constexpr int kZeroBytes = std::max(kRowBytes, kWeightBytes);
 };
@@ -76,20 +74,20 @@ struct Arguments {
   int channel_bytes, kernel_bytes;                        // from channel to channel
   int ring_at, weights_at, zeros_at, barriers_at, bytes;  // in shared memory, behind the boxes
   Divider by_tasks;
+
+  // Barriers: a box is there, rows of the ring are there, a task is done.
+  __device__ int box_barrier(int box) const { return barriers_at + 8 * box; }
+  __device__ int band_barrier(int slot) const { return barriers_at + 8 * (kBoxes + slot); }
+  __device__ int task_barrier(int task) const { return barriers_at + 8 * (kBoxes + kMostBands + task % kMostTasks); }
+  // The place of a row in the ring.
+  static __device__ int place_in_ring(int row, int ring_rows) {
+    while (row < 0) row += ring_rows;
+    while (row >= ring_rows) row -= ring_rows;
+    return row;
+  }
 };
 
 constexpr int kBarriers = kBoxes + kMostBands + kMostTasks;
-
-// Barriers: a box is there, rows of the ring are there, a task is done.
-__device__ inline uint32_t box_barrier(const Arguments& a, int box) {
-  return a.barriers_at + 8 * box;
-}
-__device__ inline uint32_t band_barrier(const Arguments& a, int slot) {
-  return a.barriers_at + 8 * (kBoxes + slot);
-}
-__device__ inline uint32_t task_barrier(const Arguments& a, int task) {
-  return a.barriers_at + 8 * (kBoxes + kMostBands + task % kMostTasks);
-}
 
 // The last band of an image that a chunk meets; 0 if it meets none.
 template <class F>
@@ -112,6 +110,8 @@ __device__ __forceinline__ void add_block(float (&sum)[2][F::kBlock], uint32_t s
   constexpr int kFirst = std::max(kShift - kBlock + 1, -kReach) + kReach;
   constexpr int kLast = std::min(kShift + kBlock - 1, kReach) + kReach;
   constexpr int kBegin = std::max(0, -kReach - kShift), kEnd = std::min(kBlock, kBlock + kReach - kShift);
+  // After so many taps ptxas finds a test, and does not mix their FMA with others.
+  constexpr int kTogether = F::kSide == 28 ? 4 : kReach == 15 ? 8 : 16;
   float x[F::kPixels], w[F::kWeightBytes / 4];
 #pragma unroll
   for (int u = kBegin / 4 * 4; u < kEnd; u += 4) load_four(&x[u], source + 4 * u);
@@ -119,7 +119,7 @@ __device__ __forceinline__ void add_block(float (&sum)[2][F::kBlock], uint32_t s
   for (int tap = kFirst / 4 * 4; tap < kFirst + 4; tap += 4) load_four(&w[tap], weight + 4 * tap);
 #pragma unroll
   for (int tap = kFirst; tap <= kLast; ++tap) {
-    if (tap > kFirst && tap % F::kTogether == 0 && positive == -tap) asm volatile("trap;");
+    if (tap > kFirst && tap % kTogether == 0 && positive == -tap) asm volatile("trap;");
     if (tap % 4 == 0 && tap + 4 <= kLast) load_four(&w[tap + 4], weight + 4 * (tap + 4));
 #pragma unroll
     for (int n = 0; n < kBlock; ++n) {
@@ -148,13 +148,6 @@ __device__ __forceinline__ void add_to_two_rows(float (&sum)[2][2][F::kBlock], u
       }
 }
 
-// The place of a row in the ring.
-__device__ inline int place_in_ring(int row, int ring_rows) {
-  while (row < 0) row += ring_rows;
-  while (row >= ring_rows) row -= ring_rows;
-  return row;
-}
-
 // Walks down the kernel, of which a row meets another row of the image for each of the warp's rows. `image_row`: the
 // place in the ring of the image's first row; `first_row`: of the outputs.
 template <class F, int kShift>
@@ -166,7 +159,7 @@ __device__ __forceinline__ void walk_down_kernel(float (&sum)[2][F::kBlock], con
   const int end = min(a.height + a.padding_h - first_row, a.kernel_h), ring_rows = kBandRows * a.ring_bands;
   const int positive = a.batch;  // which ptxas does not know
   uint32_t y = row - a.padding_h + begin;
-  uint32_t source = ring + place_in_ring(image_row + static_cast<int>(y), ring_rows) * F::kRowBytes;
+  uint32_t source = ring + a.place_in_ring(image_row + static_cast<int>(y), ring_rows) * F::kRowBytes;
   const uint32_t past = ring + ring_rows * F::kRowBytes;
   weight += begin * F::kWeightBytes;
   int left = end - begin;
@@ -187,7 +180,7 @@ __device__ __forceinline__ void walk_down_image(float (&sum)[2][2][F::kBlock], c
   const int begin = max(first_row - a.padding_h, 0);
   const int end = min(first_row + F::kRows - 1 - a.padding_h + a.kernel_h, a.height);
   const int ring_rows = kBandRows * a.ring_bands;
-  uint32_t source = ring + place_in_ring(image_row + begin, ring_rows) * F::kRowBytes;
+  uint32_t source = ring + a.place_in_ring(image_row + begin, ring_rows) * F::kRowBytes;
   const uint32_t past = ring + ring_rows * F::kRowBytes;
   uint32_t tap_row = begin - row + a.padding_h - 1;
   weight += tap_row * F::kWeightBytes;
@@ -330,7 +323,7 @@ __device__ __forceinline__ void fill_ring(const Arguments& a, int filter, int fi
   const auto ask = [&](int box) {
     if (next.image >= images) return;
     if (is_elected()) {
-      const int barrier = box_barrier(a, box);
+      const int barrier = a.box_barrier(box);
       expect_bytes(barrier, F::kBoxBytes);
       copy_box(box * F::kBoxBytes, a.map, filter, 0, next.band * kBandRows, first_image + next.image, barrier);
       arrive(barrier);
@@ -342,18 +335,18 @@ __device__ __forceinline__ void fill_ring(const Arguments& a, int filter, int fi
   int box = 0, box_parity = 0, slot = copier, parity = 0, done = 0;  // done: tasks that are known to be
 #pragma unroll 1
   for (int at = copier; at < images * a.bands; at += a.copiers) {
-    wait(box_barrier(a, first_box + box), box_parity);
+    wait(a.box_barrier(first_box + box), box_parity);
     if (at >= a.ring_bands) {
       const int end = freed.image * a.tasks + (last_chunk_of<F>(a, freed.band) + 1) * F::kBlocks;
-      for (; done < end; ++done) wait(task_barrier(a, done), done / kMostTasks & 1);
+      for (; done < end; ++done) wait(a.task_barrier(done), done / kMostTasks & 1);
       freed.advance(a, a.copiers);
     }
     turn.copy(base + (first_box + box) * F::kBoxBytes, base + a.ring_at + slot * kBandRows * F::kRowBytes,
               a.channel_bytes);
     // Bands are there in their order.
     if (a.copiers > 1 && at > 0)
-      wait(band_barrier(a, slot > 0 ? slot - 1 : a.ring_bands - 1), slot > 0 ? parity : parity ^ 1);
-    arrive_together(band_barrier(a, slot), threadIdx.x % 32 == 0);
+      wait(a.band_barrier(slot > 0 ? slot - 1 : a.ring_bands - 1), slot > 0 ? parity : parity ^ 1);
+    arrive_together(a.band_barrier(slot), threadIdx.x % 32 == 0);
     for (slot += a.copiers; slot >= a.ring_bands; parity ^= 1) slot -= a.ring_bands;
     ask(first_box + box);
     if (++box == boxes) box = 0, box_parity ^= 1;
@@ -371,10 +364,10 @@ __global__ void __launch_bounds__(32 * kWarps, 1) lanes_channels_last(const __gr
   for (int at = a.weights_at + 16 * threadIdx.x; at < a.barriers_at; at += 16 * blockDim.x) shared<float4>(at) = {};
   if (threadIdx.x == 0) {
     next_task = 0;
-    for (int box = 0; box < kBoxes; ++box) init_barrier(box_barrier(a, box), 1);
+    for (int box = 0; box < kBoxes; ++box) init_barrier(a.box_barrier(box), 1);
   }
-  for (int n = threadIdx.x; n < kMostBands; n += blockDim.x) init_barrier(band_barrier(a, n), kWarpArrivals);
-  for (int n = threadIdx.x; n < kMostTasks; n += blockDim.x) init_barrier(task_barrier(a, n), kWarpArrivals);
+  for (int n = threadIdx.x; n < kMostBands; n += blockDim.x) init_barrier(a.band_barrier(n), kWarpArrivals);
+  for (int n = threadIdx.x; n < kMostTasks; n += blockDim.x) init_barrier(a.task_barrier(n), kWarpArrivals);
   before_bulk_copies();
   __syncthreads();
   let_next_kernel_start();
@@ -407,9 +400,9 @@ __global__ void __launch_bounds__(32 * kWarps, 1) lanes_channels_last(const __gr
     }
     const int chunk = rank / F::kBlocks, last_band = first_band + last_band_of<F>(a, chunk);
     const int turns = last_band / a.ring_bands;
-    wait(band_barrier(a, last_band - turns * a.ring_bands), turns & 1);
+    wait(a.band_barrier(last_band - turns * a.ring_bands), turns & 1);
     compute<F>(a, filter, first_image + image, base, image_row, chunk, F::kBlocks > 1 && rank % F::kBlocks == 1);
-    arrive_together(task_barrier(a, task), lane == 0);
+    arrive_together(a.task_barrier(task), lane == 0);
   }
 #endif
 }
