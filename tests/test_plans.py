@@ -464,7 +464,7 @@ def test_what_can_march(name: str) -> None:
 def test_nine_by_nine() -> None:
     """In float32 warps march down its planes, and in 16 bits its output and its input's gradient have tensor cores.
 
-    Planes that lanes.cu, lanes_channels_last.cu and lanes_grad_weight.cu are compiled for go there, where there are many.
+    Many planes that lanes.cu, lanes_channels_last.cu or lanes_grad_weight.cu are compiled for go there.
     """
     case = Case(64, 192, (28, 28), (9, 9), padding=(4, 4))
     for name, dtype, memory_format in product(PASSES[:2], FAST, FORMATS):
