@@ -111,7 +111,7 @@ __device__ __forceinline__ void add_block(float (&sum)[2][F::kBlock], uint32_t s
   constexpr int kLast = std::min(kShift + kBlock - 1, kReach) + kReach;
   constexpr int kBegin = std::max(0, -kReach - kShift), kEnd = std::min(kBlock, kBlock + kReach - kShift);
   // After so many taps ptxas finds a test, and does not mix their FMA with others.
-  constexpr int kTogether = F::kSide == 28 ? 4 : kReach == 15 ? 8 : 16;
+  constexpr int kTogether = F::kSide == 28 ? 4 : kReach == 15 ? 8 : F::kTaps;
   float x[F::kPixels], w[F::kWeightBytes / 4];
 #pragma unroll
   for (int u = kBegin / 4 * 4; u < kEnd; u += 4) load_four(&x[u], source + 4 * u);

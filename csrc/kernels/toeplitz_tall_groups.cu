@@ -26,14 +26,9 @@ constexpr int kGroups = 7;                  // of 8 columns or rows in memory
 constexpr int kSide = 8 * kGroups, kRowBytes = 2 * kSide;
 constexpr int kImages = 2;  // of a task
 constexpr int kUnitBytes = 16 * kSide, kTapBytes = kImages * kGroups * kUnitBytes, kMovedBytes = kTaps * kTapBytes;
-constexpr int kRawSlots = 2, kStages = 2;
+constexpr int kRawSlots = 2;
 constexpr int kBandsBefore = 8;  // so many of 8 x 8 before the diagonal, and behind
 constexpr int kPipelines = 2, kThreads = 2 * kPipelines * kGroupThreads;
-
-// Taps are moved, and multiplied, in two stages, so that one may overlap with the other.
-constexpr int first_tap(int stage) {
-  return stage == 0 ? 0 : stage < kStages ? 2 : kTaps;
-}
 
 // Planes of up to two images of a target.
 struct Pairing {
@@ -49,8 +44,8 @@ struct TallGroups : Large {
   // What a pipeline has begins at `base`: barriers, weights, moved planes, raw ones, and targets.
   static constexpr int kWeightsAt = 128;
   static __device__ int raw_barrier(int base, int slot) { return base + 8 * slot; }
-  static __device__ int full_barrier(int base, int stage) { return base + 32 + 16 * stage; }
-  static __device__ int empty_barrier(int base, int stage) { return base + 40 + 16 * stage; }
+  static __device__ int full_barrier(int base) { return base + 32; }
+  static __device__ int empty_barrier(int base) { return base + 40; }
 
   __device__ Pairing pairing(uint32_t number) const {
     Pairing t;
@@ -107,25 +102,22 @@ __device__ void produce(const TallGroups& a, int base, int first, int end, int p
     if (loads && number + kRawSlots * kPipelines < end) load_raw<T>(a, base, number + kRawSlots * kPipelines, slot);
 
     const int to = base + a.moved_at + image * kGroups * kUnitBytes + 16 * row;
+    if (round > 0) wait(a.empty_barrier(base), round & 1 ^ 1);
+    if (changes) set ^= 1, weights.write(a, base + a.kWeightsAt + set * a.weight_bytes);
+    if (has_row)
 #pragma unroll
-    for (int stage = 0; stage < kStages; ++stage) {
-      if (round > 0) wait(a.empty_barrier(base, stage), round & 1 ^ 1);
-      if (stage == 0 && changes) set ^= 1, weights.write(a, base + a.kWeightsAt + set * a.weight_bytes);
-      if (has_row)
+      for (int tap = 0; tap < kTaps; ++tap)
 #pragma unroll
-        for (int tap = first_tap(stage); tap < first_tap(stage + 1); ++tap)
-#pragma unroll
-          for (int k = 0; k < kGroups; ++k) {
-            // Column x has what is in x + tap - kFar of the plane.
-            const auto word = [&](int i) {
-              const int at = 4 * k + i + tap / 2;
-              return tap % 2 == 0 ? words[at] : __byte_perm(words[at], words[at + 1], 0x5432);
-            };
-            shared<uint4>(to + tap * kTapBytes + k * kUnitBytes) = {word(0), word(1), word(2), word(3)};
-          }
-      before_bulk_copies();
-      arrive(a.full_barrier(base, stage));
-    }
+        for (int k = 0; k < kGroups; ++k) {
+          // Column x has what is in x + tap - kFar of the plane.
+          const auto word = [&](int i) {
+            const int at = 4 * k + i + tap / 2;
+            return tap % 2 == 0 ? words[at] : __byte_perm(words[at], words[at + 1], 0x5432);
+          };
+          shared<uint4>(to + tap * kTapBytes + k * kUnitBytes) = {word(0), word(1), word(2), word(3)};
+        }
+    before_bulk_copies();
+    arrive(a.full_barrier(base));
   }
 }
 
@@ -143,7 +135,7 @@ __device__ void consume(const TallGroups& a, int base, int first, int end, int p
 #pragma unroll 1
   for (int number = first; number < end; number += kPipelines, ++round) {
     const Pairing t = a.pairing(number);
-    wait(a.full_barrier(base, 0), round & 1);
+    wait(a.full_barrier(base), round & 1);
     if (t.target != target) {
       target = t.target, set ^= 1;
       bias = a.bias ? widen(static_cast<const T*>(a.bias)[target * a.bias_stride]) : 0.f;
@@ -175,24 +167,20 @@ __device__ void consume(const TallGroups& a, int base, int first, int end, int p
     for (int j = 0; j < kImages * kGroups; ++j)
 #pragma unroll
       for (int v = 0; v < 4; ++v) sum[j][v] = bias;
+    before_multiplications();
 #pragma unroll
-    for (int stage = 0; stage < kStages; ++stage) {
-      if (stage > 0) wait(a.full_barrier(base, stage), round & 1);
-      before_multiplications();
+    for (int tap = 0; tap < kTaps; ++tap)
 #pragma unroll
-      for (int tap = first_tap(stage); tap < first_tap(stage + 1); ++tap)
+      for (int k = 0; k < kSteps; ++k)
+        multiply_together(sum, bands[tap][k], moved.from((tap * kTapBytes + 256 * k) / 16), T{});
 #pragma unroll
-        for (int k = 0; k < kSteps; ++k)
-          multiply_together(sum, bands[tap][k], moved.from((tap * kTapBytes + 256 * k) / 16), T{});
-#pragma unroll
-      for (int tap = first_tap(stage); tap < first_tap(stage + 1); tap += 2)
-        multiply_together(sum, last_bands[tap / 2],
-                          (tap + 1 < kTaps ? last_moved : last_moved_alone).from((tap * kTapBytes + 256 * kSteps) / 16),
-                          T{});
-      commit_multiplications();
-      wait_multiplications<0>();
-      arrive_together(a.empty_barrier(base, stage), lane == 0);
-    }
+    for (int tap = 0; tap < kTaps; tap += 2)
+      multiply_together(sum, last_bands[tap / 2],
+                        (tap + 1 < kTaps ? last_moved : last_moved_alone).from((tap * kTapBytes + 256 * kSteps) / 16),
+                        T{});
+    commit_multiplications();
+    wait_multiplications<0>();
+    arrive_together(a.empty_barrier(base), lane == 0);
 
     if (warp == 0) wait_stores();  // what lay there is on its way
     meet_group(1 + kPipelines + pipeline);
@@ -261,10 +249,8 @@ __global__ void __launch_bounds__(launch_threads(kThreads), 1)
   const int pipeline = group % kPipelines, base = pipeline * a.pipeline_bytes;
   if (group < kPipelines && thread == 0) {
     for (int slot = 0; slot < kRawSlots; ++slot) init_barrier(a.raw_barrier(base, slot), 1);
-    for (int stage = 0; stage < kStages; ++stage) {
-      init_barrier(a.full_barrier(base, stage), kGroupThreads);
-      init_barrier(a.empty_barrier(base, stage), kGroupWarps * kWarpArrivals);
-    }
+    init_barrier(a.full_barrier(base), kGroupThreads);
+    init_barrier(a.empty_barrier(base), kGroupWarps * kWarpArrivals);
   }
   before_bulk_copies();
   wait_for_kernel_before();
