@@ -27,6 +27,7 @@
 #include "shifted_runs.cuh"
 #include "stream.cuh"
 #include "tensor_cores.cuh"
+#include "turn.cuh"
 #include "weight_sums.cuh"
 
 namespace dwconv {
@@ -184,15 +185,6 @@ __device__ inline int block_of_band(const Aligned& a, int at) {
   const int longer = a.more * (a.least + 1);
   return at < longer ? at / (a.least + 1) : a.more + (at - longer) / a.least;
 }
-
-// Counts through the stages of a ring.
-struct Turn {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ void next(int stages) {
-    if (++stage == stages) stage = 0, parity ^= 1;
-  }
-};
 
 // The sum of one tap over a warp's tiles of some bands, of products inside the image only.
 template <typename T>

@@ -23,6 +23,7 @@
 #include "outer_products.cuh"
 #include "overlap.cuh"
 #include "planes.cuh"
+#include "turn.cuh"
 #include "weight_sums.cuh"
 
 namespace dwconv {
@@ -124,16 +125,6 @@ struct Part {
   }
 };
 
-// A place in the ring of stages.
-struct Turn {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  [[maybe_unused]] __device__ void next(const Hankel& a) {
-    if (++stage == a.stages) stage = 0, parity ^= 1;
-  }
-};
-
 // Clears what boxes do not write to.
 [[maybe_unused]] __device__ inline void clear_behind(const Hankel& a, int threads) {
   const auto clear = [&](int from, int end) {
@@ -162,7 +153,7 @@ struct Ahead {
       arrive(barrier);
     }
     __syncwarp();
-    ++pair, turn.next(a);
+    ++pair, turn.next(a.stages);
   }
 };
 
@@ -392,7 +383,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) hankel_planes(const __grid_
   Turn turn;
   int item = warp;  // rows of a pair, counted on from pair to pair
 #pragma unroll 1
-  for (int pair = part.first; pair < part.last; ++pair, turn.next(a), item -= kResidues) {
+  for (int pair = part.first; pair < part.last; ++pair, turn.next(a.stages), item -= kResidues) {
     const uint32_t stage = memory + kFirstStage + turn.stage * a.stage_bytes;
     if (warp == 0 && ahead.pair < part.last) ahead.load_next(a, part);
     wait_at(memory + kFullAt + 8 * turn.stage, turn.parity);

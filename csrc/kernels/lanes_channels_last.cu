@@ -476,25 +476,11 @@ bool launch_lanes_channels_last(const Problem& p, cudaStream_t stream) {
   if (p.capability < 90) return false;
   const Mapping m(p);
   Arguments a{};
-  a.source = static_cast<const float*>(m.source.data), a.target = static_cast<float*>(m.target.data);
-  a.weight = static_cast<const float*>(m.weight.data), a.bias = static_cast<const float*>(m.bias);
-  for (int d = 0; d < 4; ++d) {
-    a.source_stride[d] = m.source.stride[d], a.target_stride[d] = m.target.stride[d];
-    a.weight_stride[d] = m.weight.stride[d];
-  }
-  a.bias_stride = m.bias_stride, a.fan_out = m.fan_out;
-  a.batch = static_cast<int>(p.batch), a.height = m.height, a.width = m.width;
-  a.out_height = m.out_height, a.out_width = m.out_width;
-  a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
-  a.padding_h = m.padding_h, a.padding_w = m.padding_w;
-  a.filters = m.targets;
+  take_pass(a, p, m);
   if (m.fan_out != 1 || !is_channels_last(a.source_stride, a.filters, a.width) ||
       !is_channels_last(a.target_stride, a.filters, a.out_width))
     return false;
-  if (goes_along_columns(a.kernel_h, a.kernel_w, a.out_height, a.out_width)) {
-    turn(a);
-    for (int64_t* stride : {a.source_stride, a.target_stride, a.weight_stride}) std::swap(stride[2], stride[3]);
-  }
+  if (goes_along_columns(a)) turn(a, {a.source_stride, a.target_stride, a.weight_stride});
   return [&]<int... kNumber>(std::integer_sequence<int, kNumber...>) {
     return ((kChannelForms[kNumber].serves(a.filters, kChannelForms[kNumber].units(), a.width, a.out_width, a.kernel_w,
                                            a.padding_w) &&

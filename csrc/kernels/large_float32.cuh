@@ -2,8 +2,11 @@
 #pragma once
 
 #include <cmath>
+#include <initializer_list>
+#include <utility>
 
 #include "device.h"
+#include "mapping.h"
 #include "stream.cuh"
 
 namespace dwconv {
@@ -361,15 +364,51 @@ inline bool is_channels_last(const int64_t (&stride)[4], int channels, int width
 
 // Whether a kernel is to go along its columns, as if rows were columns: where it has few columns, each of its rows
 // takes little but what every row takes besides.
-inline bool goes_along_columns(int kernel_h, int kernel_w, int out_height, int out_width) {
-  return kernel_h > 2 * kernel_w && 2 * out_height > out_width;
+template <typename A>
+bool goes_along_columns(const A& a) {
+  return a.kernel_h > 2 * a.kernel_w && 2 * a.out_height > a.out_width;
 }
 
 // Rows become columns.
 template <typename A>
-void turn(A& a) {
+void turn(A& a, std::initializer_list<int64_t*> strides) {
   std::swap(a.height, a.width), std::swap(a.out_height, a.out_width);
   std::swap(a.kernel_h, a.kernel_w), std::swap(a.padding_h, a.padding_w);
+  for (int64_t* stride : strides) std::swap(stride[2], stride[3]);
+}
+
+// What kernels have of a pass, the output's or, as one with the kernel flipped, that of the input's gradient.
+template <typename A>
+void take_pass(A& a, const Problem& p, const Mapping& m) {
+  a.source = static_cast<const float*>(m.source.data), a.target = static_cast<float*>(m.target.data);
+  a.weight = static_cast<const float*>(m.weight.data), a.bias = static_cast<const float*>(m.bias);
+  for (int d = 0; d < 4; ++d) {
+    a.source_stride[d] = m.source.stride[d], a.target_stride[d] = m.target.stride[d];
+    a.weight_stride[d] = m.weight.stride[d];
+  }
+  a.bias_stride = m.bias_stride, a.fan_out = m.fan_out, a.filters = m.targets;
+  a.batch = static_cast<int>(p.batch), a.height = m.height, a.width = m.width;
+  a.out_height = m.out_height, a.out_width = m.out_width;
+  a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
+  a.padding_h = m.padding_h, a.padding_w = m.padding_w;
+}
+
+// What kernels have of the pass of the weight's gradient, turned where that is better; returns whether it is in
+// channels_last.
+template <typename A>
+bool take_gradients(A& a, const Problem& p) {
+  a.input = static_cast<const float*>(p.input.data), a.grad = static_cast<const float*>(p.output.data);
+  for (int d = 0; d < 4; ++d) a.input_stride[d] = p.input.stride[d], a.grad_stride[d] = p.output.stride[d];
+  a.filters = static_cast<int>(p.filters()), a.multiplier = static_cast<int>(p.multiplier);
+  a.batch = static_cast<int>(p.batch), a.height = static_cast<int>(p.height), a.width = static_cast<int>(p.width);
+  a.out_height = static_cast<int>(p.out_height), a.out_width = static_cast<int>(p.out_width);
+  a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
+  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+  const bool channels_last = a.multiplier == 1 && is_channels_last(a.input_stride, a.filters, a.width) &&
+                             is_channels_last(a.grad_stride, a.filters, a.out_width);
+  a.turned = goes_along_columns(a);
+  if (a.turned) turn(a, {a.input_stride, a.grad_stride});
+  return channels_last;
 }
 
 __device__ inline void finish_copies() {

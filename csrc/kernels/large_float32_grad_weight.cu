@@ -510,21 +510,8 @@ Cut choose_cut(Arguments& a, bool channels_last, int64_t shared_memory) {
 void launch_large_float32_grad_weight(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
   if (launch_lanes_grad_weight(p, allocate, stream)) return;
   Arguments a{};
-  a.input = static_cast<const float*>(p.input.data), a.grad = static_cast<const float*>(p.output.data);
-  for (int d = 0; d < 4; ++d) a.input_stride[d] = p.input.stride[d], a.grad_stride[d] = p.output.stride[d];
-  a.filters = static_cast<int>(p.filters()), a.multiplier = static_cast<int>(p.multiplier),
+  const bool channels_last = take_gradients(a, p);
   a.with_bias = p.bias != nullptr;
-  a.batch = static_cast<int>(p.batch), a.height = static_cast<int>(p.height), a.width = static_cast<int>(p.width);
-  a.out_height = static_cast<int>(p.out_height), a.out_width = static_cast<int>(p.out_width);
-  a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
-  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
-  const bool channels_last = a.multiplier == 1 && is_channels_last(a.input_stride, a.filters, a.width) &&
-                             is_channels_last(a.grad_stride, a.filters, a.out_width);
-  a.turned = goes_along_columns(a.kernel_h, a.kernel_w, a.out_height, a.out_width);
-  if (a.turned) {
-    turn(a);
-    for (int64_t* stride : {a.input_stride, a.grad_stride}) std::swap(stride[2], stride[3]);
-  }
   static thread_local Decisions<13, Cut> decisions;
   const Cut cut = decisions({current_device().id, p.shared_memory, channels_last, a.batch, a.filters, a.height, a.width,
                              a.out_height, a.out_width, a.kernel_h, a.kernel_w, a.padding_h, a.padding_w},

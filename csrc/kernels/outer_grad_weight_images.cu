@@ -20,6 +20,7 @@
 #include "outer_products.cuh"
 #include "overlap.cuh"
 #include "planes.cuh"
+#include "turn.cuh"
 #include "weight_sums.cuh"
 
 namespace dwconv {
@@ -62,32 +63,11 @@ struct Images {
   __host__ __device__ int items() const { return filters * splits; }
 };
 
-// What a block adds up: the images of a split, for a filter.
-struct Item {
-  int filter, split, first, last;
-
-  __device__ Item(const Images& a, int number) : filter(number), split(0), first(0), last(a.images) {
-    if (a.splits == 1) return;
-    split = filter / a.filters, filter %= a.filters;
-    first = static_cast<int>(int64_t{a.images} * split / a.splits);
-    last = static_cast<int>(int64_t{a.images} * (split + 1) / a.splits);
-  }
-};
-
-struct Turn {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ void next(const Images& a) {
-    if (++stage == a.stages) stage = 0, parity ^= 1;
-  }
-};
-
 // Loads planes, as stages become free.
 [[maybe_unused]] __device__ inline void load_planes(const Images& a) {
   Turn turn;
   for (int number = blockIdx.x; number < a.items(); number += gridDim.x) {
-    const Item item(a, number);
+    const FilterImages item(a, number);
     struct Planes {
       const char* from;
       int bytes;
@@ -98,7 +78,7 @@ struct Turn {
                     (before + 2 * a.height * a.width + kUnit - 1) & -kUnit};
     };
     Planes source = planes(a.source, item.filter / a.multiplier), grad = planes(a.grad, item.filter);
-    for (int image = item.first; image < item.last; image += kImages, turn.next(a)) {
+    for (int image = item.first; image < item.last; image += kImages, turn.next(a.stages)) {
       const int images = min(kImages, item.last - image), barrier = a.full(turn.stage);
       uint32_t to = shared_address(a.first_stage + turn.stage * a.stage_bytes());
       wait(a.empty(turn.stage), turn.parity ^ 1);
@@ -145,7 +125,7 @@ __device__ void keep_columns(Fragments& f, int first, int last) {
 
 // A tap's sum, product by product.
 template <typename T>
-__device__ __noinline__ float sum_by_products(const Images& a, const Item& item, int i, int j) {
+__device__ __noinline__ float sum_by_products(const Images& a, const FilterImages& item, int i, int j) {
   const int dy = i - a.padding_h, dx = j - a.padding_w;
   double total = 0;
   for (int image = item.first; image < item.last; ++image) {
@@ -192,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, 1) outer_images(const __grid_constan
   Turn turn;
 #pragma unroll 1
   for (int number = blockIdx.x; number < a.items(); number += gridDim.x) {
-    const Item item(a, number);
+    const FilterImages item(a, number);
     const int source_before = a.source.before(item.filter / a.multiplier), grad_before = a.grad.before(item.filter);
     const int plane = a.height * a.width, last = (a.pieces - 1) * a.columns;
     int image = item.first, piece = first_piece;
@@ -216,7 +196,7 @@ __global__ void __launch_bounds__(kThreads, 1) outer_images(const __grid_constan
       if (++piece < last_piece) return;
       piece = first_piece, image += kImages;
       arrive_together_at(memory + a.empty(turn.stage), lane == 0);
-      turn.next(a);
+      turn.next(a.stages);
     };
 
     HalfProducts<T> products;

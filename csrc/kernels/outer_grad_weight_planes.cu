@@ -24,6 +24,7 @@
 #include "outer_products.cuh"
 #include "overlap.cuh"
 #include "planes.cuh"
+#include "turn.cuh"
 #include "weight_sums.cuh"
 
 namespace dwconv {
@@ -118,16 +119,6 @@ __host__ __device__ inline int tap_of(int warp, int shifts, bool reversed) {
   const int first = warp / 4 * 4, end = first + 4 < shifts ? first + 4 : shifts;
   return end - 1 - (warp - first);
 }
-
-// A place in the ring of stages.
-struct Turn {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ void next(const Planes& a) {
-    if (++stage == a.stages) stage = 0, parity ^= 1;
-  }
-};
 
 // Which of a pair of places, the first of them `at`, are in [0, size).
 [[maybe_unused]] __device__ inline uint32_t pair_mask(int at, int size) {
@@ -484,7 +475,7 @@ struct Ahead {
     arrive(barrier);
     image += a.stage_images();
     if (first + a.stage_images() >= item.last) number += gridDim.x, image = 0;
-    turn.next(a);
+    turn.next(a.stages);
   }
 };
 
@@ -494,7 +485,7 @@ __device__ void load_planes(const Planes& a, int rank) {
   Turn turn;
   for (int number = blockIdx.x; number < a.items(); number += gridDim.x) {
     const Item item(a, number);
-    for (int image = item.first; image < item.last; image += a.stage_images(), turn.next(a)) {
+    for (int image = item.first; image < item.last; image += a.stage_images(), turn.next(a.stages)) {
       const int images = min(a.stage_images(), item.last - image), barrier = a.full(turn.stage);
       const uint32_t stage = shared_address(a.first_stage + turn.stage * a.stage_images() * a.image_bytes);
       const auto load = [&](const Plane& v, int channel, uint32_t to) {
@@ -599,7 +590,7 @@ __global__ void __launch_bounds__(32 * warps_of(way), 1) outer_planes(const __gr
     };
     const auto end_stage = [&] {
       arrive_together_at(memory + a.empty(turn.stage), lane == 0);
-      image += a.stage_images(), turn.next(a);
+      image += a.stage_images(), turn.next(a.stages);
     };
 #pragma unroll 1
     while (image < item.last) {

@@ -19,6 +19,7 @@
 #include "outer_products.cuh"
 #include "overlap.cuh"
 #include "tensor_cores.cuh"
+#include "turn.cuh"
 #include "warpgroups.cuh"
 #include "weight_sums.cuh"
 
@@ -57,34 +58,12 @@ struct Planes {
   __host__ __device__ int shifts() const { return last_column - first_column; }
 };
 
-// What a block adds up: the images of a split, for a filter.
-struct Item {
-  int filter, split, first, last;
-
-  __device__ Item(const Planes& a, int number) : filter(number), split(0), first(0), last(a.images) {
-    if (a.splits == 1) return;
-    split = filter / a.filters, filter %= a.filters;
-    first = static_cast<int>(int64_t{a.images} * split / a.splits);
-    last = static_cast<int>(int64_t{a.images} * (split + 1) / a.splits);
-  }
-};
-
-// A place in the ring of stages.
-struct Turn {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ void next(const Planes& a) {
-    if (++stage == a.stages) stage = 0, parity ^= 1;
-  }
-};
-
 // Loads planes, as stages become free.
 __device__ inline void load_planes(const Planes& a, int stages) {
   Turn turn;
   for (int number = blockIdx.x; number < a.items(); number += gridDim.x) {
-    const Item item(a, number);
-    for (int image = item.first; image < item.last; image += kStageImages, turn.next(a)) {
+    const FilterImages item(a, number);
+    for (int image = item.first; image < item.last; image += kStageImages, turn.next(a.stages)) {
       const int barrier = a.full(turn.stage), images = min(kStageImages, item.last - image);
       const char* from = a.grad + item.filter * a.grad_channel + image * a.grad_image;
       int to = stages + turn.stage * a.stage_bytes;
@@ -108,9 +87,9 @@ __device__ void add_bias(const Planes& a, int stages) {
   const int lane = threadIdx.x % 32;
   Turn turn;
   for (int number = blockIdx.x; number < a.items(); number += gridDim.x) {
-    const Item item(a, number);
+    const FilterImages item(a, number);
     float sums[4] = {};
-    for (int image = item.first; image < item.last; image += kStageImages, turn.next(a)) {
+    for (int image = item.first; image < item.last; image += kStageImages, turn.next(a.stages)) {
       const uint32_t grad = shared_address(stages + turn.stage * a.stage_bytes + a.grad_at());
       const int bytes = min(kStageImages, item.last - image) * a.grad_bytes;
       wait(a.full(turn.stage), turn.parity);
@@ -131,7 +110,7 @@ __device__ void add_bias(const Planes& a, int stages) {
 
 // A tap's sum, product by product.
 template <typename T>
-__device__ __noinline__ float sum_by_products(const Planes& a, const Item& item, int i, int j) {
+__device__ __noinline__ float sum_by_products(const Planes& a, const FilterImages& item, int i, int j) {
   const int dy = i - a.padding_rows, dx = j - a.padding_columns;
   double total = 0;
   for (int image = item.first; image < item.last; ++image) {
@@ -156,7 +135,7 @@ __device__ int sums_at(const Planes& a, int shift, int warp, bool below) {
 
 // Adds up what warps have of each tap.
 template <typename T, int kRows>
-__device__ void add_up(const Planes& a, const Item& item, uint32_t memory) {
+__device__ void add_up(const Planes& a, const FilterImages& item, uint32_t memory) {
   const auto put = [&](int tap, float sum) { a.result.put<T>(item.filter, item.split, tap, sum); };
   for (int tap = threadIdx.x; tap < a.kernel_rows * a.kernel_columns; tap += 32 * kWarps) {
     const int i = tap / a.kernel_columns, j = tap - i * a.kernel_columns, dy = i - a.padding_rows;
@@ -325,10 +304,10 @@ __global__ void __launch_bounds__(launch_threads(kThreads), 1) outer_tall(const 
   Turn turn;
 #pragma unroll 1
   for (int number = blockIdx.x; number < a.items(); number += gridDim.x) {
-    const Item item(a, number);
+    const FilterImages item(a, number);
     float products[kShifts][kRows / 8][4] = {};
 #pragma unroll 1
-    for (int image = item.first; image < item.last; image += kStageImages, turn.next(a)) {
+    for (int image = item.first; image < item.last; image += kStageImages, turn.next(a.stages)) {
       wait_at(memory + a.full(turn.stage), turn.parity);
       const uint32_t source = memory + stages + turn.stage * a.stage_bytes;
       if (first_number < a.shifts())

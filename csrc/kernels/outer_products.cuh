@@ -17,6 +17,19 @@ __device__ inline uint32_t load_word(uint32_t from) {
   return word;
 }
 
+// What a block adds up: the images of a split, for a filter.
+struct FilterImages {
+  int filter, split, first, last;
+
+  template <class Arguments>
+  __device__ FilterImages(const Arguments& a, int number) : filter(number), split(0), first(0), last(a.images) {
+    if (a.splits == 1) return;
+    split = filter / a.filters, filter %= a.filters;
+    first = static_cast<int>(int64_t{a.images} * split / a.splits);
+    last = static_cast<int>(int64_t{a.images} * (split + 1) / a.splits);
+  }
+};
+
 // Waits for the warps that multiply.
 [[maybe_unused]] __device__ inline void sync_multiplying(int threads) {
 #if __CUDA_ARCH__ >= 800
