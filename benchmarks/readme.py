@@ -46,7 +46,8 @@ def first_case_table(cells: Sequence[Cell]) -> str:
     def figure(cell: Cell | None) -> str:
         if cell is None or cell["us"] is None:
             return "-"
-        return f"{cell['us']:.0f} us ({show(report.speedup(cell), '.1f')} x)"
+        times = report.speedup(cell)
+        return f"{cell['us']:.0f} us" + (f" ({times:.1f} x)" if times else "")
 
     found = {report.identity(cell): cell for cell in cells if cell["layer"] == FIRST_CASE}
     settings = sorted({key[1:3] for key in found}, key=lambda key: (key[1], DTYPES.index(key[0])))
@@ -59,13 +60,20 @@ def first_case_table(cells: Sequence[Cell]) -> str:
     )
 
 
+def beside_pytorch(cells: Sequence[Cell]) -> str:
+    """A sentence on how many cells F.conv2d was timed beside; nothing where these are all."""
+    count = sum(cell["pytorch_us"] is not None for cell in cells)
+    return f" F.conv2d was timed beside {count} of the {len(cells)} cells." if count < len(cells) else ""
+
+
 def parts(result: dict[str, Any]) -> Iterator[str]:
     meta, cells = result["meta"], result["cells"]
     yield (
         f"Measured on {meta['gpu']} with torch {meta['torch']}, {meta['date']}; a copy runs at {meta['copy_GBps']:.0f} "
         "GB/s. Geometric means over layers of real models, forward and both gradients: how many times faster than "
         "F.conv2d at its best in the same layout, and how many times slower than `y.copy_(x)` of the same bytes. Large "
-        "kernels are those above 7x7, single rows and columns aside." + report.older_sources(cells)
+        "kernels are those above 7x7, single rows and columns aside."
+        f"{beside_pytorch(cells)}{report.older_sources(cells)}"
     )
     yield classes_table(cells)
     if any(cell["layer"] == FIRST_CASE for cell in cells):

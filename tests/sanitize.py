@@ -48,11 +48,11 @@ RUNS.append((Case(1, 3, (33000, 56), (7, 7), (2, 2), (3, 3), multiplier=2), torc
 # Others take no fewer planes than all of its multiprocessors have some of.
 MANY_PLANES = [
     (Case(16, 34, (56, 56), (51, 5), padding=(25, 2)), torch.bfloat16, torch.contiguous_format),
-    (Case(4, 136, (28, 28), (29, 29), padding=(14, 14)), torch.bfloat16, torch.contiguous_format),
+    (Case(16, 264, (28, 28), (29, 29), padding=(14, 14)), torch.bfloat16, torch.contiguous_format),
     (Case(4, 8, (56, 56), (31, 31), padding=(15, 15)), torch.bfloat16, torch.contiguous_format),
-    (Case(8, 16, (28, 28), (13, 13), padding=(6, 6)), torch.bfloat16, torch.channels_last),
+    (Case(32, 64, (28, 28), (13, 13), padding=(6, 6)), torch.bfloat16, torch.channels_last),
     (Case(16, 264, (28, 28), (9, 9), padding=(4, 4)), torch.float32, torch.contiguous_format),
-    (Case(32, 128, (28, 28), (9, 9), padding=(4, 4)), torch.float32, torch.channels_last),
+    (Case(64, 128, (28, 28), (9, 9), padding=(4, 4)), torch.float32, torch.channels_last),
 ]
 RUNS += MANY_PLANES
 

@@ -532,6 +532,16 @@ def test_readme_round_trip(layers_json: Path, tmp_path: Path):
     text = path.read_text()
     assert text.startswith("# Title\n\n") and text.endswith("-->\n\nThe rest.\n") and "old" not in text
     assert "| small kernels, NCHW, float32 " in text and "| channels_last | float32 " in text
+    assert "F.conv2d was timed beside" not in text
+
+    def leave_out(cells):
+        cells[0]["pytorch_us"] = None
+
+    some = tmp_path / "some.json"
+    shutil.copy(layers_json, some)
+    run("readme", changed(some, leave_out), "--readme", path)
+    count = len(json.loads(some.read_text())["cells"])
+    assert f" F.conv2d was timed beside {count - 1} of the {count} cells." in path.read_text()
     path.write_text("no markers")
     run("readme", layers_json, "--readme", path, status=1)
 
