@@ -2080,10 +2080,13 @@ def test_grad_weight_of_pairs_of_planes(
             input[0, 1, 3, 5], input[-1, -1, -1, -1] = torch.inf, torch.nan
             grad_output[-1, 0, 0, 0], grad_output[0, -1, 2, -1] = torch.inf, torch.nan
         exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+        compared = 0
         for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
             if plan == "hankel_grad_weight":
                 expected = exact[name].to(result)
                 assert torch.equal(result.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0)), (name, spoilt)
+                compared += 1
+        assert compared > 0
 
 
 @pytest.mark.gpu
@@ -2139,20 +2142,23 @@ def test_grad_weight_of_large_kernels_in_channels_last(
 ) -> None:
     """As they lie, beside each other or apart: exact, NaN where F.conv2d has it."""
     case = Case(batch, channels, size, kernel, padding=tuple(k // 2 for k in kernel))
-    for turn in range(3):
+    for turn in range(2):
         case = case._replace(bias=turn != 1)
         input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
         grad_output = integers(*output_size(case)).to(input)
-        order, steps = (0, 2, 3, 1), [(1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 1, 1)][turn]
+        order, steps = (0, 2, 3, 1), [(1, 1, 1, 1), (2, 1, 1, 1)][turn]
         input, grad_output = lay(input, order, steps, 8 * turn), lay(grad_output, order, offset=8)
         if turn > 0:
             for tensor in (input, grad_output):
                 tensor[0, 1, 3, 5], tensor[-1, 2, 0, -1], tensor[-1, -1, -1, -1] = torch.inf, -torch.inf, torch.nan
         exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+        compared = 0
         for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
             if plan in ("outer_grad_weight", "hankel_grad_weight"):
                 expected = exact[name].to(result)
                 assert torch.equal(result.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0)), (name, plan, turn)
+                compared += 1
+        assert compared > 0
 
 
 @pytest.mark.gpu
