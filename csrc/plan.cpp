@@ -164,6 +164,12 @@ bool claims_march_grad_weight_nchw(const Problem& p) {
   return p.multiplier == 1 && (March7x7::is_of(p) || March9x9::is_of(p)) && can_march_planes(p, 32 << 10);
 }
 
+constexpr int64_t kLargeKernel = 8;  // from this side on, nothing is compiled for one size of kernel
+
+bool is_large_kernel(const Problem& p) {
+  return std::max(p.kernel_h, p.kernel_w) >= kLargeKernel;
+}
+
 bool claims_toeplitz_nchw(const Problem& p) {
   if (size_of(p.dtype) != 2 || p.capability < 80 || p.pass == Pass::kGradWeight) return false;
   if (p.stride_h != p.stride_w || p.stride_h > 2) return false;
@@ -178,6 +184,8 @@ bool claims_toeplitz_nchw(const Problem& p) {
   // as fast for the smallest kernels, and for 3x3 on small planes.
   const int64_t pixels = target_width(p) * (p.pass == Pass::kForward ? p.out_height : p.height);
   if (pixels < (p.stride_h == 1 ? 196 : 512)) return false;
+  // Nor do planes of few rows that are taken whole, with many images at once.
+  if (is_large_kernel(p) && fits_toeplitz_large_images(p)) return false;
   const int64_t area = rows * columns;
   if (p.stride_h == 2 && p.pass == Pass::kGradInput && !SmallKernel<7, 7, 2, 1>::is_of(p)) return false;
   const int64_t few = p.kernel_h == p.kernel_w ? 784 : 2048;
@@ -292,12 +300,6 @@ bool can_have_rows(const View& view, int64_t channels, int64_t width) {
 
 bool have_rows(const Problem& p) {
   return has_rows(p.input, p.width) && has_rows(p.output, p.out_width);
-}
-
-constexpr int64_t kLargeKernel = 8;  // from this side on, nothing is compiled for one size of kernel
-
-bool is_large_kernel(const Problem& p) {
-  return std::max(p.kernel_h, p.kernel_w) >= kLargeKernel;
 }
 
 bool claims_toeplitz_large(const Problem& p) {

@@ -50,6 +50,7 @@ MANY_PLANES = [
     (Case(16, 34, (56, 56), (51, 5), padding=(25, 2)), torch.bfloat16, torch.contiguous_format),
     (Case(16, 264, (28, 28), (29, 29), padding=(14, 14)), torch.bfloat16, torch.contiguous_format),
     (Case(4, 8, (56, 56), (31, 31), padding=(15, 15)), torch.bfloat16, torch.contiguous_format),
+    (Case(32, 128, (14, 14), (27, 27), padding=(13, 13)), torch.bfloat16, torch.contiguous_format),
     (Case(16, 64, (28, 28), (13, 13), padding=(6, 6)), torch.bfloat16, torch.channels_last),
     (Case(16, 264, (28, 28), (9, 9), padding=(4, 4)), torch.float32, torch.contiguous_format),
     (Case(64, 128, (12, 28), (9, 9), padding=(4, 4)), torch.float32, torch.channels_last),

@@ -127,6 +127,13 @@ def test_tensor_cores(name: str, dtype: torch.dtype) -> None:
         ((7, 7), (2, 2), "generic"),
     ):
         assert plan_of(name, Case(2, 4, (40, 36), kernel, dilation=dilation), dtype) == expected, kernel
+    # Large kernels on planes of few rows, where there are many images.
+    for batch, channels, expected in (
+        (64, 512, "toeplitz_large"),
+        (31, 512, "toeplitz_nchw"),
+        (64, 120, "toeplitz_nchw"),
+    ):
+        assert plan_of(name, Case(batch, channels, (14, 14), (9, 9), padding=(4, 4)), dtype) == expected, batch
     strided = Case(2, 4, (64, 64), (5, 3), (2, 2))
     assert plan_of(name, strided, dtype) == ("toeplitz_nchw" if name == "forward" else "generic")
     for side, expected in ((28, "toeplitz_nchw"), (27, "stream_nchw")):
@@ -2013,6 +2020,88 @@ def test_large_kernels_on_many_planes(
                 if plan == "toeplitz_large":
                     expected = exact[name].to(result)
                     assert torch.equal(result.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0)), (name, offset)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "size", "padding", "batch", "channels"),
+    [
+        ((27, 27), (14, 14), (13, 13), 64, 140),
+        ((27, 27), (14, 14), (13, 13), 33, 280),
+        ((9, 13), (12, 14), (4, 6), 40, 135),  # the last plane is alone
+        ((31, 29), (14, 10), (15, 14), 130, 70),  # three groups of images, of which the last has two
+        ((63, 17), (14, 14), (31, 8), 200, 301),  # blocks go through several filters of several groups
+        ((9, 9), (14, 14), (0, 0), 64, 140),
+        ((9, 9), (16, 12), (3, 4), 50, 140),
+        ((8, 10), (6, 8), (7, 9), 64, 150),  # more rows and columns than the image has
+        ((5, 31), (2, 16), (2, 15), 100, 150),
+    ],
+    ids=str,
+)
+def test_large_kernels_on_small_planes_of_many_images(
+    kernel: tuple, size: tuple, padding: tuple, batch: int, channels: int, dtype: torch.dtype
+) -> None:
+    """Exact, NaN where F.conv2d has it, and the same each time."""
+    case = Case(batch, channels, size, kernel, padding=padding)
+    for spoilt in (False, True):
+        input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+        grad_output = integers(*output_size(case)).to(input)
+        if spoilt:
+            for tensor in (input, grad_output):
+                tensor[0, 1, 1, 5], tensor[-1, -1, -1, -1], tensor[3, 2, 0, 0] = torch.inf, torch.nan, -torch.inf
+            weight[5, 0, kernel[0] // 2, 0], weight[-1, 0, 0, -1] = torch.inf, torch.nan
+        exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+        compared = 0
+        for _ in range(3):
+            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
+                if plan == "toeplitz_large":
+                    expected = exact[name].to(result)
+                    assert torch.equal(result.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0)), (name, spoilt)
+                    compared += 1
+        assert compared == 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "size", "padding", "batch", "channels"),
+    [
+        ((27, 27), (14, 14), (13, 13), 64, 140),
+        ((27, 27), (14, 14), (13, 13), 48, 3),  # images are divided, and the last plane is alone
+        ((9, 11), (12, 14), (8, 2), 31, 70),
+        ((15, 13), (13, 16), (7, 6), 400, 4),  # an odd number of rows
+        ((9, 9), (14, 14), (3, 4), 16, 35),  # a gradient of fewer rows
+        ((31, 63), (16, 10), (15, 31), 32, 10),
+        ((29, 29), (28, 28), (14, 14), 32, 70),
+        ((13, 13), (28, 28), (6, 6), 64, 140),
+        ((13, 17), (24, 28), (6, 8), 29, 5),
+        ((27, 9), (28, 32), (13, 4), 48, 3),
+        ((9, 31), (20, 28), (0, 15), 32, 9),
+    ],
+    ids=str,
+)
+def test_grad_weight_of_planes_of_few_columns(
+    kernel: tuple, size: tuple, padding: tuple, batch: int, channels: int, dtype: torch.dtype
+) -> None:
+    """Exact, NaN where F.conv2d has it, and the same each time."""
+    case = Case(batch, channels, size, kernel, padding=padding)
+    for spoilt, multiplier in ((False, 2), (False, 1), (True, 1)):
+        case = case._replace(multiplier=multiplier)
+        input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+        grad_output = integers(*output_size(case)).to(input)
+        if spoilt:
+            for tensor in (input, grad_output):
+                tensor[0, 1, 1, 5], tensor[-1, -1, -1, -1], tensor[3, 2, 0, 0] = torch.inf, torch.nan, -torch.inf
+        exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+        compared = 0
+        for _ in range(3):
+            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
+                if plan == "outer_grad_weight":
+                    expected = exact[name].to(result)
+                    assert torch.equal(result.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0)), (name, spoilt)
+                    compared += 1
+        assert compared == 6
 
 
 @pytest.mark.gpu

@@ -343,7 +343,8 @@ void launch_toeplitz_large(const Problem& problem, const Allocate& allocate, cud
   if (!across) source = to_planes(source, p.batch, map.sources, map.height, map.width, allocate, stream);
   if (copies) target = new_planes(p.batch, map.targets, map.out_height, map.out_width, allocate);
   if (!(across ? launch_toeplitz_tall_groups(p, stream) || launch_toeplitz_tall_planes(p, stream)
-               : launch_toeplitz_large_groups(p, stream) || launch_toeplitz_large_planes(p, stream))) {
+               : launch_toeplitz_large_images(p, stream) || launch_toeplitz_large_groups(p, stream) ||
+                     launch_toeplitz_large_planes(p, stream))) {
     if (p.dtype == DType::kFloat16)
       launch<__half>(p, across, stream);
     else

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 
 #include "../problem.h"
 #include "stream.h"
@@ -30,6 +31,32 @@ inline int64_t least_large_bytes(const Problem& p) {
   const int64_t groups = p.stride_w + bands, rows = 15 * p.stride_h + p.kernel_h;
   const int64_t weights = 2 * (p.kernel_h + 1) * 2 * (8 * round_up(bands, 3) + 8 * p.stride_w);
   return weights + (rows * (groups + 1) + groups) * 16 + 2 * 16 * 16 + 6 * 128;
+}
+
+// What toeplitz_large_images.cu asks for: many images of planes so small that a multiplication leads to all rows of a
+// target, two neighbouring ones of which are whole units, and enough to do.
+constexpr int64_t kImagesTogether = 64, kImagesColumns = 16, kImagesRows = 14;
+constexpr int64_t kImagesTasks = 64;  // half of the multiprocessors have one
+
+inline int64_t images_tasks(const Problem& p) {
+  return (p.filters() + 1) / 2 * ((p.batch + kImagesTogether - 1) / kImagesTogether);
+}
+
+inline bool fits_toeplitz_large_images(const Problem& p) {
+  const auto fits = [&](const View& view, int64_t channels, int64_t height, int64_t width) {
+    constexpr int64_t kUnitElements = 8;
+    return width <= kImagesColumns && height <= kImagesColumns && width % 2 == 0 &&
+           2 * height * width % kUnitElements == 0 && has_rows(view, width) &&
+           (height == 1 || view.stride[2] == width) && (channels == 1 || view.stride[1] == height * width) &&
+           (p.batch == 1 || view.stride[0] % kUnitElements == 0) &&
+           reinterpret_cast<uintptr_t>(view.data) % (2 * kUnitElements) == 0;
+  };
+  const int64_t rows = p.pass == Pass::kForward ? p.out_height : p.height;
+  return p.pass != Pass::kGradWeight && size_of(p.dtype) == 2 && p.capability == 90 && p.stride_h == 1 &&
+         p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1 && p.multiplier == 1 && rows <= kImagesRows &&
+         fits(p.input, p.channels, p.height, p.width) && fits(p.output, p.filters(), p.out_height, p.out_width) &&
+         2 * p.batch >= kImagesTogether && images_tasks(p) >= kImagesTasks &&
+         (p.batch + kImagesTogether - 1) / kImagesTogether * kImagesTogether <= 2 * p.batch;
 }
 
 }  // namespace dwconv

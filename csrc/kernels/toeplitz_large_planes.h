@@ -13,4 +13,7 @@ bool launch_toeplitz_large_planes(const Problem& problem, cudaStream_t stream);
 // The same on multiplications that warps begin together, where there are such.
 bool launch_toeplitz_large_groups(const Problem& problem, cudaStream_t stream);
 
+// The same for many images of planes so small that a multiplication leads to all rows of a target.
+bool launch_toeplitz_large_images(const Problem& problem, cudaStream_t stream);
+
 }  // namespace dwconv

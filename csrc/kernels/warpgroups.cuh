@@ -103,6 +103,9 @@ __device__ inline uint64_t swizzled_rows(uint32_t address) {
 #define DWCONV_TILES_8 DWCONV_TILES_7, DWCONV_TILE(7)
 #define DWCONV_TILES_14 DWCONV_TILES_8, DWCONV_TILE(8), DWCONV_TILE(9), DWCONV_TILE(10), DWCONV_TILE(11), \
     DWCONV_TILE(12), DWCONV_TILE(13)
+#define DWCONV_TILES_28 DWCONV_TILES_14, DWCONV_TILE(14), DWCONV_TILE(15), DWCONV_TILE(16), DWCONV_TILE(17), \
+    DWCONV_TILE(18), DWCONV_TILE(19), DWCONV_TILE(20), DWCONV_TILE(21), DWCONV_TILE(22), DWCONV_TILE(23),       \
+    DWCONV_TILE(24), DWCONV_TILE(25), DWCONV_TILE(26), DWCONV_TILE(27)
 #define DWCONV_SUMS_2 "{%0, %1, %2, %3, %4, %5, %6, %7}"
 #define DWCONV_SUMS_3 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11}"
 #define DWCONV_SUMS_4 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
@@ -117,29 +120,38 @@ __device__ inline uint64_t swizzled_rows(uint32_t address) {
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "  \
   "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "   \
   "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55}"
+#define DWCONV_SUMS_28                                                                                          \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "       \
+  "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "        \
+  "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "        \
+  "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "        \
+  "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, "      \
+  "%102, %103, %104, %105, %106, %107, %108, %109, %110, %111}"
 // clang-format on
 #define DWCONV_MULTIPLY(tiles, columns, type, factors, by_rows)                                             \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " " DWCONV_SUMS_##tiles \
                ", " factors ", 1, 1, 1, " by_rows ";"                                                       \
                : DWCONV_TILES_##tiles                                                                       \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-#define DWCONV_MULTIPLY_TILES(type)                                   \
-  if constexpr (!kHasWarpgroups)                                      \
-    return;                                                           \
-  else if constexpr (kTiles == 2)                                     \
-    DWCONV_MULTIPLY(2, "16", type, "{%8, %9, %10, %11}, %12", "0");   \
-  else if constexpr (kTiles == 3)                                     \
-    DWCONV_MULTIPLY(3, "24", type, "{%12, %13, %14, %15}, %16", "0"); \
-  else if constexpr (kTiles == 4)                                     \
-    DWCONV_MULTIPLY(4, "32", type, "{%16, %17, %18, %19}, %20", "0"); \
-  else if constexpr (kTiles == 5)                                     \
-    DWCONV_MULTIPLY(5, "40", type, "{%20, %21, %22, %23}, %24", "0"); \
-  else if constexpr (kTiles == 7)                                     \
-    DWCONV_MULTIPLY(7, "56", type, "{%28, %29, %30, %31}, %32", "0"); \
-  else if constexpr (kTiles == 8)                                     \
-    DWCONV_MULTIPLY(8, "64", type, "{%32, %33, %34, %35}, %36", "0"); \
-  else if constexpr (kTiles == 14)                                    \
-  DWCONV_MULTIPLY(14, "112", type, "{%56, %57, %58, %59}, %60", "1")
+#define DWCONV_MULTIPLY_TILES(type)                                     \
+  if constexpr (!kHasWarpgroups)                                        \
+    return;                                                             \
+  else if constexpr (kTiles == 2)                                       \
+    DWCONV_MULTIPLY(2, "16", type, "{%8, %9, %10, %11}, %12", "0");     \
+  else if constexpr (kTiles == 3)                                       \
+    DWCONV_MULTIPLY(3, "24", type, "{%12, %13, %14, %15}, %16", "0");   \
+  else if constexpr (kTiles == 4)                                       \
+    DWCONV_MULTIPLY(4, "32", type, "{%16, %17, %18, %19}, %20", "0");   \
+  else if constexpr (kTiles == 5)                                       \
+    DWCONV_MULTIPLY(5, "40", type, "{%20, %21, %22, %23}, %24", "0");   \
+  else if constexpr (kTiles == 7)                                       \
+    DWCONV_MULTIPLY(7, "56", type, "{%28, %29, %30, %31}, %32", "0");   \
+  else if constexpr (kTiles == 8)                                       \
+    DWCONV_MULTIPLY(8, "64", type, "{%32, %33, %34, %35}, %36", "0");   \
+  else if constexpr (kTiles == 14)                                      \
+    DWCONV_MULTIPLY(14, "112", type, "{%56, %57, %58, %59}, %60", "1"); \
+  else if constexpr (kTiles == 28)                                      \
+  DWCONV_MULTIPLY(28, "224", type, "{%112, %113, %114, %115}, %116", "0")
 
 // sum += a * b, of 64 x 16 by 16 x 8 kTiles. A warp has 16 rows of a, in registers as `multiply` has them. Columns of b
 // follow one another in memory; its rows do if there are 14 tiles.
