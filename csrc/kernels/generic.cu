@@ -15,9 +15,10 @@ namespace dwconv {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRows = 4;   // rows that a thread owns, so that a weight is read once for four products
-constexpr int kTaps = 9;   // taps that a thread of grad_weight accumulates in registers
-constexpr int kPart = 32;  // columns that it adds up before it adds them to its sum
+constexpr int kRows = 4;      // rows that a thread owns, so that a weight is read once for four products
+constexpr int kTaps = 9;      // taps that a thread of grad_weight accumulates in registers
+constexpr int kWideTaps = 3;  // in float64 along rows, of few: registers for four blocks a multiprocessor, not two
+constexpr int kPart = 32;     // columns that it adds up before it adds them to its sum
 
 // Problem with the integer type of the index arithmetic: 64 bits cost two to three times the instructions.
 template <typename Index>
@@ -205,12 +206,13 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// grad_weight in two stages. The first cuts the N * H_out output rows into `splits` runs; a block sums kTaps taps (and
+// grad_weight in two stages. The first cuts the N * H_out output rows into `splits` runs; a block sums a few taps (and
 // the bias) over one run, for one filter (NCHW: lanes are columns) or `lanes` filters (channels_last: lanes are
 // filters). The second adds up the runs. Every sum has a fixed order: the result is the same bit for bit, always.
 struct WeightGradientShape {
   bool channels_last;
   int lanes;  // threads side by side, a power of two; kThreads / lanes rows are in work at a time
+  int taps;   // of a thread
   int64_t filter_groups, tap_groups, splits;
 
   explicit WeightGradientShape(const Problem& p) {
@@ -218,7 +220,8 @@ struct WeightGradientShape {
     const int64_t side_by_side = channels_last ? p.filters() : p.out_width;
     for (lanes = 1; lanes < 32 && lanes < side_by_side;) lanes *= 2;
     filter_groups = channels_last ? ceil_div(p.filters(), lanes) : p.filters();
-    tap_groups = ceil_div(p.taps(), kTaps);
+    taps = p.dtype == DType::kFloat64 && !channels_last && p.taps() <= kTaps ? kWideTaps : kTaps;
+    tap_groups = ceil_div(p.taps(), taps);
     constexpr int64_t kBlocks = 2048;  // fills any GPU a few times over; the same on all, so that results are too
     const int64_t rows = p.batch * p.out_height;
     const int64_t useful = ceil_div(rows, kThreads / lanes);
@@ -227,8 +230,8 @@ struct WeightGradientShape {
 };
 
 // Partial sums lie as [split][tap, or bias behind the last tap][filter].
-template <typename T, typename Index>
-__global__ void __launch_bounds__(kThreads)
+template <typename T, typename Index, int kTaps>
+__global__ void __launch_bounds__(kThreads, kTaps == kWideTaps && sizeof(Index) == 4 ? 4 : 1)
     generic_grad_weight_runs(const T* __restrict__ grad_output, const T* __restrict__ input,
                              Accumulator<T>* __restrict__ partial, const Sizes<Index> s, bool with_bias,
                              bool channels_last, int lanes, Index filter_groups, Index tap_groups, Index splits) {
@@ -344,9 +347,15 @@ void launch_grad_weight(const Problem& p, const Allocate& allocate, cudaStream_t
   const int64_t sums = (p.taps() + (p.bias != nullptr)) * p.filters();
   auto* partial = static_cast<Accumulator<T>*>(allocate(shape.splits * sums * sizeof(Accumulator<T>)));
   const int64_t blocks = shape.filter_groups * shape.tap_groups * shape.splits;
-  generic_grad_weight_runs<T, Index><<<blocks_for(blocks * kThreads), kThreads, 0, stream>>>(
-      static_cast<const T*>(p.output.data), static_cast<const T*>(p.input.data), partial, Sizes<Index>(p),
-      p.bias != nullptr, shape.channels_last, shape.lanes, shape.filter_groups, shape.tap_groups, shape.splits);
+  const auto launch = [&](auto kernel) {
+    kernel<<<blocks_for(blocks * kThreads), kThreads, 0, stream>>>(
+        static_cast<const T*>(p.output.data), static_cast<const T*>(p.input.data), partial, Sizes<Index>(p),
+        p.bias != nullptr, shape.channels_last, shape.lanes, shape.filter_groups, shape.tap_groups, shape.splits);
+  };
+  if (sizeof(T) == sizeof(double) && shape.taps == kWideTaps)
+    launch(generic_grad_weight_runs < T, Index, sizeof(T) == sizeof(double) ? kWideTaps : kTaps >);
+  else
+    launch(generic_grad_weight_runs<T, Index, kTaps>);
   check_launch("generic_grad_weight_runs");
   launch_add_partial_sums(p, partial, shape.splits, stream);
 }
