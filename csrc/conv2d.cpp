@@ -128,6 +128,24 @@ bool is_channels_last(const Tensor& tensor) {
   return true;
 }
 
+// Below the dispatcher's boxed calls, which cost the host as much as a launch.
+Tensor empty_of(int32_t dtype, IntsRef size, bool channels_last, const Tensor& like) {
+  std::array<int64_t, 4> stride;
+  int64_t step = 1;
+  const auto lay = [&](size_t d) { stride[d] = step, step *= std::max<int64_t>(size[d], 1); };
+  if (channels_last) {
+    for (const size_t d : {1, 3, 2, 0}) lay(d);
+  } else {
+    for (size_t d = size.size(); d-- > 0;) lay(d);
+  }
+  int32_t device = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), stride.data(), dtype,
+                                                  device, like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
 }  // namespace
 
 DType dtype_of(const Tensor& tensor, const char* name) {
@@ -211,23 +229,14 @@ std::optional<Tensor> room_for_cast(const Tensor& tensor, const char* name, cons
   return empty(tensor.sizes(), is_channels_last(tensor), like);
 }
 
-// Below the dispatcher's boxed calls, which cost the host as much as a launch.
 Tensor empty(IntsRef size, bool channels_last, const Tensor& like) {
-  std::array<int64_t, 4> stride;
-  int64_t step = 1;
-  const auto lay = [&](size_t d) { stride[d] = step, step *= std::max<int64_t>(size[d], 1); };
-  if (channels_last) {
-    for (const size_t d : {1, 3, 2, 0}) lay(d);
-  } else {
-    for (size_t d = size.size(); d-- > 0;) lay(d);
-  }
-  int32_t dtype = 0, device = 0;
+  int32_t dtype = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(), stride.data(), dtype,
-                                                  device, like.get_device_index(), &handle));
-  return Tensor(handle);
+  return empty_of(dtype, size, channels_last, like);
+}
+
+Tensor empty_float32(IntsRef size, bool channels_last, const Tensor& like) {
+  return empty_of(aoti_torch_dtype_float32(), size, channels_last, like);
 }
 
 View view_of(const Tensor& tensor) {

@@ -18,7 +18,7 @@ using IntsRef = torch::headeronly::HeaderOnlyArrayRef<int64_t>;
 
 struct Geometry {
   IntsRef stride, padding, dilation;
-  bool casts = false;  // whether weight and bias, of whatever dtype, are to be of the input's
+  bool casts = false;  // as PackedGeometry has it
 };
 
 // The numbers that its Geometry refers to.
@@ -50,9 +50,29 @@ std::optional<Tensor> room_for_cast(const Tensor& tensor, const char* name, cons
 
 // Uninitialised, of the dtype and device of `like`.
 Tensor empty(IntsRef size, bool channels_last, const Tensor& like);
+// The same of float32.
+Tensor empty_float32(IntsRef size, bool channels_last, const Tensor& like);
 
 View view_of(const Tensor& tensor);
 DType dtype_of(const Tensor& tensor, const char* name);  // throws std::runtime_error unless it is served
+
+// The `packed` operators' outputs, by a device's cast(tensor, name, like) and run_forward(input, weight, bias,
+// geometry).
+template <auto cast, auto run_forward>
+std::tuple<Tensor, Tensor> forward_packed_cast(const Tensor& input, const Tensor& given_weight,
+                                               const std::optional<Tensor>& given_bias, int64_t packed) {
+  const Tensor weight = cast(given_weight, "weight", input);
+  std::optional<Tensor> bias;
+  if (given_bias) bias = cast(*given_bias, "bias", input);
+  return {run_forward(input, weight, bias, UnpackedGeometry(packed)), weight};
+}
+
+template <auto cast, auto run_forward>
+Tensor forward_packed(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t packed) {
+  if (PackedGeometry(packed).casts())
+    return std::get<0>(forward_packed_cast<cast, run_forward>(input, weight, bias, packed));
+  return run_forward(input, weight, bias, UnpackedGeometry(packed));
+}
 
 // The gradients that the `packed` operators return, by a device's run_backward(grad_output, input, weight, geometry,
 // bias), where `bias` is whether the third one is wanted.

@@ -41,10 +41,8 @@ Tensor cast(const Tensor& tensor, const char* name, const Tensor& like) {
   return room ? torch::stable::copy_(*room, tensor) : tensor;
 }
 
-Tensor run_forward(const Tensor& input, const Tensor& given_weight, const std::optional<Tensor>& given_bias,
+Tensor run_forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                    const Geometry& geometry) {
-  const Tensor weight = geometry.casts ? cast(given_weight, "weight", input) : given_weight;
-  const std::optional<Tensor> bias = geometry.casts && given_bias ? cast(*given_bias, "bias", input) : given_bias;
   const Problem problem = check_forward(input, weight, bias, geometry);
   const bool in_place = !fails_in_channels_last(problem) || !output_is_channels_last(input, weight);
   std::array<StableIValue, 9> stack{from(in_place ? input : in_nchw(input)),
@@ -84,10 +82,6 @@ Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Te
   return run_forward(input, weight, bias, {stride, padding, dilation});
 }
 
-Tensor forward_packed(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t packed) {
-  return run_forward(input, weight, bias, UnpackedGeometry(packed));
-}
-
 Tensor grad_input(const Tensor& grad_output, const Tensor& weight, const Ints& input_size, const Ints& stride,
                   const Ints& padding, const Ints& dilation, bool channels_last, bool /*allow_fft*/) {
   const Geometry geometry{stride, padding, dilation};
@@ -113,16 +107,20 @@ std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad_output, const Tensor& 
 }
 
 std::tuple<Tensor, Tensor, std::optional<Tensor>> run_backward(const Tensor& grad_output, const Tensor& input,
-                                                               const Tensor& given_weight, const Geometry& geometry,
+                                                               const Tensor& weight, const Geometry& geometry,
                                                                bool bias) {
-  const Tensor weight = geometry.casts ? cast(given_weight, "weight", input) : given_weight;
   const Problem problem = check_grad_input(grad_output, weight, input.sizes(), geometry);
   check_grad_weight(grad_output, input, {weight.sizes().data() + 2, 2}, geometry);
   const bool channels_last = output_is_channels_last(input, weight), fails = fails_in_channels_last(problem);
   const auto gradients = backward(grad_output, fails ? in_nchw(input) : input, fails ? in_nchw(weight) : weight,
                                   problem, geometry, {true, true, bias});
-  return {contiguous(std::get<0>(gradients), channels_last), contiguous(std::get<1>(gradients), false),
-          std::get<2>(gradients)};
+  const auto cast_back = [&](const Tensor& gradient) {
+    if (!geometry.casts) return gradient;
+    Tensor wide = empty_float32(gradient.sizes(), false, gradient);
+    return torch::stable::copy_(wide, gradient);
+  };
+  return {contiguous(std::get<0>(gradients), channels_last), cast_back(contiguous(std::get<1>(gradients), false)),
+          bias ? cast_back(std::get<2>(gradients)) : std::get<2>(gradients)};
 }
 
 }  // namespace
@@ -131,7 +129,8 @@ STABLE_TORCH_LIBRARY_IMPL(dwconv, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("grad_input", TORCH_BOX(&grad_input));
   m.impl("grad_weight", TORCH_BOX(&grad_weight));
-  m.impl("forward.packed", TORCH_BOX(&forward_packed));
+  m.impl("forward.packed", TORCH_BOX((&forward_packed<cast, run_forward>)));
+  m.impl("forward.packed_cast", TORCH_BOX((&forward_packed_cast<cast, run_forward>)));
   m.impl("backward.packed", TORCH_BOX(&backward_packed<run_backward>));
   m.impl("backward.packed_bias", TORCH_BOX(&backward_packed_bias<run_backward>));
 }

@@ -12,6 +12,7 @@
 #include "kernels/device.h"
 #include "kernels/launch.h"
 #include "kernels/realign.h"
+#include "kernels/widening.h"
 #include "plan.h"
 
 // Weak, so that a CPU build of torch, which lacks it, can load this library and serve CPU tensors.
@@ -43,15 +44,17 @@ class On {
   cudaStream_t stream_;
 };
 
+void cast_elements(const View& source, DType from, const Tensor& target, DType to) {
+  Cast c{from, to, source, view_of(target)};
+  for (int64_t d = 0; d < target.dim(); ++d) c.size[d] = target.size(d);
+  launch_cast(c, On(target).stream());
+}
+
 // `tensor` in the dtype of `like`.
 Tensor cast(const Tensor& tensor, const char* name, const Tensor& like) {
-  std::optional<Tensor> room = room_for_cast(tensor, name, like);
+  const std::optional<Tensor> room = room_for_cast(tensor, name, like);
   if (!room) return tensor;
-  Cast c;
-  c.from = dtype_of(tensor, name), c.to = dtype_of(like, "input");
-  c.source = view_of(tensor), c.target = view_of(*room);
-  for (int64_t d = 0; d < tensor.dim(); ++d) c.size[d] = tensor.size(d);
-  launch_cast(c, On(like).stream());
+  cast_elements(view_of(tensor), dtype_of(tensor, name), *room, dtype_of(like, "input"));
   return *room;
 }
 
@@ -113,16 +116,19 @@ void run(Problem& problem, const Tensor& like, const By& by) {
   }
 }
 
-Tensor run_forward(const Tensor& input, const Tensor& given_weight, const std::optional<Tensor>& given_bias,
-                   const Geometry& geometry, const By& by = {}) {
-  const Tensor weight = geometry.casts ? cast(given_weight, "weight", input) : given_weight;
-  const std::optional<Tensor> bias = geometry.casts && given_bias ? cast(*given_bias, "bias", input) : given_bias;
+Tensor forward_by(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                  const Geometry& geometry, const By& by) {
   Problem problem = check_forward(input, weight, bias, geometry);
   Tensor output = empty({problem.batch, problem.filters(), problem.out_height, problem.out_width},
                         output_is_channels_last(input, weight), input);
   problem.output = view_of(output);
   run(problem, input, by);
   return output;
+}
+
+Tensor run_forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
+                   const Geometry& geometry) {
+  return forward_by(input, weight, bias, geometry, {});
 }
 
 Tensor run_grad_input(const Tensor& grad_output, const Tensor& weight, IntsRef input_size, const Geometry& geometry,
@@ -134,24 +140,39 @@ Tensor run_grad_input(const Tensor& grad_output, const Tensor& weight, IntsRef i
   return grad_input;
 }
 
-// The gradient of the bias is there only if it is wanted.
+// The gradient of the bias is there only if it is wanted. Where the weights were cast, both are of float32.
 std::tuple<Tensor, std::optional<Tensor>> run_grad_weight(const Tensor& grad_output, const Tensor& input,
                                                           IntsRef kernel_size, const Geometry& geometry, bool bias,
                                                           const By& by = {}) {
   Problem problem = check_grad_weight(grad_output, input, kernel_size, geometry);
-  Tensor grad_weight = empty({problem.filters(), 1, problem.kernel_h, problem.kernel_w}, false, input);
+  const bool widens = geometry.casts && size_of(problem.dtype) == 2;
+  const auto room = widens ? empty_float32 : empty;
+  Tensor grad_weight = room({problem.filters(), 1, problem.kernel_h, problem.kernel_w}, false, input);
   std::optional<Tensor> grad_bias;
-  if (bias) grad_bias = empty({problem.filters()}, false, input);
+  if (bias) grad_bias = room({problem.filters()}, false, input);
   problem.weight = view_of(grad_weight);
   if (bias) problem.bias = grad_bias->data_ptr();
+  if (!widens) {
+    run(problem, input, by);
+    return {grad_weight, grad_bias};
+  }
+  const Widening widening;
   run(problem, input, by);
+  if (!widening.is_done()) {  // then they lie at the beginning of their room, in the images' dtype
+    const auto widen = [&](Tensor& narrow) {
+      const Tensor wide = empty_float32(narrow.sizes(), false, narrow);
+      cast_elements(view_of(narrow), problem.dtype, wide, DType::kFloat32);
+      narrow = wide;
+    };
+    widen(grad_weight);
+    if (bias) widen(*grad_bias);
+  }
   return {grad_weight, grad_bias};
 }
 
 std::tuple<Tensor, Tensor, std::optional<Tensor>> run_backward(const Tensor& grad_output, const Tensor& input,
-                                                               const Tensor& given_weight, const Geometry& geometry,
+                                                               const Tensor& weight, const Geometry& geometry,
                                                                bool bias) {
-  const Tensor weight = geometry.casts ? cast(given_weight, "weight", input) : given_weight;
   const Tensor grad_input =
       run_grad_input(grad_output, weight, input.sizes(), geometry, output_is_channels_last(input, weight));
   const auto [grad_weight, grad_bias] =
@@ -161,16 +182,12 @@ std::tuple<Tensor, Tensor, std::optional<Tensor>> run_backward(const Tensor& gra
 
 Tensor forward(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
                const Ints& padding, const Ints& dilation, bool allow_fft) {
-  return run_forward(input, weight, bias, {stride, padding, dilation}, {{}, allow_fft});
-}
-
-Tensor forward_packed(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, int64_t packed) {
-  return run_forward(input, weight, bias, UnpackedGeometry(packed));
+  return forward_by(input, weight, bias, {stride, padding, dilation}, {{}, allow_fft});
 }
 
 Tensor forward_plan(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias, const Ints& stride,
                     const Ints& padding, const Ints& dilation, const std::string& plan) {
-  return run_forward(input, weight, bias, {stride, padding, dilation}, {plan});
+  return forward_by(input, weight, bias, {stride, padding, dilation}, {plan});
 }
 
 Tensor grad_input(const Tensor& grad_output, const Tensor& weight, const Ints& input_size, const Ints& stride,
@@ -207,7 +224,8 @@ STABLE_TORCH_LIBRARY_IMPL(dwconv, CUDA, m) {
   m.impl("forward", TORCH_BOX(&forward));
   m.impl("grad_input", TORCH_BOX(&grad_input));
   m.impl("grad_weight", TORCH_BOX(&grad_weight));
-  m.impl("forward.packed", TORCH_BOX(&forward_packed));
+  m.impl("forward.packed", TORCH_BOX((&forward_packed<cast, run_forward>)));
+  m.impl("forward.packed_cast", TORCH_BOX((&forward_packed_cast<cast, run_forward>)));
   m.impl("backward.packed", TORCH_BOX(&backward_packed<run_backward>));
   m.impl("backward.packed_bias", TORCH_BOX(&backward_packed_bias<run_backward>));
   m.impl("forward.plan", TORCH_BOX(&forward_plan));

@@ -3,7 +3,8 @@
 
 // grad_weight returns the bias's gradient with the weight's, empty unless `bias`. `allow_fft`: whether Fourier
 // transforms may serve. The `packed` overloads are those of eager calls with nothing unusual about them (autograd.py):
-// one argument for the geometry, and one call for all gradients. The `plan` overloads take a plan by name instead of
+// one argument for the geometry, and one call for all gradients; `packed_cast` returns the weight as it was cast, too,
+// which is the one that `backward` is given. The `plan` overloads take a plan by name instead of
 // the one the table chooses; they exist for tests, on CUDA only.
 STABLE_TORCH_LIBRARY(dwconv, m) {
   m.def(
@@ -17,6 +18,7 @@ STABLE_TORCH_LIBRARY(dwconv, m) {
       "int[2] dilation, bool bias, bool allow_fft=False) -> (Tensor, Tensor)");
 
   m.def("forward.packed(Tensor input, Tensor weight, Tensor? bias, int geometry) -> Tensor");
+  m.def("forward.packed_cast(Tensor input, Tensor weight, Tensor? bias, int geometry) -> (Tensor, Tensor)");
   m.def("backward.packed(Tensor grad_output, Tensor input, Tensor weight, int geometry) -> (Tensor, Tensor)");
   m.def(
       "backward.packed_bias(Tensor grad_output, Tensor input, Tensor weight, int geometry) -> "

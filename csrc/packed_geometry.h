@@ -1,5 +1,5 @@
-// stride, padding and dilation in one number, and whether the weights have to be cast, as under autocast: each argument
-// of an operator costs the host some 0.3 us.
+// stride, padding and dilation in one number, and whether the weights are cast, as under autocast: each argument of an
+// operator costs the host some 0.3 us.
 #pragma once
 
 #include <array>
@@ -25,7 +25,7 @@ class PackedGeometry {
     for (size_t i = 0; i < numbers.size(); ++i) numbers[i] = packed_ >> kBits * i & kLargest;
     return numbers;
   }
-  // Whether weight and bias, of whatever dtype, are to be of the input's.
+  // Whether weight and bias, of float32, are to be cast to the input's dtype, and their gradients back.
   constexpr bool casts() const { return packed_ >> kCasts & 1; }
 
  private:

@@ -26,18 +26,22 @@ def plans(
 
 def unpack_geometry(packed: int) -> tuple[list[int], bool]:
     """Of stride, padding and dilation, packed in one for few arguments, the vertical and the horizontal number; and
-    whether weight and bias are cast to the input's dtype."""
+    whether weight and bias are cast to the input's dtype, and their gradients back."""
 
 def prepare_short_way(
     *,
     tensor_types: tuple[type[Tensor], ...],
     dtypes: tuple[dtype, ...],
-    cast_dtypes: tuple[dtype, ...],
+    cast_dtype: dtype,
     occasions: tuple[Callable[[], object], ...],
     forward_ad: ModuleType,
+    is_any_autocast_enabled: Callable[[], bool],
+    is_autocast_enabled: Callable[[str], bool],
+    autocast_dtype: Callable[[str], dtype],
     is_grad_enabled: Callable[[], bool],
     without_grad: Callable[..., Tensor],
     with_grad: Callable[..., Tensor],
+    with_grad_and_casts: Callable[..., Tensor],
 ) -> None:
     """What short_way asks, and whom it calls with (input, weight, bias, packed geometry)."""
 
@@ -48,10 +52,9 @@ def short_way(
     stride: object,
     padding: object,
     dilation: object,
-    casts: bool = False,
     /,
 ) -> Tensor | None:
-    """conv2d of plain tensors and numbers; None where something about the call is unusual.
+    """conv2d of plain tensors and numbers; None where something about the call is unusual."""
 
-    `casts`: whether weight and bias are cast to the input's dtype, if they are not of float64.
-    """
+def has_short_way_back(grad_output: object, /) -> bool:
+    """Whether a gradient is a plain tensor, and nothing but its gradients is asked of the backward pass."""

@@ -16,12 +16,14 @@ from torch import Tensor
 from . import _C
 
 BUILD: dict[str, Any] = _C.build_info()
-prepare_short_way, short_way, unpack_geometry = _C.prepare_short_way, _C.short_way, _C.unpack_geometry
+prepare_short_way, short_way, has_short_way_back = _C.prepare_short_way, _C.short_way, _C.has_short_way_back
+unpack_geometry = _C.unpack_geometry
 
 forward = torch.ops.dwconv.forward.default
 grad_input = torch.ops.dwconv.grad_input.default
 grad_weight = torch.ops.dwconv.grad_weight.default
 forward_packed = torch.ops.dwconv.forward.packed
+forward_packed_cast = torch.ops.dwconv.forward.packed_cast
 backward_packed = torch.ops.dwconv.backward.packed
 backward_packed_bias = torch.ops.dwconv.backward.packed_bias
 

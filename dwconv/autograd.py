@@ -249,13 +249,13 @@ class DepthwiseConv2dGradWeight(_Function):
 #
 # An eager call on plain tensors goes to operators of fewer arguments: each costs the host some 0.3 us.
 
-_forward_packed = _ops.forward_packed._op
+_forward_packed, _forward_packed_cast = _ops.forward_packed._op, _ops.forward_packed_cast._op
 _backward_packed, _backward_packed_bias = _ops.backward_packed._op, _ops.backward_packed_bias._op
-_count_dispatch_modes = torch._C._len_torch_dispatch_stack
+_has_short_way_back = _ops.has_short_way_back
 
 
 def _unpack(packed: int) -> tuple[Geometry, bool]:
-    """The geometry, and whether weight and bias are to be cast to the input's dtype."""
+    """The geometry, and whether weight and bias are to be cast to the input's dtype, and their gradients back."""
     numbers, casts = _ops.unpack_geometry(packed)
     return (numbers[:2], numbers[2:4], numbers[4:]), casts
 
@@ -265,6 +265,11 @@ def _unpacked_forward(input: Tensor, weight: Tensor, bias: Tensor | None, packed
     if casts:
         weight, bias = weight.to(input.dtype), bias if bias is None else bias.to(input.dtype)
     return _ops.forward(input, weight, bias, *geometry)
+
+
+def _unpacked_forward_cast(input: Tensor, weight: Tensor, bias: Tensor | None, packed: int) -> tuple[Tensor, Tensor]:
+    weight = weight.to(input.dtype)
+    return _unpacked_forward(input, weight, bias, packed), weight
 
 
 def _unpacked_backward(
@@ -289,29 +294,44 @@ class DepthwiseConv2dPackedFunction(_Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight = ctx.saved_tensors
+        saved = ctx.saved_tensors  # input, weight, and the weight as it was cast
         needs_bias = ctx.needs_input_grad[2]
-        if _is_grad_enabled() or _is_transformed() or _count_dispatch_modes() or type(grad_output) is not Tensor:
-            gradients = _unpacked_backward(grad_output, input, weight, ctx.packed, needs_bias)
+        if not _has_short_way_back(grad_output):
+            gradients = _unpacked_backward(grad_output, saved[0], saved[1], ctx.packed, needs_bias)
         elif needs_bias:
-            gradients = _backward_packed_bias(grad_output, input, weight, ctx.packed)
+            gradients = _backward_packed_bias(grad_output, saved[0], saved[-1], ctx.packed)
         else:
-            gradients = _backward_packed(grad_output, input, weight, ctx.packed)
+            gradients = _backward_packed(grad_output, saved[0], saved[-1], ctx.packed)
         return (*gradients, None) if needs_bias else (*gradients, None, None)
 
 
-# short_way(input, weight, bias, stride, padding, dilation, casts) is the output, or None where something is unusual: a
-# tensor, a number (packed_geometry.h has small ones only), a dtype, a rank, or the occasion; also where of input and
-# weight one alone needs a gradient. `casts`: weight and bias are cast to the input's dtype, by the operator.
+class DepthwiseConv2dPackedCastFunction(DepthwiseConv2dPackedFunction):
+    """The same where autocast casts weight and bias: by the operators, once for both ways, and their gradients back."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, packed: int) -> Tensor:
+        output, cast = _forward_packed_cast(input, weight, bias, packed)
+        ctx.save_for_backward(input, weight, cast)
+        ctx.packed = packed
+        return output
+
+
+# short_way(input, weight, bias, stride, padding, dilation) is the output, or None where something is unusual: a tensor,
+# a number (packed_geometry.h has small ones only), a dtype, a rank, or the occasion; also where of input and weight one
+# alone needs a gradient, or where autocast casts the input, or weights that are not of float32.
 _ops.prepare_short_way(
     tensor_types=(Tensor, torch.nn.Parameter),
     dtypes=_ops.DTYPES,
-    cast_dtypes=(torch.float32, torch.float16, torch.bfloat16),
-    occasions=(_in_torch_func, _count_dispatch_modes),
+    cast_dtype=torch.float32,
+    occasions=(_in_torch_func, torch._C._len_torch_dispatch_stack),
     forward_ad=forward_ad,
+    is_any_autocast_enabled=torch._C._is_any_autocast_enabled,
+    is_autocast_enabled=torch.is_autocast_enabled,
+    autocast_dtype=torch.get_autocast_dtype,
     is_grad_enabled=_is_grad_enabled,
     without_grad=_forward_packed,
     with_grad=DepthwiseConv2dPackedFunction.apply,
+    with_grad_and_casts=DepthwiseConv2dPackedCastFunction.apply,
 )
 short_way = _ops.short_way
 
@@ -363,6 +383,7 @@ _registrations.impl("grad_input", _apply(DepthwiseConv2dGradInput, _ops.grad_inp
 _registrations.impl("grad_weight", _apply(DepthwiseConv2dGradWeight, _ops.grad_weight), "Autograd")
 for _op, _unpacked in (
     (_ops.forward_packed, _unpacked_forward),
+    (_ops.forward_packed_cast, _unpacked_forward_cast),
     (_ops.backward_packed, _unpacked_backward),
     (_ops.backward_packed_bias, functools.partial(_unpacked_backward, bias=True)),
 ):

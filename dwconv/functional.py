@@ -143,7 +143,7 @@ def conv2d(
     """
     fft = is_fft_allowed(allow_fft)
     # Most eager calls need none of what follows.
-    if not fft and not _is_dynamo_compiling() and not _is_any_autocast_enabled():
+    if not fft and not _is_dynamo_compiling():
         output = autograd.short_way(input, weight, bias, stride, padding, dilation)
         if output is not None:
             return output
@@ -160,8 +160,7 @@ def conv2d(
         if autocast is not None:
             input = _cast(input, autocast)
             if not fft and not _is_dynamo_compiling():
-                casts = input.dtype == autocast  # by the operator: a cast of its own costs the host another call
-                output = autograd.short_way(input, weight, bias, stride, padding, dilation, casts)
+                output = autograd.short_way(input, weight, bias, stride, padding, dilation)  # casts the weights itself
                 if output is not None:
                     return output
             weight, bias = _cast(weight, autocast), bias if bias is None else _cast(bias, autocast)

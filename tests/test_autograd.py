@@ -443,6 +443,35 @@ def test_autocast_of_weights(
         assert under.stride() == before.stride()
 
 
+# Of few sums and of many: those of a gradient are added up in one step or in two.
+CAST_GRADIENTS = [
+    SMALL,
+    Case(2, 16, (7, 7), (3, 3), padding=(1, 1), bias=False),
+    Case(16, 32, (14, 14), (3, 3), padding=(1, 1)),
+    Case(8, 24, (28, 28), (5, 5), (2, 2), padding=(2, 2), bias=False),
+    Case(4, 8, (30, 31), (7, 7), padding=(3, 3)),
+    Case(2, 8, (28, 28), (13, 13), padding=(6, 6), bias=False),
+]
+
+
+@pytest.mark.parametrize("case", CAST_GRADIENTS, ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize(("device", "low"), AUTOCAST, ids=str)
+def test_autocast_of_gradients(device: str, low: torch.dtype, memory_format: torch.memory_format, case: Case) -> None:
+    """Gradients of cast weights are those of weights that were cast before, to the last bit, in float32."""
+    x, w, b = make_inputs(case, torch.float32, device, memory_format)
+    tensors = [tensor.requires_grad_() for tensor in (x.to(low), w, b) if tensor is not None]
+    with torch.autocast(device, low):
+        output = dwconv.conv2d(*tensors, **case.geometry)
+        grad_output = draw_like(output)
+        again = dwconv.conv2d(tensors[0], *(tensor.to(low) for tensor in tensors[1:]), **case.geometry)
+    under = torch.autograd.grad(output, tensors, grad_output, retain_graph=True)
+    twice = torch.autograd.grad(output, tensors, grad_output)
+    before = torch.autograd.grad(again, tensors, grad_output)
+    for tensor, *grads in zip(tensors, under, twice, before):
+        assert all(grad.dtype == tensor.dtype and torch.equal(grad, grads[-1]) for grad in grads)
+
+
 @pytest.mark.parametrize(("device", "low"), AUTOCAST, ids=str)
 def test_autocast_leaves_float64_alone(device: str, low: torch.dtype) -> None:
     x, w, b = make_inputs(SMALL, torch.float64, device)

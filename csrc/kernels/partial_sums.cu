@@ -5,6 +5,7 @@
 #include "common.cuh"
 #include "device.h"
 #include "overlap.cuh"
+#include "widening.h"
 
 namespace dwconv {
 namespace {
@@ -14,6 +15,7 @@ struct Sums {
   void *grad_weight, *grad_bias;
   int64_t filters, taps, count;  // count: of the sums, those of the bias gradient too
   int splits;
+  bool widens;        // gradients in 16 bits are written as float32
   Divider by_blocks;  // that a tap takes
 };
 
@@ -54,8 +56,14 @@ __global__ void __launch_bounds__(kColumns* kLanes) add_partial_sums(const __gri
     for (int i = 1; i < kWarps; ++i) total += shared[i][column];
   }
   if (!is_there) return;
-  T* to = tap < a.taps ? static_cast<T*>(a.grad_weight) + filter * a.taps + tap : static_cast<T*>(a.grad_bias) + filter;
-  *to = narrow<T>(static_cast<Number>(total));
+  const bool of_weight = tap < a.taps;
+  void* const gradient = of_weight ? a.grad_weight : a.grad_bias;
+  const int64_t to = of_weight ? filter * a.taps + tap : filter;
+  const T value = narrow<T>(static_cast<Number>(total));
+  if (sizeof(T) == 2 && a.widens)
+    static_cast<float*>(gradient)[to] = widen(value);
+  else
+    static_cast<T*>(gradient)[to] = value;
 }
 
 template <typename T, int kColumns, int kLanes, int kLoads = 8>
@@ -70,7 +78,14 @@ void launch(Sums sums, cudaStream_t stream) {
 
 void launch_add_partial_sums(const Problem& p, const void* partial, int64_t splits, cudaStream_t stream) {
   const int64_t slots = p.taps() + (p.bias != nullptr);
-  const Sums sums{partial, p.weight.data, p.bias, p.filters(), p.taps(), slots * p.filters(), static_cast<int>(splits),
+  const Sums sums{partial,
+                  p.weight.data,
+                  p.bias,
+                  p.filters(),
+                  p.taps(),
+                  slots * p.filters(),
+                  static_cast<int>(splits),
+                  size_of(p.dtype) == 2 && Widening::is_wanted(),
                   {}};
   // Long sums are shared by many threads, where these all run at once, but in no larger blocks than it takes to have
   // all loads under way: small ones find room beside those of the kernel before.
