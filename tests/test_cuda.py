@@ -100,6 +100,36 @@ def test_graph(memory_format: torch.memory_format) -> None:
         torch.testing.assert_close(parameter, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@formats
+def test_gradients_share_memory(memory_format: torch.memory_format, dtype: torch.dtype) -> None:
+    """Partial sums of one gradient lie where the other is written afterwards: each is as it is alone, every time."""
+    for batch, channels, size, kernel, stride in (
+        (32, 48, 14, 3, 1),
+        (16, 32, 28, 5, 2),
+        (128, 192, 7, 3, 1),
+        (16, 64, 56, 7, 1),
+        (1, 512, 2, 3, 1),
+        (8, 32, 28, 13, 1),
+        (4, 16, 56, 31, 1),
+        (4, 16, 20, 51, 1),
+    ):
+        x = torch.randn(batch, channels, size, size, dtype=dtype, device="cuda").to(memory_format=memory_format)
+        weight = torch.randn(channels, 1, kernel, kernel, dtype=dtype, device="cuda")
+        tensors = [x.requires_grad_(), weight.requires_grad_()]
+        geometry = [stride] * 2, [kernel // 2] * 2, [1, 1]
+        output = dwconv.conv2d(*tensors, None, *geometry)
+        grad_output = torch.randn_like(output)
+        channels_last = memory_format == torch.channels_last
+        alone = [
+            torch.ops.dwconv.grad_input(grad_output, weight, x.shape, *geometry, channels_last).detach(),
+            torch.ops.dwconv.grad_weight(grad_output, x, [kernel] * 2, *geometry, False)[0].detach(),
+        ]
+        for _ in range(3):
+            got = torch.autograd.grad(output, tensors, grad_output, retain_graph=True)
+            assert_equal(list(got), alone)
+
+
 @formats
 def test_side_stream(memory_format: torch.memory_format) -> None:
     """All work goes to the current stream: it waits there for what makes its input, however long that takes."""
