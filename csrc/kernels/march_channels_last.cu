@@ -48,17 +48,18 @@ struct March {
   int group;  // source rows that are loaded together
   int slot_bytes, ring_bytes;
   int stage_bytes;  // behind the ring, for the outputs of a warp
-  // Weights that lie side by side may come by a bulk copy, behind all that: the first of them in memory, and bytes of a
-  // block's.
+  // Weights that lie side by side may come by a bulk copy, behind all that: the first of them in memory, bytes of a
+  // block's, and how far behind a unit they begin, there and here.
   const char* taps;
-  int taps_bytes;
+  int taps_bytes, taps_shift;
   int workers;  // blocks that share the rows of a slab and a span
   Shares shares;
-  bool bulk;   // whether rows come by bulk copies
-  bool pairs;  // whether a thread may own two channels
-  bool split;  // whether these lie in no word of the one or the other array, and go one by one
-  bool twins;  // whether it may own both filters of one
-  bool wide;   // whether all of the target is a multiple of 16 bytes
+  bool bulk;          // whether rows come by bulk copies
+  bool pairs;         // whether a thread may own two channels
+  bool split;         // whether these lie in no word of the source, and are read one by one
+  bool split_stores;  // the same of the target
+  bool twins;         // whether it may own both filters of one
+  bool wide;          // whether all of the target is a multiple of 16 bytes
   // With three channels: whether outputs of a strip are whole words of four elements, and what it reads begins with the
   // second element of one.
   bool fours;
@@ -235,6 +236,9 @@ struct Tile {
   // Whether bulk copies are those of boxes: where a thread takes so many registers that a block has 8 warps at most,
   // none of which can be spared, nor are they as many as all channels have.
   static constexpr bool kBoxes = kBulk && kKernelH > 7 && kKernelW > 7;
+  // Whether it is compiled for bulk copies of shifted pixels, too: not where they would cost registers of too many
+  // threads.
+  static constexpr bool kShifts = kBulk && !kBoxes && kChannels != 3 && kRowDilation == 1;
   // Whether weights may come by bulk copies: it pays where there are many.
   static constexpr bool kBulkTaps = kBulk && kKernelH * kKernelW >= 25;
   // Whether outputs leave by bulk copies where rows come by them: it pays where there are four times as many.
@@ -440,18 +444,23 @@ __device__ inline void init_barriers(int warps) {
   __syncwarp();
 }
 
-// kBulk: rows come by bulk copies, which the last warp begins, or the first one (see Tile::kLoading). The others then
-// wait for each other only where rows of outputs leave by bulk copies, too.
-template <typename T, class Tile, bool kBulk>
-__global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads, Tile::kBlocks)
+// How rows come to shared memory: by all threads; by bulk copies; or by those of shifted pixels.
+enum class Way { kThreads, kBulk, kShifted };
+
+// Bulk copies the last warp begins, or the first one (see Tile::kLoading). The others then wait for each other only
+// where rows of outputs leave by bulk copies, too.
+template <typename T, class Tile, Way way>
+__global__ void __launch_bounds__(way != Way::kThreads ? Tile::kBulkThreads : Tile::kMaxThreads, Tile::kBlocks)
     march_channels_last(const __grid_constant__ March a) {
+  constexpr bool kBulk = way != Way::kThreads, kShifted = way == Way::kShifted;
 #if __CUDA_ARCH__ < 900
   if constexpr (kBulk) return;
 #endif
   constexpr int kChannels = Tile::kChannels, kFan = Tile::kFan, kStrip = Tile::kStrip, kLive = Tile::kLive;
   constexpr int kPair = Tile::kPair, kStep = Tile::kStep, kDilation = Tile::kDilation;
   constexpr int kRowDilation = Tile::kRowDilation;
-  constexpr bool kSplits = !kBulk && kChannels == 2 && !Tile::kTwins;  // whether two channels may lie in no word
+  // Whether two channels may lie in no word: of the source, or of the target.
+  constexpr bool kSplits = !kBulk && kChannels == 2 && !Tile::kTwins;
   constexpr bool kStages = !kBulk || kChannels == 3;  // whether outputs of a warp may go by way of shared memory
   constexpr int kSize = sizeof(T), kWidth = kStrip * kPair, kTaps = Tile::kKernelH * Tile::kKernelW;
 
@@ -480,23 +489,31 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
   const int source_column = first_column * kStep - a.lead_w;
 
   const int warps = (a.threads + 31) / 32;  // without the one that loads
-  const int taps_at = kRing + a.ring_bytes + 2 * a.row_bytes;
-  using Loader = std::conditional_t<kBulk, std::conditional_t<Tile::kBoxes, BoxLoader, BulkLoader>, RowLoader>;
+  const int taps_at = kRing + a.ring_bytes + 2 * a.row_bytes, taps_shift = kShifted ? a.taps_shift : 0;
+  using Bulk = std::conditional_t<Tile::kBoxes, BoxLoader, BulkLoader<kShifted>>;
+  using Loader = std::conditional_t<kBulk, Bulk, RowLoader>;
   Feed<Tile, Loader> feed(a, slab_channel * kSize, source_column, begin, end);
   const bool loads = kBulk && (Tile::kLoading > 0 ? threadIdx.x >= 32 * warps : threadIdx.x < 32);
   const auto load_taps = [&] {
     if (!Tile::kBulkTaps || a.taps_bytes == 0) return;
     const int first = slab * kChannels * kFan * kTaps * kSize;
-    const int bytes = min(a.taps_bytes, a.filters * kFan * kTaps * kSize - first), whole = bytes & -kUnit;
-    const int lane = threadIdx.x % 32;
-    if (const int rest = whole + 2 * lane; rest < bytes)
-      shared<uint16_t>(taps_at + rest) = *reinterpret_cast<const uint16_t*>(a.taps + first + rest);
-    __syncwarp();
-    if (lane == 0) {
-      expect_bytes(kTapsBarrier, whole);
-      if (whole > 0) copy_bulk(shared_address(taps_at), a.taps + first, whole, kTapsBarrier);
-      arrive(kTapsBarrier);
+    const int bytes = min(a.lanes * kChannels, a.filters - slab * kChannels) * kFan * kTaps * kSize;
+    const int head = kShifted ? min((kUnit - taps_shift) % kUnit, bytes) : 0, end = head + ((bytes - head) & -kUnit);
+    const int lane = threadIdx.x % 32, to = taps_at + taps_shift;
+    const char* from = a.taps + first;
+    // Whole units by a bulk copy, what is before and behind them by the lanes.
+    if (lane == 0 && head < end) {
+      expect_bytes(kTapsBarrier, end - head);
+      copy_bulk(shared_address(to + head), from + head, end - head, kTapsBarrier);
     }
+    const int near = 2 * lane, far = end + 2 * lane;
+    uint16_t low = 0, high = 0;
+    if (near < head) low = *reinterpret_cast<const uint16_t*>(from + near);
+    if (far < bytes) high = *reinterpret_cast<const uint16_t*>(from + far);
+    if (near < head) shared<uint16_t>(to + near) = low;
+    if (far < bytes) shared<uint16_t>(to + far) = high;
+    __syncwarp();
+    if (lane == 0) arrive(kTapsBarrier);
     __syncwarp();
   };
   // Loads a group of rows, if there are more.
@@ -524,7 +541,8 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
       load_group(0), load_group(1);
     }
     if (!Tile::kBoxes && !a.source.joined)
-      clear_columns(a.source, source_column, a.width, kRing, a.slot_bytes, a.ring_bytes, 32 * warps);
+      clear_columns(a.source, source_column, a.width, kRing, a.slot_bytes, a.ring_bytes, 32 * warps,
+                    kShifted && a.source.row_runs ? kUnit : 0);
     sync_warps(blockDim.x);
     wait_for_kernel_before();
     let_next_kernel_start();
@@ -557,7 +575,7 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
   if (live) {
     if (bulk_taps) {
       const bool backwards = a.weight_column < 0;
-      const T* first = &shared<T>(taps_at) + lane * kChannels * kFan * kTaps + (backwards ? kTaps - 1 : 0);
+      const T* first = &shared<T>(taps_at + taps_shift) + lane * kChannels * kFan * kTaps + (backwards ? kTaps - 1 : 0);
       const int step = backwards ? -1 : 1;
       take_weights([&](int c, int i, int j) { return first[c * kTaps + (i * Tile::kKernelW + j) * step]; });
     } else {
@@ -622,8 +640,14 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
   const int column = first_column + static_cast<int>(strip) * kStrip;
   const int x0 = column * kStep - a.lead_w;        // where the strip begins in the source
   const int target_x = column * kPair - a.skew_w;  // and in the target
-  const bool inner = (kBulk && !Tile::kBulkJoined) || !a.source.joined ||
-                     (x0 >= 0 && x0 + Tile::kColumns <= a.width);  // or else it has to mask
+  const bool inside = x0 >= 0 && x0 + Tile::kColumns <= a.width;
+  bool inner = (kBulk && !Tile::kBulkJoined) || !a.source.joined || inside;  // or else it has to mask
+  if constexpr (kShifted) {
+    // What is of other pixels before the row and behind it: what a unit has before a channel's place, or behind.
+    const int before = (source_of(filter) + kChannels * kFan) * kSize + a.source.shift - a.source.bytes;
+    const int behind = kUnit - a.source.shift - source_of(filter) * kSize;
+    inner = !a.source.row_runs || ((x0 >= 0 || before <= 0) && (x0 + Tile::kColumns <= a.width || behind <= 0));
+  }
   const uint32_t phases = a.source.joined ? kUnit - 1 : 0;  // how far behind its place a row may begin: see phase_of
   const bool whole = live && target_x >= 0 && target_x + kWidth <= a.target_width;
   // Rows of outputs that leave together, as far as they lie inside the image.
@@ -677,7 +701,7 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
           stage = stage_of<T, Tile>(a, thread, target_x, live);
         }
         store_staged<T, Tile>(a, stage, pixel, live, values);
-      } else if (whole && kSplits && a.split) {
+      } else if (whole && kSplits && a.split_stores) {
 #pragma unroll
         for (int v = 0; v < kWidth; ++v, pixel += a.target_pixel_bytes) write_elements<T>(pixel, values[v]);
       } else if (whole) {
@@ -687,7 +711,7 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
 #pragma unroll
         for (int v = 0; v < kWidth; ++v, pixel += a.target_pixel_bytes)
           if (static_cast<uint32_t>(target_x + v) < static_cast<uint32_t>(a.target_width)) {
-            if (kSplits && a.split)
+            if (kSplits && a.split_stores)
               write_elements<T>(pixel, values[v]);
             else
               write_pixel<T>(pixel, values[v]);
@@ -730,7 +754,8 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
           }
           --fresh;
           uint32_t from = place + slot;
-          if (!kBulk || Tile::kBulkJoined) from += lies & phases, lies += static_cast<uint32_t>(a.source.row_bytes);
+          if (!kBulk || (Tile::kBulkJoined && !kShifted))
+            from += lies & phases, lies += static_cast<uint32_t>(a.source.row_bytes);
           slot += a.slot_bytes;
           // The row of units whose sums are the oldest, and whether those of others are ever stored.
           const int oldest = done + (kStep == 1 ? u : 0);
@@ -750,6 +775,8 @@ __global__ void __launch_bounds__(kBulk ? Tile::kBulkThreads : Tile::kMaxThreads
                   float both[1];
                   read_pixel<T>(from + pitches[j], both);
                   x[j][0] = x[j][1] = both[0];
+                } else if constexpr (kShifted && kChannels == 2) {
+                  read_elements<T>(from + pitches[j], x[j]);
                 } else if constexpr (kSplits) {
                   if (a.split)
                     read_elements<T>(from + pitches[j], x[j]);
@@ -842,7 +869,7 @@ struct Cut {
 // What there is to know of a class of tiles.
 struct TileSize {
   int kernel_h, kernel_w, channels, fan, pair, step, strip, live, extent_h, extent_w;
-  bool leaves, skips, bulk_joined, halves, boxes;
+  bool leaves, skips, bulk_joined, halves, boxes, shifts;
   int loading;                    // threads for that alone where rows come by bulk copies
   int threads_per_block[2];       // at most, where rows come without bulk copies and with them
   int registers[2] = {128, 128};  // of a thread
@@ -863,21 +890,24 @@ void apply(March& a, const Cut& cut, const TileSize& tile, int64_t element) {
   a.by_units = Divider(a.units), a.by_fan_out = Divider(a.fan_out);
   const int pixel_bytes = static_cast<int>(cut.lanes * tile.channels * element);
   const int64_t part = std::min<int64_t>(cut.lanes * tile.channels, a.filters) * element;
-  const bool split = tile.channels == 2 && a.split;
+  const bool split = tile.channels == 2 && (a.split || a.split_stores), shifted = a.source.shift > 0;
   const bool narrow =
       pixel_bytes < 32 && !split && a.target_pixel_bytes == pixel_bytes && a.filters == cut.lanes * tile.channels;
   a.warp_strips = narrow ? 32 / cut.lanes : 0;
   a.threads = narrow ? static_cast<int>(ceil_div(cut.strips, a.warp_strips)) * 32 : cut.lanes * cut.strips;
-  cut_pixels(a.source, part * a.fan_in / a.fan_out, (cut.strips * tile.strip - 1) * tile.step + tile.extent_w,
-             a.threads);
+  const int64_t source_part = part * a.fan_in / a.fan_out;
+  a.source.row_runs = a.bulk && tile.shifts && shifted && source_part == a.source.bytes && !narrow && !a.split_stores;
+  cut_pixels(a.source, source_part, (cut.strips * tile.strip - 1) * tile.step + tile.extent_w, a.threads);
   // A bulk copy of less than some 500 bytes takes longer than its bytes do; but where a row of outputs takes two rows,
   // other copies take as many instructions as the products do.
   const int least = tile.boxes ? kUnit : tile.step > 1 ? 384 : 512;
   const auto pays = [&](int64_t bytes, int64_t pixel) { return bytes == pixel || bytes >= least; };
-  a.bulk = a.bulk && !split &&
-           (a.source.joined
-                ? tile.bulk_joined
-                : a.source.unit == kUnit && a.source.shift == 0 && pays(a.source.slab_bytes, a.source.pixel_bytes));
+  if (shifted)
+    a.bulk = a.bulk && tile.shifts && !narrow && !a.split_stores;
+  else
+    a.bulk = a.bulk && !split;
+  a.bulk = a.bulk && (a.source.joined ? tile.bulk_joined
+                                      : a.source.unit == kUnit && pays(a.source.slab_bytes, a.source.pixel_bytes));
   if (tile.boxes)
     a.bulk = a.bulk && a.source.slab_bytes % kUnit == 0 && a.source.slab_bytes <= kMostBoxSide * element &&
              a.source.columns <= kMostBoxSide;
@@ -1046,26 +1076,18 @@ void launch(March a, cudaStream_t stream) {
     const int images = a.all_units / a.units;
     a.units = (a.units + 1) / 2, a.all_units = 2 * images * a.units;
   }
-  constexpr TileSize kTile{Tile::kKernelH,
-                           Tile::kKernelW,
-                           Tile::kChannels,
-                           Tile::kFan,
-                           Tile::kPair,
-                           Tile::kStep,
-                           Tile::kStrip,
-                           Tile::kLive,
-                           Tile::kExtentH,
-                           Tile::kExtentW,
-                           Tile::kLeaves,
-                           Tile::kSkips,
-                           Tile::kBulkJoined,
-                           Tile::kHalves,
-                           Tile::kBoxes,
-                           Tile::kLoading,
-                           {Tile::kMaxThreads, Tile::kBulkThreads}};
+  constexpr TileSize kTile{Tile::kKernelH,    Tile::kKernelW, Tile::kChannels,
+                           Tile::kFan,        Tile::kPair,    Tile::kStep,
+                           Tile::kStrip,      Tile::kLive,    Tile::kExtentH,
+                           Tile::kExtentW,    Tile::kLeaves,  Tile::kSkips,
+                           Tile::kBulkJoined, Tile::kHalves,  Tile::kBoxes,
+                           Tile::kShifts,     Tile::kLoading, {Tile::kMaxThreads, Tile::kBulkThreads}};
   const Device& device = current_device();
-  const auto kernel_for = [](bool bulk) {
-    return bulk ? march_channels_last<T, Tile, Tile::kBulk> : march_channels_last<T, Tile, false>;
+  const bool shifted = Tile::kShifts && a.source.shift > 0;
+  const auto kernel_for = [&](bool bulk) {
+    constexpr Way kBulk = Tile::kBulk ? Way::kBulk : Way::kThreads, kShifted = Tile::kShifts ? Way::kShifted : kBulk;
+    if (!bulk) return march_channels_last<T, Tile, Way::kThreads>;
+    return shifted ? march_channels_last<T, Tile, kShifted> : march_channels_last<T, Tile, kBulk>;
   };
   struct Decision {
     Cut cut;
@@ -1085,8 +1107,8 @@ void launch(March a, cudaStream_t stream) {
   static thread_local Decisions<15, Decision> decisions;
   const Decision& decision =
       decisions({device.id, a.all_units, a.units, a.filters, a.fan_out, a.height, a.width, a.target_width, a.lead_w,
-                 a.source.shift > 0 ? 2 * kUnit : a.source.unit, a.source.joined + 2 * a.split, a.source.pixel_bytes,
-                 a.target_pixel_bytes, a.wide, boxes},
+                 a.source.shift > 0 ? 2 * kUnit : a.source.unit, a.source.joined + 2 * a.split + 4 * a.split_stores,
+                 a.source.pixel_bytes, a.target_pixel_bytes, a.wide, boxes},
                 [&] {
                   March now = a;
                   TileSize tile = kTile;
@@ -1110,12 +1132,12 @@ void launch(March a, cudaStream_t stream) {
   apply(a, decision.cut, kTile, sizeof(T));
   if (Tile::kBoxes && a.bulk && !describe({a.source.slab_bytes / element, a.source.columns, 1, 1}))
     throw std::runtime_error("dwconv: CUDA cannot describe boxes of pixels");
-  if (Tile::kBulkTaps && a.bulk && a.taps) {
+  if (Tile::kBulkTaps && a.bulk && a.taps && (shifted || a.taps_shift == 0)) {
     TileSize tile = kTile;
     tile.registers[1] = decision.registers;
     const int64_t resident = resident_blocks(a, tile, device);
     const int filters = a.lanes * Tile::kChannels, taps = Tile::kFan * Tile::kKernelH * Tile::kKernelW;
-    a.taps_bytes = static_cast<int>(round_up(filters * taps * sizeof(T), kUnit));
+    a.taps_bytes = static_cast<int>(round_up(filters * taps * sizeof(T) + a.taps_shift, kUnit));
     if (resident_blocks(a, tile, device) < resident) a.taps_bytes = 0;
   }
   const int64_t blocks = int64_t{a.by_slabs.divisor} * a.by_spans.divisor * a.workers;
@@ -1142,9 +1164,8 @@ March march_of(const Problem& p) {
   const bool side_by_side = a.weight_column == (backwards ? -1 : 1) && a.weight_row == p.kernel_w * a.weight_column &&
                             a.weight_filter == taps;
   constexpr int64_t kMost = (int64_t{1} << 31) - kUnit;  // bytes
-  if (side_by_side && reinterpret_cast<uintptr_t>(first) % kUnit == 0 &&
-      int64_t{map.targets} * map.fan_in * taps * element <= kMost)
-    a.taps = first;
+  if (side_by_side && int64_t{map.targets} * map.fan_in * taps * element <= kMost)
+    a.taps = first, a.taps_shift = static_cast<int>(reinterpret_cast<uintptr_t>(first) % kUnit);
   a.bias = map.bias, a.bias_stride = map.bias_stride;
   a.fan_out = map.fan_out, a.fan_in = map.fan_in;
   a.padding_h = a.lead_h = map.padding_h, a.padding_w = a.lead_w = map.padding_w;
@@ -1159,9 +1180,10 @@ March march_of(const Problem& p) {
   // Two channels of a thread lie in one word of either array.
   const int64_t pair = 2 * element;
   const int unit = alignment_of(map.target, element, map.targets, a.target_height, a.target_width, p.batch);
-  const bool words = a.source.unit >= pair && a.source.shift % pair == 0 && unit >= pair;
-  a.split = p.multiplier == 1 && !words && a.source.unit == kUnit;
-  a.pairs = p.multiplier == 1 && (words || a.split);
+  const bool words = a.source.unit >= pair && a.source.shift % pair == 0;
+  const bool splits = p.multiplier == 1 && a.source.unit == kUnit;
+  a.split = splits && !words, a.split_stores = splits && unit < pair;
+  a.pairs = p.multiplier == 1 && ((words || a.split) && (unit >= pair || a.split_stores));
   a.twins = map.fan_out == 2 && unit >= pair;
   a.wide = unit == kUnit;
   const uint64_t rows = reinterpret_cast<uintptr_t>(a.target) | (a.target_height > 1 ? a.target_row_bytes : 0) |

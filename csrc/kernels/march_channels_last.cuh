@@ -28,13 +28,16 @@ struct Pixels {
   // An array without gaps whose pixels fit no units: a row is copied as one run of units of 16 bytes and has the same
   // place within 16 bytes in shared memory. Beside the image lie then not zeros, but what is of the rows around.
   bool joined;
+  // Whether rows of shifted pixels are copied as one run of units, too, where a block has all channels. There are zeros
+  // beside the image, but for what the first and the last unit have of the pixels around.
+  bool row_runs;
   const char *begin, *end;  // of the array, if it has no gaps
   // Units of a slab's pixel; pixels that threads load together, and the steps to the next ones.
   int units, together, from_step, to_step;
   Divider by_units;
 
   int ring_row_bytes() const {
-    return static_cast<int>(round_up(int64_t{pitch} * columns + (joined ? kUnit - 1 : 0), kUnit));
+    return static_cast<int>(round_up(int64_t{pitch} * columns + (joined || row_runs ? kUnit - 1 : 0), kUnit));
   }
 };
 
@@ -70,11 +73,12 @@ __device__ inline void clear_ring(const Pixels& p, int first_column, int width, 
     for (int i = threadIdx.x * kUnit; i < bytes; i += blockDim.x * kUnit) shared<uint4>(to + i) = {};
 }
 
-// Fills those columns alone, of all rows of a ring of units of 16 bytes, by the first `threads` threads.
+// Fills those columns alone, of all rows of a ring of units of 16 bytes, by the first `threads` threads. `more`: bytes
+// that rows have behind their pixels.
 __device__ inline void clear_columns(const Pixels& p, int first_column, int width, int to, int row_bytes, int bytes,
-                                     int threads) {
-  const int before = max(-first_column, 0) * p.pitch, behind = min(p.columns, width - first_column) * p.pitch;
-  const int size = before + p.columns * p.pitch - behind;
+                                     int threads, int more = 0) {
+  const int before = max(-first_column, 0) * p.pitch, behind = min(p.columns, width - first_column) * p.pitch + more;
+  const int size = before + p.columns * p.pitch + more - behind;
   for (; bytes > 0 && size > 0; bytes -= row_bytes, to += row_bytes)
     for (int i = threadIdx.x * kUnit; i < size; i += threads * kUnit)
       shared<uint4>(to + (i < before ? i : i - before + behind)) = {};
@@ -153,11 +157,13 @@ class RowLoader {
   }
 };
 
-// The same by bulk copies, which one warp begins: one for a pixel, or for a row of pixels without gaps.
+// The same by bulk copies, which one warp begins: one for a pixel, or for a row of pixels without gaps. kShifted: of
+// shifted pixels.
+template <bool kShifted>
 class BulkLoader {
  public:
   __device__ BulkLoader(const Pixels& p, int slab, int first_column, int width) {
-    if (p.joined) {
+    if (!kShifted && p.joined) {
       bytes_ = p.columns * p.pitch, offset_ = static_cast<int64_t>(first_column) * p.pixel_bytes;
       return;
     }
@@ -165,6 +171,7 @@ class BulkLoader {
     pixels_ = min(p.columns, width - first_column) - before;
     bytes_ = min(p.slab_bytes, p.bytes - slab);
     if (p.pixel_bytes == bytes_) bytes_ *= pixels_, pixels_ = 1;
+    if (kShifted) bytes_ += kUnit;
     to_ = before * p.pitch;
     offset_ = static_cast<int64_t>(first_column + before) * p.pixel_bytes + slab;
   }
@@ -175,7 +182,13 @@ class BulkLoader {
   __device__ void next(const Pixels& p) { from_ += p.row_bytes; }
 
   __device__ void load(const Pixels& p, int to, int barrier) const {
-    if (p.joined) return load_run(p, to, barrier);
+    if (!kShifted && p.joined) return load_run(p, to, from_, barrier);
+    if (kShifted && !is_inside(p)) {
+#pragma unroll 1
+      for (int i = 0; i < pixels_; ++i)
+        load_run(p, to + to_ + i * p.pitch, from_ + i * static_cast<int64_t>(p.pixel_bytes), barrier);
+      return;
+    }
     if (is_elected()) {
       expect_bytes(barrier, pixels_ * bytes_);
       uint32_t at = shared_address(to + to_);
@@ -191,12 +204,17 @@ class BulkLoader {
   int64_t offset_;
   const char* from_;
 
+  // Whether all units of a row are of the array alone, as they are but at its beginning and end.
+  __device__ bool is_inside(const Pixels& p) const {
+    return from_ >= p.begin && from_ + (pixels_ - 1) * static_cast<int64_t>(p.pixel_bytes) + bytes_ <= p.end;
+  }
+
   // Whole units of 16 bytes of the array by a bulk copy, and what it has before the first and beyond the last one.
-  __device__ void load_run(const Pixels& p, int to, int barrier) const {
+  __device__ void load_run(const Pixels& p, int to, const char* from, int barrier) const {
     const auto number = [](const char* pointer) { return reinterpret_cast<uint64_t>(pointer); };
     constexpr uint64_t kRest = kUnit - 1;
     const int lane = threadIdx.x % 32;
-    const uint64_t begin = number(from_) & ~kRest, end = number(from_) + bytes_;
+    const uint64_t begin = number(from) & ~kRest, end = number(from) + bytes_;
     const uint64_t first = (number(p.begin) + kRest) & ~kRest, last = number(p.end) & ~kRest;
     const uint64_t low = max(begin, first), high = min((end + kRest) & ~kRest, last);
     if (lane == 0 && low < high) {
@@ -271,7 +289,7 @@ inline Pixels pixels_of(const View& view, int64_t element, int64_t channels, int
 
 // Fills in what a block of `threads` has of it, at least as many as there are units in a pixel.
 inline void cut_pixels(Pixels& p, int64_t slab_bytes, int64_t columns, int threads) {
-  const int more = p.shift > 0 ? kUnit : 0;
+  const int more = p.shift > 0 && !p.row_runs ? kUnit : 0;
   p.slab_bytes = static_cast<int>(slab_bytes), p.pitch = p.slab_bytes + more, p.columns = static_cast<int>(columns);
   p.joined = p.joined && slab_bytes == p.bytes;
   while (slab_bytes < p.bytes && slab_bytes % p.unit != 0) p.unit /= 2;
