@@ -1808,15 +1808,22 @@ def test_toeplitz_channels_last_shares_many_images(batch: int, size: tuple, side
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kernel", [(5, 5), (7, 7), (13, 13), (5, 31), (27, 27)], ids=str)
-def test_toeplitz_channels_last_of_arrays_that_begin_anywhere(kernel: tuple, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kernel", [(5, 5), (7, 7), (9, 9), (13, 13), (5, 31), (27, 27)], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "channels", "size"),
+    [(9, 72, (14, 13)), (21, 8, (7, 8)), (5, 40, (6, 60)), (3, 32, (5, 150)), (1, 8, (1, 1))],
+    ids=str,
+)
+def test_toeplitz_channels_last_of_arrays_that_begin_anywhere(
+    batch: int, channels: int, size: tuple[int, int], kernel: tuple, dtype: torch.dtype
+) -> None:
     """All places within 16 bytes, with gaps and without, and one image, or row, that stands for all."""
-    case = Case(9, 72, (14, 13), kernel, padding=tuple(k // 2 for k in kernel))
+    case = Case(batch, channels, size, kernel, padding=tuple(k // 2 for k in kernel))
     input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
     grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=torch.channels_last)
     layouts: list[dict] = [{"offset": offset} for offset in range(1, 8)]
     layouts += [{"offset": 3, "steps": (2, 1, 1, 2)}, {"offset": 5, "expanded": (0,)}, {"offset": 1, "expanded": (2,)}]
-    for layout in layouts:
+    for layout in layouts if size == (14, 13) else layouts[::3]:
         laid, grad = (lay(t, (0, 2, 3, 1), **layout) for t in (input, grad_output))
         exact = run_float64((laid, weight, bias), grad, **case.geometry)._asdict()
         forced = set()
@@ -1824,7 +1831,8 @@ def test_toeplitz_channels_last_of_arrays_that_begin_anywhere(kernel: tuple, dty
             if plan == BAND:
                 assert wrong_numbers(result, exact[name].round()) == 0, (name, layout)
                 forced.add(name)
-        assert "grad_input" in forced and ("output" in forced or "expanded" in layout), layout
+        if size == (14, 13):
+            assert "grad_input" in forced and ("output" in forced or "expanded" in layout), layout
 
 
 @pytest.mark.gpu

@@ -29,9 +29,10 @@
 // loaded as a matrix, transposed, and stored, a step ahead. Then 8 columns of a channel lie side by side, where a
 // matrix instruction finds all of A, from all banks.
 //
-// Pixels that begin between multiples of 16 bytes come as boxes, a row of all images in one bulk copy, from the unit on
-// that they begin in, and are moved to the ring from there, two steps before they are read: BoxFeed. Before sm_90, or
-// where there can be no boxes, the array is copied first (realign.cu).
+// Pixels that begin between multiples of 16 bytes come from the unit on that they begin in, with a unit more of each
+// (ShiftedFeed), and are read where they are: a word more of each, where channels lie in the halves of two; or parted,
+// those that the first and the last unit have of other pixels, too. Where threads cannot copy so many units, or pixels
+// share them, the array is copied first (realign.cu).
 //
 // The zeros of B spoil an output if they meet Inf or NaN, which then is NaN. So outputs that are finite are right, and
 // the others are computed again, tap by tap.
@@ -102,15 +103,17 @@ class Parting {
   }
 
  private:
-  static constexpr int kTurns = 2;  // that a warp takes at once
+  // That a warp takes at once: of 8 channels more where pixels lie between units.
+  static constexpr int kTurns = Shape::kShifted ? 3 : 2;
 
   uint32_t places_[kTurns];
   uint32_t matrices_[kTurns][4];
 
   // Where a row of a matrix comes from, in units of 16 bytes, and where it goes to, in the upper 16 bits.
   static __device__ uint32_t places_of(const Toeplitz& a, int turn) {
-    const int lane = threadIdx.x % 32, octet = a.slab <= 8 ? 0 : turn % 2;
-    uint32_t rest = min((a.slab <= 8 ? turn : turn / 2) * 4 + lane / 8, a.matrices - 1);
+    constexpr int kMost = Shape::kShifted ? 3 : 2, kLeast = kMost - 1;  // of 8 channels of a slab, or of a unit more
+    const int lane = threadIdx.x % 32, octet = a.slab <= 8 ? turn % kLeast : turn % kMost;
+    uint32_t rest = min((a.slab <= 8 ? turn / kLeast : turn / kMost) * 4 + lane / 8, a.matrices - 1);
     const int group = a.by_groups.split(rest), stream = static_cast<int>(rest);
     const int from = kRing + stream * a.source.stream_bytes + Shape::place_of(group * 8 + lane % 8) + octet * kUnit;
     const int to = a.planes_at + (octet * 8 + lane % 8) * a.plane_bytes + group % 2 * a.odd_bytes +
@@ -128,12 +131,11 @@ class Parting {
 
 // Rows [begin, end) of all groups of images, from `slab` and `first_column` on.
 template <typename T, class Shape>
-__device__ void march(const Toeplitz& a, int slab, int first_column, int begin, int end, uint32_t& parity,
-                      uint32_t& boxes) {
+__device__ void march(const Toeplitz& a, int slab, int first_column, int begin, int end, uint32_t& parity) {
   constexpr int kRows = Shape::kRows, kBlocks = Shape::kBlocks, kChannels = Shape::kChannels, kDepth = Shape::kDepth;
   constexpr bool kSplit = Shape::kSplit, kParted = Shape::kParted;
   const uint32_t memory = kept_shared_address();
-  FeedOf<Shape> feed = feed_of<Shape>(a, memory, slab, first_column - a.lead, begin, end, boxes);
+  FeedOf<Shape> feed = feed_of<Shape>(a, memory, slab, first_column - a.lead, begin, end);
   begin_rows<T, Shape>(a, feed, slab, first_column - a.lead, end);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, number = lane / 4, pair = lane % 4 * 2;
@@ -163,16 +165,21 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
   const bool live = number < a.tiles * a.streams, lower_live = kSplit ? number + kTiles < a.streams : live;
   const int stream = live ? number / a.tiles : 0, tile = live ? number % a.tiles : 0;
   const int column = Shape::place_of(tile * Shape::kColumns + pair) + warp * kChannels * 2;
-  const uint32_t from = memory + kRing + stream * a.source.stream_bytes + column;
+  const uint32_t from =
+      memory + kRing + stream * a.source.stream_bytes + column + (Shape::kShifted ? a.source.shift : 0);
   const uint32_t to = memory + a.stage_at + stream * a.target.stream_bytes + column;
   const uint32_t from_lower = kSplit && lower_live ? from + kTiles * a.source.stream_bytes : from;
   const uint32_t to_lower = kSplit ? to + kTiles * a.target.stream_bytes : to + Shape::place_of(8);
+  const auto place_of_pixel = [&](int j) {
+    return kSplit ? (j < 2 ? from : from_lower) + Shape::place_of(j % 2) : from + Shape::place_of(j / 2 * 8 + j % 2);
+  };
   // If channels are parted: where the thread's row of the 4 matrices of a channel begins.
   uint32_t parted_from = 0;
   if constexpr (kParted) {
     const int part = lane / 8, row = lane % 8 < a.tiles * a.streams ? lane % 8 : 0;
-    const uint32_t at = memory + a.planes_at + warp * kChannels * a.plane_bytes +
-                        (row / a.tiles * a.stream_units + row % a.tiles) * kUnit;
+    const int plane = warp * kChannels + (Shape::kShifted ? a.source.shift / 2 : 0);
+    const uint32_t at =
+        memory + a.planes_at + plane * a.plane_bytes + (row / a.tiles * a.stream_units + row % a.tiles) * kUnit;
     parted_from = at + (part == 1 || part == 2 ? a.odd_bytes : 0) + (part == 3 ? kUnit : 0);
   }
 
@@ -206,11 +213,7 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
     drain.take(a, next_place(stage, a.stage_bytes, a.stages_bytes), units, stores);
   };
   const auto arrive_step = [&](bool now = true) { arrive_together_at(memory + kBarrier, lane == 0, now); };
-  // Rows are moved two steps before they are read, between multiplications, so the first ones now.
-  if constexpr (Shape::kShifted)
-    for (int i = 0; i < Shape::kMoved; ++i) feed.move(a, i * a.slot_bytes);
-  else
-    wait_copies<kDepth - 2>();
+  wait_copies<Shape::kPending>();
   if constexpr (kParted) {
     __syncthreads();
     parting.take(memory, 0);
@@ -238,7 +241,7 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
     int left = r.row_end - r.row;
     // All that is not for every step, so that the others have but one branch.
     const auto prepare = [&] {
-      if constexpr (!Shape::kShifted) feed.load_more(a, place_before(loaded, a.slot_bytes, a.ring_bytes), 1);
+      feed.load_more(a, place_before(loaded, a.slot_bytes, a.ring_bytes), 1);
       feed.find(a);
       drain.find(a);
     };
@@ -258,25 +261,15 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
       using Pixel = typename Shape::Pixel;
       Pixel pixels[2 * Shape::kPairs];
 #pragma unroll
-      for (int j = 0; j < 2 * Shape::kPairs && !kParted; ++j)
-        pixels[j] = kSplit ? shared_at<Pixel>((j < 2 ? from : from_lower) + slot + Shape::place_of(j % 2))
-                           : shared_at<Pixel>(from + slot + Shape::place_of(j / 2 * 8 + j % 2));
+      for (int j = 0; j < 2 * Shape::kPairs && !kParted; ++j) Shape::read_pixel(pixels[j], place_of_pixel(j) + slot);
       take(stores);
       // What multiplications with a block take, and with the next one.
       const auto pairs_of = [&](int block, int c, uint32_t (&pairs)[4]) {
-        const auto word = [&](int j) {
-          if constexpr (kChannels == 4)
-            return c < 2 ? pixels[j].x : pixels[j].y;
-          else
-            return pixels[j];
-        };
-        const auto pair = [&](int j) {
-          return __byte_perm(word(2 * j), word(2 * j + 1), c % 2 == 0 ? 0x5410 : 0x7632);
-        };
+        const auto word = [&](int j) { return pixels[j].words[(c + Shape::kOdd) / 2]; };
+        const bool low = (c + Shape::kOdd) % 2 == 0;  // of the word
+        const auto pair = [&](int j) { return __byte_perm(word(2 * j), word(2 * j + 1), low ? 0x5410 : 0x7632); };
         // The same by another instruction: of a copy, a move would be left before every multiplication.
-        const auto same_pair = [&](int j) {
-          return __byte_perm(word(2 * j + 1), word(2 * j), c % 2 == 0 ? 0x1054 : 0x3276);
-        };
+        const auto same_pair = [&](int j) { return __byte_perm(word(2 * j + 1), word(2 * j), low ? 0x1054 : 0x3276); };
         const bool last = block + 1 == kBlocks;  // alone
         pairs[0] = last && !kSplit ? same_pair(block) : pair(block);
         pairs[1] = kSplit ? pair(1) : same_pair(block + 1);
@@ -287,7 +280,8 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
 #pragma unroll
         for (int block = 0; block < kBlocks; block += 2)
 #pragma unroll
-          for (int c = 0; c < kChannels; ++c) {
+          for (int number = 0; number < kChannels; ++number) {
+            const int c = Shape::kLate ? (number + Shape::kFirst) % kChannels : number;
             uint32_t (&pairs)[4] = x[block / 2][c];
             if constexpr (!kParted) pairs_of(block, c, pairs);
             const float nothing[4] = {};
@@ -309,31 +303,26 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
       constexpr int kEarly = kParted ? 1 : 0;  // rows of sums before the arrival
       multiply_rows(0, kEarly);
       if constexpr (kParted) parting.write(memory, planes);
-      if constexpr (!Shape::kShifted) wait_copies<kDepth - 3>();  // the next row, or the one behind it
+      wait_copies<Shape::kPending - 1>();  // the next row, or the one behind it
       const bool more = kParted && parting.is_more(a);
       // Of parted channels, a compiler puts the arrival behind all multiplications: but not out of a loop, of one turn.
       do arrive_step(!more);
       while (kParted && a.workers < 0);
-      const auto load = [&] {
-        if constexpr (Shape::kShifted)
-          feed.load(a);
-        else
-          feed.load(a, loaded);
-      };
-      if (!kParted) load();
+      if (!kParted) feed.load(a, loaded);
       drain.store(a, units, stores);
+#pragma unroll
+      for (int j = 0; j < 2 * Shape::kPairs && Shape::kLate; ++j) Shape::read_late(pixels[j], place_of_pixel(j) + slot);
       const auto after = [&](int place) { return next_place(place, a.slot_bytes, a.ring_bytes); };
-      if constexpr (Shape::kShifted) feed.move(a, after(after(slot)));
       if (kParted) write(sum[0], y >= r.begin);
       multiply_rows(kEarly, kRows);
       if (!kParted) write(sum[0], y >= r.begin);
-      if (kParted) load();
+      if (kParted) feed.load(a, loaded);
       feed.next(a);
       if (more) {
         parting.write_more(a, memory, slot, planes);
         arrive_step();
       }
-      loaded = slot, slot = after(slot);
+      loaded = Shape::kLate ? after(loaded) : slot, slot = after(slot);
       --left, ++y;
     };
     for (;;) {
@@ -354,7 +343,6 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
     }
   }
   __syncthreads();  // the next part's zeros, and the outputs that are read now, come behind
-  if constexpr (Shape::kShifted) boxes = feed.boxes();
   repair(a, outputs, channel, begin, end, [&](int v) {
     const int column = first_column + tile * Shape::kColumns + pair + v % 2 + (kSplit ? 0 : v / 2 * 8);
     return OutputPlace{(live ? stream : a.streams) + (kSplit ? v / 2 * kTiles : 0), column};
@@ -383,8 +371,21 @@ bool launch_bands(const Problem& problem, cudaStream_t stream) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
       const auto launch_rows = [&](auto rows, auto blocks, auto split) {
-        launched = a.source.shift > 0 ? launch<T, Shape<rows, blocks, split, true>>(a, stream)
-                                      : launch<T, Shape<rows, blocks, split, false>>(a, stream);
+        constexpr int kRows = decltype(rows)::value, kBlocks = decltype(blocks)::value;
+        constexpr bool kSplit = decltype(split)::value, kFours = kBlocks <= 2;  // channels of a warp
+        const auto launch_lie = [&](auto lie) {
+          launched = launch<T, Shape<kRows, kBlocks, kSplit, decltype(lie)::value>>(a, stream);
+        };
+        if (a.source.shift == 0)
+          launch_lie(Number<Lie::kUnits>{});
+        else if (kBlocks > kTallBlocks || a.source.shift % 4 == 0)
+          launch_lie(Number<Lie::kWords>{});
+        else if constexpr (kBlocks <= kTallBlocks) {
+          if (!kFours || a.source.shift % 8 == 2)
+            launch_lie(Number<Lie::kTwo>{});
+          else if constexpr (kFours)
+            launch_lie(Number<Lie::kSix>{});
+        }
       };
       constexpr std::true_type kYes{};
       constexpr std::false_type kNo{};
@@ -413,11 +414,8 @@ bool launch_bands(const Problem& problem, cudaStream_t stream) {
 
 void launch_toeplitz_channels_last(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
   if (p.stride_h > 1) return launch_toeplitz_strided_channels_last(realigned(p, allocate, stream), stream);
-  // Boxes take as long for 16 channels of a pixel as for 32: longer than a copy of the array and its copies do.
-  const BandShape shape = band_shape_of(served(p));
-  const bool narrow = shape == BandShape::kTall || shape == BandShape::kWide;
-  const Problem aligned = narrow ? realigned(p, allocate, stream) : p;
-  if (!launch_bands(aligned, stream)) launch_bands(realigned_with_gaps(aligned, allocate, stream), stream);
+  if (launch_bands(p, stream)) return;
+  launch_bands(realigned_with_gaps(realigned(p, allocate, stream), allocate, stream), stream);
 }
 
 }  // namespace dwconv

@@ -117,13 +117,12 @@ __device__ void clear_edges(const Toeplitz& a, int first_column) {
 }
 
 template <class Shape>
-using FeedOf = std::conditional_t<Shape::kShifted, BoxFeed<Shape>, Feed<Shape>>;
+using FeedOf = std::conditional_t<Shape::kShifted, ShiftedFeed<Shape>, Feed<Shape>>;
 
 template <class Shape>
-__device__ FeedOf<Shape> feed_of(const Toeplitz& a, uint32_t memory, int slab, int first_column, int begin, int end,
-                                 uint32_t boxes) {
+__device__ FeedOf<Shape> feed_of(const Toeplitz& a, uint32_t memory, int slab, int first_column, int begin, int end) {
   if constexpr (Shape::kShifted)
-    return {a, memory, slab, first_column, begin, end, boxes};
+    return {a, memory, slab, first_column, begin, end};
   else
     return {memory, slab, first_column, begin, end};
 }
@@ -136,7 +135,7 @@ __device__ void begin_rows(const Toeplitz& a, FeedOf<Shape>& feed, int slab, int
   feed.find(a);
   // Zeros for all that is never loaded: if that is but the columns beside the images, the first loads go before.
   const bool edges = slab + a.slab <= a.channels && end <= a.whole_rows;
-  if (!Shape::kShifted && a.clear && !edges) {
+  if (a.clear && !edges) {
     for (int i = kRing + threadIdx.x * kUnit; i < a.stage_at; i += blockDim.x * kUnit) shared<uint4>(i) = {};
     __syncthreads();
   }
@@ -146,17 +145,15 @@ __device__ void begin_rows(const Toeplitz& a, FeedOf<Shape>& feed, int slab, int
 #pragma unroll 1
   for (int i = 0; i < Shape::kAhead; ++i) {
     feed.find(a);
-    if constexpr (Shape::kShifted) {
-      i == 0 ? feed.load_first(a) : feed.load(a);
-    } else {
+    if constexpr (Shape::kShifted)
+      i == 0 ? feed.load_first(a) : feed.load(a, i * a.slot_bytes);
+    else
       feed.load(a, i * a.slot_bytes);
-      feed.load_more(a, i * a.slot_bytes);
-    }
+    feed.load_more(a, i * a.slot_bytes);
     feed.next(a);
     commit_copies();
   }
-  if (Shape::kShifted) wait_copies<0>();  // of the first box
-  if (!Shape::kShifted && a.clear && edges) clear_edges<Shape>(a, first_column);
+  if (a.clear && edges) clear_edges<Shape>(a, first_column);
   for (int i = threadIdx.x * kUnit; i < a.slab * Shape::kBandRows * Shape::kBandBytes; i += blockDim.x * kUnit)
     shared<uint4>(a.bands_at + i) = {};
   __syncthreads();
@@ -244,43 +241,39 @@ __device__ void repair(const Toeplitz& a, const Outputs<T, Shape>& outputs, int 
 // Those of all slabs for the same rows are neighbours, and so use what they read of a pixel's sectors at the same time.
 template <typename T, class Shape>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1) toeplitz_channels_last(const __grid_constant__ Toeplitz a) {
-  uint32_t worker = blockIdx.x, parity = 0, boxes = 0;
-  if (threadIdx.x == 0) {
-    init_barrier(kBarrier, blockDim.x / 32 * kWarpArrivals);
-    for (int i = 0; i < Shape::kBoxes; ++i) init_barrier(a.box_barriers + 8 * i, 1);
-    if (Shape::kShifted) before_bulk_copies();
-  }
+  uint32_t worker = blockIdx.x, parity = 0;
+  if (threadIdx.x == 0) init_barrier(kBarrier, blockDim.x / 32 * kWarpArrivals);
   __syncthreads();
   const int slab = a.by_slabs.split(worker) * a.slab;
   const int last = a.shares.begin(worker + 1);
   for (int first = a.shares.begin(worker); first < last;) {
     uint32_t span = first;
     const int begin = a.by_rows.split(span), end = min(a.rows, begin + last - first);
-    march<T, Shape>(a, slab, static_cast<int>(span) * a.tiles * Shape::kColumns, begin, end, parity, boxes);
+    march<T, Shape>(a, slab, static_cast<int>(span) * a.tiles * Shape::kColumns, begin, end, parity);
     first += end - begin;
   }
 }
 
-template <int value>
-using Number = std::integral_constant<int, value>;
+template <auto value>
+using Number = std::integral_constant<decltype(value), value>;
 
-// Describes boxes of the source. Returns whether there can be such boxes.
+// Whether shifted pixels of the source are few enough for the threads, and begin each in another place.
 template <class Shape>
-bool describe_source(Toeplitz& a) {
+bool can_be_shifted(const Toeplitz& a) {
   const Rows& r = a.source;
   const int64_t pixel = r.pixel_bytes, row = r.height > 1 ? r.row_bytes : pixel;
   const int64_t image = a.batch > 1 ? r.image_bytes : row;
-  if (std::min({pixel, row, image}) == 0) return false;  // then it has its first unit more than once
-  return describe_boxes(a.map, r.base, 2, {a.channels + r.shift / 2, r.width, r.height, a.batch}, {pixel, row, image},
-                        {Shape::kPitch / 2, r.columns, Shape::kSourceRows, a.streams});
+  const int64_t units = int64_t{a.streams} * std::min(r.columns, r.width) * r.by_units.divisor;
+  constexpr int64_t kMost = int64_t{1} << 30;  // bytes
+  return std::min({pixel, row, image}) > 0 && a.streams * image + r.width * pixel < kMost &&
+         units <= ShiftedFeed<Shape>::kCopies * (a.slab / Shape::kChannels * 32);
 }
 
-// Returns whether it could be launched: pixels that are shifted have to come as boxes, which have to find room.
+// Returns whether it could be launched, as it can unless pixels are shifted.
 template <typename T, class Shape>
 bool launch(Toeplitz a, cudaStream_t stream) {
   const Device& device = current_device();
   const auto kernel = toeplitz_channels_last<T, Shape>;
-  if (Shape::kShifted && !can_overlap(kernel)) return false;
   int bytes = cut<Shape>(a, device.shared_per_block, a.batch);
   if (Shape::kShifted && bytes > device.shared_per_block) return false;
   const int threads = a.slab / Shape::kChannels * 32;
@@ -300,7 +293,7 @@ bool launch(Toeplitz a, cudaStream_t stream) {
     grain = a.target.height;
     a.workers = static_cast<int>(std::min<int64_t>(a.workers, int64_t{a.rows / grain} * a.spans));
   }
-  if (Shape::kShifted && !describe_source<Shape>(a)) return false;
+  if (Shape::kShifted && !can_be_shifted<Shape>(a)) return false;
   a.by_rows = Divider(a.rows), a.shares = Shares(int64_t{a.rows} * a.spans, a.workers, 1, grain);
   launch_early(kernel, a, slabs * a.workers, threads, stream, {.shared_bytes = bytes});
   check_launch("toeplitz_channels_last");

@@ -66,14 +66,15 @@ int cut(Toeplitz& a, int64_t room, int most_streams) {
     a.by_ring_rows = Divider(Shape::kDepth * Shape::kSourceRows * a.streams);
     const int groups = a.source.columns / 8;
     a.by_groups = Divider(groups), a.matrices = a.streams * groups;
-    a.turns = static_cast<int>(ceil_div(a.matrices, 4) * ceil_div(a.slab, 8));
+    const int64_t octets = ceil_div(a.slab, 8) + (Shape::kShifted ? 1 : 0);  // of channels
+    a.turns = static_cast<int>(ceil_div(a.matrices, 4) * octets);
     // Rows of tiles that are side by side, also from one image to the next, are read from all banks.
     a.stream_units = (groups + 1) / 2;
     if (a.streams > 1)
       while (a.stream_units % (2 * a.tiles) != a.tiles) ++a.stream_units;
     a.odd_bytes = a.streams * a.stream_units * kUnit;
     a.plane_bytes = static_cast<int>(round_up(2 * a.odd_bytes, 128)) + kUnit;
-    a.planes_bytes = static_cast<int>(round_up(a.slab, 8)) * a.plane_bytes;
+    a.planes_bytes = static_cast<int>(8 * octets) * a.plane_bytes;
     a.clear = a.batch % a.streams != 0 || a.channels % a.slab != 0 || a.padding_w > 0 ||
               a.source.width < tiles * Shape::kColumns + Shape::kReach;
     const int weights = a.slab * Shape::kBandRows * Shape::kBandBytes;
@@ -81,13 +82,10 @@ int cut(Toeplitz& a, int64_t room, int most_streams) {
     a.planes_at = std::max(a.stage_at + a.stages_bytes, a.bands_at + weights);
     int bytes = a.planes_at + (Shape::kParted ? 2 * a.planes_bytes : 0);
     if (Shape::kShifted) {
-      a.pixels = a.streams * Shape::kSourceRows * a.source.columns, a.by_box_columns = Divider(a.source.columns);
-      a.box_bytes = static_cast<int>(round_up(a.pixels * Shape::kPitch, kBoxUnit));
-      a.boxes_at = static_cast<int>(round_up(bytes, kBoxUnit));
-      a.box_barriers = a.boxes_at + Shape::kBoxes * a.box_bytes, bytes = a.box_barriers + 8 * Shape::kBoxes;
-      const int block_warps = a.slab / kChannels;
-      a.warp_pixels = static_cast<int>(std::min<int64_t>(round_up(ceil_div(a.pixels, block_warps), 8), 32));
-      a.pixels_at_once = block_warps * a.warp_pixels;
+      a.source.by_units = Divider(a.source.by_units.divisor + 1);
+      a.source.by_columns = Divider(std::min(a.source.columns, a.source.width));
+      a.entries_at = static_cast<int>(round_up(bytes, 8));
+      bytes = a.entries_at + ShiftedFeed<Shape>::kBytes * a.slab / kChannels;
     }
     if (bytes <= room || most == 1) return bytes;
   }

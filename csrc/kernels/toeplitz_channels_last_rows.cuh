@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "boxes.cuh"
 #include "march_channels_last.cuh"
 #include "toeplitz_channels_last.h"
 
@@ -18,24 +17,31 @@ constexpr int kMiddle = 8;                  // zeros before the weights of a ban
 constexpr int kBarrier = 0, kRing = kUnit;  // where they are in shared memory
 constexpr int kPairMiddle = 9;              // entries before the weights, see Shape::kBandBytes
 
+// Where pixels of the source lie: at units of 16 bytes (kUnits), or between them. Then a warp reads its channels from
+// the middle of a word on, the first or the second one of 8 bytes (kTwo, kSix: so many bytes behind 8), or from a word
+// on (kWords). Where channels are parted, kWords is for all that lie between units.
+enum class Lie { kUnits, kTwo, kSix, kWords };
+
 // What a kernel is compiled for. kRows: rows of the kernel, which is as many rows of sums; or else, if kWhole, rows of
 // an image, all of whose sums there are at once, whatever the kernel. kBlocks: of 8 columns of the source that 8
 // columns of the target read. kSplit: the lower 8 rows of a multiplication are not the next 8 columns, but those of 8
-// more images, for images of at most 8 columns, which are one block. kShifted: whether pixels of the source begin
-// between multiples of 16 bytes, see BoxFeed.
-template <int kRows_, int kBlocks_, bool kSplit_, bool kShifted_, bool kWhole_ = false>
+// more images, for images of at most 8 columns, which are one block.
+template <int kRows_, int kBlocks_, bool kSplit_, Lie kLie, bool kWhole_ = false>
 struct Shape {
   static constexpr int kRows = kRows_, kBlocks = kBlocks_;
-  static constexpr bool kSplit = kSplit_, kShifted = kShifted_, kWhole = kWhole_;
+  static constexpr bool kSplit = kSplit_, kWhole = kWhole_;
+  static constexpr bool kShifted = kLie != Lie::kUnits;
   static constexpr int kChannels = kBlocks <= 2 ? 4 : 2;  // of a warp
   // Whether the channels of a row are parted once, before warps read it, or by each thread that reads pixels.
   static constexpr bool kParted = !kWhole && kBlocks > 3;
   static constexpr int kSourceRows = kWhole ? 2 : 1;  // of a step
-  // Steps in the ring: one to work on, the others on their way, or two that are moved there from boxes.
-  static constexpr int kDepth = kShifted ? 3 : 8 / kSourceRows, kBoxes = !kShifted ? 0 : kWhole ? 3 : 8;
+  static constexpr int kDepth = 8 / kSourceRows;      // steps in the ring: one to work on, the others on their way
+  // Whether a word of each pixel is read late, beside multiplications, when others may have gone on to the next step.
+  static constexpr bool kLate = !kWhole && kChannels == 4 && (kLie == Lie::kTwo || kLie == Lie::kSix);
   // Of those, loaded before the first one: if channels are parted, or rows read ahead, one more.
-  static constexpr int kAhead = kShifted ? kBoxes : kWhole || kParted ? kDepth : kDepth - 1;
-  static constexpr int kMoved = kParted ? 3 : 2;  // the same of those that are moved
+  static constexpr int kAhead = kWhole || kParted ? kDepth : kDepth - (kLate ? 2 : 1);
+  // Steps that may still be on their way before the first one; in one, when the next one has to be there, one fewer.
+  static constexpr int kPending = kDepth - (kLate ? 3 : 2);
   // Rows of outputs: one that is written, one that is waited for, one that is stored; or those written at once.
   static constexpr int kStages = kWhole ? 7 : 3;
   // Whether band matrices stay in registers, beside the sums, or are read from shared memory each time.
@@ -44,7 +50,26 @@ struct Shape {
   static constexpr int kPairs = kSplit ? 2 : kBlocks + 1;      // of pixels, 8 columns apart, that a thread multiplies
   static constexpr int kReach = kWhole ? 0 : 8 * kBlocks - 8;  // columns of the source beyond those of the last tile
   static constexpr int kPitch = 2 * kChannels * kMaxWarps + kUnit;  // bytes from pixel to pixel in shared memory
-  using Pixel = std::conditional_t<kChannels == 4, uint2, uint32_t>;
+  // Words of a pixel that a warp's channels lie in, and whether they begin in the middle of the first one.
+  static constexpr int kOdd = kLie == Lie::kTwo || kLie == Lie::kSix ? 1 : 0, kWords = kChannels / 2 + kOdd;
+  struct Pixel {
+    uint32_t words[kWords];
+  };
+  static constexpr int kFirst = kLie == Lie::kSix ? 1 : 0;  // of two words that are read at once
+  // Reads them but for the word that is read late.
+  static __device__ void read_pixel(Pixel& pixel, uint32_t at) {
+    if constexpr (kChannels == 4 && kLie != Lie::kWords) {
+      const uint2 pair = shared_at<uint2>(at - 2 * kOdd + 4 * kFirst);
+      pixel.words[kFirst] = pair.x, pixel.words[kFirst + 1] = pair.y;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) pixel.words[i] = shared_at<uint32_t>(at - 2 * kOdd + 4 * i);
+    }
+  }
+  static __device__ void read_late(Pixel& pixel, uint32_t at) {
+    constexpr int kLast = kLie == Lie::kSix ? 0 : 2;
+    if constexpr (kLate) pixel.words[kLast] = shared_at<uint32_t>(at - 2 + 4 * kLast);
+  }
 
   static constexpr int kBandRows = kWhole ? 2 * kRows - 1 : kRows;  // rows of the kernel that are prepared
   // Bytes to the same weight in a copy that is a column further on: with both, any two neighbours are one word.
@@ -116,12 +141,20 @@ struct Toeplitz {
   Shares shares;                // of the rows of all spans
   bool clear;                   // whether there is something outside the images, which is never loaded
   Divider by_slabs, by_rows, by_height, by_kernel_w, by_groups, by_ring_rows;
-  // If pixels are shifted: boxes of the source; where they lie, and their barriers; the bytes of one, its pixels, and
-  // how many of these a warp moves, and a block, at once.
-  CUtensorMap map;
-  int boxes_at, box_barriers, box_bytes, pixels, warp_pixels, pixels_at_once;
-  Divider by_box_columns;
+  int entries_at;  // see ShiftedFeed
 };
+
+// Copies a unit, or does not: without a branch, and with a line of 128 bytes as the least to fetch: another slab's
+// block has use for the rest.
+__device__ inline void copy_unit_if(bool copy, uint32_t to, const char* from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "{\n.reg .pred copy;\nsetp.ne.s32 copy, %2, 0;\n"
+      "@copy cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n}" ::"r"(to),
+      "l"(from), "r"(static_cast<int>(copy))
+      : "memory");
+#endif
+}
 
 // A thread's part of every row that its block copies: some columns of some images, 8 channels. kOutputs: of rows of the
 // target.
@@ -211,17 +244,6 @@ class Share {
   uint32_t memory_, place_;
   int left_ = 0;  // copies
   char* at_ = nullptr;
-
-  // Without a branch, and with a line of 128 bytes as the least to fetch: another slab's block has use for the rest.
-  static __device__ void copy_unit_if(bool copy, uint32_t to, const char* from) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile(
-        "{\n.reg .pred copy;\nsetp.ne.s32 copy, %2, 0;\n"
-        "@copy cp.async.cg.shared.global.L2::128B [%0], [%1], 16;\n}" ::"r"(to),
-        "l"(from), "r"(static_cast<int>(copy))
-        : "memory");
-#endif
-  }
 };
 
 // What comes after `place` in a ring, and what before.
@@ -326,138 +348,141 @@ class Feed : public RunRows<Shape, false> {
   }
 };
 
-// The 16 bytes that begin `shift` bytes, an even number below 16, behind the first of two units.
-__device__ inline uint4 shifted(const uint4& low, const uint4& high, int shift) {
-  const uint32_t words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-  const bool by_word = (shift & 4) != 0, by_two = (shift & 8) != 0;
-  uint32_t near[7], moved[5];
-#pragma unroll
-  for (int i = 0; i < 7; ++i) near[i] = by_word ? words[i + 1] : words[i];
-#pragma unroll
-  for (int i = 0; i < 5; ++i) moved[i] = by_two ? near[i + 2] : near[i];
-  const uint32_t bits = shift % 4 * 8;
-  return {__funnelshift_r(moved[0], moved[1], bits), __funnelshift_r(moved[1], moved[2], bits),
-          __funnelshift_r(moved[2], moved[3], bits), __funnelshift_r(moved[3], moved[4], bits)};
-}
-
-// The same where pixels are shifted, on sm_90 and later: a box of all images, with zeros beside them and a unit more of
-// each pixel, comes as it lies in memory, and is then moved to the ring, a pixel a thread.
+// The same of shifted pixels: of each a unit more is copied. A thread's units of a row are anywhere among those of its
+// images, and where each lies, from the row's first pixel on, it has in shared memory.
 template <class Shape>
-class BoxFeed {
+class ShiftedFeed {
  public:
-  // `boxes`: those that the block has loaded before.
-  __device__ BoxFeed(const Toeplitz& a, uint32_t memory, int slab, int first_column, int begin, int end, uint32_t boxes)
-      : memory_(memory),
+  static constexpr int kCopies = Shape::kChannels == 2 && !Shape::kParted ? 2 : 3;  // of a thread
+  static constexpr int kBytes = 32 * kCopies * 8;                                   // of a warp in shared memory
+
+  __device__ ShiftedFeed(const Toeplitz& a, uint32_t memory, int slab, int first_column, int begin, int end)
+      : ring_(memory + kRing),
+        entries_(memory + a.entries_at + threadIdx.x * kEntry),
         slab_(slab),
         first_column_(first_column),
         begin_(begin),
-        end_(end),
-        loaded_(boxes),
-        moved_(boxes),
-        pixel_(threadIdx.x / 32 * a.warp_pixels + threadIdx.x % 32) {
-    if (static_cast<int>(threadIdx.x) % 32 >= a.warp_pixels) pixel_ = a.pixels;
-    to_ = place_of(a, pixel_);
-  }
+        end_(end) {}
 
   __device__ bool is_between() const { return left_ == 0; }
   __device__ void find(const Toeplitz& a) {
     if (left_ != 0) return;
-    left_ = -1;
-    if (begin_ == end_) return;
-    const Run r = run_of<Shape>(a, begin_, end_);
-    begin_ += r.end - r.begin;
-    image_ = r.image * a.streams, row_ = r.row, left_ = r.row_end - r.row;
-  }
-
-  // Begins to load all that a step takes, if there is any.
-  __device__ void load(const Toeplitz& a) {
-    if (left_ <= 0) return;
-    const int stage = loaded_++ % Shape::kBoxes, barrier = a.box_barriers + 8 * stage;
-    if (threadIdx.x < 32 && is_elected()) {
-      expect_bytes(barrier, a.pixels * Shape::kPitch);
-      copy_box(a.boxes_at + stage * a.box_bytes, a.map, slab_, first_column_, row_, image_, barrier);
-      arrive(barrier);
+    if (!last_) {
+      left_ = -1;
+      if (begin_ == end_) return;
+      const Run r = run_of<Shape>(a, begin_, end_);
+      begin_ += r.end - r.begin;
+      const int first = r.image * a.streams, images = min(a.streams, a.batch - first);
+      if (images != images_) list_units(a, images);
+      at_ = a.source.base + (first * a.source.image_bytes + r.row * a.source.row_bytes +
+                             static_cast<int64_t>(first_column_) * a.source.pixel_bytes + slab_ * 2);
+      left_ = r.row_end - r.row;
+      last_ = first + images == a.batch && r.row_end == a.source.height;
+      if (!last_) return;
+      if (left_ > last_rows(a)) {
+        left_ -= last_rows(a);
+        return;
+      }
     }
+    // The array's last rows are found by themselves: its last unit is not its own alone.
+    last_ = false, left_ = last_rows(a);
+    if (behind_ == 0) return;
+    rest_ = entry(behind_ - 1);
+    entry(behind_ - 1) = {};
   }
 
-  // The same before the first step. The array's first unit is not its own alone: threads load the box that has it.
-  __device__ void load_first(const Toeplitz& a) {
-    if (left_ <= 0 || slab_ > 0 || first_column_ > 0 || row_ > 0 || image_ > 0) return load(a);
-    const int stage = loaded_++ % Shape::kBoxes;
+  // Begins to load all that a step takes, to a slot of the ring.
+  __device__ void load(const Toeplitz& a, int slot) const {
+    Entry entries[kCopies];
+#pragma unroll
+    for (int t = 0; t < kCopies; ++t) entries[t] = entry(t);
+#pragma unroll
+    for (const Entry& e : entries)
+#pragma unroll
+      for (int k = 0; k < Shape::kSourceRows; ++k)
+        copy_unit_if(left_ > k && e.to != 0, e.to + place_of(a, slot, k), from_of(a, e, k));
+  }
+  // The same before the first step: the array's first unit is not its own alone, either.
+  __device__ void load_first(const Toeplitz& a) const {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < a.pixels * kUnits; i += blockDim.x) {
-      const int pixel = i / kUnits, offset = i % kUnits * kUnit, to = a.boxes_at + stage * a.box_bytes + i * kUnit;
-      uint32_t rest = pixel;
-      const int x = first_column_ + static_cast<int>(a.by_box_columns.split(rest));
-      const int y = rest % Shape::kSourceRows, image = rest / Shape::kSourceRows;
-      const bool inside = x >= 0 && x < a.source.width && y < a.source.height && image < a.batch;
-      const int begin = inside && (x | y | image) > 0 ? 0 : a.source.shift;
-      const int end = inside ? a.source.bytes + a.source.shift : 0;
-      const char* from = a.source.base + (image * a.source.image_bytes + y * a.source.row_bytes +
-                                          static_cast<int64_t>(x) * a.source.pixel_bytes);
-      if (offset >= begin && offset + kUnit <= end)
-        copy_unit<kUnit>(shared_address(to), from + offset);
-      else
-        for (int at = offset; at < offset + kUnit; at += 2)
-          shared<uint16_t>(to + at - offset) =
-              at >= begin && at < end ? *reinterpret_cast<const uint16_t*>(from + at) : uint16_t{0};
+    for (int t = 0; t < kCopies; ++t) {
+      const Entry e = entry(t);
+#pragma unroll 1
+      for (int k = 0; k < min(left_, Shape::kSourceRows) && e.to != 0; ++k)
+        if (from_of(a, e, k) != a.source.base)
+          copy_unit<kUnit>(e.to + place_of(a, 0, k), from_of(a, e, k));
+        else
+          copy_part(a, e, a.source.shift, kUnit, place_of(a, 0, k), k);
     }
-    before_bulk_copies();  // to the same place
-    if (threadIdx.x == 0) arrive(a.box_barriers + 8 * stage);
   }
-
+  // The array's last unit, and those of the step before it in memory, when they were left out, perhaps only `behind`.
+  __device__ void load_more(const Toeplitz& a, int slot, int behind = 0) {
+    if (rest_.to == 0 || (behind > 0 && left_ != 0)) return;
+    const int rows = last_rows(a);
+#pragma unroll 1
+    for (int k = 0; k < rows; ++k)
+      copy_part(a, rest_, 0, k + 1 < rows ? kUnit : a.source.shift, place_of(a, slot, k), k - behind * rows);
+    rest_ = {};
+  }
   static __device__ bool has_more(const Toeplitz&) { return false; }
 
   // Goes to the next rows.
-  __device__ void next(const Toeplitz&) {
-    if (left_ > 0) row_ += Shape::kSourceRows, left_ = max(left_ - Shape::kSourceRows, 0);
+  __device__ void next(const Toeplitz& a) {
+    if (left_ <= 0) return;
+    const int rows = Shape::kSourceRows == 1 ? 1 : min(left_, Shape::kSourceRows);
+    at_ += rows * a.source.row_bytes, left_ -= rows;
   }
 
-  // Moves what was loaded first, if there is any, to a slot of the ring. Others see it when the warp has arrived at a
-  // barrier.
-  __device__ void move(const Toeplitz& a, int slot) {
-    if (moved_ == loaded_) return;
-    const int stage = moved_ % Shape::kBoxes;
-    const uint32_t from = memory_ + a.boxes_at + stage * a.box_bytes;
-    wait_at(memory_ + a.box_barriers + 8 * stage, moved_++ / Shape::kBoxes % 2);
-    int pixel = pixel_, to = to_;
+ private:
+  // Of a unit: how far behind the row's first one it begins, and where it goes to in the first slot.
+  struct alignas(8) Entry {
+    uint32_t from, to;
+  };
+  static constexpr int kEntry = sizeof(Entry);
+
+  uint32_t ring_, entries_;
+  int slab_, first_column_;
+  int begin_, end_;  // output rows of the runs that are not yet begun with
+  int left_ = 0;     // rows of the run; fewer than none behind the last one
+  int images_ = 0, behind_ = 0;
+  bool last_ = false;  // whether the array's last rows are still to be found
+  const char* at_ = nullptr;
+  Entry rest_{};
+
+  __device__ Entry& entry(int t) const { return shared_at<Entry>(entries_ + t * blockDim.x * kEntry); }
+  __device__ const char* from_of(const Toeplitz& a, const Entry& e, int row) const {
+    return at_ + (row * a.source.row_bytes + e.from);
+  }
+  static __device__ int place_of(const Toeplitz& a, int slot, int row) {
+    return slot + row * (a.slot_bytes / Shape::kSourceRows);
+  }
+  // Of the last step of an image.
+  static __device__ int last_rows(const Toeplitz& a) { return (a.source.height - 1) % Shape::kSourceRows + 1; }
+
+  // Lists the thread's units of so many images. `behind_`: number of the one that ends behind the array in its last
+  // row, counted from 1 on, if the thread has it and these are the last images.
+  __device__ void list_units(const Toeplitz& a, int images) {
+    const Rows& r = a.source;
+    images_ = images, behind_ = 0;
+    const int before = max(-first_column_, 0), end = min(r.columns, r.width - first_column_);
 #pragma unroll 1
-    for (int first = 0;;) {
-      if (pixel < a.pixels) move_pixel(a, from + pixel * Shape::kPitch, memory_ + slot + to);
-      first += a.pixels_at_once;
-      if (first >= a.pixels) break;
-      pixel += a.pixels_at_once, to = place_of(a, pixel);
+    for (int t = 0; t < kCopies; ++t) {
+      uint32_t rest = threadIdx.x + t * blockDim.x;
+      const int part = r.by_units.split(rest) * kUnit, column = before + r.by_columns.split(rest);
+      const int stream = static_cast<int>(rest), bytes = r.bytes + r.shift - slab_ * 2 - part;
+      const bool any = stream < images && column < end && bytes > 0;
+      entry(t) = {any ? static_cast<uint32_t>(stream * r.image_bytes + column * int64_t{r.pixel_bytes} + part) : 0,
+                  any ? ring_ + stream * r.stream_bytes + Shape::place_of(column) + part : 0};
+      if (any && stream == images - 1 && first_column_ + column == r.width - 1 && bytes < kUnit) behind_ = t + 1;
     }
   }
 
-  // Boxes that the block has loaded.
-  __device__ uint32_t boxes() const { return loaded_; }
-
- private:
-  static constexpr int kUnits = Shape::kPitch / kUnit;  // of a pixel, whatever a slab has
-
-  uint32_t memory_;
-  int slab_, first_column_;
-  int begin_, end_;  // output rows of the runs that are not yet begun with
-  int image_ = 0, row_ = 0, left_ = 0;
-  uint32_t loaded_, moved_;
-  int pixel_, to_;  // the thread's first one
-
-  // Where a pixel of a box goes in a slot.
-  static __device__ int place_of(const Toeplitz& a, int pixel) {
-    uint32_t rest = pixel;
-    const int column = a.by_box_columns.split(rest);
-    return kRing + static_cast<int>(rest / Shape::kSourceRows) * a.source.stream_bytes +
-           static_cast<int>(rest % Shape::kSourceRows) * (a.slot_bytes / Shape::kSourceRows) + Shape::place_of(column);
-  }
-
-  static __device__ void move_pixel(const Toeplitz& a, uint32_t from, uint32_t to) {
-    uint4 units[kUnits];
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) units[u] = shared_at<uint4>(from + u * kUnit);
-#pragma unroll
-    for (int u = 0; u + 1 < kUnits; ++u)
-      shared_at<uint4>(to + u * kUnit) = shifted(units[u], units[u + 1], a.source.shift);
+  // Copies the bytes [begin, end) of a unit.
+  __device__ void copy_part(const Toeplitz& a, const Entry& e, int begin, int end, int place, int row) const {
+    const char* from = from_of(a, e, row);
+#pragma unroll 1
+    for (int i = begin; i < end; i += 2)
+      shared_at<uint16_t>(e.to + place + i) = *reinterpret_cast<const uint16_t*>(from + i);
   }
 };
 

@@ -42,10 +42,10 @@ __device__ void seek_group(const Toeplitz& a, Share<Shape, true>& share, int sla
 
 // Rows [begin, end) of all groups of images, from `slab` on.
 template <typename T, class Shape>
-__device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint32_t& parity, uint32_t& boxes) {
-  constexpr int kRows = Shape::kRows, kChannels = Shape::kChannels, kDepth = Shape::kDepth, kStages = Shape::kStages;
+__device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint32_t& parity) {
+  constexpr int kRows = Shape::kRows, kChannels = Shape::kChannels, kStages = Shape::kStages;
   const uint32_t memory = kept_shared_address();
-  FeedOf<Shape> feed = feed_of<Shape>(a, memory, slab, 0, begin, end, boxes);
+  FeedOf<Shape> feed = feed_of<Shape>(a, memory, slab, 0, begin, end);
   begin_rows<T, Shape>(a, feed, slab, 0, end);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, number = lane / 4, pair = lane % 4 * 2;
   const int channel = slab + warp * kChannels;
@@ -53,7 +53,7 @@ __device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint
       memory + a.bands_at + warp * kChannels * Shape::kBandRows * Shape::kBandBytes + 8 * (kPairMiddle + pair - number);
   // The thread's pixels are pairs of columns of an image; its outputs are 8 columns apart, of a pair of images.
   const uint32_t from = memory + kRing + (number < a.streams ? number : 0) * a.source.stream_bytes +
-                        Shape::place_of(pair) + warp * kChannels * 2;
+                        Shape::place_of(pair) + warp * kChannels * 2 + (Shape::kShifted ? a.source.shift : 0);
   const uint32_t to =
       memory + a.stage_at + pair * a.target.stream_bytes + Shape::output_place_of(number) + warp * a.target.warp_bytes;
   const auto is_live = [&](int v) { return pair + v % 2 < a.streams; };
@@ -69,21 +69,18 @@ __device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint
   };
   int slot = 0, loaded = 0;  // of the next source rows in the ring, and of the next ones to load
   // Pixels of two rows, which a step multiplies when they were read in the step before.
-  uint32_t pixels[2][2][2];
+  typename Shape::Pixel pixels[2][2][2];
   const auto load_pixels = [&] {
 #pragma unroll
     for (int k = 0; k < 2; ++k)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const uint32_t place = from + slot + k * (a.slot_bytes / 2) + Shape::place_of(8 * h);
-        pixels[k][h][0] = shared_at<uint32_t>(place), pixels[k][h][1] = shared_at<uint32_t>(place + Shape::place_of(1));
+        Shape::read_pixel(pixels[k][h][0], place), Shape::read_pixel(pixels[k][h][1], place + Shape::place_of(1));
       }
     slot = next_place(slot, a.slot_bytes, a.ring_bytes);
   };
-  if constexpr (Shape::kShifted)
-    for (int i = 0; i < Shape::kMoved; ++i) feed.move(a, i * a.slot_bytes);
-  else
-    wait_copies<kDepth - 2>();
+  wait_copies<Shape::kPending>();
   __syncthreads();
   load_pixels();
   arrive_step();
@@ -99,20 +96,18 @@ __device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const bool any = k == 0 || row + k < a.source.height;
-          x[k][0][h] = any ? __byte_perm(pixels[k][h][0], pixels[k][h][1], 0x5410) : 0;
-          x[k][1][h] = any ? __byte_perm(pixels[k][h][0], pixels[k][h][1], 0x7632) : 0;
+#pragma unroll
+          for (int c = 0; c < kChannels; ++c) {
+            constexpr int kOdd = Shape::kOdd;
+            const auto word = [&](int j) { return pixels[k][h][j].words[(c + kOdd) / 2]; };
+            x[k][c][h] = any ? __byte_perm(word(0), word(1), (c + kOdd) % 2 == 0 ? 0x5410 : 0x7632) : 0;
+          }
         }
       load_pixels();
       // The rows behind the next ones.
-      if constexpr (Shape::kShifted)
-        feed.move(a, slot);
-      else
-        wait_copies<kDepth - 3>();
+      wait_copies<Shape::kPending - 1>();
       arrive_step();
-      if constexpr (Shape::kShifted)
-        feed.load(a);
-      else
-        feed.load(a, loaded);
+      feed.load(a, loaded);
       const uint32_t row_bands = bands + row * Shape::kBandBytes;
 #pragma unroll
       for (int i = 0; i <= kRows; ++i) {
@@ -132,7 +127,7 @@ __device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint
             if (o >= 0 && o < kRows) multiply(sum[o][c], std::as_const(sum[o][c]), band[c], x[k][c], T{});
           }
       }
-      if constexpr (!Shape::kShifted) feed.load_more(a, loaded);
+      feed.load_more(a, loaded);
       feed.next(a);
       commit_copies();
       loaded = next_place(loaded, a.slot_bytes, a.ring_bytes);
@@ -156,7 +151,6 @@ __device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint
   }
   begin_step();
   __syncthreads();  // the next part's zeros, and the outputs that are read now, come behind
-  if constexpr (Shape::kShifted) boxes = feed.boxes();
   repair(a, outputs, channel, begin, end, [&](int v) { return OutputPlace{pair + v % 2, number + v / 2 * 8}; });
 }
 
@@ -167,9 +161,17 @@ bool launch_toeplitz_whole_channels_last(const Problem& p, cudaStream_t stream) 
   bool launched = false;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if constexpr (sizeof(T) == 2)
-      launched = a.source.shift > 0 ? launch<T, Shape<kMaxWholeRows, kWholeBlocks, false, true, true>>(a, stream)
-                                    : launch<T, Shape<kMaxWholeRows, kWholeBlocks, false, false, true>>(a, stream);
+    if constexpr (sizeof(T) == 2) {
+      const auto launch_lie = [&](auto lie) {
+        launched = launch<T, Shape<kMaxWholeRows, kWholeBlocks, false, decltype(lie)::value, true>>(a, stream);
+      };
+      if (a.source.shift == 0)
+        launch_lie(Number<Lie::kUnits>{});
+      else if (a.source.shift % 4 == 0)
+        launch_lie(Number<Lie::kWords>{});
+      else
+        launch_lie(Number<Lie::kTwo>{});
+    }
   });
   return launched;
 }
