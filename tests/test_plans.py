@@ -1342,7 +1342,7 @@ def test_batch_grad_weight_is_exact(kernel: tuple, dtype: torch.dtype) -> None:
     ids=str,
 )
 def test_batch_grad_weight_of_whole_units_is_exact(kernel: tuple, dilation: int, dtype: torch.dtype) -> None:
-    """Rows of 16 bytes, and small planes in images of them: bands, filters that end within a block, images apart."""
+    """Rows of whole units, and small planes in images of them: bands, filters that end in a block, images apart."""
     planes = (
         (24, (7, 7)),
         (768, (7, 7)),
@@ -1354,10 +1354,10 @@ def test_batch_grad_weight_of_whole_units_is_exact(kernel: tuple, dilation: int,
         (2, (57, 64)),
     )
     for number, (channels, size) in enumerate((*planes, (3, (8, 120)), (150, (14, 16)))):
-        for turn, layout in enumerate([{}, {"steps": (2, 1, 1, 1)}, {"offset": 8}]):
+        for turn, layout in enumerate([{}, {"steps": (2, 1, 1, 1)}, {"offset": 8}, {"offset": 3}]):
             padding = tuple(dilation * (k - 1) // 2 for k in kernel)
             case = Case(
-                [16, 37, 60][turn], channels, size, kernel, padding=(0 if turn == 1 else padding[0], padding[1])
+                [16, 37, 60, 28][turn], channels, size, kernel, padding=(padding[0] * (1 - turn % 2), padding[1])
             )
             case = case._replace(dilation=(dilation, dilation), multiplier=1 + (number + turn) % 3 // 2, bias=turn != 1)
             if any(side + 2 * p < dilation * (k - 1) + 1 for side, p, k in zip(size, case.padding, kernel)):
@@ -1399,6 +1399,17 @@ def test_batch_grad_weight_of_whole_units_is_exact(kernel: tuple, dilation: int,
         ((16, 112), (7, 7), 1, 1, 1),
         ((20, 56), (11, 1), 1, 1, 1),
         ((20, 56), (1, 11), 1, 1, 1),
+        ((21, 56), (9, 9), 1, 1, 1),
+        ((28, 48), (11, 1), 1, 1, 2),
+        ((14, 56), (1, 11), 1, 1, 1),
+        ((14, 112), (3, 3), 1, 1, 1),
+        ((23, 96), (5, 3), 1, 1, 1),
+        ((28, 28), (9, 9), 1, 1, 2),
+        ((24, 20), (7, 3), 1, 1, 1),
+        ((30, 62), (3, 3), 1, 2, 1),
+        ((17, 110), (3, 3), 1, 1, 1),
+        ((15, 55), (2, 5), 1, 1, 2),
+        ((8, 57), (3, 9), 1, 1, 1),
     ],
     ids=str,
 )
@@ -1414,6 +1425,8 @@ def test_batch_grad_weight_of_rows_as_they_lie_is_exact(
         (400, 8, {}, (8, 8)),
         (37, 8, {}, (1, 1)),
         (28, 8, {}, (7, 2)),
+        (28, 8, {}, (5, 5)),
+        (37, 8, {"steps": (2, 1, 1, 1)}, (7, 7)),
         (16, many, {"steps": (2, 1, 1, 1)}, (4, 3)),
     ):
         case = Case(batch, channels, size, kernel, (stride, stride), padding, (dilation, dilation), multiplier)

@@ -7,9 +7,14 @@
 // whose columns are beside it read zeros all the way down: there is nothing to mask or to decide. A tile of 3x3 takes
 // 18 loads of matrices and 35 multiplications, some 130 instructions in all.
 //
-// Where an array does not begin with 16 bytes, its rows are loaded with what is around them within 16 bytes, and the
-// warps that multiply move them to where they would lie otherwise. Rows of 49 to 63 columns are laid apart in the
-// same way.
+// Where both arrays begin at the same other place in 16 bytes, columns are counted from the multiple before: the first
+// 8 of a row then begin with the end of the row above, which has a row's last columns for them on its left, as memory
+// has it. A warp has these 8 of all rows and no others, and so sums of products of two different rows are sums of their
+// own, which are left out at the end. Nothing is moved or masked, but for what is beside a plane in its first and last
+// 16 bytes.
+//
+// Where the arrays begin at different places, rows are loaded with what is around them within 16 bytes, and the warps
+// that multiply move them to where they would lie otherwise. Rows of 49 to 63 columns are laid apart in the same way.
 //
 // A warp takes every so many columns of tiles. All bands of tiles of all filters are one run, of which blocks have
 // equal parts, all of them at once: where a filter or a part ends, diagonals are summed up and written as a partial
@@ -38,9 +43,15 @@ constexpr int kRows = 7, kColumns = 8;  // of a tile
 constexpr int kMaxRows = 9;             // of kernels of more than one column
 constexpr int kPitch = kColumns + 1;    // of a product that is summed up, in floats
 
-// How rows come to lie where they are multiplied: as they are copied, by bulk copies; or moved there, if they were
-// copied with what is around them; or laid apart, too.
-enum class Way { kPlain, kMoved, kLaid };
+// How rows come to lie where they are multiplied: as they are copied, by bulk copies; or with what is around them,
+// where they begin elsewhere within 16 bytes, in the same place of both arrays; or moved there; or laid apart, too.
+enum class Way { kPlain, kKept, kMoved, kLaid };
+
+// Units of what is around rows, in shared memory: before them, and in all.
+template <Way kWay>
+constexpr int kUnitsBefore = kWay == Way::kKept ? 1 : 0;
+template <Way kWay>
+constexpr int kUnitsAround = kUnitsBefore<kWay> + (kWay == Way::kPlain ? 0 : 1);
 
 // Planes of one array, and how a stage of the ring has some of their rows: of 16 images, one behind the other.
 struct Rows {
@@ -78,14 +89,19 @@ struct Rows {
     return {first, rows, (first - row) * row_bytes, rows * row_bytes};
   }
 
-  // A warp loads rows of 16 images from `row` on, and makes zero what is outside. A barrier expects their bytes.
-  // `bulk`: by bulk copies, where there are other ways.
+  // Warps load rows of 16 images from `row` on, and make zero what is outside. A barrier expects their bytes. `bulk`:
+  // by bulk copies, where there are other ways.
   template <Way kWay>
-  __device__ void load(int stage, int image, int images, int plane, int row, int count, int barrier, bool bulk) const {
-    const int to = memory + stage * bytes(), there = min(images - image, kImages);
+  __device__ void load(int stage, int image, int images, int plane, int row, int count, int barrier, bool bulk,
+                       int loader, int loaders) const {
+    constexpr int kBefore = kUnitsBefore<kWay> * kUnit;
+    const int to = memory + stage * bytes() + kBefore, there = min(images - image, kImages);
     const auto [first, rows, head, size] = inside(row, count);
     const int all = count * row_bytes, lane = threadIdx.x % 32, mine = lane % kImages;
-    int behind = 0;  // bytes to be loaded behind the rows' own, for those before
+    // Bytes to be loaded behind the rows' own, for those before. Where rows are kept the end of the last one is the
+    // beginning of one more.
+    int behind = kWay == Way::kKept ? kUnit : 0;
+    const bool any = rows > 0 || (kWay == Way::kKept && row == height);
     if (kWay == Way::kPlain) {
       if (rows > 0 && is_elected()) {
         expect_bytes(barrier, there * size);
@@ -104,26 +120,43 @@ struct Rows {
         }
       }
       __syncwarp();
-    } else if (rows > 0) {
+    } else if (any) {
       behind = shift > 0 || kWay == Way::kLaid ? kUnit : 0;
       // Nothing outside the array is touched.
       const bool is_first = plane == 0 && first == 0 && (image == 0 || !joined);
       const bool is_last = plane == planes - 1 && first + rows == height && (image + there == images || !joined);
-      const int before = kWay == Way::kLaid ? lead(plane, first) : shift;
+      const int above = kWay == Way::kKept && first > 0 ? kUnit : 0;
+      const int before = (kWay == Way::kLaid ? lead(plane, first) : shift) + above;
       const int stored = before + (kWay == Way::kLaid ? rows * stored_bytes : size);
-      load_images(at<kWay>(image, plane, first) - before, image_bytes, there, to + head, pitch, is_first ? shift : 0,
-                  is_last ? stored : (stored + kUnit - 1) / kUnit * kUnit, barrier, bulk);
+      load_images(at<kWay>(image, plane, first) - before, image_bytes, there, to + head - above, pitch,
+                  is_first ? shift : 0, is_last ? stored : (stored + kUnit - 1) / kUnit * kUnit, barrier, bulk, loader,
+                  loaders);
       __syncwarp();
     }
-    if (rows == count && there == kImages) return;
+    const bool top = kWay == Way::kKept && first == 0;
+    if (loader > 0 || (rows == count && there == kImages && !top)) return;
     const auto clear = [&](int begin, int end) {
       for (int i = begin + lane / kImages * kUnit; i < end; i += 2 * kUnit)
         shared<uint4>(to + mine * pitch + i) = uint4{};
     };
-    const bool is_there = rows > 0 && mine < there;
-    clear(0, is_there ? head : all + behind);
-    if (is_there) clear(head + size + behind, all);
+    const bool is_there = any && mine < there;
+    if (!is_there || top || kWay != Way::kKept) clear(-kBefore, is_there ? head : all + behind);
+    if (is_there) clear(head + size + behind, kWay == Way::kKept ? all + kUnit : all);
     before_bulk_copies();
+  }
+
+  // Whether the plane's first or last 16 bytes are among those of rows that are kept.
+  __device__ bool has_ends(int row, int count) const {
+    return count > 0 && row <= height && row + count >= 0 && (row <= 0 || row + count >= height);
+  }
+  // A warp makes zero what is beside the plane there.
+  __device__ void clear_ends(int stage, int row, int count) const {
+    const auto [first, rows, head, size] = inside(row, count);
+    const int lane = threadIdx.x % 32;
+    const bool last = lane >= kImages;
+    if (last ? first + rows == height : first == 0)
+      keep_part(memory + stage * bytes() + lane % kImages * pitch + kUnit + head + (last ? size : 0), shift, last);
+    before_bulk_copies();  // to the same place
   }
 
   // What has to be moved of rows that were loaded with what is around them.
@@ -158,8 +191,23 @@ struct Aligned {
   int least, more, all;          // bands of a block: the first ones have one more; of all blocks
   int filter_bands, parts;       // bands of a filter, and parts that they are summed up in, at most
   Divider by_bands, by_batches;  // of an image, of 16 images each
+  int loaders;                   // warps
   bool bulk, moves;              // copies; whether rows are moved
+  bool ends_with_band;           // whether rows of the gradient are whole bands
   WeightSums result;
+
+  __device__ int last_band() const { return static_cast<int>(by_bands.divisor) - 1; }
+  // From a warp's column of tiles to its next one. Where rows are kept the first one is a warp's own.
+  template <Way kWay>
+  __device__ int columns_apart(int warp) const {
+    return kWay != Way::kKept ? workers : warp == 0 ? columns : workers - 1;
+  }
+  // Where rows are kept, with a column of tiles: whether number k of its 8 gradients and number m of 24 pixels of the
+  // input, from 8 before them on, are of the same row of an image.
+  __device__ bool same_row(int column, int m, int k) const {
+    const int tail = source.shift / 2, x = (column - 1) * kColumns + m - tail;
+    return column == 0 && k < tail ? x < 0 : x >= 0 && x < width;
+  }
 };
 
 // Bands of a filter and of 16 images, one below the other: 7 rows of the gradient each.
@@ -187,18 +235,26 @@ __device__ inline int block_of_band(const Aligned& a, int at) {
 }
 
 // The sum of one tap over a warp's tiles of some bands, of products inside the image only.
-template <typename T>
+template <typename T, Way kWay>
 __device__ __noinline__ float sum_by_products(const Aligned& a, int filter, int warp, int first, int last, int tap) {
   const int i = tap / a.kernel_w * a.dilation_h - a.padding_h, j = tap % a.kernel_w * a.dilation_w - a.padding_w;
   const int height = a.source.height, out_height = a.grad.height;
   float sum = 0;
   for (int at = first; at < last; ++at) {
     const Stretch band(a, at, at + 1);
-    for (int c = warp; c < a.columns; c += a.workers)
-      for (int e = threadIdx.x % 32; e < kImages * kRows * kColumns; e += 32) {
-        const int n = band.image + e / (kRows * kColumns), r = band.begin * kRows + e / kColumns % kRows;
-        const int v = c * kColumns + e % kColumns, y = r + i, x = v + j;
-        if (n >= a.images || r >= out_height || v >= a.out_width || y < 0 || y >= height || x < 0 || x >= a.width)
+    // Where rows are kept, the first columns of the last band may have a row more.
+    const int rows = kWay == Way::kKept && band.begin == a.last_band() ? kRows + 1 : kRows;
+    for (int c = warp; c < a.columns; c += a.columns_apart<kWay>(warp))
+      for (int e = threadIdx.x % 32; e < kImages * rows * kColumns; e += 32) {
+        const int n = band.image + e / (rows * kColumns);
+        int r = band.begin * kRows + e / kColumns % rows, v = c * kColumns + e % kColumns;
+        if (kWay == Way::kKept) {
+          v -= a.source.shift / 2;
+          if (v < 0) v += a.width, --r;
+        }
+        const int y = r + i, x = v + j;
+        if (n >= a.images || r < 0 || r >= out_height || v >= a.out_width || y < 0 || y >= height || x < 0 ||
+            x >= a.width)
           continue;
         const auto* from = reinterpret_cast<const T*>(a.source.base + n * a.source.image_bytes);
         const auto* grad = reinterpret_cast<const T*>(a.grad.base + n * a.grad.image_bytes);
@@ -211,8 +267,8 @@ __device__ __noinline__ float sum_by_products(const Aligned& a, int filter, int 
 }
 
 // Of the threads that multiply.
-__device__ inline void meet_workers() {
-  meet<1>(blockDim.x - 32);
+__device__ inline void meet_workers(const Aligned& a) {
+  meet<1>(32 * a.workers);
 }
 
 // A tile of the gradient: a matrix of 16 images and 8 columns for each row.
@@ -232,13 +288,14 @@ struct Tile {
   }
 };
 
-// Where a lane reads columns of the input: those beside the image from zeros, which have but one row.
+// Where a lane reads columns of the input: those beside the image from zeros, which have but one row; or, where rows
+// are kept, as they lie.
 struct Lane {
   uint32_t from, mask;
 
   // `image`: where the image begins in the first slot. Columns: 8 each.
-  __device__ Lane(const Aligned& a, uint32_t image, int column) {
-    const bool inside = column >= 0 && column * kColumns < a.width;
+  __device__ Lane(const Aligned& a, uint32_t image, int column, Way way) {
+    const bool inside = way == Way::kKept || (column >= 0 && column * kColumns < a.width);
     from = inside ? image + column * kUnit : shared_address(kZeros), mask = inside ? ~0u : 0;
   }
 };
@@ -259,10 +316,11 @@ struct Sums {
   float sum[kKernelH][4] = {}, right[kKernelH + 1][4] = {};  // the latter of rows i - 1 and i of the kernel
 
   // Adds a tile. `image`: where the lane's image begins in the first slot. `slots`: of the chunks, from there.
+  template <Way kWay>
   __device__ void add(const Aligned& a, uint32_t image, int column, const uint32_t (&slots)[kBelow + 1],
                       const Tile& grad) {
     const int half = threadIdx.x / 8 % 2;
-    const Lane near(a, image, column - 1 + half), beside(a, image, column + 1);
+    const Lane near(a, image, column - 1 + half, kWay), beside(a, image, column + 1, kWay);
     const uint32_t near_row = a.source.row_bytes & near.mask, beside_row = a.source.row_bytes & beside.mask;
     uint32_t near_from[kBelow + 1], beside_from[kBelow + 1];
 #pragma unroll
@@ -293,11 +351,28 @@ struct Sums {
     }
   }
 
-  // Puts the taps' sums, those of diagonals, to shared memory, and begins anew.
-  __device__ void put(const Aligned& a, int scratch, int sums) {
+  // Adds what the first column has of the row below a tile, where rows are kept: the end of a plane's last row.
+  __device__ void add_end(const Aligned& a, uint32_t image, const uint32_t (&slots)[kBelow + 1],
+                          const uint32_t (&grad)[2]) {
+    const uint32_t from = image + (static_cast<int>(threadIdx.x / 8 % 2) - 1) * kUnit;
+#pragma unroll
+    for (int i = 0; i < kKernelH; ++i) {
+      const int y = kRows + i * kDilation, chunk = y / kRows < kBelow ? y / kRows : kBelow;
+      uint32_t x[4];
+      load_matrices_transposed(x, from + slots[chunk] + (y - chunk * kRows) * a.source.row_bytes);
+      multiply(sum[i], sum[i], x, grad, T{});
+    }
+  }
+
+  // Puts the taps' sums, those of diagonals, to shared memory, and begins anew. `column`: the warp's first one.
+  template <Way kWay>
+  __device__ void put(const Aligned& a, int column, int scratch, int sums) {
     const int lane = threadIdx.x % 32, step = a.dilation_h / kDilation;  // from a row of the kernel to the next one
     const int to = scratch + 4 * (lane / 4 * kPitch + lane % 4 * 2);
-    const int from = scratch + 4 * (kColumns - a.padding_w + lane * a.dilation_w) * kPitch;
+    const int first = kColumns - a.padding_w + lane * a.dilation_w, from = scratch + 4 * first * kPitch;
+    uint32_t valid = 0;  // a bit for each product of a diagonal
+    if (kWay == Way::kKept)
+      for (int k = 0; k < kColumns; ++k) valid |= (a.same_row(column, first + k, k) ? 1 : 0) << k;
 #pragma unroll
     for (int i = 0; i < kKernelH; ++i) {
 #pragma unroll
@@ -308,7 +383,8 @@ struct Sums {
       if (i % step == 0 && i / step < a.kernel_h && lane < a.kernel_w) {
         float total = 0;
 #pragma unroll
-        for (int k = 0; k < kColumns; ++k) total += shared<float>(from + 4 * k * (kPitch + 1));
+        for (int k = 0; k < kColumns; ++k)
+          if (kWay != Way::kKept || valid >> k & 1) total += shared<float>(from + 4 * k * (kPitch + 1));
         shared<float>(sums + 4 * (i / step * a.kernel_w + lane)) = total;
       }
       __syncwarp();
@@ -325,10 +401,11 @@ struct ColumnSums {
 
   float sum[kKernelH + 1][4] = {};  // of upper rows that are one row above to kKernelH - 1 rows below the gradient's
 
+  template <Way kWay>
   __device__ void add(const Aligned& a, uint32_t image, int column, const uint32_t (&slots)[kBelow + 1],
                       const Tile& grad) {
     const int half = threadIdx.x / 8 % 2;
-    const Lane lane(a, image, column);
+    const Lane lane(a, image, column, kWay);
     const uint32_t row_bytes = a.source.row_bytes & lane.mask;
     uint32_t from[kBelow + 1];
 #pragma unroll
@@ -346,7 +423,24 @@ struct ColumnSums {
     }
   }
 
-  __device__ void put(const Aligned& a, int, int sums) {
+  __device__ void add_end(const Aligned& a, uint32_t image, const uint32_t (&slots)[kBelow + 1],
+                          const uint32_t (&grad)[2]) {
+    const int half = threadIdx.x / 8 % 2;
+    const auto row = [&](int y) {
+      const int chunk = y / kRows < kBelow ? y / kRows : kBelow;
+      return image + slots[chunk] + (y - chunk * kRows) * a.source.row_bytes;
+    };
+#pragma unroll
+    for (int i = 0; i <= kKernelH; i += 2) {
+      const int y = kRows - 1 + i;
+      uint32_t x[4];
+      load_matrices_transposed(x, half == 0 ? row(y) : row(y + 1));
+      multiply(sum[i], sum[i], x, grad, T{});
+    }
+  }
+
+  template <Way>
+  __device__ void put(const Aligned& a, int, int, int sums) {
     const int lane = threadIdx.x % 32, first = lane % 4 * 2;
     const auto diagonal = [&](const float* pair) {
       return lane / 4 == first ? pair[0] : lane / 4 == first + 1 ? pair[1] : 0;
@@ -368,10 +462,13 @@ template <typename T>
 struct Bias {
   float sum[4] = {};
 
-  __device__ void add(const Tile& grad) {
+  __device__ void add(const uint32_t (&row)[2]) {
     constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
+    multiply(sum, sum, {kOnes, kOnes, kOnes, kOnes}, row, T{});
+  }
+  __device__ void add(const Tile& grad) {
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) multiply(sum, sum, {kOnes, kOnes, kOnes, kOnes}, grad.row[r], T{});
+    for (int r = 0; r < kRows; ++r) add(grad.row[r]);
   }
 
   __device__ void put(int place) {
@@ -384,7 +481,7 @@ struct Bias {
 };
 
 // Takes sums that are not finite again.
-template <typename T>
+template <typename T, Way kWay>
 __device__ void correct(const Aligned& a, int sums, int filter, int warp, int first, int last) {
   const int lane = threadIdx.x % 32, taps = a.kernel_h * a.kernel_w;
   for (int begin = 0; begin < taps; begin += 32) {
@@ -392,7 +489,7 @@ __device__ void correct(const Aligned& a, int sums, int filter, int warp, int fi
     uint32_t again = __ballot_sync(~0u, mine && !is_finite(shared<float>(sums + 4 * (mine ? begin + lane : 0))));
     for (; again; again &= again - 1) {
       const int tap = begin + __ffs(again) - 1;
-      const float exact = sum_by_products<T>(a, filter, warp, first, last, tap);
+      const float exact = sum_by_products<T, kWay>(a, filter, warp, first, last, tap);
       if (lane == 0) shared<float>(sums + 4 * tap) = exact;
     }
   }
@@ -411,10 +508,10 @@ __device__ void write(const Aligned& a, int filter, int at) {
   }
 }
 
-// What the warp that loads does: with a stage of the input comes the gradient's that meets it last, since until then
+// What a warp that loads does: with a stage of the input comes the gradient's that meets it last, since until then
 // nobody has a use for it.
 template <class Sum, Way kWay>
-__device__ void load_stages(const Aligned& a, int first, int last) {
+__device__ void load_stages(const Aligned& a, int first, int last, int loader) {
   constexpr int kMostRows = Sum::kChunks * kRows;
   Turn turn, grad_turn;
   bool again = false;  // whether all stages have been filled
@@ -425,10 +522,10 @@ __device__ void load_stages(const Aligned& a, int first, int last) {
       const int full = StageBarriers::full(turn.stage), row = chunk * kRows, band = chunk - Sum::kBelow;
       if (again) wait(StageBarriers::done(turn.stage), turn.parity ^ 1);
       a.source.load<kWay>(turn.stage, s.image, a.images, s.filter / a.multiplier, row - a.padding_h,
-                          min(kMostRows, end - row), full, a.bulk);
+                          min(kMostRows, end - row), full, a.bulk, loader, a.loaders);
       if (band >= s.begin) {
         a.grad.load<kWay>(grad_turn.stage, s.image, a.images, s.filter, band * kRows,
-                          min(kMostRows, (s.end - band) * kRows), full, a.bulk);
+                          min(kMostRows, (s.end - band) * kRows), full, a.bulk, loader, a.loaders);
         grad_turn.next(a.grad_stages);
       }
       if (kWay != Way::kPlain && !a.bulk) arrive_after_copies(full);
@@ -440,8 +537,13 @@ __device__ void load_stages(const Aligned& a, int first, int last) {
   }
 }
 
+// Warps that may load besides the one: as many as cost no registers, of which each quarter of a multiprocessor has
+// those of 4 or 5 warps.
+template <class Sum>
+constexpr int kMoreLoaders = Sum::kWarps == 8 ? 1 : 0;
+
 template <typename T, class Sum, Way kWay>
-__global__ void __launch_bounds__(32 * Sum::kWarps + 32, 2)
+__global__ void __launch_bounds__(32 * (Sum::kWarps + kMoreLoaders<Sum> + 1), 2)
     aligned_grad_weight_nchw(const __grid_constant__ Aligned a) {
 #if __CUDA_ARCH__ < 800
   if constexpr (sizeof(T) == 2) return;  // it is not launched
@@ -451,7 +553,7 @@ __global__ void __launch_bounds__(32 * Sum::kWarps + 32, 2)
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     for (int i = 0; i < a.stages; ++i)
-      init_barrier(StageBarriers::full(i), (kWay == Way::kPlain || a.bulk ? 0 : 32) + kWarpArrivals),
+      init_barrier(StageBarriers::full(i), a.loaders * ((kWay == Way::kPlain || a.bulk ? 0 : 32) + kWarpArrivals)),
           init_barrier(StageBarriers::done(i), a.workers * kWarpArrivals);
     before_bulk_copies();
   }
@@ -460,15 +562,18 @@ __global__ void __launch_bounds__(32 * Sum::kWarps + 32, 2)
   wait_for_kernel_before();
   __syncthreads();
   const int first = first_band(a, blockIdx.x), last = first_band(a, blockIdx.x + 1);
-  if (warp == a.workers) return load_stages<Sum, kWay>(a, first, last);
+  if (warp >= a.workers) return load_stages<Sum, kWay>(a, first, last, warp - a.workers);
 
   Sum sums;
   Bias<T> bias;
   const int taps_and_bias = a.kernel_h * a.kernel_w + a.result.with_bias();
   const int place = a.sums_at + 4 * warp * taps_and_bias;
   // Where the lane's rows of matrices begin.
-  const uint32_t source = shared_address(a.source.memory) + (lane % 8 + lane / 16 * 8) * a.source.pitch;
-  const uint32_t grad = shared_address(a.grad.memory) + lane % 16 * a.grad.pitch + lane / 16 * a.grad.row_bytes;
+  constexpr int kBefore = kUnitsBefore<kWay> * kUnit;
+  const uint32_t source = shared_address(a.source.memory + kBefore) + (lane % 8 + lane / 16 * 8) * a.source.pitch;
+  const uint32_t grad =
+      shared_address(a.grad.memory + kBefore) + lane % 16 * a.grad.pitch + lane / 16 * a.grad.row_bytes;
+  const int columns_apart = a.columns_apart<kWay>(warp);
   const int source_chunk = kRows * a.source.row_bytes, grad_chunk = kRows * a.grad.row_bytes;
   Turn turn, grad_turn, oldest;
   int begin = first;  // of what is being summed up
@@ -484,18 +589,27 @@ __global__ void __launch_bounds__(32 * Sum::kWarps + 32, 2)
     for (int chunk = s.begin, index = 0; chunk < s.end + Sum::kBelow; ++chunk) {
       if (index == 0) {
         wait(StageBarriers::full(turn.stage), turn.parity);
-        if (kWay == Way::kLaid || (kWay == Way::kMoved && a.moves)) {
+        if (kWay == Way::kKept || kWay == Way::kLaid || (kWay == Way::kMoved && a.moves)) {
           constexpr int kMostRows = Sum::kChunks * kRows;
           const int row = chunk * kRows - a.padding_h, band = chunk - Sum::kBelow;
           const int rows = min(kMostRows, (s.end - 1) * kRows + Sum::kMost + 1 - chunk * kRows);
           const int grad_row = band * kRows, grad_rows = band < s.begin ? 0 : min(kMostRows, (s.end - band) * kRows);
-          if constexpr (kWay == Way::kLaid)
-            spread_rows(a.source.tight(turn.stage, s.filter / a.multiplier, row, rows),
-                        a.grad.tight(grad_turn.stage, s.filter, grad_row, grad_rows), threadIdx.x, 32 * a.workers,
-                        [] { meet_workers(); });
-          move_runs(a.source.shifted(turn.stage, row, rows), warp, a.workers);
-          move_runs(a.grad.shifted(grad_turn.stage, grad_row, grad_rows), a.workers - 1 - warp, a.workers);
-          meet_workers();
+          if constexpr (kWay == Way::kKept) {
+            if (a.source.has_ends(row, rows) || a.grad.has_ends(grad_row, grad_rows)) {
+              if (warp == 0 && a.source.has_ends(row, rows)) a.source.clear_ends(turn.stage, row, rows);
+              if (warp == 1 && a.grad.has_ends(grad_row, grad_rows))
+                a.grad.clear_ends(grad_turn.stage, grad_row, grad_rows);
+              meet_workers(a);
+            }
+          } else {
+            if constexpr (kWay == Way::kLaid)
+              spread_rows(a.source.tight(turn.stage, s.filter / a.multiplier, row, rows),
+                          a.grad.tight(grad_turn.stage, s.filter, grad_row, grad_rows), threadIdx.x, 32 * a.workers,
+                          [&] { meet_workers(a); });
+            move_runs(a.source.shifted(turn.stage, row, rows), warp, a.workers);
+            move_runs(a.grad.shifted(grad_turn.stage, grad_row, grad_rows), a.workers - 1 - warp, a.workers);
+            meet_workers(a);
+          }
         }
         source_at[Sum::kBelow] = turn.stage * a.source.bytes();
         turn.next(a.stages), ++held;
@@ -504,12 +618,19 @@ __global__ void __launch_bounds__(32 * Sum::kWarps + 32, 2)
       }
       if (++index == Sum::kChunks) index = 0;
       if (chunk >= s.begin + Sum::kBelow) {
-        for (int c = warp; c < a.columns; c += a.workers) {
+        for (int c = warp; c < a.columns; c += columns_apart) {
           const Tile tile(a, grad + grad_at + c * kUnit);
           if (a.result.with_bias()) bias.add(tile);
-          sums.add(a, source, c, source_at, tile);
+          sums.template add<kWay>(a, source, c, source_at, tile);
         }
         grad_at += grad_chunk;
+        if constexpr (kWay == Way::kKept)
+          if (warp == 0 && a.ends_with_band && chunk - Sum::kBelow == a.last_band()) {
+            uint32_t end[2];
+            load_two_transposed(end[0], end[1], grad + grad_at);
+            if (a.result.with_bias()) bias.add(end);
+            sums.add_end(a, source, source_at, end);
+          }
         if (--left == 0 || chunk + 1 == s.end + Sum::kBelow) {
           grad_turn.next(a.grad_stages);
           grad_at = grad_turn.stage * a.grad.bytes();
@@ -522,12 +643,12 @@ __global__ void __launch_bounds__(32 * Sum::kWarps + 32, 2)
     while (held > 0) give_back();
     at += s.bands();
     if (at < last && at < (s.filter + 1) * a.filter_bands) continue;
-    sums.put(a, a.scratch_at + warp * Sum::kScratch, place);
-    correct<T>(a, place, s.filter, warp, begin, at);
+    sums.template put<kWay>(a, warp, a.scratch_at + warp * Sum::kScratch, place);
+    correct<T, kWay>(a, place, s.filter, warp, begin, at);
     if (a.result.with_bias()) bias.put(place + 4 * (taps_and_bias - 1));
-    meet_workers();
+    meet_workers(a);
     write<T>(a, s.filter, at);
-    meet_workers();
+    meet_workers(a);
     begin = at;
   }
 }
@@ -535,10 +656,15 @@ __global__ void __launch_bounds__(32 * Sum::kWarps + 32, 2)
 // How a block's shared memory is laid out. Returns its bytes.
 template <class Sum, Way kWay>
 int64_t lay_out(Aligned& a, int64_t taps_and_bias, int64_t shared_per_multiprocessor) {
-  const int64_t columns = ceil_div(a.out_width, kColumns), workers = ceil_div(columns, ceil_div(columns, Sum::kWarps));
+  const int64_t columns = ceil_div(a.out_width, kColumns), turns = ceil_div(columns, Sum::kWarps);
+  const int64_t workers = kWay == Way::kKept ? ceil_div(columns - 1, turns) + 1 : ceil_div(columns, turns);
   a.columns = static_cast<int>(columns), a.workers = static_cast<int>(workers);
+  // One begins bulk copies, while another one may wait for what is beside whole units at both ends of an array; where
+  // there are none, several together do what one does not do fast enough.
+  const int most = std::min(std::max(Sum::kWarps + kMoreLoaders<Sum> + 1 - a.workers, 1), kMostLoaders);
+  a.loaders = !a.bulk ? most : kWay == Way::kKept ? std::min(most, 2) : 1;
   for (Rows* v : {&a.source, &a.grad})
-    v->pitch = (Sum::kChunks * kRows * v->row_bytes / kUnit + (kWay != Way::kPlain) | 1) * kUnit;
+    v->pitch = (Sum::kChunks * kRows * v->row_bytes / kUnit + kUnitsAround<kWay> | 1) * kUnit;
   const auto bytes = [&](int stages) {
     a.stages = stages, a.grad_stages = stages - Sum::kBelow;
     a.source.memory = kHead, a.grad.memory = kHead + a.stages * a.source.bytes();
@@ -563,6 +689,12 @@ bool launch(const Problem& p, Aligned a, const Device& device, const Allocate& a
   const int64_t slots = p.taps() + (p.bias != nullptr);
   const int64_t bytes = lay_out<Sum, kWay>(a, slots, device.shared_per_multiprocessor);
   if (bytes > device.shared_per_block) return false;
+  if (kWay == Way::kKept) {
+    // Warps that have several columns are to multiply nothing of two rows that a tap's sum would have.
+    const int own = a.source.shift / 2;  // of a row's columns that are with the next one's
+    const bool apart = a.padding_w <= kColumns - own && (a.kernel_w - 1) * a.dilation_w - a.padding_w <= own;
+    if (a.workers > Sum::kWarps || (a.columns > a.workers && !apart)) return false;
+  }
   // Rows that are laid apart are read before any is written, by a thread each.
   if (kWay == Way::kLaid && 32 * a.workers < kImages * kRows) return false;
   const int64_t bands = ceil_div(p.out_height, kRows), items = ceil_div(a.images, kImages);
@@ -570,7 +702,7 @@ bool launch(const Problem& p, Aligned a, const Device& device, const Allocate& a
   a.filter_bands = static_cast<int>(items * bands);
   const int64_t all = p.filters() * a.filter_bands;
   if (all >= int64_t{1} << 30) return false;
-  const int threads = 32 * (a.workers + 1);
+  const int threads = 32 * (a.workers + a.loaders);
   static thread_local Decisions<3, int> decisions;
   const int resident = decisions({device.id, threads, bytes}, [&] {
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
@@ -624,6 +756,7 @@ bool launch_aligned_grad_weight_nchw(const Problem& p, bool bulk, const Allocate
   };
   arrange(a.source, p.input, p.channels, p.height, p.width);
   arrange(a.grad, p.output, p.filters(), p.out_height, p.out_width);
+  a.ends_with_band = p.out_height % kRows == 0;
   a.width = static_cast<int>(p.width), a.out_width = static_cast<int>(p.out_width);
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
@@ -642,7 +775,9 @@ bool launch_aligned_grad_weight_nchw(const Problem& p, bool bulk, const Allocate
         if (a.source.spreads() || a.grad.spreads()) return;
         a.moves = a.source.shift > 0 || a.grad.shift > 0;
         if (a.bulk && !a.moves) return go_by.template operator()<Way::kPlain>();
-        go_by.template operator()<Way::kMoved>();
+        if (a.moves && a.source.shift == a.grad.shift && a.width == a.out_width)
+          go_by.template operator()<Way::kKept>();
+        if (!served) go_by.template operator()<Way::kMoved>();
       };
       if (tall) return go(ColumnSums<T, kMaxColumnRows>{});
       if (rows == 1) return go(Sums<T, 1, 1>{});

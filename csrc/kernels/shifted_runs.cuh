@@ -8,14 +8,17 @@ namespace dwconv {
 
 constexpr int kRunImages = 16;  // at most
 
-// A warp loads bytes [begin, end) behind `from`, which is a multiple of 16, of some images, to a multiple of 16 in
-// shared memory; no other byte is touched. Units of 16 bytes are under way on return, by bulk copies that a barrier
-// expects, or else by cp.async.
+constexpr int kMostLoaders = 4;  // warps that load runs together
+
+// Warps load bytes [begin, end) behind `from`, which is a multiple of 16, of some images, to a multiple of 16 in shared
+// memory; no other byte is touched. Units of 16 bytes are under way on return, by bulk copies that a barrier expects
+// and the first warp begins, or else by cp.async, by all of them. The last warp copies what is beside units, and waits
+// for it.
 __device__ inline void load_images(const char* from, int64_t image_bytes, int images, int place, int pitch, int begin,
-                                   int end, int barrier, bool bulk) {
+                                   int end, int barrier, bool bulk, int loader = 0, int loaders = 1) {
   const int first = (begin + kUnit - 1) / kUnit * kUnit, last = end / kUnit * kUnit, lane = threadIdx.x % 32;
   if (bulk) {
-    if (first < last && is_elected()) {
+    if (loader == 0 && first < last && is_elected()) {
       expect_bytes(barrier, images * (last - first));
       const char* run = from + first;
       uint32_t slot = shared_address(place + first);
@@ -32,15 +35,18 @@ __device__ inline void load_images(const char* from, int64_t image_bytes, int im
       }
     }
   } else {
+    // Of a warp, without a division, which would take as long as many copies.
+    const int most = loaders == 1 ? kRunImages : loaders == 2 ? kRunImages / 2 : loaders == 3 ? 6 : kRunImages / 4;
+    const int first_image = loader * most, last_image = min(first_image + most, images);
 #pragma unroll 1
     for (int at = first + lane * kUnit; at < last; at += 32 * kUnit) {
-      const char* unit = from + at;
-      uint32_t slot = shared_address(place + at);
+      const char* unit = from + first_image * image_bytes + at;
+      uint32_t slot = shared_address(place + first_image * pitch + at);
 #pragma unroll 4
-      for (int n = 0; n < images; ++n, unit += image_bytes, slot += pitch) copy_unit<kUnit>(slot, unit);
+      for (int n = first_image; n < last_image; ++n, unit += image_bytes, slot += pitch) copy_unit<kUnit>(slot, unit);
     }
   }
-  if (first == begin && last == end) return;
+  if (loader + 1 < loaders || (first == begin && last == end)) return;
   constexpr int kLanes = 2;  // of an image
   const auto copy = [&](int begin, int end) {
     for (int n = lane / kLanes; n < images; n += 32 / kLanes)
@@ -50,6 +56,15 @@ __device__ inline void load_images(const char* from, int64_t image_bytes, int im
   copy(begin, min(first, end));
   copy(max(last, first), end);
   before_bulk_copies();  // to the same place
+}
+
+// Makes zero all but the first so many of 16 bytes, pixels of 2 bytes, or all but the others.
+__device__ inline void keep_part(int place, int bytes, bool first) {
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    const uint32_t mask = 4 * w + 4 <= bytes ? ~0u : 4 * w < bytes ? 0xffffu : 0;
+    shared<uint32_t>(place + 4 * w) &= first ? mask : ~mask;
+  }
 }
 
 // Runs of `size` bytes, a multiple of 16, of 16 images, that begin `shift` bytes behind where they are to begin, a
