@@ -7,10 +7,13 @@
 // stay in registers, of both filters where a channel has two. A tap's sum is of those that are as far from each other
 // as it says; the others are left out at the end.
 //
+// Arrays may begin anywhere within 16 bytes: pixels are counted from the multiple before. Then a row of the gradient
+// ends within 8 of them, in two places, and another warp has these for the other row. What is beside a plane of the
+// input in its first and its last 16 bytes becomes zero, which is some more warp's to do.
+//
 // A block has a channel, of 14 rows of the gradient and 16 images at a time. Two warps do nothing but load: by bulk
-// copies on sm_90 and later, by cp.async before. Where an array does not begin with 16 bytes, some more warps move its
-// rows to where they would lie otherwise. Rows outside the image are zeros. That is exact unless the gradient is Inf or
-// NaN: so sums that are finite are right, and the others are taken again, product by product.
+// copies on sm_90 and later, by cp.async before. Rows outside the image are zeros. That is exact unless the gradient is
+// Inf or NaN: so sums that are finite are right, and the others are taken again, product by product.
 #include "stride2_grad_weight_nchw.h"
 
 #include <algorithm>
@@ -29,20 +32,15 @@ constexpr int kColumns = 28, kRowBytes = 2 * kColumns;  // of the gradient
 constexpr int kRows = 14;                               // of the gradient that are loaded together
 constexpr int kReach = 3, kKernel = 2 * kReach + 1;     // rows and columns around twice a gradient's that taps are in
 constexpr int kPhases = 7, kPairs = kRows / 2;          // warps that multiply, pairs of rows
-constexpr int kLoaders = 2, kMovers = 3;                // warps
+constexpr int kLoaders = 2, kMostWarps = 12;            // warps; more leave too few registers
 constexpr int kSourceRowBytes = 2 * kRowBytes, kSourceRows = 2 * (kRows - 1) + kKernel;
 constexpr int kSourceBytes = kSourceRows * kSourceRowBytes;
 constexpr int kBandBytes = kRows * kRowBytes;  // of a gradient plane
 constexpr int kStages = 2;
-constexpr int kFull = 0, kDone = 32, kMoved = 64;                                  // where barriers are
+constexpr int kFull = 0, kDone = 32, kCut = 64;                                    // where barriers are
 constexpr int kSlots = kKernel * kKernel + 1, kSlotPitch = kPhases * kPixels + 1;  // of what is added up at the end
 static_assert(kTotalsBarrier >= kFull + 8 * kStages && kTotalsBarrier < kDone);
 static_assert(kPhases * kPixels == 2 * kColumns);
-
-// Of a block; there is room for movers where registers are concerned.
-constexpr int threads_of(bool movers) {
-  return 32 * (kPhases + kLoaders + (movers ? kMovers : 0));
-}
 
 // What a stage has of an image: from one to the next, an odd number of 16 bytes. kShifted: with room for what is
 // around.
@@ -65,6 +63,8 @@ struct Stride2Planes {
 struct Stride2 {
   Stride2Planes source, grad;
   bool bulk;          // copies
+  bool anywhere;      // whether an array begins between units
+  int workers;        // warps that multiply
   int height, bands;  // of the input; of kRows rows of the gradient
   int kernel_h, kernel_w, padding_h, padding_w, dilation_h, dilation_w;
   int images, filters, groups, splits;
@@ -81,6 +81,34 @@ __device__ inline int first_unit(int phase, int half) {
 __device__ inline bool is_second_row(int phase, int half) {
   return phase + half > kPhases / 2;
 }
+
+// What a warp multiplies where arrays begin anywhere: 8 gradients of a pair of rows, counted from the 16 bytes on that
+// the first row begins in, of those that are in one of these rows; and from which pixels of the input on, by 8 as well.
+struct Anywhere {
+  int unit, first_unit;
+  bool second;   // row
+  bool is_wide;  // 32 pixels are met, not 16
+
+  // `before`, `source_before`: pixels before the arrays in the 16 bytes that they begin in.
+  __host__ __device__ Anywhere(int warp, int before, int source_before) {
+    const int shared_unit = (kColumns + before) / kPixels;  // of both rows, unless the second one begins there
+    const bool splits = (kColumns + before) % kPixels != 0;
+    unit = warp - (splits && warp > shared_unit), second = splits ? warp > shared_unit : warp >= shared_unit;
+    constexpr int kWidth = 2 * kColumns, kLast = kWidth / kPixels;  // the last 8 pixels, with the end of a row
+    const auto within = [](int value, int least, int most) {
+      return value < least ? least : value > most ? most : value;
+    };
+    const int row = second ? kColumns : 0, gradient = unit * kPixels - before - row;
+    const auto pixel = [&](int gradient, int more) {
+      return within(2 * within(gradient, 0, kColumns - 1) + more, 0, kWidth - 1) + source_before;
+    };
+    first_unit = pixel(gradient, -kReach) / kPixels;
+    is_wide = pixel(gradient + kPixels - 1, kReach) / kPixels > first_unit + 1;
+    first_unit = within(first_unit, 0, kLast - (is_wide ? 3 : 1));
+  }
+  // How many warps that takes.
+  static int warps(int before) { return kPhases + ((kColumns + before) % kPixels != 0) + (before > 0); }
+};
 
 // The sum of one tap over the block's part of the images, by a warp, of products inside the image only.
 template <typename T>
@@ -117,7 +145,8 @@ struct SourceRows {
 
 // kFilters: of a channel. kPlain: by bulk copies, of arrays that begin with 16 bytes.
 template <typename T, int kFilters, bool kPlain>
-__global__ void __launch_bounds__(threads_of(!kPlain), 1) stride2_grad_weight_nchw(const __grid_constant__ Stride2 a) {
+__global__ void __launch_bounds__(32 * (kPlain ? kPhases + kLoaders : kMostWarps), 1)
+    stride2_grad_weight_nchw(const __grid_constant__ Stride2 a) {
 #if __CUDA_ARCH__ < 800
   if constexpr (sizeof(T) == 2) return;  // it is not launched
 #elif __CUDA_ARCH__ < 900
@@ -133,36 +162,32 @@ __global__ void __launch_bounds__(threads_of(!kPlain), 1) stride2_grad_weight_nc
   const int first = split * whole + min(split, more), last = first + whole + (split < more);
   const int steps = (last - first) * a.bands;
   if (cluster) enter_cluster(split == 0, kTotalsBarrier, 4 * a.splits * kFilters * slots);
+  const bool anywhere = !kPlain && a.anywhere;
+  const int workers = kPlain ? kPhases : a.workers;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i)
-      init_barrier(kFull + 8 * i, kPlain ? 2 : 2 * ((a.bulk ? 0 : 32) + kWarpArrivals)),
-          init_barrier(kDone + 8 * i, kPhases * kWarpArrivals), init_barrier(kMoved + 8 * i, kMovers * kWarpArrivals);
+      init_barrier(kFull + 8 * i, kPlain ? kLoaders : kLoaders * ((a.bulk ? 0 : 32) + kWarpArrivals)),
+          init_barrier(kDone + 8 * i, workers * kWarpArrivals), init_barrier(kCut + 8 * i, kWarpArrivals);
     before_bulk_copies();
   }
   let_next_kernel_start();
   __syncthreads();
   wait_for_kernel_before();
 
-  const bool moves = !kPlain && (a.source.shift | a.grad.shift) != 0;
-  if (!kPlain && warp >= kPhases + kLoaders) {
+  if (anywhere && warp == workers + kLoaders) {
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-      const int stage = step % kStages, place = kHead + stage * Place::kBytes;
+      const int stage = step % kStages, image = kHead + stage * Place::kBytes + lane % kImages * Place::kSource;
       wait(kFull + 8 * stage, step / kStages & 1);
       const SourceRows rows(a, step % a.bands);
-      const int mover = warp - kPhases - kLoaders;
-      if (a.source.shift > 0)
-        move_runs({place + rows.before, Place::kSource, rows.bytes(), a.source.shift,
-                   rows.before + rows.bytes() < kSourceBytes},
-                  mover, kMovers);
-#pragma unroll 1
-      for (int f = 0; f < kFilters && a.grad.shift > 0; ++f)
-        move_runs({place + Place::kGradAt + f * Place::kBand, Place::kGrad, kBandBytes, a.grad.shift, false},
-                  (mover + f + 1) % kMovers, kMovers);
-      arrive_together(kMoved + 8 * stage, lane == 0);
+      const bool last = lane >= kImages;
+      if (a.source.shift > 0 && (last ? rows.end == a.height : rows.begin == 0))
+        keep_part(image + rows.before + (last ? rows.bytes() : 0), a.source.shift, last);
+      before_bulk_copies();  // to the same place
+      arrive_together(kCut + 8 * stage, lane == 0);
     }
-  } else if (warp >= kPhases) {
-    const bool input = warp == kPhases;
+  } else if (warp >= workers) {
+    const bool input = warp == workers;
     const Stride2Planes& v = input ? a.source : a.grad;
     const int plane_bytes = (input ? 4 : 1) * a.bands * kBandBytes, pitch = input ? Place::kSource : Place::kGrad;
     const int first_plane = input ? channel : channel * kFilters;
@@ -184,7 +209,7 @@ __global__ void __launch_bounds__(threads_of(!kPlain), 1) stride2_grad_weight_nc
 #pragma unroll 1
         for (int n = 0; n < images; ++n) {
           clear(to + n * pitch, before);
-          clear(to + n * pitch + before + bytes + behind, kSourceBytes - before - bytes - behind);
+          clear(to + n * pitch + before + bytes + behind, kSourceBytes - before - bytes);
         }
       for (int n = images; n < kImages; ++n) clear(to + n * pitch, pitch);
       before_bulk_copies();
@@ -223,17 +248,25 @@ __global__ void __launch_bounds__(threads_of(!kPlain), 1) stride2_grad_weight_nc
   } else {
     float sum[kFilters][kKernel][2][4] = {}, bias[kFilters][4] = {};
     const uint32_t source = shared_address(kHead) + (lane % 8 + lane / 16 * 8) * Place::kSource + lane / 8 % 2 * kUnit;
+    const int before = anywhere ? a.grad.shift / 2 : 0, source_before = anywhere ? a.source.shift / 2 : 0;
+    const Anywhere mine(warp, before, source_before);
+    const int unit = anywhere ? mine.unit : warp;
+    const bool is_wide = !anywhere || mine.is_wide;
     uint32_t from[2];
+    int first_units[2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
-      from[h] = source + first_unit(warp, h) * kUnit + (is_second_row(warp, h) ? 2 * kSourceRowBytes : 0);
+    for (int h = 0; h < 2; ++h) {
+      first_units[h] = anywhere ? mine.first_unit + 2 * h : first_unit(warp, h);
+      const bool second = anywhere ? mine.second : is_second_row(warp, h);
+      from[h] = source + first_units[h] * kUnit + (second ? 2 * kSourceRowBytes : 0);
+    }
     // Of both filters, or of two pairs of rows.
-    const uint32_t grad = shared_address(kHead) + Place::kGradAt + lane % 16 * Place::kGrad + warp * kUnit +
+    const uint32_t grad = shared_address(kHead) + Place::kGradAt + lane % 16 * Place::kGrad + unit * kUnit +
                           lane / 16 * (kFilters == 2 ? Place::kBand : 2 * kRowBytes);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       const int stage = step % kStages, place = stage * Place::kBytes;
-      wait((moves ? kMoved : kFull) + 8 * stage, step / kStages & 1);
+      wait((anywhere ? kCut : kFull) + 8 * stage, step / kStages & 1);
       uint32_t g[kPairs + 1][kFilters][2];
 #pragma unroll
       for (int y = 0; y < 4 * (kPairs - 1) + kKernel; ++y) {
@@ -246,15 +279,16 @@ __global__ void __launch_bounds__(threads_of(!kPlain), 1) stride2_grad_weight_nc
         }
         uint32_t x[2][4];
 #pragma unroll
-        for (int h = 0; h < 2; ++h) load_matrices_transposed(x[h], from[h] + place + y * kSourceRowBytes);
+        for (int h = 0; h < 2; ++h) {
+          if (h == 1 && !is_wide) continue;
+          load_matrices_transposed(x[h], from[h] + place + y * kSourceRowBytes);
 #pragma unroll
-        for (int q = 0; q < kPairs; ++q) {
-          const int i = y - 4 * q;
-          if (i < 0 || i >= kKernel) continue;
+          for (int q = 0; q < kPairs; ++q) {
+            const int i = y - 4 * q;
+            if (i < 0 || i >= kKernel) continue;
 #pragma unroll
-          for (int f = 0; f < kFilters; ++f)
-#pragma unroll
-            for (int h = 0; h < 2; ++h) multiply(sum[f][i][h], sum[f][i][h], x[h], g[q][f], T{});
+            for (int f = 0; f < kFilters; ++f) multiply(sum[f][i][h], sum[f][i][h], x[h], g[q][f], T{});
+          }
         }
       }
       if (a.result.with_bias()) {
@@ -272,20 +306,21 @@ __global__ void __launch_bounds__(threads_of(!kPlain), 1) stride2_grad_weight_nc
     }
 
     // What was loaded has served: for each tap there are to be the products of a pair of rows, zeros where it has none.
-    meet<1>(32 * kPhases);
-    for (int at = threadIdx.x; at < kFilters * kSlots * kSlotPitch; at += 32 * kPhases)
+    meet<1>(32 * workers);
+    for (int at = threadIdx.x; at < kFilters * kSlots * kSlotPitch; at += 32 * workers)
       shared<float>(kHead + 4 * at) = 0;
-    meet<1>(32 * kPhases);
+    meet<1>(32 * workers);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      const int gradient = kPixels * warp + lane % 4 * 2 + e;
+      const int gradient = kPixels * unit + lane % 4 * 2 + e - before;
+      if (gradient < 0 || gradient >= 2 * kColumns) continue;
 #pragma unroll
       for (int h = 0; h < 2; ++h)
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
-          const int column = (first_unit(warp, h) + m) * kPixels + lane / 4;
-          const int j = column - 2 * (gradient % kColumns) + kReach;
-          if (j < 0 || j >= kKernel) continue;
+          const int column = (first_units[h] + m) * kPixels + lane / 4 - source_before;
+          const int j = column - 2 * (gradient % kColumns) + kReach;  // far from the kernel where rows differ
+          if (j < 0 || j >= kKernel || column < 0 || column >= 2 * kColumns) continue;
 #pragma unroll
           for (int f = 0; f < kFilters; ++f)
 #pragma unroll
@@ -293,7 +328,8 @@ __global__ void __launch_bounds__(threads_of(!kPlain), 1) stride2_grad_weight_nc
               shared<float>(kHead + 4 * ((f * kSlots + i * kKernel + j) * kSlotPitch + gradient)) =
                   sum[f][i][h][2 * m + e];
         }
-      if (lane < 4)  // every row of the product is the same
+      const bool counts = !anywhere || mine.second == (gradient >= kColumns);
+      if (lane < 4 && counts)  // every row of the product is the same
 #pragma unroll
         for (int f = 0; f < kFilters; ++f)
           shared<float>(kHead + 4 * ((f * kSlots + kSlots - 1) * kSlotPitch + gradient)) = bias[f][e];
@@ -342,7 +378,9 @@ bool launch(const Problem& p, Stride2 a, const Device& device, const Allocate& a
   const auto kernel = stride2_grad_weight_nchw<T, kFilters, kPlain>;
   const int64_t slots = p.taps() + (p.bias != nullptr), totals = 4 * 2 * kFilters * slots;
   const int64_t bytes = kHead + kStages * Stage<kFilters, !kPlain>::kBytes + kTail;
-  const int threads = threads_of(!kPlain && (a.source.shift | a.grad.shift) != 0);
+  a.anywhere = (a.source.shift | a.grad.shift) != 0;
+  a.workers = a.anywhere ? Anywhere::warps(a.grad.shift / 2) : kPhases;
+  const int threads = 32 * (a.workers + kLoaders + a.anywhere);
   if (bytes > device.shared_per_block) return false;
   const int64_t steps = ceil_div(a.images, kImages);
   static thread_local Decisions<5, Splits> decisions;
