@@ -788,7 +788,11 @@ bool launch_flat_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& a
       constexpr int kLeastRows = 14, kPiece = 4;
       if (same && p.width == kWideColumns && p.height >= kLeastRows && reach_w < kWideColumns) {
         const int64_t blocks = ceil_div(p.channels, 2), places = round_up(blocks, device.multiprocessors);
-        const bool pieces = a.source.before % kPiece == 0 && a.grad.before % kPiece == 0;
+        // So are kernels of many rows, with what is around rows, where they begin at the same place within a piece.
+        constexpr int64_t kMany = 6;
+        const bool around = (p.kernel_h - 1) * p.dilation_h + 1 >= kMany && reach_w <= kPiece;
+        const bool pieces =
+            a.source.before % kPiece == a.grad.before % kPiece && (around || a.source.before % kPiece == 0);
         if (pieces ? 10 * blocks < 9 * places : 3 * blocks < 2 * places) return;
         const auto slide = [&](auto wide) {
           using Wide = decltype(wide);

@@ -7,6 +7,10 @@
 // B[n][k] = gradient[n][r][column + k], the product has the sums for row y + padding - r of the kernel on its
 // diagonals.
 //
+// Rows that begin elsewhere than a piece does are copied with what is around them within their pieces: as many columns
+// of the rows before and behind. A warp has the same columns of all rows then, so products with those are sums of their
+// own, which are left out at the end.
+//
 // A block has some channels of whole planes, or bands of rows of one, of 16 images at a time, and works through a part
 // of the images; a warp works on tiles of 7 rows and 8 columns, whose gradients stay in registers while the rows of the
 // input go by, and another one loads, or all of them do. Rows of at most 16 columns are multiplied whole. Diagonals are
@@ -36,6 +40,7 @@ constexpr int kRows = 7, kColumns = 8;          // of a tile
 constexpr int kPitch = kColumns + 1;            // of the products that are summed up at the end, in floats
 constexpr int kMaxStages = 2;
 constexpr int kAllTiles = 1 << 30;
+constexpr int kAroundPiece = 8;  // bytes of pieces that rows are copied in with what is around them
 
 #if __CUDA_ARCH__ >= 900
 constexpr bool kBulkCopies = true;
@@ -48,12 +53,16 @@ struct PaddedRows {
   const char* base;
   int64_t image_bytes;         // from one image to the next
   int height, row_bytes;       // of a plane
+  int rows;                    // of all planes
   int piece;                   // bytes that are copied at once
+  int before;                  // bytes before a row in its first piece, of which there is one more then
   bool joined, bulk;           // rows lie in shared memory as in memory; a copy has all of them
   int row_pitch, image_pitch;  // in shared memory
-  int shift;                   // bytes of zeros before a row there
+  int shift;                   // bytes of zeros before a row, or its first piece, there
   int memory;
   Divider by_pieces;  // of a row
+
+  __host__ __device__ int columns_before() const { return before / 2; }
 };
 
 struct Padded {
@@ -68,6 +77,7 @@ struct Padded {
   int strips;   // tiles side by side
   int window;   // the first column of a window for the kernel's first one
   bool loader;  // a warp does nothing but load
+  bool around;  // rows are copied with what is around them
   // Or, where a block has one stage, of a plane, this is loaded in parts while tiles are added: tiles of the first rows
   // of the gradient, so many, need rows of the input up to `shared_end`, and those below from `shared_begin` on.
   int first_rows, shared_begin, shared_end;
@@ -107,8 +117,10 @@ __device__ inline Step step_of(const Padded& a, int number) {
 // Begins to load rows [row, row + rows) of an image's planes, counted through all of them, of 16 images, to `place`;
 // those that are not there become zeros. A lane loads all rows of an image, which a barrier waits for, or else a piece
 // of all images; pieces are counted through all rows.
-__device__ inline void load_rows(const PaddedRows& v, int place, const Step& s, int row, int rows, int warp, int warps,
-                                 int barrier) {
+// kAround: with what is around rows within their pieces.
+template <bool kAround>
+__device__ void load_rows(const PaddedRows& v, int place, const Step& s, int row, int rows, int warp, int warps,
+                          int barrier) {
   constexpr int kAtOnce = 8;  // images
   const int lane = threadIdx.x % 32;
   const char* const from = v.base + s.image * v.image_bytes + static_cast<int64_t>(row) * v.row_bytes;
@@ -121,13 +133,21 @@ __device__ inline void load_rows(const PaddedRows& v, int place, const Step& s, 
   } else {
     const auto copy = [&](auto piece) {
       constexpr int kPiece = decltype(piece)::value;
-      const int pieces = rows * v.row_bytes / kPiece;
+      const int pieces = rows * (v.row_bytes / kPiece + (kAround && v.before > 0));
 #pragma unroll 1
       for (int at = 32 * warp + lane; at < pieces; at += 32 * warps) {
         uint32_t r = at;
         const uint32_t column = v.by_pieces.split(r);
         const char* unit = from + at * kPiece;
         uint32_t slot = to + r * v.row_pitch + column * kPiece;
+        if constexpr (kAround) {
+          if (v.before > 0)
+            unit -= r * kPiece + v.before;  // pieces have the end of a row and the beginning of the next
+          const int number = row + static_cast<int>(r);
+          if ((number == 0 && column == 0 && v.before > 0) ||
+              (number + 1 == v.rows && column + 1 == v.by_pieces.divisor))
+            continue;
+        }
         const auto copy_images = [&](auto count) {
           constexpr int kCount = decltype(count)::value;
 #pragma unroll
@@ -141,12 +161,27 @@ __device__ inline void load_rows(const PaddedRows& v, int place, const Step& s, 
         for (; images > 0; --images) copy_images(std::integral_constant<int, 1>{});
       }
     };
-    if (v.piece == 16)
+    if constexpr (kAround) {
+      copy(std::integral_constant<int, kAroundPiece>{});
+      // What the array has of its first and its last piece; nothing outside it is touched.
+      const int pieces = static_cast<int>(v.by_pieces.divisor), last = kAroundPiece * (pieces - 1) - v.before;
+      const auto copy_part = [&](int r, int begin, int end) {
+        for (int i = lane; i < s.images * kAroundPiece / 2; i += 32) {
+          const int n = i / (kAroundPiece / 2), byte = begin + i % (kAroundPiece / 2) * 2;
+          if (byte < end)
+            copy_unit<2>(to + n * v.image_pitch + r * v.row_pitch + v.before + byte,
+                         from + n * v.image_bytes + r * v.row_bytes + byte);
+        }
+      };
+      if (warp == 0 && row == 0 && v.before > 0) copy_part(0, 0, kAroundPiece - v.before);
+      if (warp == warps - 1 && row + rows == v.rows) copy_part(rows - 1, last, v.row_bytes);
+    } else if (v.piece == 16) {
       copy(std::integral_constant<int, 16>{});
-    else if (v.piece == 8)
+    } else if (v.piece == 8) {
       copy(std::integral_constant<int, 8>{});
-    else
+    } else {
       copy(std::integral_constant<int, 4>{});
+    }
   }
 #pragma unroll 1
   for (int n = s.images + warp; n < kImages; n += warps)
@@ -303,7 +338,9 @@ struct Sums {
   }
 
   // Puts the products to shared memory from `place` on.
-  __device__ void put(int place) {
+  // `strip`: the warp's, if it has but one, as where rows are copied with what is around them.
+  template <bool kAround>
+  __device__ void put(const Padded& a, int place, int strip) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < kKernelH; ++i) {
@@ -317,7 +354,10 @@ struct Sums {
         shared<float>(place_of(place, i, lane / 4 + e / 2 * kColumns, lane % 4 * 2 + e % 2)) = value;
       }
     }
-    float total = bias[0] + bias[1];  // every row of the product is the same
+    const int v = strip * kColumns + lane % 4 * 2 - a.grad.columns_before();
+    const auto of_row = [&](int v) { return !kAround || (v >= 0 && v < a.out_width); };
+    // Every row of the product is the same.
+    float total = (of_row(v) ? bias[0] : 0) + (of_row(v + 1) ? bias[1] : 0);
     total += __shfl_xor_sync(~0u, total, 1);
     total += __shfl_xor_sync(~0u, total, 2);
     if (lane == 0) shared<float>(place + kBiasAt) = total;
@@ -326,7 +366,8 @@ struct Sums {
     return place + 4 * ((product * kWindow + m) * kPitch + k);
   }
   // The sum of a tap's products, which lie on a diagonal.
-  static __device__ float tap(const Padded& a, int place, int i, int j) {
+  template <bool kAround>
+  static __device__ float tap(const Padded& a, int place, int strip, int i, int j) {
     float total = 0;
     if constexpr (kWhole) {
 #pragma unroll
@@ -338,7 +379,11 @@ struct Sums {
     } else {
       const int from = place_of(place, i, a.window + j, 0);
 #pragma unroll
-      for (int k = 0; k < kColumns; ++k) total += shared<float>(from + 4 * k * (kStride * kPitch + 1));
+      for (int k = 0; k < kColumns; ++k) {
+        const int v = strip * kColumns + k - a.grad.columns_before(), x = v + j - a.padding_w;
+        if (!kAround || (v >= 0 && v < a.out_width && x >= 0 && x < a.width))
+          total += shared<float>(from + 4 * k * (kStride * kPitch + 1));
+      }
     }
     return total;
   }
@@ -357,7 +402,7 @@ __device__ inline void clear_stage(const Padded& a, int stage) {
   }
 }
 
-template <typename T, class Sums>
+template <typename T, class Sums, bool kAround>
 __global__ void __launch_bounds__(32 * (Sums::kWarps + Sums::kLoader), Sums::kBlocks)
     padded_grad_weight_nchw(const __grid_constant__ Padded a) {
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
@@ -402,10 +447,10 @@ __global__ void __launch_bounds__(32 * (Sums::kWarps + Sums::kLoader), Sums::kBl
       v.bulk = v.bulk && kBulkCopies;
       if (v.bulk && rank < warps - 1) continue;  // the last warp has it, alone
       const int place = stage + v.memory + (input ? 0 : run * a.chunk_rows * v.row_pitch);
-      load_rows(v, place, s,
-                input ? first_channel * a.height + s.source_begin : (first_filter + run) * a.out_height + s.row,
-                input ? (channels - 1) * a.height + s.source_end - s.source_begin : more, v.bulk ? 0 : rank,
-                v.bulk ? 1 : warps, barrier);
+      load_rows<kAround>(
+          v, place, s, input ? first_channel * a.height + s.source_begin : (first_filter + run) * a.out_height + s.row,
+          input ? (channels - 1) * a.height + s.source_end - s.source_begin : more, v.bulk ? 0 : rank,
+          v.bulk ? 1 : warps, barrier);
     }
   };
 
@@ -462,8 +507,8 @@ __global__ void __launch_bounds__(32 * (Sums::kWarps + Sums::kLoader), Sums::kBl
           const int begin = part == 0 ? 0 : !input ? a.first_rows : part == 1 ? a.shared_begin : a.shared_end;
           const int end = part == 2 ? v.height : !input ? a.first_rows : part == 0 ? a.shared_begin : a.shared_end;
           if (begin < end)
-            load_rows(v, v.memory + begin * v.row_pitch, s, (input ? first_channel : first_filter) * v.height + begin,
-                      end - begin, warp, warps, 0);
+            load_rows<kAround>(v, v.memory + begin * v.row_pitch, s,
+                               (input ? first_channel : first_filter) * v.height + begin, end - begin, warp, warps, 0);
         }
         commit_copies();
       }
@@ -509,7 +554,8 @@ __global__ void __launch_bounds__(32 * (Sums::kWarps + Sums::kLoader), Sums::kBl
     }
   }
   __syncthreads();
-  if (copier.is_worker() && filter < filters) sums.put(kHead + warp * Sums::kBytes);
+  if (copier.is_worker() && filter < filters)
+    sums.template put<kAround>(a, kHead + warp * Sums::kBytes, first_tile % a.strips);
   __syncthreads();
   if (cluster) meet_cluster();
 
@@ -522,7 +568,8 @@ __global__ void __launch_bounds__(32 * (Sums::kWarps + Sums::kLoader), Sums::kBl
     for (int w = filter * a.share; w < (filter + 1) * a.share; ++w) {
       const int place = kHead + w * Sums::kBytes;
       if (slot < taps)
-        total += Sums::tap(a, place, slot / a.kernel_w * a.dilation_h, slot % a.kernel_w * a.dilation_w);
+        total += Sums::template tap<kAround>(a, place, (w - filter * a.share) % a.strips,
+                                             slot / a.kernel_w * a.dilation_h, slot % a.kernel_w * a.dilation_w);
       else if (slot < slots)
         total += shared<float>(place + Sums::kBiasAt);
     }
@@ -552,11 +599,11 @@ __global__ void __launch_bounds__(32 * (Sums::kWarps + Sums::kLoader), Sums::kBl
 // multiprocessor; a warp for each tile, or as many as keep all of them busy. Returns whether there is room.
 bool lay_out(Padded& a, bool whole, int warps, const Device& device) {
   const int extent_h = (a.kernel_h - 1) * a.dilation_h + 1, extent_w = (a.kernel_w - 1) * a.dilation_w + 1;
-  a.strips = whole ? 1 : static_cast<int>(ceil_div(a.out_width, kColumns));
-  // Between rows there are as many zeros as windows reach beside them.
-  const int64_t reach =
-      std::max<int64_t>({a.width + std::max(a.padding_w, a.source.shift / 2),
-                         (a.out_width - 1) * a.stride + extent_w - a.padding_w, a.strips * kColumns * a.stride});
+  a.strips = whole ? 1 : static_cast<int>(ceil_div(a.out_width + a.grad.columns_before(), kColumns));
+  // Between rows there are as many zeros as windows reach beside them, or there is room for their pieces.
+  const int64_t reach = std::max<int64_t>(
+      {a.width + std::max(a.padding_w, a.source.shift / 2), (a.out_width - 1) * a.stride + extent_w - a.padding_w,
+       a.strips * kColumns * a.stride, a.width + (a.source.before > 0 ? a.source.piece / 2 : 0)});
   a.source.row_pitch = static_cast<int>(2 * (whole ? 2 * kColumns : round_up(reach, kColumns)));
   a.grad.row_pitch = 2 * (whole ? 2 : a.strips) * kColumns;
   const auto stage = [&](int filters, int64_t source_rows, int64_t rows) {
@@ -619,10 +666,10 @@ void divide_plane(Padded& a) {
   a.shared_end = std::max(row((a.first_rows - 1) * a.stride + (a.kernel_h - 1) * a.dilation_h + 1), a.shared_begin);
 }
 
-template <typename T, class Sums>
+template <typename T, class Sums, bool kAround = false>
 void launch(const Problem& p, Padded a, bool clusters, const Device& device, const Allocate& allocate,
             cudaStream_t stream) {
-  const auto kernel = padded_grad_weight_nchw<T, Sums>;
+  const auto kernel = padded_grad_weight_nchw<T, Sums, kAround>;
   const int warps = a.share * a.block_filters, threads = 32 * (warps + (a.loader ? 1 : 0));
   const int64_t bytes = std::max<int64_t>(kHead + a.stages * a.stage_bytes + kTail, kHead + warps * Sums::kBytes);
   const int64_t steps = ceil_div(a.images, kImages) * a.bands;
@@ -654,19 +701,54 @@ int piece_of(const View& view, int64_t images, int64_t bytes) {
   return 0;
 }
 
-void set_piece(PaddedRows& v, int piece) {
-  v.piece = piece, v.by_pieces = Divider(v.row_bytes / piece);
+void set_piece(PaddedRows& v, int piece, int before = 0) {
+  v.piece = piece, v.before = before, v.by_pieces = Divider(v.row_bytes / piece + (before > 0));
 }
 
 // Rows that lie as in memory are like one, of `planes` whole planes or of a band: larger pieces may fit it, and where
 // these are of 16 bytes a bulk copy has them all.
 void join_rows(PaddedRows& v, const View& view, const Padded& a, int64_t planes, bool bulk) {
-  if (v.row_pitch != v.row_bytes || v.shift > 0) return;
+  if (v.row_pitch != v.row_bytes || v.shift > 0 || a.around) return;
   const int64_t bytes = a.bands > 1 ? v.row_bytes : planes * v.height * v.row_bytes;
   v.piece = piece_of(view, a.images, bytes);
   v.by_pieces = Divider(1 << 30);
   v.joined = true;
   v.bulk = bulk && v.piece == kUnit;
+}
+
+// Divides rows into pieces, and decides where they lie. Returns whether they can be copied so. `around`: with what is
+// around them, of pieces that they do not begin with.
+bool divide_rows(Padded& a, const Problem& p, bool column, bool whole, bool around) {
+  constexpr int kMostBytes = kAroundPiece;  // of a piece, where rows lie some columns later
+  const bool near = !column && !whole && a.stride == 1;
+  const auto divide = [&](PaddedRows& v, const View& view) {
+    const int before = static_cast<int>(reinterpret_cast<uintptr_t>(view.data) % kMostBytes);
+    if (around) {
+      set_piece(v, kMostBytes, before);
+      return v.row_bytes % kMostBytes == 0 && (p.batch == 1 || 2 * view.stride[0] % kMostBytes == 0);
+    }
+    const int piece = piece_of(view, p.batch, v.row_bytes);
+    if (piece > 0) set_piece(v, piece);
+    return piece > 0;
+  };
+  a.around = around;
+  if ((around && !near) || !divide(a.source, p.input) || !divide(a.grad, p.output)) return false;
+  if (around && a.source.before == 0 && a.grad.before == 0) return false;
+  a.window = column ? 0 : kColumns - a.padding_w;
+  if (!near) return true;
+  // As many zeros before a row as padding, or some more, so that rows can be copied in their pieces, or smaller ones.
+  const int apart = a.source.columns_before() - a.grad.columns_before(), least = std::max(a.padding_w - apart, 0);
+  const auto reach = [&](int shift) { return shift + apart - a.padding_w + (a.kernel_w - 1) * a.dilation_w; };
+  int shift = static_cast<int>(round_up(least, std::min(a.source.piece, kMostBytes) / 2));
+  if (reach(shift) <= kColumns) {
+    set_piece(a.source, std::min(a.source.piece, kMostBytes), a.source.before);
+  } else if (around) {
+    return false;
+  } else {
+    shift = static_cast<int>(round_up(a.padding_w, 2)), set_piece(a.source, 4);
+  }
+  a.source.shift = 2 * shift, a.window = shift + apart - a.padding_w;
+  return reach(shift) <= kColumns;
 }
 
 }  // namespace
@@ -676,15 +758,13 @@ bool launch_padded_grad_weight_nchw(const Problem& p, bool bulk, const Allocate&
       launch_stride2_grad_weight_nchw(p, bulk, allocate, stream))
     return true;
   Padded a{};
-  const auto arrange = [&](PaddedRows& v, const View& view, int64_t height, int64_t width) {
+  const auto arrange = [](PaddedRows& v, const View& view, int64_t planes, int64_t height, int64_t width) {
     v.base = static_cast<const char*>(view.data), v.image_bytes = 2 * view.stride[0];
     v.height = static_cast<int>(height), v.row_bytes = static_cast<int>(2 * width);
-    v.piece = piece_of(view, p.batch, v.row_bytes);
-    if (v.piece > 0) set_piece(v, v.piece);
-    return v.piece > 0;
+    v.rows = static_cast<int>(planes * height);
   };
-  if (!arrange(a.source, p.input, p.height, p.width) || !arrange(a.grad, p.output, p.out_height, p.out_width))
-    return false;
+  arrange(a.source, p.input, p.channels, p.height, p.width);
+  arrange(a.grad, p.output, p.filters(), p.out_height, p.out_width);
   a.height = static_cast<int>(p.height), a.width = static_cast<int>(p.width);
   a.out_height = static_cast<int>(p.out_height), a.out_width = static_cast<int>(p.out_width);
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
@@ -698,31 +778,24 @@ bool launch_padded_grad_weight_nchw(const Problem& p, bool bulk, const Allocate&
   const int rows = (a.kernel_h - 1) * a.dilation_h + 1;
   // Kernels of 4 and 5 rows are faster from rows as they lie, of whole planes that single copies load.
   if (!column && a.stride == 1 && (rows == 4 || rows == 5)) return false;
-  const int columns = (a.kernel_w - 1) * a.dilation_w + 1;
-  a.window = column ? 0 : kColumns - a.padding_w;
-  if (!column && !whole && a.stride == 1) {
-    // As many zeros before a row as padding, or some more, so that rows can be copied in their pieces, or smaller ones.
-    int shift = static_cast<int>(round_up(a.padding_w, std::min(a.source.piece, 8) / 2));
-    if (shift - a.padding_w + columns - 1 > kColumns)
-      shift = static_cast<int>(round_up(a.padding_w, 2)), set_piece(a.source, 4);
-    else
-      set_piece(a.source, std::min(a.source.piece, 8));
-    if (shift - a.padding_w + columns - 1 > kColumns) return false;
-    a.source.shift = 2 * shift, a.window = shift - a.padding_w;
-  }
-  // A warp does all the loading, unless there are too many pieces for one, as where they are of 4 bytes.
-  a.loader = device.capability >= 80 && !whole && std::min(a.source.piece, a.grad.piece) > 4;
   const int warps = column ? kColumnWarps : kMaxWarps;
-  a.stages = kMaxStages;
-  if (!lay_out(a, whole, warps, device)) return false;
-  // Bands share rows. Where three blocks of whole planes fit, if they load and add in turns, these are faster.
-  if (a.bands > 1 && !column && !whole) {
-    Padded one = a;
-    one.stages = 1, one.loader = false;
-    if (lay_out(one, whole, warps, device) && one.bands == 1 &&
-        3 * (kHead + one.stage_bytes + kTail + 1024) <= device.shared_per_multiprocessor)
-      a = one;
-  }
+  const auto arrange_blocks = [&](bool around) {
+    if (!divide_rows(a, p, column, whole, around)) return false;
+    // A warp does all the loading, unless there are too many pieces for one, as where they are of 4 bytes.
+    a.loader = device.capability >= 80 && !whole && !around && std::min(a.source.piece, a.grad.piece) > 4;
+    a.stages = kMaxStages;
+    if (!lay_out(a, whole, warps, device)) return false;
+    // Bands share rows. Where three blocks of whole planes fit, if they load and add in turns, these are faster.
+    if (a.bands > 1 && !column && !whole) {
+      Padded one = a;
+      one.stages = 1, one.loader = false;
+      if (lay_out(one, whole, warps, device) && one.bands == 1 &&
+          3 * (kHead + one.stage_bytes + kTail + 1024) <= device.shared_per_multiprocessor)
+        a = one;
+    }
+    return !around || a.share % a.strips == 0;
+  };
+  if (!arrange_blocks(true) && !arrange_blocks(false)) return false;
   // Groups of filters begin with whole pieces, and end with them.
   const int64_t planes = a.filters % a.block_filters == 0 ? a.block_filters : 1;
   const bool can_bulk = bulk && a.loader && device.capability >= 90;
@@ -738,6 +811,7 @@ bool launch_padded_grad_weight_nchw(const Problem& p, bool bulk, const Allocate&
           if (a.stride == 2) return launch<T, Sums<T, kKernelH, 2, false>>(p, a, bulk, device, allocate, stream);
         if constexpr (kKernelH != 5) {
           if (whole) return launch<T, Sums<T, kKernelH, 1, true>>(p, a, bulk, device, allocate, stream);
+          if (a.around) return launch<T, Sums<T, kKernelH, 1, false>, true>(p, a, bulk, device, allocate, stream);
           launch<T, Sums<T, kKernelH, 1, false>>(p, a, bulk, device, allocate, stream);
         }
       };
