@@ -6,22 +6,26 @@
 // products are straight code. Which pixels meet which outputs along a row is known when the code is compiled: nothing
 // is multiplied but what meets, but for columns that narrower planes lack.
 //
-// Another warp copies the planes of the next images to shared memory meanwhile: a ring of stages. The warps of each
-// scheduler take their rows from a counter of their own, and go on to the next stage while others are still at the last
-// one.
+// Another warp copies the planes of the next images to shared memory meanwhile: a ring of stages. It gets few turns
+// beside warps that always have something to multiply, so planes come by one instruction where they can, as a box. The
+// warps of each scheduler take their rows from a counter of their own, and go on to the next stage while others are
+// still at the last one.
 //
 // A weight is the same for all lanes of a warp, and ptxas keeps it in a uniform register. Then an FMA finds the pixel
 // where the one before had it, and reads one number from the register file, the sum. But it does so only where it is
 // sure that the lanes are together: a warp's place follows from a __shfl_sync(), bounds of loops come from shared
-// memory and not from min() and max(), stores are predicated, and there are no calls.
+// memory and not from min() and max(), stores are predicated, and there are no calls. Sums and pixels are then to be in
+// different banks of the register file, and pixels to be read ahead: so see what SASS says after each change.
 //
 // Columns that planes, and kernels, lack are zero, and give NaN where they meet Inf or NaN. So outputs that are not
 // finite are computed again, when a block has done all others.
 #include "lanes.h"
 
 #include <algorithm>
+#include <bit>
 #include <iterator>
 
+#include "boxes.cuh"
 #include "device.h"
 #include "lanes.cuh"
 #include "lanes_forms.h"
@@ -35,7 +39,6 @@ namespace {
 
 constexpr int kMostStages = 4;
 constexpr int kSchedulers = 4;  // of a multiprocessor: warps take turns at them
-constexpr int kMostWarps = 4;   // of a scheduler, that compute
 
 // How the lanes of a form lie on planes, and these in shared memory.
 template <int kNumber>
@@ -49,11 +52,17 @@ struct Form {
   static constexpr int kRowBytes = 4 * kSide;
   static constexpr int kPiece = !kForm.staged ? 0 : kSide == 56 ? 8 : 28;  // outputs of a lane that go out at once
   static constexpr int kWeightBytes = (kTaps + 3) / 4 * 16;                // from row to row
-  // ptxas keeps weights in uniform registers where there are not too many others: 96, but for the widest kernels.
-  static constexpr int kBoundThreads = kTaps > 32 ? 544 : 640;
+  // Where images of a plane are an odd number of 16 bytes apart in boxes; outputs go out by boxes there as well. Rows
+  // of 14 columns are no multiple of 16 bytes: whole planes are, and their boxes have no rows.
+  static constexpr bool kBoxes = kSide < 56, kFlat = kSide == 14;
+  // Warps of a scheduler that compute, and the threads of a block by which ptxas has registers: with 96 it keeps
+  // weights of many taps in uniform registers, with 128 it reads the pixels of few ahead of their use.
+  static constexpr int kMostWarps = kTaps == 31 || (kForm.staged && kSide > 14) ? 3 : 4;
+  static constexpr int kBoundThreads = kMostWarps == 3 && kTaps < 31 ? 512 : kTaps > 32 ? 544 : 640;
 };
 
 struct Arguments {
+  CUtensorMap map, target_map;  // of boxes: the planes of an item, and what a warp has of an image of each lane
   const float* source;
   const float* weight;
   const float* bias;
@@ -61,12 +70,16 @@ struct Arguments {
   int64_t source_stride[4], target_stride[4], weight_stride[4], bias_stride;  // in elements
   int batch, height, width, out_height, out_width, kernel_h, kernel_w, padding_h, padding_w, fan_out;
   int filters;
-  bool quads;         // whether 4 outputs are written at once
-  int lanes, units;   // lanes side by side, on images, and images of a warp
-  int groups, items;  // groups of images of each filter, and all of them
-  int share;          // items of a block
-  int rows, tasks;    // rows of a warp, and what warps take from counters, of an item
-  Divider by_tasks, by_stages;
+  bool quads;                  // whether 4 outputs are written at once
+  int lanes, units;            // lanes side by side, on images, and images of a warp
+  int lane_bits;               // `lanes` is two to the power of that
+  int items;                   // groups of images of each filter, all together
+  int share;                   // items of a block
+  int rows, tasks;             // rows of a warp, and what warps take from counters, of an item
+  int box_bytes;               // 0 where there are none
+  bool stores_boxes;           // whether outputs go out by boxes
+  int image_bytes, row_bytes;  // from image to image of the target, and from row to row
+  Divider by_groups, by_tasks, by_stages;
   Copy copy;
   int stages, stage_bytes, unit_bytes;
   int weights_at, kernel_bytes;                                        // behind a stage's planes
@@ -78,11 +91,29 @@ template <class F>
 struct Item {
   int filter, image, units;
 
-  __device__ Item(const Arguments& a, int item) {
-    filter = item / a.groups, image = (item - filter * a.groups) * a.units;
+  __device__ Item(const Arguments& a, uint32_t item) {
+    image = a.by_groups.split(item) * a.units, filter = item;  // what is left of it
     units = min(a.units, a.batch - image);
   }
 };
+
+// Asks in L2 for the planes and the weights of a block's first item, which is no harm while the kernel before still
+// writes. Each thread for a plane and a row of weights, and without a branch: see store_if_above().
+template <class F>
+__device__ __forceinline__ void ask_for(const Arguments& a, const Item<F>& item) {
+#if __CUDA_ARCH__ >= 900
+  const int own = threadIdx.x;
+  const float* plane =
+      a.source + (item.image + own) * a.source_stride[0] + item.filter / a.fan_out * a.source_stride[1];
+  asm volatile("{\n.reg .pred p;\nsetp.lt.s32 p, %0, %1;\n@p cp.async.bulk.prefetch.L2.global [%2], %3;\n}" ::"r"(own),
+               "r"(a.copy.bulk ? item.units : 0), "l"(plane), "r"(4 * a.height * a.width)
+               : "memory");
+  const float* weights = a.weight + item.filter * a.weight_stride[0] + own * a.weight_stride[2];
+  asm volatile("{\n.reg .pred p;\nsetp.lt.s32 p, %0, %1;\n@p prefetch.global.L2 [%2];\n}" ::"r"(own), "r"(a.kernel_h),
+               "l"(weights)
+               : "memory");
+#endif
+}
 
 // Begins to copy the weights of a filter, by one warp.
 template <class F>
@@ -97,69 +128,87 @@ __device__ __forceinline__ void store_four(uint32_t to, const float (&from)[4]) 
                "f"(from[3])
                : "memory");
 }
-__device__ __forceinline__ void load_two(float* to, uint32_t from) {
-  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(to[0]), "=f"(to[1]) : "r"(from));
-}
 
 // All products of a row of weights and a row of pixels.
 template <class F>
-__device__ __forceinline__ void add_row(float (&sum)[F::kSide], uint32_t source,
-                                        const float (&w)[F::kWeightBytes / 4]) {
-  constexpr int kSide = F::kSide, kStep = kSide % 4 == 0 ? 4 : 2, kAhead = !F::kForm.ahead ? kSide : 2 * kStep;
-  float x[kSide];
-  const auto load = [&](int u) {
-    if (u >= kSide) return;
-    if constexpr (kStep == 4)
-      load_four(&x[u], source + 4 * u);
-    else
-      load_two(&x[u], source + 4 * u);
-  };
+__device__ __forceinline__ void add_row(float (&sum)[F::kSide], int source, const float (&w)[F::kWeightBytes / 4]) {
+  constexpr int kSide = F::kSide;
+  using Few = std::conditional_t<kSide % 4 == 0, float4, float2>;
+  constexpr int kStep = sizeof(Few) / 4;
+  // Plain loads, which ptxas puts ahead of their use, as volatile ones it does not.
+  alignas(Few) float x[kSide];
 #pragma unroll
-  for (int u = 0; u < kAhead; u += kStep) load(u);
+  for (int u = 0; u < kSide; u += kStep) reinterpret_cast<Few&>(x[u]) = shared<Few>(source + 4 * u);
 #pragma unroll
-  for (int u = 0; u < kSide; ++u) {
-    if (F::kForm.ahead && u % kStep == 0) {
-      load(u + kAhead);
-      __syncwarp();  // or else ptxas would load what is used next
-    }
+  for (int u = 0; u < kSide; ++u)
 #pragma unroll
     for (int n = 0; n < kSide; ++n) {
       const int o = u % 2 == 0 ? n : kSide - 1 - n, tap = u - o + F::kReach;
       if (tap >= 0 && tap < F::kTaps) sum[o] = fmaf(x[u], w[tap], sum[o]);
     }
-  }
 }
 
-// Stores numbers where `valid`, without a branch: behind one by which a warp's lanes part, and code between, ptxas does
-// not find that they are together again.
-template <int kCount>
-__device__ __forceinline__ void store_if(bool valid, float* to, const float* from) {
+// Stores numbers if `most` is more than `least`, without a branch: behind one by which a warp's lanes part, and code
+// between, ptxas does not find that they are together again. kOffset: bytes behind `to`.
+template <int kCount, int kOffset = 0>
+__device__ __forceinline__ void store_if_above(int most, int least, float* to, const float* from) {
   if constexpr (kCount == 4)
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.v4.f32 [%1], {%2, %3, %4, %5};\n}" ::"r"(
-                     static_cast<int>(valid)),
-                 "l"(to), "f"(from[0]), "f"(from[1]), "f"(from[2]), "f"(from[3])
-                 : "memory");
-  else
     asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.global.f32 [%1], %2;\n}" ::"r"(static_cast<int>(valid)),
-        "l"(to), "f"(from[0])
+        "{\n.reg .pred p;\nsetp.gt.s32 p, %0, %1;\n@p st.global.v4.f32 [%2+%7], {%3, %4, %5, %6};\n}" ::"r"(most),
+        "r"(least), "l"(to), "f"(from[0]), "f"(from[1]), "f"(from[2]), "f"(from[3]), "n"(kOffset)
         : "memory");
+  else
+    asm volatile("{\n.reg .pred p;\nsetp.gt.s32 p, %0, %1;\n@p st.global.f32 [%2+%4], %3;\n}" ::"r"(most), "r"(least),
+                 "l"(to), "f"(from[0]), "n"(kOffset)
+                 : "memory");
 }
 
-// What a warp takes at once: some rows of an item. Returns whether all outputs are finite.
+// By one thread of a warp, without a branch as well: stores a box, waits until all are read that it has stored, and
+// until all are there.
+__device__ __forceinline__ void store_box_by_one(const CUtensorMap& map, uint32_t from, int first, int second,
+                                                 int third, int fourth) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\n"
+      "@one cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];\n"
+      "@one cp.async.bulk.commit_group;\n}" ::"l"(&map),
+      "r"(from), "r"(first), "r"(second), "r"(third), "r"(fourth)
+      : "memory");
+#endif
+  __syncwarp();
+}
+__device__ __forceinline__ void wait_until_boxes_are_read() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\n@one cp.async.bulk.wait_group.read 0;\n}" ::
+                   : "memory");
+#endif
+  __syncwarp();
+}
+__device__ __forceinline__ void wait_until_boxes_are_there() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\n@one cp.async.bulk.wait_group 0;\n}" ::: "memory");
+#endif
+  __syncwarp();
+}
+
+// What a warp takes at once: some rows of an item. `stage`: where outputs lie on their way out. Returns whether all
+// outputs are finite.
 template <class F>
-__device__ __forceinline__ bool compute(const Arguments& a, const Item<F>& item, uint32_t planes, uint32_t weight,
-                                        uint32_t zeros, uint32_t stage, int chunk) {
+__device__ __forceinline__ bool compute(const Arguments& a, const Item<F>& item, int planes, uint32_t weight,
+                                        uint32_t stage, int chunk) {
   constexpr int kSide = F::kSide, kHeld = F::kHeld;
   constexpr bool kOneRow = F::kForm.lanes == 32;  // all lanes have the same one
-  const int lane = threadIdx.x % 32, own = lane & (a.lanes - 1);
-  const int own_row = chunk * a.rows + (kOneRow ? 0 : lane / a.lanes * F::kHeldRows);
+  const int lane = threadIdx.x % 32, first_row = chunk * a.rows;
+  // Of a lane: the first of its images, and of its rows, within what the warp has.
+  const auto unit_of = [&](int lane) { return lane & (a.lanes - 1); };
+  const auto row_of = [&](int lane) { return kOneRow ? 0 : (lane >> a.lane_bits) * F::kHeldRows; };
+  const int own = unit_of(lane), own_row = first_row + row_of(lane);
   const int2 steps = shared<int2>(a.steps_at + 8 * chunk);
   uint32_t y = own_row - a.padding_h + steps.x;
-  uint32_t source[F::kHeldImages];
+  int source[F::kHeldImages];
 #pragma unroll
   for (int n = 0; n < F::kHeldImages; ++n)
-    source[n] = planes + min(own + n * a.lanes, item.units - 1) * a.unit_bytes + y * F::kRowBytes;
+    source[n] = planes + min(own + n * a.lanes, item.units - 1) * a.unit_bytes + static_cast<int>(y) * F::kRowBytes;
   weight += steps.x * F::kWeightBytes;
   float sum[kHeld][kSide] = {};
 #pragma unroll 1
@@ -172,39 +221,60 @@ __device__ __forceinline__ bool compute(const Arguments& a, const Item<F>& item,
       if (!kOneRow || inside)
 #pragma unroll
         for (int n = 0; n < F::kHeldImages; ++n)
-          add_row<F>(sum[row * F::kHeldImages + n], kOneRow || inside ? source[n] + row * F::kRowBytes : zeros, w);
+          add_row<F>(sum[row * F::kHeldImages + n], kOneRow || inside ? source[n] + row * F::kRowBytes : a.zeros_at, w);
     }
 #pragma unroll
     for (int n = 0; n < F::kHeldImages; ++n) source[n] += F::kRowBytes;
     ++y, weight += F::kWeightBytes;
   }
 
-  if (a.bias) {
-    const float bias = a.bias[item.filter * a.bias_stride];
-#pragma unroll
-    for (int held = 0; held < kHeld; ++held)
-#pragma unroll
-      for (int o = 0; o < kSide; ++o) sum[held][o] += bias;
-  }
-  struct Place {
-    int row;
-    bool valid;
-    float* to;
+  // Added in any case, -0 where there is none: ptxas can then choose registers of other banks for sums than for what is
+  // written four at a time.
+  const float bias = a.bias ? a.bias[item.filter * a.bias_stride] : -0.f;
+  const int rows_left = a.out_height - first_row;
+  float* const target =
+      a.target + item.image * a.target_stride[0] + item.filter * a.target_stride[1] + first_row * a.target_stride[2];
+  const auto at = [&](int offset) {
+    return reinterpret_cast<float*>(reinterpret_cast<char*>(target) + static_cast<uint32_t>(offset));
   };
-  const auto place_of = [&](int lane, int n) {  // of a lane's outputs of an image
-    const int unit = (lane & (a.lanes - 1)) + n * a.lanes;
-    const int row = chunk * a.rows + (kOneRow ? 0 : lane / a.lanes * F::kHeldRows);
-    return Place{row, unit < item.units && row < a.out_height,
-                 a.target + (item.image + unit) * a.target_stride[0] + item.filter * a.target_stride[1] +
-                     row * a.target_stride[2]};
-  };
-  if constexpr (F::kForm.staged) {
-    // Through shared memory, piece by piece, so that lanes side by side write what lies side by side.
-    constexpr int kPiece = F::kPiece, kQuads = kPiece / 4;
-    bool finite = true;
+  const auto sum_of = [&](int n, int o) { return sum[o / kSide * F::kHeldImages + n][o % kSide]; };
+  // Any number times Inf or NaN is not finite; what is too large is just found to be so in vain.
+  float products = 0;
+  bool finite = true;
+  if (F::kBoxes && F::kForm.staged && a.stores_boxes) {
+    // Through shared memory, an image of each lane at a time. Boxes leave out what is outside.
+    const uint32_t own_stage = stage + (own * a.rows + row_of(lane)) * F::kRowBytes;
 #pragma unroll
     for (int n = 0; n < F::kHeldImages; ++n) {
-      float zero = 0;
+      const int image = item.image + n * a.lanes;
+      wait_until_boxes_are_read();
+#pragma unroll
+      for (int o = 0; o < F::kPiece; o += 4) {
+        float four[4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) four[k] = sum_of(n, o + k) + bias;
+        products = fmaf(four[0], four[1], fmaf(four[2], four[3], products));
+        store_four(own_stage + 4 * o, four);
+      }
+      before_bulk_copies();
+      __syncwarp();
+      if constexpr (F::kFlat)
+        store_box_by_one(a.target_map, stage, first_row * kSide, item.filter, image, 0);
+      else
+        store_box_by_one(a.target_map, stage, 0, first_row, item.filter, image);
+    }
+    finite = products * 0 == 0.f;
+  } else if constexpr (F::kForm.staged) {
+    // Through shared memory, piece by piece, so that lanes side by side write what lies side by side.
+    constexpr int kPiece = F::kPiece, kQuads = kPiece / 4;
+    int offset[kQuads];
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      const int number = lane + 32 * q, other = number / kQuads;
+      offset[q] = unit_of(other) * a.image_bytes + row_of(other) * a.row_bytes + number % kQuads * 16;
+    }
+#pragma unroll
+    for (int n = 0; n < F::kHeldImages; ++n) {
 #pragma unroll
       for (int piece = 0; piece < F::kHeldRows * kSide; piece += kPiece) {
         __syncwarp();
@@ -212,61 +282,60 @@ __device__ __forceinline__ bool compute(const Arguments& a, const Item<F>& item,
         for (int q = 0; q < kQuads; ++q) {
           float four[4];
 #pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const int o = piece + 4 * q + k;
-            four[k] = sum[o / kSide * F::kHeldImages + n][o % kSide];
-            zero = fmaf(four[k], 0.f, zero);
-          }
+          for (int k = 0; k < 4; ++k) four[k] = sum_of(n, piece + 4 * q + k) + bias;
+          products = fmaf(four[0], four[1], fmaf(four[2], four[3], products));
           store_four(stage + 16 * (kQuads * lane + q), four);
         }
         __syncwarp();
         if (a.quads) {
 #pragma unroll
           for (int q = 0; q < kQuads; ++q) {
-            const int number = lane + 32 * q, part = piece + number % kQuads * 4;
-            const Place place = place_of(number / kQuads, n);
+            const int number = lane + 32 * q, other = number / kQuads;
+            const bool valid = unit_of(other) + n * a.lanes < item.units && row_of(other) < rows_left;
             float four[4];
             load_four(four, stage + 16 * number);
-            store_if<4>(place.valid && (F::kHeldRows > 1 || part < a.out_width), place.to + part, four);
+            store_if_above<4>(!valid             ? 0
+                              : F::kHeldRows > 1 ? kPiece
+                                                 : a.out_width,
+                              piece + number % kQuads * 4, at(offset[q] + n * (a.lanes * a.image_bytes)) + piece, four);
           }
         } else {
 #pragma unroll 1
-          for (int number = lane; number < 32 * kPiece; number += 32) {
-            const int part = piece + number % kPiece, row = part / kSide, column = part - row * kSide;
-            const Place place = place_of(number / kPiece, n);
+          for (int q = 0; q < kPiece; ++q) {
+            const int number = lane + 32 * q, other = number / kPiece;
+            const int part = piece + number % kPiece, below = part / kSide, column = part - below * kSide;
+            const int unit = unit_of(other) + n * a.lanes, row = row_of(other) + below;
             float one;
             asm volatile("ld.shared.f32 %0, [%1];" : "=f"(one) : "r"(stage + 4 * number));
-            store_if<1>(place.valid && place.row + row < a.out_height && column < a.out_width,
-                        place.to + row * a.target_stride[2] + column * a.target_stride[3], &one);
+            store_if_above<1>(unit < item.units && row < rows_left ? a.out_width : 0, column,
+                              at(unit * a.image_bytes + row * a.row_bytes) + column * a.target_stride[3], &one);
           }
         }
       }
-      finite = finite && (zero == 0.f || own + n * a.lanes >= item.units);
+      finite = finite && (products * 0 == 0.f || own + n * a.lanes >= item.units);
     }
-    return finite;
   } else {
-    bool finite = true;
 #pragma unroll
     for (int held = 0; held < kHeld; ++held) {
-      const Place place = place_of(lane, held % F::kHeldImages);
-      const int row = held / F::kHeldImages;
-      const bool valid = place.valid && place.row + row < a.out_height;
-      float zero = 0;
+      const int n = held % F::kHeldImages, row = row_of(lane) + held / F::kHeldImages;
+      const int columns = own + n * a.lanes < item.units && row < rows_left ? a.out_width : 0;
+      if (F::kTaps <= 29 || a.bias)  // more taps have no registers to choose from
 #pragma unroll
-      for (int o = 0; o < kSide; ++o) zero = fmaf(sum[held][o], 0.f, zero);
-      finite = finite && (!valid || zero == 0.f);
-      float* const to = place.to + row * a.target_stride[2];
-      if (a.quads) {
+        for (int o = 0; o < kSide; ++o) sum[held][o] += bias;
 #pragma unroll
-        for (int o = 0; o + 4 <= kSide; o += 4) store_if<4>(valid && o < a.out_width, to + o, &sum[held][o]);
-      } else {
-#pragma unroll
-        for (int o = 0; o < kSide; ++o)
-          store_if<1>(valid && o < a.out_width, to + o * a.target_stride[3], &sum[held][o]);
-      }
+      for (int o = 0; o < kSide; o += 2) products = fmaf(sum[held][o], sum[held][o + 1], products);
+      finite = finite && (columns == 0 || products * 0 == 0.f);
+      float* const to = at((own + n * a.lanes) * a.image_bytes + row * a.row_bytes);
+      const auto store = [&]<int... kO>(std::integer_sequence<int, kO...>) {
+        if (a.quads)
+          ((kO % 4 == 0 ? store_if_above<4, 4 * kO>(columns, kO, to, &sum[held][kO]) : void()), ...);
+        else
+          (store_if_above<1>(columns, kO, to + kO * a.target_stride[3], &sum[held][kO]), ...);
+      };
+      store(std::make_integer_sequence<int, kSide>{});
     }
-    return finite;
   }
+  return finite;
 }
 
 // Computes again, tap by tap, what is not finite of some items. No loop is unrolled, and nothing called: see above.
@@ -304,6 +373,7 @@ __global__ void __launch_bounds__(F::kBoundThreads) lanes(const __grid_constant_
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int warps = blockDim.x / 32 - 1;  // that compute
   const int first = blockIdx.x * a.share, end = min(first + a.share, a.items);
+  ask_for<F>(a, Item<F>(a, first));
   for (int at = a.zeros_from + 16 * threadIdx.x; at < a.bytes; at += 16 * blockDim.x) shared<float4>(at) = {};
   if (a.zeros_from > 0)  // beside the weights
     for (int stage = 0; stage < a.stages; ++stage)
@@ -335,10 +405,21 @@ __global__ void __launch_bounds__(F::kBoundThreads) lanes(const __grid_constant_
     for (int at = first; at < end; ++at) {
       stages.wait_empty();
       const Item<F> item(a, at);
-      const int to = stages.at * a.stage_bytes;
-      copy_planes<F>(nullptr, a.source + item.image * a.source_stride[0] + item.filter / a.fan_out * a.source_stride[1],
-                     a.source_stride, a.copy, item.filter, item.image, 1, item.units, a.height, a.width, to,
-                     a.unit_bytes, stages.full(), 0, 1);
+      const int to = stages.at * a.stage_bytes, channel = item.filter / a.fan_out;
+      if (a.box_bytes > 0) {
+        if (is_elected()) {
+          expect_bytes(stages.full(), a.box_bytes);
+          if constexpr (F::kFlat)
+            copy_box(to, a.map, 0, channel, item.image, 0, stages.full());
+          else
+            copy_box(to, a.map, 0, 0, channel, item.image, stages.full());
+        }
+        __syncwarp();
+      } else {
+        copy_planes<F>(nullptr, a.source + item.image * a.source_stride[0] + channel * a.source_stride[1],
+                       a.source_stride, a.copy, item.filter, item.image, 1, item.units, a.height, a.width, to,
+                       a.unit_bytes, stages.full(), 0, 1);
+      }
       copy_weights<F>(a, item.filter, to + a.weights_at);
       arrive_after_copies(stages.full());
       stages.wait_full();  // what comes before comes first
@@ -347,10 +428,9 @@ __global__ void __launch_bounds__(F::kBoundThreads) lanes(const __grid_constant_
     return;
   }
 
-  const uint32_t base = once(shared_address(0));
   // Each scheduler has its own tasks, the same of all items together: all are done at the same time.
   const int queue = warp % kSchedulers;
-  const uint32_t outputs = base + a.outputs_at + warp * 128 * F::kPiece;  // on their way out
+  const uint32_t outputs = once(shared_address(a.outputs_at + warp * 128 * F::kPiece));  // on their way out
   bool finite = true;
   for (;;) {
     uint32_t number = take_task(next_task[queue], lane == 0) * kSchedulers + queue;
@@ -359,11 +439,11 @@ __global__ void __launch_bounds__(F::kBoundThreads) lanes(const __grid_constant_
     const Item<F> item(a, first + number);
     const int stage = a.by_stages.split(number), parity = number & 1, barrier = a.barriers_at + 16 * stage;
     wait(barrier, parity);
-    const uint32_t planes = base + stage * a.stage_bytes;
-    const uint32_t weights = shared_address(stage * a.stage_bytes + a.weights_at), zeros = base + a.zeros_at;
-    finite &= compute<F>(a, item, planes, weights, zeros, outputs, middle_first(rank, a.tasks));
+    const int planes = stage * a.stage_bytes;
+    finite &= compute<F>(a, item, planes, shared_address(planes + a.weights_at), outputs, middle_first(rank, a.tasks));
     arrive_together(barrier + 8, lane == 0);
   }
+  if constexpr (F::kBoxes && F::kForm.staged) wait_until_boxes_are_there();
   if (!finite) all_finite = 0;
   meet<1>(32 * warps);
   if (all_finite == 0) compute_again<F>(a, first, end, 32 * warps);
@@ -372,19 +452,45 @@ __global__ void __launch_bounds__(F::kBoundThreads) lanes(const __grid_constant_
 // Bytes of shared memory; 0 where planes do not fit.
 template <class F>
 int place(Arguments& a, int shared_memory) {
-  a.unit_bytes = a.height * F::kRowBytes | 16;  // an odd number of 16 bytes from image to image
+  // An odd number of 16 bytes from image to image; as boxes have them, whole rows.
+  a.unit_bytes = F::kBoxes && !F::kFlat ? (a.height | 1) * F::kRowBytes : a.height * F::kRowBytes | 16;
   a.weights_at = a.units * a.unit_bytes, a.kernel_bytes = a.kernel_h * F::kWeightBytes;
   a.stage_bytes = static_cast<int>(round_up(a.weights_at + a.kernel_bytes, kBoxUnit));
-  const int rest = F::kRowBytes + 16 * kMostStages + 8 * a.tasks + 16 + kSchedulers * kMostWarps * 128 * F::kPiece;
+  const int output_bytes = kSchedulers * F::kMostWarps * 128 * F::kPiece;
+  const int rest = F::kRowBytes + 16 * kMostStages + 8 * a.tasks + kBoxUnit + output_bytes;
   a.stages = std::min(kMostStages, (shared_memory - 256 - rest) / a.stage_bytes);
   if (a.stages < 2) return 0;
   a.zeros_at = a.stages * a.stage_bytes;
   a.barriers_at = static_cast<int>(round_up(a.zeros_at + F::kRowBytes, 16));
   a.zeros_from = a.width == F::kSide ? a.zeros_at : 0;
   a.steps_at = a.barriers_at + 16 * kMostStages,
-  a.outputs_at = static_cast<int>(round_up(a.steps_at + 8 * a.tasks, 16));
-  a.bytes = a.outputs_at + kSchedulers * kMostWarps * 128 * F::kPiece;
+  a.outputs_at = static_cast<int>(round_up(a.steps_at + 8 * a.tasks, kBoxUnit));
+  a.bytes = a.outputs_at + output_bytes;
   return a.bytes;
+}
+
+// Describes boxes of the source and of the target, where there can be such.
+template <class F>
+void describe_boxes_of(Arguments& a) {
+  const int64_t *source = a.source_stride, *target = a.target_stride, channels = ceil_div(a.filters, a.fan_out);
+  float* const from = const_cast<float*>(a.source);
+  if constexpr (F::kFlat) {
+    const int pixels = a.height * a.width;
+    if (a.copy.as_one && a.unit_bytes == 4 * pixels && pixels <= kMostBoxSide &&
+        describe_boxes(a.map, from, 4, {pixels, channels, a.batch, 1}, {4 * source[1], 4 * source[0], 4 * source[0]},
+                       {pixels, 1, a.units, 1}))
+      a.box_bytes = a.units * a.unit_bytes;
+    a.stores_boxes = target[3] == 1 && target[2] == F::kSide && a.out_width == F::kSide &&
+                     describe_boxes(a.target_map, a.target, 4, {a.out_height * a.out_width, a.filters, a.batch, 1},
+                                    {4 * target[1], 4 * target[0], 4 * target[0]}, {F::kPiece, 1, a.lanes, 1});
+  } else {
+    if (describe_boxes(a.map, from, 4, {a.width, a.height, channels, a.batch},
+                       {4 * source[2], 4 * source[1], 4 * source[0]}, {F::kSide, a.height | 1, 1, a.units}))
+      a.box_bytes = a.units * a.unit_bytes;
+    a.stores_boxes =
+        target[3] == 1 && describe_boxes(a.target_map, a.target, 4, {a.out_width, a.out_height, a.filters, a.batch},
+                                         {4 * target[2], 4 * target[1], 4 * target[0]}, {F::kSide, a.rows, 1, a.lanes});
+  }
 }
 
 template <class F>
@@ -393,13 +499,15 @@ bool launch(const Problem& p, Arguments a, cudaStream_t stream) {
   a.copy = copy_of<F>(a.source, a.source_stride, a.filters, a.height, a.width, p.capability >= 90);
   // Fewer lanes side by side where many would be idle, or planes too large.
   const auto fits = [&](int count) {
-    a.lanes = count, a.units = F::kHeldImages * count, a.rows = 32 / count * F::kHeldRows;
+    a.lanes = count, a.lane_bits = std::countr_zero(static_cast<unsigned>(count));
+    a.units = F::kHeldImages * count, a.rows = 32 / count * F::kHeldRows;
     a.tasks = static_cast<int>(ceil_div(a.out_height, a.rows));
     return F::kForm.fills(a.batch, a.units) && place<F>(a, static_cast<int>(p.shared_memory)) > 0;
   };
   for (int count = F::kForm.lanes; !fits(count); count /= 2)
     if (count == F::kForm.least_lanes) return false;
-  a.groups = static_cast<int>(ceil_div(a.batch, a.units)), a.items = a.groups * a.filters;
+  const int groups = static_cast<int>(ceil_div(a.batch, a.units));
+  a.items = groups * a.filters;
   // Smaller problems are spread over the device in smaller pieces.
   if (a.items < multiprocessors) return false;
   a.share = static_cast<int>(ceil_div(a.items, multiprocessors));
@@ -409,9 +517,16 @@ bool launch(const Problem& p, Arguments a, cudaStream_t stream) {
   // they have not. They come one after the other, so until then a scheduler's tasks of as many items as there are
   // stages are at other warps of its own: which are fewer.
   constexpr int kFewWarps = 3;
-  const int warps = std::min(kMostWarps, a.stages * a.tasks / kSchedulers);
+  const int warps = std::min(F::kMostWarps, a.stages * a.tasks / kSchedulers);
   if (warps < kFewWarps) return false;
-  a.by_tasks = Divider(a.tasks), a.by_stages = Divider(a.stages);
+  a.by_groups = Divider(groups), a.by_tasks = Divider(a.tasks), a.by_stages = Divider(a.stages);
+  if (F::kBoxes && p.capability >= 90) describe_boxes_of<F>(a);
+  // With few taps tasks are short, and waiting until a box is read takes as long as it saves.
+  constexpr int kFewTaps = 9;
+  a.stores_boxes = a.stores_boxes && F::kTaps > kFewTaps;
+  constexpr int64_t kFar = int64_t{1} << 31;  // within what a warp has places are numbers of 32 bits
+  if (4 * (a.units * a.target_stride[0] + a.out_height * a.target_stride[2]) >= kFar) return false;
+  a.image_bytes = static_cast<int>(4 * a.target_stride[0]), a.row_bytes = static_cast<int>(4 * a.target_stride[2]);
   // Pieces of rows, or rows that follow each other, of 16 bytes each.
   const uint64_t low = reinterpret_cast<uintptr_t>(a.target) / 4 | a.target_stride[0] | a.target_stride[1];
   const bool follow = a.out_width == F::kSide && a.target_stride[2] == F::kSide && a.out_height % F::kHeldRows == 0;

@@ -1,4 +1,5 @@
-// What lanes.cu and lanes_grad_weight.cu are compiled for: what plan.cpp asks before, and the launchers after.
+// What lanes.cu, lanes_channels_last.cu and lanes_grad_weight.cu are compiled for: what plan.cpp asks before, and the
+// launchers after.
 #pragma once
 
 #include <algorithm>
@@ -13,13 +14,6 @@ namespace dwconv {
 struct RowForm {
   int side, reach;
 
-  // Whether no tap that lies farther meets an image.
-  constexpr bool has_all_taps() const { return reach == side - 1; }
-  // Whether planes and kernels fit.
-  bool fits(int64_t width, int64_t out_width, int64_t kernel_w, int64_t padding_w) const {
-    return std::max(width, out_width) <= side &&
-           (has_all_taps() || std::max(padding_w, kernel_w - 1 - padding_w) <= reach);
-  }
   // Whether few lanes are idle that lie on so many of them.
   static constexpr bool fills(int64_t planes, int64_t units) { return 3 * (-planes & (units - 1)) <= planes; }
   // Whether code for it wastes little, if so many planes are computed together.
@@ -35,21 +29,15 @@ struct RowForm {
 // lie side by side, on images, at least and at most; others lie on rows.
 struct RowsForm : RowForm {
   int images, rows, least_lanes, lanes;
-  bool staged, ahead;  // whether outputs go out through shared memory, and pixels are read ahead of their use
+  bool staged;  // whether outputs go out through shared memory
 
-  constexpr RowsForm(RowForm form, int images, int rows, int least_lanes, int lanes, bool staged, bool ahead)
-      : RowForm(form),
-        images(images),
-        rows(rows),
-        least_lanes(least_lanes),
-        lanes(lanes),
-        staged(staged),
-        ahead(ahead) {}
+  constexpr RowsForm(RowForm form, int images, int rows, int least_lanes, int lanes, bool staged)
+      : RowForm(form), images(images), rows(rows), least_lanes(least_lanes), lanes(lanes), staged(staged) {}
 };
-constexpr RowsForm kRowsForms[] = {{{14, 13}, 2, 2, 32, 32, true, true}, {{28, 4}, 2, 1, 8, 16, true, false},
-                                   {{28, 6}, 2, 1, 8, 16, true, false},  {{28, 14}, 2, 1, 8, 16, false, false},
-                                   {{56, 15}, 1, 1, 8, 8, false, false}, {{56, 2}, 1, 1, 8, 8, true, false},
-                                   {{56, 25}, 1, 1, 8, 8, false, false}};
+constexpr RowsForm kRowsForms[] = {{{14, 13}, 2, 2, 32, 32, true}, {{28, 4}, 2, 1, 8, 16, true},
+                                   {{28, 6}, 2, 1, 8, 16, true},   {{28, 14}, 2, 1, 8, 16, false},
+                                   {{56, 15}, 1, 1, 8, 8, false},  {{56, 2}, 1, 1, 8, 8, true},
+                                   {{56, 25}, 1, 1, 8, 8, false}};
 
 // The number of the form that serves; -1 for none.
 inline int find_rows_form(int64_t batch, int64_t width, int64_t out_width, int64_t kernel_w, int64_t padding_w) {
@@ -71,7 +59,7 @@ inline bool is_sure_of_rows(const Problem& p) {
   const int64_t height = std::max(p.height, p.out_height);
   constexpr int64_t kStages = 2, kWarps = 12, kKernel = 8 << 10, kBesidesStages = 64 << 10;
   return kStages * std::min(p.height, p.out_height) >= kWarps * rows &&
-         kStages * (units * (4 * form.side * height + 16) + kKernel) + kBesidesStages <= p.shared_memory;
+         kStages * (units * 4 * form.side * (height + 1) + kKernel) + kBesidesStages <= p.shared_memory;
 }
 
 // What lanes_channels_last.cu is compiled for.
@@ -110,6 +98,13 @@ struct LanesForm : RowForm {
   // Filters and images that the lanes of a warp lie on; what is left of them lies on rows.
   constexpr int filters(bool channels_last) const { return side == 14 ? 4 : !channels_last ? 1 : side == 28 ? 8 : 4; }
   constexpr int images(bool channels_last) const { return side == 14 ? 8 : channels_last ? 1 : side == 28 ? 8 : 4; }
+  // Whether no tap that lies farther meets an image.
+  constexpr bool has_all_taps() const { return reach == side - 1; }
+  // Whether planes and kernels fit.
+  bool fits(int64_t width, int64_t out_width, int64_t kernel_w, int64_t padding_w) const {
+    return std::max(width, out_width) <= side &&
+           (has_all_taps() || std::max(padding_w, kernel_w - 1 - padding_w) <= reach);
+  }
   // Whether of a row's products enough are of taps that meet the image: large_float32_grad_weight.cu multiplies half
   // as fast.
   bool serves(int64_t width, int64_t out_width, int64_t kernel_w, int64_t padding_w) const {
