@@ -74,20 +74,32 @@ struct Arguments {
   int channel_bytes, kernel_bytes;                        // from channel to channel
   int ring_at, weights_at, zeros_at, barriers_at, bytes;  // in shared memory, behind the boxes
   Divider by_tasks;
-
-  // Barriers: a box is there, rows of the ring are there, a task is done.
-  __device__ int box_barrier(int box) const { return barriers_at + 8 * box; }
-  __device__ int band_barrier(int slot) const { return barriers_at + 8 * (kBoxes + slot); }
-  __device__ int task_barrier(int task) const { return barriers_at + 8 * (kBoxes + kMostBands + task % kMostTasks); }
-  // The place of a row in the ring.
-  static __device__ int place_in_ring(int row, int ring_rows) {
-    while (row < 0) row += ring_rows;
-    while (row >= ring_rows) row -= ring_rows;
-    return row;
-  }
 };
 
 constexpr int kBarriers = kBoxes + kMostBands + kMostTasks;
+
+// Barriers: a box is there, rows of the ring are there, a task is done. Templates, or compilers would miss their use
+// where code is for GPUs before sm_90.
+template <class A>
+__device__ int box_barrier(const A& a, int box) {
+  return a.barriers_at + 8 * box;
+}
+template <class A>
+__device__ int band_barrier(const A& a, int slot) {
+  return a.barriers_at + 8 * (kBoxes + slot);
+}
+template <class A>
+__device__ int task_barrier(const A& a, int task) {
+  return a.barriers_at + 8 * (kBoxes + kMostBands + task % kMostTasks);
+}
+
+// The place of a row in a ring.
+template <class Row>
+__device__ Row place_in_ring(Row row, Row ring_rows) {
+  while (row < 0) row += ring_rows;
+  while (row >= ring_rows) row -= ring_rows;
+  return row;
+}
 
 // The last band of an image that a chunk meets; 0 if it meets none.
 template <class F>
@@ -105,22 +117,24 @@ __host__ __device__ int last_chunk_of(const Arguments& a, int band) {
 
 // All products of a row of weights, and a block of pixels that begins kShift columns behind the outputs.
 template <class F, int kShift>
-__device__ __forceinline__ void add_block(float (&sum)[2][F::kBlock], uint32_t source, uint32_t weight, int positive) {
+__device__ __forceinline__ void add_block(float (&sum)[2][F::kBlock], int source, int weight, int positive) {
   constexpr int kBlock = F::kBlock, kReach = F::kReach;
   constexpr int kFirst = std::max(kShift - kBlock + 1, -kReach) + kReach;
   constexpr int kLast = std::min(kShift + kBlock - 1, kReach) + kReach;
   constexpr int kBegin = std::max(0, -kReach - kShift), kEnd = std::min(kBlock, kBlock + kReach - kShift);
   // After so many taps ptxas finds a test, and does not mix their FMA with others.
   constexpr int kTogether = F::kSide == 28 ? 4 : kReach == 15 ? 8 : F::kTaps;
-  float x[F::kPixels], w[F::kWeightBytes / 4];
+  // Plain loads, which ptxas puts ahead of their use, as volatile ones it does not.
+  alignas(16) float x[F::kPixels], w[F::kWeightBytes / 4];
+  const auto load = [](float* to, int from) { reinterpret_cast<float4&>(*to) = shared<float4>(from); };
 #pragma unroll
-  for (int u = kBegin / 4 * 4; u < kEnd; u += 4) load_four(&x[u], source + 4 * u);
+  for (int u = kBegin / 4 * 4; u < kEnd; u += 4) load(&x[u], source + 4 * u);
 #pragma unroll
-  for (int tap = kFirst / 4 * 4; tap < kFirst + 4; tap += 4) load_four(&w[tap], weight + 4 * tap);
+  for (int tap = kFirst / 4 * 4; tap < kFirst + 4; tap += 4) load(&w[tap], weight + 4 * tap);
 #pragma unroll
   for (int tap = kFirst; tap <= kLast; ++tap) {
     if (tap > kFirst && tap % kTogether == 0 && positive == -tap) asm volatile("trap;");
-    if (tap % 4 == 0 && tap + 4 <= kLast) load_four(&w[tap + 4], weight + 4 * (tap + 4));
+    if (tap % 4 == 0 && tap + 4 <= kLast) load(&w[tap + 4], weight + 4 * (tap + 4));
 #pragma unroll
     for (int n = 0; n < kBlock; ++n) {
       const int o = tap % 2 == 0 ? n : kBlock - 1 - n, u = o + tap - kReach - kShift;
@@ -151,16 +165,15 @@ __device__ __forceinline__ void add_to_two_rows(float (&sum)[2][2][F::kBlock], u
 // Walks down the kernel, of which a row meets another row of the image for each of the warp's rows. `image_row`: the
 // place in the ring of the image's first row; `first_row`: of the outputs.
 template <class F, int kShift>
-__device__ __forceinline__ void walk_down_kernel(float (&sum)[2][F::kBlock], const Arguments& a, uint32_t ring,
-                                                 uint32_t weight, uint32_t zeros, int image_row, int first_row,
-                                                 int row) {
+__device__ __forceinline__ void walk_down_kernel(float (&sum)[2][F::kBlock], const Arguments& a, int ring, int weight,
+                                                 int zeros, int image_row, int first_row, int row) {
   // Rows of the kernel in which any lane meets the image: at least one, of zeros.
   const int begin = max(a.padding_h - (first_row + F::kRows - 1), 0);
   const int end = min(a.height + a.padding_h - first_row, a.kernel_h), ring_rows = kBandRows * a.ring_bands;
   const int positive = a.batch;  // which ptxas does not know
   uint32_t y = row - a.padding_h + begin;
-  uint32_t source = ring + a.place_in_ring(image_row + static_cast<int>(y), ring_rows) * F::kRowBytes;
-  const uint32_t past = ring + ring_rows * F::kRowBytes;
+  int source = ring + place_in_ring(image_row + static_cast<int>(y), ring_rows) * F::kRowBytes;
+  const int past = ring + ring_rows * F::kRowBytes;
   weight += begin * F::kWeightBytes;
   int left = end - begin;
 #pragma unroll 1
@@ -180,7 +193,7 @@ __device__ __forceinline__ void walk_down_image(float (&sum)[2][2][F::kBlock], c
   const int begin = max(first_row - a.padding_h, 0);
   const int end = min(first_row + F::kRows - 1 - a.padding_h + a.kernel_h, a.height);
   const int ring_rows = kBandRows * a.ring_bands;
-  uint32_t source = ring + a.place_in_ring(image_row + begin, ring_rows) * F::kRowBytes;
+  uint32_t source = ring + place_in_ring(image_row + begin, ring_rows) * F::kRowBytes;
   const uint32_t past = ring + ring_rows * F::kRowBytes;
   uint32_t tap_row = begin - row + a.padding_h - 1;
   weight += tap_row * F::kWeightBytes;
@@ -238,7 +251,8 @@ __device__ __forceinline__ void store_row(float (&sum)[2][F::kBlock], const Argu
       if (!is_finite(*at(o))) *at(o) = sum_by_taps(a, filter, image, row, column + o) + bias;
 }
 
-// What a warp takes at once: a block of columns of some rows of an image's channels.
+// What a warp takes at once: a block of columns of some rows of an image's channels. `base`: where shared memory begins
+// for loads by address, or 0.
 template <class F>
 __device__ __forceinline__ void compute(const Arguments& a, int filter, int image, uint32_t base, int image_row,
                                         int chunk, bool is_right) {
@@ -272,12 +286,12 @@ __device__ __forceinline__ void compute(const Arguments& a, int filter, int imag
 
 // Where a lane finds the pixels that it turns in a box, and where they go in a band of the ring.
 template <class F>
-struct Turn {
+struct BoxTurner {
   static constexpr int kFours = F::kUnits / 4, kColumns = F::kPixels / 4;
   static constexpr int kAll = kFours * kColumns * kBandRows, kCount = (kAll + 31) / 32;
   int from[kCount], to[kCount];
 
-  __device__ explicit Turn(int channel_bytes) {
+  __device__ explicit BoxTurner(int channel_bytes) {
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
       const int at = threadIdx.x % 32 + 32 * n, four = at % kFours, column = at / kFours % kColumns;
@@ -287,7 +301,7 @@ struct Turn {
     }
   }
 
-  __device__ __forceinline__ void copy(uint32_t box, uint32_t band, int channel_bytes) const {
+  __device__ __forceinline__ void turn(uint32_t box, uint32_t band, int channel_bytes) const {
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
       if (n == kCount - 1 && static_cast<int>(threadIdx.x % 32) + 32 * n >= kAll) break;
@@ -317,13 +331,13 @@ struct BandCursor {
 template <class F>
 __device__ __forceinline__ void fill_ring(const Arguments& a, int filter, int first_image, int images, uint32_t base,
                                           int copier) {
-  const Turn<F> turn(a.channel_bytes);
+  const BoxTurner<F> turner(a.channel_bytes);
   const int boxes = kBoxes / a.copiers, first_box = copier * boxes;
   BandCursor next(a, copier), freed(a, copier);  // what is asked for next, and what the next band takes the place of
   const auto ask = [&](int box) {
     if (next.image >= images) return;
     if (is_elected()) {
-      const int barrier = a.box_barrier(box);
+      const int barrier = box_barrier(a, box);
       expect_bytes(barrier, F::kBoxBytes);
       copy_box(box * F::kBoxBytes, a.map, filter, 0, next.band * kBandRows, first_image + next.image, barrier);
       arrive(barrier);
@@ -335,18 +349,18 @@ __device__ __forceinline__ void fill_ring(const Arguments& a, int filter, int fi
   int box = 0, box_parity = 0, slot = copier, parity = 0, done = 0;  // done: tasks that are known to be
 #pragma unroll 1
   for (int at = copier; at < images * a.bands; at += a.copiers) {
-    wait(a.box_barrier(first_box + box), box_parity);
+    wait(box_barrier(a, first_box + box), box_parity);
     if (at >= a.ring_bands) {
       const int end = freed.image * a.tasks + (last_chunk_of<F>(a, freed.band) + 1) * F::kBlocks;
-      for (; done < end; ++done) wait(a.task_barrier(done), done / kMostTasks & 1);
+      for (; done < end; ++done) wait(task_barrier(a, done), done / kMostTasks & 1);
       freed.advance(a, a.copiers);
     }
-    turn.copy(base + (first_box + box) * F::kBoxBytes, base + a.ring_at + slot * kBandRows * F::kRowBytes,
-              a.channel_bytes);
+    turner.turn(base + (first_box + box) * F::kBoxBytes, base + a.ring_at + slot * kBandRows * F::kRowBytes,
+                a.channel_bytes);
     // Bands are there in their order.
     if (a.copiers > 1 && at > 0)
-      wait(a.band_barrier(slot > 0 ? slot - 1 : a.ring_bands - 1), slot > 0 ? parity : parity ^ 1);
-    arrive_together(a.band_barrier(slot), threadIdx.x % 32 == 0);
+      wait(band_barrier(a, slot > 0 ? slot - 1 : a.ring_bands - 1), slot > 0 ? parity : parity ^ 1);
+    arrive_together(band_barrier(a, slot), threadIdx.x % 32 == 0);
     for (slot += a.copiers; slot >= a.ring_bands; parity ^= 1) slot -= a.ring_bands;
     ask(first_box + box);
     if (++box == boxes) box = 0, box_parity ^= 1;
@@ -364,10 +378,10 @@ __global__ void __launch_bounds__(32 * kWarps, 1) lanes_channels_last(const __gr
   for (int at = a.weights_at + 16 * threadIdx.x; at < a.barriers_at; at += 16 * blockDim.x) shared<float4>(at) = {};
   if (threadIdx.x == 0) {
     next_task = 0;
-    for (int box = 0; box < kBoxes; ++box) init_barrier(a.box_barrier(box), 1);
+    for (int box = 0; box < kBoxes; ++box) init_barrier(box_barrier(a, box), 1);
   }
-  for (int n = threadIdx.x; n < kMostBands; n += blockDim.x) init_barrier(a.band_barrier(n), kWarpArrivals);
-  for (int n = threadIdx.x; n < kMostTasks; n += blockDim.x) init_barrier(a.task_barrier(n), kWarpArrivals);
+  for (int n = threadIdx.x; n < kMostBands; n += blockDim.x) init_barrier(band_barrier(a, n), kWarpArrivals);
+  for (int n = threadIdx.x; n < kMostTasks; n += blockDim.x) init_barrier(task_barrier(a, n), kWarpArrivals);
   before_bulk_copies();
   __syncthreads();
   let_next_kernel_start();
@@ -400,9 +414,10 @@ __global__ void __launch_bounds__(32 * kWarps, 1) lanes_channels_last(const __gr
     }
     const int chunk = rank / F::kBlocks, last_band = first_band + last_band_of<F>(a, chunk);
     const int turns = last_band / a.ring_bands;
-    wait(a.band_barrier(last_band - turns * a.ring_bands), turns & 1);
-    compute<F>(a, filter, first_image + image, base, image_row, chunk, F::kBlocks > 1 && rank % F::kBlocks == 1);
-    arrive_together(a.task_barrier(task), lane == 0);
+    wait(band_barrier(a, last_band - turns * a.ring_bands), turns & 1);
+    compute<F>(a, filter, first_image + image, F::kDownImage ? base : 0, image_row, chunk,
+               F::kBlocks > 1 && rank % F::kBlocks == 1);
+    arrive_together(task_barrier(a, task), lane == 0);
   }
 #endif
 }
