@@ -6,10 +6,10 @@
 // products are straight code. Which pixels meet which outputs along a row is known when the code is compiled: nothing
 // is multiplied but what meets, but for columns that narrower planes lack.
 //
-// Another warp copies the planes of the next images to shared memory meanwhile: a ring of stages. It gets few turns
-// beside warps that always have something to multiply, so planes come by one instruction where they can, as a box. The
-// warps of each scheduler take their rows from a counter of their own, and go on to the next stage while others are
-// still at the last one.
+// Another warp, or some, copy the planes of the next images to shared memory meanwhile: a ring of stages. They get few
+// turns beside warps that always have something to multiply, so planes come by one instruction where they can, as a
+// box. The warps of each scheduler take their rows from a counter of their own, and go on to the next stage while
+// others are still at the last one.
 //
 // A weight is the same for all lanes of a warp, and ptxas keeps it in a uniform register. Then an FMA finds the pixel
 // where the one before had it, and reads one number from the register file, the sum. But it does so only where it is
@@ -59,6 +59,8 @@ struct Form {
   // weights of many taps in uniform registers, with 128 it reads the pixels of few ahead of their use.
   static constexpr int kMostWarps = kTaps == 31 || (kForm.staged && kSide > 14) ? 3 : 4;
   static constexpr int kBoundThreads = kMostWarps == 3 && kTaps < 31 ? 512 : kTaps > 32 ? 544 : 640;
+  // Warps that copy where planes do not come by bulk copies: one beside those of each scheduler.
+  static constexpr int kMostCopiers = std::min(kBoundThreads / 32 - kSchedulers * kMostWarps, kSchedulers);
 };
 
 struct Arguments {
@@ -79,6 +81,7 @@ struct Arguments {
   int box_bytes;               // 0 where there are none
   bool stores_boxes;           // whether outputs go out by boxes
   int image_bytes, row_bytes;  // from image to image of the target, and from row to row
+  int copiers;                 // warps that copy
   Divider by_groups, by_tasks, by_stages;
   Copy copy;
   int stages, stage_bytes, unit_bytes;
@@ -371,7 +374,7 @@ __global__ void __launch_bounds__(F::kBoundThreads) lanes(const __grid_constant_
   __shared__ int next_task[kSchedulers];
   __shared__ int all_finite;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  const int warps = blockDim.x / 32 - 1;  // that compute
+  const int warps = blockDim.x / 32 - a.copiers;  // that compute
   const int first = blockIdx.x * a.share, end = min(first + a.share, a.items);
   ask_for<F>(a, Item<F>(a, first));
   for (int at = a.zeros_from + 16 * threadIdx.x; at < a.bytes; at += 16 * blockDim.x) shared<float4>(at) = {};
@@ -391,7 +394,7 @@ __global__ void __launch_bounds__(F::kBoundThreads) lanes(const __grid_constant_
     for (int& next : next_task) next = 0;
     all_finite = 1;
     for (int stage = 0; stage < a.stages; ++stage) {
-      init_barrier(stages.barriers + 16 * stage, 32);
+      init_barrier(stages.barriers + 16 * stage, 32 * a.copiers);
       init_barrier(stages.barriers + 16 * stage + 8, a.tasks * kWarpArrivals);
     }
   }
@@ -400,7 +403,7 @@ __global__ void __launch_bounds__(F::kBoundThreads) lanes(const __grid_constant_
   let_next_kernel_start();
   wait_for_kernel_before();
 
-  if (warp == warps) {
+  if (warp >= warps) {
 #pragma unroll 1
     for (int at = first; at < end; ++at) {
       stages.wait_empty();
@@ -418,9 +421,9 @@ __global__ void __launch_bounds__(F::kBoundThreads) lanes(const __grid_constant_
       } else {
         copy_planes<F>(nullptr, a.source + item.image * a.source_stride[0] + channel * a.source_stride[1],
                        a.source_stride, a.copy, item.filter, item.image, 1, item.units, a.height, a.width, to,
-                       a.unit_bytes, stages.full(), 0, 1);
+                       a.unit_bytes, stages.full(), warp - warps, a.copiers);
       }
-      copy_weights<F>(a, item.filter, to + a.weights_at);
+      if (warp == warps) copy_weights<F>(a, item.filter, to + a.weights_at);
       arrive_after_copies(stages.full());
       stages.wait_full();  // what comes before comes first
       stages.advance();
@@ -524,6 +527,7 @@ bool launch(const Problem& p, Arguments a, cudaStream_t stream) {
   // With few taps tasks are short, and waiting until a box is read takes as long as it saves.
   constexpr int kFewTaps = 9;
   a.stores_boxes = a.stores_boxes && F::kTaps > kFewTaps;
+  a.copiers = a.box_bytes > 0 || a.copy.bulk ? 1 : F::kMostCopiers;
   constexpr int64_t kFar = int64_t{1} << 31;  // within what a warp has places are numbers of 32 bits
   if (4 * (a.units * a.target_stride[0] + a.out_height * a.target_stride[2]) >= kFar) return false;
   a.image_bytes = static_cast<int>(4 * a.target_stride[0]), a.row_bytes = static_cast<int>(4 * a.target_stride[2]);
@@ -534,7 +538,7 @@ bool launch(const Problem& p, Arguments a, cudaStream_t stream) {
             (F::kHeldRows > 1 ? follow : (a.target_stride[2] | a.out_width) % 4 == 0);
   const auto kernel = lanes<F>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, a.bytes);
-  launch_early(kernel, a, ceil_div(a.items, a.share), 32 * (kSchedulers * warps + 1), stream, {1, a.bytes});
+  launch_early(kernel, a, ceil_div(a.items, a.share), 32 * (kSchedulers * warps + a.copiers), stream, {1, a.bytes});
   check_launch("lanes");
   return true;
 }
