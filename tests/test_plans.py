@@ -1589,9 +1589,14 @@ def check_grad_weight(
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("spoilt", [False, True])
 def test_grad_weight_of_three_channels(spoilt: bool, dtype: torch.dtype) -> None:
-    """Many rows, in bands of every sort: whole and cut short, several of a group, groups of every width."""
+    """Rows in bands of every sort: whole and cut short, several of a group, groups of every width; at any place."""
     for batch, size in ((26, (90, 512)), (29, (101, 344)), (7, (333, 1000)), (3000, (9, 128)), (60, (97, 224))):
         check_grad_weight(tile_case(((3, 3), 1, 1), batch, 3, size), MARCH["grad_weight"], dtype, spoilt)
+    for offset, (batch, size) in enumerate(((29, (101, 344)), (7, (333, 1000)), (3000, (9, 128))), 1):
+        for offsets in ((offset, offset), (offset + 4, offset + 4), (offset, 0)):
+            check_grad_weight(
+                tile_case(((3, 3), 1, 1), batch, 3, size), MARCH["grad_weight"], dtype, spoilt, offsets, repeats=2
+            )
 
 
 @pytest.mark.gpu
@@ -1646,6 +1651,11 @@ def test_grad_weight_of_arrays_that_begin_alike(spoilt: bool, dtype: torch.dtype
         ((9, 9), (4, 4), 3, 40, (28, 28)),
         ((7, 7), (3, 3), 2, 64, (13, 131)),
         ((2, 3), (1, 1), 3, 40, (9, 60)),
+        ((7, 7), (3, 3), 9, 72, (19, 56)),
+        ((5, 5), (2, 2), 21, 40, (11, 300)),
+        ((9, 9), (4, 4), 13, 32, (10, 255)),
+        ((7, 7), (3, 5), 15, 40, (11, 126)),
+        ((3, 8), (1, 4), 40, 32, (7, 128)),
     ):
         case = tile_case((kernel, 1, 1), batch, channels, size)._replace(padding=padding)
         for offsets in ((1, 1), (5, 5), (4, 4), (7, 7), (3, 2)):

@@ -29,12 +29,16 @@ inline bool has_three_channels(const Problem& p) {
          p.padding_w == 1 && p.width % kPixels == 0;
 }
 
-// Whether an array has its rows and images one behind the other, in units of 16 bytes.
-inline bool is_dense(const View& view, const Problem& p, int64_t element) {
+// Whether an array has its rows and images one behind the other, whole units of 16 bytes each.
+inline bool has_dense_rows(const View& view, const Problem& p, int64_t element) {
   const int64_t row = p.width * kChannels;
-  return reinterpret_cast<uintptr_t>(view.data) % kUnit == 0 && row * element % kUnit == 0 &&
-         view.stride[3] == kChannels && (p.height == 1 || view.stride[2] == row) &&
+  return row * element % kUnit == 0 && view.stride[3] == kChannels && (p.height == 1 || view.stride[2] == row) &&
          (p.batch == 1 || view.stride[0] == p.height * row);
+}
+
+// The same of one that begins with a unit.
+inline bool is_dense(const View& view, const Problem& p, int64_t element) {
+  return reinterpret_cast<uintptr_t>(view.data) % kUnit == 0 && has_dense_rows(view, p, element);
 }
 
 }  // namespace

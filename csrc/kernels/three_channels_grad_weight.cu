@@ -6,6 +6,10 @@
 // own, which bulk copies of whole rows fill. Zeros lie on both sides of a row. Bands are gone through downwards and
 // upwards by turns: so neighbours read the rows that both need at the same time, and memory is asked for them once.
 //
+// Where rows begin between units of 16 bytes, both arrays as far behind one, a row is copied with all units that it has
+// a part of, a thread reads the four elements at a time that have its own among them, and what lies beside a row is of
+// other ones: the first and the last thread take zeros instead.
+//
 // What is not part of a sum is multiplied by zero, which is exact unless the other factor is Inf or NaN. So sums that
 // are finite are right, and the others are taken again, product by product.
 #include <algorithm>
@@ -24,17 +28,27 @@ constexpr int kThreads = 512;  // of a block, at most
 // Of a group, and of all groups. More of them would have more rows under way than memory likes: each makes it slower.
 constexpr int kStages = 2, kMostRings = 32;
 constexpr int kZeros = 16 * kMostRings;    // where zeros lie in shared memory, behind barriers
-constexpr int kRing = kZeros + 5 * kUnit;  // where the rings begin
+constexpr int kRing = kZeros + 6 * kUnit;  // where the rings begin
 
 struct Images {
-  const char *source, *grad;
-  float* partial;  // [block][tap, or bias behind the last tap][channel]
+  const char *source, *grad;  // where their first units begin
+  float* partial;             // [block][tap, or bias behind the last tap][channel]
   int height, row_bytes;
+  int shift;                   // how far behind a unit both begin
   int bands, rows, all_bands;  // bands of an image, of so many rows each, and of all images
   int groups;                  // of a block
   int strips, group_threads;   // threads of a group that have pixels, and all of them
   int stage_bytes;
   Divider by_bands, by_group_threads;
+};
+
+// What is read of a row, four elements at a time, of which the first one lies `misfit` elements behind such four: from
+// which element on, counted from the thread's own ones, and how often. `beside`: elements on both sides that are
+// needed.
+template <int misfit, int beside>
+struct Reads {
+  static constexpr int kFirst = -(misfit + (beside > misfit ? (beside - misfit + 3) / 4 * 4 : 0));
+  static constexpr int kCount = (kElements + beside - kFirst + 3) / 4;
 };
 
 // A band of rows. A step brings one row of the gradient, as long as there are, and the row of the input behind it.
@@ -67,8 +81,8 @@ __device__ float sum_by_products(const Images& a, int first, int every, int stri
       const int row = band.begin + step, y = row + i;
       if (y < 0 || y >= a.height) continue;
       const int64_t image = static_cast<int64_t>(band.image) * a.height;
-      const T* x = reinterpret_cast<const T*>(a.source + (image + y) * a.row_bytes);
-      const T* g = reinterpret_cast<const T*>(a.grad + (image + row) * a.row_bytes);
+      const T* x = reinterpret_cast<const T*>(a.source + a.shift + (image + y) * a.row_bytes);
+      const T* g = reinterpret_cast<const T*>(a.grad + a.shift + (image + row) * a.row_bytes);
       for (int v = strip * kPixels; v < (strip + 1) * kPixels; ++v)
         if (v + j >= 0 && v + j < width)
           total = fmaf(widen(x[(v + j) * kChannels + channel]), widen(g[v * kChannels + channel]), total);
@@ -93,16 +107,18 @@ class Feed {
   __device__ Feed(const Images& a, int first, bool up) : band_(a, first), up_(up) { seek(a); }
 
   // Begins to load what the next step needs, if there is one. `ready()`: waits until there is room.
+  // `more`: bytes that rows are longer for their first and last units.
   template <typename Ready>
-  __device__ void load(const Images& a, int every, uint32_t to, int barrier, Ready&& ready) {
+  __device__ void load(const Images& a, int every, int more, uint32_t to, int barrier, Ready&& ready) {
     if (band_.done(a)) return;
     if (is_elected()) {
       ready();
+      const int bytes = a.row_bytes + more;
       if (static_cast<uint32_t>(row_) < static_cast<uint32_t>(a.height))
-        expect_bytes(barrier, a.row_bytes), copy_bulk(to, source_, a.row_bytes, barrier);
+        expect_bytes(barrier, bytes), copy_bulk(to, source_, bytes, barrier);
       if (band_.has_grad(step_)) {
-        expect_bytes(barrier, a.row_bytes);
-        copy_bulk(to + kUnit + a.row_bytes, source_ + to_grad_, a.row_bytes, barrier);
+        expect_bytes(barrier, bytes);
+        copy_bulk(to + kUnit + bytes, source_ + to_grad_, bytes, barrier);
       }
       arrive(barrier);
     }
@@ -125,10 +141,13 @@ class Feed {
   }
 };
 
-template <typename T, bool kWithBias>
+// `kMisfit`: elements that rows begin behind four, if they begin between units.
+template <typename T, bool kWithBias, int kMisfit>
 __global__ void __launch_bounds__(kThreads, 1) three_channels_grad_weight(const __grid_constant__ Images a) {
 #if __CUDA_ARCH__ >= 900
-  constexpr int kSize = sizeof(T);
+  constexpr int kSize = sizeof(T), kMore = kMisfit > 0 ? kUnit : 0;
+  using Source = Reads<kMisfit, kChannels>;
+  using Grad = Reads<kMisfit, 0>;
   let_next_kernel_start();
   uint32_t rest = threadIdx.x;
   const int place = a.by_group_threads.split(rest), group = rest, warps = a.group_threads / 32;
@@ -140,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 1) three_channels_grad_weight(const 
     for (int stage = 0; stage < kStages; ++stage) {
       init_barrier(barriers + 8 * stage, 1), init_barrier(barriers + 8 * (kMostRings + stage), warps * kWarpArrivals);
       const int at = ring + stage * a.stage_bytes;
-      shared<uint4>(at) = shared<uint4>(at + kUnit + a.row_bytes) = uint4{};
+      shared<uint4>(at) = shared<uint4>(at + kUnit + a.row_bytes + kMore) = uint4{};
     }
   if (threadIdx.x < (kRing - kZeros) / kUnit) shared<uint4>(kZeros + threadIdx.x * kUnit) = uint4{};
   before_bulk_copies();
@@ -155,14 +174,16 @@ __global__ void __launch_bounds__(kThreads, 1) three_channels_grad_weight(const 
   if (loads)
 #pragma unroll 1
     for (int stage = 0; stage < kStages - 1; ++stage)
-      feed.load(a, every, shared_address(ring + stage * a.stage_bytes + kUnit), barriers + 8 * stage, [] {});
+      feed.load(a, every, kMore, shared_address(ring + stage * a.stage_bytes + kUnit), barriers + 8 * stage, [] {});
 
   float sum[kKernel][kKernel][kChannels] = {}, g[kKernel][kElements];
   double biases[kChannels] = {};
   // See kept_shared_address.
   const auto kept = [](uint32_t value) { return __shfl_sync(~0u, value, threadIdx.x % 32); };
   const uint32_t base = kept_shared_address(), zeros = base + kZeros;
-  const uint32_t ring_at = kept(base + ring), strip_at = kept(kUnit + strip * kElements * kSize);
+  const uint32_t ring_at = kept(base + ring),
+                 strip_at = kept(kUnit + (kMisfit > 0 ? a.shift : 0) + strip * kElements * kSize);
+  const bool begins_row = kMisfit > 0 && strip == 0, ends_row = kMisfit > 0 && strip == a.strips - 1;
   const uint32_t first_barrier = kept(base + barriers), last_barrier = kept(base + barriers + 8 * (kStages - 1));
   const bool first_lane = kept(threadIdx.x % 32) == 0;
   uint32_t barrier = first_barrier, at = ring_at, parity = 0;
@@ -182,21 +203,29 @@ __global__ void __launch_bounds__(kThreads, 1) three_channels_grad_weight(const 
         if (loads) {  // into the stage of the step before
           const uint32_t before = is_first ? last_barrier : barrier - 8;
           const uint32_t to = is_first ? ring_at + (kStages - 1) * a.stage_bytes : at - a.stage_bytes;
-          feed.load(a, every, to + kUnit, static_cast<int>(before - base), [&] {
+          feed.load(a, every, kMore, to + kUnit, static_cast<int>(before - base), [&] {
             if (later) wait_at(before + 8 * kMostRings, parity ^ is_first);
           });
         }
         later = true;
         wait_at(barrier, parity);
-        const uint32_t grad_at = left > kKernel - 1 ? at + strip_at + kUnit + a.row_bytes : zeros;
+        const uint32_t grad_from = at + strip_at + kUnit + a.row_bytes + kMore + Grad::kFirst * kSize;
+        const uint32_t grad_at = left > kKernel - 1 ? grad_from : zeros;
         const bool is_row = static_cast<uint32_t>(row) < static_cast<uint32_t>(a.height);
-        const uint32_t source_at = is_row ? at + strip_at - 4 * kSize : zeros;
-        float x[4 + kElements + 4];
+        const uint32_t source_at = is_row ? at + strip_at + Source::kFirst * kSize : zeros;
+        float x[4 * Source::kCount], own[4 * Grad::kCount];
 #pragma unroll
-        for (int e = 0; e < kElements; e += 4) read_four<T>(grad_at + e * kSize, g[u] + e);
+        for (int k = 0; k < 4 * Grad::kCount; k += 4) read_four<T>(grad_at + k * kSize, own + k);
 #pragma unroll
-        for (int e = 0; e < 4 + kElements + 4; e += 4) read_four<T>(source_at + e * kSize, x + e);
+        for (int k = 0; k < 4 * Source::kCount; k += 4) read_four<T>(source_at + k * kSize, x + k);
         arrive_together_at(barrier + 8 * kMostRings, first_lane);
+#pragma unroll
+        for (int e = 0; e < kElements; ++e) g[u][e] = own[e - Grad::kFirst];
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) {
+          if (begins_row) x[c - kChannels - Source::kFirst] = 0;
+          if (ends_row) x[c + kElements - Source::kFirst] = 0;
+        }
         if constexpr (kWithBias)
 #pragma unroll
           for (int e = 0; e < kElements; ++e) bias[e % kChannels] += g[u][e];
@@ -207,7 +236,7 @@ __global__ void __launch_bounds__(kThreads, 1) three_channels_grad_weight(const 
 #pragma unroll
             for (int e = 0; e < kElements; ++e) {
               float& s = sum[i][j][e % kChannels];
-              s = fmaf(x[4 + e + (j - 1) * kChannels], g[(u - i + kKernel) % kKernel][e], s);
+              s = fmaf(x[e + (j - 1) * kChannels - Source::kFirst], g[(u - i + kKernel) % kKernel][e], s);
             }
         const bool is_last = barrier == last_barrier;
         at = is_last ? ring_at : at + a.stage_bytes, barrier = is_last ? first_barrier : barrier + 8, parity ^= is_last;
@@ -260,9 +289,9 @@ int bands_for(const Problem& p, int64_t places) {
   return best;
 }
 
-template <typename T, bool kWithBias>
+template <typename T, bool kWithBias, int kMisfit>
 bool launch(const Problem& p, Images a, int groups, const Allocate& allocate, cudaStream_t stream) {
-  const auto kernel = three_channels_grad_weight<T, kWithBias>;
+  const auto kernel = three_channels_grad_weight<T, kWithBias, kMisfit>;
   if (!can_overlap(kernel)) return false;  // nor does it copy rows
   const Device& device = current_device();
   static thread_local Decisions<4, int> decisions;
@@ -289,10 +318,14 @@ bool launch(const Problem& p, Images a, int groups, const Allocate& allocate, cu
 bool launch_three_channels_grad_weight(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
   const Device& device = current_device();
   const int64_t element = size_of(p.dtype);
-  if (element > 4 || !has_three_channels(p) || !is_dense(p.input, p, element) || !is_dense(p.output, p, element))
+  const auto shift_of = [](const View& view) { return reinterpret_cast<uintptr_t>(view.data) % kUnit; };
+  if (element > 4 || !has_three_channels(p) || !has_dense_rows(p.input, p, element) ||
+      !has_dense_rows(p.output, p, element) || shift_of(p.input) != shift_of(p.output))
     return false;
   Images a{};
-  a.source = static_cast<const char*>(p.input.data), a.grad = static_cast<const char*>(p.output.data);
+  a.shift = static_cast<int>(shift_of(p.input));
+  a.source = static_cast<const char*>(p.input.data) - a.shift;
+  a.grad = static_cast<const char*>(p.output.data) - a.shift;
   a.height = static_cast<int>(p.height), a.row_bytes = static_cast<int>(p.width * kChannels * element);
   a.strips = static_cast<int>(p.width / kPixels);
   a.group_threads = static_cast<int>(round_up(a.strips, 32));
@@ -300,14 +333,24 @@ bool launch_three_channels_grad_weight(const Problem& p, const Allocate& allocat
   const int groups = a.groups = kThreads / a.group_threads;
   constexpr int64_t kFewestRows = 4;  // of a group: few rows are left to others
   if (p.batch * p.height < kFewestRows * groups * device.multiprocessors) return false;
-  a.stage_bytes = 2 * (a.row_bytes + kUnit), a.by_group_threads = Divider(a.group_threads);
+  a.stage_bytes = 2 * (a.row_bytes + kUnit + (a.shift > 0 ? kUnit : 0)), a.by_group_threads = Divider(a.group_threads);
   if (int64_t{groups} * kStages * a.stage_bytes > device.shared_per_block - kRing) return false;
+  const int misfit = static_cast<int>(a.shift / element % 4);  // of what is read at once
+  if (a.shift > 0 && misfit == 0) return false;
   bool launched = false;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
+    const auto launch_misfit = [&](auto misfit) {
+      constexpr int kMisfit = decltype(misfit)::value;
+      return p.bias ? launch<T, true, kMisfit>(p, a, groups, allocate, stream)
+                    : launch<T, false, kMisfit>(p, a, groups, allocate, stream);
+    };
+    using std::integral_constant;
     if constexpr (sizeof(T) <= 4)
-      launched =
-          p.bias ? launch<T, true>(p, a, groups, allocate, stream) : launch<T, false>(p, a, groups, allocate, stream);
+      launched = misfit == 0   ? launch_misfit(integral_constant<int, 0>{})
+                 : misfit == 1 ? launch_misfit(integral_constant<int, 1>{})
+                 : misfit == 2 ? launch_misfit(integral_constant<int, 2>{})
+                               : launch_misfit(integral_constant<int, 3>{});
   });
   return launched;
 }

@@ -20,8 +20,8 @@
 //
 // Arrays that begin between multiples of 16 bytes, both as far behind one, are loaded by whole units all the same:
 // those of a pixel begin with channels of the one before (Toeplitz::carried). In a row of the ring, their columns are
-// counted from 1 on, so it ends with the unit behind the row, and what its first pixel carries is cleared when it is
-// read.
+// counted from 1 on, so it ends with the unit behind the row. What its first pixel carries, and what that unit has but
+// carried channels, is of other rows, and cleared when it is read.
 //
 // Small images, which are multiplied whole, and rows that come as boxes have kernels of their own:
 // toeplitz_grad_weight_images.cu, toeplitz_grad_weight_rows.cu.
@@ -37,24 +37,21 @@ __host__ __device__ constexpr int place_of(int pixel) {
 
 // What a kernel is compiled for: rows of the kernel, or more; whether both halves of a tile are of one row, or of
 // different streams; bytes that are copied at once; blocks on a multiprocessor, as registers allow; whether pixels
-// carry channels, which they do where halves are of one row.
-template <int rows, bool wide, int bytes, int blocks, bool carries = false>
+// carry channels, which they do where halves are of one row, and how many masks then say what is of other rows: one, if
+// a thread's two tiles are at the same columns, or two.
+template <int rows, bool wide, int bytes, int blocks, int carries = 0>
 struct Size {
-  static constexpr int kRows = rows, kBytes = bytes, kBlocks = blocks;
-  static constexpr bool kWide = wide, kCarries = carries;
-  static_assert(!carries || wide);
+  static constexpr int kRows = rows, kBytes = bytes, kBlocks = blocks, kTileMasks = carries;
+  static constexpr bool kWide = wide, kCarries = carries > 0;
+  static_assert(!kCarries || wide);
   static constexpr int kSourceRuns = wide ? 3 : 4;  // of 8 columns that a thread reads, of both halves of a tile
 };
 
-// Begins to copy bytes, or writes zeros, if there is nothing to `copy`, or behind the first so many bytes if kSome.
-template <int kBytes, bool kSome>
+// Begins to copy bytes, or writes zeros, if there is nothing to `copy`.
+template <int kBytes>
 __device__ void copy_or_clear(uint32_t to, const char* from, uint32_t copy) {
   static_assert(kBytes == 2 || kBytes == kUnit);
-  if constexpr (kSome) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(copy) : "memory");
-#endif
-  } else if constexpr (kBytes == 2) {
+  if constexpr (kBytes == 2) {
     const uint16_t value = copy ? __ldg(reinterpret_cast<const uint16_t*>(from)) : uint16_t{0};
     asm volatile("st.shared.b16 [%0], %1;" ::"r"(to), "h"(value));  // loads may go before
   } else {
@@ -121,7 +118,6 @@ class StreamLoader {
 
  private:
   static constexpr int kSourcePixels = Size::kWide ? 3 : 4, kGradPixels = 2;  // of a row
-  static constexpr uint32_t kBehind = 1 << kSourcePixels;  // the bit of the first pixel that is behind the row
 
   int pixel_, byte_;              // the first one, and what of it
   uint32_t source_to_, grad_to_;  // where that goes in the first stage
@@ -129,20 +125,20 @@ class StreamLoader {
   int source_step_, grad_step_;
   int third_;  // whether there is a third one: 8 pixels of the input are beyond the columns of the span
   int row_, image_, span_;
-  int left_;                              // rows of the gradient
-  bool ends_;                             // no row of the input has any of them to meet
-  const char *source_, *grad_;            // the first pixel
-  uint32_t source_inside_, grad_inside_;  // a bit for each of the thread's pixels that is in the image
+  int left_;                    // rows of the gradient
+  bool ends_;                   // no row of the input has any of them to meet
+  const char *source_, *grad_;  // the first pixel
+  // A bit for each of the thread's pixels that is in the image, or behind a row, if its unit carries channels of that.
+  uint32_t source_inside_, grad_inside_;
 
   __device__ void seek(const Toeplitz& a) {
     const auto seek = [&](const Rows& v, int row, const char*& from, uint32_t& inside) {
       const int column = span_ * a.columns - v.shift + pixel_;
       from = v.units + image_ * v.image_bytes + row * v.row_bytes + int64_t{column} * v.pixel_bytes + byte_;
       inside = 0;
-      for (int k = 0; k < kSourcePixels; ++k) {
-        inside |= (static_cast<uint32_t>(column + k * step(a)) < static_cast<uint32_t>(v.width)) << k;
-        if (Size::kCarries && byte_ == 0 && column + k * step(a) == v.width) inside |= kBehind << k;
-      }
+      const int end = v.width + (Size::kCarries && byte_ == 0);
+      for (int k = 0; k < kSourcePixels; ++k)
+        inside |= (static_cast<uint32_t>(column + k * step(a)) < static_cast<uint32_t>(end)) << k;
     };
     seek(a.source, row_ - a.padding_h, source_, source_inside_), seek(a.grad, row_, grad_, grad_inside_);
   }
@@ -158,13 +154,58 @@ class StreamLoader {
       const uint32_t target = to + (Size::kWide ? k * to_step_ : place_of(k * kRun / 2));
 #pragma unroll
       for (int part = 0; part < kUnit; part += Size::kBytes) {
-        uint32_t copy = Size::kBytes == kUnit || byte_ + part < a.channels * 2 ? inside & 1 << k : 0;
-        if (Size::kCarries) copy = copy ? kUnit : inside & kBehind << k ? 2 * a.carried : 0;
-        copy_or_clear<Size::kBytes, Size::kCarries>(target + part, from + part, copy);
+        const uint32_t copy = Size::kBytes == kUnit || byte_ + part < a.channels * 2 ? inside & 1 << k : 0;
+        copy_or_clear<Size::kBytes>(target + part, from + part, copy);
       }
       from += step;
     }
   }
+};
+
+// Where units carry channels: what of a thread's pixels is of their own row, as masks. The first pixel of a row carries
+// what is of another one, and in the unit behind a row nothing else is of it. `kMasks`: one for each of a thread's two
+// tiles, or for both, if they are at the same columns.
+template <int kMasks>
+class OwnRow {
+ public:
+  static constexpr int kSourceRuns = 3, kGradRuns = 2;
+
+  // Finds them for a step, and returns the step that they hold until.
+  __device__ int seek(const Toeplitz& a, int slab, int split, int step) {
+    const int lane = threadIdx.x % 32, span_steps = a.groups * a.period;
+    const int at = a.shares.begin(split) + step;  // of the only stream, if there are several spans
+    const int span = a.spans > 1 ? at / span_steps : 0;
+    const bool carries = slab == 0 && first_channel<Usual>() < kUnit / 2;  // in the unit that does
+    const uint2 carried = carried_at(a, first_channel<Usual>());
+    const auto find = [&](const Rows& v, auto& of) {
+#pragma unroll
+      for (int h = 0; h < kMasks; ++h)
+#pragma unroll
+        for (int k = 0; k < static_cast<int>(std::extent_v<std::remove_reference_t<decltype(of)>>); ++k) {
+          const int tile = (lane % 4 + 4 * h) & (a.tiles() - 1);
+          const int column = span * a.columns + tile * kTileColumns + k * kRun + lane / 4 - v.shift;
+          const bool first = carries && column == 0, last = carries && column == v.width;
+          const auto own = [&](uint32_t carried) { return kept(first ? ~carried : last ? carried : ~0u); };
+          of[k][h] = {own(carried.x), own(carried.y)};
+        }
+    };
+    find(a.source, source_), find(a.grad, grad_);
+    return a.spans > 1 ? min(a.steps, step + span_steps - at % span_steps) : a.steps;
+  }
+
+  // Makes zeros of what is of other rows.
+  __device__ void clear_others(uint2 (&source)[kSourceRuns][2], uint2 (&grad)[kGradRuns][2]) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int k = 0; k < kSourceRuns; ++k) keep_own(source[k][h], source_[k][h % kMasks]);
+#pragma unroll
+      for (int k = 0; k < kGradRuns; ++k) keep_own(grad[k][h], grad_[k][h % kMasks]);
+    }
+  }
+
+ private:
+  uint2 source_[kSourceRuns][kMasks], grad_[kGradRuns][kMasks];
 };
 
 template <typename T, class Size>
@@ -188,6 +229,7 @@ __global__ void __launch_bounds__(kThreads, Size::kBlocks)
   // Sums of rows m and m + 8 by columns n and n + 1, where m = lane / 4 and n = lane % 4 * 2.
   float sum[kQuad][kRows][4] = {}, bias[4] = {};
   uint32_t g[kRows][kQuad][2] = {};
+  [[maybe_unused]] OwnRow<std::max(Size::kTileMasks, 1)> own;
   // The thread's pixels: of tiles lane % 4 and lane % 4 + 4.
   uint32_t source_at[2], grad_at[2];
 #pragma unroll
@@ -197,13 +239,20 @@ __global__ void __launch_bounds__(kThreads, Size::kBlocks)
     source_at[h] = kept(stream * a.source.ring_bytes() + at);
     grad_at[h] = kept(a.grad_at + stream * a.grad.ring_bytes() + at);
   }
-  const bool carries = Size::kCarries && slab == 0 && first_channel<Usual>() < a.carried;
   int stage = 0, free_stage = a.ahead;
   uint32_t parity = 0, free_parity = 1;
-  for (int step = 0; step < a.steps;) {
+  for (int step = 0, end = Size::kCarries ? 0 : a.steps; step < a.steps;) {
+    if constexpr (Size::kCarries)
+      if (step == end) {  // windows under way meet rows of zeros alone
+        end = own.seek(a, slab, split, step);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+#pragma unroll
+          for (int c = 0; c < kQuad; ++c) g[r][c][0] = g[r][c][1] = 0;
+      }
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {  // the row of the gradient that came `age` steps before is g[(u - age) mod kRows]
-      if (step == a.steps) break;
+      if (step == end) break;
       wait_at(barriers.full(stage), parity);
       const uint32_t at = stage * a.stage_bytes;
       uint2 grad[2][2], source[Size::kSourceRuns][2];
@@ -217,18 +266,7 @@ __global__ void __launch_bounds__(kThreads, Size::kBlocks)
           source[k][h] = load_at(source_at[h] + at + (Size::kWide ? k : k % 2) * kRunBytes +
                                  (Size::kWide ? 0 : k / 2 * kTiles * a.source.ring_bytes()));
       }
-      if (carries) {  // the first pixels of rows
-        const uint2 carried = carried_at(a, first_channel<Usual>());
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int tile = lane % 4 + 4 * h, stream = tile >> a.tile_shift;
-          const bool in_first_span =
-              a.spans == 1 || a.shares.begin(split * a.streams + stream) + step < a.groups * a.period;
-          if (!in_first_span || (tile & (a.tiles() - 1)) != 0) continue;
-          if (lane / 4 == a.source.shift) clear_carried(source[0][h], carried);
-          if (lane / 4 == 0) clear_carried(grad[0][h], carried);
-        }
-      }
+      if constexpr (Size::kCarries) own.clear_others(source, grad);
       uint32_t x[kQuad][4];  // of a half of the tiles, and of the 8 columns behind
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -301,6 +339,11 @@ void apply(Toeplitz& a, Cut& cut) {
                                       int64_t{block_sums(a.kernel_h * a.kernel_w) + kWarps} * int64_t{sizeof(float)});
 }
 
+// Whether one span has all columns, and so few tiles that a thread's two are of different streams, at the same columns.
+bool are_tiles_alike(const Toeplitz& a) {
+  return a.counted_columns() <= kTiles / 2 * kTileColumns;
+}
+
 template <class Size>
 Cut cut_for(Toeplitz a, const Device& device) {
   Cut cut{0, 3, 1, 0};
@@ -308,6 +351,8 @@ Cut cut_for(Toeplitz a, const Device& device) {
   int64_t least = INT64_MAX;
   for (int shift = 0; Size::kWide && shift <= 3; ++shift) {
     const int columns = kTileColumns << shift;
+    // Where pixels carry channels, and there are several spans, a block has one stream, and so one of them at a time.
+    if (a.carried > 0 && (are_tiles_alike(a) ? a.counted_columns() > columns || shift == 3 : shift < 3)) continue;
     const int64_t loaded = ceil_div(a.counted_columns(), columns) * (columns + 24);
     if (loaded < least) least = loaded, cut.tile_shift = shift;
   }
@@ -356,7 +401,12 @@ void launch_toeplitz_grad_weight_channels_last(const Problem& problem, const All
     using T = decltype(zero);
     const auto launch_rows = [&](auto rows, auto blocks) {
       if (bytes % kUnit != 0) return launch<T, Size<rows, true, 2, blocks>>(p, a, allocate, stream);
-      if (a.carried > 0) return launch<T, Size<rows, true, kUnit, blocks, true>>(p, a, allocate, stream);
+      if (a.carried > 0) {
+        constexpr int kMostRows = 7;  // that leave registers
+        if constexpr (decltype(rows)::value > kMostRows)
+          if (are_tiles_alike(a)) return launch<T, Size<rows, true, kUnit, blocks, 1>>(p, a, allocate, stream);
+        return launch<T, Size<rows, true, kUnit, blocks, 2>>(p, a, allocate, stream);
+      }
       if (p.out_width <= kRun) return launch<T, Size<rows, false, kUnit, blocks>>(p, a, allocate, stream);
       launch<T, Size<rows, true, kUnit, blocks>>(p, a, allocate, stream);
     };

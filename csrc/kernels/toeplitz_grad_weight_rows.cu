@@ -162,6 +162,14 @@ __global__ void __launch_bounds__(B::kThreads, 1)
 #pragma unroll
     for (int k = 0; k < 2; ++k) grad_at[k][h] = pixel_of(a.grad, a.grad_at, boxes.carried_at + kBoxUnit, h, k * kRun);
   }
+  // What of the thread's pixels is of their own row, in both halves of the tiles, which are of different images.
+  const auto own = [&](int first) -> uint2 {
+    if (!kCarries) return {};
+    const bool carried = carries && (place & (a.tiles() - 1)) == 0 && column == first;
+    const uint2 of_others = carried_at(a, first_channel<B>());
+    return {kept(carried ? ~of_others.x : ~0u), kept(carried ? ~of_others.y : ~0u)};
+  };
+  [[maybe_unused]] const uint2 own_source = own(a.padding_w), own_grad = own(0);
   // Reads the pixels that a step multiplies; there are zeros for a row of the gradient that there is not.
   uint2 source[3][2] = {}, grad[2][2];
   const auto read = [&](bool any_grad, bool any_source, uint32_t begin) {
@@ -182,15 +190,9 @@ __global__ void __launch_bounds__(B::kThreads, 1)
       const bool multiplies = has_source(row), mine = static_cast<uint32_t>(step) % B::kWarps == warp;
       wait_at(barriers.full(stage), parity);
       read(has_grad(row, step), multiplies, stage * a.stage_bytes);
-      if (carries) {
-        const uint2 carried = carried_at(a, first_channel<B>());
+      if constexpr (kCarries)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          if (((place + 4 * h) & (a.tiles() - 1)) != 0) continue;
-          if (column == a.padding_w) clear_carried(source[0][h], carried);
-          if (column == 0) clear_carried(grad[0][h], carried);
-        }
-      }
+        for (int h = 0; h < 2; ++h) keep_own(source[0][h], own_source), keep_own(grad[0][h], own_grad);
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         uint32_t pair[kQuad];

@@ -81,9 +81,9 @@ __device__ inline uint2 carried_at(const Toeplitz& a, int first) {
   return {mask(first) | mask(first + 1) << 16, mask(first + 2) | mask(first + 3) << 16};
 }
 
-// Makes zeros of what a pixel carries, which is of another row.
-__device__ inline void clear_carried(uint2& pixel, uint2 carried) {
-  pixel = {pixel.x & ~carried.x, pixel.y & ~carried.y};
+// Makes zeros of all of a pixel but what is of its `own` row.
+__device__ inline void keep_own(uint2& pixel, uint2 own) {
+  pixel.x &= own.x, pixel.y &= own.y;
 }
 
 // Begins to copy 16 bytes, or writes zeros, if there is `any` to be there.
