@@ -1665,6 +1665,19 @@ def test_grad_weight_of_arrays_that_begin_alike(spoilt: bool, dtype: torch.dtype
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("tile", TILES, ids=str)
+def test_march_grad_weight_of_pixels_that_begin_between_units(tile: tuple, dtype: torch.dtype) -> None:
+    """Boxes of whole pixels and of slabs of channels, with a unit more of each; Inf and NaN in half of them."""
+    for number, (batch, channels, size) in enumerate(
+        ((5, 64, (41, 130)), (3, 144, (56, 56)), (2, 256, (33, 64)), (9, 960, (7, 7)), (4, 392, (14, 30)))
+    ):
+        case = tile_case(tile, batch, channels, size, multiplier=2 if number == 4 else 1)
+        for offsets in ((1, 1), (6, 6), (3, 2) if number % 2 > 0 else (8, 5)):
+            check_grad_weight(case, MARCH["grad_weight"], dtype, number % 2 == 1, offsets, repeats=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
 def test_marches_are_exact(tile: tuple, dtype: torch.dtype) -> None:
     """Any number of channels, images of every sort, pixels, rows and images apart, at any address."""
     kernel, stride, dilation = tile

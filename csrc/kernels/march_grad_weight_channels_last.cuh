@@ -33,6 +33,12 @@ struct Pixels {
   bool joined;
   const char *begin, *end;  // of the array, if it has no gaps
 
+  // Counts channels from where the first unit begins, as boxes can: returns how many of the first ones are none.
+  int count_from_unit(int element) {
+    const int before = shift / element;
+    bytes += shift, shift = 0;
+    return before;
+  }
   // What is not joined after all is copied by its small units, from where it begins.
   void set_joined(bool value) {
     joined = value;
@@ -85,8 +91,16 @@ inline void cut_pixels(Pixels& p, int64_t slab_bytes, int columns, int step, boo
 // Whether a row of it can be a box: threads that read several strips at once, which boxes cannot spread, find them in
 // different banks.
 inline bool fits_box(const Pixels& p, int step, int64_t element) {
-  return p.joined || (std::max<int64_t>(p.slab_bytes / element, p.columns) <= kMostBoxSide &&
+  return p.joined || (std::max<int64_t>(p.pitch / element, p.columns) <= kMostBoxSide &&
                       (p.pitch >= 128 || p.pitch * step % 128 != 0));
+}
+
+// Describes boxes of a block's part of rows, from where the first unit begins. Pixels that begin between units overlap
+// then: to each belongs what lies before its channels in their first unit.
+inline bool describe_rows(CUtensorMap& map, const Pixels& p, int64_t batch, int64_t height, int64_t width,
+                          int element) {
+  return describe_boxes(map, const_cast<char*>(p.base), element, {(p.bytes + p.shift) / element, width, height, batch},
+                        {p.pixel_bytes, p.row_bytes, p.image_bytes}, {p.pitch / element, p.columns, 1, 1});
 }
 
 #if __CUDA_ARCH__ >= 900

@@ -20,7 +20,6 @@
 
 #include "overlap.cuh"
 #include "partial_sums.h"
-#include "realign.h"
 #include "shares.cuh"
 #include "stream.cuh"
 #include "toeplitz_grad_weight_channels_last.cuh"
@@ -296,8 +295,7 @@ bool launch(const Problem& p, Pairs a, const Allocate& allocate, cudaStream_t st
 
 }  // namespace
 
-bool launch_toeplitz_grad_weight_pairs(const Problem& problem, const Allocate& allocate, cudaStream_t stream) {
-  Problem p = problem;
+bool launch_toeplitz_grad_weight_pairs(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
   if (p.capability < 90 || size_of(p.dtype) != 2 || p.stride_h != kStride || p.stride_w != kStride ||
       p.dilation_h != 1 || p.dilation_w != 1)
     return false;
@@ -313,11 +311,11 @@ bool launch_toeplitz_grad_weight_pairs(const Problem& problem, const Allocate& a
   const int tiles = waste(8) <= waste(4) && waste(8) <= waste(2) ? 8 : waste(4) <= waste(2) ? 4 : 2;
   if (waste(tiles) > 1.5) return false;
 
-  p = realigned(p, allocate, stream);
   const auto alignment = [&](const View& view) {
     return static_cast<int64_t>(reinterpret_cast<uintptr_t>(view.data)) | 2 * view.stride[0] | 2 * view.stride[2] |
            2 * view.stride[3] | kUnit;
   };
+  // Arrays that begin elsewhere would have to be copied first, which takes longer than products one by one.
   if (!has_boxes(p.input, 2, alignment(p.input)) || !has_boxes(p.output, 2, alignment(p.output))) return false;
   Pairs a{};
   a.source_base = static_cast<const char*>(p.input.data), a.grad_base = static_cast<const char*>(p.output.data);

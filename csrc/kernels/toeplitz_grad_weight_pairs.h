@@ -6,6 +6,6 @@
 namespace dwconv {
 
 // By toeplitz_grad_weight_pairs.cu. Returns false, and launches nothing, where it does not fit.
-bool launch_toeplitz_grad_weight_pairs(const Problem& problem, const Allocate& allocate, cudaStream_t stream);
+bool launch_toeplitz_grad_weight_pairs(const Problem& p, const Allocate& allocate, cudaStream_t stream);
 
 }  // namespace dwconv
