@@ -23,8 +23,9 @@ namespace {
 // How rows come and go: in pieces, whatever their address, or in boxes of rows of planes that begin with 16 bytes, so
 // many rows that they end with 16 bytes too. Halves are boxes of planes of two strips that a kernel is laid over the
 // middle of: right halves are mirror images of left ones, and what lies outside on the left is not multiplied. Of rows
-// that are cut into spans, and all begin with 16 bytes, boxes have a span's columns, with zeros beside the image.
-enum class Way { kPieces, kBoxes, kHalves, kSpans };
+// that are cut into spans, and all begin with 16 bytes, boxes have a span's columns, with zeros beside the image; where
+// they begin anywhere, a span's columns of each row come and go by a bulk copy of their own.
+enum class Way { kPieces, kBoxes, kHalves, kSpans, kRows };
 
 constexpr int kColumnsOfUnit = kUnit / 4;
 
@@ -120,6 +121,34 @@ struct __align__(16) Known {
 constexpr int kBeforeRows = kRowMargin + MarchRing::kBarrierBytes;
 constexpr int kKnownBytes = (kBeforeRows + sizeof(Known) + kBoxUnit - 1) / kBoxUnit * kBoxUnit - kBeforeRows;
 
+// Stores rows of a span that lie in shared memory at the same places within 16 bytes: whole units by bulk copies, what
+// is left on both sides in words, by 8 lanes for each row.
+__device__ inline void store_rows(const PlaneRows& target, int stage, int rows, int bytes, char* to) {
+  constexpr int kLanes = 8, kMostRows = 32 / kLanes;
+  const auto place_of = [&](char* row, int& head, int& body) {  // of the first whole unit, and how many bytes there are
+    const int misfit = static_cast<int>(reinterpret_cast<uintptr_t>(row) % kUnit);
+    head = (kUnit - misfit) % kUnit, body = (bytes - head) & -kUnit;
+    return misfit;
+  };
+  int head, body;
+  {
+    const int lane = threadIdx.x % 32, number = lane / kLanes, k = lane % kLanes;
+    char* row = to + number * target.row_bytes;
+    const int misfit = place_of(row, head, body), at = k < kLanes / 2 ? 4 * k : head + body + 4 * (k - kLanes / 2);
+    if (number < rows && at < (k < kLanes / 2 ? head : bytes))
+      *reinterpret_cast<float*>(row + at) = shared<float>(stage + number * target.row_pitch + misfit + at);
+  }
+  if (!is_elected()) return;
+#pragma unroll
+  for (int i = 0; i < kMostRows; ++i) {
+    if (i >= rows) break;
+    const int misfit = place_of(to, head, body);
+    store_bulk(to + head, shared_address(stage + i * target.row_pitch + misfit + head), body);
+    to += target.row_bytes;
+  }
+  commit_stores();
+}
+
 // Begins to load the source rows of a warp's next group of steps, through all of its runs, if there is one. `ready`:
 // called when memory is about to be read.
 template <int kExtent, int kStride, Way kWay, typename Ready = Nothing>
@@ -132,7 +161,7 @@ __device__ inline void load_next(const March& a, int end, int span, Known& known
     const MarchRun r = steps_of<kExtent, kStride, kWay>(a, begin, end, span);
     const int step = r.first + done, left = r.last + 1 - step, count = min(left, rows.group_rows / kStride);
     const int row = row_of_step<kStride>(a, step), plane = source_plane(a, r.channel);
-    if constexpr (kWay != Way::kPieces) {
+    if constexpr (kWay != Way::kPieces && kWay != Way::kRows) {
       ready();
       ring.load_boxes(cut, a.box_bytes, [&](int to, int barrier) {
         constexpr bool kSpans = kWay == Way::kSpans;
@@ -140,13 +169,19 @@ __device__ inline void load_next(const March& a, int end, int span, Known& known
                  barrier);
       });
     } else {
-      const CopyShare share(cut, rows);
       const int row_begin = max(row, 0), row_end = min(row_of_step<kStride>(a, step + count), rows.height);
-      const char* from = rows.at(r.image, plane + share.piece, row_begin, r.source_column);
-      const char* image = rows.at(r.image, 0, 0, 0);
+      const int bytes = (r.source_end - r.source_column) * 4;
+      // What shares 16 bytes with an image's first and last elements is not to be touched.
+      const bool outermost = (plane == 0 && row_begin == 0) || (plane + 1 == rows.planes && row_end + 1 >= rows.height);
       ready();
-      ring.load(cut, rows, share, source_plane(a, r.planes), row_end - row_begin, (r.source_end - r.source_column) * 4,
-                from, image, 0);
+      if (kWay == Way::kRows && !outermost) {
+        ring.load_rows(cut, rows, row_end - row_begin, bytes, rows.at(r.image, plane, row_begin, r.source_column));
+      } else {
+        const CopyShare share(cut, rows);
+        const char* from = rows.at(r.image, plane + share.piece, row_begin, r.source_column);
+        const char* image = rows.at(r.image, 0, 0, 0);
+        ring.load(cut, rows, share, source_plane(a, r.planes), row_end - row_begin, bytes, from, image, 0);
+      }
     }
     if (threadIdx.x % 32 == 0) {
       known.begin = count < left ? begin : begin + (r.end - r.begin);
@@ -169,7 +204,7 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
   constexpr int kColumns = kHalves ? kStrip + kReach : (kStrip - 1) * kStride + kExtent;
   constexpr int kTaps = kKernel * kKernel;
   constexpr int kHeld = held_rows(kExtent, kStride);
-  constexpr bool kBoxes = kWay != Way::kPieces;
+  constexpr bool kRows = kWay == Way::kRows, kBoxes = kWay != Way::kPieces && !kRows;
   // Whether half of the products are left out where a run begins and ends, whose sums are of rows outside of it.
   constexpr bool kSkips = kKernel > kMarchKernel;
   static_assert(kColumns <= Known::kMostColumns);
@@ -199,7 +234,7 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
   const uint32_t zeros = shared_address(memory + static_cast<int>(offsetof(Known, zeros)));
   // Waits until what lies in the stage is read by copies.
   const auto stored = [&] {
-    if (!kBoxes) return;
+    if (!kBoxes && !kRows) return;
     if (is_elected()) wait_stores();
     __syncwarp();
   };
@@ -250,6 +285,7 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
     ColumnMasks<kColumns, kMargin> masks;
     uint32_t source_low = 0, target_low = 0;
     if constexpr (kMargin > 0) masks.set(x0, a.source.width);
+    const bool masked = !kRows || !__all_sync(~0u, masks.all_inside());
     if constexpr (!kBoxes) {
       source_low = a.source.phase(r.image, source_plane(a, r.channel + (a.source.whole ? 0 : own)), 0, r.source_column);
       target_low = a.target.phase(r.image, r.channel + (a.target.whole ? 0 : own), 0, r.column);
@@ -283,7 +319,7 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
       if (++staged < a.target.group_rows && row + 1 < r.end) return;
       // A box that is not full may end with the planes only. What is written again does not go this way.
       const bool box = kBoxes && known.finite == ~0u && (staged == a.target.group_rows || row + 1 == cut.target_height);
-      if (box) before_bulk_copies();
+      if (box || kRows) before_bulk_copies();
       __syncwarp();
       const CopyShare share(cut, a.target);
       const int planes = known.planes;
@@ -293,6 +329,9 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
                     known.channel, known.image);
           commit_stores();
         }
+      } else if (kRows && known.finite == ~0u) {
+        store_rows(a.target, stage, staged, known.bytes,
+                   a.target.at(known.image, known.channel, known.row, known.column));
       } else if (share.piece < planes) {
         char* to = a.target.at(known.image, known.channel + share.piece, known.row, known.column);
         uint32_t from = shared_address(stage) + share.piece * a.target.piece_pitch;
@@ -342,7 +381,7 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
 #pragma unroll
           for (int s = 0; s < kColumns; ++s) x[s] = at_address<float>(from + s * turn);
         } else {
-          masks.read(from, x);
+          masks.read(from, x, masked);
         }
         const bool begins = e + 1 == kStride;  // a new row, and all move on
         const auto add = [&](int o, int j, int v, bool is_first) {
@@ -374,7 +413,7 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
             add_rows(integral_constant<int, 0>{}, integral_constant<int, kHeld - kHalf>{});
           else
             add_rows(integral_constant<int, 0>{}, integral_constant<int, kHeld>{});
-        } else if constexpr (!kBoxes) {
+        } else if constexpr (!kBoxes && !kRows) {
 #pragma unroll
           for (int o = 0; o < kHeld; ++o)
 #pragma unroll
@@ -414,7 +453,7 @@ using Kernel = void (*)(March);
 // What a kernel is compiled for, and how, each way that it may go, or null.
 struct Kernels {
   int side, extent, stride;
-  std::array<Kernel, 4> by_way;
+  std::array<Kernel, 5> by_way;
 
   Kernel& operator[](Way way) { return by_way[static_cast<int>(way)]; }
   const Kernel& operator[](Way way) const { return by_way[static_cast<int>(way)]; }
@@ -452,7 +491,8 @@ Decision decide(const March& a, int64_t images, const Kernels& kernels, const De
     cut.planes = 1;
     set_lanes(cut);
   }
-  const bool boxes = d.way != Way::kPieces, spans = d.way == Way::kSpans;
+  if (kernels[Way::kRows] != nullptr && cut.spans > 1 && cut.planes == 1 && d.way == Way::kPieces) d.way = Way::kRows;
+  const bool boxes = d.way != Way::kPieces && d.way != Way::kRows, spans = d.way == Way::kSpans;
   const int budget = march_budget(device, blocks_of(side));
   const int taps = static_cast<int>(round_up(cut.planes * side * side * 4, kUnit));
   const auto fill = [&](bool whole, int rows, int target_rows) {
@@ -543,7 +583,7 @@ void launch(March a, int64_t images, Kernels kernels, cudaStream_t stream) {
   const bool bulk = a.cut.bulk;
   a.cut = d.cut, a.cut.bulk = bulk;
   a.source.arrange_as(d.source), a.target.arrange_as(d.target);
-  if (d.way != Way::kPieces) {
+  if (d.way != Way::kPieces && d.way != Way::kRows) {
     const auto describe = [&](CUtensorMap& map, const PlaneRows& rows, int planes) {
       const bool spans = d.way == Way::kSpans;
       const int64_t image_bytes = images == 1 ? rows.planes * rows.plane_bytes : rows.image_bytes;
@@ -588,11 +628,13 @@ void launch_march_nchw(const Problem& p, bool bulk, cudaStream_t stream) {
     const Kernel pieces = wide ? march_nchw<kSide, kStride, kDilation, kReach, Way::kPieces>
                                : march_nchw<kSide, kStride, kDilation, kReach / 2, Way::kPieces>;
     const Kernel boxes = wide ? nullptr : march_nchw<kSide, kStride, kDilation, kReach / 2, Way::kBoxes>;
-    Kernel halves = nullptr, spans = nullptr;
+    Kernel halves = nullptr, spans = nullptr, rows = nullptr;
     if constexpr (kStride == 1) spans = march_nchw<kSide, kStride, kDilation, 0, Way::kSpans>;
     if constexpr (kSide == kMarchKernel && kStride == 1)
       halves = march_nchw<kSide, kStride, kDilation, 0, Way::kHalves>;
-    launch(a, p.batch, {kSide, kReach + 1, kStride, {pieces, boxes, halves, spans}}, stream);
+    if constexpr (kSide == kMarchKernel && kStride == 1)
+      rows = wide || !a.cut.bulk ? nullptr : march_nchw<kSide, kStride, kDilation, kReach / 2, Way::kRows>;
+    launch(a, p.batch, {kSide, kReach + 1, kStride, {pieces, boxes, halves, spans, rows}}, stream);
   };
   visit_small_kernel<std::tuple<SmallKernel<7, 7, 1, 1>, SmallKernel<7, 7, 2, 1>, March9x9, SmallKernel<3, 3, 1, 2>>>(
       p, launch_one);

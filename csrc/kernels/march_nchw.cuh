@@ -183,6 +183,17 @@ class MarchRing {
     copy(memory_ + group() * a.group_bytes, barrier);
   }
 
+  // The same of a span's rows by one lane, each with what is around it within 16 bytes.
+  __device__ void load_rows(const MarchCut& a, const PlaneRows& rows, int count, int bytes, const char* from) {
+    if (count <= 0 || !is_elected()) return;
+    const int barrier = barriers_ + 8 * group(), size = (bytes + kUnit - 4 + kUnit - 1) & -kUnit;
+    expect_bytes(barrier, count * size);
+    uint32_t to = shared_address(memory_ + group() * a.group_bytes);
+#pragma unroll 1
+    for (int i = 0; i < count; ++i, from += rows.row_bytes, to += rows.row_pitch)
+      copy_bulk(to, from - reinterpret_cast<uintptr_t>(from) % kUnit, size, barrier);
+  }
+
   // Ends the loads of a group.
   __device__ void commit(const MarchCut& a) {
     if (a.bulk) {
@@ -268,10 +279,12 @@ struct ColumnMasks {
     }
     inside = __shfl_sync(~0u, inside, threadIdx.x % 32);  // or else it would be asked again for every row
   }
-  // Reads a row, with zeros outside the image.
-  __device__ void read(uint32_t from, float (&x)[kColumns]) const {
+  __device__ bool all_inside() const { return inside == (1u << 2 * kMargin) - 1; }
+  // Reads a row, with zeros outside the image if any of it is to be `masked`.
+  __device__ void read(uint32_t from, float (&x)[kColumns], bool masked = true) const {
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) x[j] = at_address<float>(from + 4 * j);
+    if (!masked) return;
 #pragma unroll
     for (int j = 0; j < kMargin; ++j) {
       float &low = x[j], &high = x[kColumns - kMargin + j];
