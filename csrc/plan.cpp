@@ -68,17 +68,16 @@ bool fits_stream_nchw(const Problem& p, int64_t filter_bytes) {
   const int64_t source_bytes = (forward ? p.width : p.out_width) * element;
   const int64_t target_bytes = (forward ? p.out_width : p.width) * element;
   const int64_t source_height = forward ? p.height : p.out_height, target_height = forward ? p.out_height : p.height;
-  if (!forward && p.multiplier > 1) {  // a sum over filters: whole planes only
-    const int64_t rows = rows_for_planes(p.multiplier * source_height, source_bytes);
-    return kHead + ring_bytes(rows, source_bytes) + round_up(target_height * target_bytes + kUnit, 128) +
-               p.multiplier * filter_bytes <=
+  const auto fits = [&](int64_t source_rows, int64_t target_rows, int64_t filters) {
+    return kHead + kDepth * stage_bytes(source_rows, source_bytes) + kTail +
+               round_up(target_rows * target_bytes + kUnit, 128) + filters * filter_bytes <=
            p.shared_memory;
-  }
+  };
+  if (!forward && p.multiplier > 1)  // a sum over filters: whole planes only
+    return fits(p.multiplier * source_height, target_height, p.multiplier);
   const int64_t rows = std::min<int64_t>(kLeastRows, target_height);
   const int64_t step = forward ? rows * p.stride_h : (rows + p.stride_h - 1) / p.stride_h;
-  const int64_t ring = rows_for_bands((target_height + rows - 1) / rows, step, extent, source_bytes);
-  return kHead + ring_bytes(ring, source_bytes) + round_up(rows * target_bytes + kUnit, 128) + filter_bytes <=
-         p.shared_memory;
+  return fits(step + extent, rows, 1);
 }
 
 int64_t target_width(const Problem& p) {
@@ -191,8 +190,8 @@ bool claims_toeplitz_nchw(const Problem& p) {
   const int64_t few = p.kernel_h == p.kernel_w ? 784 : 2048;
   const bool pays = area >= (p.stride_h > 1 ? 36 : pixels < few ? 25 : 9) && p.taps() >= 9;
   if (!pays && claims_stream_nchw(p)) return false;
-  return can_stream(p) && fits_stream_nchw(p, kMoreThanRing + kChunkBytes + kBandHeadBytes +
-                                                  rows * (wide ? kWideRowBytes : kBandRowBytes));
+  return can_stream(p) &&
+         fits_stream_nchw(p, kChunkBytes + kBandHeadBytes + rows * (wide ? kWideRowBytes : kBandRowBytes));
 }
 
 // What kernels ask for that take rows of many images at once: planes that follow each other without gaps.

@@ -43,9 +43,7 @@ inline int64_t rows_for_bands(int64_t bands, int64_t step, int64_t extent, int64
   return round_up(kDepth * step + planes * (extent + period) + 1, period);
 }
 
-// What the rows of a chunk take up where each chunk has a place of its own: a multiple of 128 bytes. Two such places
-// and kTail are at most kMoreThanRing larger than the ring for as many rows.
-constexpr int kMoreThanRing = 256;
+// What the rows of a chunk take up where each chunk has a place of its own: a multiple of 128 bytes.
 inline int64_t stage_bytes(int64_t rows, int64_t row_bytes) {
   return round_up(rows * row_bytes + kUnit, 128);
 }

@@ -27,12 +27,12 @@ struct TileOfThread {
   }
 
   template <typename T>
-  __device__ void compute(const Stream& a, const RowRing& ring, const Chunk& c, int out) {
+  __device__ void compute(const Stream& a, const Chunk& c, int out) {
     const uint32_t units = c.targets * a.units;
     for (uint32_t unit = threadIdx.x; unit < units; unit += blockDim.x) {
       uint32_t plane = unit;
       const uint32_t tile = a.by_units.split(plane);
-      static_cast<Tile*>(this)->template compute_tile<T>(a, ring, c, out, plane, tile);
+      static_cast<Tile*>(this)->template compute_tile<T>(a, c, out, plane, tile);
     }
   }
 };
@@ -80,18 +80,16 @@ struct Window : TileOfThread<Window<Kernel, kSum, kRows_, kNear>> {
   }
 
   template <typename T>
-  __device__ void compute_tile(const Stream& a, const RowRing& ring, const Chunk& c, int out, int plane,
-                               uint32_t tile) {
+  __device__ void compute_tile(const Stream& a, const Chunk& c, int out, int plane, uint32_t tile) {
     // At stride 2 every other bank is read, unless all are by pairs.
     constexpr ReadBy kPairs = kKernelW / 2 % 2 == 0 ? ReadBy::kEvenPairs : ReadBy::kOddPairs;
     if constexpr (sizeof(T) == 4 && kStride == 2)
-      if (a.by_pairs) return compute_tile<T, kPairs>(a, ring, c, out, plane, tile);
-    compute_tile<T, ReadBy::kOne>(a, ring, c, out, plane, tile);
+      if (a.by_pairs) return compute_tile<T, kPairs>(a, c, out, plane, tile);
+    compute_tile<T, ReadBy::kOne>(a, c, out, plane, tile);
   }
 
   template <typename T, ReadBy kBy>
-  __device__ void compute_tile(const Stream& a, const RowRing& ring, const Chunk& c, int out, int plane,
-                               uint32_t tile) {
+  __device__ void compute_tile(const Stream& a, const Chunk& c, int out, int plane, uint32_t tile) {
     constexpr int kExtentH = (kKernelH - 1) * kDilation + 1, kExtentW = (kKernelW - 1) * kDilation + 1;
     constexpr int kSourceRows = (kRows - 1) * kStride + kExtentH, kSourceColumns = (kColumns - 1) * kStride + kExtentW;
     uint32_t filter = c.target + plane;
@@ -121,9 +119,9 @@ struct Window : TileOfThread<Window<Kernel, kSum, kRows_, kNear>> {
         known = -1, finite = read_weight<kKernelH, kKernelW, T>(a, filter + q, weight);
       else
         know<T>(a, c.target + plane);
-      if (!finite) return tile_by_taps<T, true>(a, c, corner, plane, row, rows, column, kColumns);
+      if (!finite) return tile_by_taps<T>(a, c, corner, plane, row, rows, column, kColumns);
       const int top = ((c.group + group_of(a, plane)) * a.fan_in + q) * a.height - c.source_begin;
-      RowWalk walk(ring, c.source_slot + top + y0);
+      RowWalk walk = walk_of(a, c, top + y0);
 #pragma unroll
       for (int r = 0; r < kSourceRows; ++r) {
         const bool inside = static_cast<uint32_t>(y0 + r) < static_cast<uint32_t>(a.height);
@@ -233,15 +231,13 @@ struct Corner : TileOfThread<Corner<kKernel, kSide>> {
   }
 
   template <typename T>
-  __device__ void compute_tile(const Stream& a, const RowRing& ring, const Chunk& c, int out, int plane,
-                               uint32_t tile) {
+  __device__ void compute_tile(const Stream& a, const Chunk& c, int out, int plane, uint32_t tile) {
     const bool up = kMirrors && tile > 1, left = kMirrors && tile & 1;
     know<T>(a, c.target + plane, up, left);
     constexpr int kSize = sizeof(T);
     const int step = left ? -kSize : kSize, down = up ? -kSide * kSize : kSide * kSize;
     const int first = left ? (kSide - 1) * kSize : 0, top = group_of(a, plane) * kSide + (up ? kSide - 1 : 0);
-    const int begin = ring.at(0) + first, ring_bytes = a.ring_bytes;
-    int from = begin + ring.wrap(c.source_slot + top) * (kSide * kSize);
+    int from = c.source_at + top * (kSide * kSize) + first;
     int to = out + (plane * kSide + (up ? kSide - 1 : 0)) * (kSide * kSize) + first;
 
     float sum[kRows][kColumns];
@@ -251,8 +247,6 @@ struct Corner : TileOfThread<Corner<kKernel, kSide>> {
 #pragma unroll
       for (int s = 0; s < kSource; ++s) x[s] = widen(shared<T>(kMirrors ? from + s * step : from + s * kSize));
       from += kMirrors ? down : kSide * kSize;
-      if (from >= begin + ring_bytes) from -= ring_bytes;
-      if (kMirrors && from < begin) from += ring_bytes;
 #pragma unroll
       for (int i = kKernel - 1; i >= 0; --i) {
         const int o = r - i + kReach;
@@ -369,13 +363,14 @@ struct Spread : TileOfThread<Spread<kKernel, kOdd, kMiddle>> {
   }
 
   template <typename T>
-  __device__ void compute_tile(const Stream& a, const RowRing& ring, const Chunk& c, int out, int plane,
-                               uint32_t tile) {
+  __device__ void compute_tile(const Stream& a, const Chunk& c, int out, int plane, uint32_t tile) {
     constexpr int kLow = (kOdd - kKernel + 1) / 2, kSpan = kOdd - kLow;  // source rows from kLow to kOdd off
     constexpr int kSourceRows = kPairs + kSpan, kSourceColumns = kColumns / 2 + kSpan;
     uint32_t filter = c.target + plane;
     filter = a.by_filters.split(filter) * a.fan_in;
-    const int column = a.by_strips.split(tile) * kColumns, row = tile * kRows;
+    // The last strip overlaps the one before, where two threads compute the same, and begins at an even column, too.
+    const int last_column = max((a.out_width - kColumns + 1) & ~1, 0);
+    const int column = min(static_cast<int>(a.by_strips.split(tile)) * kColumns, last_column), row = tile * kRows;
     if (row >= c.rows) return;  // the last band is shorter
     const int rows = min(kRows, c.rows - row), columns = min(kColumns, a.out_width - column);
     const int y0 = (c.row + row) / 2 + a.padding_h / 2 + kLow, x0 = column / 2 + a.padding_w / 2 + kLow;
@@ -390,9 +385,9 @@ struct Spread : TileOfThread<Spread<kKernel, kOdd, kMiddle>> {
         known = -1, finite = read_weight<kKernel, kKernel, T>(a, filter + q, weight);
       else
         know<T>(a, c.target + plane);
-      if (!finite) return tile_by_taps<T, true>(a, c, corner, plane, row, rows, column, columns);
+      if (!finite) return tile_by_taps<T>(a, c, corner, plane, row, rows, column, columns);
       const int top = ((c.group + (a.bands > 1 ? 0 : plane)) * a.fan_in + q) * a.height - c.source_begin;
-      RowWalk walk(ring, c.source_slot + top + y0);
+      RowWalk walk = walk_of(a, c, top + y0);
 #pragma unroll
       for (int r = 0; r < kSourceRows; ++r) {
         const bool inside = static_cast<uint32_t>(y0 + r) < static_cast<uint32_t>(a.height);
@@ -418,6 +413,7 @@ struct Spread : TileOfThread<Spread<kKernel, kOdd, kMiddle>> {
 
     const int row_bytes = a.target.row_bytes;
     const bool full = columns == kColumns;
+    const auto one = [&](int r, int v) { shared<T>(corner + r * row_bytes + v * kSize) = narrow<T>(sum[r][v]); };
     if (kSize == 4 && full && corner % 8 == 0 && row_bytes % 8 == 0) {
       // Tiles below each other would write to the same banks: every other one writes its rows in another order.
       int turn = 0;
@@ -440,17 +436,22 @@ struct Spread : TileOfThread<Spread<kKernel, kOdd, kMiddle>> {
             shared<float2>(corner + (r ^ turn) * row_bytes + v * kSize) = {sum[r][v], sum[r][v + 1]};
       return;
     }
+    if (columns >= kColumns - 1) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        if (r >= rows) break;
+#pragma unroll
+        for (int v = 0; v < kColumns - 1; ++v) one(r, v);
+        if (full) one(r, kColumns - 1);
+      }
+      return;
+    }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (r >= rows) break;
-      const auto store = [&](int v) { shared<T>(corner + r * row_bytes + v * kSize) = narrow<T>(sum[r][v]); };
-      if (full)
 #pragma unroll
-        for (int v = 0; v < kColumns; ++v) store(v);
-      else
-#pragma unroll
-        for (int v = 0; v < kColumns; ++v)
-          if (v < columns) store(v);
+      for (int v = 0; v < kColumns; ++v)
+        if (v < columns) one(r, v);
     }
   }
 };
@@ -507,21 +508,18 @@ void launch_stream_nchw(const Problem& p, bool bulk, const Allocate& allocate, c
         // is 56 columns wide, say, those below each other lie in different banks, unlike 8 rows.
         constexpr int kRows = sizeof(T) == 4 && kSide == 7 && Kernel::kStride == 2 ? 3 : 7;
         if (!a.spread && a.fan_in == 1) return window(std::integral_constant<int, kRows>{});
-        const auto spread_over = [&](auto may_know) {
-          constexpr int kMiddle = kSide / 2;
-          if constexpr (decltype(may_know)::value)
-            if (a.padding_h % 2 == kMiddle % 2 && a.padding_w == kMiddle && a.out_width % 14 == 0)
-              return launch<T, Spread<kSide, kMiddle % 2, true>>(a, images, allocate, stream);
-          if (a.padding_h % 2 == 0)
-            launch<T, Spread<kSide, 0>>(a, images, allocate, stream);
-          else
-            launch<T, Spread<kSide, 1>>(a, images, allocate, stream);
-        };
         if constexpr (Kernel::kSquare && Kernel::kKernelH > 1 && Kernel::kDilation == 1) {
-          if constexpr (Kernel::kStride == 1)
+          if constexpr (Kernel::kStride == 1) {
             launch<T, Window<Kernel, true>>(a, images, allocate, stream);
-          else
-            spread_over(std::bool_constant<sizeof(T) == 4>{});
+          } else {
+            constexpr int kMiddle = kSide / 2, kColumns = 14;
+            if (a.padding_h % 2 == kMiddle % 2 && a.padding_w == kMiddle && a.out_width >= kColumns)
+              launch<T, Spread<kSide, kMiddle % 2, true>>(a, images, allocate, stream);
+            else if (a.padding_h % 2 == 0)
+              launch<T, Spread<kSide, 0>>(a, images, allocate, stream);
+            else
+              launch<T, Spread<kSide, 1>>(a, images, allocate, stream);
+          }
         }
       });
       if (!compiled) throw std::runtime_error("dwconv: no tile of stream_nchw is compiled for this kernel");

@@ -1,8 +1,9 @@
 // Forward and grad_input on contiguous planes, as far as it does not depend on how a tile of outputs is computed: rows
 // stream through shared memory, tiles are computed from there into a second buffer, and that is stored as the
 // contiguous piece of memory it is. Every input row is read from memory once, every output row written once, both in
-// large pieces, however short and unaligned the rows. (Rows that two bands of a plane share are read by each of them if
-// warps compute tiles: from L2.)
+// large pieces, however short and unaligned the rows. (Rows that two bands of a plane share are read by each of them:
+// from L2.) A chunk has a place of its own in shared memory, all rows of it, as they lie in memory: where rows follow
+// each other through a ring, these would need the more room the more often they begin with 16 bytes.
 //
 // A tile is a class with
 //   kRows, kColumns          its size
@@ -13,8 +14,7 @@
 //   kSoon                    whether a block of threads asks for one chunk at first, which then is there sooner
 //   kFilterBytes             of shared memory, zeros at first, for each filter of a chunk, where filters go there
 //   prepare<T>(stream, chunk)             fills that, while the chunk is under way
-//   compute<T>(stream, ring, chunk, out)  computes the chunk, by all threads; may remember what it knows of its tiles.
-//                                         Tiles that are computed by warps know no ring
+//   compute<T>(stream, chunk, out)        computes the chunk, by all threads; may remember what it knows of its tiles
 // The tiles of a plane are numbered along its rows, unless Stream::down says otherwise.
 #pragma once
 
@@ -51,7 +51,8 @@ struct Stream {
   bool spread;        // grad_input at stride 2: the stride is that of the target
   bool bulk;
   bool by_pairs;  // rows, and columns that tiles begin to read from, lie evenly (8 bytes), or oddly as the kernel is
-  int phase, capacity, period, ring_bytes;
+  int phase;      // of the source, within 16 bytes
+  int most_rows;  // of the source, in a chunk
   int run, runs;  // chunks that follow each other in memory and stay in one block, and the number of such runs
   int* counters;  // of the runs that were taken, one for every `classes` of them, or null: then blocks take every so
   int classes;    // many of them
@@ -78,8 +79,7 @@ struct __align__(16) Chunk {
   int target, targets;           // the same as target planes of the image
   int row, rows;                 // of each target plane
   int source_begin, source_end;  // rows of the image's source
-  int source_slot;               // of the first of them in the ring, if threads compute tiles by themselves,
-  int source_at;                 // or where it lies, if warps do
+  int source_at;                 // where the first of them lies in shared memory
   uint64_t target_row;           // address of the first row to be written
 };
 
@@ -127,8 +127,23 @@ __device__ inline int group_of(const Stream& a, uint32_t plane) {
   return plane;
 }
 
-__device__ inline RowRing ring_of(const Stream& a) {
-  return {kHead, a.phase, a.source.row_bytes, a.capacity, a.period};
+// Where the chunk of a stage lies: at the same place within 16 bytes as in memory.
+__device__ inline int source_at(const Stream& a, const Chunk& c, int stage) {
+  const int phase = (a.phase + static_cast<uint32_t>(c.source_begin) * a.source.row_bytes) % kUnit;
+  return kHead + stage * a.stage_bytes + phase;
+}
+
+// Loads a chunk to a stage. `ready`: called when memory is about to be read.
+template <typename T, typename Ready>
+__device__ void load_chunk(const Copier& copier, const Stream& a, const Chunk& c, int stage, Ready&& ready) {
+  const RowRing place{c.source_at - a.phase, a.phase, a.source.row_bytes};
+  if (const int rows = c.source_end - c.source_begin; rows > 0)
+    load_rows<T>(copier, place, a.source, c.image, c.source_begin, rows, 0, false, Barriers::full(stage), ready);
+}
+
+// A walk down a chunk's rows, from one that may lie outside of it by a few.
+__device__ inline RowWalk walk_of(const Stream& a, const Chunk& c, int row) {
+  return {RowRing{c.source_at - a.phase, a.phase, a.source.row_bytes, a.most_rows}, row};
 }
 
 // What a tap reads for a target index along one side; outside the source where it reads nothing.
@@ -139,11 +154,10 @@ __device__ inline int source_index(int target, int tap, int stride, int padding,
 }
 
 // The outputs of a tile one by one, by the taps that meet the image: for Inf and NaN, which must not meet the padding.
-// `to`: where the first one belongs in shared memory. kInRing: where the chunk's rows lie.
-template <typename T, bool kInRing>
+// `to`: where the first one belongs in shared memory.
+template <typename T>
 __device__ __noinline__ void tile_by_taps(const Stream& a, const Chunk& c, int to, int plane, int row, int rows,
                                           int column, int columns) {
-  const RowRing ring = ring_of(a);
   const T* weight = static_cast<const T*>(a.weight);
   uint32_t filter = c.target + plane;
   filter = a.by_filters.split(filter) * a.fan_in;
@@ -157,8 +171,7 @@ __device__ __noinline__ void tile_by_taps(const Stream& a, const Chunk& c, int t
         for (int i = 0; i < a.kernel_h; ++i) {
           const int y = source_index(c.row + r, i, a.stride_h, a.padding_h, a.dilation_h, a.spread);
           if (y < 0 || y >= a.height) continue;
-          const int source =
-              kInRing ? ring.at(ring.wrap(c.source_slot + top + y)) : c.source_at + (top + y) * a.source.row_bytes;
+          const int source = c.source_at + (top + y) * a.source.row_bytes;
           for (int j = 0; j < a.kernel_w; ++j) {
             const int x = source_index(v, j, a.stride_w, a.padding_w, a.dilation_w, a.spread);
             if (x >= 0 && x < a.width)
@@ -217,7 +230,6 @@ class Schedule {
 // Where threads compute tiles by themselves.
 template <typename T, class Tile>
 __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks) stream_nchw(const __grid_constant__ Stream a) {
-  const RowRing ring = ring_of(a);
   if (threadIdx.x < 32) shared<uint32_t>(kZeros + 4 * threadIdx.x) = 0;
   for (int i = 4 * threadIdx.x; i < a.filters_bytes; i += 4 * blockDim.x) shared<uint32_t>(a.filters_at + i) = 0;
   const Copier copier(a.bulk, false);
@@ -231,12 +243,13 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks) stream_nchw(
   let_next_kernel_start();
   __syncthreads();
   Tile tiles;
-  Cursor loaded, read;
+  const auto chunk_in = [&](int number, int stage) {
+    Chunk c = chunk_of<false>(a, number);
+    c.source_at = source_at(a, c, stage);
+    return c;
+  };
   const auto load = [&](int number, int stage, auto&& ready) {
-    if (number < a.chunks && copier.loads()) {
-      const Chunk c = chunk_of<false>(a, number);
-      load_rows<T>(copier, ring, a.source, loaded, c.image, c.source_begin, c.source_end, Barriers::full(stage), ready);
-    }
+    if (number < a.chunks && copier.loads()) load_chunk<T>(copier, a, chunk_in(number, stage), stage, ready);
     copier.commit(stage);
   };
   // Where the first chunk lies is found out while the kernel before still runs.
@@ -251,10 +264,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks) stream_nchw(
   uint32_t parity = 0;
   bool first = true;
   for (int number; (number = number_in(stage)) < a.chunks; first = false) {
-    Chunk c = chunk_of<false>(a, number);
-    const int before = c.image * a.source.rows;
-    read.place(ring, before + c.source_begin, before + c.source_end);
-    c.source_slot = read.slot_of(ring, before + c.source_begin);
+    const Chunk c = chunk_in(number, stage);
     const int out = a.buffer_at + static_cast<int>(c.target_row % kUnit);
 
     tiles.template prepare<T>(a, c);
@@ -263,7 +273,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks) stream_nchw(
     __syncthreads();
     if (Tile::kSoon && first && at_first < kDepth) load(number_in(1), 1, Nothing{});
     if (copier.rank() == 0) schedule.ask();
-    tiles.template compute<T>(a, ring, c, out);
+    tiles.template compute<T>(a, c, out);
     if (copier.rank() == 0) number_in(stage) = schedule.next();
     copier.before_store();
     __syncthreads();
@@ -274,8 +284,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks) stream_nchw(
   copier.stored();
 }
 
-// Where warps compute tiles: one more looks chunks up, loads them, and stores what was computed. A chunk has a place of
-// its own in shared memory, all rows of it: then a row is found by one addition, where a ring would come round.
+// Where warps compute tiles: one more looks chunks up, loads them, and stores what was computed.
 template <typename T, class Tile>
 __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlocks)
     stream_nchw_by_warps(const __grid_constant__ Stream a) {
@@ -311,22 +320,16 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
     // Looks a chunk up, for all.
     const auto find = [&](int number, int stage) {
       Chunk c = chunk_of<true>(a, number);
-      const int phase = static_cast<int>((a.phase + int64_t{c.source_begin} * a.source.row_bytes) % kUnit);
-      c.source_at = kHead + stage * a.stage_bytes + phase;
+      c.source_at = source_at(a, c, stage);
       if (copier.rank() == 0) known(stage) = c;
       return c;
-    };
-    const auto load = [&](const Chunk& c, int stage, auto&& ready) {
-      const RowRing place{c.source_at - a.phase, a.phase, a.source.row_bytes};
-      if (const int rows = c.source_end - c.source_begin; rows > 0)
-        load_rows<T>(copier, place, a.source, c.image, c.source_begin, rows, 0, false, Barriers::full(stage), ready);
     };
     // Where the first chunk lies is found out while the kernel before still runs.
     Chunk c;
     if (copier.loads()) c = find(number_in(0), 0);
     __syncwarp();
     meet_all();
-    if (copier.loads()) load(c, 0, [&] { settle_and_wait_for_kernel_before(a.chunks); });
+    if (copier.loads()) load_chunk<T>(copier, a, c, 0, [&] { settle_and_wait_for_kernel_before(a.chunks); });
     wait_for_kernel_before();
     copier.commit(0);
     for (bool first = true; number_in(stage) < a.chunks; first = false) {
@@ -337,7 +340,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
       if (!first && copier.rank() == 0) number_in(next) = schedule.next();
       __syncwarp();
       if (const int number = number_in(next); number < a.chunks && copier.loads())
-        load(find(number, next), next, Nothing{});  // in place of the chunk before, if any
+        load_chunk<T>(copier, a, find(number, next), next, Nothing{});  // in place of the chunk before, if any
       copier.commit(next);
       if (copier.rank() == 0) schedule.ask();
       const Chunk& c = known(stage);
@@ -456,18 +459,13 @@ inline void apply(Stream& a, const Cut& cut, const TileSize& tile, int64_t image
   a.plane_step = a.warps / a.warps_side;
   a.by_tile_rows = Divider(a.tiles / a.strips), a.by_warps_side = Divider(a.warps_side);
 
-  a.period = static_cast<int>(period_of(a.source.row_bytes));
   const int extent = (a.kernel_h - 1) * a.dilation_h + 1;
   const int step = a.spread ? ceil_div(cut.chunk_rows, 2) : cut.chunk_rows * a.stride_h;
-  a.capacity = static_cast<int>(
-      cut.bands == 1 ? rows_for_planes(int64_t{cut.chunk_groups} * a.fan_in * a.height, a.source.row_bytes)
-                     : rows_for_bands(cut.bands, step, extent, a.source.row_bytes));
-  a.ring_bytes = a.capacity * a.source.row_bytes;
-  const int64_t rows = cut.bands == 1 ? int64_t{cut.chunk_groups} * a.fan_in * a.height : step + extent;
-  a.stage_bytes = static_cast<int>(stage_bytes(rows, a.source.row_bytes));
+  const int shared_rows = tile.together > 1 || a.spread ? extent : extent - a.stride_h;  // at most
+  a.most_rows = cut.bands == 1 ? cut.chunk_groups * a.fan_in * a.height : step + shared_rows;
+  a.stage_bytes = static_cast<int>(stage_bytes(a.most_rows, a.source.row_bytes));
   const int64_t targets = cut.bands > 1 ? 1 : cut.chunk_groups * a.fan_out;
-  a.buffer_at = static_cast<int>(
-      kHead + (tile.together > 1 ? kDepth * a.stage_bytes + kTail : ring_bytes(a.capacity, a.source.row_bytes)));
+  a.buffer_at = kHead + kDepth * a.stage_bytes + kTail;
   a.filters_at = static_cast<int>(a.buffer_at + round_up(targets * cut.chunk_rows * a.target.row_bytes + kUnit, 128));
   a.filters_bytes = static_cast<int>(targets * a.fan_in * tile.filter_bytes);
   a.chunks_at = static_cast<int>(round_up(a.filters_at + a.filters_bytes, 16));
@@ -532,7 +530,7 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
         return chunk_groups * fan * height * array.row_bytes % 128 == 0;
       };
       const bool lines = in_lines(a.source, a.height, a.fan_in) && in_lines(a.target, a.out_height, a.fan_out);
-      const double parts = blocks == 1 ? 1 + 0.3 * (rounds - 1) : static_cast<double>(std::max(blocks, rounds));
+      const double parts = blocks == 1 ? 1 + 0.1 * (rounds - 1) : static_cast<double>(std::max(blocks, rounds));
       score =
           cut.bands > 1 ? enough * 0.65 * blocks / (blocks + 0.25) : enough * (lines ? 1 : 0.9) * parts / (parts + 0.5);
       // In few blocks of two chunks each little goes on at the same time.
@@ -626,7 +624,15 @@ void launch(Stream a, int64_t images, const Allocate& allocate, cudaStream_t str
       });
   apply(a, decision.cut, kTile, images);
   a.down = decision.arrangement.down, a.last_column = decision.arrangement.last_column;
-  const int blocks = blocks_for(a, std::max(decision.resident, 1) * device.multiprocessors);
+  int blocks = blocks_for(a, std::max(decision.resident, 1) * device.multiprocessors);
+  int64_t bytes = shared_bytes(a);
+  if (const int64_t turns = ceil_div(a.chunks, blocks); Tile::kLanes == 1 && turns == kDepth) {
+    // Of two chunks a block each multiprocessor should have as many as the others: there are no more blocks than that
+    // takes, and room for no more on any.
+    blocks = static_cast<int>(ceil_div(a.chunks, turns));
+    const int64_t each = ceil_div(blocks, device.multiprocessors);
+    bytes = std::max(bytes, device.shared_per_multiprocessor / (each + 1) - 1024 + kUnit);
+  }
   // Without a counter bands come in runs, since those that follow each other share rows. With one, neighbours are in
   // work at the same time, and find these rows in L2.
   const bool counts = pays_to_count(a, images, blocks, Tile::kLanes == 1);
@@ -642,7 +648,7 @@ void launch(Stream a, int64_t images, const Allocate& allocate, cudaStream_t str
     a.counters = static_cast<int*>(allocate(a.classes * sizeof(int)));
     set_counters(a.counters, a.classes, 2 * blocks / a.classes, stream);
   }
-  launch_early(kernel, a, blocks, decision.cut.threads + Tile::kLoaders, stream, {.shared_bytes = shared_bytes(a)});
+  launch_early(kernel, a, blocks, decision.cut.threads + Tile::kLoaders, stream, {.shared_bytes = bytes});
   check_launch("stream_nchw");
 }
 

@@ -116,7 +116,7 @@ struct EightTiles {
   __device__ void by_taps(const Stream& a, const Chunk& c, int to, int plane) const {
     for (int v = 0; v < 4; ++v) {
       const int beside = v / 2 * 8 + v % 2;
-      if (height(v) > 0) tile_by_taps<T, false>(a, c, to + 2 * beside, plane, row, height(v), column + beside, 1);
+      if (height(v) > 0) tile_by_taps<T>(a, c, to + 2 * beside, plane, row, height(v), column + beside, 1);
     }
   }
 };
