@@ -11,6 +11,7 @@
 #include "kernels/fft.h"
 #include "kernels/lanes_forms.h"
 #include "kernels/march_nchw.h"
+#include "kernels/moved_rows.h"
 #include "kernels/outer_grad_weight.h"
 #include "kernels/small_kernels.h"
 #include "kernels/stream.h"
@@ -220,17 +221,29 @@ bool claims_toeplitz_small_planes(const Problem& p) {
          std::max(p.width, p.out_width * p.stride_h) <= kMaxWidth;
 }
 
-bool claims_stream_grad_weight_nchw(const Problem& p) {
+// Whether input and gradient can stream through shared memory side by side: as rings, or each chunk of rows in a place
+// of its own, or as rings of rows that are moved to where 16 bytes begin.
+enum class Room { kRings, kStages, kMovedRings };
+bool can_stream_grad_weight(const Problem& p, Room room) {
   if (p.pass != Pass::kGradWeight || !is_small_kernel(p) || p.out_width < kTileColumns || !can_stream(p)) return false;
   if (p.filters() > (1 << 30) / (p.taps() + 1)) return false;  // sums are counted in 32 bits
-  const int64_t source_bytes = p.width * size_of(p.dtype), grad_bytes = p.out_width * size_of(p.dtype);
+  int64_t source_bytes = p.width * size_of(p.dtype), grad_bytes = p.out_width * size_of(p.dtype);
+  if (room == Room::kMovedRings) source_bytes = moved_row_bytes(source_bytes), grad_bytes = moved_row_bytes(grad_bytes);
   const int64_t extent = (p.kernel_h - 1) * p.dilation_h + 1, rows = std::min<int64_t>(kLeastRows, p.out_height);
   constexpr int64_t kThreads = 256 + 32 + 8 + 1;  // with the warp that loads, and room between banks
   const int64_t source = rows_for_bands((p.out_height + rows - 1) / rows, rows * p.stride_h, extent, source_bytes);
   const int64_t grad = rows_for_planes(rows, grad_bytes);
-  return kHead + std::max(ring_bytes(source, source_bytes) + ring_bytes(grad, grad_bytes) + 256,
-                          4 * (p.taps() + 1) * kThreads) <=
-         p.shared_memory;
+  int64_t bytes = ring_bytes(source, source_bytes) + ring_bytes(grad, grad_bytes);
+  if (room == Room::kStages && p.out_height > rows) {
+    const int64_t source_stage = stage_bytes((rows - 1) * p.stride_h + extent, source_bytes);
+    bytes = std::min(bytes, kDepth * (source_stage + stage_bytes(rows, grad_bytes)) + 2 * kTail);
+  }
+  return kHead + std::max(bytes + 256, 4 * (p.taps() + 1) * kThreads) <= p.shared_memory;
+}
+
+bool claims_stream_grad_weight_nchw(const Problem& p) {
+  const bool has_stages = p.dtype == DType::kFloat32 && p.kernel_h == p.kernel_w && p.taps() > 1;
+  return can_stream_grad_weight(p, has_stages ? Room::kStages : Room::kRings);
 }
 
 bool claims_batch_grad_weight_nchw(const Problem& p) {
@@ -284,12 +297,13 @@ bool claims_batch_grad_weight_nchw(const Problem& p) {
 bool claims_toeplitz_grad_weight_nchw(const Problem& p) {
   if (size_of(p.dtype) != 2 || p.capability < 80 || p.kernel_h != p.kernel_w) return false;
   if (p.kernel_h != 3 && p.kernel_h != 5 && p.kernel_h != 7) return false;
-  // For 3x3 it pays on long rows that begin with 16 bytes.
-  constexpr int64_t kLong = 1024;
-  if (p.kernel_h == 3 && (p.dilation_h > 1 || p.out_width < kLong || p.width % 8 > 0 || p.out_width % 8 > 0))
-    return false;
+  // For 3x3 it pays on long rows.
+  constexpr int64_t kLong = 1024, kWide = 256;
+  if (p.kernel_h == 3 && (p.dilation_h > 1 || p.out_width < kLong)) return false;
   // A warp adds up 4 tiles of 16 columns at once: small planes do not fill it.
-  return p.stride_h == 1 && p.out_height * p.out_width >= 784 && claims_stream_grad_weight_nchw(p);
+  return p.stride_h == 1 && p.out_height * p.out_width >= 784 &&
+         (can_stream_grad_weight(p, Room::kRings) ||
+          (p.out_width >= kWide && can_stream_grad_weight(p, Room::kMovedRings)));
 }
 
 // Whether kernels that want rows can have them: as they are, or from channels that lie side by side, by a copy.

@@ -15,12 +15,12 @@ namespace {
 // gradients whose window it lies in. Needs a padding below the kernel's extent and kColumns output columns. Tiles of 2
 // columns are read by pairs, as far as rows and what tiles read of them lie evenly (8 bytes), or oddly as the kernel
 // is.
-template <class Kernel, int kRows_ = 7, int kColumns_ = 7>
+template <class Kernel, int kRows_ = 7, int kColumns_ = 7, bool kStaged = false>
 struct Window : AnyPart<Kernel::kKernelW> {
   static constexpr int kKernelH = Kernel::kKernelH, kKernelW = Kernel::kKernelW;
   static constexpr int kStride = Kernel::kStride, kDilation = Kernel::kDilation;
   static constexpr int kRows = kRows_, kColumns = kColumns_, kTiles = 1, kLanes = 1;
-  static constexpr bool kOddStrips = false, kPairs = kColumns == 2;
+  static constexpr bool kOddStrips = false, kPairs = kColumns == 2, kStages = kStaged;
   static constexpr int kMaxThreads = kPairs ? 256 : kKernelH * kKernelW < kManyTaps ? 224 : 128, kBlocks = 2;
   static constexpr bool kInParts = kKernelH * kKernelW < 25;  // long sums lose digits; of more taps there is no room
 
@@ -47,8 +47,8 @@ struct Window : AnyPart<Kernel::kKernelW> {
     const int plane = c.source_plane + static_cast<int>(channel) * a.height;
     const int y0 = plane + (c.row + row) * kStride - a.padding_h;
     const int begin = max(c.source.begin, plane), end = min(c.source.end, plane + a.height);
-    RowWalk source(a.source.ring, c.source.slot + y0 - c.source.begin);
-    RowWalk grad(a.grad.ring, c.grad.slot + (a.single ? 0 : filter * a.out_height) + row);
+    RowWalk source(ring_of<kStages>(a.source, c.source), c.source.slot + y0 - c.source.begin);
+    RowWalk grad(ring_of<kStages>(a.grad, c.grad), c.grad.slot + (a.single ? 0 : filter * a.out_height) + row);
 
     float part[kKernelH][kKernelW] = {};
     const auto add = [&](int i, int j, float x, float g) {
@@ -177,7 +177,7 @@ struct Corner {
   static constexpr int kKernelH = kKernel, kKernelW = kKernel;
   static constexpr int kRows = 7, kColumns = 7, kTiles = 1, kLanes = 1;
   static constexpr bool kOddStrips = false, kWhole = true, kPlane = kSide == 7, kTurns = false;
-  static constexpr bool kPieces = false, kUnits = false;
+  static constexpr bool kPieces = false, kUnits = false, kMoves = false, kStages = false;
   static constexpr int kProducts = 0, kScratch = 0;
   static constexpr int kMaxThreads = kKernel == 7 ? 160 : 224, kBlocks = 2;
   static constexpr int kMostMultiplier = 8;      // shared memory holds the planes of a channel
@@ -466,12 +466,18 @@ void launch_stream_grad_weight_nchw(const Problem& p, bool bulk, const Allocate&
             return launch<T, Units<kSide>>(p, a, allocate, stream);
         }
         if constexpr (sizeof(T) == 4 && Kernel::kSquare && kSide == 3 && Kernel::kStride == 1) {
-          constexpr int kPairsWidth = 64;  // a warp has a row of tiles of 2 columns
-          // Tiles of 7 columns below each other lie in the same banks there.
-          if (a.width == kPairsWidth && a.out_width == kPairsWidth && a.padding_w % 2 == Kernel::kDilation % 2 &&
-              a.source.ring.phase % 8 == 0 && a.grad.ring.phase % 8 == 0)
+          // Of rows of 64 columns, or some less, a warp has about one of tiles of 2 columns. Those of 7 columns below
+          // each other lie in the same banks at 64.
+          constexpr int kPairsWidth = 64, kLeastWidth = 60;
+          if (a.width >= kLeastWidth && a.width <= kPairsWidth && a.width % 2 == 0 && a.out_width == a.width &&
+              a.padding_w % 2 == Kernel::kDilation % 2 && a.source.ring.phase % 8 == 0 && a.grad.ring.phase % 8 == 0)
             return launch<T, Window<Kernel, 8, 2>>(p, a, allocate, stream);
         }
+        // Of rows so long that a ring has no room for a tile of them, chunks have places of their own.
+        constexpr int kLongRow = 3000;  // bytes: a ring has room for any tile of shorter ones
+        if constexpr (sizeof(T) == 4 && Kernel::kSquare && kSide > 1)
+          if (a.source.ring.row_bytes > kLongRow && !has_room<Window<Kernel>>(a, Window<Kernel>::kRows))
+            return launch<T, Window<Kernel, 7, 7, true>>(p, a, allocate, stream);
         launch<T, Window<Kernel>>(p, a, allocate, stream);
       });
   });

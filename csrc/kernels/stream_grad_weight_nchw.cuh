@@ -19,6 +19,8 @@
 //   kTurns                whether a filter's warps take turns, as some tiles take longer
 //   kUnits                whether a row of a tile is 16 bytes that are read at once
 //   kPieces               whether a chunk that is a block's only one comes in two pieces
+//   kMoves                whether rows are moved to where 16 bytes begin, so that tiles find them there
+//   kStages               whether chunks are bands that have places of their own in shared memory, as ring_of says
 //   add<T>(stream, chunk, filter, tile)  adds a tile, or the first of several, to the thread's sums
 //   total(i, j), total_bias()            the sums
 //   tap(i, j)                            whose sum total(i, j) is
@@ -33,6 +35,7 @@
 #include <cmath>
 
 #include "launch.h"
+#include "moved_rows.h"
 #include "overlap.cuh"
 #include "partial_sums.h"
 #include "stream.cuh"
@@ -43,7 +46,8 @@ namespace dwconv {
 struct Flow {
   Planes planes;
   RowRing ring;
-  bool joined;  // whether the images follow each other without a gap
+  bool joined;      // whether the images follow each other without a gap
+  int stage_bytes;  // of a chunk's rows, where each has a place of its own instead
 };
 
 struct GradStream {
@@ -74,7 +78,21 @@ struct GradStream {
 // Rows of an image, and the slot of the first of them in the ring.
 struct ImageRows {
   int image, begin, end, slot;
+  int place;  // where chunks have places of their own, what this one lies behind the ring's
+  int fresh;  // where rows are moved, the first that was not yet in the ring
 };
+
+// The ring; or a chunk's place as one, which no row comes round in.
+template <bool kStages>
+__device__ decltype(auto) ring_of(const Flow& flow, const ImageRows& rows) {
+  if constexpr (kStages) {
+    RowRing ring = flow.ring;
+    ring.memory += rows.place;
+    return ring;
+  } else {
+    return (flow.ring);
+  }
+}
 
 // A step of a block: some rows of an image, of the block's planes.
 struct GradChunk {
@@ -129,6 +147,100 @@ __device__ inline Middle middle_of(const GradStream& a, const GradChunk& c) {
   return {min(max(source, c.source.begin), c.source.end), min(c.grad.begin + a.early_rows, c.grad.end)};
 }
 
+// Loads the rows that are not yet in the ring, each from the 16 bytes on in which it begins, to where its slot does:
+// from there move_rows moves it. `ready`: called when memory is about to be read.
+template <typename T, typename Ready>
+__device__ void load_to_move(const Copier& copier, const Flow& flow, Cursor& cursor, ImageRows& rows, int barrier,
+                             Ready&& ready) {
+  const Planes& planes = flow.planes;
+  const int before = rows.image * planes.rows;
+  rows.fresh = max(rows.begin, cursor.end - before);
+  cursor.place(flow.ring, before + rows.begin, before + rows.end);
+  if (rows.fresh >= rows.end) return;
+  ready();
+  int row = rows.fresh, slot = cursor.slot_of(flow.ring, before + row);
+  const auto address_of = [&](int row) {
+    return planes.base + rows.image * planes.image_bytes + static_cast<int64_t>(row) * planes.row_bytes;
+  };
+  const auto misfit_of = [](const char* from) { return static_cast<int>(reinterpret_cast<uintptr_t>(from) % kUnit); };
+  const auto load_outermost = [&](int row, int slot) {  // nothing beside the image is touched
+    const int phase = misfit_of(planes.base), to = flow.ring.at(slot) + misfit_of(address_of(row));
+    load_rows<T>(copier, {to - phase, phase, planes.row_bytes}, planes, rows.image, row, 1, 0, false, barrier,
+                 Nothing{});
+  };
+  if (row == 0) {
+    load_outermost(row++, slot);
+    slot = flow.ring.wrap(slot + 1);
+  }
+  // Slots are filled, with what is around the rows.
+  const int end = min(rows.end, planes.rows - 1), bytes = flow.ring.row_bytes;
+  const char* from = address_of(row);
+  if (!copier.bulk) {
+    for (; row < end; ++row, from += planes.row_bytes) {
+      copier.load(&shared<char>(flow.ring.at(slot)), from - misfit_of(from), bytes, barrier);
+      slot = flow.ring.wrap(slot + 1);
+    }
+  } else if (row < end) {
+    if (is_elected()) {
+      expect_bytes(barrier, (end - row) * bytes);
+      uint32_t to = shared_address(flow.ring.at(slot)), back = (flow.ring.capacity - slot) * bytes;
+#pragma unroll 1
+      for (int left = end - row; left > 0; --left, from += planes.row_bytes) {
+        copy_bulk(to, from - misfit_of(from), bytes, barrier);
+        to += bytes, back -= bytes;
+        if (back == 0) back = flow.ring.capacity * bytes, to -= back;
+      }
+    }
+    slot = flow.ring.wrap(slot + end - row), row = end;
+  }
+  if (row < rows.end) load_outermost(row, slot);
+}
+
+// Moves a row by so many bytes to where its slot begins, by a warp. kHalves: they are no multiple of 4.
+template <bool kHalves>
+__device__ inline void move_row(int slot, int misfit, int bytes) {
+  constexpr int kAtOnce = 8;
+  const int words = (bytes + 3) / 4, lane = threadIdx.x % 32, to = slot + 4 * lane, from = to + misfit / 4 * 4;
+#pragma unroll 1
+  for (int begin = 0; begin < words; begin += 32 * kAtOnce) {
+    uint32_t word[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k)
+      if (begin + 32 * k + lane < words) {
+        const int at = from + 4 * (begin + 32 * k);
+        word[k] = shared<uint32_t>(at);
+        if (kHalves) word[k] = __funnelshift_r(word[k], shared<uint32_t>(at + 4), 16);
+      }
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k)
+      if (begin + 32 * k + lane < words) shared<uint32_t>(to + 4 * (begin + 32 * k)) = word[k];
+  }
+  __syncwarp();
+}
+
+// Moves the rows of a chunk that have just come, by so many warps; there are zeros behind, up to 16 bytes.
+__device__ inline void move_rows(const GradStream& a, const GradChunk& c, int warps) {
+  const int sources = c.source.end - c.source.fresh, all = sources + c.grad.end - c.grad.fresh;
+  const auto move = [](const Flow& flow, const ImageRows& rows, int number) {
+    const int row = rows.fresh + number, slot = flow.ring.at(flow.ring.wrap(rows.slot + row - rows.begin));
+    const int bytes = flow.planes.row_bytes, lane = threadIdx.x % 32;
+    const uint32_t begin = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(flow.planes.base)) + row * bytes;
+    const int misfit = static_cast<int>(begin % kUnit);
+    if (misfit % 4 > 0)
+      move_row<true>(slot, misfit, bytes);
+    else if (misfit > 0)
+      move_row<false>(slot, misfit, bytes);
+    if (const int at = bytes + 2 * lane; at < (bytes + kUnit - 1) / kUnit * kUnit) shared<uint16_t>(slot + at) = 0;
+  };
+  for (int i = threadIdx.x / 32; i < all; i += warps)
+    if (i < sources)
+      move(a.source, c.source, i);
+    else
+      move(a.grad, c.grad, i - sources);
+  before_bulk_copies();  // to the same places
+}
+
 // The sum of one tap over the block's part of the images, by all threads, of products inside the image only.
 template <typename T>
 __device__ __noinline__ float sum_by_products(const GradStream& a, int group, int first, int last, int filter,
@@ -172,6 +284,7 @@ __device__ inline float sum_of(int values, int count, int lanes) {
 template <int kKernelW>
 struct AnyPart {
   static constexpr bool kWhole = false, kPlane = false, kTurns = false, kPieces = false, kUnits = false;
+  static constexpr bool kMoves = false, kStages = false;
   static constexpr int kProducts = 0, kScratch = 0;
 
   __device__ int tap(int i, int j) const { return i * kKernelW + j; }
@@ -204,7 +317,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
   // before the wait for the place that the chunk takes.
   const bool in_pieces = Tile::kPieces && copier.bulk && a.early_units > 0;
   const auto load = [&](int step) {
-    if (step < last + in_pieces && copier.loads()) {
+    if (step < last + in_pieces && (copier.loads() || Tile::kMoves)) {
       GradChunk c = chunk_of(a, group, in_pieces ? first : step);
       const int source_end = c.source.end, grad_end = c.grad.end;
       if (in_pieces) {
@@ -224,8 +337,18 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
         may_read = true;
       };
       const auto load_flow = [&](const Flow& flow, Cursor& cursor, ImageRows& rows) {
-        load_rows<T>(copier, flow.ring, flow.planes, cursor, rows.image, rows.begin, rows.end, Barriers::full(stage),
-                     ready);
+        if constexpr (Tile::kMoves) {
+          load_to_move<T>(copier, flow, cursor, rows, Barriers::full(stage), ready);
+          rows.slot = cursor.slot_of(flow.ring, rows.image * flow.planes.rows + rows.begin);
+          return;
+        }
+        if constexpr (Tile::kStages) {  // as if the row before were the last one placed
+          const uint32_t row_begin = flow.ring.phase + static_cast<uint32_t>(rows.begin) * flow.ring.row_bytes;
+          rows.place = stage * flow.stage_bytes + static_cast<int>(row_begin % kUnit) - flow.ring.phase;
+          cursor = {rows.image * flow.planes.rows + rows.begin - 1, -1};
+        }
+        load_rows<T>(copier, ring_of<Tile::kStages>(flow, rows), flow.planes, cursor, rows.image, rows.begin, rows.end,
+                     Barriers::full(stage), ready);
         rows.slot = cursor.slot_of(flow.ring, rows.image * flow.planes.rows + rows.begin);
       };
       load_flow(a.source, source_cursor, c.source);
@@ -233,6 +356,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
       c.source.end = source_end, c.grad.end = grad_end;
       if (copier.rank() == 0) shared<GradChunk>(a.chunks_at + stage * static_cast<int>(sizeof(GradChunk))) = c;
     }
+    if (Tile::kMoves) __syncwarp();
     if (step < last + in_pieces || !copier.bulk) copier.commit(stage);
   };
 
@@ -243,6 +367,10 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
       copier.wait_full(stage, parity);
       if (!copier.dedicated) __syncthreads();
       const GradChunk c = shared<GradChunk>(a.chunks_at + stage * static_cast<int>(sizeof(GradChunk)));
+      if constexpr (Tile::kMoves) {
+        move_rows(a, c, copier.workers() / 32);
+        meet<1>(copier.workers());
+      }
       if (Tile::kLanes == 1) {
         for (int unit = threadIdx.x; unit < units; unit += copier.workers()) {
           uint32_t filter = unit;
@@ -378,7 +506,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
 
 // How the work is cut; the rest follows from it.
 struct GradCut {
-  bool single;
+  bool single, staged;
   int block_channels, chunk_rows, threads, splits, filter_warps;
   int64_t shared_bytes;
 };
@@ -392,6 +520,7 @@ struct GradTileSize {
   int scratch;  // bytes of a warp
   bool pieces;
   bool units;  // whether a row of a tile is 16 bytes that are read at once
+  bool stages;
 
   int64_t strips(int64_t width) const { return ceil_div(width, columns) | (odd_strips ? 1 : 0); }
 };
@@ -425,16 +554,24 @@ inline void apply(GradStream& a, GradCut& cut, const GradTileSize& tile) {
   a.by_tiles = Divider(cut.single ? int64_t{1} << 30 : int64_t{a.strips} * a.segments);
   const int extent = (a.kernel_h - 1) * a.dilation + 1;
   RowRing &source = a.source.ring, &grad = a.grad.ring;
-  const int64_t source_rows = cut.single ? rows_for_bands(a.bands, cut.chunk_rows * a.stride, extent, source.row_bytes)
-                                         : rows_for_planes(int64_t{cut.block_channels} * a.height, source.row_bytes);
+  const int64_t source_rows = cut.staged ? (cut.chunk_rows - 1) * a.stride + extent
+                              : cut.single
+                                  ? rows_for_bands(a.bands, cut.chunk_rows * a.stride, extent, source.row_bytes)
+                                  : rows_for_planes(int64_t{cut.block_channels} * a.height, source.row_bytes);
   const int64_t grad_rows =
-      rows_for_planes(cut.single ? cut.chunk_rows : int64_t{a.block_filters} * a.out_height, grad.row_bytes);
+      cut.staged
+          ? cut.chunk_rows
+          : rows_for_planes(cut.single ? cut.chunk_rows : int64_t{a.block_filters} * a.out_height, grad.row_bytes);
   source.period = static_cast<int>(period_of(source.row_bytes));
   grad.period = static_cast<int>(period_of(grad.row_bytes));
   source.capacity = static_cast<int>(source_rows), grad.capacity = static_cast<int>(grad_rows);
+  const auto arrange = [&](Flow& flow, int64_t rows) {  // returns the bytes that it takes
+    flow.stage_bytes = cut.staged ? static_cast<int>(stage_bytes(rows, flow.ring.row_bytes)) : 0;
+    return cut.staged ? int64_t{kDepth} * flow.stage_bytes + kTail : ring_bytes(rows, flow.ring.row_bytes);
+  };
   source.memory = kHead;
-  grad.memory = static_cast<int>(kHead + ring_bytes(source_rows, source.row_bytes));
-  a.chunks_at = static_cast<int>(grad.memory + ring_bytes(grad_rows, grad.row_bytes));
+  grad.memory = static_cast<int>(kHead + arrange(a.source, source_rows));
+  a.chunks_at = static_cast<int>(grad.memory + arrange(a.grad, grad_rows));
   a.scratch_at = static_cast<int>(round_up(a.chunks_at + kDepth * sizeof(GradChunk), kUnit));
   const int64_t slot_bytes = int64_t{tile.taps + 1} * static_cast<int64_t>(sizeof(float));
   a.totals = static_cast<int>(kHead + slot_bytes * (cut.threads + kMoreThreads));
@@ -456,7 +593,7 @@ inline GradCut cut_for(GradStream a, const GradTileSize& tile, const Device& dev
     const int64_t tiles = tile.strips(a.out_width) * ceil_div(rows, tile.rows);
     const int64_t filters = single ? 1 : channels * a.multiplier;
     const int64_t each = ceil_div(tiles, tile.together), units = each * filters * tile.lanes;
-    GradCut cut{single, channels, rows, 0, 1, 0, 0};
+    GradCut cut{single, tile.stages, channels, rows, 0, 1, 0, 0};
     int64_t rounds = 1;
     if (tile.lanes == 1) {
       cut.threads = threads_for(units, tile.threads_per_block), rounds = ceil_div(units, cut.threads);
@@ -497,17 +634,24 @@ inline GradCut cut_for(GradStream a, const GradTileSize& tile, const Device& dev
       if (a.bands > 1 || !lines) busy *= 0.9;
       busy *= static_cast<double>(a.out_height) / (a.bands * rows);
     }
+    if (tile.stages) {  // rows that bands share are loaded again
+      const double source_rows = (rows - 1.) * a.stride + (a.kernel_h - 1.) * a.dilation + 1;
+      busy *= (a.stride + 1.) * rows / (source_rows + rows);
+    }
     const double chunk_bytes = static_cast<double>(cut.shared_bytes - kHead) / kDepth;  // a chunk costs some barriers
     const double score = busy * even * chunk_bytes / (chunk_bytes + 3000);
     if (score > best_score * 1.02) best_score = score, cut.splits = static_cast<int>(splits), best = cut;
     return true;
   };
-  for (int channels = 1; channels <= a.channels; ++channels)
-    if (!consider(false, channels, a.out_height)) break;
+  if (!tile.stages)
+    for (int channels = 1; channels <= a.channels; ++channels)
+      if (!consider(false, channels, a.out_height)) break;
   if (!tile.whole) {
-    consider(true, 1, a.out_height);
+    if (!tile.stages) consider(true, 1, a.out_height);
     for (int rows = tile.rows; rows < a.out_height; rows += tile.rows)
       if (!consider(true, 1, rows)) break;
+    if (tile.stages)
+      for (int rows = tile.rows - 1; rows > kLeastRows && best_score < 0; --rows) consider(true, 1, rows);
     if (best_score < 0) consider(true, 1, kLeastRows);
   }
   if (best_score < 0) throw std::runtime_error("dwconv: rows of this size do not fit the GPU's shared memory");
@@ -518,14 +662,14 @@ template <class Tile>
 constexpr GradTileSize size_of_tile() {
   return {Tile::kRows,       Tile::kColumns, Tile::kTiles,     Tile::kLanes, Tile::kKernelH * Tile::kKernelW,
           Tile::kMaxThreads, Tile::kBlocks,  Tile::kOddStrips, Tile::kWhole, Tile::kScratch,
-          Tile::kPieces,     Tile::kUnits};
+          Tile::kPieces,     Tile::kUnits,   Tile::kStages};
 }
 
-// Whether there is room for bands of the fewest rows beside what warps need, and not only for the bands.
+// Whether there is room for bands of so many rows, and for what warps need besides.
 template <class Tile>
-bool has_room_for_scratch(GradStream a) {
+bool has_room(GradStream a, int rows = kLeastRows) {
   constexpr GradTileSize kTile = size_of_tile<Tile>();
-  GradCut least{true, 1, std::min<int>(kLeastRows, a.out_height), 32, 1, 1, 0};
+  GradCut least{true, Tile::kStages, 1, std::min(rows, a.out_height), 32, 1, 1, 0};
   apply(a, least, kTile);
   return a.scratch_at + Tile::kMaxThreads / 32 * Tile::kScratch <= current_device().shared_per_block;
 }
@@ -553,6 +697,11 @@ void launch(const Problem& p, GradStream a, const Allocate& allocate, cudaStream
   launch_early(kernel, a, blocks, cut.threads + (a.bulk ? 32 : 0), stream, {.shared_bytes = cut.shared_bytes});
   check_launch("stream_grad_weight_nchw");
   if (a.splits > 1) launch_add_partial_sums(p, a.partial, a.splits, stream);
+}
+
+// Has rows moved to where 16 bytes begin.
+inline void move(Flow& flow) {
+  flow.ring.row_bytes = static_cast<int>(moved_row_bytes(flow.planes.row_bytes)), flow.ring.phase = 0;
 }
 
 // The arguments that follow from a problem.

@@ -197,8 +197,11 @@ struct Toeplitz : AnyPart<kKernel> {
 // bytes on. So a row has 16 bytes more, and shares its first and its last ones with the rows above and below: where a
 // matrix has these they are read from copies, in which what is not the row's is zero. Of the last ones, where segments
 // do not reach them, rows are what is summed over.
-template <int kKernel, bool kShifted>
+//
+// kMoved: rows that begin anywhere are moved first.
+template <int kKernel, bool kShifted, bool kMoved = false>
 struct Segments : AnyPart<kKernel> {
+  static constexpr bool kMoves = kMoved;
   static constexpr int kRows = 7, kColumns = 128, kTiles = 1, kLanes = 32;
   static constexpr bool kOddStrips = true, kTurns = kShifted;
   static constexpr int kKernelH = kKernel, kKernelW = kKernel;
@@ -301,7 +304,7 @@ struct Segments : AnyPart<kKernel> {
     // gradient), and to the right, of two rows. What is beside the image is read from zeros.
     const int own = (lane % 8 + lane / 16 * 8) * a.strips + strip, near = own + half - 1, beside = own + 1;
     const int middle = lane % 16 * a.strips + strip;
-    const int source_end = a.width / 8 + kShifted, grad_end = a.out_width / 8 + kShifted;
+    const int source_end = (a.width + 7) / 8 + kShifted, grad_end = (a.out_width + 7) / 8 + kShifted;
     const int plane = c.source_plane + filter / a.multiplier * a.height, y = c.row + row - a.padding_h;
     const int begin = max(-y, 0), end = min(min(a.height, c.source.end - plane) - y, 32);
     const uint32_t inside = end > begin ? ~0u >> (32 - end) & ~0u << begin : 0;
@@ -368,8 +371,13 @@ void launch_kernel(const Problem& p, const GradStream& a, const Allocate& alloca
   const RowRing &source = a.source.ring, &grad = a.grad.ring;
   if (a.out_width >= kWide && source.row_bytes % kUnit == 0 && grad.row_bytes % kUnit == 0) {
     if (source.phase == 0 && grad.phase == 0) return launch<T, Segments<kKernel, false>>(p, a, allocate, stream);
-    if (source.phase == grad.phase && a.width == a.out_width && has_room_for_scratch<Segments<kKernel, true>>(a))
+    if (source.phase == grad.phase && a.width == a.out_width && has_room<Segments<kKernel, true>>(a))
       return launch<T, Segments<kKernel, true>>(p, a, allocate, stream);
+  }
+  if (GradStream moved = a; a.out_width >= kWide) {
+    move(moved.source), move(moved.grad);
+    if (has_room<Segments<kKernel, false, true>>(moved))
+      return launch<T, Segments<kKernel, false, true>>(p, moved, allocate, stream);
   }
   if constexpr (kKernel == 3)
     launch_stream_grad_weight_nchw(p, a.bulk, allocate, stream);
