@@ -1017,6 +1017,7 @@ def test_streams_are_exact(tile: tuple, dtype: torch.dtype) -> None:
         (31, 57),
         (56, 56),
         (61, 64),
+        (39, 62),
         (113, 95),
         (64, 301),
         (200, 300),
@@ -1053,6 +1054,51 @@ def test_streams_are_exact(tile: tuple, dtype: torch.dtype) -> None:
                 if min(kernel) >= 5 and stride == 1 and dtype != torch.float32 and height * width >= 784:
                     plans = {"toeplitz_grad_weight_nchw", "toeplitz_grad_weight_nchw_portable"}
                     assert {("grad_weight", plan) for plan in plans} <= forced, str(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("finite", [True, False], ids=["finite", "not finite"])
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("side", [3, 5])
+def test_streams_of_wide_rows_are_exact(side: int, dtype: torch.dtype, finite: bool) -> None:
+    """Rows of which few find room in shared memory, of every width within 16 bytes, and at any address."""
+    for number, width in enumerate((1915, 1917, 1918, 1919, 1920, 2046)):
+        tile = (side, side), 1, 1
+        case = tile_case(tile, 1 + number % 2, 2, (23 + number, width), bias=number % 2 == 0)
+        input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+        grad_output = integers(*output_size(case)).to(input)
+        if number % 3 > 0:
+            input, grad_output = lay(input, offset=number), lay(grad_output, offset=2 * number + 1)
+        if not finite:
+            for tensor in (input, grad_output):
+                tensor[0, 0, 0, 0], tensor[-1, 1, -1, -1], tensor[-1, 0, 9, 0] = torch.inf, torch.nan, -torch.inf
+        exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+        forced = set()
+        for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
+            if "_nchw" in plan:
+                wanted = exact[name].round().to(result).nan_to_num(nan=12345.0)
+                assert torch.equal(result.nan_to_num(nan=12345.0), wanted), (name, plan, str(case), input.stride())
+                forced.add(plan)
+        sums = "stream_grad_weight_nchw" if dtype == torch.float32 else "toeplitz_grad_weight_nchw"
+        assert {"stream_nchw", sums} <= forced, str(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("tile", [((3, 3), 2, 1), ((5, 5), 2, 1), ((7, 7), 2, 1)], ids=str)
+def test_strides_of_every_width_are_exact(tile: tuple, dtype: torch.dtype) -> None:
+    """Of grad_input: last strips that overlap the ones before, and rows that lie at odd places."""
+    for number, width in enumerate((13, 14, 15, 16, 27, 28, 29, 41, 55, 110, 111)):
+        kernel, stride, dilation = tile
+        case = tile_case(tile, 2, 3, (30 + number, width), multiplier=1 + number % 3 // 2)
+        if number % 4 == 3:
+            case = case._replace(padding=(kernel[0] - 1, 1))
+        input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+        grad_output = integers(*output_size(case)).to(input)
+        input, grad_output = lay(input, offset=number), lay(grad_output, offset=3 * number)
+        exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+        for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
+            assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, str(case))
 
 
 @pytest.mark.gpu
@@ -1451,8 +1497,10 @@ def test_batch_grad_weight_of_rows_as_they_lie_is_exact(
 @pytest.mark.parametrize("dtype", FAST[1:], ids=str)
 @pytest.mark.parametrize("side", [3, 5, 7])
 def test_grad_weight_of_long_rows_is_exact(side: int, dtype: torch.dtype) -> None:
-    """Rows of whole 16 bytes, in 16 segments, the last of them empty or cut; at addresses that are none, too."""
-    for number, size in enumerate([(9, 256), (23, 264), (30, 512), (16, 1032), (14, 1048), (50, 1920)]):
+    """Rows in 16 segments, the last of them empty or cut, of whole 16 bytes and not; at addresses that are none, too."""
+    even = [(9, 256), (23, 264), (30, 512), (16, 1032), (14, 1048), (50, 1920)]
+    sizes = [*even, (24, 258), (23, 511), (17, 1027), (31, 1919), (40, 1918), (33, 1916)]
+    for number, size in enumerate(sizes):
         for turn, padding in enumerate([side // 2, side - 1, 0]):
             case = Case([3, 1, 2][turn], 3, size, (side, side), padding=(padding, side // 2))
             case = case._replace(multiplier=1 + (number + turn) % 2, bias=(number + turn) % 3 > 0)
