@@ -160,6 +160,72 @@ __global__ void __launch_bounds__(kRelayoutThreads) relayout(const __grid_consta
   }
 }
 
+// The same to whole planes, of so few pixels that a block has all of them: 8 channels begin and end with units of 16
+// bytes, which planes alone do not where their pixels are no multiple of 8.
+constexpr int kVectorChannels = 8, kWholePixels = 256;
+
+// Words of 8 channels in shared memory: behind them as many more that those of all slots lie in other banks.
+__host__ __device__ inline uint32_t whole_pitch(uint32_t size) {
+  return kVectorChannels / 2 * size + 4;
+}
+inline bool has_whole_planes(const Relayout& a) {
+  return a.size % 2 == 0 && a.size % 8 > 0 && a.size <= kWholePixels;
+}
+
+template <int kCount>
+__global__ void __launch_bounds__(kRelayoutThreads) relayout_whole(const __grid_constant__ Relayouts<kCount> all) {
+  constexpr uint32_t kSlots = kTileChannels / kVectorChannels, kAtOnce = 4;
+  static_assert(kSlots == kRelayoutThreads / 32);
+  extern __shared__ uint4 whole_planes[];
+  auto* words = reinterpret_cast<uint32_t*>(whole_planes);
+  uint32_t number = blockIdx.x;
+  const bool is_second = kCount > 1 && number >= all.blocks;
+  const Relayout& a = all.each[is_second ? kCount - 1 : 0];
+  if (is_second) number -= all.blocks;
+  const uint32_t first_channel = a.by_channel_tiles.split(number) * kTileChannels, size = a.size;
+  const uint32_t slots = min(kSlots, (a.channels - first_channel) / kVectorChannels), pitch = whole_pitch(size);
+  let_next_kernel_start();
+  wait_for_kernel_before();
+  const uint16_t* image = a.pixels + number * a.pixels_image + first_channel;
+  const uint32_t slot = threadIdx.x % kSlots;
+  for (uint32_t first = threadIdx.x / kSlots; first < size / 2 && slot < slots;
+       first += kAtOnce * kRelayoutThreads / kSlots) {
+    uint4 pixels[kAtOnce][2];
+#pragma unroll
+    for (uint32_t k = 0; k < kAtOnce; ++k) {
+      const uint32_t pair = min(first + k * kRelayoutThreads / kSlots, size / 2 - 1);
+#pragma unroll
+      for (uint32_t h = 0; h < 2; ++h) {
+        uint32_t row = 2 * pair + h;
+        int64_t place = row * a.pixels_column;
+        if (!a.joined) {
+          const uint32_t column = a.by_width.split(row);
+          place = row * a.pixels_row + column * a.pixels_column;
+        }
+        pixels[k][h] = __ldcs(reinterpret_cast<const uint4*>(image + place) + slot);  // read once
+      }
+    }
+#pragma unroll
+    for (uint32_t k = 0; k < kAtOnce; ++k) {
+      const uint32_t pair = first + k * kRelayoutThreads / kSlots;
+      if (pair >= size / 2) break;
+      const PixelChannels<kVectorChannels> one(pixels[k][0]), other(pixels[k][1]);
+      uint32_t* to = words + slot * pitch + pair;
+#pragma unroll
+      for (int c = 0; c < kVectorChannels; ++c)
+        to[c * size / 2] = __byte_perm(one.words[c / 2], other.words[c / 2], c % 2 == 0 ? 0x5410 : 0x7632);
+    }
+  }
+  __syncthreads();
+  const uint32_t warp = threadIdx.x / 32;
+  if (warp >= slots) return;
+  auto* to = reinterpret_cast<uint4*>(a.planes + (static_cast<int64_t>(number) * a.channels + first_channel) * size) +
+             warp * size;
+  const uint4* from = whole_planes + warp * (pitch / 4);
+#pragma unroll 4
+  for (uint32_t unit = threadIdx.x % 32; unit < size; unit += 32) to[unit] = from[unit];
+}
+
 // Planes have no gaps.
 inline Relayout relayout_of(const View& pixels, const View& planes, int64_t channels, int64_t height, int64_t width) {
   Relayout a{};
@@ -181,11 +247,22 @@ inline bool has_vectors(const View& pixels, int64_t batch, int64_t channels, int
   return places % 16 == 0;
 }
 
+template <int kCount>
+void launch_whole(const Relayouts<kCount>& a, int64_t blocks, cudaStream_t stream) {
+  constexpr int64_t kSlots = kTileChannels / kVectorChannels;
+  const int size = std::max(a.each[0].size, a.each[kCount - 1].size);
+  launch_early(relayout_whole<kCount>, a, blocks, kRelayoutThreads, stream,
+               {.shared_bytes = 4 * kSlots * whole_pitch(size)});
+  check_launch("relayout_whole");
+}
+
 // Copies between images in channels_last, whose pixels and rows may lie apart, and planes without gaps.
 template <bool kToPlanes>
 void launch_relayout(const View& pixels, const View& planes, int64_t batch, int64_t channels, int64_t height,
                      int64_t width, cudaStream_t stream) {
   const Relayouts<1> a{{relayout_of(pixels, planes, channels, height, width)}, 0};
+  if (kToPlanes && has_vectors(pixels, batch, channels, height, width) && has_whole_planes(a.each[0]))
+    return launch_whole(a, batch * a.each[0].by_channel_tiles.divisor, stream);
   const auto kernel =
       has_vectors(pixels, batch, channels, height, width) ? relayout<kToPlanes, 8, 1> : relayout<kToPlanes, 1, 1>;
   launch_early(kernel, a, batch * a.each[0].tiles(), kRelayoutThreads, stream);
@@ -230,10 +307,16 @@ inline void both_to_planes(Problem& p, const Allocate& allocate, cudaStream_t st
   Relayouts<2> a{{relayout_of(p.input, input, p.channels, p.height, p.width),
                   relayout_of(p.output, output, p.filters(), p.out_height, p.out_width)},
                  0};
-  const int64_t first = p.batch * a.each[0].tiles(), second = p.batch * a.each[1].tiles();
-  a.blocks = static_cast<uint32_t>(first);
-  launch_early(relayout<true, 8, 2>, a, first + second, kRelayoutThreads, stream);
-  check_launch("relayout");
+  if (has_whole_planes(a.each[0]) && has_whole_planes(a.each[1])) {
+    const auto blocks = [&](const Relayout& of) { return p.batch * of.by_channel_tiles.divisor; };
+    a.blocks = static_cast<uint32_t>(blocks(a.each[0]));
+    launch_whole(a, blocks(a.each[0]) + blocks(a.each[1]), stream);
+  } else {
+    const int64_t first = p.batch * a.each[0].tiles(), second = p.batch * a.each[1].tiles();
+    a.blocks = static_cast<uint32_t>(first);
+    launch_early(relayout<true, 8, 2>, a, first + second, kRelayoutThreads, stream);
+    check_launch("relayout");
+  }
   p.input = input, p.output = output;
 }
 
