@@ -2209,6 +2209,8 @@ def test_grad_weight_of_planes_of_few_columns(
         ((13, 21), (13, 12), 35, 16),
         ((13, 13), (28, 28), 40, 134),
         ((29, 29), (28, 28), 29, 70),
+        ((31, 55), (28, 28), 18, 5),
+        ((27, 23), (18, 14), 70, 134),
         ((51, 5), (56, 56), 29, 134),
         ((33, 4), (40, 48), 16, 3),
     ],
@@ -2217,8 +2219,8 @@ def test_grad_weight_of_planes_of_few_columns(
 def test_grad_weight_of_whole_planes(kernel: tuple, size: tuple, batch: int, channels: int, dtype: torch.dtype) -> None:
     """From shared memory as they are, or as copies where they begin anywhere: exact, NaN where F.conv2d has it."""
     case = Case(batch, channels, size, kernel, padding=tuple(k // 2 for k in kernel))
-    for offset, multiplier in ((0, 1), (1, 2), (4, 1)):
-        case = case._replace(multiplier=multiplier)
+    for offset, multiplier in ((0, 1), (1, 2), (4, 1), (8, 1)):
+        case = case._replace(multiplier=multiplier, bias=offset != 8)
         input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
         grad_output = integers(*output_size(case)).to(input)
         input, grad_output = lay(input, offset=offset), lay(grad_output, offset=offset)
@@ -2241,6 +2243,7 @@ def test_grad_weight_of_whole_planes(kernel: tuple, size: tuple, batch: int, cha
         ((16, 17), (20, 56), (0, 8), 6, 3),  # few rows of the gradient
         ((17, 23), (56, 48), (8, 11), 5, 135),
         ((31, 31), (56, 56), (15, 15), 64, 2),
+        ((25, 29), (42, 56), (12, 14), 9, 137),  # by warpgroups
         ((32, 17), (30, 40), (31, 12), 4, 4),  # narrower than the gradient, and lower
         ((20, 25), (64, 56), (3, 8), 3, 2),  # wider
         ((33, 33), (56, 56), (16, 16), 7, 4),
@@ -2317,6 +2320,8 @@ def test_grad_weight_of_large_kernels_is_exact(kernel: tuple, dtype: torch.dtype
         ((51, 5), (56, 56), 33, 40),
         ((29, 29), (28, 28), 32, 40),
         ((27, 27), (14, 14), 37, 44),
+        ((27, 27), (14, 14), 37, 40),
+        ((13, 15), (10, 13), 35, 72),
     ],
     ids=str,
 )
@@ -2345,17 +2350,21 @@ def test_grad_weight_of_large_kernels_in_channels_last(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_grad_weight_of_large_kernels_repeats_bit_for_bit(dtype: torch.dtype) -> None:
+def test_grad_weight_of_large_kernels_repeats_bit_for_bit(
+    dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
     for case in (
         Case(16, 24, (56, 56), (31, 31), padding=(15, 15)),
         Case(16, 24, (14, 14), (27, 27), padding=(13, 13)),
         Case(48, 24, (28, 28), (13, 13), padding=(6, 6)),
+        Case(32, 136, (28, 28), (29, 29), padding=(14, 14)),
         Case(48, 24, (56, 56), (51, 5), padding=(25, 2)),
         Case(2, 8, (224, 224), (13, 13), padding=(6, 6)),
     ):
-        input, _, _ = make_inputs(case, dtype, "cuda")
-        grad_output = torch.randn(output_size(case), device="cuda", dtype=dtype)
+        input, _, _ = make_inputs(case, dtype, "cuda", memory_format)
+        grad_output = torch.randn(output_size(case), device="cuda", dtype=dtype).contiguous(memory_format=memory_format)
         for plan in claims("grad_weight", case, input, grad_output)[:-1]:
             args = grad_output, input, case.kernel, *arguments_of(case), True, plan
             first = torch.ops.dwconv.grad_weight.plan(*args)

@@ -16,6 +16,7 @@
 #include <cmath>
 
 #include "aligned_planes.cuh"
+#include "hankel_grad_weight_groups.h"
 #include "hankel_grad_weight_planes.h"
 #include "launch.h"
 #include "outer_grad_weight_planes.h"
@@ -638,6 +639,7 @@ void launch_hankel_grad_weight(const Problem& problem, const Allocate& allocate,
       aligned_planes_of(p.input, p.batch, p.channels, p.height, p.width, allocate, stream);
   static_cast<ImagePlanes&>(a.grad) =
       aligned_planes_of(p.output, p.batch, p.filters(), p.out_height, p.out_width, allocate, stream);
+  if (launch_hankel_grad_weight_groups(p, exchanged, a.source, a.grad, allocate, stream)) return;
   if (launch_hankel_grad_weight_planes(p, exchanged, a.source, a.grad, allocate, stream)) return;
   if (launch_outer_grad_weight_planes(p, exchanged, false, a.source, a.grad, allocate, stream)) return;
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);

@@ -21,6 +21,7 @@
 #include "aligned_planes.cuh"
 #include "launch.h"
 #include "outer_grad_weight_images.h"
+#include "outer_grad_weight_pieces.h"
 #include "outer_grad_weight_planes.h"
 #include "outer_grad_weight_tall.h"
 #include "overlap.cuh"
@@ -591,6 +592,7 @@ void launch_outer_grad_weight(const Problem& problem, const Allocate& allocate, 
   const ImagePlanes source = planes(p.input, p.channels, p.height, p.width);
   const ImagePlanes grad = planes(p.output, p.filters(), p.out_height, p.out_width);
   if (by_kernel && launch_outer_grad_weight_tall(p, source, grad, allocate, stream)) return;
+  if (!by_kernel && launch_outer_grad_weight_pieces(p, exchanged, source, grad, allocate, stream)) return;
   if (!by_kernel && launch_outer_grad_weight_images(p, exchanged, source, grad, allocate, stream)) return;
   if (launch_outer_grad_weight_planes(p, exchanged, by_kernel, source, grad, allocate, stream)) return;
 

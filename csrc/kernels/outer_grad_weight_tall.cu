@@ -39,13 +39,12 @@ constexpr int kPitch = kRows % 32 == 24 ? kRows : kRows + 8;
 
 struct Planes {
   CUtensorMap source_boxes;
-  const char *source, *grad;
-  int64_t source_image, source_channel, grad_image, grad_channel;  // bytes from one to the next
+  PlanePair planes;
   WeightSums result;
   int kernel_rows, kernel_columns, padding_rows, padding_columns;
   int first_column, last_column;  // of the kernel, that meet the images: from and up to, less one
   int rows, columns;              // of a plane
-  int images, filters, multiplier, splits;
+  int images, filters, splits;
   int stages, stage_bytes, box_bytes, grad_bytes;  // the latter of an image
   int sums, scratch, first_stage;                  // places in shared memory
   static constexpr int kBias = 8 * 2 * kMaxStages, kZeros = kBias + 16, kSums = kZeros + kUnit;
@@ -65,13 +64,13 @@ __device__ inline void load_planes(const Planes& a, int stages) {
     const FilterImages item(a, number);
     for (int image = item.first; image < item.last; image += kStageImages, turn.next(a.stages)) {
       const int barrier = a.full(turn.stage), images = min(kStageImages, item.last - image);
-      const char* from = a.grad + item.filter * a.grad_channel + image * a.grad_image;
+      const char* from = a.planes.grad + item.filter * a.planes.grad_channel + image * a.planes.grad_image;
       int to = stages + turn.stage * a.stage_bytes;
       uint32_t grad_to = shared_address(to + a.grad_at());
       wait(a.empty(turn.stage), turn.parity ^ 1);
       expect_bytes(barrier, images * (a.box_bytes + a.grad_bytes));
-      for (int k = 0; k < images; ++k, to += a.box_bytes, grad_to += a.grad_bytes, from += a.grad_image) {
-        copy_box(to, a.source_boxes, 0, 0, item.filter / a.multiplier, image + k, barrier);
+      for (int k = 0; k < images; ++k, to += a.box_bytes, grad_to += a.grad_bytes, from += a.planes.grad_image) {
+        copy_box(to, a.source_boxes, 0, 0, item.filter / a.planes.multiplier, image + k, barrier);
         copy_bulk(grad_to, from, a.grad_bytes, barrier);
       }
       arrive(barrier);
@@ -108,25 +107,6 @@ __device__ void add_bias(const Planes& a, int stages) {
   }
 }
 
-// A tap's sum, product by product.
-template <typename T>
-__device__ __noinline__ float sum_by_products(const Planes& a, const FilterImages& item, int i, int j) {
-  const int dy = i - a.padding_rows, dx = j - a.padding_columns;
-  double total = 0;
-  for (int image = item.first; image < item.last; ++image) {
-    const auto* x =
-        reinterpret_cast<const T*>(a.source + item.filter / a.multiplier * a.source_channel + image * a.source_image);
-    const auto* g = reinterpret_cast<const T*>(a.grad + item.filter * a.grad_channel + image * a.grad_image);
-    for (int r = max(-dy, 0); r < min(a.rows, a.rows - dy); ++r) {
-      float sum = 0;
-      for (int w = max(-dx, 0); w < min(a.columns, a.columns - dx); ++w)
-        sum = fmaf(widen(x[(r + dy) * a.columns + w + dx]), widen(g[r * a.columns + w]), sum);
-      total += sum;
-    }
-  }
-  return static_cast<float>(total);
-}
-
 // Where a warp's sums of a shift are: for distances of rows from 0 on, or for those below, from -rows on.
 template <int kRows>
 __device__ int sums_at(const Planes& a, int shift, int warp, bool below) {
@@ -143,7 +123,7 @@ __device__ void add_up(const Planes& a, const FilterImages& item, uint32_t memor
     if (dy > -a.rows && dy < a.rows && j >= a.first_column && j < a.last_column) {
       const uint32_t from = memory + sums_at<kRows>(a, j - a.first_column, 0, dy < 0) + 4 * (dy < 0 ? dy + a.rows : dy);
       for (int warp = 0; 16 * warp < a.rows; ++warp) sum += __uint_as_float(load_word(from + 4 * 2 * kRows * warp));
-      if (!is_finite(sum)) sum = sum_by_products<T>(a, item, i, j);
+      if (!is_finite(sum)) sum = a.planes.sum_by_products<T>(item, dy, j - a.padding_columns);
     }
     put(tap, sum);
   }
@@ -364,7 +344,6 @@ bool launch_outer_grad_weight_tall(const Problem& p, const ImagePlanes& source, 
   a.images = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());
   constexpr int kFewImages = 16;  // too few to be worth to add up all products
   if (a.images < kFewImages) return false;
-  a.multiplier = static_cast<int>(p.multiplier);
   a.kernel_rows = static_cast<int>(p.kernel_w), a.kernel_columns = static_cast<int>(p.kernel_h);
   a.padding_rows = static_cast<int>(p.padding_w), a.padding_columns = static_cast<int>(p.padding_h);
   a.first_column = static_cast<int>(sizes.first_row()), a.last_column = static_cast<int>(sizes.last_row());
@@ -393,8 +372,7 @@ bool launch_outer_grad_weight_tall(const Problem& p, const ImagePlanes& source, 
                       {source.row_bytes, source.channel_bytes, source.image_bytes}, {kGroupRows, rows, 1, 1},
                       CU_TENSOR_MAP_SWIZZLE_128B))
     return false;
-  a.source = source.base, a.source_image = source.image_bytes, a.source_channel = source.channel_bytes;
-  a.grad = grad.base, a.grad_image = grad.image_bytes, a.grad_channel = grad.channel_bytes;
+  a.planes = pair_of(source, grad, p.multiplier);
   a.splits = splits_for(a, rows, device.multiprocessors);
   a.result = weight_sums(p, a.splits, allocate);
   const int64_t shared_bytes = first + int64_t{a.stages} * a.stage_bytes;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "copies.cuh"
+#include "planes.cuh"
 #include "tensor_cores.cuh"
 
 namespace dwconv {
@@ -29,6 +30,38 @@ struct FilterImages {
     last = static_cast<int>(int64_t{a.images} * (split + 1) / a.splits);
   }
 };
+
+// The planes of both images, of the same size and without gaps between rows: bytes from one to the next.
+struct PlanePair {
+  const char *source, *grad;
+  int64_t source_image, source_channel, grad_image, grad_channel;
+  int height, width, multiplier;
+
+  // A tap's sum over the images of an item, product by product, for rows and columns of the input that are so far from
+  // the gradient's.
+  template <typename T, class Item>
+  __device__ __noinline__ float sum_by_products(const Item& item, int dy, int dx) const {
+    double total = 0;
+    for (int image = item.first; image < item.last; ++image) {
+      const auto* x =
+          reinterpret_cast<const T*>(source + item.filter / multiplier * source_channel + image * source_image);
+      const auto* g = reinterpret_cast<const T*>(grad + item.filter * grad_channel + image * grad_image);
+      for (int r = max(-dy, 0); r < min(height, height - dy); ++r) {
+        float sum = 0;
+        for (int w = max(-dx, 0); w < min(width, width - dx); ++w)
+          sum = fmaf(widen(x[(r + dy) * width + w + dx]), widen(g[r * width + w]), sum);
+        total += sum;
+      }
+    }
+    return static_cast<float>(total);
+  }
+};
+
+// Those of a problem, whose planes may have rows and columns exchanged.
+inline PlanePair pair_of(const ImagePlanes& source, const ImagePlanes& grad, int64_t multiplier) {
+  return {source.base,        grad.base,     source.image_bytes, source.channel_bytes,        grad.image_bytes,
+          grad.channel_bytes, source.height, source.width,       static_cast<int>(multiplier)};
+}
 
 // Waits for the warps that multiply.
 [[maybe_unused]] __device__ inline void sync_multiplying(int threads) {

@@ -93,6 +93,13 @@ __device__ inline uint64_t swizzled_rows(uint32_t address) {
   return address >> 4 | kStep << 16 | kStep << 32 | kSwizzle;
 }
 
+// Such a matrix the other way: its columns are multiplied with, 64 of them that lie in rows, summed over 16 rows. The
+// next 64 columns are `beside` bytes further on.
+__device__ inline uint64_t swizzled_columns(uint32_t address, int beside) {
+  constexpr uint64_t kStep = kBoxAlignment / 16, kSwizzle = uint64_t{1} << 62;
+  return address >> 4 | static_cast<uint64_t>(beside >> 4) << 16 | kStep << 32 | kSwizzle;
+}
+
 // clang-format off
 #define DWCONV_TILE(j) "+f"(sum[j][0]), "+f"(sum[j][1]), "+f"(sum[j][2]), "+f"(sum[j][3])
 #define DWCONV_TILES_2 DWCONV_TILE(0), DWCONV_TILE(1)
@@ -103,8 +110,8 @@ __device__ inline uint64_t swizzled_rows(uint32_t address) {
 #define DWCONV_TILES_8 DWCONV_TILES_7, DWCONV_TILE(7)
 #define DWCONV_TILES_14 DWCONV_TILES_8, DWCONV_TILE(8), DWCONV_TILE(9), DWCONV_TILE(10), DWCONV_TILE(11), \
     DWCONV_TILE(12), DWCONV_TILE(13)
-#define DWCONV_TILES_28 DWCONV_TILES_14, DWCONV_TILE(14), DWCONV_TILE(15), DWCONV_TILE(16), DWCONV_TILE(17), \
-    DWCONV_TILE(18), DWCONV_TILE(19), DWCONV_TILE(20), DWCONV_TILE(21), DWCONV_TILE(22), DWCONV_TILE(23),       \
+#define DWCONV_TILES_16 DWCONV_TILES_14, DWCONV_TILE(14), DWCONV_TILE(15)
+#define DWCONV_TILES_28 DWCONV_TILES_16, DWCONV_TILE(16), DWCONV_TILE(17), DWCONV_TILE(18), DWCONV_TILE(19), DWCONV_TILE(20), DWCONV_TILE(21), DWCONV_TILE(22), DWCONV_TILE(23),       \
     DWCONV_TILE(24), DWCONV_TILE(25), DWCONV_TILE(26), DWCONV_TILE(27)
 #define DWCONV_SUMS_2 "{%0, %1, %2, %3, %4, %5, %6, %7}"
 #define DWCONV_SUMS_3 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11}"
@@ -120,6 +127,10 @@ __device__ inline uint64_t swizzled_rows(uint32_t address) {
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "  \
   "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "   \
   "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55}"
+#define DWCONV_SUMS_16                                                                                          \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "  \
+  "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "   \
+  "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
 #define DWCONV_SUMS_28                                                                                          \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, "       \
   "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, "        \
@@ -162,6 +173,29 @@ __device__ void multiply_together(float (&sum)[kTiles][4], const uint32_t (&a)[4
 template <int kTiles>
 __device__ void multiply_together(float (&sum)[kTiles][4], const uint32_t (&a)[4], uint64_t b, __nv_bfloat16) {
   DWCONV_MULTIPLY_TILES("bf16");
+}
+
+#define DWCONV_MULTIPLY_COLUMNS(tiles, columns, type, factors)                                              \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " " DWCONV_SUMS_##tiles \
+               ", " factors ", 1, 1, 1, 1, 1;"                                                              \
+               : DWCONV_TILES_##tiles                                                                       \
+               : "l"(a), "l"(b))
+#define DWCONV_MULTIPLY_COLUMN_TILES(type)              \
+  if constexpr (!kHasWarpgroups)                        \
+    return;                                             \
+  else if constexpr (kTiles == 8)                       \
+    DWCONV_MULTIPLY_COLUMNS(8, "64", type, "%32, %33"); \
+  else if constexpr (kTiles == 16)                      \
+  DWCONV_MULTIPLY_COLUMNS(16, "128", type, "%64, %65")
+
+// The same of the columns of two matrices in shared memory: 64 of the first one, and 8 kTiles of the second.
+template <int kTiles>
+__device__ void multiply_columns(float (*sum)[4], uint64_t a, uint64_t b, __half) {
+  DWCONV_MULTIPLY_COLUMN_TILES("f16");
+}
+template <int kTiles>
+__device__ void multiply_columns(float (*sum)[4], uint64_t a, uint64_t b, __nv_bfloat16) {
+  DWCONV_MULTIPLY_COLUMN_TILES("bf16");
 }
 
 }  // namespace dwconv

@@ -1,0 +1,340 @@
+// The same as hankel_grad_weight from whole planes of 56 columns in shared memory, multiplied by warpgroups: on sm_90,
+// in code for sm_90a.
+//
+// A warpgroup takes four rows y of the input, one a warp: A[y][j][c] = input[y][c + j - padding] is a Hankel matrix for
+// each, of 16 columns j of the kernel, in registers. The rows r of the gradient that any of them meets follow one
+// another: B[c][n] = gradient[y + n][c], from shared memory, gives row padding + y - r of the kernel. So sums of a warp
+// are the kernel itself, a row further for each row y. Two images go side by side, since rows of 56 columns are seven
+// times 8.
+//
+// The rows j of a matrix are 2 g and 2 g + 1 of a thread: its pairs of pixels begin at even columns for the former, and
+// for the latter they are put together from two words. Gradients lie in columns of 16 bytes, so that a matrix may begin
+// at any row, with zeros above and below.
+//
+// What lies beside the images is multiplied as zeros, which is exact unless the other factor is Inf or NaN. So sums
+// that are finite are right, and the others are taken again, product by product.
+#include "hankel_grad_weight_groups.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "boxes.cuh"
+#include "launch.h"
+#include "outer_products.cuh"
+#include "overlap.cuh"
+#include "tensor_cores.cuh"
+#include "turn.cuh"
+#include "warpgroups.cuh"
+#include "weight_sums.cuh"
+
+namespace dwconv {
+namespace {
+
+constexpr int kUnits = 7, kColumns = 8 * kUnits;  // of a row, of 8 columns each
+constexpr int kPair = 2;                          // images side by side
+constexpr int kGroups = 3, kWarps = kGroups * kGroupWarps, kThreads = 32 * (kWarps + 2);
+constexpr int kRowsAtOnce = kGroupWarps;                        // of the input
+constexpr int kBlocks = 2, kKernelColumns = 16 * kBlocks;       // of 16 columns of the kernel
+constexpr int kWords = kUnits + 2 * (kBlocks - 1);              // 8 columns apart, that a thread has of a row
+constexpr int kBorder = 16, kPitch = 2 * (kColumns + kBorder);  // of rows of the input, with zeros behind
+constexpr int kTiles = 5;  // of 8 rows of the gradient, that four rows of the input meet
+constexpr int kMaxStages = 8;
+constexpr int kSumPitch = kKernelColumns + 4;  // floats
+
+struct Planes {
+  CUtensorMap source_boxes;
+  PlanePair planes;
+  WeightSums result;
+  int kernel_h, kernel_w, padding_h, padding_w;
+  int tap_row, tap_column;
+  int images, filters, splits;
+  int rows, quads;        // of a plane, and four of them
+  int above;              // rows of the gradient, or of zeros, that a row of the input meets above itself
+  int zeros, unit_bytes;  // rows of zeros below each column of 16 bytes, and all of it
+  int stages, stage_bytes, source_at;
+  static constexpr int kBias = 8 * 2 * kMaxStages, kZeros = kBias + 16, kFirstStage = 256;
+
+  __device__ int full(int stage) const { return 8 * stage; }
+  __device__ int empty(int stage) const { return 8 * (kMaxStages + stage); }
+  __host__ __device__ int front() const { return kUnit * (above > 0 ? above : 0); }
+  __host__ __device__ int grad_bytes() const { return kPair * kUnits * unit_bytes; }
+  __host__ __device__ int box_rows() const { return quads * kRowsAtOnce; }
+};
+
+// What a block adds up.
+struct Item {
+  int filter, split, first, last;  // images
+
+  __device__ explicit Item(const Planes& a) : filter(blockIdx.x % a.filters), split(blockIdx.x / a.filters) {
+    const int pairs = (a.images + 1) / kPair;
+    first = static_cast<int>(int64_t{pairs} * split / a.splits) * kPair;
+    last = min(static_cast<int>(int64_t{pairs} * (split + 1) / a.splits) * kPair, a.images);
+  }
+};
+
+// Loads planes, as stages become free: by a warp.
+__device__ inline void load_planes(const Planes& a, const Item& item) {
+  const int lane = threadIdx.x % 32, units = kUnits * a.rows;
+  const char* from = a.planes.grad + item.filter * a.planes.grad_channel;
+  Turn turn;
+  int filling = -1;  // the stage before
+  const auto end_filling = [&] {
+    if (filling < 0) return;
+    before_bulk_copies();
+    arrive_together(a.full(filling), lane == 0);
+  };
+  for (int image = item.first; image < item.last; image += kPair, turn.next(a.stages)) {
+    const int stage = Planes::kFirstStage + turn.stage * a.stage_bytes;
+    wait(a.empty(turn.stage), turn.parity ^ 1);
+    if (lane == 0) {
+      expect_bytes(a.full(turn.stage), kPair * a.box_rows() * kPitch);
+      copy_box(stage + a.source_at, a.source_boxes, 0, 0, item.filter / a.planes.multiplier, image, a.full(turn.stage));
+      arrive(a.full(turn.stage));
+    }
+    __syncwarp();
+    for (int k = 0; k < kPair; ++k) {
+      const uint32_t to = shared_address(stage + a.front() + k * kUnits * a.unit_bytes);
+      const char* plane = from + (image + k) * a.planes.grad_image;
+#pragma unroll 4
+      for (int i = lane; i < units; i += 32) {
+        const int row = i / kUnits, unit = i - row * kUnits;
+        const uint32_t at = to + unit * a.unit_bytes + kUnit * row;
+        if (image + k < item.last)
+          copy_unit<kUnit>(at, plane + kUnit * i);
+        else
+          shared_at<uint4>(at) = uint4{};
+      }
+    }
+    commit_copies();
+    wait_copies<1>();
+    end_filling();
+    filling = turn.stage;
+  }
+  wait_copies<0>();
+  end_filling();
+}
+
+// Adds up the gradient, for the bias.
+template <typename T>
+__device__ void add_bias(const Planes& a, const Item& item) {
+  constexpr uint32_t kOne = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
+  const int lane = threadIdx.x % 32;
+  Turn turn;
+  float sums[4] = {};
+  for (int image = item.first; image < item.last; image += kPair, turn.next(a.stages)) {
+    const int grad = Planes::kFirstStage + turn.stage * a.stage_bytes + a.front();
+    wait(a.full(turn.stage), turn.parity);
+    for (int at = kUnit * lane; at - kUnit * lane < a.grad_bytes(); at += 32 * kUnit) {
+      uint32_t g[4];
+      load_matrices(g, shared_address(at < a.grad_bytes() ? grad + at : Planes::kZeros));
+      multiply(sums, sums, g, {kOne, kOne}, T{});
+    }
+    arrive_together(a.empty(turn.stage), lane == 0);
+  }
+  float total = lane % 4 == 0 ? sums[0] + sums[2] : 0;
+  for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
+  if (lane == 0) shared<float>(Planes::kBias) = total;
+}
+
+// The sums of a warp: of 16 columns of the kernel each, by 8 kTiles rows of the gradient.
+template <typename T>
+struct Sums {
+  float sum[kBlocks][kTiles][4];
+
+  // Adds those of a row of two images. `source`: the thread's first pair of pixels, of the first image.
+  __device__ void add(uint32_t source, int source_slot, uint32_t grad, int unit_bytes) {
+    uint32_t even[kPair][kWords], odd[kPair][kWords];
+#pragma unroll
+    for (int k = 0; k < kPair; ++k)
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        const uint32_t from = source + k * source_slot + 16 * w;
+        even[k][w] = load_word(from);
+        odd[k][w] = __byte_perm(even[k][w], load_word(from + 4), 0x5432);
+      }
+    const Matrices rows(grad, unit_bytes, 8 * kUnit);
+    before_multiplications();
+#pragma unroll
+    for (int step = 0; step < kUnits; ++step) {
+      const int unit = 2 * step, next = unit + 1;  // of both images
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        const int w = unit % kUnits + 2 * b, v = next % kUnits + 2 * b, k = unit / kUnits, l = next / kUnits;
+        multiply_together(sum[b], {even[k][w], odd[k][w], even[l][v], odd[l][v]},
+                          rows.from(unit * (unit_bytes / kUnit)), T{});
+      }
+    }
+    commit_multiplications();
+    wait_multiplications<0>();
+  }
+
+  // To shared memory: columns of the kernel for each row of the gradient.
+  __device__ void store(uint32_t to) const {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b)
+          shared_at<float2>(to + 4 * ((8 * n + 2 * t + e) * kSumPitch + 16 * b + 2 * g)) = {sum[b][n][e],
+                                                                                            sum[b][n][e + 2]};
+  }
+};
+
+template <typename T>
+__global__ void __launch_bounds__(launch_threads(kThreads), 1) hankel_groups(const __grid_constant__ Planes a) {
+  if (!kHasWarpgroups) return;
+  let_next_kernel_start();
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const bool has_bias = a.result.with_bias();
+  const Item item(a);
+  if (threadIdx.x == 0)
+    for (int s = 0; s < a.stages; ++s)
+      init_barrier(a.full(s), 1 + kWarpArrivals), init_barrier(a.empty(s), (kWarps + has_bias) * kWarpArrivals);
+  if (threadIdx.x < kUnit / 4) shared<uint32_t>(Planes::kZeros + 4 * threadIdx.x) = 0;
+  // Zeros above and below the gradient's columns, and before the input's first row.
+  for (int k = warp; k < a.stages * kPair * kUnits; k += kThreads / 32) {
+    const int s = k / (kPair * kUnits), column = k - s * kPair * kUnits;
+    const int stage = Planes::kFirstStage + s * a.stage_bytes, grad = stage + a.front();
+    for (int row = a.rows + lane; row < a.rows + a.zeros; row += 32)
+      shared<uint4>(grad + column * a.unit_bytes + kUnit * row) = uint4{};
+    if (column > 0) continue;
+    for (int at = kUnit * lane; at < a.front(); at += 32 * kUnit) shared<uint4>(stage + at) = uint4{};
+    for (int at = a.front() + a.grad_bytes() + kUnit * lane; at < a.source_at; at += 32 * kUnit)
+      shared<uint4>(stage + at) = uint4{};
+  }
+  before_bulk_copies();
+  __syncthreads();
+  wait_for_kernel_before();
+  if (warp == kWarps) {
+    load_planes(a, item);
+    return;
+  }
+  const int threads = 32 * (kWarps + has_bias);
+  if (warp > kWarps) {
+    if (!has_bias) return;
+    add_bias<T>(a, item);
+    meet<1>(threads);
+    meet<1>(threads);
+    return;
+  }
+
+  const uint32_t memory = kept_shared_address();
+  const int group = warp / kGroupWarps, row_of_four = warp % kGroupWarps, odd = a.padding_w % 2;
+  const int source_slot = a.box_rows() * kPitch;
+  const uint32_t source_at = a.source_at + row_of_four * kPitch + 4 * (lane % 4 + lane / 4) - 2 * (a.padding_w + odd);
+  Sums<T> sums{};
+  Turn turn;
+  int quad = group;  // counted on from stage to stage
+#pragma unroll 1
+  for (int image = item.first; image < item.last; image += kPair, turn.next(a.stages), quad -= a.quads) {
+    const uint32_t stage = memory + Planes::kFirstStage + turn.stage * a.stage_bytes;
+    wait_at(memory + a.full(turn.stage), turn.parity);
+#pragma unroll 1
+    for (; quad < a.quads; quad += kGroups) {
+      const int row = quad * kRowsAtOnce;
+      sums.add(stage + source_at + row * kPitch, source_slot, stage + a.front() + kUnit * (row - a.above),
+               a.unit_bytes);
+    }
+    arrive_together_at(memory + a.empty(turn.stage), lane == 0);
+  }
+  meet<1>(threads);  // then nobody reads stages any more
+  constexpr int kSumRows = 8 * kTiles, kSumBytes = 4 * kSumRows * kSumPitch;
+  sums.store(memory + Planes::kFirstStage + warp * kSumBytes);
+  meet<1>(threads);
+  const auto put = [&](int tap, float sum) { a.result.put<T>(item.filter, item.split, tap, sum); };
+  for (int k = threadIdx.x; k < a.kernel_h * kKernelColumns; k += 32 * kWarps) {
+    const int i = k / kKernelColumns, column = k % kKernelColumns, j = column - odd;
+    if (j < 0 || j >= a.kernel_w) continue;
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w)
+      sum += shared<float>(Planes::kFirstStage + w * kSumBytes +
+                           4 * ((w % kGroupWarps + a.kernel_h - 1 - i) * kSumPitch + column));
+    if (!is_finite(sum)) sum = a.planes.sum_by_products<T>(item, i - a.padding_h, j - a.padding_w);
+    put(i * a.tap_row + j * a.tap_column, sum);
+  }
+  if (has_bias && threadIdx.x == 0) put(a.kernel_h * a.kernel_w, shared<float>(Planes::kBias));
+}
+
+template <typename T>
+void launch(const Problem& p, const Planes& a, int64_t shared_bytes, cudaStream_t stream) {
+  const auto kernel = hankel_groups<T>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  launch_early(kernel, a, int64_t{a.filters} * a.splits, kThreads, stream, {.shared_bytes = shared_bytes});
+  check_launch("hankel_groups");
+  launch_add_partial_sums(p, a.result, a.splits, stream);
+}
+
+// Into how many parts the pairs of images are divided.
+int splits_for(const Planes& a, int multiprocessors) {
+  constexpr int kLongest = 12 << 10;  // products of a sum in float32: longer ones lose digits
+  const int pairs = static_cast<int>(ceil_div(a.images, kPair));
+  const int fewest = static_cast<int>(
+      std::clamp<int64_t>(ceil_div(int64_t{a.images} * a.rows * kColumns / kWarps, kLongest), 1, pairs));
+  int best = fewest;
+  double least = INFINITY;
+  for (int splits = fewest; splits <= std::min(pairs, fewest + 64); ++splits) {
+    const auto rounds = static_cast<double>(ceil_div(int64_t{a.filters} * splits, multiprocessors));
+    const double block = static_cast<double>(ceil_div(pairs, splits)) * 300 * a.quads + 6000;
+    const double cost = rounds * block + (splits > 1 ? 5000 + 10. * splits : 0);
+    if (cost < least) least = cost, best = splits;
+  }
+  return best;
+}
+
+// Whether sizes are what the kernel is for: columns of planes, and those of a filter that is no larger than what a warp
+// has sums of, but not so small that others have less to do.
+bool has_sizes(const Problem& p) {
+  constexpr int64_t kMostRows = 8 * kTiles - (kRowsAtOnce - 1), kFewRows = 21;
+  const int64_t odd = p.padding_w % 2;
+  return p.width == kColumns && p.kernel_h <= kMostRows && p.kernel_h > kFewRows && p.padding_h < p.kernel_h &&
+         p.kernel_w + odd <= kKernelColumns && p.padding_w + odd <= kBorder && p.kernel_w - 1 - p.padding_w <= kBorder;
+}
+
+}  // namespace
+
+bool launch_hankel_grad_weight_groups(const Problem& p, bool exchanged, const ImagePlanes& source,
+                                      const ImagePlanes& grad, const Allocate& allocate, cudaStream_t stream) {
+  if (!has_warpgroups(hankel_groups<__half>)) return false;
+  if (source.height != grad.height || source.width != grad.width || !has_sizes(p)) return false;
+  Planes a{};
+  a.rows = source.height, a.quads = static_cast<int>(ceil_div(a.rows, kRowsAtOnce));
+  a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
+  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+  a.tap_row = exchanged ? 1 : a.kernel_w, a.tap_column = exchanged ? a.kernel_h : 1;
+  a.images = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());
+  a.planes = pair_of(source, grad, p.multiplier);
+  a.above = a.kernel_h - 1 - a.padding_h;
+  // Of rows 16 bytes apart, seven columns in all banks.
+  const int below = a.box_rows() - kRowsAtOnce + 8 * kTiles - a.above - a.rows;
+  a.zeros = std::max({a.above, below, 0});
+  while ((a.rows + a.zeros) % 8 != 7) ++a.zeros;
+  a.unit_bytes = kUnit * (a.rows + a.zeros);
+  a.source_at = static_cast<int>(round_up(a.front() + a.grad_bytes() + 2 * kBorder, kBoxUnit));
+  a.stage_bytes = static_cast<int>(round_up(a.source_at + kPair * a.box_rows() * kPitch + kUnit, kBoxUnit));
+  const Device& device = current_device();
+  a.stages = std::min<int>((device.shared_per_block - Planes::kFirstStage) / a.stage_bytes, kMaxStages);
+  constexpr int kSumBytes = 4 * kWarps * 8 * kTiles * kSumPitch;
+  if (a.stages < 2 || a.box_rows() > kMostBoxSide) return false;
+  const auto begins_with_unit = [&](const ImagePlanes& v) {
+    return v.row_bytes == 2 * v.width &&
+           (reinterpret_cast<uintptr_t>(v.base) | v.channel_bytes | (a.images > 1 ? v.image_bytes : 0)) % kUnit == 0;
+  };
+  if (!begins_with_unit(source) || !begins_with_unit(grad) ||
+      !describe_boxes(a.source_boxes, const_cast<char*>(source.base), 2, {kColumns, a.rows, p.channels, a.images},
+                      {source.row_bytes, source.channel_bytes, source.image_bytes},
+                      {kPitch / 2, a.box_rows(), 1, kPair}))
+    return false;
+  a.splits = splits_for(a, device.multiprocessors);
+  a.result = weight_sums(p, a.splits, allocate);
+  const int64_t shared_bytes = Planes::kFirstStage + std::max(a.stages * a.stage_bytes, kSumBytes);
+  visit_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (sizeof(T) == 2) launch<T>(p, a, shared_bytes, stream);
+  });
+  return true;
+}
+
+}  // namespace dwconv
