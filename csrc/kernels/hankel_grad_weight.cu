@@ -11,7 +11,8 @@
 // What lies beside the images is multiplied as zeros, which is exact unless the other factor is Inf or NaN. So sums
 // that are finite are right, and the others are taken again, product by product.
 //
-// Whole planes go other ways: hankel_grad_weight_planes.cu and outer_grad_weight_planes.cu.
+// Whole planes go other ways: hankel_grad_weight_groups.cu, hankel_grad_weight_planes.cu and
+// outer_grad_weight_planes.cu.
 #include <algorithm>
 #include <cmath>
 

@@ -10,8 +10,8 @@
 //
 // Every product that is part of a sum is one of the convolution: Inf and NaN come out where they should.
 //
-// Whole planes of rows that fill 56 columns, alone or together, go other ways: outer_grad_weight_planes.cu and
-// outer_grad_weight_images.cu.
+// Whole planes of rows that fill 56 columns, alone or together, go other ways: outer_grad_weight_pieces.cu,
+// outer_grad_weight_planes.cu and outer_grad_weight_images.cu.
 #include "outer_grad_weight.h"
 
 #include <algorithm>

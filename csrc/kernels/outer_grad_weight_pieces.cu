@@ -2,9 +2,9 @@
 // in code for sm_90a.
 //
 // Images are what is summed over, and rows that are 56 columns together a piece: all pairs of a piece of the gradient
-// and one of the input that lies `shift` pieces further on go into the same products. A warpgroup has two shifts, and
-// where there are pieces for both it multiplies them by one instruction. Boxes bring pieces of all images of a stage as
-// tensor cores read them, both factors from shared memory.
+// and one of the input that lies `shift` pieces further on go into the same products. A warpgroup has two shifts, which
+// it multiplies by one instruction, with zeros where there is a piece for one of them only. Boxes bring pieces of all
+// images of a stage as tensor cores read them, both factors from shared memory.
 //
 // At the end the products go through shared memory, to be added up along diagonals. Of rows of 28 columns, those of a
 // shift, block by block: a warp has a row of the gradient and one of the input, whose sums are added up later. Of rows
@@ -12,8 +12,8 @@
 // taps, of columns that are a row apart.
 //
 // Planes of 14 columns begin within a unit of 16 bytes, every other one of them: its pixels have numbers that are a few
-// higher, and pixels before it become zeros. Zeros meet others there: sums that are not finite are taken again, product
-// by product.
+// higher, and pixels before it become zeros. Zeros meet others: sums that are not finite are taken again, product by
+// product.
 #include "outer_grad_weight_pieces.h"
 
 #include <algorithm>
