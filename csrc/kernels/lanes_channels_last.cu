@@ -45,10 +45,7 @@ struct Form {
   static constexpr int kSide = kForm.side, kReach = kForm.reach;
   static constexpr int kBlock = kSide == 56 ? 28 : kSide, kBlocks = kSide / kBlock;  // outputs of a lane
   static constexpr int kUnits = kForm.units();                                       // channels of a warp
-  static constexpr bool kDownImage = kSide == 14;  // or else lanes walk down the kernel
-  // Plain loads ptxas puts ahead of their use, as volatile ones, by address, it does not; with 31 taps it then finds
-  // worse banks.
-  static constexpr bool kByAddress = kDownImage || kReach == 15;
+  static constexpr bool kDownImage = kSide == 14;        // or else lanes walk down the kernel
   static constexpr int kLaneRows = kDownImage ? 2 : 1;   // of outputs
   static constexpr int kRows = 32 / kUnits * kLaneRows;  // of a warp
   static constexpr int kCopiers = kReach == 25 ? 2 : 4;  // warps that fill the ring
@@ -59,6 +56,11 @@ struct Form {
   static constexpr int kWeightBytes = (kTaps + 3) / 4 * 16;  // from row to row
   static constexpr int kZeroBytes = std::max(kRowBytes, kWeightBytes);
 };
+
+// Plain loads ptxas puts ahead of their use, as volatile ones, by address, it does not; with 31 taps it then finds
+// worse banks.
+template <class F>
+constexpr bool kByAddress = F::kDownImage || F::kReach == 15;
 
 struct Arguments {
   CUtensorMap map;  // of boxes of the source
@@ -129,7 +131,7 @@ __device__ __forceinline__ void add_block(float (&sum)[2][F::kBlock], int source
   constexpr int kTogether = F::kSide == 28 ? 4 : kReach == 15 ? 8 : F::kTaps;
   alignas(16) float x[F::kPixels], w[F::kWeightBytes / 4];
   const auto load = [](float* to, int from) {
-    if constexpr (F::kByAddress)
+    if constexpr (kByAddress<F>)
       load_four(to, from);
     else
       reinterpret_cast<float4&>(*to) = shared<float4>(from);
@@ -422,7 +424,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) lanes_channels_last(const __gr
     const int chunk = rank / F::kBlocks, last_band = first_band + last_band_of<F>(a, chunk);
     const int turns = last_band / a.ring_bands;
     wait(band_barrier(a, last_band - turns * a.ring_bands), turns & 1);
-    compute<F>(a, filter, first_image + image, F::kByAddress ? base : 0, image_row, chunk,
+    compute<F>(a, filter, first_image + image, kByAddress<F> ? base : 0, image_row, chunk,
                F::kBlocks > 1 && rank % F::kBlocks == 1);
     arrive_together(task_barrier(a, task), lane == 0);
   }
