@@ -35,7 +35,6 @@ struct March {
   int height, width, out_height, out_width, padding_h, padding_w;
   int last_step;  // the step behind the last one of an image that brings a row of the input
   int images, filters, multiplier;
-  int before;  // so many of the first channels are none: see Pixels::count_from_unit
   int slabs, spans, splits;
   Shares shares;       // of splits: they are cut between images, or between any two rows
   int groups, strips;  // of a block: what threads have of filters, and strips of columns
@@ -137,7 +136,7 @@ struct Window {
 // What a block works on.
 struct Part {
   int slab, span, split;
-  int column, place, filter;  // the first ones; places are counted with those that are no filters
+  int column, filter;  // the first ones
 
   template <class W>
   static __device__ Part of(const March& a, W) {
@@ -145,8 +144,7 @@ struct Part {
     uint32_t rest;  // what follows from it is worked out again in the end, and takes no registers until then
     asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(rest));
     p.slab = a.by_slabs.split(rest), p.span = a.by_spans.split(rest), p.split = rest;
-    p.column = p.span * a.strips * W::kColumns, p.place = p.slab * a.groups * W::kFilters;
-    p.filter = p.place - a.before;
+    p.column = p.span * a.strips * W::kColumns, p.filter = p.slab * a.groups * W::kFilters;
     return p;
   }
 };
@@ -175,11 +173,6 @@ template <int kFilters>
 __device__ Sums<kFilters>& sums_at(int tap, int thread) {
   constexpr int kBytes = sizeof(Sums<kFilters>);
   return shared<Sums<kFilters>>(kRing + kBytes * (tap * static_cast<int>(blockDim.x) + thread));
-}
-
-// Whether there is a filter of that number.
-__device__ inline bool is_filter(const March& a, int filter) {
-  return static_cast<uint32_t>(filter) < static_cast<uint32_t>(a.filters);
 }
 
 // The sum of one tap over a thread's part, of products inside the image only.
@@ -211,7 +204,7 @@ __device__ __noinline__ void sum_again(const March& a, int split, int filter, in
   constexpr int kFilters = W::kFilters;
   for (int i = 0; i < kFilters * W::kTaps; ++i) {
     float& sum = sums_at<kFilters>(i / kFilters, threadIdx.x).of[i % kFilters];
-    if (!is_finite(sum) && is_filter(a, filter + i % kFilters))
+    if (!is_finite(sum) && filter + i % kFilters < a.filters)
       sum = sum_by_products<T, W>(a, split, filter + i % kFilters, column, i / kFilters);
   }
 }
@@ -232,7 +225,7 @@ __device__ void finish(const March& a, const Part& part, const Place& place) {
   constexpr int kFilters = W::kFilters, kBytes = sizeof(Sums<kFilters>);
   using Sums = Sums<kFilters>;
   const int taps = W::kTaps + a.with_bias;
-  const bool many = are_parts(a), whole = (a.filters | a.before) % kFilters == 0;
+  const bool many = are_parts(a), whole = kFilters == 1 || a.filters % kFilters == 0;
   float* partial = partial_of<W>(a, part);
   const auto add = [&](Sums& total, const Sums& sum) {
 #pragma unroll
@@ -242,7 +235,7 @@ __device__ void finish(const March& a, const Part& part, const Place& place) {
 #pragma unroll
     for (int h = 0; h < kFilters; ++h) {
       const float value = total.of[h];
-      if (!is_filter(a, filter + h)) continue;
+      if (filter + h >= a.filters) continue;
       if (many)
         partial[tap * a.filters + filter + h] = value;
       else if (tap < W::kTaps)
@@ -287,7 +280,7 @@ __device__ void finish(const March& a, const Part& part, const Place& place) {
         for (int offset = 16; offset > 0; offset /= 2) total.of[h] += __shfl_xor_sync(~0u, total.of[h], offset);
       if (lane == 0) store(tap, part.filter + group * kFilters, total);
     }
-  } else if (const int filter = part.filter + place.group * kFilters; is_filter(a, filter) && many && whole) {
+  } else if (const int filter = part.filter + place.group * kFilters; filter < a.filters && many && whole) {
     float* to = partial + place.strip * a.filters + filter;
     const int step = a.strips * a.filters;
     take_taps(std::integral_constant<int, 4>{}, [&](int tap, const Sums& total) {
@@ -342,8 +335,8 @@ class BoxLoader {
   __device__ BoxLoader(const March& a, const Part& part)
       : steps_(a, part.split, W::kHeld),
         column_(part.column),
-        place_(part.place),
-        channel_(a.multiplier == 2 ? part.place / 2 : part.place) {}
+        filter_(part.filter),
+        channel_(a.multiplier == 2 ? part.filter / 2 : part.filter) {}
   __device__ bool done() const { return steps_.done(); }
 
   __device__ void load(const March& a, int stage) {
@@ -363,14 +356,14 @@ class BoxLoader {
           copy(to, a.source, a.source_map, channel_, column_ * W::kStride - a.padding_w, first + e);
         to += a.source_row_bytes;
       }
-      if (steps_.row < steps_.end) copy(to, a.grad, a.grad_map, place_, column_, steps_.row);
+      if (steps_.row < steps_.end) copy(to, a.grad, a.grad_map, filter_, column_, steps_.row);
     }
     steps_.next(a, W::kHeld);
   }
 
  private:
   Steps steps_;
-  int column_, place_, channel_;
+  int column_, filter_, channel_;
 };
 
 // `kJoined`: whether both arrays are. What lies beside the image is no zeros then. `kPitch`: that of both, if it is
@@ -565,7 +558,7 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
   if constexpr (kFilters == 1 && W::kTaps > W::kFewTaps)
     if (!W::kMirrors && a.strips == 1 && are_parts(a) && !spoilt) {
       const int filter = mine.filter + place.group;
-      if (place.strip > 0 || !is_filter(a, filter)) return;
+      if (place.strip > 0 || filter >= a.filters) return;
       float* to = partial_of<W>(a, mine) + filter;
 #pragma unroll
       for (int tap = 0; tap < W::kTaps; ++tap, to += a.filters) *to = sum[tap / W::kTapsW][tap % W::kTapsW][0];
@@ -619,7 +612,7 @@ void apply(March& a, Cut& cut, const WindowSize& w, int element) {
   a.groups = cut.groups, a.strips = cut.strips, a.loaders = cut.loaders, a.boxes = cut.boxes, a.depth = cut.depth,
   a.splits = cut.splits;
   a.shares = Shares(int64_t{a.images} * a.out_height, a.splits, a.images, cut.whole_images ? a.out_height : 1);
-  a.slabs = static_cast<int>(ceil_div(a.filters + a.before, w.filters * cut.groups));
+  a.slabs = static_cast<int>(ceil_div(a.filters, w.filters * cut.groups));
   a.spans = static_cast<int>(ceil_div(a.out_width, cut.strips * w.columns));
   a.by_slabs = Divider(a.slabs), a.by_spans = Divider(a.spans), a.by_height = Divider(a.out_height);
   a.by_groups = Divider(a.groups);
@@ -692,7 +685,7 @@ double cycles_of(const March& a, const Cut& cut, const WindowSize& w, const Devi
 Cut cut_for(March a, const WindowSize& w, int element, bool boxes, const Device& device) {
   // A slab begins at a multiple of the unit that is copied at once.
   const int element_group = w.filters * element;  // what the filters of a thread have of a pixel
-  const int all_groups = static_cast<int>(ceil_div(a.filters + a.before, w.filters));
+  const int all_groups = static_cast<int>(ceil_div(a.filters, w.filters));
   const int least =
       a.joined ? all_groups : std::max({1, a.multiplier * a.source.unit / element_group, a.grad.unit / element_group});
   const int all_strips = static_cast<int>(ceil_div(a.out_width, w.columns));
@@ -746,10 +739,8 @@ Cut cut_for(March a, const WindowSize& w, int element, bool boxes, const Device&
   return boxes && best_cycles == INFINITY ? cut_for(a, w, element, false, device) : best;
 }
 
-// Returns false, and launches nothing, where channels are counted from before the arrays, but slabs come to no lines of
-// 128 bytes, or rows to no boxes: it gains nothing there.
 template <typename T, class W, bool kJoined>
-bool launch(const Problem& p, March a, bool boxes, const Allocate& allocate, cudaStream_t stream) {
+void launch(const Problem& p, March a, bool boxes, const Allocate& allocate, cudaStream_t stream) {
   constexpr WindowSize kWindow{W::kTaps,    W::kExtentW,       W::kStride,     W::kHeld,   W::kFilters,
                                W::kColumns, W::kSourceColumns, W::kMaxThreads, W::kBlocks, W::kPlane};
   constexpr int kElement = sizeof(T);
@@ -761,8 +752,7 @@ bool launch(const Problem& p, March a, bool boxes, const Allocate& allocate, cud
   static thread_local Decisions<11, Cut> decisions;
   Cut cut = decisions(
       {device.id, a.images, a.filters, a.multiplier, a.height, a.width, a.out_height, a.out_width,
-       (a.source.unit + (a.source.shift > 0)) * 2 * kUnit + a.grad.unit + (a.grad.shift > 0), boxes,
-       2 * a.before + a.joined},
+       (a.source.unit + (a.source.shift > 0)) * 2 * kUnit + a.grad.unit + (a.grad.shift > 0), boxes, a.joined},
       [&] {
         for (const auto kernel : {any_pitch, known_pitch, shifted_pitch}) {
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
@@ -772,7 +762,6 @@ bool launch(const Problem& p, March a, bool boxes, const Allocate& allocate, cud
         return cut_for(a, kWindow, kElement, boxes, device);
       });
   apply(a, cut, kWindow, kElement);
-  if (a.before > 0 && (!cut.boxes || a.grad.pitch % 128 != 0)) return false;
   if (cut.boxes && !a.joined &&
       !(describe_rows(a.source_map, a.source, p.batch, p.height, p.width, kElement) &&
         describe_rows(a.grad_map, a.grad, p.batch, p.out_height, p.out_width, kElement)))
@@ -786,7 +775,6 @@ bool launch(const Problem& p, March a, bool boxes, const Allocate& allocate, cud
   launch_early(kernel, a, blocks, cut.threads, stream, {.shared_bytes = cut.shared_bytes});
   check_launch("march_grad_weight_channels_last");
   if (parts > 1) launch_add_partial_sums(p, a.partial, parts, stream);
-  return true;
 }
 
 }  // namespace
@@ -821,28 +809,22 @@ void launch_march_grad_weight_channels_last(const Problem& p, const Allocate& al
         // Rows that are copied as a run have all channels, and so has a block.
         a.joined = a.source.joined && a.grad.joined && a.filters <= One::kMaxThreads;
         for (Pixels* pixels : {&a.source, &a.grad}) pixels->set_joined(a.joined);
-        if (a.joined) return launch<T, One, true>(p, a, bulk, allocate, stream);
-        const auto launch_window = [&](const March& a) {
-          if constexpr (Kernel::kKernelH == 7 && Kernel::kStride == 1 && sizeof(T) == 4) {
-            const bool beside = a.padding_w == One::kBeside;
-            const bool is_high = a.height == One::kColumns && a.padding_h == One::kBeside;
-            if (beside && is_high && a.width == One::kColumns)
-              return launch<T, Window<Kernel, 1, Form::kPlane>, false>(p, a, boxes, allocate, stream);
-            if (beside && a.width <= One::kColumns)
-              return launch<T, Window<Kernel, 1, Form::kOneStrip>, false>(p, a, boxes, allocate, stream);
-            if (beside && a.width == 2 * One::kColumns)
-              return launch<T, Window<Kernel, 1, Form::kTwoStrips>, false>(p, a, boxes, allocate, stream);
-          }
-          if (a.multiplier == 2 || (a.source.shift | a.grad.shift) % (2 * sizeof(T)) != 0)  // in no word
-            return launch<T, One, false>(p, a, boxes, allocate, stream);
-          return launch<T, Two, false>(p, a, boxes, allocate, stream);
-        };
-        if (boxes && a.source.shift > 0 && a.source.shift == a.grad.shift && a.multiplier == 1) {
-          March counted = a;
-          for (Pixels* pixels : {&counted.source, &counted.grad}) counted.before = pixels->count_from_unit(sizeof(T));
-          if (launch_window(counted)) return true;
+        if constexpr (Kernel::kKernelH == 7 && Kernel::kStride == 1 && sizeof(T) == 4) {
+          const bool beside = !a.joined && a.padding_w == One::kBeside;
+          const bool is_high = a.height == One::kColumns && a.padding_h == One::kBeside;
+          if (beside && is_high && a.width == One::kColumns)
+            return launch<T, Window<Kernel, 1, Form::kPlane>, false>(p, a, boxes, allocate, stream);
+          if (beside && a.width <= One::kColumns)
+            return launch<T, Window<Kernel, 1, Form::kOneStrip>, false>(p, a, boxes, allocate, stream);
+          if (beside && a.width == 2 * One::kColumns)
+            return launch<T, Window<Kernel, 1, Form::kTwoStrips>, false>(p, a, boxes, allocate, stream);
         }
-        return launch_window(a);
+        if (a.joined)
+          launch<T, One, true>(p, a, bulk, allocate, stream);
+        else if (a.multiplier == 2 || (a.source.shift | a.grad.shift) % (2 * sizeof(T)) != 0)  // in no word
+          launch<T, One, false>(p, a, boxes, allocate, stream);
+        else
+          launch<T, Two, false>(p, a, boxes, allocate, stream);
       });
   });
 }

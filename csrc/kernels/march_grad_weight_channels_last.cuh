@@ -33,12 +33,6 @@ struct Pixels {
   bool joined;
   const char *begin, *end;  // of the array, if it has no gaps
 
-  // Counts channels from where the first unit begins, as boxes can: returns how many of the first ones are none.
-  int count_from_unit(int element) {
-    const int before = shift / element;
-    bytes += shift, shift = 0;
-    return before;
-  }
   // What is not joined after all is copied by its small units, from where it begins.
   void set_joined(bool value) {
     joined = value;
@@ -84,7 +78,10 @@ inline Pixels pixels_of(const View& view, int64_t batch, int64_t channels, int64
 // of them at once finds them in different banks.
 inline void cut_pixels(Pixels& p, int64_t slab_bytes, int columns, int step, bool boxes) {
   p.slab_bytes = static_cast<int>(slab_bytes), p.columns = columns;
-  p.pitch = p.joined ? p.pixel_bytes : static_cast<int>(round_up(slab_bytes + p.shift, p.unit));
+  // Boxes of pixels that end within a sector of memory take longer, but a sector more is too much for a line of 128
+  // bytes.
+  const int unit = boxes && p.shift > 0 && slab_bytes > 128 ? 2 * kUnit : p.unit;
+  p.pitch = p.joined ? p.pixel_bytes : static_cast<int>(round_up(slab_bytes + p.shift, unit));
   if (!boxes && !p.joined && p.pitch < 128 && p.pitch * step % 128 == 0) p.pitch += kUnit;
 }
 
