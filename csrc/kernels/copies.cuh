@@ -205,6 +205,41 @@ __device__ void copy_unit(uint32_t to, const void* from) {
   }
 }
 
+// As many units as a thread may well copy at a time: before sm_80 they pass through registers.
+#if __CUDA_ARCH__ >= 800
+constexpr int kBurst = 8;
+#else
+constexpr int kBurst = 4;
+#endif
+
+// Copies `bytes`, a multiple of 16, by so many warps, of which this is number `warp`. Both addresses are multiples
+// of 16. A lane copies so many units at a time, as far from each other whatever the number of warps: then each is one
+// instruction, and no address is worked out for it.
+template <int kTogether>
+__device__ void copy_by_warps(uint32_t to, const char* from, int bytes, int warp, int warps) {
+  constexpr int kStep = 32 * kUnit;
+#pragma unroll 1
+  for (int at = warp * kTogether * kStep + static_cast<int>(threadIdx.x % 32) * kUnit; at < bytes;
+       at += warps * kTogether * kStep) {
+    const uint32_t first = to + at;
+    const char* const its = from + at;
+    const int left = bytes - at;
+#if __CUDA_ARCH__ >= 800
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k)
+      if (k * kStep < left) copy_unit<kUnit>(first + k * kStep, its + k * kStep);
+#else
+    uint4 units[kTogether];
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k)
+      if (k * kStep < left) units[k] = *reinterpret_cast<const uint4*>(its + k * kStep);
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k)
+      if (k * kStep < left) shared_at<uint4>(first + k * kStep) = units[k];
+#endif
+  }
+}
+
 // Copies `size` bytes of the array [begin, end) in units of 16, by `threads` threads of which this is number `rank`.
 // Both addresses are multiples of 16. What lies outside the array is not touched, and becomes zeros.
 __device__ inline void copy_run(int to, const char* from, int size, const char* begin, const char* end, int rank,

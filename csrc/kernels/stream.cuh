@@ -20,27 +20,36 @@ namespace dwconv {
 struct Barriers {
   static constexpr int kStages = 4;                                        // at most
   static __device__ int full(int stage) { return 8 * stage; }              // a chunk has arrived
+  static __device__ int known(int stage) { return full(kDepth + stage); }  // it is known which one it will be
   static __device__ int done(int stage) { return 8 * (kStages + stage); }  // all warps are done with it
 };
 
 // The ways to copy between global and shared memory. Bulk copies are begun by one thread, the others are everybody's,
-// or a dedicated warp's. That is the last one, which does nothing else: then the others never wait for it.
+// or dedicated warps'. These are the last ones, and do nothing else: then the others never wait for them.
 struct Copier {
 #if __CUDA_ARCH__ >= 900
-  const bool bulk, dedicated;
-  // `always`: there is a dedicated warp even where copies are not bulk copies.
-  __device__ Copier(bool bulk, bool dedicated, bool always = false)
-      : bulk(bulk), dedicated(dedicated && (bulk || always)) {}
+  const bool bulk, dedicated, in_bursts;
+  const int loaders;
+  // `always`: there are dedicated warps even where copies are not bulk copies, of so many threads. `in_bursts`: whether
+  // threads then copy several units at a time.
+  __device__ Copier(bool bulk, bool dedicated, bool always = false, int loaders = 32, bool in_bursts = true)
+      : bulk(bulk),
+        dedicated(dedicated && (bulk || always)),
+        in_bursts(in_bursts),
+        loaders(this->dedicated ? loaders : 0) {}
 #elif __CUDA_ARCH__ >= 800
   static constexpr bool bulk = false;
-  const bool dedicated;
-  __device__ Copier(bool, bool dedicated, bool always = false) : dedicated(dedicated && always) {}
+  const bool dedicated, in_bursts;
+  const int loaders;
+  __device__ Copier(bool, bool dedicated, bool always = false, int loaders = 32, bool in_bursts = true)
+      : dedicated(dedicated && always), in_bursts(in_bursts), loaders(this->dedicated ? loaders : 0) {}
 #else
-  static constexpr bool bulk = false, dedicated = false;
-  __device__ Copier(bool, bool, bool = false) {}
+  static constexpr bool bulk = false, dedicated = false, in_bursts = true;
+  static constexpr int loaders = 0;
+  __device__ Copier(bool, bool, bool = false, int = 0, bool = true) {}
 #endif
 
-  __device__ int workers() const { return blockDim.x - (dedicated ? 32 : 0); }  // threads that compute
+  __device__ int workers() const { return blockDim.x - loaders; }  // threads that compute
   __device__ bool is_worker() const { return static_cast<int>(threadIdx.x) < workers(); }
   // Among the threads that copy.
   __device__ int rank() const { return dedicated ? threadIdx.x - workers() : threadIdx.x; }
@@ -48,8 +57,10 @@ struct Copier {
 
   __device__ void init() const {
     if ((bulk || dedicated) && threadIdx.x == 0) {
-      for (int i = 0; i < kDepth; ++i)
-        init_barrier(Barriers::full(i), bulk ? 1 : 32), init_barrier(Barriers::done(i), workers() / 32 * kWarpArrivals);
+      for (int i = 0; i < kDepth; ++i) {
+        init_barrier(Barriers::full(i), bulk ? 1 : 1 + loaders);
+        init_barrier(Barriers::done(i), workers() / 32 * kWarpArrivals);
+      }
       before_bulk_copies();
     }
   }
@@ -61,17 +72,17 @@ struct Copier {
       expect_bytes(barrier, bytes);
       return copy_bulk(shared_address(to), from, bytes, barrier);
     }
-    const int step = (dedicated ? 32 : blockDim.x) * kUnit;
-    for (int i = rank() * kUnit; i < bytes; i += step)
-      copy_unit<kUnit>(shared_address(static_cast<char*>(to) + i), static_cast<const char*>(from) + i);
+    const int warp = rank() / 32, warps = (dedicated ? loaders : blockDim.x) / 32;
+    if (in_bursts)
+      copy_by_warps<kBurst>(shared_address(to), static_cast<const char*>(from), bytes, warp, warps);
+    else
+      copy_by_warps<1>(shared_address(to), static_cast<const char*>(from), bytes, warp, warps);
   }
 
   // Ends the loads of one chunk.
   __device__ void commit(int stage) const {
-    if (bulk) {
-      if (rank() == 0) arrive(Barriers::full(stage));
-      return;
-    }
+    if ((bulk || dedicated) && rank() == 0) arrive(Barriers::full(stage));  // with what it wrote by itself
+    if (bulk) return;
     if (dedicated)
       arrive_after_copies(Barriers::full(stage));
     else
@@ -92,33 +103,56 @@ struct Copier {
     if (bulk) before_bulk_copies();
   }
 
-  // Stores a buffer. `from` and `to` lie at the same place within 16 bytes.
+  // Stores a buffer, by so many threads, of which number `first` begins bulk copies. `from` and `to` lie at the same
+  // place within 16 bytes.
   template <typename T>
-  __device__ void store(T* to, const T* from, int count) const {
+  __device__ void store(T* to, const T* from, int count, int threads, int first) const {
     constexpr int kPerUnit = kUnit / sizeof(T);
     const int misfit = static_cast<int>(reinterpret_cast<uintptr_t>(to) / sizeof(T)) % kPerUnit;
     const int head = min((kPerUnit - misfit) % kPerUnit, count);
     const int body = (count - head) / kPerUnit * kPerUnit;
 #if __CUDA_ARCH__ >= 900
     if (bulk) {
-      if (rank() == 0) {
+      if (static_cast<int>(threadIdx.x) == first) {
         if (body > 0) store_bulk(to + head, shared_address(from + head), body * static_cast<int>(sizeof(T)));
         commit_stores();
       }
     } else
 #endif
-      for (int i = head + threadIdx.x * kPerUnit; i < head + body; i += blockDim.x * kPerUnit)
-        *reinterpret_cast<uint4*>(to + i) = *reinterpret_cast<const uint4*>(from + i);
-    const int i = static_cast<int>(blockDim.x - 1 - threadIdx.x);  // the last threads: the first one begins copies
+        if (in_bursts)
+      store_by_warps<4>(to + head, shared_address(from + head), body * sizeof(T), threads / 32);
+    else
+      store_by_warps<1>(to + head, shared_address(from + head), body * sizeof(T), threads / 32);
+    const int i = threads - 1 - static_cast<int>(threadIdx.x);  // the last threads: the first one begins copies
     if (i < count - body) {
       const int at = i < head ? i : i + body;
       to[at] = from[at];
     }
   }
 
-  // Waits until all stores have read their buffers.
-  __device__ void stored() const {
-    if (bulk && rank() == 0) wait_stores();
+  // Waits until all stores have read their buffers, by the thread that begins them.
+  __device__ void stored(int first) const {
+    if (bulk && static_cast<int>(threadIdx.x) == first) wait_stores();
+  }
+
+ private:
+  // As copy_by_warps, the other way. So many units of a lane are read before the first one is written.
+  template <int kTogether>
+  static __device__ void store_by_warps(void* to, uint32_t from, int bytes, int warps) {
+    constexpr int kStep = 32 * kUnit;
+#pragma unroll 1
+    for (int at = kTogether * kStep * (threadIdx.x / 32) + kUnit * (threadIdx.x % 32); at < bytes;
+         at += warps * kTogether * kStep) {
+      char* const its = static_cast<char*>(to) + at;
+      const int left = bytes - at;
+      uint4 units[kTogether];
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k)
+        if (k * kStep < left) units[k] = shared_at<uint4>(from + at + k * kStep);
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k)
+        if (k * kStep < left) *reinterpret_cast<uint4*>(its + k * kStep) = units[k];
+    }
   }
 };
 

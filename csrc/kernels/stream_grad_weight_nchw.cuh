@@ -71,6 +71,7 @@ struct GradStream {
   int filter_warps;  // where tiles are added by warps: how many work for a filter
   Divider by_strips, by_tiles, by_multiplier, by_bands, by_groups;
   bool with_bias, bulk, float32;
+  int loaders;    // threads that load, and do nothing else
   int chunks_at;  // what the block knows of the chunks under way, in shared memory
   int scratch_at;
 };
@@ -297,7 +298,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
     stream_grad_weight_nchw(const __grid_constant__ GradStream a) {
   constexpr int kTaps = Tile::kKernelH * Tile::kKernelW;
   if (threadIdx.x < 32) shared<uint32_t>(kZeros + 4 * threadIdx.x) = 0;
-  const Copier copier(a.bulk, true);
+  const Copier copier(a.bulk, true, true, a.loaders);
   copier.init();
   let_next_kernel_start();
   __syncthreads();
@@ -357,7 +358,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
       if (copier.rank() == 0) shared<GradChunk>(a.chunks_at + stage * static_cast<int>(sizeof(GradChunk))) = c;
     }
     if (Tile::kMoves) __syncwarp();
-    if (step < last + in_pieces || !copier.bulk) copier.commit(stage);
+    if (step < last + in_pieces || !copier.dedicated) copier.commit(stage);
   };
 
   Tile sums(a);
@@ -509,6 +510,8 @@ struct GradCut {
   bool single, staged;
   int block_channels, chunk_rows, threads, splits, filter_warps;
   int64_t shared_bytes;
+  int loaders;
+  double score;
 };
 
 // What there is to know of a class of tiles.
@@ -525,12 +528,13 @@ struct GradTileSize {
   int64_t strips(int64_t width) const { return ceil_div(width, columns) | (odd_strips ? 1 : 0); }
 };
 
-// Besides the threads that add: a warp that copies, and what sets taps apart by the lanes that add up.
-constexpr int kMoreThreads = 32 + 8;
+// Besides the threads that add and those that copy: what sets taps apart by the lanes that add up.
+constexpr int kMostLanes = 8;
 
 // Fills in what follows from a cut.
 inline void apply(GradStream& a, GradCut& cut, const GradTileSize& tile) {
   a.single = cut.single, a.block_channels = cut.block_channels, a.chunk_rows = cut.chunk_rows, a.splits = cut.splits;
+  a.loaders = cut.loaders;
   a.block_filters = cut.single ? 1 : cut.block_channels * a.multiplier;
   a.bands = static_cast<int>(ceil_div(a.out_height, cut.chunk_rows)), a.by_bands = Divider(a.bands);
   a.by_groups = Divider(ceil_div(a.filters, a.block_filters));
@@ -543,7 +547,7 @@ inline void apply(GradStream& a, GradCut& cut, const GradTileSize& tile) {
   const int per_filter = cut.single ? cut.threads : tile.lanes == 1 ? a.strips * a.segments : 32 * cut.filter_warps;
   constexpr int kFew = 32;  // sums that one lane adds up; more are added by 8
   a.lanes_log2 = per_filter < kFew ? 0 : 3;
-  a.slots_at_once = (cut.threads + (a.bulk ? 32 : 0)) / (a.block_filters << a.lanes_log2);
+  a.slots_at_once = (cut.threads + a.loaders) / (a.block_filters << a.lanes_log2);
   a.by_block_filters = Divider(a.block_filters);
   // The rest is to arrive while the first piece is added.
   const int early_segments = (2 * a.segments + 4) / 5, early_filters = (2 * a.block_filters + 4) / 5;
@@ -574,43 +578,44 @@ inline void apply(GradStream& a, GradCut& cut, const GradTileSize& tile) {
   a.chunks_at = static_cast<int>(grad.memory + arrange(a.grad, grad_rows));
   a.scratch_at = static_cast<int>(round_up(a.chunks_at + kDepth * sizeof(GradChunk), kUnit));
   const int64_t slot_bytes = int64_t{tile.taps + 1} * static_cast<int64_t>(sizeof(float));
-  a.totals = static_cast<int>(kHead + slot_bytes * (cut.threads + kMoreThreads));
+  a.totals = static_cast<int>(kHead + slot_bytes * (cut.threads + a.loaders + kMostLanes));
   cut.shared_bytes =
       std::max<int64_t>(a.scratch_at + cut.threads / 32 * tile.scratch, a.totals + slot_bytes * a.block_filters);
 }
 
 // Cuts the work so that as many threads as possible have some on a multiprocessor at a time, and every block about as
-// much as the others.
-inline GradCut cut_for(GradStream a, const GradTileSize& tile, const Device& device) {
+// much as the others. Besides them so many threads of a block load.
+inline GradCut cut_for(GradStream a, const GradTileSize& tile, const Device& device, int loaders) {
   GradCut best{};
-  double best_score = -1;
+  best.score = -1;
   // Whether the first chunks of all blocks are a good part of both arrays.
   const int64_t image_bytes = int64_t{a.channels} * a.height * a.source.ring.row_bytes +
                               int64_t{a.filters} * a.out_height * a.grad.ring.row_bytes;
   const bool soon_done =
       a.images * image_bytes < int64_t{4} * device.shared_per_multiprocessor * device.multiprocessors;
+  const int most_loaders = std::max(loaders, 32), most_threads = tile.threads_per_block + 32 - most_loaders;
   const auto consider = [&](bool single, int channels, int rows) {
     const int64_t tiles = tile.strips(a.out_width) * ceil_div(rows, tile.rows);
     const int64_t filters = single ? 1 : channels * a.multiplier;
     const int64_t each = ceil_div(tiles, tile.together), units = each * filters * tile.lanes;
-    GradCut cut{single, tile.stages, channels, rows, 0, 1, 0, 0};
+    GradCut cut{single, tile.stages, channels, rows, 0, 1, 0, 0, loaders, 0};
     int64_t rounds = 1;
     if (tile.lanes == 1) {
-      cut.threads = threads_for(units, tile.threads_per_block), rounds = ceil_div(units, cut.threads);
+      cut.threads = threads_for(units, most_threads), rounds = ceil_div(units, cut.threads);
       if (!single && units > cut.threads) return false;  // a thread works for one filter only
     } else {
       // The sums of so many threads there is room for, and those of a filter.
-      const int64_t sums = (device.shared_per_block - kHead) / (4 * (tile.taps + 1)) - kMoreThreads - 1;
-      const int64_t most = std::min<int64_t>(tile.threads_per_block, sums) / tile.lanes;
+      const int64_t sums = (device.shared_per_block - kHead) / (4 * (tile.taps + 1)) - loaders - kMostLanes - 1;
+      const int64_t most = std::min<int64_t>(most_threads, sums) / tile.lanes;
       if (filters > most) return false;  // so does a warp
       rounds = ceil_div(each, std::min(each, most / filters));
       cut.filter_warps = static_cast<int>(ceil_div(each, rounds));
       cut.threads = static_cast<int>(cut.filter_warps * filters * tile.lanes);
     }
     apply(a, cut, tile);
-    const int64_t resident =
-        std::min<int64_t>({device.shared_per_multiprocessor / (cut.shared_bytes + 1024),
-                           (tile.threads_per_block + 32) * tile.blocks_per_multiprocessor / (cut.threads + 32), 16});
+    const int64_t resident = std::min<int64_t>(
+        {device.shared_per_multiprocessor / (cut.shared_bytes + 1024),
+         (tile.threads_per_block + 32) * tile.blocks_per_multiprocessor / (cut.threads + most_loaders), 16});
     if (cut.shared_bytes > device.shared_per_block || resident == 0) return false;
     const int64_t slots = resident * device.multiprocessors, groups = ceil_div(a.filters, a.block_filters);
     const int64_t steps = int64_t{a.images} * a.bands;
@@ -639,8 +644,8 @@ inline GradCut cut_for(GradStream a, const GradTileSize& tile, const Device& dev
       busy *= (a.stride + 1.) * rows / (source_rows + rows);
     }
     const double chunk_bytes = static_cast<double>(cut.shared_bytes - kHead) / kDepth;  // a chunk costs some barriers
-    const double score = busy * even * chunk_bytes / (chunk_bytes + 3000);
-    if (score > best_score * 1.02) best_score = score, cut.splits = static_cast<int>(splits), best = cut;
+    cut.score = busy * even * chunk_bytes / (chunk_bytes + 3000), cut.splits = static_cast<int>(splits);
+    if (cut.score > best.score * 1.02) best = cut;
     return true;
   };
   if (!tile.stages)
@@ -651,11 +656,22 @@ inline GradCut cut_for(GradStream a, const GradTileSize& tile, const Device& dev
     for (int rows = tile.rows; rows < a.out_height; rows += tile.rows)
       if (!consider(true, 1, rows)) break;
     if (tile.stages)
-      for (int rows = tile.rows - 1; rows > kLeastRows && best_score < 0; --rows) consider(true, 1, rows);
-    if (best_score < 0) consider(true, 1, kLeastRows);
+      for (int rows = tile.rows - 1; rows > kLeastRows && best.score < 0; --rows) consider(true, 1, rows);
+    if (best.score < 0) consider(true, 1, kLeastRows);
   }
-  if (best_score < 0) throw std::runtime_error("dwconv: rows of this size do not fit the GPU's shared memory");
+  if (best.score < 0) throw std::runtime_error("dwconv: rows of this size do not fit the GPU's shared memory");
   return best;
+}
+
+// The same, and how many threads load.
+inline GradCut cut_with_loaders(const GradStream& a, const GradTileSize& tile, const Device& device) {
+  if (device.capability < 80) return cut_for(a, tile, device, 0);
+  const GradCut one = cut_for(a, tile, device, 32);
+  if (a.bulk || (tile.taps >= kManyTaps && tile.lanes == 1)) return one;
+  // A warp that copies 16 bytes a thread may be slower than memory. Two are not, but should not take the place of
+  // threads that add.
+  const GradCut two = cut_for(a, tile, device, 64);
+  return two.score >= 0.9 * one.score ? two : one;
 }
 
 template <class Tile>
@@ -669,7 +685,7 @@ constexpr GradTileSize size_of_tile() {
 template <class Tile>
 bool has_room(GradStream a, int rows = kLeastRows) {
   constexpr GradTileSize kTile = size_of_tile<Tile>();
-  GradCut least{true, Tile::kStages, 1, std::min(rows, a.out_height), 32, 1, 1, 0};
+  GradCut least{true, Tile::kStages, 1, std::min(rows, a.out_height), 32, 1, 1, 0, 0, 0};
   apply(a, least, kTile);
   return a.scratch_at + Tile::kMaxThreads / 32 * Tile::kScratch <= current_device().shared_per_block;
 }
@@ -680,12 +696,12 @@ void launch(const Problem& p, GradStream a, const Allocate& allocate, cudaStream
   constexpr GradTileSize kTile = size_of_tile<Tile>();
   const Device& device = current_device();
   const auto kernel = stream_grad_weight_nchw<T, Tile>;
-  a.bulk = a.bulk && device.capability >= 90;
+  a.bulk = a.bulk && can_overlap(kernel);
   static thread_local Decisions<9, GradCut> decisions;
   GradCut cut = decisions(
       {device.id, a.bulk, a.images, a.channels, a.multiplier, a.height, a.width, a.out_height, a.out_width}, [&] {
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
-        return cut_for(a, kTile, device);
+        return cut_with_loaders(a, kTile, device);
       });
   apply(a, cut, kTile);
   const int64_t blocks = ceil_div(a.filters, a.block_filters) * a.splits;
@@ -694,7 +710,7 @@ void launch(const Problem& p, GradStream a, const Allocate& allocate, cudaStream
     a.partial = static_cast<float*>(allocate(a.splits * sums * static_cast<int64_t>(sizeof(float))));
   else
     a.weight = p.weight.data, a.bias = p.bias;
-  launch_early(kernel, a, blocks, cut.threads + (a.bulk ? 32 : 0), stream, {.shared_bytes = cut.shared_bytes});
+  launch_early(kernel, a, blocks, cut.threads + a.loaders, stream, {.shared_bytes = cut.shared_bytes});
   check_launch("stream_grad_weight_nchw");
   if (a.splits > 1) launch_add_partial_sums(p, a.partial, a.splits, stream);
 }

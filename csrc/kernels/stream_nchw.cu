@@ -29,7 +29,7 @@ struct TileOfThread {
   template <typename T>
   __device__ void compute(const Stream& a, const Chunk& c, int out) {
     const uint32_t units = c.targets * a.units;
-    for (uint32_t unit = threadIdx.x; unit < units; unit += blockDim.x) {
+    for (uint32_t unit = threadIdx.x; unit < units; unit += workers_of(a)) {
       uint32_t plane = unit;
       const uint32_t tile = a.by_units.split(plane);
       static_cast<Tile*>(this)->template compute_tile<T>(a, c, out, plane, tile);
@@ -203,13 +203,13 @@ struct Corner : TileOfThread<Corner<kKernel, kSide>> {
     T* to = &shared<T>(a.buffer_at);
     const T* from = static_cast<const T*>(a.weight) + first * kTaps - begin;
     const int in_units = reinterpret_cast<uintptr_t>(from) % kUnit == 0 ? count / kPerUnit * kPerUnit : 0;
-    for (int i = threadIdx.x * kPerUnit; i < in_units; i += blockDim.x * kPerUnit)
+    for (int i = threadIdx.x * kPerUnit; i < in_units; i += workers_of(a) * kPerUnit)
       copy_unit<kUnit>(shared_address(to + i), from + i);
-    for (int i = in_units + threadIdx.x; i < count; i += blockDim.x)
+    for (int i = in_units + threadIdx.x; i < count; i += workers_of(a))
       copy_unit<sizeof(T)>(shared_address(to + i), from + i);
     commit_copies();
     wait_copies<0>();
-    __syncthreads();
+    meet_workers(a);
     return to + begin;
   }
 
@@ -291,7 +291,7 @@ struct SummedFilters {
     if (std::exchange(first, static_cast<int>(number(0))) == static_cast<int>(number(0))) return;
     constexpr int kTurns = (kTaps + 31) / 32;
     const int lane = threadIdx.x % 32;
-    for (int index = threadIdx.x / 32; index < c.targets * a.fan_in; index += blockDim.x / 32) {
+    for (int index = threadIdx.x / 32; index < c.targets * a.fan_in; index += workers_of(a) / 32) {
       const T* taps = static_cast<const T*>(a.weight) + number(index) * a.weight_filter;
       const int at = a.filters_at + index * kBytes;
       float weight[kTurns] = {}, zero = 0;

@@ -50,6 +50,7 @@ struct Stream {
   int units;          // all of them, as they are computed together
   bool spread;        // grad_input at stride 2: the stride is that of the target
   bool bulk;
+  int loaders;    // threads that load, and do nothing else
   bool by_pairs;  // rows, and columns that tiles begin to read from, lie evenly (8 bytes), or oddly as the kernel is
   int phase;      // of the source, within 16 bytes
   int most_rows;  // of the source, in a chunk
@@ -227,17 +228,54 @@ class Schedule {
   bool asks_ = false;
 };
 
-// Where threads compute tiles by themselves.
+// Where threads compute tiles by themselves: how many of a block do, and what they meet at.
+__device__ inline int workers_of(const Stream& a) {
+#if __CUDA_ARCH__ >= 800
+  return blockDim.x - a.loaders;
+#else
+  return blockDim.x;
+#endif
+}
+__device__ inline void meet_workers(const Stream& a) {
+  meet<1>(workers_of(a));
+}
+
+// The number of the chunk in a stage.
+__device__ inline int& number_in(int stage) {
+  return shared<int>(kNumbers + 4 * stage);
+}
+
+// What threads that compute have to know of the chunk in a stage. There is room for it behind the zeros.
+struct __align__(16) KnownChunk {
+  uint64_t target_row;
+  int group, target, row, source_begin, source_at;
+  uint16_t targets, rows;  // 0: there is none
+
+  static __device__ KnownChunk& in(int stage) {
+    return shared<KnownChunk>(kZeros + 128 + stage * static_cast<int>(sizeof(KnownChunk)));
+  }
+  __device__ void set(const Chunk& c) {
+    target_row = c.target_row, group = c.group, target = c.target, row = c.row;
+    source_begin = c.source_begin, source_at = c.source_at;
+    targets = static_cast<uint16_t>(c.targets), rows = static_cast<uint16_t>(c.rows);
+  }
+  __device__ Chunk get() const {
+    return {0, group, target, targets, row, rows, source_begin, 0, source_at, target_row};
+  }
+};
+static_assert(kZeros + 128 + kDepth * sizeof(KnownChunk) <= kHead);
+
+// Where threads compute tiles by themselves, and one of them begins bulk copies.
 template <typename T, class Tile>
 __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks) stream_nchw(const __grid_constant__ Stream a) {
+#if __CUDA_ARCH__ >= 900
   if (threadIdx.x < 32) shared<uint32_t>(kZeros + 4 * threadIdx.x) = 0;
   for (int i = 4 * threadIdx.x; i < a.filters_bytes; i += 4 * blockDim.x) shared<uint32_t>(a.filters_at + i) = 0;
-  const Copier copier(a.bulk, false);
+  const Copier copier(true, false);
   copier.init();
 
   // What the stages hold is decided by the thread that begins copies, and known to the others after a barrier.
   Schedule<false> schedule(a);
-  const auto number_in = [](int stage) -> int& { return shared<int>(kNumbers + 4 * stage); };
   if (copier.rank() == 0)
     for (int d = 0; d < kDepth; ++d) number_in(d) = schedule.next();
   let_next_kernel_start();
@@ -256,7 +294,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks) stream_nchw(
   const auto ready = [&] { settle_and_wait_for_kernel_before(a.chunks); };
   // Memory has enough to do with a chunk for every block, and if each asked for two, some would wait long for the
   // first.
-  const int at_first = Tile::kSoon && copier.bulk ? 1 : kDepth;
+  const int at_first = Tile::kSoon ? 1 : kDepth;
   load(number_in(0), 0, ready);
   if (at_first > 1) load(number_in(1), 1, ready);
   wait_for_kernel_before();
@@ -269,7 +307,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks) stream_nchw(
 
     tiles.template prepare<T>(a, c);
     copier.wait_full(stage, parity);
-    copier.stored();
+    copier.stored(0);
     __syncthreads();
     if (Tile::kSoon && first && at_first < kDepth) load(number_in(1), 1, Nothing{});
     if (copier.rank() == 0) schedule.ask();
@@ -277,11 +315,103 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks) stream_nchw(
     if (copier.rank() == 0) number_in(stage) = schedule.next();
     copier.before_store();
     __syncthreads();
-    copier.store(reinterpret_cast<T*>(c.target_row), &shared<T>(out), c.targets * c.rows * a.out_width);
+    copier.store(reinterpret_cast<T*>(c.target_row), &shared<T>(out), c.targets * c.rows * a.out_width, blockDim.x, 0);
     load(number_in(stage), stage, Nothing{});
     if (++stage == kDepth) stage = 0, parity ^= 1;
   }
-  copier.stored();
+  copier.stored(0);
+#endif
+}
+
+// The same without bulk copies. One warp more looks chunks up and loads them, as soon as there is room: threads that
+// compute would do so one after the other. Before sm_80, where loads are not asynchronous, all do.
+template <typename T, class Tile>
+__global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
+    stream_nchw_portable(const __grid_constant__ Stream a) {
+  if (threadIdx.x < 32) shared<uint32_t>(kZeros + 4 * threadIdx.x) = 0;
+  for (int i = 4 * threadIdx.x; i < a.filters_bytes; i += 4 * blockDim.x) shared<uint32_t>(a.filters_at + i) = 0;
+  const Copier copier(false, true, true);
+  copier.init();
+  if (copier.dedicated && threadIdx.x == 0)
+    for (int stage = 0; stage < kDepth; ++stage) init_barrier(Barriers::known(stage), 1);
+
+  Schedule<false> schedule(a);
+  const bool decides = !copier.dedicated && threadIdx.x == 0;
+  if (decides)
+    for (int stage = 0; stage < kDepth; ++stage) number_in(stage) = schedule.next();
+  let_next_kernel_start();
+  __syncthreads();
+  bool may_read = false;  // the kernel before is done
+  // Where a chunk lies is found out before the wait for the place that it takes.
+  const auto load = [&](int number, int stage, auto&& wait_for_place) {
+    Chunk c{};
+    if (number < a.chunks) {
+      c = chunk_of<false>(a, number);
+      c.source_at = source_at(a, c, stage);
+    }
+    const auto ready = [&] {
+      wait_for_place();
+      if (copier.rank() == 0) {
+        KnownChunk::in(stage).set(c);
+        if (copier.dedicated) arrive(Barriers::known(stage));
+      }
+      if (!may_read) settle_and_wait_for_kernel_before(a.chunks);
+      may_read = true;
+    };
+    if (c.source_begin < c.source_end)
+      load_chunk<T>(copier, a, c, stage, ready);
+    else
+      ready();
+    copier.commit(stage);
+  };
+  int stage = 0;
+  uint32_t parity = 0;
+  const auto advance = [&] {
+    if (++stage == kDepth) stage = 0, parity ^= 1;
+  };
+  if (!copier.is_worker()) {
+    for (int turn = 0, number = 0; number < a.chunks; ++turn) {
+      if (copier.rank() == 0) number = schedule.next();
+      number = __shfl_sync(~0u, number, 0);
+      load(number, stage, [&] {
+        if (turn >= kDepth) wait(Barriers::done(stage), parity ^ 1);
+        // Memory has enough to do with a chunk for every block, and if each asked for two, some would wait long for
+        // the first.
+        if (Tile::kSoon && turn == 1) wait(Barriers::full(0), 0);
+      });
+      if (copier.rank() == 0) schedule.ask();
+      advance();
+    }
+    commit_copies();
+    wait_copies<0>();
+    return;
+  }
+
+  if (!copier.dedicated) {
+    for (int d = 0; d < kDepth; ++d) load(number_in(d), d, Nothing{});
+    __syncthreads();
+  }
+  Tile tiles;
+  wait_for_kernel_before();
+  while (true) {
+    if (copier.dedicated) wait(Barriers::known(stage), parity);
+    const Chunk c = KnownChunk::in(stage).get();
+    if (c.targets == 0) break;
+    const int out = a.buffer_at + static_cast<int>(c.target_row % kUnit);
+
+    tiles.template prepare<T>(a, c);
+    copier.wait_full(stage, parity);
+    meet_workers(a);
+    if (decides) schedule.ask();
+    tiles.template compute<T>(a, c, out);
+    if (copier.dedicated) copier.finish(stage);
+    if (decides) number_in(stage) = schedule.next();
+    meet_workers(a);
+    copier.store(reinterpret_cast<T*>(c.target_row), &shared<T>(out), c.targets * c.rows * a.out_width, workers_of(a),
+                 0);
+    if (!copier.dedicated) load(number_in(stage), stage, Nothing{});
+    advance();
+  }
 }
 
 // Where warps compute tiles: one more looks chunks up, loads them, and stores what was computed.
@@ -292,12 +422,11 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
   if (threadIdx.x < 32) shared<uint32_t>(kZeros + 4 * threadIdx.x) = 0;
   for (int i = 4 * threadIdx.x; i < a.filters_bytes; i += 4 * blockDim.x) shared<uint32_t>(a.filters_at + i) = 0;
   static_assert(2 * sizeof(Chunk) + 16 <= kChunkBytes);
-  const Copier copier(a.bulk, true, true);
+  const Copier copier(a.bulk, true, true, Tile::kLoaders, false);  // bursts hold up what warps read of shared memory
   copier.init();
 
   // What the stages hold is decided by the thread that begins copies, and known to the others after a barrier.
   Schedule<true> schedule(a);
-  const auto number_in = [](int stage) -> int& { return shared<int>(kNumbers + 4 * stage); };
   if (copier.rank() == 0)
     for (int d = 0; d < kDepth; ++d) number_in(d) = schedule.next();
   let_next_kernel_start();
@@ -314,7 +443,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
   };
   const auto store = [&](uint64_t target_row, int count) {
     copier.store(reinterpret_cast<T*>(target_row), &shared<T>(a.buffer_at + static_cast<int>(target_row % kUnit)),
-                 count);
+                 count, blockDim.x, copier.workers());
   };
   if (!copier.is_worker()) {
     // Looks a chunk up, for all.
@@ -334,7 +463,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
     copier.commit(0);
     for (bool first = true; number_in(stage) < a.chunks; first = false) {
       copier.wait_full(stage, parity);
-      copier.stored();
+      copier.stored(copier.workers());
       meet_all();
       const int next = 1 - stage;
       if (!first && copier.rank() == 0) number_in(next) = schedule.next();
@@ -351,7 +480,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
       store(target_row, count);
       advance();
     }
-    copier.stored();
+    copier.stored(copier.workers());
     return;
   }
 
@@ -483,7 +612,8 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
   double best_score = -1;
   // A thread is busy for long with a tile that is summed over with filters from shared memory, whose many sums do not
   // wait for each other: so many threads have enough to do, each with two tiles in turn.
-  const bool long_tiles = a.bulk && tile.lanes == 1 && tile.filter_bytes > 0;
+  const bool loads_apart = a.bulk || a.loaders > 0;  // threads that compute need not
+  const bool long_tiles = loads_apart && tile.lanes == 1 && tile.filter_bytes > 0;
   constexpr double kLongTiles = 224;
   const auto consider = [&](int64_t chunk_groups, int64_t chunk_rows, int most_threads) {
     Cut cut{};
@@ -534,9 +664,11 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
       score =
           cut.bands > 1 ? enough * 0.65 * blocks / (blocks + 0.25) : enough * (lines ? 1 : 0.9) * parts / (parts + 0.5);
       // In few blocks of two chunks each little goes on at the same time.
-      if (cut.bands == 1 && turns > 1 && turns <= kDepth && (blocks < 3 || !a.bulk)) score *= 0.6;
-      // Threads that copy do not compute: others should, and each for longer than it looks chunks up.
-      if (!a.bulk) score *= blocks / (blocks + 1.) * rounds / (rounds + 0.45) * (blocks == 1 ? 0.6 : 1);
+      if (cut.bands == 1 && turns > 1 && turns <= kDepth && (blocks < 3 || !loads_apart)) score *= 0.6;
+      // Threads that store do not compute: others should, and each that loads as well for longer than it looks chunks
+      // up.
+      if (!a.bulk) score *= blocks / (blocks + 1.) * (blocks == 1 ? 0.6 : 1);
+      if (!loads_apart) score *= rounds / (rounds + 0.45);
     }
     if (score > best_score * (tile.lanes > 1 ? 1.02 : 1)) best_score = score, best = cut;
     return true;
@@ -554,8 +686,9 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
       if (!consider(1, rows, threads)) break;
     if (best_score < 0) consider(1, kLeastRows, threads);
   };
-  if (tile.threads_per_block > 128 && tile.lanes == 1) search(tile.threads_per_block);
-  search(128);
+  const int own = tile.lanes == 1 ? tile.loaders : 0;  // of a block's threads
+  if (tile.threads_per_block > 128 && tile.lanes == 1) search(tile.threads_per_block - own);
+  search(128 - own);
   if (tile.lanes > 1) search(tile.threads_per_block);
   if (best_score < 0) throw std::runtime_error("dwconv: rows of this size do not fit the GPU's shared memory");
   return best;
@@ -594,18 +727,21 @@ constexpr int kMaxClasses = 256;
 template <typename T, class Tile>
 void launch(Stream a, int64_t images, const Allocate& allocate, cudaStream_t stream) {
   const bool has_filters = Tile::kLanes > 1 || a.fan_in > 1;
-  const TileSize kTile{Tile::kRows,  Tile::kColumns,    Tile::kTiles,
-                       Tile::kLanes, Tile::kLoaders,    has_filters ? Tile::kFilterBytes : 0,
-                       Tile::kWhole, Tile::kMaxThreads, (Tile::kMaxThreads + Tile::kLoaders) * Tile::kBlocks,
-                       sizeof(T)};
   const Device& device = current_device();
-  constexpr auto kernel = [] {
-    if constexpr (Tile::kLanes > 1)
+  constexpr bool kByWarps = Tile::kLanes > 1;
+  const auto kernel_for = [](bool bulk) {
+    if constexpr (kByWarps)
       return stream_nchw_by_warps<T, Tile>;
     else
-      return stream_nchw<T, Tile>;
-  }();
-  a.bulk = a.bulk && device.capability >= 90;
+      return bulk ? stream_nchw<T, Tile> : stream_nchw_portable<T, Tile>;
+  };
+  a.bulk = a.bulk && can_overlap(kernel_for(false));
+  const auto kernel = kernel_for(a.bulk);
+  a.loaders = kByWarps ? Tile::kLoaders : !a.bulk && device.capability >= 80 ? 32 : 0;
+  const TileSize kTile{Tile::kRows,  Tile::kColumns,    Tile::kTiles,
+                       Tile::kLanes, a.loaders,         has_filters ? Tile::kFilterBytes : 0,
+                       Tile::kWhole, Tile::kMaxThreads, (Tile::kMaxThreads + Tile::kLoaders) * Tile::kBlocks,
+                       sizeof(T)};
   struct Decision {
     Cut cut;
     Arrangement arrangement;
@@ -619,7 +755,7 @@ void launch(Stream a, int64_t images, const Allocate& allocate, cudaStream_t str
         made.arrangement = arrangement_of(a, kTile);
         const int bytes = static_cast<int>(shared_bytes(a));
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&made.resident, kernel, made.cut.threads + Tile::kLoaders, bytes);
+        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&made.resident, kernel, made.cut.threads + a.loaders, bytes);
         return made;
       });
   apply(a, decision.cut, kTile, images);
@@ -648,7 +784,7 @@ void launch(Stream a, int64_t images, const Allocate& allocate, cudaStream_t str
     a.counters = static_cast<int*>(allocate(a.classes * sizeof(int)));
     set_counters(a.counters, a.classes, 2 * blocks / a.classes, stream);
   }
-  launch_early(kernel, a, blocks, decision.cut.threads + Tile::kLoaders, stream, {.shared_bytes = bytes});
+  launch_early(kernel, a, blocks, decision.cut.threads + a.loaders, stream, {.shared_bytes = bytes});
   check_launch("stream_nchw");
 }
 
