@@ -95,8 +95,8 @@ void run(Problem& problem, const Tensor& like, const By& by) {
     case PlanId::kToeplitzSmallPlanesPortable: return launch_toeplitz_small_planes(problem, false, stream);
     case PlanId::kToeplitzNchw: return launch_toeplitz_nchw(problem, true, allocate, stream);
     case PlanId::kToeplitzNchwPortable: return launch_toeplitz_nchw(problem, false, allocate, stream);
-    case PlanId::kMarchNchw: return launch_march_nchw(problem, true, stream);
-    case PlanId::kMarchNchwPortable: return launch_march_nchw(problem, false, stream);
+    case PlanId::kMarchNchw: return launch_march_nchw(problem, true, allocate, stream);
+    case PlanId::kMarchNchwPortable: return launch_march_nchw(problem, false, allocate, stream);
     case PlanId::kStreamNchw: return launch_stream_nchw(problem, true, allocate, stream);
     case PlanId::kStreamNchwPortable: return launch_stream_nchw(problem, false, allocate, stream);
     case PlanId::kBatchGradWeightNchw: return launch_batch_grad_weight_nchw(problem, true, allocate, stream);

@@ -23,7 +23,7 @@ void launch_direct_grad_weight(const Problem& problem, cudaStream_t stream);
 // `bulk`: by bulk copies, where the GPU has them.
 void launch_toeplitz_small_planes(const Problem& problem, bool bulk, cudaStream_t stream);
 void launch_stream_nchw(const Problem& problem, bool bulk, const Allocate& allocate, cudaStream_t stream);
-void launch_march_nchw(const Problem& problem, bool bulk, cudaStream_t stream);
+void launch_march_nchw(const Problem& problem, bool bulk, const Allocate& allocate, cudaStream_t stream);
 void launch_march_grad_weight_nchw(const Problem& problem, bool bulk, const Allocate& allocate, cudaStream_t stream);
 void launch_toeplitz_nchw(const Problem& problem, bool bulk, const Allocate& allocate, cudaStream_t stream);
 void launch_stream_grad_weight_nchw(const Problem& problem, bool bulk, const Allocate& allocate, cudaStream_t stream);

@@ -339,20 +339,41 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
                           : a.target.together ? staged * a.target.row_bytes
                                               : known.bytes;
         const int count = a.target.together ? 1 : staged;
-#pragma unroll 1
-        for (int i = 0; i < count; ++i, from += a.target.row_pitch, to += a.target.row_bytes) {
+        const auto store_units = [](uint32_t from, char* to, int next, bool both) {
+          const uint4 first = at_address<uint4>(from);
+          uint4 second;
+          if (both) second = at_address<uint4>(from + next);
+          *reinterpret_cast<uint4*>(to) = first;
+          if (both) *reinterpret_cast<uint4*>(to + next) = second;
+        };
+        const auto store_word = [](uint32_t from, char* to) {
+          *reinterpret_cast<float*>(to) = at_address<float>(from);
+        };
+        if (kWay == Way::kPieces && !a.target.together && a.target.row_bytes % kUnit == 0) {
+          // Rows that lie alike within 16 bytes have the same units.
           const int phase = static_cast<int>(reinterpret_cast<uintptr_t>(to) % kUnit);
-          char* base = to - phase;
+          const auto each_row = [&](int offset, auto&& store) {
+            uint32_t here = from + offset;
+            char* there = to - phase + offset;
+#pragma unroll 1
+            for (int i = 0; i < count; ++i, here += a.target.row_pitch, there += a.target.row_bytes) store(here, there);
+          };
           each_unit(
               share, phase, phase + bytes,
               [&](int u, int next, bool both) {
-                const uint4 first = at_address<uint4>(from + u);
-                uint4 second;
-                if (both) second = at_address<uint4>(from + next);
-                *reinterpret_cast<uint4*>(base + u) = first;
-                if (both) *reinterpret_cast<uint4*>(base + next) = second;
+                each_row(u, [&](uint32_t here, char* there) { store_units(here, there, next - u, both); });
               },
-              [&](int u) { *reinterpret_cast<float*>(base + u) = at_address<float>(from + u); });
+              [&](int u) { each_row(u, store_word); });
+        } else {
+#pragma unroll 1
+          for (int i = 0; i < count; ++i, from += a.target.row_pitch, to += a.target.row_bytes) {
+            const int phase = static_cast<int>(reinterpret_cast<uintptr_t>(to) % kUnit);
+            char* const base = to - phase;
+            each_unit(
+                share, phase, phase + bytes,
+                [&](int u, int next, bool both) { store_units(from + u, base + u, next - u, both); },
+                [&](int u) { store_word(from + u, base + u); });
+          }
         }
       }
       __syncwarp();
@@ -604,7 +625,13 @@ void launch(March a, int64_t images, Kernels kernels, cudaStream_t stream) {
 
 }  // namespace
 
-void launch_march_nchw(const Problem& p, bool bulk, cudaStream_t stream) {
+void launch_march_nchw(const Problem& p, bool bulk, const Allocate& allocate, cudaStream_t stream) {
+  bulk = bulk && current_device().capability >= 90;
+  // Planes of two strips and two bands stream by tiles that know what lies outside. In halves they march as fast, but
+  // these need boxes.
+  if (!bulk && p.kernel_h == 7 && p.stride_h == 1 && p.dilation_h == 1 && p.multiplier == 1 && p.height == 14 &&
+      p.width == 14 && p.padding_h == 3 && p.padding_w == 3)
+    return launch_stream_nchw(p, false, allocate, stream);
   const Mapping map(p);
   March a{};
   a.source = plane_rows(map.source, map.sources, map.height, map.width);
@@ -616,7 +643,7 @@ void launch_march_nchw(const Problem& p, bool bulk, cudaStream_t stream) {
   if ((step == 1 || step == -1) && map.weight.stride[2] == step * p.kernel_w && a.weight_filter == p.taps())
     a.dense = static_cast<int>(step);
   a.bias = static_cast<const float*>(map.bias), a.bias_stride = map.bias_stride;
-  a.cut.bulk = bulk && current_device().capability >= 90;
+  a.cut.bulk = bulk;
   a.cut.channels = map.targets, a.cut.target_height = map.out_height, a.cut.target_width = map.out_width;
   a.cut.padding_h = map.padding_h, a.cut.padding_w = map.padding_w;
   static_assert(kMarchKernel == 7 && March9x9::kKernelH == 9);

@@ -158,6 +158,7 @@ class MarchRing {
       from += spans ? static_cast<int64_t>(count) * rows.row_bytes : bytes;
       return;
     }
+    if (spans && rows.row_bytes % kUnit == 0) return load_alike(rows, share, count, bytes, from, shared_address(to));
 #pragma unroll 1
     for (int i = 0; i < (spans ? count : 1); ++i, to += rows.row_pitch) {
       const int phase = static_cast<int>(reinterpret_cast<uintptr_t>(from) % kUnit);
@@ -220,6 +221,29 @@ class MarchRing {
   __device__ int memory() const { return memory_; }
 
  private:
+  // Rows that lie alike within 16 bytes have the same units, which need not be found for each of them.
+  __device__ void load_alike(const PlaneRows& rows, const CopyShare& share, int count, int bytes, const char*& from,
+                             uint32_t to) const {
+    const int phase = static_cast<int>(reinterpret_cast<uintptr_t>(from) % kUnit);
+    const char* const base = from - phase;
+    const auto each_row = [&](auto&& copy) {
+      const char* row = base;
+      uint32_t here = to;
+#pragma unroll 1
+      for (int i = 0; i < count; ++i, row += rows.row_bytes, here += rows.row_pitch) copy(here, row);
+    };
+    each_unit(
+        share, phase, phase + bytes,
+        [&](int at, int next, bool both) {
+          each_row([&](uint32_t here, const char* row) {
+            copy_unit<kUnit>(here + at, row + at);
+            if (both) copy_unit<kUnit>(here + next, row + next);
+          });
+        },
+        [&](int at) { each_row([&](uint32_t here, const char* row) { copy_unit<4>(here + at, row + at); }); });
+    from += static_cast<int64_t>(count) * rows.row_bytes;
+  }
+
   // Copies the units of 16 bytes that a piece lies in, if nothing but the image does, and words of the others.
   __device__ void load_bulk(const char* from, int bytes, const char* image, const char* image_end, int to) const {
     const auto number = [](const char* pointer) { return reinterpret_cast<uint64_t>(pointer); };
