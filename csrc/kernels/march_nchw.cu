@@ -349,14 +349,18 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
         const auto store_word = [](uint32_t from, char* to) {
           *reinterpret_cast<float*>(to) = at_address<float>(from);
         };
-        if (kWay == Way::kPieces && !a.target.together && a.target.row_bytes % kUnit == 0) {
-          // Rows that lie alike within 16 bytes have the same units.
+        // Rows that lie alike within 16 bytes have the same units, which are found once for all of them.
+        const bool alike = kWay == Way::kPieces && !a.target.together && a.target.row_bytes % kUnit == 0;
+        const int at_once = alike ? count : 1;
+#pragma unroll 1
+        for (int i = 0; i < count; i += at_once, from += a.target.row_pitch, to += a.target.row_bytes) {
           const int phase = static_cast<int>(reinterpret_cast<uintptr_t>(to) % kUnit);
           const auto each_row = [&](int offset, auto&& store) {
             uint32_t here = from + offset;
             char* there = to - phase + offset;
 #pragma unroll 1
-            for (int i = 0; i < count; ++i, here += a.target.row_pitch, there += a.target.row_bytes) store(here, there);
+            for (int k = 0; k < at_once; ++k, here += a.target.row_pitch, there += a.target.row_bytes)
+              store(here, there);
           };
           each_unit(
               share, phase, phase + bytes,
@@ -364,16 +368,6 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
                 each_row(u, [&](uint32_t here, char* there) { store_units(here, there, next - u, both); });
               },
               [&](int u) { each_row(u, store_word); });
-        } else {
-#pragma unroll 1
-          for (int i = 0; i < count; ++i, from += a.target.row_pitch, to += a.target.row_bytes) {
-            const int phase = static_cast<int>(reinterpret_cast<uintptr_t>(to) % kUnit);
-            char* const base = to - phase;
-            each_unit(
-                share, phase, phase + bytes,
-                [&](int u, int next, bool both) { store_units(from + u, base + u, next - u, both); },
-                [&](int u) { store_word(from + u, base + u); });
-          }
         }
       }
       __syncwarp();
