@@ -88,8 +88,10 @@ struct Item {
     first_row = a.first_row + group * a.group_rows, last_row = min(first_row + a.group_rows, a.last_row);
     if (a.splits == 1) return;
     split = filter / a.filters, filter %= a.filters;
-    first = static_cast<int>(int64_t{a.images} * split / a.splits);
-    last = static_cast<int>(int64_t{a.images} * (split + 1) / a.splits);
+    // Whole stages: a box has the images that follow in the array, whatever split they are of.
+    const int all = (a.images + a.stage_images() - 1) / a.stage_images();
+    first = static_cast<int>(int64_t{all} * split / a.splits) * a.stage_images();
+    last = min(static_cast<int>(int64_t{all} * (split + 1) / a.splits) * a.stage_images(), a.images);
   }
 };
 

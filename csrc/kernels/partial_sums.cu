@@ -15,12 +15,12 @@ struct Sums {
   void *grad_weight, *grad_bias;
   int64_t filters, taps, count;  // count: of the sums, those of the bias gradient too
   int splits;
-  bool widens;        // gradients in 16 bits are written as float32
   Divider by_blocks;  // that a tap takes
 };
 
-// A block takes kColumns filters of a tap, each by kLanes threads, which have kLoads under way.
-template <typename T, int kColumns, int kLanes, int kLoads>
+// A block takes kColumns filters of a tap, each by kLanes threads, which have kLoads under way. Sums are rounded to T
+// and written as Gradient, which is T or wider.
+template <typename T, typename Gradient, int kColumns, int kLanes, int kLoads>
 __global__ void __launch_bounds__(kColumns* kLanes) add_partial_sums(const __grid_constant__ Sums a) {
   using Number = Accumulator<T>;
   let_next_kernel_start();
@@ -56,21 +56,20 @@ __global__ void __launch_bounds__(kColumns* kLanes) add_partial_sums(const __gri
     for (int i = 1; i < kWarps; ++i) total += shared[i][column];
   }
   if (!is_there) return;
-  const bool of_weight = tap < a.taps;
-  void* const gradient = of_weight ? a.grad_weight : a.grad_bias;
-  const int64_t to = of_weight ? filter * a.taps + tap : filter;
+  auto* to = tap < a.taps ? static_cast<Gradient*>(a.grad_weight) + filter * a.taps + tap
+                          : static_cast<Gradient*>(a.grad_bias) + filter;
   const T value = narrow<T>(static_cast<Number>(total));
-  if (sizeof(T) == 2 && a.widens)
-    static_cast<float*>(gradient)[to] = widen(value);
+  if constexpr (std::is_same_v<T, Gradient>)
+    *to = value;
   else
-    static_cast<T*>(gradient)[to] = value;
+    *to = widen(value);
 }
 
-template <typename T, int kColumns, int kLanes, int kLoads = 8>
+template <typename T, typename Gradient, int kColumns, int kLanes, int kLoads = 8>
 void launch(Sums sums, cudaStream_t stream) {
   const int64_t blocks = ceil_div(sums.filters, kColumns);
   sums.by_blocks = Divider(blocks);
-  launch_early(add_partial_sums<T, kColumns, kLanes, kLoads>, sums, sums.count / sums.filters * blocks,
+  launch_early(add_partial_sums<T, Gradient, kColumns, kLanes, kLoads>, sums, sums.count / sums.filters * blocks,
                kColumns * kLanes, stream);
 }
 
@@ -78,26 +77,27 @@ void launch(Sums sums, cudaStream_t stream) {
 
 void launch_add_partial_sums(const Problem& p, const void* partial, int64_t splits, cudaStream_t stream) {
   const int64_t slots = p.taps() + (p.bias != nullptr);
-  const Sums sums{partial,
-                  p.weight.data,
-                  p.bias,
-                  p.filters(),
-                  p.taps(),
-                  slots * p.filters(),
-                  static_cast<int>(splits),
-                  size_of(p.dtype) == 2 && Widening::is_wanted(),
+  const Sums sums{partial, p.weight.data, p.bias, p.filters(), p.taps(), slots * p.filters(), static_cast<int>(splits),
                   {}};
   // Long sums are shared by many threads, where these all run at once, but in no larger blocks than it takes to have
   // all loads under way: small ones find room beside those of the kernel before.
   const bool few = slots * ceil_div(p.filters(), 8) <= 4 * current_device().multiprocessors;
-  visit_dtype(p.dtype, [&](auto element) {
+  const auto add = [&](auto element, auto gradient) {
     using T = decltype(element);
-    if (splits <= 8) return launch<T, 64, 1>(sums, stream);
-    if (splits <= 16) return launch<T, 32, 8, 2>(sums, stream);
-    if (splits <= 64 || !few) return launch<T, 32, 8>(sums, stream);
-    if (splits <= 128) return launch<T, 8, 16>(sums, stream);
-    if (splits <= 256) return launch<T, 4, 32>(sums, stream);
-    launch<T, 8, 64>(sums, stream);
+    using Gradient = decltype(gradient);
+    if (splits <= 8) return launch<T, Gradient, 64, 1>(sums, stream);
+    if (splits <= 16) return launch<T, Gradient, 32, 8, 2>(sums, stream);
+    if (splits <= 64 || !few) return launch<T, Gradient, 32, 8>(sums, stream);
+    if (splits <= 128) return launch<T, Gradient, 8, 16>(sums, stream);
+    if (splits <= 256) return launch<T, Gradient, 4, 32>(sums, stream);
+    launch<T, Gradient, 8, 64>(sums, stream);
+  };
+  const bool widens = size_of(p.dtype) == 2 && Widening::is_wanted();
+  visit_dtype(p.dtype, [&](auto element) {
+    if (sizeof(element) == 2 && widens)
+      add(element, float{});
+    else
+      add(element, element);
   });
   check_launch("add_partial_sums");
 }
