@@ -2077,6 +2077,19 @@ def test_large_kernels_are_exact(kernel: tuple, size: tuple, batch: int, stride:
         assert (("grad_input", "toeplitz_large") in forced) == (stride == 1 and case.multiplier == 1), str(case)
 
 
+def compare_plans(case: Case, tensors: tuple, grad_output: Tensor, *plans: str, repeats: int = 1) -> int:
+    """How many results of these plans there are: all of them exact, and NaN where F.conv2d has it."""
+    exact = run_float64(tensors, grad_output, **case.geometry)._asdict()
+    compared = 0
+    for _ in range(repeats):
+        for name, plan, result in results_of_plans(case, tensors, grad_output):
+            if plan in plans:
+                expected = exact[name].to(result).nan_to_num(nan=12345.0)
+                assert torch.equal(result.nan_to_num(nan=12345.0), expected), (name, plan, str(case))
+                compared += 1
+    return compared
+
+
 # So many planes as wide as a warp's tiles that every slot of a block is filled more than once.
 LARGE_PLANES = [
     ((13, 13), (28, 28), 64, 150),
@@ -2110,12 +2123,7 @@ def test_large_kernels_on_many_planes(
         if offset > 0:
             for tensor in (input, grad_output):
                 tensor[0, 1, 3, 5], tensor[-1, -1, -1, -1] = torch.inf, torch.nan
-        exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
-        for _ in range(3):
-            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
-                if plan == "toeplitz_large":
-                    expected = exact[name].to(result)
-                    assert torch.equal(result.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0)), (name, offset)
+        assert compare_plans(case, (input, weight, bias), grad_output, "toeplitz_large", repeats=3) > 0
 
 
 @pytest.mark.gpu
@@ -2147,15 +2155,7 @@ def test_large_kernels_on_small_planes_of_many_images(
             for tensor in (input, grad_output):
                 tensor[0, 1, 1, 5], tensor[-1, -1, -1, -1], tensor[3, 2, 0, 0] = torch.inf, torch.nan, -torch.inf
             weight[5, 0, kernel[0] // 2, 0], weight[-1, 0, 0, -1] = torch.inf, torch.nan
-        exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
-        compared = 0
-        for _ in range(3):
-            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
-                if plan == "toeplitz_large":
-                    expected = exact[name].to(result)
-                    assert torch.equal(result.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0)), (name, spoilt)
-                    compared += 1
-        assert compared == 6
+        assert compare_plans(case, (input, weight, bias), grad_output, "toeplitz_large", repeats=3) == 6
 
 
 @pytest.mark.gpu
@@ -2191,15 +2191,7 @@ def test_grad_weight_of_planes_of_few_columns(
         if spoilt:
             for tensor in (input, grad_output):
                 tensor[0, 1, 1, 5], tensor[-1, -1, -1, -1], tensor[3, 2, 0, 0] = torch.inf, torch.nan, -torch.inf
-        exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
-        compared = 0
-        for _ in range(3):
-            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
-                if plan == "outer_grad_weight":
-                    expected = exact[name].to(result)
-                    assert torch.equal(result.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0)), (name, spoilt)
-                    compared += 1
-        assert compared == 6
+        assert compare_plans(case, (input, weight, bias), grad_output, "outer_grad_weight", repeats=3) == 6
 
 
 @pytest.mark.gpu
@@ -2231,11 +2223,7 @@ def test_grad_weight_of_whole_planes(kernel: tuple, size: tuple, batch: int, cha
         if offset > 0:
             for tensor in (input, grad_output):
                 tensor[0, 1, 3, 5], tensor[-1, -1, -1, -1] = torch.inf, torch.nan
-        exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
-        for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
-            if plan in ("outer_grad_weight", "hankel_grad_weight"):
-                expected = exact[name].to(result)
-                assert torch.equal(result.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0)), (plan, offset)
+        assert compare_plans(case, (input, weight, bias), grad_output, "outer_grad_weight", "hankel_grad_weight") > 0
 
 
 @pytest.mark.gpu
@@ -2269,14 +2257,7 @@ def test_grad_weight_of_pairs_of_planes(
         if spoilt:
             input[0, 1, 3, 5], input[-1, -1, -1, -1] = torch.inf, torch.nan
             grad_output[-1, 0, 0, 0], grad_output[0, -1, 2, -1] = torch.inf, torch.nan
-        exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
-        compared = 0
-        for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
-            if plan == "hankel_grad_weight":
-                expected = exact[name].to(result)
-                assert torch.equal(result.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0)), (name, spoilt)
-                compared += 1
-        assert compared > 0
+        assert compare_plans(case, (input, weight, bias), grad_output, "hankel_grad_weight") > 0
 
 
 @pytest.mark.gpu
@@ -2343,14 +2324,8 @@ def test_grad_weight_of_large_kernels_in_channels_last(
         if turn > 0:
             for tensor in (input, grad_output):
                 tensor[0, 1, 3, 5], tensor[-1, 2, 0, -1], tensor[-1, -1, -1, -1] = torch.inf, -torch.inf, torch.nan
-        exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
-        compared = 0
-        for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
-            if plan in ("outer_grad_weight", "hankel_grad_weight"):
-                expected = exact[name].to(result)
-                assert torch.equal(result.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0)), (name, plan, turn)
-                compared += 1
-        assert compared > 0
+        plans = "outer_grad_weight", "hankel_grad_weight"
+        assert compare_plans(case, (input, weight, bias), grad_output, *plans) > 0
 
 
 @pytest.mark.gpu
