@@ -1496,6 +1496,34 @@ def test_batch_grad_weight_of_rows_as_they_lie_is_exact(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("finite", [True, False], ids=["finite", "not finite"])
+@pytest.mark.parametrize("kernel", [(1, 1), (1, 5), (2, 1), (3, 3), (5, 4), (7, 7), (9, 2), (13, 13), (31, 3)], ids=str)
+def test_grad_weight_in_float64_is_exact(kernel: tuple, finite: bool) -> None:
+    """Columns of a kernel in several parts, strips of rows, rows that strides and dilation leave out; views."""
+    for number, size in enumerate(((31, 13), (13, 35), (57, 33), (101, 20), (32, 64), (150, 17))):
+        for turn, (stride, dilation) in enumerate(
+            (((1, 1), (1, 1)), ((2, 1), (1, 2)), ((2, 2), (2, 1)), ((1, 3), (3, 1)))
+        ):
+            reach = tuple(d * (side - 1) for side, d in zip(kernel, dilation))
+            padding = [tuple(r // 2 for r in reach), (0, 0), reach][(number + turn) % 3]
+            if any(side + 2 * p < r + 1 for side, p, r in zip(size, padding, reach)):
+                continue
+            case = Case([3, 1, 8, 37][(number + turn) % 4], 3, size, kernel, stride, padding, dilation)
+            case = case._replace(multiplier=1 + (number + turn) % 3 // 2, bias=turn != 1)
+            input, weight, bias = make_inputs(case, torch.float64, "cuda", make=integers)
+            grad_output = integers(*output_size(case)).to(input)
+            if turn == 2:  # images apart
+                input, grad_output = lay(input, steps=(3, 1, 1, 1), offset=1), lay(grad_output, steps=(2, 1, 1, 1))
+            if not finite:
+                for tensor in (input, grad_output):
+                    tensor[0, 1, 0, 0], tensor[-1, 0, -1, -1] = torch.inf, torch.nan
+            exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
+                wanted = exact[name].round().nan_to_num(nan=12345.0)
+                assert torch.equal(result.nan_to_num(nan=12345.0), wanted), (name, plan, str(case))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FAST[1:], ids=str)
 @pytest.mark.parametrize("side", [3, 5, 7])
 def test_grad_weight_of_long_rows_is_exact(side: int, dtype: torch.dtype) -> None:

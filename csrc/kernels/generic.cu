@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "columns_grad_weight.h"
 #include "common.cuh"
 #include "launch.h"
 #include "partial_sums.h"
@@ -381,6 +382,7 @@ bool fits_32_bits(const Problem& p) {
 }  // namespace
 
 void launch_generic(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
+  if (p.pass == Pass::kGradWeight && launch_columns_grad_weight(p, allocate, stream)) return;
   const auto launch = [&](auto zero, auto index) {
     using T = decltype(zero);
     using Index = decltype(index);
