@@ -32,7 +32,10 @@ struct MarchGrad {
   bool with_bias;
   bool boxes;     // whether the rows of a group are a box of each array
   int box_bytes;  // of both
-  int grad_at;    // in a group, behind the source
+  // Boxes begin with 16 bytes. Where an array does not, rows of a box begin as many bytes before those of the array,
+  // and there is one more, with the end of the last one.
+  int source_more, grad_more;
+  int grad_at;  // in a group, behind the source
   Divider by_parts, by_planes, by_multiplier;
 };
 
@@ -92,14 +95,20 @@ __device__ inline void load_next(const MarchGrad& a, int end, Known& known, Marc
       ring.load(cut, rows, share, planes, row_end - row, (column_end - column) * 4, from, rows.at(r.image, 0, 0, 0),
                 at);
     };
-    const int row = max(step * kStride - cut.padding_h, 0);
-    if (a.boxes) {
+    const int row = max(step * kStride - cut.padding_h, 0), source_channel = source_plane(a, r.channel);
+    // Nothing outside an array is touched.
+    const auto stays_inside = [](const PlaneRows& rows, int more, int plane, int planes, int row) {
+      return more == 0 ||
+             ((plane > 0 || row > 0) && (plane + planes < rows.planes || row + rows.group_rows < rows.height));
+    };
+    if (a.boxes && stays_inside(a.grad, a.grad_more, r.channel, cut.planes, step) &&
+        stays_inside(a.source, a.source_more, source_channel, source_plane(a, cut.planes), row)) {
       ring.load_boxes(cut, a.box_bytes, [&](int to, int barrier) {
-        copy_box(to, a.source_map, r.source_column, row, source_plane(a, r.channel), r.image, barrier);
+        copy_box(to, a.source_map, r.source_column, row, source_channel, r.image, barrier);
         copy_box(to + a.grad_at, a.grad_map, r.column, step, r.channel, r.image, barrier);
       });
     } else {
-      load(a.source, source_plane(a, r.channel), source_plane(a, r.planes), row,
+      load(a.source, source_channel, source_plane(a, r.planes), row,
            min(stop * kStride - cut.padding_h, a.source.height), r.source_column, r.source_end, 0);
       load(a.grad, r.channel, r.planes, step, min(stop, r.end), r.column, r.column_end, a.grad_at);
     }
@@ -184,9 +193,8 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel))
     const int overlap = max(r.own_column, r.column + strip * kStrip) - column;  // columns that others own
     ColumnMasks<kColumns, kMargin> masks;
     masks.set(x0, a.source.width);
-    const uint32_t source_low =
-        a.boxes ? 0 : a.source.phase(r.image, source_plane(a, r.channel + own), 0, r.source_column);
-    const uint32_t grad_low = a.boxes ? 0 : a.grad.phase(r.image, r.channel + own, 0, r.column);
+    const uint32_t source_low = a.source.phase(r.image, source_plane(a, r.channel + own), 0, r.source_column);
+    const uint32_t grad_low = a.grad.phase(r.image, r.channel + own, 0, r.column);
     const int source_lane = source_plane(a, own) * a.source.piece_pitch + (x0 - r.source_column) * 4;
     const int grad_lane = a.grad_at + own * a.grad.piece_pitch + (column - r.column) * 4;
 
@@ -341,8 +349,9 @@ Decision decide(const MarchGrad& a, int64_t images, int multiplier, Kernel kerne
   d.boxes = d.boxes && cut.spans == 1 && std::max(a.source.width, a.grad.width) <= kMostBoxSide;
   const auto fill = [&](int rows) {
     if (d.boxes) {
-      arrange_box(d.source, cut.planes / multiplier, a.source.width, rows * a.stride);
-      arrange_box(d.grad, cut.planes, a.grad.width, rows);
+      arrange_box(d.source, cut.planes / multiplier, a.source.width, rows * a.stride + a.source_more);
+      arrange_box(d.grad, cut.planes, a.grad.width, rows + a.grad_more);
+      d.source.group_rows -= a.source_more, d.grad.group_rows -= a.grad_more;
     } else {
       arrange(d.source, cut, (cut.columns - 1) * a.stride + a.kernel, rows * a.stride, false, a.stride, multiplier);
       arrange(d.grad, cut, cut.columns, rows, false);
@@ -390,15 +399,18 @@ Decision decide(const MarchGrad& a, int64_t images, int multiplier, Kernel kerne
 
 void launch(const Problem& p, MarchGrad a, Kernel kernel, const Allocate& allocate, cudaStream_t stream) {
   const Device& device = current_device();
-  // Whether all rows begin with 16 bytes, as boxes have to.
+  // Whether all rows begin at the same place within 16 bytes.
   constexpr int64_t kFar = int64_t{1} << 37;  // elements
-  const auto begins = [&](const View& view, int64_t width) {
-    return reinterpret_cast<uintptr_t>(view.data) % kUnit == 0 && width * 4 % kUnit == 0 &&
+  const auto alike = [&](const View& view, int64_t width) {
+    return width * 4 % kUnit == 0 &&
            (p.batch == 1 || (view.stride[0] > 0 && view.stride[0] * 4 % kUnit == 0 && view.stride[0] < kFar));
   };
-  a.boxes = a.cut.bulk && begins(p.input, p.width) && begins(p.output, p.out_width);
+  const auto misfit = [](const View& view) { return static_cast<int>(reinterpret_cast<uintptr_t>(view.data) % kUnit); };
+  a.boxes = a.cut.bulk && alike(p.input, p.width) && alike(p.output, p.out_width);
+  a.source_more = a.boxes && misfit(p.input) > 0 ? 1 : 0, a.grad_more = a.boxes && misfit(p.output) > 0 ? 1 : 0;
   static thread_local Decisions<11, Decision> decisions;
-  const Decision& d = decisions({device.id, a.boxes, a.kernel, a.stride, p.batch, p.channels, p.multiplier, p.height,
+  const int boxes = a.boxes ? 1 + a.source_more + 2 * a.grad_more : 0;
+  const Decision& d = decisions({device.id, boxes, a.kernel, a.stride, p.batch, p.channels, p.multiplier, p.height,
                                  p.width, p.out_height, p.out_width},
                                 [&] { return decide(a, p.batch, static_cast<int>(p.multiplier), kernel, device); });
   const bool bulk = a.cut.bulk;
@@ -408,16 +420,17 @@ void launch(const Problem& p, MarchGrad a, Kernel kernel, const Allocate& alloca
   a.boxes = d.boxes;
   if (a.boxes) {
     a.box_bytes = 0;
-    const auto describe = [&](CUtensorMap& map, const View& view, const PlaneRows& rows, int planes) {
+    const auto describe = [&](CUtensorMap& map, const View& view, const PlaneRows& rows, int more, int planes) {
       const int64_t plane_bytes = rows.plane_bytes,
                     image_bytes = p.batch == 1 ? rows.planes * plane_bytes : rows.image_bytes;
       a.box_bytes += planes * rows.piece_pitch;
-      if (!describe_boxes(map, view.data, sizeof(float), {rows.width, rows.height, rows.planes, p.batch},
-                          {rows.row_bytes, plane_bytes, image_bytes}, {rows.width, rows.group_rows, planes, 1}))
+      if (!describe_boxes(map, static_cast<char*>(view.data) - misfit(view), sizeof(float),
+                          {rows.width, rows.height + more, rows.planes, p.batch},
+                          {rows.row_bytes, plane_bytes, image_bytes}, {rows.width, rows.group_rows + more, planes, 1}))
         throw std::runtime_error("dwconv: CUDA cannot describe boxes of planes");
     };
-    describe(a.source_map, p.input, a.source, a.cut.planes / static_cast<int>(p.multiplier));
-    describe(a.grad_map, p.output, a.grad, a.cut.planes);
+    describe(a.source_map, p.input, a.source, a.source_more, a.cut.planes / static_cast<int>(p.multiplier));
+    describe(a.grad_map, p.output, a.grad, a.grad_more, a.cut.planes);
   }
   const int64_t splits = int64_t{a.cut.spans} * a.parts / a.team, sums = (p.taps() + a.with_bias) * p.filters();
   a.partial = static_cast<float*>(allocate(splits * sums * static_cast<int64_t>(sizeof(float))));
