@@ -1141,6 +1141,35 @@ def test_streams_with_much_to_do(dtype: torch.dtype) -> None:
         assert sums >= 2, str(case)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("finite", [True, False], ids=["finite", "not finite"])
+@pytest.mark.parametrize("side", [3, 5, 7])
+def test_sums_of_many_small_planes_are_exact(side: int, finite: bool) -> None:
+    """Blocks that have some filters of all images, the last of them fewer than are added together; at any address."""
+    for batch, channels, layout, offsets in (
+        (128, 768, {}, (0, 0)),
+        (33, 960, {}, (1, 1)),
+        (45, 784, {"steps": (2, 1, 1, 1)}, (3, 0)),
+        (50, 800, {"steps": (3, 1, 1, 1)}, (2, 1)),
+        (95, 768, {}, (0, 3)),
+    ):
+        case = Case(batch, channels, (7, 7), (side, side), padding=(side // 2, side // 2), bias=batch != 50)
+        input, weight, bias = make_inputs(case, torch.float32, "cuda", make=integers)
+        grad_output = integers(*output_size(case)).to(input)
+        input, grad_output = (lay(t, offset=o, **layout) for t, o in zip((input, grad_output), offsets))
+        if not finite:
+            for tensor in (input, grad_output):
+                tensor[0, 1, 0, 0], tensor[1, 0, -1, -1], tensor[-1, -1, 3, 0] = torch.inf, torch.nan, -torch.inf
+        exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+        forced = set()
+        for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
+            if plan.startswith("stream_grad_weight_nchw"):
+                wanted = exact[name].round().to(result).nan_to_num(nan=12345.0)
+                assert torch.equal(result.nan_to_num(nan=12345.0), wanted), (name, plan, str(case))
+                forced.add(plan)
+        assert forced == {"stream_grad_weight_nchw", "stream_grad_weight_nchw_portable"}, str(case)
+
+
 # Of 7x7 and 9x9 in float32: batch, channels, size; so much of it that warps march, in grad_weight for the sides of the
 # kernel that are named.
 SIZE_OF_LANES = (28, 28)  # of these, where lanes.cu has 9x9

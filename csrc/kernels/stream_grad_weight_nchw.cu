@@ -6,6 +6,7 @@
 #include "boxes.cuh"
 #include "launch.h"
 #include "small_kernels.h"
+#include "shifted_runs.cuh"
 #include "stream_grad_weight_nchw.cuh"
 
 namespace dwconv {
@@ -310,21 +311,34 @@ struct Corner {
   }
 };
 
+// Planes of an array as runs of bytes, a run for some filters and an image.
+struct PlaneRuns {
+  const char* base;  // a multiple of 16
+  int64_t image_bytes;
+  int phase;    // bytes from there to the array
+  bool joined;  // what is beside an image are its neighbours
+};
+
 struct PlaneGrad {
   CUtensorMap source_map, grad_map;  // the planes of an image as one row, image below image
+  PlaneRuns source, grad;            // or runs of them
   float *weight, *bias;
   int images;
+  bool bulk;
 };
 
 // How a block of `plane_grad_weight` is cut: filters whose planes begin and end with 16 bytes, and images at a time, as
-// many as keep the multiprocessor's threads busy.
-template <int kSide>
+// many as keep the multiprocessor's threads busy. kBoxes: they come as boxes, one behind the other; or else as runs
+// with what is around them within 16 bytes, so far apart that all threads of a warp read in different banks.
+template <int kSide, bool kBoxes>
 struct PlaneCut {
   static constexpr int kCorners = kSide > 7 ? 4 : 1, kPlane = kSide * kSide;
   static constexpr int kFilters = kSide > 7 ? 1 : 4, kImages = kSide > 7 ? 24 : 32, kBlocks = kSide > 7 ? 3 : 2;
   static constexpr int kThreads = kCorners * kFilters * kImages;  // besides the warp that copies
-  static constexpr int kArray = kFilters * kImages * kPlane * 4, kBytes = kHead + 2 * kDepth * kArray;
-  static_assert(kArray % kBoxUnit == 0 && kHead % kBoxUnit == 0 && kFilters * kPlane <= kMostBoxSide);
+  static constexpr int kRun = kFilters * kPlane * 4, kPitch = kRun + (kBoxes ? 0 : 2 * kUnit);
+  static constexpr int kArray = kImages * kPitch, kBytes = kHead + 2 * kDepth * kArray;
+  static_assert(kArray % kBoxUnit == 0 && kHead % kBoxUnit == 0 && kPitch / 4 <= kMostBoxSide);
+  static_assert(kRun % kUnit == 0);
 };
 
 // The rows of a plane in shared memory, one after the other, from any corner.
@@ -339,33 +353,62 @@ struct PlaneRows {
   }
 };
 
+// A warp begins to load the block's runs of some images to shared memory, and makes zero those of images that there are
+// not.
+template <class Cut>
+__device__ void load_runs(const PlaneRuns& v, int to, int image, int images, bool bulk, int barrier) {
+  const int begin = v.phase, end = v.phase + Cut::kRun, lane = threadIdx.x % 32;
+  for (int n = 0; n < Cut::kImages; n += kRunImages) {
+    const int first = image + n, there = min(max(images - first, 0), min(kRunImages, Cut::kImages - n));
+    // Nothing outside the array is touched.
+    const bool is_first = blockIdx.x == 0 && (first == 0 || !v.joined);
+    const bool is_last = blockIdx.x == gridDim.x - 1 && (first + there == images || !v.joined);
+    load_images(v.base + first * v.image_bytes + blockIdx.x * Cut::kRun, v.image_bytes, there, to + n * Cut::kPitch,
+                Cut::kPitch, is_first ? begin : 0, is_last ? end : (end + kUnit - 1) / kUnit * kUnit, barrier, bulk);
+    __syncwarp();
+    for (int at = there * Cut::kPitch + lane * kUnit; at < min(kRunImages, Cut::kImages - n) * Cut::kPitch;
+         at += 32 * kUnit)
+      shared<uint4>(to + n * Cut::kPitch + at) = uint4{};
+  }
+  before_bulk_copies();  // of the next images to where zeros are
+}
+
 // A thread has a tile of a filter's planes, of some images. All products are of pixels inside the image: sums are Inf
 // or NaN where they have to be.
-template <int kKernel, int kSide>
-__global__ void __launch_bounds__(PlaneCut<kSide>::kThreads + 32, PlaneCut<kSide>::kBlocks)
+template <int kKernel, int kSide, bool kBoxes>
+__global__ void __launch_bounds__(PlaneCut<kSide, kBoxes>::kThreads + 32, PlaneCut<kSide, kBoxes>::kBlocks)
     plane_grad_weight(const __grid_constant__ PlaneGrad a) {
-  using Cut = PlaneCut<kSide>;
+  using Cut = PlaneCut<kSide, kBoxes>;
   constexpr int kTaps = kKernel * kKernel, kThreads = Cut::kThreads;
   const int thread = threadIdx.x;
   if (thread == 0) {
     for (int i = 0; i < kDepth; ++i)
-      init_barrier(Barriers::full(i), 1), init_barrier(Barriers::done(i), kThreads / 32 * kWarpArrivals);
+      init_barrier(Barriers::full(i), kBoxes ? 1 : kWarpArrivals + (a.bulk ? 0 : 32)),
+          init_barrier(Barriers::done(i), kThreads / 32 * kWarpArrivals);
     before_bulk_copies();
   }
   let_next_kernel_start();
   __syncthreads();
   const int chunks = (a.images + Cut::kImages - 1) / Cut::kImages;
   Corner<kKernel, kSide> sums;
-  if (thread == kThreads) {
+  if (kBoxes ? thread == kThreads : thread >= kThreads) {
     wait_for_kernel_before();
     for (int chunk = 0; chunk < chunks; ++chunk) {
       const int stage = chunk % kDepth, to = kHead + stage * 2 * Cut::kArray, full = Barriers::full(stage);
+      const int image = chunk * Cut::kImages;
       if (chunk >= kDepth) wait(Barriers::done(stage), (chunk / kDepth - 1) % 2);
-      expect_bytes(full, 2 * Cut::kArray);
-      const int column = blockIdx.x * Cut::kFilters * Cut::kPlane, image = chunk * Cut::kImages;
-      copy_box(to, a.source_map, column, image, 0, 0, full);
-      copy_box(to + Cut::kArray, a.grad_map, column, image, 0, 0, full);
-      arrive(full);
+      if constexpr (kBoxes) {
+        expect_bytes(full, 2 * Cut::kArray);
+        const int column = blockIdx.x * Cut::kFilters * Cut::kPlane;
+        copy_box(to, a.source_map, column, image, 0, 0, full);
+        copy_box(to + Cut::kArray, a.grad_map, column, image, 0, 0, full);
+        arrive(full);
+      } else {
+        load_runs<Cut>(a.source, to, image, a.images, a.bulk, full);
+        load_runs<Cut>(a.grad, to + Cut::kArray, image, a.images, a.bulk, full);
+        if (!a.bulk) arrive_after_copies(full);
+        arrive_together(full, thread % 32 == 0);
+      }
     }
   } else if (thread < kThreads) {
     const int row = kSide * 4, first = ((sums.up ? kSide - 1 : 0) * kSide + (sums.left ? kSide - 1 : 0)) * 4;
@@ -374,8 +417,11 @@ __global__ void __launch_bounds__(PlaneCut<kSide>::kThreads + 32, PlaneCut<kSide
     for (int chunk = 0; chunk < chunks; ++chunk) {
       const int stage = chunk % kDepth;
       wait(Barriers::full(stage), chunk / kDepth % 2);
-      const int at = kHead + stage * 2 * Cut::kArray + thread / Cut::kCorners * (Cut::kPlane * 4) + first;
-      PlaneRows source{at, column, down}, grad{at + Cut::kArray, column, down};
+      const int plane = thread / Cut::kCorners;
+      const int at = kHead + stage * 2 * Cut::kArray + plane / Cut::kFilters * Cut::kPitch +
+                     plane % Cut::kFilters * (Cut::kPlane * 4) + first;
+      PlaneRows source{at + (kBoxes ? 0 : a.source.phase), column, down},
+          grad{at + Cut::kArray + (kBoxes ? 0 : a.grad.phase), column, down};
       if (chunk * Cut::kImages + warp_image < a.images)  // those behind the last image are zeros
         sums.template add_plane<float>(source, grad, a.bias != nullptr);
       arrive_together(Barriers::done(stage), thread % 32 == 0);
@@ -407,35 +453,54 @@ __global__ void __launch_bounds__(PlaneCut<kSide>::kThreads + 32, PlaneCut<kSide
   }
 }
 
-// Launches it, unless blocks of so few filters leave multiprocessors idle, or planes do not lie as boxes need them.
+template <int kKernel, int kSide, bool kBoxes>
+void launch_planes(const Problem& p, bool bulk, cudaStream_t stream) {
+  using Cut = PlaneCut<kSide, kBoxes>;
+  const auto kernel = plane_grad_weight<kKernel, kSide, kBoxes>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Cut::kBytes);
+  PlaneGrad a{};
+  a.weight = static_cast<float*>(p.weight.data), a.bias = static_cast<float*>(p.bias);
+  a.images = static_cast<int>(p.batch), a.bulk = bulk;
+  const auto describe = [&](CUtensorMap& map, PlaneRuns& runs, const View& view) {
+    const int64_t bytes = view.stride[0] * 4;
+    const auto phase = static_cast<int>(reinterpret_cast<uintptr_t>(view.data) % kUnit);
+    runs = {static_cast<const char*>(view.data) - phase, bytes, phase, bytes == p.channels * Cut::kPlane * 4};
+    if (kBoxes && !describe_boxes(map, view.data, sizeof(float), {p.channels * Cut::kPlane, p.batch, 1, 1},
+                                  {bytes, bytes, bytes}, {Cut::kFilters * Cut::kPlane, Cut::kImages, 1, 1}))
+      throw std::runtime_error("dwconv: CUDA cannot describe boxes of planes");
+  };
+  describe(a.source_map, a.source, p.input), describe(a.grad_map, a.grad, p.output);
+  launch_early(kernel, a, p.channels / Cut::kFilters, Cut::kThreads + 32, stream, {.shared_bytes = Cut::kBytes});
+  check_launch("plane_grad_weight");
+}
+
+// Launches it, unless blocks of so few filters leave multiprocessors idle, or planes do not lie as they have to.
 template <int kKernel, int kSide>
 bool launch_plane_grad_weight(const Problem& p, bool bulk, cudaStream_t stream) {
-  using Cut = PlaneCut<kSide>;
+  using Cut = PlaneCut<kSide, true>;
   const Device& device = current_device();
-  if (!bulk || device.capability < 90 || p.multiplier > 1 || p.channels % Cut::kFilters > 0) return false;
+  bulk = bulk && device.capability >= 90;
+  if (p.multiplier > 1 || p.channels % Cut::kFilters > 0) return false;
   constexpr int64_t kFar = int64_t{1} << 37;
+  const auto begins = [](const View& view) { return reinterpret_cast<uintptr_t>(view.data) % kUnit == 0; };
   const auto lies = [&](const View& view) {
-    return reinterpret_cast<uintptr_t>(view.data) % kUnit == 0 && view.stride[0] > 0 &&
-           view.stride[0] * 4 % kUnit == 0 && view.stride[0] < kFar;
+    return view.stride[0] > 0 && view.stride[0] * 4 % kUnit == 0 && view.stride[0] < kFar;
   };
   if (p.batch < Cut::kImages || !lies(p.input) || !lies(p.output)) return false;
   // Small planes are bound by bytes: some multiprocessors may be idle.
   constexpr double kBusy = kSide > 7 ? 0.9 : 0.7;
   const int64_t blocks = p.channels / Cut::kFilters, slots = int64_t{Cut::kBlocks} * device.multiprocessors;
   if (static_cast<double>(blocks) < kBusy * static_cast<double>(slots * ceil_div(blocks, slots))) return false;
-  const auto kernel = plane_grad_weight<kKernel, kSide>;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Cut::kBytes);
-  PlaneGrad a{{}, {}, static_cast<float*>(p.weight.data), static_cast<float*>(p.bias), static_cast<int>(p.batch)};
-  const auto describe = [&](CUtensorMap& map, const View& view) {
-    const int64_t bytes = view.stride[0] * 4;
-    if (!describe_boxes(map, view.data, sizeof(float), {p.channels * Cut::kPlane, p.batch, 1, 1}, {bytes, bytes, bytes},
-                        {Cut::kFilters * Cut::kPlane, Cut::kImages, 1, 1}))
-      throw std::runtime_error("dwconv: CUDA cannot describe boxes of planes");
-  };
-  describe(a.source_map, p.input), describe(a.grad_map, p.output);
-  launch_early(kernel, a, blocks, Cut::kThreads + 32, stream, {.shared_bytes = Cut::kBytes});
-  check_launch("plane_grad_weight");
-  return true;
+  if (bulk && begins(p.input) && begins(p.output)) {
+    launch_planes<kKernel, kSide, true>(p, bulk, stream);
+    return true;
+  }
+  if constexpr (kSide == 7)  // of larger ones too few blocks find room
+    if (device.capability >= 80 && 2 * (PlaneCut<kSide, false>::kBytes + 1024) <= device.shared_per_multiprocessor) {
+      launch_planes<kKernel, kSide, false>(p, bulk, stream);
+      return true;
+    }
+  return false;
 }
 
 }  // namespace
