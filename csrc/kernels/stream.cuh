@@ -281,9 +281,9 @@ struct Nothing {
 
 // Loads rows [row, row + rows) of an image to `slot` and on, where no wrap is. `joined`: the row before, and with it
 // all 16 bytes that it ends in, was loaded next to them. `ready`: called when memory is about to be read.
-template <typename T, typename Ready>
-__device__ void load_rows(const Copier& copier, const RowRing& ring, const Planes& planes, int image, int row, int rows,
-                          int slot, bool joined, int barrier, Ready&& ready) {
+template <typename T, class SomeCopier, typename Ready>
+__device__ void load_rows(const SomeCopier& copier, const RowRing& ring, const Planes& planes, int image, int row,
+                          int rows, int slot, bool joined, int barrier, Ready&& ready) {
   const auto down = [](int64_t offset) { return offset / kUnit * kUnit; };
   const auto up = [&](int64_t offset) { return down(offset + kUnit - 1); };
   // Offsets are from the 16 bytes in which the image begins; the outermost 16 bytes may not be the image's alone.
@@ -304,9 +304,9 @@ __device__ void load_rows(const Copier& copier, const RowRing& ring, const Plane
 }
 
 // Loads the rows of [begin, end) of an image that are not yet in the ring.
-template <typename T, typename Ready = Nothing>
-__device__ void load_rows(const Copier& copier, const RowRing& ring, const Planes& planes, Cursor& cursor, int image,
-                          int begin, int end, int barrier, Ready&& ready = {}) {
+template <typename T, class SomeCopier, typename Ready = Nothing>
+__device__ void load_rows(const SomeCopier& copier, const RowRing& ring, const Planes& planes, Cursor& cursor,
+                          int image, int begin, int end, int barrier, Ready&& ready = {}) {
   const int before = image * planes.rows;  // rows of the images before
   const int from = max(before + begin, cursor.end);
   const bool joined = before + begin <= cursor.end && from > before;

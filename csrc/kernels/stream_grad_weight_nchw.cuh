@@ -38,9 +38,38 @@
 #include "moved_rows.h"
 #include "overlap.cuh"
 #include "partial_sums.h"
+#include "shifted_units.cuh"
 #include "stream.cuh"
 
 namespace dwconv {
+
+// Where no bulk copies are, one or two warps load for all others: what they execute for a unit decides how fast. So
+// addresses go on from burst to burst, and whole bursts ask nothing.
+struct GradCopier : Copier {
+  using Copier::Copier;
+
+  __device__ void load(void* to, const void* from, int bytes, int barrier) const {
+#if __CUDA_ARCH__ >= 800
+    if (bulk) return Copier::load(to, from, bytes, barrier);
+    constexpr int kStep = 32 * kUnit, kWhole = kBurst * kStep;
+    const int warp = rank() / 32, warps = (dedicated ? loaders : blockDim.x) / 32, lane = threadIdx.x % 32;
+    uint32_t slot = shared_address(to) + warp * kWhole + lane * kUnit;
+    const char* its = static_cast<const char*>(from) + warp * kWhole + lane * kUnit;
+    int left = bytes - warp * kWhole;
+#pragma unroll 1
+    for (; left >= kWhole; left -= warps * kWhole) {
+#pragma unroll
+      for (int k = 0; k < kBurst; ++k) copy_unit<kUnit>(slot + k * kStep, its + k * kStep);
+      slot += warps * kWhole, its += warps * kWhole;
+    }
+    left -= lane * kUnit;
+#pragma unroll 1
+    for (; left > 0; left -= kStep, slot += kStep, its += kStep) copy_unit<kUnit>(slot, its);
+#else
+    Copier::load(to, from, bytes, barrier);
+#endif
+  }
+};
 
 // An array that streams, through a ring of its own.
 struct Flow {
@@ -151,7 +180,7 @@ __device__ inline Middle middle_of(const GradStream& a, const GradChunk& c) {
 // Loads the rows that are not yet in the ring, each from the 16 bytes on in which it begins, to where its slot does:
 // from there move_rows moves it. `ready`: called when memory is about to be read.
 template <typename T, typename Ready>
-__device__ void load_to_move(const Copier& copier, const Flow& flow, Cursor& cursor, ImageRows& rows, int barrier,
+__device__ void load_to_move(const GradCopier& copier, const Flow& flow, Cursor& cursor, ImageRows& rows, int barrier,
                              Ready&& ready) {
   const Planes& planes = flow.planes;
   const int before = rows.image * planes.rows;
@@ -184,38 +213,49 @@ __device__ void load_to_move(const Copier& copier, const Flow& flow, Cursor& cur
   } else if (row < end) {
     if (is_elected()) {
       expect_bytes(barrier, (end - row) * bytes);
-      uint32_t to = shared_address(flow.ring.at(slot)), back = (flow.ring.capacity - slot) * bytes;
-#pragma unroll 1
-      for (int left = end - row; left > 0; --left, from += planes.row_bytes) {
+      const uint32_t ring = shared_address(flow.ring.at(0)), ring_end = ring + flow.ring.capacity * bytes;
+      uint32_t to = ring + slot * bytes;
+      const auto copy = [&] {
         copy_bulk(to, from - misfit_of(from), bytes, barrier);
-        to += bytes, back -= bytes;
-        if (back == 0) back = flow.ring.capacity * bytes, to -= back;
-      }
+        to += bytes, from += planes.row_bytes;
+        if (to == ring_end) to = ring;
+      };
+      constexpr int kTogether = 7;  // addresses in uniform registers, as copies take them
+      int left = end - row;
+#pragma unroll 1
+      for (; left >= kTogether; left -= kTogether)
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) copy();
+#pragma unroll 1
+      for (; left > 0; --left) copy();
     }
     slot = flow.ring.wrap(slot + end - row), row = end;
   }
   if (row < rows.end) load_outermost(row, slot);
 }
 
-// Moves a row by so many bytes to where its slot begins, by a warp. kHalves: they are no multiple of 4.
-template <bool kHalves>
-__device__ inline void move_row(int slot, int misfit, int bytes) {
-  constexpr int kAtOnce = 8;
-  const int words = (bytes + 3) / 4, lane = threadIdx.x % 32, to = slot + 4 * lane, from = to + misfit / 4 * 4;
+// Moves a row of so many units to where its slot begins, by a warp; it begins kWords words and so many bits behind. A
+// lane has 9 units side by side: an odd number, so that lanes are in different banks.
+template <int kWords>
+__device__ inline void move_row(int slot, int units, uint32_t bits) {
+  constexpr int kUnits = 9, kAhead = 2;
 #pragma unroll 1
-  for (int begin = 0; begin < words; begin += 32 * kAtOnce) {
-    uint32_t word[kAtOnce];
+  for (int begin = 0; begin < units; begin += 32 * kUnits) {
+    const int first = begin + static_cast<int>(threadIdx.x % 32) * kUnits, at = slot + first * kUnit;
+    const int left = units - first;
+    const auto read = [&](int u) { return u <= left ? shared<uint4>(at + u * kUnit) : uint4{}; };
+    const uint4 next = read(kUnits);  // which another lane is to write
+    uint4 unit[kAhead + 1];
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k)
-      if (begin + 32 * k + lane < words) {
-        const int at = from + 4 * (begin + 32 * k);
-        word[k] = shared<uint32_t>(at);
-        if (kHalves) word[k] = __funnelshift_r(word[k], shared<uint32_t>(at + 4), 16);
-      }
+    for (int u = 0; u < kAhead; ++u) unit[u] = read(u);
     __syncwarp();
 #pragma unroll
-    for (int k = 0; k < kAtOnce; ++k)
-      if (begin + 32 * k + lane < words) shared<uint32_t>(to + 4 * (begin + 32 * k)) = word[k];
+    for (int u = 0; u < kUnits; ++u) {
+      const int ahead = u + kAhead;
+      if (ahead < kUnits) unit[ahead % (kAhead + 1)] = read(ahead);
+      const uint4& high = u + 1 < kUnits ? unit[(u + 1) % (kAhead + 1)] : next;
+      if (u < left) shared<uint4>(at + u * kUnit) = shifted<kWords>(unit[u % (kAhead + 1)], high, bits);
+    }
   }
   __syncwarp();
 }
@@ -227,11 +267,16 @@ __device__ inline void move_rows(const GradStream& a, const GradChunk& c, int wa
     const int row = rows.fresh + number, slot = flow.ring.at(flow.ring.wrap(rows.slot + row - rows.begin));
     const int bytes = flow.planes.row_bytes, lane = threadIdx.x % 32;
     const uint32_t begin = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(flow.planes.base)) + row * bytes;
-    const int misfit = static_cast<int>(begin % kUnit);
-    if (misfit % 4 > 0)
-      move_row<true>(slot, misfit, bytes);
+    const uint32_t misfit = begin % kUnit, bits = misfit % 4 * 8;
+    const int units = (bytes + kUnit - 1) / kUnit;
+    if (misfit >= 12)
+      move_row<3>(slot, units, bits);
+    else if (misfit >= 8)
+      move_row<2>(slot, units, bits);
+    else if (misfit >= 4)
+      move_row<1>(slot, units, bits);
     else if (misfit > 0)
-      move_row<false>(slot, misfit, bytes);
+      move_row<0>(slot, units, bits);
     if (const int at = bytes + 2 * lane; at < (bytes + kUnit - 1) / kUnit * kUnit) shared<uint16_t>(slot + at) = 0;
   };
   for (int i = threadIdx.x / 32; i < all; i += warps)
@@ -298,7 +343,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
     stream_grad_weight_nchw(const __grid_constant__ GradStream a) {
   constexpr int kTaps = Tile::kKernelH * Tile::kKernelW;
   if (threadIdx.x < 32) shared<uint32_t>(kZeros + 4 * threadIdx.x) = 0;
-  const Copier copier(a.bulk, true, true, a.loaders);
+  const GradCopier copier(a.bulk, true, true, a.loaders);
   copier.init();
   let_next_kernel_start();
   __syncthreads();
@@ -666,6 +711,8 @@ inline GradCut cut_for(GradStream a, const GradTileSize& tile, const Device& dev
 // The same, and how many threads load.
 inline GradCut cut_with_loaders(const GradStream& a, const GradTileSize& tile, const Device& device) {
   if (device.capability < 80) return cut_for(a, tile, device, 0);
+  // Tensor cores leave most warps of few taps without work.
+  if (!a.bulk && tile.taps < kManyTaps && tile.lanes > 1) return cut_for(a, tile, device, 128);
   const GradCut one = cut_for(a, tile, device, 32);
   if (a.bulk || (tile.taps >= kManyTaps && tile.lanes == 1)) return one;
   // A warp that copies 16 bytes a thread may be slower than memory. Two are not, but should not take the place of
