@@ -509,10 +509,11 @@ __device__ void write(const Aligned& a, int filter, int at) {
 }
 
 // What a warp that loads does: with a stage of the input comes the gradient's that meets it last, since until then
-// nobody has a use for it.
-template <class Sum, Way kWay>
-__device__ void load_stages(const Aligned& a, int first, int last, int loader) {
+// nobody has a use for it. kAlone: it is the only one, and asks for nothing that others do.
+template <class Sum, Way kWay, bool kAlone>
+__device__ void load_stages(const Aligned& a, int first, int last, int warp) {
   constexpr int kMostRows = Sum::kChunks * kRows;
+  const int loader = kAlone ? 0 : warp - a.workers, loaders = kAlone ? 1 : a.loaders;
   Turn turn, grad_turn;
   bool again = false;  // whether all stages have been filled
   for (int at = first; at < last;) {
@@ -522,10 +523,10 @@ __device__ void load_stages(const Aligned& a, int first, int last, int loader) {
       const int full = StageBarriers::full(turn.stage), row = chunk * kRows, band = chunk - Sum::kBelow;
       if (again) wait(StageBarriers::done(turn.stage), turn.parity ^ 1);
       a.source.load<kWay>(turn.stage, s.image, a.images, s.filter / a.multiplier, row - a.padding_h,
-                          min(kMostRows, end - row), full, a.bulk, loader, a.loaders);
+                          min(kMostRows, end - row), full, a.bulk, loader, loaders);
       if (band >= s.begin) {
         a.grad.load<kWay>(grad_turn.stage, s.image, a.images, s.filter, band * kRows,
-                          min(kMostRows, (s.end - band) * kRows), full, a.bulk, loader, a.loaders);
+                          min(kMostRows, (s.end - band) * kRows), full, a.bulk, loader, loaders);
         grad_turn.next(a.grad_stages);
       }
       if (kWay != Way::kPlain && !a.bulk) arrive_after_copies(full);
@@ -562,7 +563,11 @@ __global__ void __launch_bounds__(32 * (Sum::kWarps + kMoreLoaders<Sum> + 1), 2)
   wait_for_kernel_before();
   __syncthreads();
   const int first = first_band(a, blockIdx.x), last = first_band(a, blockIdx.x + 1);
-  if (warp >= a.workers) return load_stages<Sum, kWay>(a, first, last, warp - a.workers);
+  if (warp >= a.workers) {
+    if constexpr (kWay != Way::kLaid)  // which has no registers to spare
+      if (kWay == Way::kPlain || a.loaders == 1) return load_stages<Sum, kWay, true>(a, first, last, warp);
+    return load_stages<Sum, kWay, false>(a, first, last, warp);
+  }
 
   Sum sums;
   Bias<T> bias;

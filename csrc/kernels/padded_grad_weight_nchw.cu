@@ -34,10 +34,11 @@
 namespace dwconv {
 namespace {
 
-constexpr int kImages = 16;                     // that are multiplied together
-constexpr int kMaxWarps = 4, kColumnWarps = 7;  // of a block: of all kernels but those of one column, and of these
-constexpr int kRows = 7, kColumns = 8;          // of a tile
-constexpr int kPitch = kColumns + 1;            // of the products that are summed up at the end, in floats
+constexpr int kImages = 16;  // that are multiplied together
+// Of a block: of most; where it has a multiprocessor to itself; and of kernels of one column.
+constexpr int kMaxWarps = 4, kManyWarps = 14, kColumnWarps = 7;
+constexpr int kRows = 7, kColumns = 8;  // of a tile
+constexpr int kPitch = kColumns + 1;    // of the products that are summed up at the end, in floats
 constexpr int kMaxStages = 2;
 constexpr int kAllTiles = 1 << 30;
 constexpr int kAroundPiece = 8;  // bytes of pieces that rows are copied in with what is around them
@@ -256,12 +257,12 @@ __device__ __noinline__ float sum_by_products(const Padded& a, int filter, int f
 // and have 32. kWhole: rows of at most 16 columns, at stride 1, are multiplied with both halves of a row of the
 // gradient. kColumn: of a kernel of one column only what is in a tile's own columns, of two rows at once: the lower one
 // and the upper one.
-template <typename T, int kKernelH, int kStride, bool kWhole, bool kColumn = false>
+template <typename T, int kKernelH, int kStride, bool kWhole, bool kColumn = false, int kMostWarps = kMaxWarps>
 struct Sums {
   static constexpr bool kNear = !kWhole && !kColumn && kStride == 1;
   static constexpr bool kLoader = !kWhole;  // whether there may be a warp that loads
-  static constexpr int kWarps = kColumn ? kColumnWarps : kMaxWarps;
-  static constexpr int kBlocks = kColumn ? 2 : 3;  // that are to share a multiprocessor
+  static constexpr int kWarps = kColumn ? kColumnWarps : kMostWarps;
+  static constexpr int kBlocks = kWarps == kMaxWarps ? 3 : kColumn ? 2 : 1;  // that are to share a multiprocessor
   static constexpr int kWindow = (kColumn ? 1 : kNear ? 2 : 4) * kColumns;
   static constexpr int kHalves = kWhole ? 2 : 1;  // of the gradient
   static constexpr int kSourceRows = (kRows - 1) * kStride + kKernelH;
@@ -778,7 +779,7 @@ bool launch_padded_grad_weight_nchw(const Problem& p, bool bulk, const Allocate&
   const int rows = (a.kernel_h - 1) * a.dilation_h + 1;
   // Kernels of 4 and 5 rows are faster from rows as they lie, of whole planes that single copies load.
   if (!column && a.stride == 1 && (rows == 4 || rows == 5)) return false;
-  const int warps = column ? kColumnWarps : kMaxWarps;
+  int warps = column ? kColumnWarps : kMaxWarps;
   const auto arrange_blocks = [&](bool around) {
     if (!divide_rows(a, p, column, whole, around)) return false;
     // A warp does all the loading, unless there are too many pieces for one, as where they are of 4 bytes.
@@ -796,6 +797,13 @@ bool launch_padded_grad_weight_nchw(const Problem& p, bool bulk, const Allocate&
     return !around || a.share % a.strips == 0;
   };
   if (!arrange_blocks(true) && !arrange_blocks(false)) return false;
+  // A block of few warps would leave its multiprocessor idle, if it has one to itself.
+  const bool many = !column && !whole && !a.around && a.stride == 1 &&
+                    2 * (kHead + a.stages * a.stage_bytes + kTail + 1024) > device.shared_per_multiprocessor;
+  if (many) {
+    warps = kManyWarps;
+    if (!arrange_blocks(false)) return false;
+  }
   // Groups of filters begin with whole pieces, and end with them.
   const int64_t planes = a.filters % a.block_filters == 0 ? a.block_filters : 1;
   const bool can_bulk = bulk && a.loader && device.capability >= 90;
@@ -812,6 +820,8 @@ bool launch_padded_grad_weight_nchw(const Problem& p, bool bulk, const Allocate&
         if constexpr (kKernelH != 5) {
           if (whole) return launch<T, Sums<T, kKernelH, 1, true>>(p, a, bulk, device, allocate, stream);
           if (a.around) return launch<T, Sums<T, kKernelH, 1, false>, true>(p, a, bulk, device, allocate, stream);
+          if (many)
+            return launch<T, Sums<T, kKernelH, 1, false, false, kManyWarps>>(p, a, bulk, device, allocate, stream);
           launch<T, Sums<T, kKernelH, 1, false>>(p, a, bulk, device, allocate, stream);
         }
       };

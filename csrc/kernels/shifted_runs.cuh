@@ -35,15 +35,34 @@ __device__ inline void load_images(const char* from, int64_t image_bytes, int im
       }
     }
   } else {
-    // Of a warp, without a division, which would take as long as many copies.
-    const int most = loaders == 1 ? kRunImages : loaders == 2 ? kRunImages / 2 : loaders == 3 ? 6 : kRunImages / 4;
-    const int first_image = loader * most, last_image = min(first_image + most, images);
+    constexpr int kManyUnits = 64;
+    if (loaders == 1 || last - first <= kManyUnits * kUnit) {
+      // Of a warp, without a division, which would take as long as many copies.
+      const int most = loaders == 1 ? kRunImages : loaders == 2 ? kRunImages / 2 : loaders == 3 ? 6 : kRunImages / 4;
+      const int first_image = loader * most, last_image = min(first_image + most, images);
 #pragma unroll 1
-    for (int at = first + lane * kUnit; at < last; at += 32 * kUnit) {
-      const char* unit = from + first_image * image_bytes + at;
-      uint32_t slot = shared_address(place + first_image * pitch + at);
+      for (int at = first + lane * kUnit; at < last; at += 32 * kUnit) {
+        const char* unit = from + first_image * image_bytes + at;
+        uint32_t slot = shared_address(place + first_image * pitch + at);
 #pragma unroll 4
-      for (int n = first_image; n < last_image; ++n, unit += image_bytes, slot += pitch) copy_unit<kUnit>(slot, unit);
+        for (int n = first_image; n < last_image; ++n, unit += image_bytes, slot += pitch) copy_unit<kUnit>(slot, unit);
+      }
+    } else {
+      // Several have 128 bytes of 4 images of long runs at a time: addresses of those behind are known at compile time.
+      constexpr int kLanes = 8, kTogether = 32 / kLanes, kStep = kLanes * kUnit, kAtOnce = 4;
+      const int own = lane % kLanes * kUnit;
+#pragma unroll 1
+      for (int n = loader * kTogether + lane / kLanes; n < images; n += loaders * kTogether) {
+        const char* unit = from + n * image_bytes + first + own;
+        uint32_t slot = shared_address(place + n * pitch + first + own);
+        int left = last - first;
+#pragma unroll 1
+        for (; left >= kAtOnce * kStep; left -= kAtOnce * kStep, unit += kAtOnce * kStep, slot += kAtOnce * kStep)
+#pragma unroll
+          for (int k = 0; k < kAtOnce; ++k) copy_unit<kUnit>(slot + k * kStep, unit + k * kStep);
+#pragma unroll 1
+        for (left -= own; left > 0; left -= kStep, unit += kStep, slot += kStep) copy_unit<kUnit>(slot, unit);
+      }
     }
   }
   if (loader + 1 < loaders || (first == begin && last == end)) return;
