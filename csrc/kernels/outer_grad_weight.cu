@@ -585,14 +585,24 @@ void launch_outer_grad_weight(const Problem& problem, const Allocate& allocate, 
   Problem p = exchanged ? exchange(problem) : problem;
   if (!by_kernel) both_to_planes(p, allocate, stream);
   const OuterSizes sizes = OuterSizes::of(problem, exchanged);
-  const auto planes = [&](View view, int64_t channels, int64_t height, int64_t width) {
-    if (by_kernel) std::swap(view.stride[2], view.stride[3]), std::swap(height, width);
-    return aligned_planes_of(view, p.batch, channels, height, width, allocate, stream);
-  };
-  const ImagePlanes source = planes(p.input, p.channels, p.height, p.width);
-  const ImagePlanes grad = planes(p.output, p.filters(), p.out_height, p.out_width);
-  if (by_kernel && launch_outer_grad_weight_tall(p, source, grad, allocate, stream)) return;
-  if (!by_kernel && launch_outer_grad_weight_pieces(p, exchanged, source, grad, allocate, stream)) return;
+  if (!by_kernel) {
+    p.input = to_planes(p.input, p.batch, p.channels, p.height, p.width, allocate, stream);
+    p.output = to_planes(p.output, p.batch, p.filters(), p.out_height, p.out_width, allocate, stream);
+  }
+  // Planes wherever they begin, as long as a kernel takes them.
+  ImagePlanes source, grad;
+  for (const bool aligned : {false, true}) {
+    const auto planes = [&](View view, int64_t channels, int64_t height, int64_t width) {
+      if (by_kernel) std::swap(view.stride[2], view.stride[3]), std::swap(height, width);
+      return aligned ? aligned_planes_of(view, p.batch, channels, height, width, allocate, stream)
+                     : planes_of(view, p.batch, channels, height, width, allocate, stream);
+    };
+    source = planes(p.input, p.channels, p.height, p.width);
+    grad = planes(p.output, p.filters(), p.out_height, p.out_width);
+    if (by_kernel ? launch_outer_grad_weight_tall(p, source, grad, allocate, stream)
+                  : launch_outer_grad_weight_pieces(p, exchanged, source, grad, allocate, stream))
+      return;
+  }
   if (!by_kernel && launch_outer_grad_weight_images(p, exchanged, source, grad, allocate, stream)) return;
   if (launch_outer_grad_weight_planes(p, exchanged, by_kernel, source, grad, allocate, stream)) return;
 

@@ -120,12 +120,6 @@ __host__ __device__ inline int tap_of(int warp, int shifts, bool reversed) {
   return end - 1 - (warp - first);
 }
 
-// Which of a pair of places, the first of them `at`, are in [0, size).
-[[maybe_unused]] __device__ inline uint32_t pair_mask(int at, int size) {
-  return (static_cast<unsigned>(at) < static_cast<unsigned>(size) ? 0xffffu : 0u) |
-         (static_cast<unsigned>(at + 1) < static_cast<unsigned>(size) ? 0xffff0000u : 0u);
-}
-
 // Where a lane is in the rows that meet any, of the images of a stage: a lane names a row of either matrix.
 class Rows {
  public:

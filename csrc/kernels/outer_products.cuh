@@ -18,6 +18,12 @@ __device__ inline uint32_t load_word(uint32_t from) {
   return word;
 }
 
+// Which of a pair of places, the first of them `at`, are in [0, size).
+__device__ inline uint32_t pair_mask(int at, int size) {
+  return (static_cast<unsigned>(at) < static_cast<unsigned>(size) ? 0xffffu : 0u) |
+         (static_cast<unsigned>(at + 1) < static_cast<unsigned>(size) ? 0xffff0000u : 0u);
+}
+
 // What a block adds up: the images of a split, for a filter.
 struct FilterImages {
   int filter, split, first, last;

@@ -110,7 +110,8 @@ __device__ inline uint64_t swizzled_columns(uint32_t address, int beside) {
 #define DWCONV_TILES_8 DWCONV_TILES_7, DWCONV_TILE(7)
 #define DWCONV_TILES_14 DWCONV_TILES_8, DWCONV_TILE(8), DWCONV_TILE(9), DWCONV_TILE(10), DWCONV_TILE(11), \
     DWCONV_TILE(12), DWCONV_TILE(13)
-#define DWCONV_TILES_16 DWCONV_TILES_14, DWCONV_TILE(14), DWCONV_TILE(15)
+#define DWCONV_TILES_15 DWCONV_TILES_14, DWCONV_TILE(14)
+#define DWCONV_TILES_16 DWCONV_TILES_15, DWCONV_TILE(15)
 #define DWCONV_TILES_28 DWCONV_TILES_16, DWCONV_TILE(16), DWCONV_TILE(17), DWCONV_TILE(18), DWCONV_TILE(19), \
     DWCONV_TILE(20), DWCONV_TILE(21), DWCONV_TILE(22), DWCONV_TILE(23), DWCONV_TILE(24), DWCONV_TILE(25),       \
     DWCONV_TILE(26), DWCONV_TILE(27)
@@ -128,6 +129,10 @@ __device__ inline uint64_t swizzled_columns(uint32_t address, int beside) {
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "  \
   "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "   \
   "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55}"
+#define DWCONV_SUMS_15                                                                                          \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "  \
+  "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "   \
+  "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59}"
 #define DWCONV_SUMS_16                                                                                          \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "  \
   "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "   \
@@ -181,12 +186,12 @@ __device__ void multiply_together(float (&sum)[kTiles][4], const uint32_t (&a)[4
                ", " factors ", 1, 1, 1, 1, 1;"                                                              \
                : DWCONV_TILES_##tiles                                                                       \
                : "l"(a), "l"(b))
-#define DWCONV_MULTIPLY_COLUMN_TILES(type)              \
-  if constexpr (!kHasWarpgroups)                        \
-    return;                                             \
-  else if constexpr (kTiles == 8)                       \
-    DWCONV_MULTIPLY_COLUMNS(8, "64", type, "%32, %33"); \
-  else if constexpr (kTiles == 16)                      \
+#define DWCONV_MULTIPLY_COLUMN_TILES(type)                \
+  if constexpr (!kHasWarpgroups)                          \
+    return;                                               \
+  else if constexpr (kTiles == 15)                        \
+    DWCONV_MULTIPLY_COLUMNS(15, "120", type, "%60, %61"); \
+  else if constexpr (kTiles == 16)                        \
   DWCONV_MULTIPLY_COLUMNS(16, "128", type, "%64, %65")
 
 // The same of the columns of two matrices in shared memory: 64 of the first one, and 8 kTiles of the second.
