@@ -9,6 +9,10 @@
 //
 // Zeros stand for columns that there are not, and meet others: sums that are not finite are taken again, product by
 // product.
+//
+// Arrays that begin within a unit of 16 bytes are read as they lie: rows of boxes then begin where units do, with what
+// is beside a row of the input instead of zeros, and gradients that meet it are zeros. The first plane of an array and
+// the last one, whose boxes would reach beyond it, come by registers.
 #include "outer_grad_weight_tall.h"
 
 #include <algorithm>
@@ -44,8 +48,9 @@ struct Planes {
   int kernel_rows, kernel_columns, padding_rows, padding_columns;
   int first_column, last_column;  // of the kernel, that meet the images: from and up to, less one
   int rows, columns;              // of a plane
+  int source_begin, grad_begin;   // pixels from where a unit begins to where the arrays do
   int images, filters, splits;
-  int stages, stage_bytes, box_bytes, grad_bytes;  // the latter of an image
+  int stages, stage_bytes, box_bytes, grad_bytes;  // the latter of an image, as it comes
   int sums, scratch, first_stage;                  // places in shared memory
   static constexpr int kBias = 8 * 2 * kMaxStages, kZeros = kBias + 16, kSums = kZeros + kUnit;
 
@@ -57,26 +62,122 @@ struct Planes {
   __host__ __device__ int shifts() const { return last_column - first_column; }
 };
 
-// Loads planes, as stages become free.
-__device__ inline void load_planes(const Planes& a, int stages) {
-  Turn turn;
-  for (int number = blockIdx.x; number < a.items(); number += gridDim.x) {
-    const FilterImages item(a, number);
-    for (int image = item.first; image < item.last; image += kStageImages, turn.next(a.stages)) {
-      const int barrier = a.full(turn.stage), images = min(kStageImages, item.last - image);
-      const char* from = a.planes.grad + item.filter * a.planes.grad_channel + image * a.planes.grad_image;
-      int to = stages + turn.stage * a.stage_bytes;
-      uint32_t grad_to = shared_address(to + a.grad_at());
-      wait(a.empty(turn.stage), turn.parity ^ 1);
-      expect_bytes(barrier, images * (a.box_bytes + a.grad_bytes));
-      for (int k = 0; k < images; ++k, to += a.box_bytes, grad_to += a.grad_bytes, from += a.planes.grad_image) {
-        copy_box(to, a.source_boxes, 0, 0, item.filter / a.planes.multiplier, image + k, barrier);
-        copy_bulk(grad_to, from, a.grad_bytes, barrier);
+// A plane of `bytes` that lies in units of 16 bytes from `begin` bytes behind one on. The first plane of an array and
+// the last one share units with what is outside of it, which is not read.
+struct PlaneInUnits {
+  const char* at;
+  int begin, bytes;
+  bool is_first, is_last;
+
+  __device__ bool begins_outside() const { return begin > 0 && is_first; }
+  __device__ bool ends_outside() const { return begin > 0 && is_last; }
+};
+
+// A unit of those that a plane lies in, pixel by pixel: what is not the plane's becomes zeros.
+__device__ __noinline__ uint4 load_edge(const char* plane, int bytes, int at) {
+  uint32_t words[4] = {};
+  for (int k = 0; k < kUnit / 2; ++k) {
+    if (at + 2 * k < 0 || at + 2 * k >= bytes) continue;
+    const uint32_t half = __ldg(reinterpret_cast<const uint16_t*>(plane + at) + k);
+#pragma unroll
+    for (int w = 0; w < 4; ++w)
+      if (k / 2 == w) words[w] |= half << k % 2 * 16;
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// Loads planes, as stages become free: by a warp, one thread of which begins copies.
+class Loader {
+ public:
+  __device__ Loader(const Planes& a, int stages) : a_(a), stages_(stages), lane_(threadIdx.x % 32) {}
+
+  __device__ void run() const {
+    Turn turn;
+    for (int number = blockIdx.x; number < a_.items(); number += gridDim.x) {
+      const FilterImages item(a_, number);
+      const int channel = item.filter / a_.planes.multiplier;
+      // Planes at the ends of an array share units with what is outside of it.
+      int channels = 0;
+      bool may_share = false;
+      if (a_.source_begin + a_.grad_begin > 0) {
+        channels = a_.filters / a_.planes.multiplier;
+        may_share = channel == 0 || channel == channels - 1;
       }
-      arrive(barrier);
+      for (int image = item.first; image < item.last; image += kStageImages, turn.next(a_.stages)) {
+        const int barrier = a_.full(turn.stage), images = min(kStageImages, item.last - image);
+        int to = stages_ + turn.stage * a_.stage_bytes, grad_to = to + a_.grad_at();
+        const char* grad = a_.planes.grad + item.filter * a_.planes.grad_channel + image * a_.planes.grad_image;
+        wait(a_.empty(turn.stage), turn.parity ^ 1);
+        if (may_share && (image == 0 || image + images == a_.images)) {
+          for (int k = 0; k < images; ++k, to += a_.box_bytes, grad_to += a_.grad_bytes) {
+            const bool first = image + k == 0, last = image + k == a_.images - 1;
+            load_source(channel, image + k, first && channel == 0, last && channel == channels - 1, to, barrier);
+            load_grad(grad + k * a_.planes.grad_image, first && item.filter == 0, last && item.filter == a_.filters - 1,
+                      grad_to, barrier);
+          }
+          before_bulk_copies();
+        } else if (lane_ == 0) {
+          grad -= 2 * a_.grad_begin;
+          expect_bytes(barrier, images * (a_.box_bytes + a_.grad_bytes));
+          for (int k = 0; k < images; ++k, to += a_.box_bytes, grad_to += a_.grad_bytes) {
+            copy_box(to, a_.source_boxes, 0, 0, channel, image + k, barrier);
+            copy_bulk(shared_address(grad_to), grad + k * a_.planes.grad_image, a_.grad_bytes, barrier);
+          }
+        }
+        arrive_together(barrier, lane_ == 0);
+      }
     }
   }
-}
+
+ private:
+  const Planes& a_;
+  const int stages_, lane_;
+
+  __device__ void load_source(int channel, int image, bool first, bool last, int to, int barrier) const {
+    if (a_.source_begin == 0 || (!first && !last)) {
+      if (lane_ > 0) return;
+      expect_bytes(barrier, a_.box_bytes);
+      return copy_box(to, a_.source_boxes, 0, 0, channel, image, barrier);
+    }
+    const char* from = a_.planes.source + channel * a_.planes.source_channel + image * a_.planes.source_image;
+    constexpr int kLineUnits = kBoxPitch / kUnit;
+    const int row_units = a_.columns / 8;
+    load_units(
+        {from, 2 * a_.source_begin, 2 * a_.rows * a_.columns, first, last}, a_.rows * kLineUnits,
+        [&](int k) { return k / kLineUnits * row_units + k % kLineUnits; },
+        [&](int k) { return to + k / kLineUnits * kBoxPitch + (k % 8 ^ k / kLineUnits % 8) * kUnit; });
+  }
+  __device__ void load_grad(const char* from, bool first, bool last, int to, int barrier) const {
+    if (a_.grad_begin == 0 || (!first && !last)) {
+      if (lane_ > 0) return;
+      expect_bytes(barrier, a_.grad_bytes);
+      return copy_bulk(shared_address(to), from - 2 * a_.grad_begin, a_.grad_bytes, barrier);
+    }
+    load_units(
+        {from, 2 * a_.grad_begin, 2 * a_.rows * a_.columns, first, last}, a_.grad_bytes / kUnit,
+        [](int k) { return k; }, [&](int k) { return to + k * kUnit; });
+  }
+
+  // Loads units by registers: number `k` is unit_of(k) of those that the plane lies in, and goes to place_of(k).
+  template <typename Unit, typename Place>
+  __device__ void load_units(const PlaneInUnits& plane, int count, Unit&& unit_of, Place&& place_of) const {
+    constexpr int kAtOnce = 7;
+    const auto* whole = reinterpret_cast<const uint4*>(plane.at - plane.begin);
+    const int units = plane.bytes / kUnit, low = plane.begins_outside(), high = units - plane.ends_outside();
+    for (int begin = lane_; begin < count; begin += 32 * kAtOnce) {
+      uint4 values[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) values[k] = __ldg(whole + min(max(unit_of(begin + 32 * k), low), high));
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int number = begin + 32 * k, unit = unit_of(number);
+        if (number >= count) break;
+        if (unit < low || unit > high) values[k] = load_edge(plane.at, plane.bytes, unit * kUnit - plane.begin);
+        shared<uint4>(place_of(number)) = values[k];
+      }
+    }
+  }
+};
 
 // Adds up the gradient, for the bias.
 template <typename T>
@@ -89,14 +190,18 @@ __device__ void add_bias(const Planes& a, int stages) {
     const FilterImages item(a, number);
     float sums[4] = {};
     for (int image = item.first; image < item.last; image += kStageImages, turn.next(a.stages)) {
-      const uint32_t grad = shared_address(stages + turn.stage * a.stage_bytes + a.grad_at());
-      const int bytes = min(kStageImages, item.last - image) * a.grad_bytes;
+      uint32_t grad = shared_address(stages + turn.stage * a.stage_bytes + a.grad_at());
       wait(a.full(turn.stage), turn.parity);
-      for (int at = kUnit * lane; at - kUnit * lane < bytes; at += 32 * kUnit) {
-        uint32_t g[4];
-        load_matrices(g, at < bytes ? grad + at : shared_address(Planes::kZeros));
-        multiply(sums, sums, g, {kOne, kOne}, T{});
-      }
+      for (int k = min(kStageImages, item.last - image); k > 0; --k, grad += a.grad_bytes)
+        for (int first = 0; first < a.grad_bytes; first += 32 * kUnit) {
+          const int at = first + kUnit * lane;
+          uint32_t g[4];
+          load_matrices(g, at < a.grad_bytes ? grad + at : shared_address(Planes::kZeros));
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            g[e] &= pair_mask(first / 2 + 64 * e + 2 * lane - a.grad_begin, a.rows * a.columns);
+          multiply(sums, sums, g, {kOne, kOne}, T{});
+        }
       arrive_together(a.empty(turn.stage), lane == 0);
     }
     float total = lane % 4 == 0 ? sums[0] + sums[2] : 0;
@@ -190,15 +295,18 @@ class Columns {
  public:
   static constexpr int kSteps = kGroupRows / kGroupSteps;
 
-  __device__ Columns(const Planes& a, int shift) : is_odd_(shift & 1) {
+  // `shift`: of the input's columns, as they come.
+  __device__ Columns(const Planes& a, int shift) : is_odd_((shift + a.grad_begin) & 1) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % kGroupWarps, column = 2 * (lane % 4) - shift;
 #pragma unroll
     for (int h = 0; h < 2; ++h)  // rows that there are not are the last one
-      place_[h] = 2 * (min(16 * warp + 8 * h + lane / 4, a.rows - 1) * a.columns + column + is_odd_);
+      place_[h] = 2 * (min(16 * warp + 8 * h + lane / 4, a.rows - 1) * a.columns + column + is_odd_ + a.grad_begin);
 #pragma unroll
     for (int j = 0; j < kShifts; ++j)
 #pragma unroll
-      for (int k = 0; k < 2 * kSteps; ++k) masks_[j][k] = mask(8 * k + column - j, a.columns);
+      for (int k = 0; k < 2 * kSteps; ++k)
+        masks_[j][k] =
+            pair_mask(8 * k + column - j, a.columns) & pair_mask(8 * k + 2 * (lane % 4) - a.source_begin, a.columns);
   }
 
   // Adds the products of some images.
@@ -247,11 +355,6 @@ class Columns {
       words.here[e] = load_word(from), words.before[e] = load_word(from - 4);
     }
   }
-
-  // Which of a pair of columns there are.
-  static __device__ uint32_t mask(int column, int columns) {
-    return (column >= 0 && column < columns ? 0xffffu : 0u) | (column >= -1 && column + 1 < columns ? 0xffff0000u : 0u);
-  }
 };
 
 template <typename T, int kRows>
@@ -262,7 +365,7 @@ __global__ void __launch_bounds__(launch_threads(kThreads), 1) outer_tall(const 
   const bool has_bias = a.result.with_bias();
   if (threadIdx.x == 0)
     for (int s = 0; s < a.stages; ++s)
-      init_barrier(a.full(s), 1), init_barrier(a.empty(s), (kWarps + has_bias) * kWarpArrivals);
+      init_barrier(a.full(s), kWarpArrivals), init_barrier(a.empty(s), (kWarps + has_bias) * kWarpArrivals);
   if (threadIdx.x < kUnit / 4) shared<uint32_t>(Planes::kZeros + 4 * threadIdx.x) = 0;
   before_bulk_copies();
   __syncthreads();
@@ -270,7 +373,7 @@ __global__ void __launch_bounds__(launch_threads(kThreads), 1) outer_tall(const 
   // Where stages begin, as a multiple of an address.
   const int stages = a.first_stage + static_cast<int>(-shared_address(a.first_stage) % kBoxAlignment);
   if (warp == kWarps) {
-    if (is_elected()) load_planes(a, stages);
+    Loader(a, stages).run();
     return;
   }
   if (warp > kWarps) {
@@ -280,7 +383,7 @@ __global__ void __launch_bounds__(launch_threads(kThreads), 1) outer_tall(const 
 
   const uint32_t memory = kept_shared_address();
   const int first_number = warp / kGroupWarps * kShifts, threads = 32 * (kWarps + has_bias);
-  const Columns columns(a, a.first_shift() + first_number);
+  const Columns columns(a, a.first_shift() + first_number + a.source_begin);
   Turn turn;
 #pragma unroll 1
   for (int number = blockIdx.x; number < a.items(); number += gridDim.x) {
@@ -355,7 +458,13 @@ bool launch_outer_grad_weight_tall(const Problem& p, const ImagePlanes& source, 
   a.sums = Planes::kSums;
   a.scratch = a.sums + 4 * kGroups * kShifts * kGroupWarps * 2 * rows;
   a.first_stage = a.scratch + 4 * kWarps * kBatch * pitch;
-  a.box_bytes = kBoxPitch * rows, a.grad_bytes = 2 * a.rows * a.columns;
+  const auto begin_of = [](const ImagePlanes& v) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(v.base) % kUnit / 2);
+  };
+  a.source_begin = begin_of(source), a.grad_begin = begin_of(grad);
+  if (a.source_begin + a.columns > kGroupRows) return false;
+  a.box_bytes = kBoxPitch * rows;
+  a.grad_bytes = static_cast<int>(round_up(2 * (a.grad_begin + a.rows * a.columns), kUnit));
   constexpr int kBeyond = 64;  // what is read behind planes
   a.stage_bytes =
       static_cast<int>(round_up(kStageImages * int64_t{a.box_bytes + a.grad_bytes} + kBeyond, kBoxAlignment));
@@ -363,12 +472,12 @@ bool launch_outer_grad_weight_tall(const Problem& p, const ImagePlanes& source, 
   a.stages = static_cast<int>(std::min<int64_t>((device.shared_per_block - first) / a.stage_bytes, kMaxStages));
   if (a.stages < 2) return false;
 
-  const auto begins_with_unit = [&](const ImagePlanes& v) {
-    return v.row_bytes == 2 * v.width &&
-           (reinterpret_cast<uintptr_t>(v.base) | v.channel_bytes | (a.images > 1 ? v.image_bytes : 0)) % kUnit == 0;
+  const auto has_units = [&](const ImagePlanes& v) {
+    return v.row_bytes == 2 * v.width && (v.channel_bytes | (a.images > 1 ? v.image_bytes : 0)) % kUnit == 0;
   };
-  if (!begins_with_unit(source) || !begins_with_unit(grad) ||
-      !describe_boxes(a.source_boxes, const_cast<char*>(source.base), 2, {a.columns, a.rows, p.channels, a.images},
+  if (!has_units(source) || !has_units(grad)) return false;
+  if (!describe_boxes(a.source_boxes, const_cast<char*>(source.base) - 2 * a.source_begin, 2,
+                      {a.source_begin > 0 ? kGroupRows : a.columns, a.rows, p.channels, a.images},
                       {source.row_bytes, source.channel_bytes, source.image_bytes}, {kGroupRows, rows, 1, 1},
                       CU_TENSOR_MAP_SWIZZLE_128B))
     return false;
