@@ -2290,6 +2290,42 @@ def test_grad_weight_of_whole_planes(kernel: tuple, size: tuple, batch: int, cha
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
+    ("kernel", "size", "batch", "channels"),
+    [
+        ((13, 13), (28, 28), 40, 6),
+        ((29, 29), (28, 28), 46, 70),
+        ((9, 25), (12, 28), 45, 3),
+        ((27, 27), (14, 14), 70, 136),
+        ((15, 13), (12, 14), 33, 2),  # planes of whole pieces
+        ((13, 17), (26, 14), 40, 2),
+        ((51, 5), (56, 56), 27, 6),
+        ((33, 4), (40, 48), 30, 3),
+        ((5, 51), (56, 56), 27, 6),
+        ((7, 31), (72, 48), 29, 3),  # planes in parts
+        ((31, 31), (56, 56), 15, 6),
+        ((25, 29), (42, 56), 9, 5),
+    ],
+    ids=str,
+)
+def test_grad_weight_of_planes_that_begin_anywhere(
+    kernel: tuple, size: tuple, batch: int, channels: int, dtype: torch.dtype
+) -> None:
+    """Each array at a place of its own: exact, NaN where F.conv2d has it, whatever lies around them."""
+    case = Case(batch, channels, size, kernel, padding=tuple(k // 2 for k in kernel))
+    for input_offset, grad_offset in ((1, 1), (0, 7), (6, 0), (5, 2), (3, 4)):
+        case = case._replace(bias=input_offset != 5)
+        input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+        grad_output = integers(*output_size(case)).to(input)
+        input, grad_output = lay(input, offset=input_offset), lay(grad_output, offset=grad_offset)
+        if input_offset > 4:
+            for tensor in (input, grad_output):
+                tensor[0, 1, 3, 5], tensor[-1, -1, -1, -1], tensor[2, 0, 0, 0] = torch.inf, torch.nan, -torch.inf
+        assert compare_plans(case, (input, weight, bias), grad_output, "outer_grad_weight", "hankel_grad_weight") > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
     ("kernel", "size", "padding", "batch", "channels"),
     [
         ((11, 11), (56, 56), (5, 5), 33, 3),
