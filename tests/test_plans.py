@@ -2154,6 +2154,11 @@ def compare_plans(case: Case, tensors: tuple, grad_output: Tensor, *plans: str, 
 # So many planes as wide as a warp's tiles that every slot of a block is filled more than once.
 LARGE_PLANES = [
     ((13, 13), (28, 28), 64, 150),
+    ((13, 13), (14, 20), 180, 300),
+    ((11, 9), (18, 24), 61, 420),  # an odd number of rows above
+    ((29, 29), (28, 28), 61, 150),
+    ((25, 31), (26, 20), 93, 200),  # three groups of images
+    ((23, 17), (22, 24), 31, 300),
     ((29, 29), (27, 26), 33, 190),
     ((29, 29), (28, 28), 47, 150),
     ((37, 35), (28, 26), 31, 190),
@@ -2209,9 +2214,10 @@ def test_large_kernels_on_small_planes_of_many_images(
 ) -> None:
     """Exact, NaN where F.conv2d has it, and the same each time."""
     case = Case(batch, channels, size, kernel, padding=padding)
-    for spoilt in (False, True):
+    for spoilt, offset in ((False, 0), (True, 0), (False, 1), (True, 2), (True, 7)):
         input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
         grad_output = integers(*output_size(case)).to(input)
+        input, grad_output = lay(input, offset=offset), lay(grad_output, offset=offset)
         if spoilt:
             for tensor in (input, grad_output):
                 tensor[0, 1, 1, 5], tensor[-1, -1, -1, -1], tensor[3, 2, 0, 0] = torch.inf, torch.nan, -torch.inf

@@ -3,6 +3,8 @@
 // the warps that copy, each of which has some of the images.
 #pragma once
 
+#include "boxes.cuh"
+#include "stream.h"
 #include "toeplitz_large.cuh"
 
 namespace dwconv {
@@ -24,6 +26,27 @@ inline bool describe_raw(RawPlanes& r, const Large& a, int64_t row) {
   return a.source_row == row && 2 * a.source_channel == plane && plane % 4 == 0 && 2 * a.source_image % 16 == 0;
 }
 
+// Describes boxes of words of 4 bytes of some of `batch` images, which have so many words without gaps.
+inline bool describe_words(CUtensorMap& map, const void* data, int64_t words, int64_t box, int64_t batch, int64_t image,
+                           int images) {
+  return describe_boxes(map, const_cast<void*>(data), 4, {words, batch, 1, 1}, {2 * image, 2 * image, 2 * image},
+                        {static_cast<int>(box), images, 1, 1});
+}
+
+// Such boxes of the source. If that begins between multiples of 16 bytes, words are counted from the first one inside
+// of an image, and those at its ends are left out that share 16 bytes with what is outside.
+inline bool describe_raw_words(CUtensorMap& map, const RawPlanes& r, const Large& a, int64_t box, int images) {
+  int64_t words = int64_t{r.channels} * a.height * a.width / 2;
+  auto from = static_cast<const char*>(a.source);
+  if (r.begin > 0) words -= (r.head + r.tail) / 2, from += 2 * r.head;
+  return describe_words(map, from, words, box, a.batch, a.source_image, images);
+}
+
+// The word of them that is the first one of a box which begins with a word of an image, or with what surrounds it.
+__device__ inline int raw_word(const RawPlanes& r, int word) {
+  return word - (r.begin > 0 ? kUnit / 4 : 0);
+}
+
 // Bytes that such a plane takes at most.
 inline int64_t raw_bytes(const RawPlanes& r, const Large& a) {
   const int64_t plane = 2 * int64_t{a.height} * a.width;
@@ -33,6 +56,11 @@ inline int64_t raw_bytes(const RawPlanes& r, const Large& a) {
 // Bytes from the multiple of 16 before a plane to the plane.
 __device__ inline int raw_shift(const RawPlanes& r, const Large& a, int channel) {
   return static_cast<int>(2 * channel * a.source_channel + r.begin) & 15;
+}
+
+// Where its first element lies then.
+__device__ inline int raw_at(const RawPlanes& r, const Large& a, int channel, int slot_at) {
+  return slot_at + r.in_plane + raw_shift(r, a, channel);
 }
 
 // Images of a task.
@@ -66,21 +94,23 @@ __device__ inline void copy_raw(const RawPlanes& r, const Large& a, const RawIma
     copy_bulk(to, from, last - first, barrier);
 }
 
-// Loads that.
+// Loads that, by all lanes of a warp. `at`: where the first element of the first image's plane lies.
 template <typename T>
-__device__ void load_ends(const RawPlanes& r, const Large& a, const RawImages& t, int slot_at) {
-  const int head = t.channel == 0 ? r.head : 0, tail = t.channel == r.channels - 1 ? r.tail : 0;
-  if (head + tail == 0) return;
+__device__ void load_ends(const RawPlanes& r, const Large& a, const RawImages& t, int at, bool has_head = true,
+                          bool has_tail = true) {
   const T* source = static_cast<const T*>(a.source) + t.image * a.source_image + t.channel * a.source_channel;
-  const int at = slot_at + r.in_plane + raw_shift(r, a, t.channel);
   constexpr int kMost = 8;  // at an end
-  for (int i = threadIdx.x % 32; i < 2 * kMost * (t.end - t.begin); i += 32) {
-    const int n = t.begin + i / (2 * kMost), k = i % kMost;
-    const bool is_head = i / kMost % 2 == 0;
-    const int element = is_head ? k : a.height * a.width - 1 - k;
-    if (k < (is_head ? head : tail)) shared<T>(at + n * r.plane + 2 * element) = source[n * a.source_image + element];
-  }
-  __syncwarp();
+  const auto load = [&](int count, int first) {
+    if (count == 0) return;
+    const int k = threadIdx.x % kMost;
+#pragma unroll 8
+    for (int n = t.begin + threadIdx.x % 32 / kMost; n < t.end; n += 32 / kMost)
+      if (k < count) shared<T>(at + n * r.plane + 2 * (first + k)) = source[n * a.source_image + first + k];
+    __syncwarp();
+  };
+  load(has_head && t.channel == 0 ? r.head : 0, 0);
+  const int tail = has_tail && t.channel == r.channels - 1 ? r.tail : 0;
+  load(tail, a.height * a.width - tail);
 }
 
 // Two words of 16 bits each from a word on, or from its second half on.
@@ -150,7 +180,7 @@ struct RawRows {
 // rows are multiples; kSkip: words of 4 bytes of the first one before a row. `far`: bytes from where the first row goes
 // to where it is, as far as they are words of 4 bytes; half a word more.
 template <int kGroups, typename Word, int kSkip>
-__device__ __noinline__ void part_raw(RawSpan t, RawRows rows, int far, bool half) {
+__device__ __forceinline__ void part_raw_here(RawSpan t, RawRows rows, int far, bool half) {
   constexpr int kWords = 4 * kGroups, kSure = kWords - 4, kWordsOf = sizeof(Word) / 4;
   constexpr int kLoads = (kWords + 1 + kSkip + kWordsOf - 1) / kWordsOf, kAhead = 2;
   uint32_t first = threadIdx.x % 32;
@@ -188,13 +218,21 @@ __device__ __noinline__ void part_raw(RawSpan t, RawRows rows, int far, bool hal
   }
 }
 
-template <int kGroups>
+template <int kGroups, typename Word, int kSkip>
+__device__ __noinline__ void part_raw(RawSpan t, RawRows rows, int far, bool half) {
+  part_raw_here<kGroups, Word, kSkip>(t, rows, far, half);
+}
+
+// kHere: by code of the caller's own, word by word, for warps that have given up registers, which calls would spill.
+template <int kGroups, bool kHere>
 __device__ inline void part_raw(const RawPlanes& r, const RawRows& rows, const Large& a, const RawImages& t,
                                 int slot_at) {
   const int shift = raw_shift(r, a, t.channel), far = r.in_plane + (shift & ~3);
   const RawSpan span{shared_address(slot_at), r.plane, t.begin, t.end};
   const bool half = shift % 4 != 0;
-  if (kGroups == 2 || rows.words % 2 != 0)
+  if constexpr (kHere)
+    part_raw_here<kGroups, uint32_t, 0>(span, rows, far, half);
+  else if (kGroups == 2 || rows.words % 2 != 0)
     part_raw<kGroups, uint32_t, 0>(span, rows, far, half);
   else if (shift % 8 < 4)
     part_raw<kGroups, uint2, 0>(span, rows, far, half);

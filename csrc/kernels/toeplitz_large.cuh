@@ -28,6 +28,7 @@
 
 #include "common.cuh"
 #include "copies.cuh"
+#include "device.h"
 #include "mapping.h"
 #include "overlap.cuh"
 #include "tensor_cores.cuh"
@@ -333,6 +334,17 @@ __device__ void ask_for_planes(const Large& a, const EarlyPlanes& early, int fir
   a.by_images.split(filter);
   if (early.tasks > 0 && static_cast<int>(threadIdx.x) < a.kernel_h)
     ask(static_cast<const T*>(a.weight) + filter * a.weight_filter + threadIdx.x * a.weight_row);
+}
+
+// Launches a kernel whose blocks have `each` of the tasks, and one more for the first `more`.
+template <typename Arguments>
+void launch_shares(void (*kernel)(Arguments), Arguments& a, int64_t tasks, int threads, int64_t shared_bytes,
+                   cudaStream_t stream, const char* name) {
+  const int64_t blocks = std::min<int64_t>(tasks, current_device().multiprocessors);
+  a.each = static_cast<int>(tasks / blocks), a.more = static_cast<int>(tasks % blocks);
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  launch_early(kernel, a, blocks, threads, stream, {.shared_bytes = shared_bytes});
+  check_launch(name);
 }
 
 // An output by its definition, only from taps inside the image.

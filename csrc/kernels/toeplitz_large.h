@@ -43,13 +43,14 @@ inline int64_t images_tasks(const Problem& p) {
 }
 
 inline bool fits_toeplitz_large_images(const Problem& p) {
+  const View& target = p.pass == Pass::kForward ? p.output : p.input;  // the source may begin anywhere
   const auto fits = [&](const View& view, int64_t channels, int64_t height, int64_t width) {
     constexpr int64_t kUnitElements = 8;
     return width <= kImagesColumns && height <= kImagesColumns && width % 2 == 0 &&
            2 * height * width % kUnitElements == 0 && has_rows(view, width) &&
            (height == 1 || view.stride[2] == width) && (channels == 1 || view.stride[1] == height * width) &&
            (p.batch == 1 || view.stride[0] % kUnitElements == 0) &&
-           reinterpret_cast<uintptr_t>(view.data) % (2 * kUnitElements) == 0;
+           (&view != &target || reinterpret_cast<uintptr_t>(view.data) % (2 * kUnitElements) == 0);
   };
   const int64_t rows = p.pass == Pass::kForward ? p.out_height : p.height;
   return p.pass != Pass::kGradWeight && size_of(p.dtype) == 2 && p.capability == 90 && p.stride_h == 1 &&

@@ -15,7 +15,6 @@ struct Slide {
   static constexpr int kRows = 2 / kSides;                          // of an image in a warp's 16 rows
   static constexpr int kApart = kGroupWarps * kRows;                // rows of the target
   static constexpr int kUnitRows = kSteps * kApart;
-  static constexpr int kBoxRows = 256 / (kTiles * kLargeGroup) / 4 * 4;
 
   using Sums = float[kSteps][kTiles][4];
 
@@ -80,7 +79,7 @@ struct Slide {
 template <typename T, int kTiles, int kSides, int kSteps>
 __device__ void consume(const Planes& a, int count, int warp) {
   using Sliding = Slide<T, kTiles, kSides, kSteps>;
-  constexpr int kRows = Sliding::kRows, kApart = Sliding::kApart, kBoxRows = Sliding::kBoxRows;
+  constexpr int kRows = Sliding::kRows, kApart = Sliding::kApart;
   constexpr int kUnitRows = Sliding::kUnitRows, kFirstBarrier = 3;  // producers have the others
   const int group = warp / kGroupWarps, all = count * a.units, out_at = a.out_at + group * a.out_bytes;
   const int next_at = a.counter_at + 8 + 4 * group;
@@ -131,14 +130,16 @@ __device__ void consume(const Planes& a, int count, int warp) {
     const bool last = (kTiles - 1) * kLargeGroup + pair < a.out_width;
     const auto none = narrow_pair(0.f, 0.f, T{});
     Pair<T> zero[] = {none, none};
-    const auto place_of = [&](int n, int r) {
-      return out_at + r / kBoxRows * a.box_bytes + n * a.out_plane + r % kBoxRows * a.out_pitch;
+    // kApart is a multiple of a box's rows.
+    const auto place_of = [&](int n, int q, int r) {
+      return out_at + (q * kApart >> a.box_rows_log) * a.box_bytes + (r >> a.box_rows_log) * a.box_bytes +
+             n * a.out_plane + (r & (1 << a.box_rows_log) - 1) * a.out_pitch;
     };
 #pragma unroll
     for (int q = 0; q < kSteps; ++q)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int to = place_of((8 * h + quad) / kRows, q * kApart + warp * kRows + quad % kRows) + 2 * pair;
+        const int to = place_of((8 * h + quad) / kRows, q, warp * kRows + quad % kRows) + 2 * pair;
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
           const auto values = narrow_pair(sum[q][j][2 * h], sum[q][j][2 * h + 1], T{});
@@ -153,20 +154,20 @@ __device__ void consume(const Planes& a, int count, int warp) {
 #pragma unroll 1
       for (int v = 0; v < kSteps * 2 * kTiles * 2; ++v) {
         const int column = v / 2 % kTiles * kLargeGroup + pair + v % 2, n = (v / (2 * kTiles) % 2 * 8 + quad) / kRows;
-        const int r = v / (4 * kTiles) * kApart + warp * kRows + quad % kRows;
-        if (row + r >= a.out_height || n >= t.images || column >= a.out_width) continue;
-        T& to = shared<T>(place_of(n, r) + 2 * column);
-        if (!is_finite(widen(to))) to = narrow<T>(sum_of_taps<T>(a, t.target, t.image + n, row + r, column, 1, false));
+        const int q = v / (4 * kTiles), r = warp * kRows + quad % kRows, y = row + q * kApart + r;
+        if (y >= a.out_height || n >= t.images || column >= a.out_width) continue;
+        T& to = shared<T>(place_of(n, q, r) + 2 * column);
+        if (!is_finite(widen(to))) to = narrow<T>(sum_of_taps<T>(a, t.target, t.image + n, y, column, 1, false));
       }
     }
     before_bulk_copies();
     meet_group(kFirstBarrier + group);
     if (warp == 0) {
       if (is_elected()) {
-#pragma unroll
-        for (int r = 0; r < kUnitRows; r += kBoxRows)
-          if (row + r < a.out_height)
-            store_box(a.target_map, out_at + r / kBoxRows * a.box_bytes, (row + r) * a.out_width, t.target, t.image, 0);
+        const int end = min(a.out_height - row, kUnitRows);
+#pragma unroll 1
+        for (int r = 0, from = out_at; r < end; r += a.box_rows, from += a.box_bytes)
+          store_box(a.target_map, from, (row + r) * a.out_width, t.target, t.image, 0);
         commit_stores();
       }
       __syncwarp();
@@ -175,17 +176,17 @@ __device__ void consume(const Planes& a, int count, int warp) {
   if (warp == 0) wait_stores();
 }
 
-template <typename T, int kTiles, int kSides, int kSteps, int kThreads>
+template <typename T, int kTiles, int kSides, int kSteps, int kThreads, bool kRaw>
 __global__ void __launch_bounds__(launch_threads(kThreads), 1) toeplitz_large_groups(const __grid_constant__ Planes a) {
   if (!kHasWarpgroups) return;
   let_next_kernel_start();
   const int block = blockIdx.x, first = block * a.each + min(block, a.more), count = a.each + (block < a.more);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = kThreads / 32;
-  constexpr int kImages = 8 * kSides;
+  constexpr int kImages = 8 * kSides, kMatrices = 2 * kTiles - 1;
   ask_for_planes<T>(a, a.early, first, count, kImages);
   // Zeros where nothing is copied to: the row outside of all images, around the weights, and behind the columns.
   for (int i = 16 * threadIdx.x; i < a.source_at; i += 16 * kThreads) shared<uint4>(i) = uint4{};
-  if (a.width % kLargeGroup != 0)
+  if (!kRaw && a.width % kLargeGroup != 0)
     for (int image = warp; image < a.slots * kImages; image += warps)
       for (int row = lane; row < a.height; row += 32)
         shared<uint4>(a.source_at + image / kImages * a.slot_bytes + image % kImages * a.source_plane +
@@ -194,18 +195,32 @@ __global__ void __launch_bounds__(launch_threads(kThreads), 1) toeplitz_large_gr
   if (threadIdx.x < a.slots) {
     init_barrier(full_barrier(a, threadIdx.x), 2 * 32 * a.producers);
     init_barrier(empty_barrier(a, threadIdx.x), a.units * kGroupWarps * kWarpArrivals);
+    if (kRaw) init_barrier(raw_barrier(a, threadIdx.x), a.producers);
   }
   if (threadIdx.x == 0) shared<int>(a.counter_at) = a.consumers;
-  if (a.bulk_load) before_bulk_copies();
+  if (kRaw || a.bulk_load) before_bulk_copies();
   wait_for_kernel_before();
   __syncthreads();
   // Producers need few registers: what they leave the others share.
   constexpr int kGroups = kThreads / kGroupThreads, kAll = (64 << 10) / kThreads / 8 * 8 * kGroups, kFew = 80;
   if (warp < kGroupWarps) {
     give_registers<kFew>();
-    produce<T, kTiles, kSides, false, 2 * kTiles - 1>(a, first, count, threadIdx.x);
+    produce<T, kTiles, kSides, kRaw ? Begin::kMoved : Begin::kAligned, kMatrices>(a, first, count, threadIdx.x);
   } else {
     take_registers<(kAll - kFew) / (kGroups - 1) / 8 * 8>();
+    // The first filter is theirs, while planes come.
+    const int thread = threadIdx.x - kGroupThreads, threads = kThreads - kGroupThreads;
+    if (thread < kGroupThreads) {
+      uint32_t target = first;
+      a.by_images.split(target);
+      LargeWeights<T, 8> weights;
+      weights.begin(a, static_cast<int>(target), thread);
+      weights.write(a, a.weights_at);
+    }
+    meet<1>(threads);
+    write_matrices<kMatrices>(a, a.weights_at, a.matrices_at, thread, threads);
+    before_bulk_copies();
+    meet<1>(threads);
     consume<T, kTiles, kSides, kSteps>(a, count, warp - kGroupWarps);
   }
 }
@@ -219,8 +234,7 @@ bool launch(const Problem& p, cudaStream_t stream) {
   if (p.stride_h != 1 || a.out_width % 2 != 0 || (a.target_row != a.out_width && a.out_height > 1)) return false;
   constexpr int kManyRows = 20;  // of a kernel: with fewer, few steps have all of a unit's rows to multiply with
   if (a.kernel_h < kManyRows) return false;
-  const auto kernel = toeplitz_large_groups<T, kTiles, kSides, kSteps, kThreads>;
-  if (!has_warpgroups(kernel)) return false;
+  if (!has_warpgroups(toeplitz_large_groups<T, kTiles, kSides, kSteps, kThreads, false>)) return false;
   const PlanesShape shape{.tiles = kTiles,
                           .depth = Sliding::kDepth,
                           .sides = kSides,
@@ -228,15 +242,13 @@ bool launch(const Problem& p, cudaStream_t stream) {
                           .threads = kThreads,
                           .producers = kGroupWarps,
                           .groups = true,
-                          .box_rows = Sliding::kBoxRows};
+                          // So that rows of 8 images, which a warp writes at once, share few banks.
+                          .box_rows = a.out_width % 4 == 0 && a.out_width % 8 != 0 ? 2 : 4};
   const int64_t bytes = apply(a, shape, true, p.shared_memory);
-  const Device& device = current_device();
-  if (bytes == 0 || !pays(a, device.multiprocessors)) return false;
-  const int blocks = std::min(a.tasks, device.multiprocessors);
-  a.each = a.tasks / blocks, a.more = a.tasks % blocks;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  launch_early(kernel, a, blocks, kThreads, stream, {.shared_bytes = bytes});
-  check_launch("toeplitz_large_groups");
+  if (bytes == 0 || !pays(a, current_device().multiprocessors)) return false;
+  const auto kernel = a.raw.plane > 0 ? toeplitz_large_groups<T, kTiles, kSides, kSteps, kThreads, true>
+                                      : toeplitz_large_groups<T, kTiles, kSides, kSteps, kThreads, false>;
+  launch_shares(kernel, a, a.tasks, kThreads, bytes, stream, "toeplitz_large_groups");
   return true;
 }
 

@@ -9,12 +9,15 @@
 //
 // A task is two neighbouring planes of 64 images, since one may begin between multiples of 16 bytes: a box of a tensor
 // map comes, and one leaves. Two warpgroups have a plane each; the third one makes matrices of the next task's filters.
+// Where the source begins between multiples of 16 bytes, a box has the units that the planes have a part of.
 #include <algorithm>
 #include <limits>
 
 #include "boxes.cuh"
 #include "device.h"
 #include "overlap.cuh"
+#include "raw_planes.cuh"
+#include "stream.h"
 #include "toeplitz_large.cuh"
 #include "toeplitz_large.h"
 #include "toeplitz_large_planes.h"
@@ -32,11 +35,13 @@ constexpr int kEntries = 32;  // of a row of the kernel between zeros, as far as
 constexpr int kMiddle = 15;   // of them: where column 0 of the source meets column 0 of the target
 constexpr int kConsumers = 2, kThreads = (kConsumers + 1) * kGroupThreads;
 constexpr int kSlots = 2;  // for sources, and for matrices
+constexpr int kWordBytes = 4;
 
 struct Images : Large {
   CUtensorMap source_map, target_map;  // of pairs of planes, of images
   int pairs, groups;                   // of planes; of images
   int each, more;                      // tasks of a block: `each`, and one more for the first `more`
+  RawPlanes raw;                       // of whose sizes `plane` is from an image to the next in a slot
   int matrices;                        // of a filter, a multiple of kGroupWarps
   int taps_at, taps_copy, taps_bytes;  // rows of a filter: two copies, a column apart
   int filter_bytes;                    // of a filter's matrices
@@ -60,12 +65,13 @@ __device__ inline int matrices_empty(int slot) {
 constexpr int kBiasesAt = 8 * 4 * kSlots, kTapsAt = kBiasesAt + 4 * kConsumers * kSlots;
 static_assert(kTapsAt % 16 == 0);
 
-// What a task and the ones before it say: a task is a pair of planes of a group of images, the group running faster.
+// A task: a pair of planes of a group of images.
 struct ImagesTask {
   int pair, group;
   int filters = -1;  // how many pairs of filters the block had before
 };
 
+// Tasks in turn, groups of images faster than pairs of planes.
 class ImagesTasks {
  public:
   __device__ ImagesTasks(const Images& a, int first) : groups_(a.groups) {
@@ -142,8 +148,8 @@ __device__ void produce(const Images& a, int first, int count, int thread) {
     if (number >= kSlots) wait(source_empty(slot), (number / kSlots - 1) & 1);
     if (is_elected()) {
       expect_bytes(source_full(slot), a.slot_bytes);
-      copy_box(a.source_at + slot * a.slot_bytes, a.source_map, t.pair * a.height * a.width, t.group * kImages, 0, 0,
-               source_full(slot));
+      copy_box(a.source_at + slot * a.slot_bytes, a.source_map, raw_word(a.raw, t.pair * a.height * a.width),
+               t.group * kImages, 0, 0, source_full(slot));
       arrive(source_full(slot));
     }
     __syncwarp();
@@ -181,11 +187,11 @@ __device__ void produce(const Images& a, int first, int count, int thread) {
 }
 
 // A warpgroup has one of the two planes.
-template <typename T>
+template <typename T, bool kRaw>
 __device__ void consume(const Images& a, int first, int count, int group, int warp) {
   constexpr int kFirstBarrier = 2;  // producers have the first one
   const int lane = threadIdx.x % 32, quad = lane / 4, pair = lane % 4 * 2, image = 16 * warp + quad;
-  const int source_row = 2 * a.width, plane = a.height * source_row, pitch = kConsumers * plane;
+  const int source_row = 2 * a.width, plane = a.height * source_row, pitch = a.raw.plane;
   const int out_row = 2 * a.out_width, out_plane = a.out_height * out_row, out_pitch = kConsumers * out_plane;
   const int out_at = a.out_at + image * out_pitch + group * out_plane + 2 * pair;
   const bool low_inside = pair < a.width, high_inside = 8 + pair < a.width;
@@ -207,12 +213,23 @@ __device__ void consume(const Images& a, int first, int count, int group, int wa
         256);
     wait(source_full(slot), number / kSlots & 1);
 
-    uint32_t from = shared_address(a.source_at + slot * a.slot_bytes + image * pitch + group * plane + 2 * pair);
+    const int source_at = a.source_at + slot * a.slot_bytes + group * plane + (kRaw ? a.raw.begin : 0);
+    if constexpr (kRaw) {
+      const int first_image = t.group * kImages, begin = 16 * warp;
+      load_ends<T>(a.raw, a, {kConsumers * t.pair + group, first_image, begin, min(begin + 16, a.batch - first_image)},
+                   source_at);
+      before_bulk_copies();  // which come to this place later
+    }
+    uint32_t from = shared_address((source_at & ~3) + image * pitch + 2 * pair);
     const auto load = [&](uint32_t (&x)[4]) {
+      const auto word = [&](uint32_t at) {
+        const uint32_t here = shared_at<uint32_t>(at);
+        if constexpr (!kRaw) return here;
+        return from_half(here, shared_at<uint32_t>(at + 4), a.raw.begin % 4 != 0);
+      };
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const uint32_t low = shared_at<uint32_t>(from + 8 * h * pitch),
-                       high = shared_at<uint32_t>(from + 8 * h * pitch + 16);
+        const uint32_t low = word(from + 8 * h * pitch), high = word(from + 8 * h * pitch + 16);
         x[h] = low_inside ? low : 0, x[2 + h] = high_inside ? high : 0;
       }
       from += source_row;
@@ -281,7 +298,7 @@ __device__ void consume(const Images& a, int first, int count, int group, int wa
   if (stores) wait_stores();
 }
 
-template <typename T>
+template <typename T, bool kRaw>
 __global__ void __launch_bounds__(launch_threads(kThreads), 1) toeplitz_large_images(const __grid_constant__ Images a) {
   if (!kHasWarpgroups) return;
   let_next_kernel_start();
@@ -302,24 +319,24 @@ __global__ void __launch_bounds__(launch_threads(kThreads), 1) toeplitz_large_im
   if (group == 0)
     produce<T>(a, first, count, threadIdx.x);
   else
-    consume<T>(a, first, count, group - 1, __shfl_sync(~0u, threadIdx.x / 32 % kGroupWarps, 0));
-}
-
-// Describes pairs of planes of `sides` as boxes.
-bool describe_pairs(CUtensorMap& map, const void* data, int64_t planes, int64_t pixels, int64_t images, int64_t image) {
-  return describe_boxes(map, const_cast<void*>(data), 4, {planes * pixels / 2, images, 1, 1},
-                        {2 * image, 2 * image, 2 * image}, {static_cast<int>(pixels), kImages, 1, 1});
+    consume<T, kRaw>(a, first, count, group - 1, __shfl_sync(~0u, threadIdx.x / 32 % kGroupWarps, 0));
 }
 
 template <typename T>
 bool launch(const Problem& p, cudaStream_t stream) {
-  const auto kernel = toeplitz_large_images<T>;
-  if (!fits_toeplitz_large_images(p) || !has_warpgroups(kernel)) return false;
+  if (!fits_toeplitz_large_images(p) || !has_warpgroups(toeplitz_large_images<T, false>)) return false;
   Images a{};
   static_cast<Large&>(a) = arguments_of(p);
   a.pairs = static_cast<int>(ceil_div(a.targets, kConsumers)), a.groups = static_cast<int>(ceil_div(a.batch, kImages));
-  if (!describe_pairs(a.source_map, a.source, a.targets, a.height * a.width, a.batch, a.source_image) ||
-      !describe_pairs(a.target_map, a.target, a.targets, a.out_height * a.out_width, a.batch, a.target_image))
+  const bool can_be_raw = describe_raw(a.raw, a, a.width), is_raw = a.raw.begin > 0;
+  if (is_raw && !can_be_raw) return false;
+  // Words of a pair of planes. A raw box has what surrounds it, and an odd number of units, so that rows of 8 images
+  // lie in different banks.
+  const int64_t source_words = int64_t{a.height} * a.width, target_words = int64_t{a.out_height} * a.out_width;
+  const int64_t units = source_words * kWordBytes / kUnit, box_units = is_raw ? (units + 1) | 1 : units;
+  if (!describe_raw_words(a.source_map, a.raw, a, box_units * kUnit / kWordBytes, kImages) ||
+      !describe_words(a.target_map, a.target, a.targets * target_words / 2, target_words, a.batch, a.target_image,
+                      kImages))
     return false;
 
   const auto set = [](int& to, int64_t value) { to = static_cast<int>(value); };
@@ -328,17 +345,14 @@ bool launch(const Problem& p, cudaStream_t stream) {
   set(a.filter_bytes, a.matrices * kMatrixBytes);
   set(a.matrices_at, round_up(kTapsAt + kConsumers * a.taps_bytes, 128));
   set(a.source_at, a.matrices_at + kSlots * kConsumers * a.filter_bytes);
-  set(a.slot_bytes, kImages * int64_t{kConsumers} * 2 * a.height * a.width);
+  set(a.raw.plane, box_units * kUnit), set(a.slot_bytes, kImages * box_units * kUnit);
   set(a.out_at, a.source_at + kSlots * a.slot_bytes);
-  const int64_t bytes = a.out_at + kImages * int64_t{kConsumers} * 2 * a.out_height * a.out_width;
+  const int64_t bytes = a.out_at + kImages * target_words * kWordBytes;
   const int64_t tasks = images_tasks(p);
   if (bytes > p.shared_memory || tasks > std::numeric_limits<int>::max()) return false;
-  const int blocks = static_cast<int>(std::min<int64_t>(tasks, current_device().multiprocessors));
-  set(a.each, tasks / blocks), set(a.more, tasks % blocks);
   a.by_groups = Divider(a.groups);
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  launch_early(kernel, a, blocks, kThreads, stream, {.shared_bytes = bytes});
-  check_launch("toeplitz_large_images");
+  const auto kernel = is_raw ? toeplitz_large_images<T, true> : toeplitz_large_images<T, false>;
+  launch_shares(kernel, a, tasks, kThreads, bytes, stream, "toeplitz_large_images");
   return true;
 }
 

@@ -10,9 +10,10 @@ namespace {
 
 // Computes 2 * kSteps rows of the target from `row` on, and puts them at out_at as they lie side by side there. Returns
 // the number of the next unit to the first lane, which has asked for it meanwhile.
-template <typename T, int kTiles, int kDepth, int kSides, int kSteps>
+template <typename T, int kTiles, int kDepth, int kSides, int kSteps, bool kShifted>
 __device__ int slide(const Planes& a, const PlanesTask& t, int source_at, int out_at, int row) {
   constexpr int kEdge = kDepth / 2, kRows = 2 / kSides;  // of an image in a multiplication
+  constexpr int kGroups = kTiles + kShifted;             // of the source
   constexpr int kTogether = kTiles == 2 ? kSides : 1;    // sides whose source is loaded at once, as registers allow
   const int lane = threadIdx.x % 32, quad = lane / 4, pair = lane % 4 * 2, image = lane % 16 / kRows;
   const int entry = pair - quad + 7;  // of the lane's first pair in a row of weights
@@ -45,6 +46,8 @@ __device__ int slide(const Planes& a, const PlanesTask& t, int source_at, int ou
                                    : kSteps > 2 && steps == kSteps - 1 ? kSteps - 2
                                                                        : pairs,
                                    0);
+  // Shifted, the first group begins with columns of the row before, and the last one is the first one of the row after.
+  const uint32_t first_inside = kShifted ? (pair >= a.shift ? 0xffff : 0) | (pair + 1 >= a.shift ? 0xffff0000 : 0) : 0;
   uint32_t b[kSteps][kDepth][2];
   const auto load_band = [&](auto& to, const char* from) {
 #pragma unroll
@@ -63,17 +66,21 @@ __device__ int slide(const Planes& a, const PlanesTask& t, int source_at, int ou
       if (s >= end) break;
       if (s < pairs) load_band(b[u], band);
       band += 2 * a.weight_pitch;
-      uint32_t x[kTogether][kTiles][4];
+      uint32_t x[kTogether][kGroups][4];
       const auto load_rows = [&](int p) {
         const bool there = static_cast<uint32_t>(y + p) < static_cast<uint32_t>(a.height);
         const uint32_t from = there ? source + p * a.source_pitch : zeros;
 #pragma unroll
-        for (int c = 0; c < kTiles; ++c) load_matrices(x[p % kTogether][c], from + c * kLargeGroupBytes);
+        for (int c = 0; c < kGroups; ++c) load_matrices(x[p % kTogether][c], from + c * kLargeGroupBytes);
+        if constexpr (kShifted)
+#pragma unroll
+          for (int k = 0; k < 4; ++k)
+            x[p % kTogether][0][k] &= first_inside, x[p % kTogether][kTiles][k] &= ~first_inside;
       };
       // By two rows of the kernel, or by the last one alone.
       const auto multiply_rows = [&](int p, int first_q, int last_q, auto whole) {
 #pragma unroll
-        for (int c = 0; c < kTiles; ++c)
+        for (int c = 0; c < kGroups; ++c)
 #pragma unroll
           for (int k = 0; k < kDepth; ++k) {
             const int j = c + kEdge - k;
@@ -177,7 +184,7 @@ __device__ void store_planes(const Planes& a, char* target, int out_at, int byte
 }
 
 // Consumers take the units of a block's tasks, each from the slot of its task.
-template <typename T, int kTiles, int kDepth, int kSides, int kSteps>
+template <typename T, int kTiles, int kDepth, int kSides, int kSteps, bool kShifted>
 __device__ void consume(const Planes& a, int count, int warp) {
   const int all = count * a.units, out_at = a.out_at + warp * a.out_bytes;
   int number = warp;
@@ -192,7 +199,8 @@ __device__ void consume(const Planes& a, int count, int warp) {
     const int row = place * 2 * kSteps, rows = min(a.out_height - row, 2 * kSteps);
     wait(full_barrier(a, slot), round & 1);
     const PlanesTask t = task_in(a, slot);
-    const int next = slide<T, kTiles, kDepth, kSides, kSteps>(a, t, a.source_at + slot * a.slot_bytes, out_at, row);
+    const int next =
+        slide<T, kTiles, kDepth, kSides, kSteps, kShifted>(a, t, a.source_at + slot * a.slot_bytes, out_at, row);
     if (a.box_store) before_bulk_copies();
     const int lane = threadIdx.x % 32;
     arrive_together(empty_barrier(a, slot), lane == 0);
@@ -215,10 +223,10 @@ __device__ void consume(const Planes& a, int count, int warp) {
   if (a.box_store) wait_stores();
 }
 
-template <typename T, int kTiles, int kDepth, int kSides, int kSteps, int kThreads, bool kRaw>
+template <typename T, int kTiles, int kDepth, int kSides, int kSteps, int kThreads, Begin kBegin>
 __global__ void __launch_bounds__(kThreads, 1) toeplitz_large_planes(const __grid_constant__ Planes a) {
 #if __CUDA_ARCH__ < 900
-  if constexpr (kRaw) return;  // there are no bulk copies
+  if constexpr (kBegin != Begin::kAligned) return;  // there are no bulk copies
 #endif
   let_next_kernel_start();
   const int block = blockIdx.x, first = block * a.each + min(block, a.more), count = a.each + (block < a.more);
@@ -227,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, 1) toeplitz_large_planes(const __gri
   // Zeros where nothing is copied to: the row outside of all images, around the weights, and behind the columns.
   for (int i = 16 * threadIdx.x; i < a.source_at; i += 16 * kThreads) shared<uint4>(i) = uint4{};
   constexpr int kImages = 8 * kSides;
-  if (!kRaw && a.width % kLargeGroup != 0)
+  if (kBegin == Begin::kAligned && a.width % kLargeGroup != 0)
     for (int image = warp; image < a.slots * kImages; image += warps)
       for (int row = lane; row < a.height; row += 32)
         shared<uint4>(a.source_at + image / kImages * a.slot_bytes + image % kImages * a.source_plane +
@@ -239,14 +247,14 @@ __global__ void __launch_bounds__(kThreads, 1) toeplitz_large_planes(const __gri
     init_barrier(raw_barrier(a, threadIdx.x), a.producers);
   }
   if (threadIdx.x == 0) shared<int>(a.counter_at) = a.consumers, init_barrier(a.counter_at + 8, a.consumers);
-  if (kRaw || a.bulk_load) before_bulk_copies();
+  if (kBegin != Begin::kAligned || a.bulk_load) before_bulk_copies();
   wait_for_kernel_before();
   __syncthreads();
   if (warp < a.producers)
-    produce<T, kTiles, kSides, kRaw>(a, first, count, threadIdx.x);
+    produce<T, kTiles, kSides, kBegin>(a, first, count, threadIdx.x);
   else {
-    if constexpr (kRaw) get_first_planes<T, kTiles, kSides>(a, first, count, warp - a.producers);
-    consume<T, kTiles, kDepth, kSides, kSteps>(a, count, warp - a.producers);
+    if constexpr (kBegin == Begin::kMoved) get_first_planes<T, kTiles, kSides>(a, first, count, warp - a.producers);
+    consume<T, kTiles, kDepth, kSides, kSteps, kBegin == Begin::kShifted>(a, count, warp - a.producers);
   }
 }
 
@@ -273,17 +281,18 @@ bool launch(const Problem& p, cudaStream_t stream) {
   static_cast<Large&>(a) = arguments_of(p);
   if (p.stride_h != 1 || a.out_width % 2 != 0 || (a.target_row != a.out_width && a.out_height > 1)) return false;
   const Device& device = current_device();
-  const bool bulk = can_overlap(toeplitz_large_planes<T, 4, 3, 2, 2, 512, false>);
+  const bool bulk = can_overlap(toeplitz_large_planes<T, 4, 3, 2, 2, 512, Begin::kAligned>);
   return visit_shapes(a.kernel_h, [&](auto tiles, auto depth, auto sides, auto steps, auto threads, auto producers) {
-    const int64_t bytes = apply(a, {tiles, depth, sides, 2 * steps, threads, producers}, bulk, p.shared_memory);
+    // Of kernels of few rows a column more to multiply costs less than moving planes.
+    constexpr bool kShifts = steps == 1;
+    const int64_t bytes =
+        apply(a, {tiles, depth, sides, 2 * steps, threads, producers, kShifts}, bulk, p.shared_memory);
     if (bytes == 0 || !pays(a, device.multiprocessors)) return false;
-    const int blocks = std::min(a.tasks, device.multiprocessors);
-    a.each = a.tasks / blocks, a.more = a.tasks % blocks;
-    const auto kernel = a.raw.plane > 0 ? toeplitz_large_planes<T, tiles, depth, sides, steps, threads, true>
-                                        : toeplitz_large_planes<T, tiles, depth, sides, steps, threads, false>;
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    launch_early(kernel, a, blocks, threads, stream, {.shared_bytes = bytes});
-    check_launch("toeplitz_large_planes");
+    constexpr Begin kRaw = kShifts ? Begin::kShifted : Begin::kMoved;
+    const auto kernel = a.raw.plane > 0
+                            ? toeplitz_large_planes<T, tiles, depth, sides, steps, threads, kRaw>
+                            : toeplitz_large_planes<T, tiles, depth, sides, steps, threads, Begin::kAligned>;
+    launch_shares(kernel, a, a.tasks, threads, bytes, stream, "toeplitz_large_planes");
     return true;
   });
 }

@@ -34,19 +34,25 @@ struct Planes : Large {
   int slots, slot_bytes, out_bytes;  // out_bytes: of a warp
   int weight_bytes;                  // of a filter, for two of which there is room
   int matrices_at, matrix_bytes;     // where its band matrices lie, likewise, if a warpgroup multiplies
-  int box_rows, box_bytes;           // of a unit that leaves as several boxes
-  int barriers_at, counter_at;       // offsets in shared memory; behind the counter, a barrier for first raw planes
-  bool bulk_load, box_store;         // whether planes are copied as one, and the units of all images
+  int box_rows, box_rows_log;        // of a unit that leaves as several boxes
+  int box_bytes;
+  int barriers_at, counter_at;  // offsets in shared memory; behind the counter, a barrier for first raw planes
+  bool bulk_load, box_store;    // whether planes are copied as one, and the units of all images
   EarlyPlanes early;
   RawPlanes raw;  // if planes come as they lie
   RawRows raw_rows;
   int raw_first;  // tasks whose planes consumers get
+  int shift;      // columns from where they are counted to the image's first one
   Divider by_units, by_slots;
   Divider by_load_pieces;                // of a row of the source
   int load_step_pieces, load_step_rows;  // to a thread's next piece
   Divider by_store_pieces;               // of an image's unit, as far as a warp stores them at once
   int store_images;                      // at once
 };
+
+// How planes come: where they begin with multiples of 16 bytes; as they lie, and what ldmatrix needs is made of that in
+// place; or as they lie, and columns are counted from the multiple of 16 bytes before, which takes rows of whole units.
+enum class Begin { kAligned, kMoved, kShifted };
 
 // What lies in a slot.
 struct alignas(16) PlanesTask {
@@ -109,13 +115,13 @@ __device__ void load_plane(const Planes& a, const PlanesTask& t, int barrier, in
 }
 
 // Makes of planes that came as they lie what ldmatrix needs.
-template <typename T, int kTiles, int kSides>
+template <typename T, int kTiles, int kSides, bool kHere = false>
 __device__ void settle_raw(const Planes& a, const RawImages& part, int slot_at) {
-  load_ends<T>(a.raw, a, part, slot_at);
+  load_ends<T>(a.raw, a, part, raw_at(a.raw, a, part.channel, slot_at));
   if constexpr (kSides == 1)
     move_raw(a.raw, a, part, slot_at);
   else
-    part_raw<kTiles>(a.raw, a.raw_rows, a, part, slot_at);
+    part_raw<kTiles, kHere>(a.raw, a.raw_rows, a, part, slot_at);
 }
 
 // Consumers have nothing to do before the first planes are there, and get them by themselves if these come as they lie.
@@ -140,10 +146,10 @@ __device__ void get_first_planes(const Planes& a, int first, int count, int warp
 // Lays band matrices out as a warpgroup's multiplication reads them: those of a row of the kernel side by side from the
 // last one on, columns of the target one after the other, each with 8 columns of the source.
 template <int kDepth>
-__device__ void write_matrices(const Planes& a, int weights_at, int to, int thread) {
+__device__ void write_matrices(const Planes& a, int weights_at, int to, int thread, int threads) {
   const int lines = (a.kernel_h + 1) / 2 * 2 * kDepth * 8;
 #pragma unroll 2
-  for (int i = thread; i < lines; i += 32 * a.producers) {
+  for (int i = thread; i < lines; i += threads) {
     const int column = i % 8, row = i / (8 * kDepth), band = kDepth - 1 - i / 8 % kDepth;
     const int entry = kLargeGroup * band + 7 - column;
     const int from = weights_at + (entry & 1) * a.copy + 2 * (entry & ~1) + row * a.weight_pitch;
@@ -155,8 +161,9 @@ __device__ void write_matrices(const Planes& a, int weights_at, int to, int thre
 }
 
 // Producers fill slots with what tasks need, one after the other: planes and, where it changes, a filter. kMatrices:
-// how many band matrices of a row of the kernel a warpgroup needs, if one multiplies.
-template <typename T, int kTiles, int kSides, bool kRaw, int kMatrices = 0>
+// how many band matrices of a row of the kernel a warpgroup needs, if one multiplies: then the first filter is not
+// theirs.
+template <typename T, int kTiles, int kSides, Begin kBegin, int kMatrices = 0>
 __device__ void produce(const Planes& a, int first, int count, int thread) {
   constexpr int kImages = 8 * kSides;
   PlanesTask t{-1};
@@ -165,7 +172,7 @@ __device__ void produce(const Planes& a, int first, int count, int thread) {
   uint32_t parity = 1;
 #pragma unroll 1
   for (int task = 0; task < count; ++task) {
-    if constexpr (kRaw) {
+    if constexpr (kBegin == Begin::kMoved) {
       raw_tasks.ask(
           task, count, a.slots, [&](int at) { return empty_barrier(a, at); },
           [&](int number, int at) {
@@ -175,8 +182,8 @@ __device__ void produce(const Planes& a, int first, int count, int thread) {
           });
       if (task >= a.raw_first) {
         wait(raw_barrier(a, slot), (parity ^ 1) ^ (slot < a.raw_first));
-        settle_raw<T, kTiles, kSides>(a, raw_images(a, first + task, kImages, thread / 32, a.producers),
-                                      a.source_at + slot * a.slot_bytes);
+        settle_raw<T, kTiles, kSides, (kMatrices > 0)>(
+            a, raw_images(a, first + task, kImages, thread / 32, a.producers), a.source_at + slot * a.slot_bytes);
       }
     } else if (task >= a.slots) {
       wait(empty_barrier(a, slot), parity);
@@ -186,10 +193,21 @@ __device__ void produce(const Planes& a, int first, int count, int thread) {
     const bool changes = static_cast<int>(target) != t.target;
     t.target = static_cast<int>(target);
     LargeWeights<T, 8> weights;
-    if (changes) weights.begin(a, t.target, thread);
+    const bool makes = changes && (kMatrices == 0 || task > 0);
+    if (makes) weights.begin(a, t.target, thread);
     const int source_at = a.source_at + slot * a.slot_bytes;
-    if (kRaw) {
+    if constexpr (kBegin == Begin::kMoved) {
       // They are there.
+    } else if constexpr (kBegin == Begin::kShifted) {
+      if (thread < 32) {
+        uint32_t channel = t.target;
+        a.by_fan_out.split(channel);
+        RawImages part{static_cast<int>(channel), t.image, thread, min(thread + 1, t.images)};
+        before_bulk_copies();  // ends of planes may have been written here
+        copy_raw(a.raw, a, part, source_at, full_barrier(a, slot));
+        part.begin = 0, part.end = t.images;
+        load_ends<T>(a.raw, a, part, raw_at(a.raw, a, part.channel, source_at));
+      }
     } else if (a.bulk_load) {
       if (thread < t.images) load_plane<T>(a, t, full_barrier(a, slot), source_at, thread);
     } else {
@@ -211,11 +229,13 @@ __device__ void produce(const Planes& a, int first, int count, int thread) {
       [[maybe_unused]] const int matrices_at = a.matrices_at + set * a.matrix_bytes;
       t.bias = a.bias ? widen(static_cast<const T*>(a.bias)[t.target * a.bias_stride]) : 0.f;
       begin = task, set ^= 1;
-      weights.write(a, t.weights_at);
+      if (makes) weights.write(a, t.weights_at);
       if constexpr (kMatrices > 0) {
-        meet<2>(32 * a.producers);
-        write_matrices<kMatrices>(a, t.weights_at, matrices_at, thread);
-        before_bulk_copies();
+        if (makes) {
+          meet<2>(32 * a.producers);
+          write_matrices<kMatrices>(a, t.weights_at, matrices_at, thread, 32 * a.producers);
+          before_bulk_copies();
+        }
         t.weights_at = matrices_at;
       }
     }
@@ -241,22 +261,15 @@ using Constant = std::integral_constant<int, value>;
 // How many tiles, band matrices of a row, images (by 8) and rows a unit has, and how warps are parted.
 struct PlanesShape {
   int tiles, depth, sides, unit_rows, threads, producers;
+  bool shifts = false;  // whether columns of planes that begin between multiples of 16 bytes are counted from one
   bool groups = false;  // whether warpgroups multiply
   int box_rows = 0;     // of what leaves at once, if not all of a unit
 };
 
 // Lays a block's shared memory out, and returns how much of it is needed: 0 where a problem does not fit.
 inline int64_t apply(Planes& a, const PlanesShape& shape, bool bulk, int64_t shared_bytes) {
-  const auto [tiles, depth, sides, unit_rows, threads, wanted_producers, groups, box_rows] = shape;
+  const auto [tiles, depth, sides, unit_rows, threads, wanted_producers, shifts, groups, box_rows] = shape;
   int producers = wanted_producers;
-  const Bands bands(a.kernel_w, 1, a.padding_w, a.width, a.out_width);
-  const int edge = depth / 2;
-  if (ceil_div(a.width, kLargeGroup) != tiles || ceil_div(a.out_width, kLargeGroup) != tiles || bands.first < -edge ||
-      bands.first + bands.count > edge + 1 || bands.count < (groups ? tiles : depth - 1))
-    return 0;
-  const auto set = [](int& to, int64_t value) { to = static_cast<int>(value); };
-  a.first = -edge, a.depth = depth, a.first_tap = kLargeGroup * a.first - 7 + a.padding_w;
-  a.images = 8 * sides, a.units = static_cast<int>(ceil_div(a.out_height, unit_rows));
   const auto unit_of = [](std::initializer_list<int64_t> places) {
     int64_t all = 16;
     for (const int64_t place : places) all |= place;
@@ -267,18 +280,27 @@ inline int64_t apply(Planes& a, const PlanesShape& shape, bool bulk, int64_t sha
   // Where only the tensor's beginning is in the way of larger pieces, planes come as they lie.
   const bool parted = sides == 2, fits = parted ? a.height <= 32 : a.width == tiles * kLargeGroup && tiles % 2 == 1;
   const bool raw = bulk && fits && a.load_unit < load_places && describe_raw(a.raw, a, a.width);
-  if (raw) producers = 4;  // they have more to do then
+  const bool moves = raw && !shifts;
+  a.shift = raw && shifts ? a.raw.begin / 2 : 0;
+  const Bands bands(a.kernel_w, 1, a.padding_w - a.shift, a.width + a.shift, a.out_width);
+  const int edge = depth / 2;
+  if (ceil_div(a.width, kLargeGroup) != tiles || ceil_div(a.out_width, kLargeGroup) != tiles || bands.first < -edge ||
+      bands.first + bands.count > edge + 1 || bands.count < (groups ? tiles : depth - 1))
+    return 0;
+  const auto set = [](int& to, int64_t value) { to = static_cast<int>(value); };
+  a.first = -edge, a.depth = depth, a.first_tap = kLargeGroup * a.first - 7 + a.padding_w - a.shift;
+  a.images = 8 * sides, a.units = static_cast<int>(ceil_div(a.out_height, unit_rows));
+  if (moves) producers = 4;  // they have more to do then
   a.producers = producers, a.consumers = (threads / 32 - producers) / (groups ? 4 : 1);
-  if (raw && groups) return 0;
 
   a.source_pitch = kLargeGroupBytes * (tiles | 1);
   int64_t source_plane = int64_t{a.height} * a.source_pitch;
-  if (raw) source_plane = std::max(source_plane, raw_bytes(a.raw, a) + (parted ? 0 : kLargeGroupBytes));
+  if (raw) source_plane = std::max(source_plane, raw_bytes(a.raw, a) + (parted || shifts ? 0 : kLargeGroupBytes));
   // Rows of several images meet no bank of shared memory twice.
   const int together = 2 / sides;
   while (source_plane / kLargeGroupBytes % (2 * together) != together) source_plane += kLargeGroupBytes;
   a.out_pitch = 2 * a.out_width;
-  a.box_rows = box_rows > 0 ? box_rows : unit_rows;
+  a.box_rows = box_rows > 0 ? box_rows : unit_rows, a.box_rows_log = a.box_rows == 4 ? 2 : 1;
   const int64_t out_plane = round_up(a.box_rows * a.out_pitch, 16);
   const int64_t box_bytes = round_up(a.images * out_plane, kBoxUnit), out_bytes = unit_rows / a.box_rows * box_bytes;
   a.weight_pitch = static_cast<int>(2 * round_up(kLargeGroup * depth + 7, 2));
@@ -296,9 +318,11 @@ inline int64_t apply(Planes& a, const PlanesShape& shape, bool bulk, int64_t sha
   if (slots < 2 || slots * a.units < a.consumers) return 0;
   const int64_t out_at = source_at + slots * slot_bytes;
   a.raw_rows = {Divider(a.height), std::max(32 / a.height, 1), a.width / 2, a.source_pitch};
-  set(a.raw_first, raw ? std::min(ceil_div(a.consumers, a.units), slots) : 0);
+  set(a.raw_first, moves && !groups ? std::min(ceil_div(a.consumers, a.units), slots) : 0);
   if (raw)
-    set(a.raw.plane, source_plane), set(a.raw.in_plane, parted ? source_plane - raw_bytes(a.raw, a) : kLargeGroupBytes);
+    set(a.raw.plane, source_plane), set(a.raw.in_plane, shifts   ? 0
+                                                        : parted ? source_plane - raw_bytes(a.raw, a)
+                                                                 : kLargeGroupBytes);
   set(a.source_plane, source_plane), set(a.out_plane, out_plane), set(a.out_bytes, out_bytes), set(a.copy, copy);
   set(a.slot_bytes, slot_bytes), set(a.weight_bytes, weight_bytes), set(a.slots, slots);
   set(a.barriers_at, barriers_at), set(a.counter_at, counter_at), set(a.tasks_at, tasks_at);

@@ -12,6 +12,7 @@
 #include "launch.h"
 #include "mapping.h"
 #include "overlap.cuh"
+#include "raw_planes.cuh"
 #include "stream.cuh"
 #include "toeplitz_large.cuh"
 #include "toeplitz_large.h"
@@ -40,6 +41,7 @@ struct TallGroups : Large {
   int weight_bytes;                          // of a filter, for two of which there is room
   int moved_at, raw_at, pipeline_bytes;      // in a pipeline's shared memory, of which there is so much
   EarlyPlanes early;
+  RawPlanes raw;  // if the source begins between multiples of 16 bytes
 
   // What a pipeline has begins at `base`: barriers, weights, moved planes, raw ones, and targets.
   static constexpr int kWeightsAt = 128;
@@ -56,27 +58,62 @@ struct TallGroups : Large {
   }
 };
 
-template <typename T>
+template <typename T, bool kRaw>
 __device__ void load_raw(const TallGroups& a, int base, int number, int slot) {
   const Pairing t = a.pairing(number);
   uint32_t channel = t.target;
   a.by_fan_out.split(channel);
-  const T* source = static_cast<const T*>(a.source) + t.image * a.source_image + channel * a.source_channel;
   const int to = base + a.raw_at + slot * kImages * a.plane_bytes, barrier = a.raw_barrier(base, slot);
-  expect_bytes(barrier, t.images * a.source_bytes);
+  if constexpr (kRaw) {
+    before_bulk_copies();  // ends of planes may have been written here
+    copy_raw(a.raw, a, {static_cast<int>(channel), t.image, 0, t.images}, to, barrier);
+  } else {
+    const T* source = static_cast<const T*>(a.source) + t.image * a.source_image + channel * a.source_channel;
+    expect_bytes(barrier, t.images * a.source_bytes);
 #pragma unroll 1
-  for (int n = 0; n < t.images; ++n)
-    copy_bulk(shared_address(to + n * a.plane_bytes), source + n * a.source_image, a.source_bytes, barrier);
+    for (int n = 0; n < t.images; ++n)
+      copy_bulk(shared_address(to + n * a.plane_bytes), source + n * a.source_image, a.source_bytes, barrier);
+  }
   arrive(barrier);
 }
 
-// Producers load planes of every other task from `first` on, and move them. A thread has a row.
+// Elements at the ends of a plane that raw copies leave out. The thread that has the first row, or the last one, loads
+// them: nobody else reads them.
 template <typename T>
+__device__ void load_ends(const TallGroups& a, const Pairing& t, int image, int row, int at) {
+  uint32_t channel = t.target;
+  a.by_fan_out.split(channel);
+  const bool has_head = row == 0 && channel == 0, has_tail = row == a.width - 1 && channel + 1 == a.raw.channels;
+  if (image >= t.images || !(has_head || has_tail)) return;
+  const T* source =
+      static_cast<const T*>(a.source) + (t.image + image) * a.source_image + channel * a.source_channel + row * kSide;
+  if (has_head)
+    for (int k = 0; k < a.raw.head; ++k) shared<T>(at + 2 * k) = source[k];
+  if (has_tail)
+    for (int k = kSide - a.raw.tail; k < kSide; ++k) shared<T>(at + 2 * k) = source[k];
+}
+
+// Words of a row that begins kSkip words behind a multiple of 16 bytes, and half a word more.
+template <int kSkip>
+__device__ void read_raw(uint32_t (&words)[4 * kGroups], int from, bool half) {
+  uint32_t in[4 * (kGroups + 1)];
+#pragma unroll
+  for (int k = 0; k <= kGroups; ++k) {
+    const uint4 four = shared<uint4>(from + 16 * k);
+    in[4 * k] = four.x, in[4 * k + 1] = four.y, in[4 * k + 2] = four.z, in[4 * k + 3] = four.w;
+  }
+#pragma unroll
+  for (int k = 0; k < 4 * kGroups; ++k) words[k] = from_half(in[k + kSkip], in[k + kSkip + 1], half);
+}
+
+// Producers load planes of every other task from `first` on, and move them. A thread has a row.
+template <typename T, bool kRaw>
 __device__ void produce(const TallGroups& a, int base, int first, int end, int pipeline, int thread) {
   const bool loads = thread / 32 == 0 && is_elected();
   if (loads)
 #pragma unroll 1
-    for (int n = 0; n < kRawSlots && first + n * kPipelines < end; ++n) load_raw<T>(a, base, first + n * kPipelines, n);
+    for (int n = 0; n < kRawSlots && first + n * kPipelines < end; ++n)
+      load_raw<T, kRaw>(a, base, first + n * kPipelines, n);
   const bool has_row = thread < kImages * a.width;
   const int image = thread >= a.width, row = thread - image * a.width;
   int target = -1, set = 1, round = 0;
@@ -90,16 +127,30 @@ __device__ void produce(const TallGroups& a, int base, int first, int end, int p
 
     const int slot = round % kRawSlots;
     wait(a.raw_barrier(base, slot), round / kRawSlots & 1);
-    uint32_t words[4 * kGroups + 2];  // a word of zeros before the row and behind it
-    words[0] = words[4 * kGroups + 1] = 0;
+    uint32_t words[4 * kGroups];
     const int from = base + a.raw_at + (slot * kImages + image) * a.plane_bytes + row * kRowBytes;
+    if (image >= t.images || !has_row) {
 #pragma unroll
-    for (int k = 0; k < kGroups; ++k) {
-      const uint4 four = image < t.images && has_row ? shared<uint4>(from + 16 * k) : uint4{};
-      words[4 * k + 1] = four.x, words[4 * k + 2] = four.y, words[4 * k + 3] = four.z, words[4 * k + 4] = four.w;
+      for (uint32_t& word : words) word = 0;
+    } else if constexpr (kRaw) {
+      load_ends<T>(a, t, image, row, from + a.raw.begin);
+      const bool half = a.raw.begin % 4 != 0;
+      switch (a.raw.begin / 4) {
+        case 0: read_raw<0>(words, from, half); break;
+        case 1: read_raw<1>(words, from, half); break;
+        case 2: read_raw<2>(words, from, half); break;
+        default: read_raw<3>(words, from, half); break;
+      }
+    } else {
+#pragma unroll
+      for (int k = 0; k < kGroups; ++k) {
+        const uint4 four = shared<uint4>(from + 16 * k);
+        words[4 * k] = four.x, words[4 * k + 1] = four.y, words[4 * k + 2] = four.z, words[4 * k + 3] = four.w;
+      }
     }
     meet_group(1 + pipeline);  // all have read them
-    if (loads && number + kRawSlots * kPipelines < end) load_raw<T>(a, base, number + kRawSlots * kPipelines, slot);
+    if (loads && number + kRawSlots * kPipelines < end)
+      load_raw<T, kRaw>(a, base, number + kRawSlots * kPipelines, slot);
 
     const int to = base + a.moved_at + image * kGroups * kUnitBytes + 16 * row;
     if (round > 0) wait(a.empty_barrier(base), round & 1 ^ 1);
@@ -109,10 +160,11 @@ __device__ void produce(const TallGroups& a, int base, int first, int end, int p
       for (int tap = 0; tap < kTaps; ++tap)
 #pragma unroll
         for (int k = 0; k < kGroups; ++k) {
-          // Column x has what is in x + tap - kFar of the plane.
+          // Column x has what is in x + tap - kFar of the plane, or a zero beside it.
+          const auto at = [&](int i) { return i >= 0 && i < 4 * kGroups ? words[i] : 0; };
           const auto word = [&](int i) {
-            const int at = 4 * k + i + tap / 2;
-            return tap % 2 == 0 ? words[at] : __byte_perm(words[at], words[at + 1], 0x5432);
+            const int first = 4 * k + i + tap / 2 - 1;
+            return tap % 2 == 0 ? at(first) : __byte_perm(at(first), at(first + 1), 0x5432);
           };
           shared<uint4>(to + tap * kTapBytes + k * kUnitBytes) = {word(0), word(1), word(2), word(3)};
         }
@@ -224,7 +276,7 @@ __device__ void consume(const TallGroups& a, int base, int first, int end, int p
   if (warp == 0) wait_stores();
 }
 
-template <typename T>
+template <typename T, bool kRaw>
 __global__ void __launch_bounds__(launch_threads(kThreads), 1)
     toeplitz_tall_groups(const __grid_constant__ TallGroups a) {
   if (!kHasWarpgroups) return;
@@ -256,10 +308,10 @@ __global__ void __launch_bounds__(launch_threads(kThreads), 1)
   wait_for_kernel_before();
   __syncthreads();
   if (group < kPipelines) {
-    give_registers<88>();
-    produce<T>(a, base, first + pipeline, end, pipeline, thread);
+    give_registers<kRaw ? 96 : 88>();
+    produce<T, kRaw>(a, base, first + pipeline, end, pipeline, thread);
   } else {
-    take_registers<168>();
+    take_registers<kRaw ? 160 : 168>();
     consume<T>(a, base, first + pipeline, end, pipeline, thread);
   }
 }
@@ -271,8 +323,8 @@ bool apply(TallGroups& a) {
   if (a.height != kSide || a.out_height != kSide || !fits(a.width) || !fits(a.out_width) || a.kernel_h < kTaps - 1 ||
       a.padding_h > kFar || a.kernel_h - 1 - a.padding_h > kFar || a.source_row != kSide || a.target_row != kSide)
     return false;
-  for (const int64_t place : {reinterpret_cast<intptr_t>(a.source), reinterpret_cast<intptr_t>(a.target)})
-    if (place % 16 != 0) return false;
+  const bool can_be_raw = describe_raw(a.raw, a, kSide);
+  if ((a.raw.begin > 0 && !can_be_raw) || reinterpret_cast<intptr_t>(a.target) % 16 != 0) return false;
   for (const int64_t step : {a.source_image, a.source_channel, a.target_image, a.target_channel})
     if (step % 8 != 0) return false;
   a.first = -kBandsBefore, a.depth = 2 * kBandsBefore + 1, a.first_tap = kLargeGroup * a.first - 7 + a.padding_w;
@@ -281,7 +333,8 @@ bool apply(TallGroups& a) {
   copy += (64 - copy % 128 + 128) % 128;  // so that the copies do not meet in a bank
   set(a.copy, copy), set(a.weight_bytes, round_up(2 * copy, 128));
   set(a.source_bytes, int64_t{kRowBytes} * a.width), set(a.out_bytes, int64_t{kRowBytes} * a.out_width);
-  set(a.plane_bytes, std::max(a.source_bytes, a.out_bytes));
+  set(a.plane_bytes, std::max(a.source_bytes + (a.raw.begin > 0 ? kUnit : 0), a.out_bytes));
+  a.raw.plane = a.plane_bytes;
   set(a.moved_at, a.kWeightsAt + 2 * int64_t{a.weight_bytes}), set(a.raw_at, a.moved_at + int64_t{kMovedBytes});
   set(a.pipeline_bytes, round_up(a.raw_at + (kRawSlots + int64_t{1}) * kImages * a.plane_bytes, 128));
   const int side = std::min(a.kernel_w, kGroupThreads);
@@ -298,11 +351,11 @@ bool launch(const Problem& p, cudaStream_t stream) {
   static_cast<Large&>(a) = arguments_of(p, true);
   if (p.stride_h != 1 || p.stride_w != 1) return false;
   const Device& device = current_device();
-  const auto kernel = toeplitz_tall_groups<T>;
-  if (!has_warpgroups(kernel)) return false;
+  if (!has_warpgroups(toeplitz_tall_groups<T, false>)) return false;
   if (!apply(a) || a.tasks < 2 * device.multiprocessors || a.batch * 4 < round_up(a.batch, kImages) * 3) return false;
   const int64_t bytes = int64_t{kPipelines} * a.pipeline_bytes;
   if (bytes > p.shared_memory) return false;
+  const auto kernel = a.raw.begin > 0 ? toeplitz_tall_groups<T, true> : toeplitz_tall_groups<T, false>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   launch_early(kernel, a, std::min(a.tasks, device.multiprocessors), kThreads, stream, {.shared_bytes = bytes});
   check_launch("toeplitz_tall_groups");

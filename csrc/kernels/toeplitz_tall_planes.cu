@@ -103,7 +103,7 @@ __device__ void load(const TallPlanes& a, int first, int count, int thread) {
           });
       wait(raw_barrier(a, slot), parity ^ 1);
       const RawImages part = raw_images(a, first + task, kImages, thread / 32, a.loaders);
-      load_ends<T>(a.raw, a, part, a.source_at + slot * a.slot_bytes);
+      load_ends<T>(a.raw, a, part, raw_at(a.raw, a, part.channel, a.source_at + slot * a.slot_bytes));
       move_raw(a.raw, a, part, a.source_at + slot * a.slot_bytes);
     } else if (task >= a.slots) {
       wait(empty_barrier(a, slot), parity);
