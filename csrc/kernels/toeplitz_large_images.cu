@@ -191,7 +191,8 @@ template <typename T, bool kRaw>
 __device__ void consume(const Images& a, int first, int count, int group, int warp) {
   constexpr int kFirstBarrier = 2;  // producers have the first one
   const int lane = threadIdx.x % 32, quad = lane / 4, pair = lane % 4 * 2, image = 16 * warp + quad;
-  const int source_row = 2 * a.width, plane = a.height * source_row, pitch = a.raw.plane;
+  const int source_row = 2 * a.width, plane = a.height * source_row;
+  const int pitch = kRaw ? a.raw.plane : kConsumers * plane;
   const int out_row = 2 * a.out_width, out_plane = a.out_height * out_row, out_pitch = kConsumers * out_plane;
   const int out_at = a.out_at + image * out_pitch + group * out_plane + 2 * pair;
   const bool low_inside = pair < a.width, high_inside = 8 + pair < a.width;
@@ -220,7 +221,7 @@ __device__ void consume(const Images& a, int first, int count, int group, int wa
                    source_at);
       before_bulk_copies();  // which come to this place later
     }
-    uint32_t from = shared_address((source_at & ~3) + image * pitch + 2 * pair);
+    uint32_t from = shared_address((kRaw ? source_at & ~3 : source_at) + image * pitch + 2 * pair);
     const auto load = [&](uint32_t (&x)[4]) {
       const auto word = [&](uint32_t at) {
         const uint32_t here = shared_at<uint32_t>(at);

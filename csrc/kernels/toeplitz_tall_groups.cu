@@ -93,9 +93,12 @@ __device__ void load_ends(const TallGroups& a, const Pairing& t, int image, int 
     for (int k = kSide - a.raw.tail; k < kSide; ++k) shared<T>(at + 2 * k) = source[k];
 }
 
-// Words of a row that begins kSkip words behind a multiple of 16 bytes, and half a word more.
+// Words of a row, with one of zeros before it and one behind.
+using RowWords = uint32_t[4 * kGroups + 2];
+
+// Those of one that begins kSkip words behind a multiple of 16 bytes, and half a word more.
 template <int kSkip>
-__device__ void read_raw(uint32_t (&words)[4 * kGroups], int from, bool half) {
+__device__ void read_raw(RowWords& words, int from, bool half) {
   uint32_t in[4 * (kGroups + 1)];
 #pragma unroll
   for (int k = 0; k <= kGroups; ++k) {
@@ -103,7 +106,7 @@ __device__ void read_raw(uint32_t (&words)[4 * kGroups], int from, bool half) {
     in[4 * k] = four.x, in[4 * k + 1] = four.y, in[4 * k + 2] = four.z, in[4 * k + 3] = four.w;
   }
 #pragma unroll
-  for (int k = 0; k < 4 * kGroups; ++k) words[k] = from_half(in[k + kSkip], in[k + kSkip + 1], half);
+  for (int k = 0; k < 4 * kGroups; ++k) words[k + 1] = from_half(in[k + kSkip], in[k + kSkip + 1], half);
 }
 
 // Producers load planes of every other task from `first` on, and move them. A thread has a row.
@@ -127,12 +130,11 @@ __device__ void produce(const TallGroups& a, int base, int first, int end, int p
 
     const int slot = round % kRawSlots;
     wait(a.raw_barrier(base, slot), round / kRawSlots & 1);
-    uint32_t words[4 * kGroups];
+    RowWords words;
+    words[0] = words[4 * kGroups + 1] = 0;
     const int from = base + a.raw_at + (slot * kImages + image) * a.plane_bytes + row * kRowBytes;
-    if (image >= t.images || !has_row) {
-#pragma unroll
-      for (uint32_t& word : words) word = 0;
-    } else if constexpr (kRaw) {
+    const bool there = image < t.images && has_row;
+    if (kRaw && there) {
       load_ends<T>(a, t, image, row, from + a.raw.begin);
       const bool half = a.raw.begin % 4 != 0;
       switch (a.raw.begin / 4) {
@@ -144,8 +146,8 @@ __device__ void produce(const TallGroups& a, int base, int first, int end, int p
     } else {
 #pragma unroll
       for (int k = 0; k < kGroups; ++k) {
-        const uint4 four = shared<uint4>(from + 16 * k);
-        words[4 * k] = four.x, words[4 * k + 1] = four.y, words[4 * k + 2] = four.z, words[4 * k + 3] = four.w;
+        const uint4 four = there ? shared<uint4>(from + 16 * k) : uint4{};
+        words[4 * k + 1] = four.x, words[4 * k + 2] = four.y, words[4 * k + 3] = four.z, words[4 * k + 4] = four.w;
       }
     }
     meet_group(1 + pipeline);  // all have read them
@@ -160,11 +162,10 @@ __device__ void produce(const TallGroups& a, int base, int first, int end, int p
       for (int tap = 0; tap < kTaps; ++tap)
 #pragma unroll
         for (int k = 0; k < kGroups; ++k) {
-          // Column x has what is in x + tap - kFar of the plane, or a zero beside it.
-          const auto at = [&](int i) { return i >= 0 && i < 4 * kGroups ? words[i] : 0; };
+          // Column x has what is in x + tap - kFar of the plane.
           const auto word = [&](int i) {
-            const int first = 4 * k + i + tap / 2 - 1;
-            return tap % 2 == 0 ? at(first) : __byte_perm(at(first), at(first + 1), 0x5432);
+            const int at = 4 * k + i + tap / 2;
+            return tap % 2 == 0 ? words[at] : __byte_perm(words[at], words[at + 1], 0x5432);
           };
           shared<uint4>(to + tap * kTapBytes + k * kUnitBytes) = {word(0), word(1), word(2), word(3)};
         }
