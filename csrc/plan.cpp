@@ -7,6 +7,7 @@
 #include <string>
 
 #include "kernels/batch_grad_weight_nchw.h"
+#include "kernels/direct.h"
 #include "kernels/exchange.h"
 #include "kernels/fft.h"
 #include "kernels/lanes_forms.h"
@@ -493,7 +494,7 @@ bool claims_outer_grad_weight(const Problem& p) {
 
 // What kernels/direct.cu and kernels/direct_grad_weight.cu ask for: offsets of 32 bits, also beside the image.
 bool can_go_direct(const Problem& p) {
-  if (p.dtype == DType::kFloat64 || !is_small_kernel(p)) return false;
+  if (!is_small_kernel(p)) return false;
   constexpr int64_t kLimit = 1 << 30;
   if (p.padding_h >= (1 << 20) || p.padding_w >= (1 << 20)) return false;
   const auto fits = [&](const View& view, int64_t planes, int64_t height, int64_t width) {
@@ -511,6 +512,8 @@ bool can_go_direct(const Problem& p) {
 
 bool claims_direct(const Problem& p) {
   if (p.pass == Pass::kGradWeight || !can_go_direct(p)) return false;
+  if (p.dtype == DType::kFloat64)
+    return p.taps() <= kDirectFloat64Taps && (p.pass == Pass::kForward || p.stride_h == 1);
   // So little to do that the time until the first bytes arrive is most of it.
   constexpr int64_t kFewOutputs = 512 << 10, kFewProducts = 4 << 20;
   const int64_t outputs = p.pass == Pass::kForward ? p.batch * p.filters() * p.out_height * p.out_width
@@ -521,7 +524,7 @@ bool claims_direct(const Problem& p) {
 
 bool claims_direct_grad_weight(const Problem& p) {
   const int64_t gradients = p.batch * p.out_height * p.out_width;  // of a filter
-  if (p.pass != Pass::kGradWeight || !can_go_direct(p) || gradients == 0) return false;
+  if (p.pass != Pass::kGradWeight || p.dtype == DType::kFloat64 || !can_go_direct(p) || gradients == 0) return false;
   const int64_t products = p.filters() * gradients * p.taps();
   // Blocks of a cluster share a filter, for 3x3 alone.
   constexpr int64_t kFewProducts = 4 << 20;
@@ -601,7 +604,8 @@ const std::vector<Plan>& plans() {
        claims_fft_grad_weight},
       {PlanId::kScale, "scale", "a kernel of one tap on arrays without gaps: every pixel times a weight", claims_scale},
       {PlanId::kDirect, "direct",
-       "a small kernel with little to do, or on views that do not stream: straight from memory", claims_direct},
+       "a small kernel with little to do, in float64, or on views that do not stream: straight from memory",
+       claims_direct},
       {PlanId::kDirectGradWeight, "direct_grad_weight", "a small kernel with few gradients: straight from memory",
        claims_direct_grad_weight},
       {PlanId::kToeplitzSmallPlanes, "toeplitz_small_planes",

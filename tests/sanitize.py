@@ -42,6 +42,10 @@ CASES = [
     Case(2, 32, (12, 12), (5, 5), padding=(2, 2)),
 ]
 RUNS = list(product(CASES, (torch.float32, torch.bfloat16), (torch.contiguous_format, torch.channels_last)))
+# float64 has ways of its own.
+FLOAT64 = [Case(17, 3, (7, 7), (3, 3), padding=(1, 1)), Case(2, 5, (28, 28), (5, 5), (2, 2), (2, 2), multiplier=2)]
+FLOAT64 += [Case(2, 3, (60, 61), (13, 13), padding=(6, 6))]
+RUNS += list(product(FLOAT64, (torch.float64,), (torch.contiguous_format, torch.channels_last)))
 # Kernels that march down planes claim no less than what every warp of a GPU has some rows of.
 RUNS.append((Case(1, 4, (65600, 35), (7, 7), padding=(3, 3)), torch.float32, torch.contiguous_format))
 RUNS.append((Case(1, 3, (33000, 56), (7, 7), (2, 2), (3, 3), multiplier=2), torch.float32, torch.contiguous_format))

@@ -251,6 +251,12 @@ def test_outer_grad_weight_claims(dtype: torch.dtype, memory_format: torch.memor
 DIRECT = {"forward": "direct", "grad_input": "direct", "grad_weight": "direct_grad_weight"}
 
 
+def goes_direct(name: str, case: Case, dtype: torch.dtype) -> bool:
+    """Whether this pass of a small kernel, not grad_weight, can: in float64 registers hold 25 weights."""
+    few = math.prod(case.kernel) <= 25 and (name == "forward" or case.stride == (1, 1))
+    return dtype != torch.float64 or few
+
+
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("tile", TILES, ids=str)
@@ -521,8 +527,9 @@ def test_multipliers() -> None:
 @pytest.mark.parametrize(
     ("change", "dtype", "memory_format"),
     [
-        ({}, torch.float64, torch.contiguous_format),
-        ({}, torch.float64, torch.channels_last),
+        ({"kernel": (7, 7)}, torch.float64, torch.contiguous_format),
+        ({"kernel": (7, 7)}, torch.float64, torch.channels_last),
+        ({"kernel": (4, 4)}, torch.float64, torch.contiguous_format),
         ({"stride": (1, 2)}, torch.float16, torch.contiguous_format),
         ({"stride": (3, 3)}, torch.float32, torch.contiguous_format),
         ({"dilation": (2, 1)}, torch.float32, torch.contiguous_format),
@@ -531,6 +538,17 @@ def test_multipliers() -> None:
 )
 def test_generic(name: str, change: dict, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     assert plan_of(name, FIRST._replace(**change), dtype, memory_format) == "generic"
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_float64(tile: tuple, memory_format: torch.memory_format) -> None:
+    """Small kernels go direct; grad_weight has no way but the general one."""
+    case = tile_case(tile, 4, 8, (40, 40))
+    for name in PASSES:
+        direct = name != "grad_weight" and goes_direct(name, case, torch.float64)
+        expected = "scale" if direct and case.kernel == (1, 1) else "direct" if direct else "generic"
+        assert plan_of(name, case, torch.float64, memory_format) == expected
 
 
 @pytest.mark.parametrize("name", PASSES)
@@ -838,7 +856,7 @@ def test_direct_on_every_size(width: int) -> None:
     """Every height and width up to 40, with every kernel, far more padding than it needs, and any strides."""
     for height in range(1, 41):
         turn = height + width
-        dtype = FAST[(height + 2 * width) % 3]
+        dtype = [*FAST, torch.float64][(height + 2 * width) % 4]
         tile = TILES[(3 * height + width) % len(TILES)]
         padding = (turn % 9, (3 * height + width) % 7)
         case = tile_case(tile, 2, 2, (height, width), padding=padding, multiplier=1 + turn % 3, bias=turn % 2 == 0)
@@ -862,8 +880,10 @@ def test_direct_on_every_size(width: int) -> None:
         for name, plan, result in results_of_plans(case, tensors, grad_output):
             assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, str(case), tensors[0].stride())
             forced.add((name, plan))
-        assert {("output", "direct"), ("grad_input", "direct")} <= forced, str(case)
-        assert (("grad_weight", "direct_grad_weight") in forced) or grad_output[:, 0].numel() > 64, str(case)
+        assert goes_direct("forward", case, dtype) == (("output", "direct") in forced), str(case)
+        assert goes_direct("grad_input", case, dtype) == (("grad_input", "direct") in forced), str(case)
+        if dtype != torch.float64 and grad_output[:, 0].numel() <= 64:
+            assert ("grad_weight", "direct_grad_weight") in forced, str(case)
 
 
 @pytest.mark.gpu
@@ -935,6 +955,70 @@ def test_direct_in_vectors(side: int, dtype: torch.dtype, memory_format: torch.m
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(5, 6, (56, 56), (3, 3), padding=(1, 1)),
+        Case(3, 5, (29, 31), (5, 5), (2, 2), (2, 2), multiplier=2),
+        Case(2, 4, (28, 28), (7, 7), padding=(3, 5)),
+        Case(2, 3, (14, 14), (13, 13), padding=(6, 6)),  # more tiles of taps than a block has warps
+        Case(2, 3, (40, 33), (31, 5), padding=(15, 0)),
+        Case(2, 3, (33, 40), (2, 25), (1, 3), (1, 12), (2, 1)),
+        Case(2, 3, (50, 41), (3, 3), (1, 1), (9, 4), (9, 4)),
+        Case(70, 3, (4, 5), (1, 1)),
+        Case(2, 2, (9, 700), (3, 3), padding=(1, 1)),  # bands of one row
+        Case(2, 2, (9, 1700), (3, 3), padding=(1, 1)),  # not even one row finds room
+        Case(1, 2, (3, 4), (3, 4)),
+    ],
+    ids=str,
+)
+def test_float64_grad_weight(case: Case, memory_format: torch.memory_format) -> None:
+    """Exact on integers, the same bits every time, NaN and Inf where F.conv2d has them."""
+    input, weight, bias = make_inputs(case._replace(bias=True), torch.float64, "cuda", memory_format, integers)
+    grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=memory_format)
+    call = case.kernel, *arguments_of(case), True, "generic"
+    for finite in (True, False):
+        if not finite:
+            input[-1, 0, -1, 0], input[0, -1, 0, -1] = torch.inf, torch.nan
+            grad_output[0, 0, 0, 0], grad_output[-1, -1, -1, -1] = -torch.inf, torch.inf
+        exact = run_float64((input, weight, bias), grad_output, **case.geometry)
+        for steps in ((1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 1, 2)):
+            order = (0, 2, 3, 1) if memory_format == torch.channels_last else (0, 1, 2, 3)
+            args = lay(grad_output, order, steps, 1), lay(input, order, steps)
+            results = torch.ops.dwconv.grad_weight.plan(*args, *call)
+            for result, expected in zip(results, (exact.grad_weight, exact.grad_bias)):
+                assert torch.equal(result.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0)), (steps, finite)
+            for again in (torch.ops.dwconv.grad_weight.plan(*args, *call) for _ in range(5)):
+                assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(results, again))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [*FAST, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(4, 6, (40, 40), (5, 5), padding=(2, 2)),
+        Case(2, 40, (61, 50), (13, 13), padding=(6, 5)),
+        Case(3, 5, (50, 41), (9, 7), (2, 2), (4, 3), multiplier=3),
+        Case(3, 33, (40, 41), (3, 11), (1, 2), (5, 9), (3, 2)),
+    ],
+    ids=str,
+)
+def test_generic_in_channels_last(case: Case, dtype: torch.dtype) -> None:
+    """So many pixels that the weights are laid out anew, whatever their strides."""
+    input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
+    grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=torch.channels_last)
+    exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+    for laid in (weight, lay(weight, (2, 3, 0, 1)), lay(weight, steps=(1, 2, 1, 3), offset=1)):
+        results = list(results_of_plans(case, (input, laid, bias), grad_output))
+        checked = [name for name, plan, _ in results if plan == "generic"]
+        assert {"output", "grad_input", "grad_weight", "grad_bias"} <= set(checked), checked
+        for name, plan, result in results:
+            assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, laid.stride())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 def test_direct_grad_weight_in_clusters(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     """Filters of 1 to 12544 gradients, in pairs of channels and not; the same bits every time."""
@@ -986,7 +1070,7 @@ def test_direct_beside_infinities(tile: tuple, dtype: torch.dtype, memory_format
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("dtype", [*FAST, torch.float64], ids=str)
 def test_direct_on_large_views(dtype: torch.dtype, tile: tuple) -> None:
     """Views with gaps, and enough of them that a thread computes several rows."""
     for size, order, steps in (((131, 160), (0, 1, 2, 3), (1, 1, 1, 2)), ((97, 64), (0, 2, 3, 1), (1, 2, 1, 1))):
@@ -999,7 +1083,8 @@ def test_direct_on_large_views(dtype: torch.dtype, tile: tuple) -> None:
         for name, plan, result in results_of_plans(case, tensors, grad_output):
             assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, str(case), order)
             forced.add((name, plan))
-        assert {("output", "direct"), ("grad_input", "direct")} <= forced, str(case)
+        assert goes_direct("forward", case, dtype) == (("output", "direct") in forced), str(case)
+        assert goes_direct("grad_input", case, dtype) == (("grad_input", "direct") in forced), str(case)
 
 
 @pytest.mark.gpu

@@ -46,12 +46,12 @@ void launch_cast(const Cast& cast, cudaStream_t stream) {
   }
   if (a.elements == 0) return;
   if (a.elements > std::numeric_limits<int32_t>::max())
-    throw std::runtime_error("dwconv: the weights are too many to be cast under autocast");
+    throw std::runtime_error("dwconv: the weights are too many to be cast or laid out anew");
   visit_dtype(cast.from, [&](auto from) {
     visit_dtype(cast.to, [&](auto to) {
       using From = decltype(from);
       using To = decltype(to);
-      if constexpr (sizeof(From) <= 4 && sizeof(To) <= 4 && !std::is_same_v<From, To>)
+      if constexpr ((sizeof(From) <= 4 && sizeof(To) <= 4) || std::is_same_v<From, To>)
         launch_early(cast_elements<From, To>, a, ceil_div(a.elements, kThreads), kThreads, stream);
     });
   });

@@ -1,4 +1,4 @@
-// Weights and biases in the dtype of the images, as autocast has them.
+// Weights and biases in the dtype of the images, as autocast has them, or with other strides.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,7 +7,7 @@
 
 namespace dwconv {
 
-// An array to be written in another dtype; both are of float32, float16 and bfloat16.
+// An array to be written in the same dtype or in another one; two different ones are of float32, float16 and bfloat16.
 struct Cast {
   DType from, to;
   View source, target;

@@ -7,6 +7,7 @@
 #include "common.cuh"
 #include "device.h"
 #include "direct.cuh"
+#include "direct.h"
 #include "launch.h"
 #include "mapping.h"
 #include "overlap.cuh"
@@ -18,8 +19,11 @@ namespace {
 constexpr int kThreads = 128;
 
 // Rows that a thread computes where there is work for enough threads, as registers allow.
-template <class Kernel>
-constexpr int kManyRows = Kernel::kKernelH * Kernel::kKernelW < 25 ? 4 : 2;
+template <typename T, class Kernel>
+constexpr int many_rows() {
+  if (sizeof(T) == sizeof(double)) return Kernel::kStride > 1 ? Kernel::kKernelH / 2 + 1 : 4;
+  return Kernel::kKernelH * Kernel::kKernelW < 25 ? 4 : 2;
+}
 
 // Threads of a block that load vectors, and rows that each of them computes.
 constexpr int kVectorThreads = 64, kVectorRows = 2;
@@ -74,10 +78,11 @@ __global__ void __launch_bounds__(kThreads) direct(const __grid_constant__ Argum
   const T* source = static_cast<const T*>(a.source) + image * a.source_stride[0] + source_plane * a.source_stride[1];
   const T* weight = static_cast<const T*>(a.weight) + static_cast<int>(plane) * a.fan_in * a.weight_filter;
 
-  float sum[kRows];
+  using Acc = Accumulator<T>;
+  Acc sum[kRows];
 #pragma unroll
   for (int o = 0; o < kRows; ++o)
-    sum[o] = a.bias ? widen(static_cast<const T*>(a.bias)[static_cast<int>(plane) * a.bias_stride]) : 0.f;
+    sum[o] = a.bias ? widen(static_cast<const T*>(a.bias)[static_cast<int>(plane) * a.bias_stride]) : Acc(0);
   for (int q = 0; q < a.fan_in; ++q, source += a.source_stride[1], weight += a.weight_filter) {
     T w[kKernelH][kKernelW];
 #pragma unroll
@@ -102,7 +107,7 @@ __global__ void __launch_bounds__(kThreads) direct(const __grid_constant__ Argum
         if (reach < 0 || reach % kStep != 0 || i >= kKernelH) continue;
 #pragma unroll
         for (int j = 0; j < kKernelW; ++j)
-          if (inside[j]) sum[o] = fmaf(widen(x[j]), widen(w[i][j]), sum[o]);
+          if (inside[j]) sum[o] = fma(widen(x[j]), widen(w[i][j]), sum[o]);
       }
     }
   }
@@ -394,6 +399,25 @@ bool launch_vectors(const Problem& p, const Mapping& map, Arguments a, cudaStrea
   return true;
 }
 
+template <typename T, class Kernel>
+void launch_kernel(const Problem& p, const Mapping& map, const Arguments& a, cudaStream_t stream) {
+  if constexpr (sizeof(T) <= 4 && Kernel::kStride == 1 && Kernel::kDilation == 1 && Kernel::kSquare &&
+                Kernel::kKernelH > 1) {
+    if (launch_vectors<T, Kernel, 8 / sizeof(T)>(p, map, a, stream)) return;
+    if constexpr (sizeof(T) == 2)
+      if (launch_vectors<T, Kernel, 4 / sizeof(T)>(p, map, a, stream)) return;
+  }
+  if constexpr (Kernel::kStride > 1 && sizeof(T) <= 4)
+    if (map.spread) return launch<T, Kernel, true, 1>(a, p.batch, map.targets, stream);
+  const int64_t outputs = p.batch * map.targets * a.out_height * a.out_width;
+  const int64_t threads = int64_t{512} * current_device().multiprocessors;
+  constexpr int kManyRows = many_rows<T, Kernel>();
+  if (outputs > threads * kManyRows)
+    launch<T, Kernel, false, kManyRows>(a, p.batch, map.targets, stream);
+  else
+    launch<T, Kernel, false, 1>(a, p.batch, map.targets, stream);
+}
+
 }  // namespace
 
 void launch_direct(const Problem& p, cudaStream_t stream) {
@@ -411,25 +435,13 @@ void launch_direct(const Problem& p, cudaStream_t stream) {
   a.padding_h = map.padding_h, a.padding_w = map.padding_w, a.fan_in = map.fan_in;
   a.by_fan_out = Divider(map.fan_out);
   a.channels_last = map.targets > 1 && map.target.stride[1] == 1;
-  const int64_t outputs = p.batch * map.targets * a.out_height * a.out_width;
-  const int64_t threads = int64_t{512} * current_device().multiprocessors;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if constexpr (sizeof(T) <= 4)
-      visit_small_kernel(p, [&](auto kernel) {
-        using Kernel = decltype(kernel);
-        if constexpr (Kernel::kStride == 1 && Kernel::kDilation == 1 && Kernel::kSquare && Kernel::kKernelH > 1) {
-          if (launch_vectors<T, Kernel, 8 / sizeof(T)>(p, map, a, stream)) return;
-          if constexpr (sizeof(T) == 2)
-            if (launch_vectors<T, Kernel, 4 / sizeof(T)>(p, map, a, stream)) return;
-        }
-        if constexpr (Kernel::kStride > 1)
-          if (map.spread) return launch<T, Kernel, true, 1>(a, p.batch, map.targets, stream);
-        if (outputs > threads * kManyRows<Kernel>)
-          launch<T, Kernel, false, kManyRows<Kernel>>(a, p.batch, map.targets, stream);
-        else
-          launch<T, Kernel, false, 1>(a, p.batch, map.targets, stream);
-      });
+    visit_small_kernel(p, [&](auto kernel) {
+      using Kernel = decltype(kernel);
+      if constexpr (sizeof(T) <= 4 || Kernel::kKernelH * Kernel::kKernelW <= kDirectFloat64Taps)
+        launch_kernel<T, Kernel>(p, map, a, stream);
+    });
   });
 }
 

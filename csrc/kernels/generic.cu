@@ -5,66 +5,19 @@
 // reads and writes coalesce as far as the layout allows. Only taps that meet the image are multiplied: a weight that is
 // Inf or NaN does not meet the padding.
 #include <algorithm>
-#include <limits>
 
-#include "columns_grad_weight.h"
-#include "common.cuh"
+#include "cast.h"
+#include "generic.cuh"
 #include "launch.h"
-#include "partial_sums.h"
 
 namespace dwconv {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kRows = 4;      // rows that a thread owns, so that a weight is read once for four products
-constexpr int kTaps = 9;      // taps that a thread of grad_weight accumulates in registers
-constexpr int kWideTaps = 3;  // in float64 along rows, of few: registers for four blocks a multiprocessor, not two
-constexpr int kPart = 32;     // columns that it adds up before it adds them to its sum
+// Rows that a thread owns, so that a weight is read once for as many products: more in float64 with large kernels.
+constexpr int kFewRows = 4, kManyRows = 8;
 
-// Problem with the integer type of the index arithmetic: 64 bits cost two to three times the instructions.
-template <typename Index>
-struct Sizes {
-  Index batch, channels, multiplier, filters, height, width, out_height, out_width, kernel_h, kernel_w;
-  Index stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
-  Index input[4], weight[4], output[4], bias;  // strides, in elements
-
-  explicit Sizes(const Problem& p)
-      : batch(p.batch),
-        channels(p.channels),
-        multiplier(p.multiplier),
-        filters(p.filters()),
-        height(p.height),
-        width(p.width),
-        out_height(p.out_height),
-        out_width(p.out_width),
-        kernel_h(p.kernel_h),
-        kernel_w(p.kernel_w),
-        stride_h(p.stride_h),
-        stride_w(p.stride_w),
-        padding_h(p.padding_h),
-        padding_w(p.padding_w),
-        dilation_h(p.dilation_h),
-        dilation_w(p.dilation_w),
-        bias(p.bias_stride) {
-    for (int i = 0; i < 4; ++i)
-      input[i] = p.input.stride[i], weight[i] = p.weight.stride[i], output[i] = p.output.stride[i];
-  }
-};
-
-bool is_channels_last(const View& view, int64_t channels) {
-  return channels > 1 && view.stride[1] == 1;
-}
-
-// Returns value % size and leaves value / size in `value`.
-template <typename Index>
-__device__ Index split(Index& value, Index size) {
-  const Index quotient = value / size;
-  const Index remainder = value - quotient * size;
-  value = quotient;
-  return remainder;
-}
-
-// The position of a thread in an array whose rows go in strips of kRows; fastest index first as memory has it.
+// The position of a thread in an array whose rows go in strips; fastest index first as memory has it.
 template <typename Index>
 struct Position {
   Index image, channel, strip, column;
@@ -98,7 +51,7 @@ struct Walk {
 
 // Adds to the sums of kRows rows, `row_step` source rows apart, what the taps find in the source. `columns` is clipped;
 // `rows` speaks of the first of the rows.
-template <typename T, typename Index>
+template <typename T, typename Index, int kRows>
 __device__ void add_taps(Accumulator<T> (&sum)[kRows], const T* source, Index height, Index row_stride,
                          Index column_stride, const Walk<Index>& rows, Index row_step, const Walk<Index>& columns,
                          const T* taps, Index tap_row_stride, Index tap_column_stride) {
@@ -126,7 +79,7 @@ __device__ void add_taps(Accumulator<T> (&sum)[kRows], const T* source, Index he
   }
 }
 
-template <typename T, typename Index>
+template <typename T, typename Index, int kRows>
 __global__ void __launch_bounds__(kThreads)
     generic_forward(const T* __restrict__ input, const T* __restrict__ weight, const T* __restrict__ bias,
                     T* __restrict__ output, const Sizes<Index> s, bool channels_last, Index strips, Index threads) {
@@ -176,7 +129,7 @@ __device__ Walk<Index> taps_reaching(Index padded_index, Index stride, Index dil
 }
 
 // A thread owns kRows input rows that lie a stride apart: the same taps reach all of them.
-template <typename T, typename Index>
+template <typename T, typename Index, int kRows>
 __global__ void __launch_bounds__(kThreads)
     generic_grad_input(const T* __restrict__ grad_output, const T* __restrict__ weight, T* __restrict__ grad_input,
                        const Sizes<Index> s, Index step_h, Index fall_h, Index step_w, Index fall_w, bool channels_last,
@@ -207,196 +160,64 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// grad_weight in two stages. The first cuts the N * H_out output rows into `splits` runs; a block sums a few taps (and
-// the bias) over one run, for one filter (NCHW: lanes are columns) or `lanes` filters (channels_last: lanes are
-// filters). The second adds up the runs. Every sum has a fixed order: the result is the same bit for bit, always.
-struct WeightGradientShape {
-  bool channels_last;
-  int lanes;  // threads side by side, a power of two; kThreads / lanes rows are in work at a time
-  int taps;   // of a thread
-  int64_t filter_groups, tap_groups, splits;
-
-  explicit WeightGradientShape(const Problem& p) {
-    channels_last = is_channels_last(p.output, p.filters()) || is_channels_last(p.input, p.channels);
-    const int64_t side_by_side = channels_last ? p.filters() : p.out_width;
-    for (lanes = 1; lanes < 32 && lanes < side_by_side;) lanes *= 2;
-    filter_groups = channels_last ? ceil_div(p.filters(), lanes) : p.filters();
-    taps = p.dtype == DType::kFloat64 && !channels_last && p.taps() <= kTaps ? kWideTaps : kTaps;
-    tap_groups = ceil_div(p.taps(), taps);
-    constexpr int64_t kBlocks = 2048;  // fills any GPU a few times over; the same on all, so that results are too
-    const int64_t rows = p.batch * p.out_height;
-    const int64_t useful = ceil_div(rows, kThreads / lanes);
-    splits = std::max<int64_t>(1, std::min(useful, ceil_div(kBlocks, filter_groups * tap_groups)));
-  }
-};
-
-// Partial sums lie as [split][tap, or bias behind the last tap][filter].
-template <typename T, typename Index, int kTaps>
-__global__ void __launch_bounds__(kThreads, kTaps == kWideTaps && sizeof(Index) == 4 ? 4 : 1)
-    generic_grad_weight_runs(const T* __restrict__ grad_output, const T* __restrict__ input,
-                             Accumulator<T>* __restrict__ partial, const Sizes<Index> s, bool with_bias,
-                             bool channels_last, int lanes, Index filter_groups, Index tap_groups, Index splits) {
-  using Acc = Accumulator<T>;
-  __shared__ Acc shared[kThreads];
-  const int lane = threadIdx.x % lanes;
-  const int rows_at_once = kThreads / lanes;
-  const Index taps = s.kernel_h * s.kernel_w;
-  const Index rows = s.batch * s.out_height;
-
-  Index group = blockIdx.x;
-  const Index first_tap = split(group, tap_groups) * kTaps;
-  const Index filter_group = split(group, filter_groups);
-  const Index run = group;
-  const Index begin = static_cast<Index>(static_cast<int64_t>(rows) * run / splits);
-  const Index end = static_cast<Index>(static_cast<int64_t>(rows) * (run + 1) / splits);
-
-  const Index filter = channels_last ? filter_group * lanes + lane : filter_group;
-  const Index first_column = channels_last ? 0 : lane;
-  const Index column_step = channels_last ? 1 : lanes;
-
-  Acc sum[kTaps] = {}, bias_sum = 0;
-  Index dy[kTaps], dx[kTaps];
-#pragma unroll
-  for (int t = 0; t < kTaps; ++t) {
-    const Index tap = min(first_tap + t, taps - 1);
-    dy[t] = tap / s.kernel_w * s.dilation_h - s.padding_h;
-    dx[t] = tap % s.kernel_w * s.dilation_w - s.padding_w;
-  }
-  if (filter < s.filters) {
-    const T* channel = input + filter / s.multiplier * s.input[1];
-    const T* grad = grad_output + filter * s.output[1];
-    for (Index r = begin + threadIdx.x / lanes; r < end; r += rows_at_once) {
-      Index image = r;
-      const Index out_row = split(image, s.out_height);
-      const T* image_input = channel + image * s.input[0];
-      const T* row_grad = grad + image * s.output[0] + out_row * s.output[2];
-      Index offset[kTaps], width[kTaps];  // a width of 0 keeps a tap above or below the image out
-#pragma unroll
-      for (int t = 0; t < kTaps; ++t) {
-        const Index y = out_row * s.stride_h + dy[t];
-        width[t] = y >= 0 && y < s.height ? s.width : 0;
-        offset[t] = width[t] ? y * s.input[2] : 0;
-      }
-      for (Index column = first_column; column < s.out_width;) {
-        Acc part[kTaps] = {}, bias_part = 0;  // short sums of short sums: the rounding error grows slowly
-        for (int n = 0; n < kPart && column < s.out_width; ++n, column += column_step) {
-          const Acc g = widen(row_grad[column * s.output[3]]);
-          bias_part += g;
-#pragma unroll
-          for (int t = 0; t < kTaps; ++t) {
-            const Index x = column * s.stride_w + dx[t];
-            if (x >= 0 && x < width[t]) part[t] += g * widen(image_input[offset[t] + x * s.input[3]]);
-          }
-        }
-#pragma unroll
-        for (int t = 0; t < kTaps; ++t) sum[t] += part[t];
-        bias_sum += bias_part;
-      }
-    }
-  }
-
-  // A tree over the threads: down to one thread, or to one row of lanes where each lane has a filter of its own.
-  const int width = channels_last ? lanes : 1;
-  const auto reduce = [&](Acc value, Index slot) {
-    shared[threadIdx.x] = value;
-    __syncthreads();
-    for (int offset = kThreads / 2; offset >= width; offset /= 2) {
-      if (static_cast<int>(threadIdx.x) < offset) shared[threadIdx.x] += shared[threadIdx.x + offset];
-      __syncthreads();
-    }
-    if (static_cast<int>(threadIdx.x) < width && filter < s.filters)
-      partial[(run * (taps + with_bias) + slot) * s.filters + filter] = shared[threadIdx.x];
-    __syncthreads();
-  };
-#pragma unroll
-  for (int t = 0; t < kTaps; ++t)
-    if (first_tap + t < taps) reduce(sum[t], first_tap + t);
-  if (with_bias && first_tap == 0) reduce(bias_sum, taps);
-}
-
-unsigned blocks_for(int64_t threads) {
-  const int64_t blocks = ceil_div(threads, kThreads);
-  if (blocks > std::numeric_limits<int32_t>::max())
-    throw std::runtime_error("dwconv: the tensors are too large for one kernel launch");
-  return static_cast<unsigned>(blocks);
-}
-
-template <typename T, typename Index>
+template <typename T, typename Index, int kRows>
 void launch_forward(const Problem& p, cudaStream_t stream) {
   const int64_t strips = ceil_div(p.out_height, kRows);
   const int64_t threads = p.batch * p.filters() * strips * p.out_width;
-  generic_forward<T, Index><<<blocks_for(threads), kThreads, 0, stream>>>(
+  generic_forward<T, Index, kRows><<<blocks_for(threads, kThreads), kThreads, 0, stream>>>(
       static_cast<const T*>(p.input.data), static_cast<const T*>(p.weight.data), static_cast<const T*>(p.bias),
       static_cast<T*>(p.output.data), Sizes<Index>(p), is_channels_last(p.output, p.filters()), strips, threads);
 }
 
-template <typename T, typename Index>
+template <typename T, typename Index, int kRows>
 void launch_grad_input(const Problem& p, cudaStream_t stream) {
   const int64_t phases = std::min(p.stride_h, p.height);
   const int64_t strips = ceil_div(p.height, kRows * p.stride_h) * phases;
   const int64_t threads = p.batch * p.channels * strips * p.width;
   const Reach rows(p.stride_h, p.dilation_h), columns(p.stride_w, p.dilation_w);
-  generic_grad_input<T, Index><<<blocks_for(threads), kThreads, 0, stream>>>(
+  generic_grad_input<T, Index, kRows><<<blocks_for(threads, kThreads), kThreads, 0, stream>>>(
       static_cast<const T*>(p.output.data), static_cast<const T*>(p.weight.data), static_cast<T*>(p.input.data),
       Sizes<Index>(p), rows.tap_step, rows.fall, columns.tap_step, columns.fall, is_channels_last(p.input, p.channels),
       phases, strips, threads);
 }
 
-template <typename T, typename Index>
-void launch_grad_weight(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
-  const WeightGradientShape shape(p);
-  const int64_t sums = (p.taps() + (p.bias != nullptr)) * p.filters();
-  auto* partial = static_cast<Accumulator<T>*>(allocate(shape.splits * sums * sizeof(Accumulator<T>)));
-  const int64_t blocks = shape.filter_groups * shape.tap_groups * shape.splits;
-  const auto launch = [&](auto kernel) {
-    kernel<<<blocks_for(blocks * kThreads), kThreads, 0, stream>>>(
-        static_cast<const T*>(p.output.data), static_cast<const T*>(p.input.data), partial, Sizes<Index>(p),
-        p.bias != nullptr, shape.channels_last, shape.lanes, shape.filter_groups, shape.tap_groups, shape.splits);
-  };
-  if (sizeof(T) == sizeof(double) && shape.taps == kWideTaps)
-    launch(generic_grad_weight_runs < T, Index, sizeof(T) == sizeof(double) ? kWideTaps : kTaps >);
+template <typename T, typename Index, int kRows>
+void launch_rows(const Problem& p, cudaStream_t stream) {
+  if (p.pass == Pass::kForward)
+    launch_forward<T, Index, kRows>(p, stream);
   else
-    launch(generic_grad_weight_runs<T, Index, kTaps>);
-  check_launch("generic_grad_weight_runs");
-  launch_add_partial_sums(p, partial, shape.splits, stream);
+    launch_grad_input<T, Index, kRows>(p, stream);
 }
 
-// Whether every offset and every row or column number, also those before and behind the image, fits 31 bits.
-bool fits_32_bits(const Problem& p) {
-  const auto extent = [](const View& view, int64_t n, int64_t c, int64_t h, int64_t w) {
-    return std::max<int64_t>(n - 1, 0) * view.stride[0] + (c - 1) * view.stride[1] + (h - 1) * view.stride[2] +
-           (w - 1) * view.stride[3];
-  };
-  const int64_t reach_h = p.height + 2 * p.padding_h + (kRows + 1) * (p.stride_h + p.dilation_h) * kRows;
-  const int64_t reach_w = p.width + 2 * p.padding_w + 2 * (p.stride_w + p.dilation_w);
-  const int64_t positions = p.batch * std::max(p.filters() * (p.out_height + kRows) * p.out_width,
-                                               p.channels * (p.height + kRows * p.stride_h) * p.width);
-  const int64_t sums = p.pass == Pass::kGradWeight ? (p.taps() + 1) * p.filters() * WeightGradientShape(p).splits : 0;
-  constexpr int64_t kLimit = std::numeric_limits<int32_t>::max() / 2;
-  return std::max({extent(p.input, p.batch, p.channels, p.height, p.width),
-                   extent(p.output, p.batch, p.filters(), p.out_height, p.out_width),
-                   extent(p.weight, p.filters(), 1, p.kernel_h, p.kernel_w), p.filters() * p.bias_stride, reach_h,
-                   reach_w, positions, sums}) < kLimit;
+// In channels_last neighbouring lanes read weights of neighbouring filters: where each is read often, they are laid out
+// side by side first.
+void lay_filters_side_by_side(Problem& p, const Allocate& allocate, cudaStream_t stream) {
+  constexpr int64_t kManyPixels = 2048;
+  const View& written = p.pass == Pass::kForward ? p.output : p.input;
+  const int64_t pixels = p.batch * std::min(p.height * p.width, p.out_height * p.out_width);
+  if (!is_channels_last(written, p.channels) || p.weight.stride[0] <= 1 || p.taps() == 1 || pixels < kManyPixels)
+    return;
+  View to{allocate(p.filters() * p.taps() * size_of(p.dtype)), {1, 1, p.kernel_w * p.filters(), p.filters()}};
+  launch_cast({p.dtype, p.dtype, p.weight, to, {p.filters(), 1, p.kernel_h, p.kernel_w}}, stream);
+  p.weight = to;
 }
 
 }  // namespace
 
-void launch_generic(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
-  if (p.pass == Pass::kGradWeight && launch_columns_grad_weight(p, allocate, stream)) return;
-  const auto launch = [&](auto zero, auto index) {
-    using T = decltype(zero);
-    using Index = decltype(index);
-    switch (p.pass) {
-      case Pass::kForward: return launch_forward<T, Index>(p, stream);
-      case Pass::kGradInput: return launch_grad_input<T, Index>(p, stream);
-      case Pass::kGradWeight: return launch_grad_weight<T, Index>(p, allocate, stream);
-    }
-  };
+void launch_generic(const Problem& problem, const Allocate& allocate, cudaStream_t stream) {
+  if (problem.pass == Pass::kGradWeight) return launch_generic_grad_weight(problem, allocate, stream);
+  Problem p = problem;
+  lay_filters_side_by_side(p, allocate, stream);
+  const bool is_small = fits_32_bits(p, kManyRows, 0);
   visit_dtype(p.dtype, [&](auto zero) {
-    if (fits_32_bits(p))
-      launch(zero, int32_t{});
+    using T = decltype(zero);
+    constexpr int64_t kManyTaps = 49;
+    if (!is_small)
+      launch_rows<T, int64_t, kFewRows>(p, stream);
+    else if (sizeof(T) == sizeof(double) && p.taps() >= kManyTaps)
+      launch_rows<T, int32_t, sizeof(T) == sizeof(double) ? kManyRows : kFewRows>(p, stream);
     else
-      launch(zero, int64_t{});
+      launch_rows<T, int32_t, kFewRows>(p, stream);
   });
   check_launch("generic");
 }
