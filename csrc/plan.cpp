@@ -149,7 +149,7 @@ bool claims_march_nchw(const Problem& p) {
   if (p.multiplier > 1 || (!March7x7::is_of(p) && !March9x9::is_of(p))) return false;
   // large_float32 is faster where it copies whole planes.
   if (March9x9::is_of(p) && p.capability >= 90 && p.height * p.width % 4 == 0 && p.out_height * p.out_width % 4 == 0 &&
-      begin_with_units(p) && is_sure_of_rows(p))
+      is_sure_of_rows(p))
     return false;
   return (!has_known_bounds(p) || has_halves(p)) && can_march_planes(p, 16 << 10);
 }

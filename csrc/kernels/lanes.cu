@@ -56,11 +56,12 @@ struct Form {
   // of 14 columns are no multiple of 16 bytes: whole planes are, and their boxes have no rows.
   static constexpr bool kBoxes = kSide < 56, kFlat = kSide == 14;
   // Warps of a scheduler that compute, and the threads of a block by which ptxas has registers: with 96 it keeps
-  // weights of many taps in uniform registers, with 128 it reads the pixels of few ahead of their use.
-  static constexpr int kMostWarps = kTaps == 31 || (kForm.staged && kSide > 14) ? 3 : 4;
-  static constexpr int kBoundThreads = kMostWarps == 3 && kTaps < 31 ? 512 : kTaps > 32 ? 544 : 640;
-  // Warps that copy where planes do not come by bulk copies: one beside those of each scheduler.
-  static constexpr int kMostCopiers = std::min(kBoundThreads / 32 - kSchedulers * kMostWarps, kSchedulers);
+  // weights in uniform registers, and yet reads pixels ahead of their use. Code of 51 taps does not fit the instruction
+  // caches, and so many warps wait for it.
+  static constexpr int kMostWarps = kTaps == 31 || (kForm.staged && kSide == 28) ? 3 : kTaps == 51 ? 5 : 4;
+  static constexpr int kBoundThreads = kMostWarps == 5 ? 672 : 640;
+  // Warps that copy where planes do not come by bulk copies: two beside those of each scheduler.
+  static constexpr int kMostCopiers = std::min(kBoundThreads / 32 - kSchedulers * kMostWarps, 2 * kSchedulers);
 };
 
 struct Arguments {
@@ -84,8 +85,9 @@ struct Arguments {
   int copiers;                 // warps that copy
   Divider by_groups, by_tasks, by_stages;
   Copy copy;
+  Divider by_kernels;
   int stages, stage_bytes, unit_bytes;
-  int weights_at, kernel_bytes;                                        // behind a stage's planes
+  int kernels, weights_at, kernel_bytes;  // kernels: behind the stages, one more than these
   int zeros_at, barriers_at, steps_at, outputs_at, bytes, zeros_from;  // in shared memory
 };
 
@@ -118,13 +120,43 @@ __device__ __forceinline__ void ask_for(const Arguments& a, const Item<F>& item)
 #endif
 }
 
-// Begins to copy the weights of a filter, by one warp.
+// Copies the weights of filters, by one warp, whose lanes lie on columns of neighbouring rows. What is the same for all
+// filters is worked out once.
 template <class F>
-__device__ __forceinline__ void copy_weights(const Arguments& a, int filter, int to) {
-  const float* weights = a.weight + filter * a.weight_stride[0];
-  to += 4 * (F::kReach - a.padding_w);
-  copy_rows<1>(weights, a.weight_stride[2], a.weight_stride[3], a.kernel_h, a.kernel_w, to, F::kWeightBytes, 4);
-}
+class WeightCopies {
+ public:
+  __device__ explicit WeightCopies(const Arguments& a) {
+    const int lane = threadIdx.x % 32, at_once = max(32 / a.kernel_w, 1), row = lane / min(a.kernel_w, 32);
+    column_ = lane - row * min(a.kernel_w, 32), count_ = row < at_once ? (a.kernel_h - row + at_once - 1) / at_once : 0;
+    from_ = a.weight + row * a.weight_stride[2] + column_ * a.weight_stride[3];
+    to_ = row * F::kWeightBytes + 4 * (F::kReach - a.padding_w + column_);
+    step_ = at_once * a.weight_stride[2], bytes_ = at_once * F::kWeightBytes;
+  }
+  __device__ void begin(const Arguments& a, int filter, int to) const {
+    constexpr int kAtOnce = 4;
+    const float* from = from_ + filter * a.weight_stride[0];
+    uint32_t place = shared_address(to) + to_;
+#pragma unroll 1
+    for (int column = column_; column < a.kernel_w; column += 32, from += 32 * a.weight_stride[3], place += 128) {
+      const float* at = from;
+      uint32_t to = place;
+      const auto copy = [&] { copy_unit<4>(to, at), at += step_, to += bytes_; };
+      int left = count_;
+#pragma unroll 1
+      for (; left >= kAtOnce; left -= kAtOnce)
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) copy();
+#pragma unroll
+      for (int n = 0; n < kAtOnce - 1; ++n)
+        if (left > n) copy();
+    }
+  }
+
+ private:
+  const float* from_;
+  int64_t step_;  // from row to row of a lane
+  int column_, count_, to_, bytes_;
+};
 
 __device__ __forceinline__ void store_four(uint32_t to, const float (&from)[4]) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(from[0]), "f"(from[1]), "f"(from[2]),
@@ -378,10 +410,6 @@ __global__ void __launch_bounds__(F::kBoundThreads) lanes(const __grid_constant_
   const int first = blockIdx.x * a.share, end = min(first + a.share, a.items);
   ask_for<F>(a, Item<F>(a, first));
   for (int at = a.zeros_from + 16 * threadIdx.x; at < a.bytes; at += 16 * blockDim.x) shared<float4>(at) = {};
-  if (a.zeros_from > 0)  // beside the weights
-    for (int stage = 0; stage < a.stages; ++stage)
-      for (int at = 16 * threadIdx.x; at < a.kernel_bytes; at += 16 * blockDim.x)
-        shared<float4>(stage * a.stage_bytes + a.weights_at + at) = {};
   __syncthreads();
   Ring stages(a.barriers_at, a.stages);
   // The first row of the kernel in which any of a warp's lanes meets the image, and how many there are.
@@ -404,11 +432,16 @@ __global__ void __launch_bounds__(F::kBoundThreads) lanes(const __grid_constant_
   wait_for_kernel_before();
 
   if (warp >= warps) {
+    // Beside warps that always have something to multiply each instruction takes long. So weights are copied ahead of
+    // planes, to where those of as many items before were as there are stages, and one more: what has to be done when
+    // a stage is empty is little.
+    const WeightCopies<F> weights(a);
+    int kernel = a.weights_at, next_kernel = warp == warps ? first : end;
 #pragma unroll 1
     for (int at = first; at < end; ++at) {
-      stages.wait_empty();
       const Item<F> item(a, at);
       const int to = stages.at * a.stage_bytes, channel = item.filter / a.fan_out;
+      stages.wait_empty();
       if (a.box_bytes > 0) {
         if (is_elected()) {
           expect_bytes(stages.full(), a.box_bytes);
@@ -423,8 +456,22 @@ __global__ void __launch_bounds__(F::kBoundThreads) lanes(const __grid_constant_
                        a.source_stride, a.copy, item.filter, item.image, 1, item.units, a.height, a.width, to,
                        a.unit_bytes, stages.full(), warp - warps, a.copiers);
       }
-      if (warp == warps) copy_weights<F>(a, item.filter, to + a.weights_at);
-      arrive_after_copies(stages.full());
+#pragma unroll 1
+      for (int turn = 0; turn < 2; ++turn) {
+        const int end_kernel = min(turn == 0 ? at + 1 : max(at + 2, first + a.kernels), end);
+#pragma unroll 1
+        for (; next_kernel < end_kernel; ++next_kernel) {
+          weights.begin(a, Item<F>(a, next_kernel).filter, kernel);
+          kernel = kernel + a.kernel_bytes == a.zeros_at ? a.weights_at : kernel + a.kernel_bytes;
+        }
+        if (turn > 0) break;
+        // An arrival that waits for copies may come before the bytes that are expected. These weights were mostly begun
+        // long ago.
+        if (a.box_bytes > 0 || a.copy.bulk)
+          finish_copies(), arrive(stages.full());
+        else
+          arrive_after_copies(stages.full());
+      }
       stages.wait_full();  // what comes before comes first
       stages.advance();
     }
@@ -440,10 +487,11 @@ __global__ void __launch_bounds__(F::kBoundThreads) lanes(const __grid_constant_
     const int rank = a.by_tasks.split(number);  // leaves the item
     if (first + static_cast<int>(number) >= end) break;
     const Item<F> item(a, first + number);
+    uint32_t round = number;
+    const int weight = a.weights_at + a.by_kernels.split(round) * a.kernel_bytes;
     const int stage = a.by_stages.split(number), parity = number & 1, barrier = a.barriers_at + 16 * stage;
     wait(barrier, parity);
-    const int planes = stage * a.stage_bytes;
-    finite &= compute<F>(a, item, planes, shared_address(planes + a.weights_at), outputs, middle_first(rank, a.tasks));
+    finite &= compute<F>(a, item, stage * a.stage_bytes, shared_address(weight), outputs, middle_first(rank, a.tasks));
     arrive_together(barrier + 8, lane == 0);
   }
   if constexpr (F::kBoxes && F::kForm.staged) wait_until_boxes_are_there();
@@ -457,15 +505,16 @@ template <class F>
 int place(Arguments& a, int shared_memory) {
   // An odd number of 16 bytes from image to image; as boxes have them, whole rows.
   a.unit_bytes = F::kBoxes && !F::kFlat ? (a.height | 1) * F::kRowBytes : a.height * F::kRowBytes | 16;
-  a.weights_at = a.units * a.unit_bytes, a.kernel_bytes = a.kernel_h * F::kWeightBytes;
-  a.stage_bytes = static_cast<int>(round_up(a.weights_at + a.kernel_bytes, kBoxUnit));
+  a.stage_bytes = static_cast<int>(round_up(a.units * a.unit_bytes, kBoxUnit));
+  a.kernel_bytes = a.kernel_h * F::kWeightBytes;
   const int output_bytes = kSchedulers * F::kMostWarps * 128 * F::kPiece;
-  const int rest = F::kRowBytes + 16 * kMostStages + 8 * a.tasks + kBoxUnit + output_bytes;
-  a.stages = std::min(kMostStages, (shared_memory - 256 - rest) / a.stage_bytes);
+  const int rest = a.kernel_bytes + F::kRowBytes + 16 * kMostStages + 8 * a.tasks + kBoxUnit + output_bytes;
+  a.stages = std::min(kMostStages, (shared_memory - 256 - rest) / (a.stage_bytes + a.kernel_bytes));
   if (a.stages < 2) return 0;
-  a.zeros_at = a.stages * a.stage_bytes;
+  a.weights_at = a.stages * a.stage_bytes, a.kernels = a.stages + 1;
+  a.zeros_at = a.weights_at + a.kernels * a.kernel_bytes;
   a.barriers_at = static_cast<int>(round_up(a.zeros_at + F::kRowBytes, 16));
-  a.zeros_from = a.width == F::kSide ? a.zeros_at : 0;
+  a.zeros_from = a.width == F::kSide ? a.weights_at : 0;  // beside weights as well
   a.steps_at = a.barriers_at + 16 * kMostStages,
   a.outputs_at = static_cast<int>(round_up(a.steps_at + 8 * a.tasks, kBoxUnit));
   a.bytes = a.outputs_at + output_bytes;
@@ -522,7 +571,8 @@ bool launch(const Problem& p, Arguments a, cudaStream_t stream) {
   constexpr int kFewWarps = 3;
   const int warps = std::min(F::kMostWarps, a.stages * a.tasks / kSchedulers);
   if (warps < kFewWarps) return false;
-  a.by_groups = Divider(groups), a.by_tasks = Divider(a.tasks), a.by_stages = Divider(a.stages);
+  a.by_groups = Divider(groups), a.by_tasks = Divider(a.tasks), a.by_stages = Divider(a.stages),
+  a.by_kernels = Divider(a.kernels);
   if (F::kBoxes && p.capability >= 90) describe_boxes_of<F>(a);
   // With few taps tasks are short, and waiting until a box is read takes as long as it saves.
   constexpr int kFewTaps = 9;
