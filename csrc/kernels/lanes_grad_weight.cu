@@ -12,6 +12,9 @@
 // rows of taps, are added up in shared memory, those of two blocks that share one filter by the first of them, as a
 // cluster, those of others by a second kernel, always in the same order.
 //
+// Channels of tensors that begin between multiples of 16 bytes are counted from the multiple before: the first ones are
+// those of the pixel before, and their sums are nobody's.
+//
 // Columns that planes lack are zero, and give NaN where they meet Inf or NaN. So sums that are not finite are computed
 // again.
 #include "lanes_grad_weight.h"
@@ -106,6 +109,7 @@ struct Arguments {
   int zeros_from, sums_at, sums_bytes, sums_buffers, barriers_at, bytes;  // in shared memory, behind the stages
   int rows_at;                                                            // of each warp, where registers are few
   int totals_at, totals_bytes;                                            // of the cluster's second block
+  int shift;  // of the filters, those that are of the pixels before
 };
 
 // A sum of a block, tap by tap: only taps that meet the image.
@@ -317,6 +321,7 @@ __device__ __forceinline__ void put_tap(const Arguments& a, const Cursor<F>& cur
                                         int tap, int i, int j, float sum) {
   if (!gather(a, cursor, share, tap * F::kFilters + plane, sum)) return;
   const int filter = cursor.filter() + plane;
+  if (F::kChannelsLast && filter < a.shift) return;
   if (!is_finite(sum)) {
     const int begin = share.first - cursor.index * a.groups, first = (begin < 0 ? a.rest : begin) * F::kImages;
     const int end = F::has_clusters(a) ? a.batch : cursor.image() + cursor.images(a);
@@ -468,7 +473,8 @@ __global__ void __launch_bounds__(32 * F::kAllWarps, 1) lanes_grad_weight(const 
 #pragma unroll
         for (int bit = 16; bit >= F::kFilters; bit /= 2) bias += __shfl_xor_sync(~0u, bias, bit);
         const int taps = min(a.band, a.kernel_h) * a.kernel_w;
-        if (lane < summed.filters(a) && gather(a, summed, share, taps * F::kFilters + lane, bias))
+        if (lane < summed.filters(a) && gather(a, summed, share, taps * F::kFilters + lane, bias) &&
+            (!F::kChannelsLast || summed.filter() + lane >= a.shift))
           put<F>(a, summed, share, summed.filter() + lane, a.kernel_h * a.kernel_w, bias);
         bias = 0;
       }
@@ -723,10 +729,18 @@ bool launch(const Problem& p, Arguments a, const Allocate& allocate, cudaStream_
     a.input_copy = copy_of<F>(a.input, a.input_stride, a.filters, a.height, a.width, has_bulk_copies);
     a.grad_copy = copy_of<F>(a.grad, a.grad_stride, a.filters, a.out_height, a.out_width, has_bulk_copies);
   }
-  if (F::kChannelsLast && has_bulk_copies)
+  if (F::kChannelsLast && has_bulk_copies) {
+    // Tensors that begin between multiples of 16 bytes are boxes of the multiple before, whose filters are counted from
+    // there.
+    const auto shift_of = [](const float* from) { return static_cast<int>(reinterpret_cast<uintptr_t>(from) / 4 % 4); };
+    const int shift = shift_of(a.input), filters = a.filters + shift;
+    const float *const input = a.input - shift, *const grad = a.grad - shift;
     a.input_copy.bulk = a.grad_copy.bulk =
-        describe_planes<F>(a.input_map, a.input, a.input_stride, a.filters, a.batch, a.height, a.width) &&
-        describe_planes<F>(a.grad_map, a.grad, a.grad_stride, a.filters, a.batch, a.out_height, a.out_width);
+        shift == shift_of(a.grad) &&
+        describe_planes<F>(a.input_map, input, a.input_stride, filters, a.batch, a.height, a.width) &&
+        describe_planes<F>(a.grad_map, grad, a.grad_stride, filters, a.batch, a.out_height, a.out_width);
+    if (a.input_copy.bulk) a.shift = shift, a.filters = filters, a.input = input, a.grad = grad;
+  }
   if (F::kAlone && !F::kChannelsLast) {
     a.input_copy.boxes = a.input_copy.bulk && a.multiplier == 1 &&
                          describe_dense_planes<F>(a.input_map, a.input, a.input_stride, a.filters, a.batch, a.height);
@@ -772,11 +786,17 @@ bool launch(const Problem& p, Arguments a, const Allocate& allocate, cudaStream_
   const int threads = 32 * (a.tap_groups * a.parts + a.copiers);
   join_clusters<F>(a, kernel, static_cast<int>(p.shared_memory));
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, a.bytes);
-  a.sums = weight_sums(p, a.slots, allocate);
+  const WeightSums sums = weight_sums(p, a.slots, allocate);
+  a.sums = sums;
+  if (a.shift > 0) {  // sums are counted as filters are
+    a.sums.grad_weight = static_cast<float*>(a.sums.grad_weight) - a.shift * a.sums.taps;
+    if (a.sums.grad_bias != nullptr) a.sums.grad_bias = static_cast<float*>(a.sums.grad_bias) - a.shift;
+    if (a.sums.partial != nullptr) a.sums.partial -= a.shift;
+  }
   a.by_kernel_w = Divider(a.kernel_w), a.by_tap_groups = Divider(a.tap_groups);
   launch_early(kernel, a, int64_t{a.blocks} * a.bands, threads, stream, {a.cluster, a.bytes});
   check_launch("lanes_grad_weight");
-  launch_add_partial_sums(p, a.sums, a.slots, stream);
+  launch_add_partial_sums(p, sums, a.slots, stream);
   return true;
 }
 
