@@ -165,12 +165,12 @@ def test_planes_as_wide_as_code_is_compiled_for(case: Case, memory_format: torch
     input, weight, bias = make_inputs(case._replace(bias=True), torch.float32, "cuda", make=integers)
     grad_output = integers(*output_size(case)).to(input)
     order = (0, 2, 3, 1) if memory_format == torch.channels_last else None
-    for offset in (0, 1):
-        laid = lay(input, order, (1, 1, 1, 1), offset=offset), lay(grad_output, order, (1, 1, 1, 1), offset=offset)
+    for offsets in ((0, 0), (1, 1), (3, 2)):
+        laid = tuple(lay(t, order, offset=offset) for t, offset in zip((input, grad_output), offsets))
         exact = run_float64((input, weight, bias), grad_output, **case.geometry)
         found = sums(*laid)
-        assert wrong_numbers(found[0], exact.grad_weight.round()) == 0, offset
-        assert wrong_numbers(found[1], exact.grad_bias.round()) == 0, offset
+        assert wrong_numbers(found[0], exact.grad_weight.round()) == 0, offsets
+        assert wrong_numbers(found[1], exact.grad_bias.round()) == 0, offsets
         assert all(torch.equal(a, b) for a, b in zip(found, sums(*laid)))
     for which, value in product((0, 1), (torch.nan, torch.inf)):
         spoiled = [input.contiguous(memory_format=memory_format), grad_output.contiguous(memory_format=memory_format)]
@@ -198,6 +198,9 @@ ROWS = [
 
 # The same of lanes_channels_last.cu.
 PIXELS = [
+    Case(64, 520, (14, 14), (27, 27), padding=(13, 13)),
+    Case(60, 390, (14, 13), (25, 26), padding=(12, 13)),
+    Case(118, 260, (14, 13), (23, 27), padding=(9, 13)),
     Case(24, 516, (15, 13), (25, 26), padding=(12, 13)),
     Case(21, 260, (27, 28), (9, 9), padding=(4, 4)),
     Case(21, 264, (29, 26), (13, 12), padding=(7, 6)),
@@ -229,18 +232,20 @@ def test_rows_that_code_is_compiled_for(case: Case, memory_format: torch.memory_
     exact = run_float64((input, weight, bias), grad_output, **case.geometry)
     order = (0, 2, 3, 1) if channels_last else None
     input, grad_output = (t.contiguous(memory_format=memory_format) for t in (input, grad_output))
-    for offset in (0, 1):
+    for offset in (0, 1, 3):
         laid = lay(input, order, offset=offset), weight, bias, lay(grad_output, order, offset=offset)
         found = results(*laid)
         for result, expected in zip(found, (exact.output, exact.grad_input)):
             assert wrong_numbers(result, expected.round()) == 0, offset
         assert all(torch.equal(a, b) for a, b in zip(found, results(*laid)))
-    for which, value in product((0, 1, 3), (torch.nan, torch.inf)):
+    for which, (value, offset) in product((0, 1, 3), ((torch.nan, 0), (torch.inf, 1))):
         spoiled = [t.clone() for t in (input, weight, bias, grad_output)]
         spoiled[which][-1, 0, 0, -1] = value
         spoiled[which][3, 0, -1, 0] = value
-        for found, expected in zip(results(*spoiled), results(*spoiled, plan="generic")):
-            assert same(found, expected), (which, value)
+        expected = results(*spoiled, plan="generic")
+        spoiled[0], spoiled[3] = (lay(t, order, offset=offset) for t in (spoiled[0], spoiled[3]))
+        for result, own in zip(results(*spoiled), expected):
+            assert same(result, own), (which, value)
 
 
 NONFINITE = [

@@ -84,6 +84,15 @@ __device__ inline void copy_box(int to, const CUtensorMap& map, int channel, int
 #endif
 }
 
+// Asks for a box in L2: no harm, whatever is still written.
+__device__ inline void ask_for_box(const CUtensorMap& map, int channel, int column, int row, int image) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(channel),
+               "r"(column), "r"(row), "r"(image)
+               : "memory");
+#endif
+}
+
 // Begins to copy a box from a multiple of 128 bytes in shared memory; what is outside of the array goes nowhere. It is
 // one of the bulk copies that the thread commits and waits for.
 __device__ inline void store_box(const CUtensorMap& map, int from, int channel, int column, int row, int image) {

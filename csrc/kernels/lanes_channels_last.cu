@@ -13,6 +13,10 @@
 // Where planes are two blocks of columns wide, products within a block have one loop over the rows, those with the
 // other block another: the code of each fits the instruction caches, and both blocks have the first loop in common.
 //
+// Sources that begin between multiples of 16 bytes are boxes of the multiple before, whose channels are counted from
+// there. So the first ones are those of the pixel before: their lanes have the last channels instead, of which there
+// are as many, from boxes of their own.
+//
 // Columns that planes, and kernels, lack are zero, and give NaN where they meet Inf or NaN. So outputs that are not
 // finite are computed again.
 #include "lanes_channels_last.h"
@@ -35,12 +39,14 @@ namespace {
 constexpr int kWarps = 16;       // of a block
 constexpr int kBandRows = 4;     // of a box, and of what becomes free in the ring at once
 constexpr int kBoxes = 4;        // that arrive at once
+constexpr int kAsked = 2;        // bands that each warp which fills the ring asks for in L2 before
 constexpr int kMostBands = 64;   // of the ring
 constexpr int kMostTasks = 128;  // that are known not to be done
 
 // How the lanes of a form lie on planes, and these in shared memory.
-template <int kNumber>
+template <int kNumber, bool kShifted_>
 struct Form {
+  static constexpr bool kShifted = kShifted_;  // whether the source begins between multiples of 16 bytes
   static constexpr ChannelsForm kForm = kChannelForms[kNumber];
   static constexpr int kSide = kForm.side, kReach = kForm.reach;
   static constexpr int kBlock = kSide == 56 ? 28 : kSide, kBlocks = kSide / kBlock;  // outputs of a lane
@@ -53,7 +59,8 @@ struct Form {
   static constexpr int kPixels = (kSide + 3) / 4 * 4;  // of a row
   static constexpr int kRowBytes = 4 * kPixels;
   static constexpr int kBoxBytes = kBandRows * kUnits * kRowBytes;
-  static constexpr int kWeightBytes = (kTaps + 3) / 4 * 16;  // from row to row
+  static constexpr int kLastBytes = kShifted ? kBandRows * 4 * kRowBytes : 0;  // of a box of the last channels
+  static constexpr int kWeightBytes = (kTaps + 3) / 4 * 16;                    // from row to row
   static constexpr int kZeroBytes = std::max(kRowBytes, kWeightBytes);
 };
 
@@ -63,7 +70,7 @@ template <class F>
 constexpr bool kByAddress = F::kDownImage || F::kReach == 15;
 
 struct Arguments {
-  CUtensorMap map;  // of boxes of the source
+  CUtensorMap map, last_map;  // of boxes of the source, and of those of its last channels
   const float* source;
   const float* weight;
   const float* bias;
@@ -71,14 +78,16 @@ struct Arguments {
   int64_t source_stride[4], target_stride[4], weight_stride[4], bias_stride;  // in elements
   int batch, height, width, out_height, out_width, kernel_h, kernel_w, padding_h, padding_w, fan_out;
   int filters;
+  int shift;                 // elements from a multiple of 16 bytes to the source
+  bool wraps;                // whether lanes of the first channels have the last ones
   int pixel_bytes;           // from column to column of the target
   int groups, share;         // groups of channels; images of a block
   int bands, chunks, tasks;  // of an image: what it is read in, rows of warps, and what warps take from the counter
   int warps, copiers;        // that compute, and that fill the ring
   int ring_bands;
-  int channel_bytes, kernel_bytes;                        // from channel to channel
-  int ring_at, weights_at, zeros_at, barriers_at, bytes;  // in shared memory, behind the boxes
-  Divider by_tasks;
+  int channel_bytes, kernel_bytes;                                 // from channel to channel
+  int last_at, ring_at, weights_at, zeros_at, barriers_at, bytes;  // in shared memory, behind the boxes
+  Divider by_tasks, by_ring_bands, by_ring_rows;
 };
 
 constexpr int kBarriers = kBoxes + kMostBands + kMostTasks;
@@ -98,12 +107,18 @@ __device__ int task_barrier(const A& a, int task) {
   return a.barriers_at + 8 * (kBoxes + kMostBands + task % kMostTasks);
 }
 
-// The place of a row in a ring.
-template <class Row>
-__device__ Row place_in_ring(Row row, Row ring_rows) {
-  while (row < 0) row += ring_rows;
-  while (row >= ring_rows) row -= ring_rows;
-  return row;
+// The filter of a lane, of those that begin with `first`; at least a.filters if there is none.
+template <class F>
+__device__ int filter_of(const Arguments& a, int first, int own) {
+  const int channel = first + own;
+  if (!F::kShifted) return channel;
+  return channel - a.shift + (channel < a.shift ? a.groups * F::kUnits : 0);
+}
+
+// The place in the ring of a row, which may lie before the ring's first one, by no more rows than the ring has.
+__device__ __forceinline__ int place_in_ring(const Arguments& a, int row) {
+  uint32_t place = row + kBandRows * a.ring_bands;
+  return a.by_ring_rows.split(place);
 }
 
 // The last band of an image that a chunk meets; 0 if it meets none.
@@ -181,7 +196,7 @@ __device__ __forceinline__ void walk_down_kernel(float (&sum)[2][F::kBlock], con
   const int end = min(a.height + a.padding_h - first_row, a.kernel_h), ring_rows = kBandRows * a.ring_bands;
   const int positive = a.batch;  // which ptxas does not know
   uint32_t y = row - a.padding_h + begin;
-  int source = ring + place_in_ring(image_row + static_cast<int>(y), ring_rows) * F::kRowBytes;
+  int source = ring + place_in_ring(a, image_row + static_cast<int>(y)) * F::kRowBytes;
   const int past = ring + ring_rows * F::kRowBytes;
   weight += begin * F::kWeightBytes;
   int left = end - begin;
@@ -202,7 +217,7 @@ __device__ __forceinline__ void walk_down_image(float (&sum)[2][2][F::kBlock], c
   const int begin = max(first_row - a.padding_h, 0);
   const int end = min(first_row + F::kRows - 1 - a.padding_h + a.kernel_h, a.height);
   const int ring_rows = kBandRows * a.ring_bands;
-  uint32_t source = ring + place_in_ring(image_row + begin, ring_rows) * F::kRowBytes;
+  uint32_t source = ring + place_in_ring(a, image_row + begin) * F::kRowBytes;
   const uint32_t past = ring + ring_rows * F::kRowBytes;
   uint32_t tap_row = begin - row + a.padding_h - 1;
   weight += tap_row * F::kWeightBytes;
@@ -233,13 +248,13 @@ __device__ __forceinline__ void store_row(float (&sum)[2][F::kBlock], const Argu
                                           int row, int column, float bias) {
   constexpr int kBlock = F::kBlock;
   const int columns = min(a.out_width - column, kBlock);
-  float zero = 0;
 #pragma unroll
-  for (int o = 0; o < kBlock; ++o) {
-    sum[0][o] += sum[1][o];
-    zero = fmaf(sum[0][o], 0.f, zero);
-  }
-  const bool again = __shfl_sync(~0u, __any_sync(~0u, zero != 0.f), 0);
+  for (int o = 0; o < kBlock; ++o) sum[0][o] += sum[1][o];
+  // Any number times Inf or NaN is not finite; what is too large is just found to be so in vain.
+  float products = 0;
+#pragma unroll
+  for (int o = 0; o < kBlock; o += 2) products = fmaf(sum[0][o], sum[0][o + 1], products);
+  const bool again = __shfl_sync(~0u, __any_sync(~0u, products * 0 != 0.f), 0);
   if (filter >= a.filters || row >= a.out_height) return;
   float* const to = a.target + image * a.target_stride[0] + filter * a.target_stride[1] + row * a.target_stride[2] +
                     column * a.target_stride[3];
@@ -271,7 +286,7 @@ __device__ __forceinline__ void compute(const Arguments& a, int filter, int imag
   const int column = is_right ? kBlock : 0;
   const uint32_t ring = base + a.ring_at + own * a.channel_bytes, zeros = base + a.zeros_at;
   const uint32_t weight = base + a.weights_at + own * a.kernel_bytes;
-  filter += own;
+  filter = filter_of<F>(a, filter, own);
   const float bias = a.bias && filter < a.filters ? a.bias[filter * a.bias_stride] : 0;
   float sum[kLaneRows][2][kBlock];
 #pragma unroll
@@ -291,6 +306,20 @@ __device__ __forceinline__ void compute(const Arguments& a, int filter, int imag
   }
 #pragma unroll
   for (int n = 0; n < kLaneRows; ++n) store_row<F>(sum[n], a, filter, image, row + n, column, bias);
+}
+
+// Turns four pixels of four channels, of which so many are wanted.
+template <int kPixelBytes, bool kAll>
+__device__ __forceinline__ void turn_four(uint32_t from, uint32_t to, int channel_bytes, int wanted = 4) {
+  float x[4][4];  // pixels, channels
+#pragma unroll
+  for (int pixel = 0; pixel < 4; ++pixel) load_four(x[pixel], from + pixel * kPixelBytes);
+#pragma unroll
+  for (int channel = 0; channel < (kAll ? 4 : 3); ++channel)
+    if (kAll || channel < wanted)
+      asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + channel * channel_bytes), "f"(x[0][channel]),
+                   "f"(x[1][channel]), "f"(x[2][channel]), "f"(x[3][channel])
+                   : "memory");
 }
 
 // Where a lane finds the pixels that it turns in a box, and where they go in a band of the ring.
@@ -314,17 +343,20 @@ struct BoxTurner {
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
       if (n == kCount - 1 && static_cast<int>(threadIdx.x % 32) + 32 * n >= kAll) break;
-      float x[4][4];  // pixels, channels
-#pragma unroll
-      for (int pixel = 0; pixel < 4; ++pixel) load_four(x[pixel], box + from[n] + pixel * 4 * F::kUnits);
-#pragma unroll
-      for (int channel = 0; channel < 4; ++channel)
-        asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(band + to[n] + channel * channel_bytes),
-                     "f"(x[0][channel]), "f"(x[1][channel]), "f"(x[2][channel]), "f"(x[3][channel])
-                     : "memory");
+      turn_four<4 * F::kUnits, true>(box + from[n], band + to[n], channel_bytes);
     }
   }
 };
+
+// Turns the last channels, whose pixels are units of 16 bytes, to where the first ones were put before.
+template <class F>
+__device__ __forceinline__ void turn_last(uint32_t box, uint32_t band, int channel_bytes, int channels) {
+  static_assert(kBandRows == 4);  // so a band has as many fours of pixels as a row has pixels
+  __syncwarp();
+#pragma unroll
+  for (int at = threadIdx.x % 32; at < F::kPixels; at += 32)
+    turn_four<16, false>(box + 64 * at, band + 16 * at, channel_bytes, channels);
+}
 
 // Where a warp is that takes every a.copiers-th band of a block's images.
 struct BandCursor {
@@ -342,13 +374,16 @@ __device__ __forceinline__ void fill_ring(const Arguments& a, int filter, int fi
                                           int copier) {
   const BoxTurner<F> turner(a.channel_bytes);
   const int boxes = kBoxes / a.copiers, first_box = copier * boxes;
-  BandCursor next(a, copier), freed(a, copier);  // what is asked for next, and what the next band takes the place of
+  // What is asked for next, and what the next band takes the place of.
+  BandCursor next(a, copier), freed(a, (copier + (a.copiers - 1) * a.ring_bands) % a.copiers);
+  const bool wraps = F::kShifted && a.wraps && filter == 0;
   const auto ask = [&](int box) {
     if (next.image >= images) return;
     if (is_elected()) {
-      const int barrier = box_barrier(a, box);
-      expect_bytes(barrier, F::kBoxBytes);
-      copy_box(box * F::kBoxBytes, a.map, filter, 0, next.band * kBandRows, first_image + next.image, barrier);
+      const int barrier = box_barrier(a, box), row = next.band * kBandRows, image = first_image + next.image;
+      expect_bytes(barrier, wraps ? F::kBoxBytes + F::kLastBytes : F::kBoxBytes);
+      copy_box(box * F::kBoxBytes, a.map, filter, 0, row, image, barrier);
+      if (wraps) copy_box(a.last_at + box * F::kLastBytes, a.last_map, a.groups * F::kUnits, 0, row, image, barrier);
       arrive(barrier);
     }
     __syncwarp();
@@ -364,8 +399,9 @@ __device__ __forceinline__ void fill_ring(const Arguments& a, int filter, int fi
       for (; done < end; ++done) wait(task_barrier(a, done), done / kMostTasks & 1);
       freed.advance(a, a.copiers);
     }
-    turner.turn(base + (first_box + box) * F::kBoxBytes, base + a.ring_at + slot * kBandRows * F::kRowBytes,
-                a.channel_bytes);
+    const uint32_t band = base + a.ring_at + slot * kBandRows * F::kRowBytes;
+    turner.turn(base + (first_box + box) * F::kBoxBytes, band, a.channel_bytes);
+    if (wraps) turn_last<F>(base + a.last_at + (first_box + box) * F::kLastBytes, band, a.channel_bytes, a.shift);
     // Bands are there in their order.
     if (a.copiers > 1 && at > 0)
       wait(band_barrier(a, slot > 0 ? slot - 1 : a.ring_bands - 1), slot > 0 ? parity : parity ^ 1);
@@ -384,6 +420,7 @@ __global__ void __launch_bounds__(32 * kWarps, 1) lanes_channels_last(const __gr
   const int split = blockIdx.x / a.groups, filter = (blockIdx.x - split * a.groups) * F::kUnits;
   const int first_image = split * a.share, images = min(a.share, a.batch - first_image);
   if (threadIdx.x == 0) prefetch(a.map);
+  if (F::kShifted && threadIdx.x == 0) prefetch(a.last_map);
   for (int at = a.weights_at + 16 * threadIdx.x; at < a.barriers_at; at += 16 * blockDim.x) shared<float4>(at) = {};
   if (threadIdx.x == 0) {
     next_task = 0;
@@ -392,6 +429,12 @@ __global__ void __launch_bounds__(32 * kWarps, 1) lanes_channels_last(const __gr
   for (int n = threadIdx.x; n < kMostBands; n += blockDim.x) init_barrier(band_barrier(a, n), kWarpArrivals);
   for (int n = threadIdx.x; n < kMostTasks; n += blockDim.x) init_barrier(task_barrier(a, n), kWarpArrivals);
   before_bulk_copies();
+  // What is needed first is asked for in L2, which is no harm while the kernel before still writes.
+  if (warp >= a.warps && is_elected()) {
+    BandCursor next(a, warp - a.warps);
+    for (int n = 0; n < kAsked && next.image < images; ++n, next.advance(a, a.copiers))
+      ask_for_box(a.map, filter, 0, next.band * kBandRows, first_image + next.image);
+  }
   __syncthreads();
   let_next_kernel_start();
   wait_for_kernel_before();
@@ -401,9 +444,12 @@ __global__ void __launch_bounds__(32 * kWarps, 1) lanes_channels_last(const __gr
     fill_ring<F>(a, filter, first_image, images, base, warp - a.warps);
     return;
   }
-  for (int own = warp; own < min(F::kUnits, a.filters - filter); own += a.warps)
-    copy_rows<1>(a.weight + (filter + own) * a.weight_stride[0], a.weight_stride[2], a.weight_stride[3], a.kernel_h,
-                 a.kernel_w, a.weights_at + own * a.kernel_bytes + 4 * (F::kReach - a.padding_w), F::kWeightBytes, 4);
+  for (int own = warp; own < F::kUnits; own += a.warps) {
+    const int own_filter = filter_of<F>(a, filter, own);
+    if (own_filter < a.filters)
+      copy_rows<1>(a.weight + own_filter * a.weight_stride[0], a.weight_stride[2], a.weight_stride[3], a.kernel_h,
+                   a.kernel_w, a.weights_at + own * a.kernel_bytes + 4 * (F::kReach - a.padding_w), F::kWeightBytes, 4);
+  }
   finish_copies();
   meet<1>(32 * a.warps);
 
@@ -421,9 +467,10 @@ __global__ void __launch_bounds__(32 * kWarps, 1) lanes_channels_last(const __gr
       image_row += image_rows;
       while (image_row >= ring_rows) image_row -= ring_rows;
     }
-    const int chunk = rank / F::kBlocks, last_band = first_band + last_band_of<F>(a, chunk);
-    const int turns = last_band / a.ring_bands;
-    wait(band_barrier(a, last_band - turns * a.ring_bands), turns & 1);
+    const int chunk = rank / F::kBlocks;
+    uint32_t turns = first_band + last_band_of<F>(a, chunk);
+    const int slot = a.by_ring_bands.split(turns);
+    wait(band_barrier(a, slot), turns & 1);
     compute<F>(a, filter, first_image + image, kByAddress<F> ? base : 0, image_row, chunk,
                F::kBlocks > 1 && rank % F::kBlocks == 1);
     arrive_together(task_barrier(a, task), lane == 0);
@@ -437,12 +484,13 @@ bool place(Arguments& a, int shared_memory) {
   a.bands = static_cast<int>(ceil_div(a.height, kBandRows));
   a.chunks = static_cast<int>(ceil_div(a.out_height, F::kRows)), a.tasks = F::kBlocks * a.chunks;
   a.kernel_bytes = a.kernel_h * F::kWeightBytes | 16;  // an odd number of 16 bytes from channel to channel
-  const int rest = kBoxes * F::kBoxBytes + F::kUnits * (a.kernel_bytes + 16) + F::kZeroBytes + 8 * kBarriers + 256;
+  const int rest =
+      kBoxes * (F::kBoxBytes + F::kLastBytes) + F::kUnits * (a.kernel_bytes + 16) + F::kZeroBytes + 8 * kBarriers + 256;
   a.ring_bands = std::min(kMostBands, (shared_memory - rest) / F::kBoxBytes);
   // A task's barrier is another's only when it is known to be done.
   a.ring_bands = std::min(a.ring_bands, (kMostTasks / a.tasks - 1) * a.bands);
-  a.ring_bands -= a.ring_bands % a.copiers;
-  a.ring_at = kBoxes * F::kBoxBytes;
+  if (a.ring_bands < a.copiers) return false;
+  a.last_at = kBoxes * F::kBoxBytes, a.ring_at = a.last_at + kBoxes * F::kLastBytes;
   a.channel_bytes = a.ring_bands * kBandRows * F::kRowBytes | 16;
   a.weights_at = a.ring_at + F::kUnits * a.channel_bytes;
   a.zeros_at = a.weights_at + F::kUnits * a.kernel_bytes;
@@ -480,13 +528,18 @@ bool launch(const Problem& p, Arguments a, cudaStream_t stream) {
   }
   // Smaller problems are spread over the device in smaller pieces.
   const int64_t group_images = int64_t{a.groups} * a.batch;
-  if (group_images < kManyGroupImages && (images < 2 || group_images < kBusy * multiprocessors * images)) return false;
-  if (a.target_stride[3] >= 1 << 29) return false;
-  if (!describe_boxes(a.map, const_cast<float*>(a.source), 4, {a.filters, a.width, a.height, a.batch},
-                      {4 * a.source_stride[3], 4 * a.source_stride[2], 4 * a.source_stride[0]},
-                      {F::kUnits, F::kPixels, kBandRows, 1}))
+  if (group_images < F::kForm.many_group_images() && (images < 2 || group_images < kBusy * multiprocessors * images))
     return false;
-  a.by_tasks = Divider(a.tasks), a.pixel_bytes = static_cast<int>(4 * a.target_stride[3]);
+  if (a.target_stride[3] >= 1 << 29) return false;
+  a.wraps = a.filters + a.shift > a.groups * F::kUnits;
+  const auto describe = [&](CUtensorMap& map, int channels) {
+    return describe_boxes(
+        map, const_cast<float*>(a.source - a.shift), 4, {a.filters + a.shift, a.width, a.height, a.batch},
+        {4 * a.source_stride[3], 4 * a.source_stride[2], 4 * a.source_stride[0]}, {channels, F::kPixels, kBandRows, 1});
+  };
+  if (!describe(a.map, F::kUnits) || (F::kShifted && !describe(a.last_map, 4))) return false;
+  a.by_tasks = Divider(a.tasks), a.by_ring_bands = Divider(a.ring_bands);
+  a.by_ring_rows = Divider(kBandRows * a.ring_bands), a.pixel_bytes = static_cast<int>(4 * a.target_stride[3]);
   const auto kernel = lanes_channels_last<F>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, a.bytes);
   launch_early(kernel, a, blocks, 32 * kWarps, stream, {1, a.bytes});
@@ -505,10 +558,14 @@ bool launch_lanes_channels_last(const Problem& p, cudaStream_t stream) {
       !is_channels_last(a.target_stride, a.filters, a.out_width))
     return false;
   if (goes_along_columns(a)) turn(a, {a.source_stride, a.target_stride, a.weight_stride});
+  a.shift = static_cast<int>(reinterpret_cast<uintptr_t>(a.source) / 4 % 4);
+  const auto launch_it = [&]<int kNumber>(std::integral_constant<int, kNumber>) {
+    return a.shift == 0 ? launch<Form<kNumber, false>>(p, a, stream) : launch<Form<kNumber, true>>(p, a, stream);
+  };
   return [&]<int... kNumber>(std::integer_sequence<int, kNumber...>) {
     return ((kChannelForms[kNumber].serves(a.filters, kChannelForms[kNumber].units(), a.width, a.out_width, a.kernel_w,
                                            a.padding_w) &&
-             launch<Form<kNumber>>(p, a, stream)) ||
+             launch_it(std::integral_constant<int, kNumber>{})) ||
             ...);
   }(std::make_integer_sequence<int, static_cast<int>(std::size(kChannelForms))>{});
 }

@@ -64,12 +64,11 @@ inline bool is_sure_of_rows(const Problem& p) {
 
 // What lanes_channels_last.cu is compiled for.
 struct ChannelsForm : RowForm {
-  constexpr int units() const { return side == 56 ? 8 : side == 28 ? 16 : 32; }  // channels of a warp
+  constexpr int units() const { return side == 56 ? 8 : side == 28 && reach > 6 ? 16 : 32; }  // channels of a warp
+  // The images of all groups of channels, as many as can be shared out among any device's multiprocessors.
+  constexpr int many_group_images() const { return units() == 32 ? 256 : 512; }
 };
 constexpr ChannelsForm kChannelForms[] = {{{14, 13}}, {{28, 4}}, {{28, 6}}, {{28, 14}}, {{56, 15}}, {{56, 25}}};
-
-// The images of all groups of channels, as many as can be shared out among any device's multiprocessors.
-constexpr int64_t kManyGroupImages = 512;
 
 // Whether launch_lanes_channels_last is sure to serve a square kernel.
 inline bool is_sure_of_lanes_channels_last(const Problem& p) {
@@ -80,12 +79,12 @@ inline bool is_sure_of_lanes_channels_last(const Problem& p) {
   const int64_t padding = forward ? p.padding_w : p.kernel_w - 1 - p.padding_w;
   if (p.capability < 90 || p.shared_memory < 227 << 10 || p.kernel_h != p.kernel_w || p.multiplier > 1) return false;
   if (source.stride[1] != 1 || target.stride[1] != 1 || std::max(p.height, p.out_height) > kMostHeight) return false;
-  if (reinterpret_cast<uintptr_t>(source.data) % 16 != 0 || target.stride[3] >= 1 << 29) return false;
+  if (target.stride[3] >= 1 << 29) return false;
   for (const int64_t stride : {source.stride[0], source.stride[2], source.stride[3]})
     if (stride % kUnit != 0 || stride <= 0 || stride >= int64_t{1} << 38) return false;
   for (const ChannelsForm& form : kChannelForms)
     if (form.serves(p.channels, form.units(), width, out_width, p.kernel_w, padding))
-      return p.batch * ((p.channels + form.units() - 1) / form.units()) >= kManyGroupImages;
+      return p.batch * ((p.channels + form.units() - 1) / form.units()) >= form.many_group_images();
   return false;
 }
 
