@@ -205,18 +205,15 @@ __device__ void copy_unit(uint32_t to, const void* from) {
   }
 }
 
-// As many units as a thread may well copy at a time: before sm_80 they pass through registers.
-#if __CUDA_ARCH__ >= 800
-constexpr int kBurst = 8;
-#else
-constexpr int kBurst = 4;
-#endif
-
 // Copies `bytes`, a multiple of 16, by so many warps, of which this is number `warp`. Both addresses are multiples
-// of 16. A lane copies so many units at a time, as far from each other whatever the number of warps: then each is one
-// instruction, and no address is worked out for it.
-template <int kTogether>
-__device__ void copy_by_warps(uint32_t to, const char* from, int bytes, int warp, int warps) {
+// of 16. A lane copies several units at a time, as far from each other whatever the number of warps: then each is one
+// instruction, and no address is worked out for it. Before sm_80 they pass through registers.
+__device__ inline void copy_by_warps(uint32_t to, const char* from, int bytes, int warp, int warps) {
+#if __CUDA_ARCH__ >= 800
+  constexpr int kTogether = 8;
+#else
+  constexpr int kTogether = 4;
+#endif
   constexpr int kStep = 32 * kUnit;
 #pragma unroll 1
   for (int at = warp * kTogether * kStep + static_cast<int>(threadIdx.x % 32) * kUnit; at < bytes;

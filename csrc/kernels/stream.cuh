@@ -28,25 +28,21 @@ struct Barriers {
 // or dedicated warps'. These are the last ones, and do nothing else: then the others never wait for them.
 struct Copier {
 #if __CUDA_ARCH__ >= 900
-  const bool bulk, dedicated, in_bursts;
+  const bool bulk, dedicated;
   const int loaders;
-  // `always`: there are dedicated warps even where copies are not bulk copies, of so many threads. `in_bursts`: whether
-  // threads then copy several units at a time.
-  __device__ Copier(bool bulk, bool dedicated, bool always = false, int loaders = 32, bool in_bursts = true)
-      : bulk(bulk),
-        dedicated(dedicated && (bulk || always)),
-        in_bursts(in_bursts),
-        loaders(this->dedicated ? loaders : 0) {}
+  // `always`: there are dedicated warps even where copies are not bulk copies, of so many threads.
+  __device__ Copier(bool bulk, bool dedicated, bool always = false, int loaders = 32)
+      : bulk(bulk), dedicated(dedicated && (bulk || always)), loaders(this->dedicated ? loaders : 0) {}
 #elif __CUDA_ARCH__ >= 800
   static constexpr bool bulk = false;
-  const bool dedicated, in_bursts;
+  const bool dedicated;
   const int loaders;
-  __device__ Copier(bool, bool dedicated, bool always = false, int loaders = 32, bool in_bursts = true)
-      : dedicated(dedicated && always), in_bursts(in_bursts), loaders(this->dedicated ? loaders : 0) {}
+  __device__ Copier(bool, bool dedicated, bool always = false, int loaders = 32)
+      : dedicated(dedicated && always), loaders(this->dedicated ? loaders : 0) {}
 #else
-  static constexpr bool bulk = false, dedicated = false, in_bursts = true;
+  static constexpr bool bulk = false, dedicated = false;
   static constexpr int loaders = 0;
-  __device__ Copier(bool, bool, bool = false, int = 0, bool = true) {}
+  __device__ Copier(bool, bool, bool = false, int = 0) {}
 #endif
 
   __device__ int workers() const { return blockDim.x - loaders; }  // threads that compute
@@ -55,11 +51,12 @@ struct Copier {
   __device__ int rank() const { return dedicated ? threadIdx.x - workers() : threadIdx.x; }
   __device__ bool loads() const { return bulk ? rank() == 0 : true; }  // whether the thread has to do with loads
 
-  __device__ void init() const {
+  // `for_all`: whether one thread says for all that they are done with a chunk.
+  __device__ void init(bool for_all = false) const {
     if ((bulk || dedicated) && threadIdx.x == 0) {
       for (int i = 0; i < kDepth; ++i) {
         init_barrier(Barriers::full(i), bulk ? 1 : 1 + loaders);
-        init_barrier(Barriers::done(i), workers() / 32 * kWarpArrivals);
+        init_barrier(Barriers::done(i), for_all && kWarpArrivals == 1 ? 1 : workers() / 32 * kWarpArrivals);
       }
       before_bulk_copies();
     }
@@ -73,10 +70,7 @@ struct Copier {
       return copy_bulk(shared_address(to), from, bytes, barrier);
     }
     const int warp = rank() / 32, warps = (dedicated ? loaders : blockDim.x) / 32;
-    if (in_bursts)
-      copy_by_warps<kBurst>(shared_address(to), static_cast<const char*>(from), bytes, warp, warps);
-    else
-      copy_by_warps<1>(shared_address(to), static_cast<const char*>(from), bytes, warp, warps);
+    copy_by_warps(shared_address(to), static_cast<const char*>(from), bytes, warp, warps);
   }
 
   // Ends the loads of one chunk.
@@ -97,6 +91,14 @@ struct Copier {
 
   // After reading a chunk, where there is a dedicated warp: it may load another one in its place.
   __device__ void finish(int stage) const { arrive_together(Barriers::done(stage), threadIdx.x % 32 == 0); }
+
+  // The same for all, behind a barrier of theirs.
+  __device__ void finish_for_all(int stage) const {
+    if (kWarpArrivals > 1)
+      finish(stage);
+    else if (threadIdx.x == 0)
+      arrive(Barriers::done(stage));
+  }
 
   // Between writing a buffer and storing it, before a __syncthreads().
   __device__ void before_store() const {
@@ -119,10 +121,7 @@ struct Copier {
       }
     } else
 #endif
-        if (in_bursts)
-      store_by_warps<4>(to + head, shared_address(from + head), body * sizeof(T), threads / 32);
-    else
-      store_by_warps<1>(to + head, shared_address(from + head), body * sizeof(T), threads / 32);
+      store_by_warps(to + head, shared_address(from + head), body * sizeof(T), threads / 32);
     const int i = threads - 1 - static_cast<int>(threadIdx.x);  // the last threads: the first one begins copies
     if (i < count - body) {
       const int at = i < head ? i : i + body;
@@ -137,9 +136,8 @@ struct Copier {
 
  private:
   // As copy_by_warps, the other way. So many units of a lane are read before the first one is written.
-  template <int kTogether>
   static __device__ void store_by_warps(void* to, uint32_t from, int bytes, int warps) {
-    constexpr int kStep = 32 * kUnit;
+    constexpr int kTogether = 4, kStep = 32 * kUnit;
 #pragma unroll 1
     for (int at = kTogether * kStep * (threadIdx.x / 32) + kUnit * (threadIdx.x % 32); at < bytes;
          at += warps * kTogether * kStep) {

@@ -82,6 +82,8 @@ struct __align__(16) Chunk {
   int source_begin, source_end;  // rows of the image's source
   int source_at;                 // where the first of them lies in shared memory
   uint64_t target_row;           // address of the first row to be written
+
+  __device__ const Chunk& get() const { return *this; }
 };
 
 // kBeside: whether there may be bands that follow each other across planes.
@@ -254,7 +256,7 @@ struct __align__(16) KnownChunk {
   static __device__ KnownChunk& in(int stage) {
     return shared<KnownChunk>(kZeros + 128 + stage * static_cast<int>(sizeof(KnownChunk)));
   }
-  __device__ void set(const Chunk& c) {
+  __device__ void operator=(const Chunk& c) {
     target_row = c.target_row, group = c.group, target = c.target, row = c.row;
     source_begin = c.source_begin, source_at = c.source_at;
     targets = static_cast<uint16_t>(c.targets), rows = static_cast<uint16_t>(c.rows);
@@ -323,19 +325,32 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks) stream_nchw(
 #endif
 }
 
+// What all threads have to know of the chunk in a stage: where warps compute there is room for all of it.
+template <bool kByWarps>
+__device__ decltype(auto) known_chunk(const Stream& a, int stage) {
+  if constexpr (kByWarps)
+    return shared<Chunk>(a.chunks_at + stage * static_cast<int>(sizeof(Chunk)));
+  else
+    return KnownChunk::in(stage);
+}
+
 // The same without bulk copies. One warp more looks chunks up and loads them, as soon as there is room: threads that
 // compute would do so one after the other. Before sm_80, where loads are not asynchronous, all do.
 template <typename T, class Tile>
-__global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
+__global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlocks)
     stream_nchw_portable(const __grid_constant__ Stream a) {
+  constexpr bool kByWarps = Tile::kLanes > 1;
+#if __CUDA_ARCH__ < 800
+  if constexpr (kByWarps) return;  // tensor cores of later GPUs
+#endif
   if (threadIdx.x < 32) shared<uint32_t>(kZeros + 4 * threadIdx.x) = 0;
   for (int i = 4 * threadIdx.x; i < a.filters_bytes; i += 4 * blockDim.x) shared<uint32_t>(a.filters_at + i) = 0;
   const Copier copier(false, true, true);
-  copier.init();
+  copier.init(true);
   if (copier.dedicated && threadIdx.x == 0)
     for (int stage = 0; stage < kDepth; ++stage) init_barrier(Barriers::known(stage), 1);
 
-  Schedule<false> schedule(a);
+  Schedule<kByWarps> schedule(a);
   const bool decides = !copier.dedicated && threadIdx.x == 0;
   if (decides)
     for (int stage = 0; stage < kDepth; ++stage) number_in(stage) = schedule.next();
@@ -346,13 +361,13 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
   const auto load = [&](int number, int stage, auto&& wait_for_place) {
     Chunk c{};
     if (number < a.chunks) {
-      c = chunk_of<false>(a, number);
+      c = chunk_of<kByWarps>(a, number);
       c.source_at = source_at(a, c, stage);
     }
     const auto ready = [&] {
       wait_for_place();
       if (copier.rank() == 0) {
-        KnownChunk::in(stage).set(c);
+        known_chunk<kByWarps>(a, stage) = c;
         if (copier.dedicated) arrive(Barriers::known(stage));
       }
       if (!may_read) settle_and_wait_for_kernel_before(a.chunks);
@@ -393,36 +408,43 @@ __global__ void __launch_bounds__(Tile::kMaxThreads, Tile::kBlocks)
   }
   Tile tiles;
   wait_for_kernel_before();
-  while (true) {
+  // Behind a wait ptxas does not know that a warp is whole until all meet, and has addresses in no uniform registers.
+  const auto wait_until_known = [&] {
     if (copier.dedicated) wait(Barriers::known(stage), parity);
-    const Chunk c = KnownChunk::in(stage).get();
+    meet_workers(a);
+  };
+  wait_until_known();
+  while (true) {
+    decltype(auto) c = known_chunk<kByWarps>(a, stage).get();
     if (c.targets == 0) break;
-    const int out = a.buffer_at + static_cast<int>(c.target_row % kUnit);
+    const uint64_t target_row = c.target_row;  // another chunk may take c's place before it is stored
+    const int out = a.buffer_at + static_cast<int>(target_row % kUnit);
 
     tiles.template prepare<T>(a, c);
     copier.wait_full(stage, parity);
     meet_workers(a);
     if (decides) schedule.ask();
     tiles.template compute<T>(a, c, out);
-    if (copier.dedicated) copier.finish(stage);
+    const int count = c.targets * c.rows * a.out_width;
     if (decides) number_in(stage) = schedule.next();
-    meet_workers(a);
-    copier.store(reinterpret_cast<T*>(c.target_row), &shared<T>(out), c.targets * c.rows * a.out_width, workers_of(a),
-                 0);
-    if (!copier.dedicated) load(number_in(stage), stage, Nothing{});
+    const int done = stage;
     advance();
+    wait_until_known();
+    if (copier.dedicated) copier.finish_for_all(done);
+    copier.store(reinterpret_cast<T*>(target_row), &shared<T>(out), count, workers_of(a), 0);
+    if (!copier.dedicated) load(number_in(done), done, Nothing{});
   }
 }
 
-// Where warps compute tiles: one more looks chunks up, loads them, and stores what was computed.
+// Where warps compute tiles: one more looks chunks up, and begins bulk copies of them and of what was computed.
 template <typename T, class Tile>
 __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlocks)
     stream_nchw_by_warps(const __grid_constant__ Stream a) {
-#if __CUDA_ARCH__ >= 800
+#if __CUDA_ARCH__ >= 900
   if (threadIdx.x < 32) shared<uint32_t>(kZeros + 4 * threadIdx.x) = 0;
   for (int i = 4 * threadIdx.x; i < a.filters_bytes; i += 4 * blockDim.x) shared<uint32_t>(a.filters_at + i) = 0;
   static_assert(2 * sizeof(Chunk) + 16 <= kChunkBytes);
-  const Copier copier(a.bulk, true, true, Tile::kLoaders, false);  // bursts hold up what warps read of shared memory
+  const Copier copier(true, true, true, Tile::kLoaders);
   copier.init();
 
   // What the stages hold is decided by the thread that begins copies, and known to the others after a barrier.
@@ -440,10 +462,6 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
   uint32_t parity = 0;
   const auto advance = [&] {
     if (++stage == kDepth) stage = 0, parity ^= 1;
-  };
-  const auto store = [&](uint64_t target_row, int count) {
-    copier.store(reinterpret_cast<T*>(target_row), &shared<T>(a.buffer_at + static_cast<int>(target_row % kUnit)),
-                 count, blockDim.x, copier.workers());
   };
   if (!copier.is_worker()) {
     // Looks a chunk up, for all.
@@ -477,7 +495,8 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
       const int count = c.targets * c.rows * a.out_width;
       copier.before_store();
       meet_all();
-      store(target_row, count);
+      copier.store(reinterpret_cast<T*>(target_row), &shared<T>(a.buffer_at + static_cast<int>(target_row % kUnit)),
+                   count, blockDim.x, copier.workers());
       advance();
     }
     copier.stored(copier.workers());
@@ -489,15 +508,12 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + Tile::kLoaders, Tile::kBlo
   wait_for_kernel_before();
   while (number_in(stage) < a.chunks) {
     const Chunk& c = known(stage);
-    const uint64_t target_row = c.target_row;  // read before the last barrier: another chunk may take c's place
     tiles.template prepare<T>(a, c);
     copier.wait_full(stage, parity);
     meet_all();
-    tiles.template compute<T>(a, c, a.buffer_at + static_cast<int>(target_row % kUnit));
-    const int count = copier.bulk ? 0 : c.targets * c.rows * a.out_width;
+    tiles.template compute<T>(a, c, a.buffer_at + static_cast<int>(c.target_row % kUnit));
     copier.before_store();
     meet_all();
-    if (!copier.bulk) store(target_row, count);
     advance();
   }
 #endif
@@ -730,10 +746,11 @@ void launch(Stream a, int64_t images, const Allocate& allocate, cudaStream_t str
   const Device& device = current_device();
   constexpr bool kByWarps = Tile::kLanes > 1;
   const auto kernel_for = [](bool bulk) {
+    if (!bulk) return stream_nchw_portable<T, Tile>;
     if constexpr (kByWarps)
       return stream_nchw_by_warps<T, Tile>;
     else
-      return bulk ? stream_nchw<T, Tile> : stream_nchw_portable<T, Tile>;
+      return stream_nchw<T, Tile>;
   };
   a.bulk = a.bulk && can_overlap(kernel_for(false));
   const auto kernel = kernel_for(a.bulk);

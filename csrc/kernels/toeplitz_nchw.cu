@@ -31,7 +31,7 @@ namespace {
 template <int kTileRows, int kBytesOfFilter>
 struct EightTiles {
   static constexpr int kRows = kTileRows, kColumns = 16, kTiles = 8, kLanes = 32, kLoaders = 32;
-  static constexpr bool kWhole = false;
+  static constexpr bool kWhole = false, kSoon = true;
   static constexpr int kFilterBytes = kBytesOfFilter;
 
   int first_filter = -1;  // of those that are prepared
@@ -191,7 +191,7 @@ struct Toeplitz : EightTiles<kTileRows, bytes_of_filter(kKernelH, kColumnsOfKern
                   : 0;
     }
     const bool has_bias = a.bias && lane < 4;
-    T weight[2][kTurns], bias[2];
+    T weight[2][kTurns] = {}, bias[2] = {};  // or else they would be kept from chunk to chunk
     this->load_filters(
         a, c,
         [&](uint32_t filter, int n) {
