@@ -199,17 +199,24 @@ __device__ void copy_units(uint32_t slot, char* there, int first, int last, int 
   }
 }
 
-// A warp copies between memory and the slots of a part, 8 lanes an image. `first_apart`, `last_apart`: whether units at
-// a run's ends that are not the run's alone are copied element by element. Loads leave zeros around these.
+// One of so many warps.
+struct Share {
+  int warp, warps;
+};
+
+// A warp copies its share between memory and the slots of a part, 8 lanes an image. `first_apart`, `last_apart`:
+// whether units at a run's ends that are not the run's alone are copied element by element. Loads leave zeros around
+// these.
 template <bool kLoad>
 __device__ void copy_by_warp(const ImageRuns& v, int stage, const Part& part, int plane, bool first_apart,
-                             bool last_apart) {
-  constexpr int kLanes = 8, kStep = 32 / kLanes, kTogether = 8;
-  const int lane = threadIdx.x % 32, rank = lane % kLanes, own = lane / kLanes;
+                             bool last_apart, Share share) {
+  constexpr int kLanes = 8, kImagesOfWarp = 32 / kLanes, kTogether = 8;
+  const int lane = threadIdx.x % 32, rank = lane % kLanes, own = lane / kLanes + share.warp * kImagesOfWarp;
+  const int step = share.warps * kImagesOfWarp;
   char* run = v.base + (part.image + own) * v.image_bytes + int64_t{part.channel} * plane;
   uint32_t slot = shared_address(stage + v.memory + own * v.pitch);
 #pragma unroll 1
-  for (int n = own; n < part.images; n += kStep) {
+  for (int n = own; n < part.images; n += step) {
     const int begin = static_cast<int>(reinterpret_cast<uintptr_t>(run) % kUnit), end = begin + part.channels * plane;
     const int first = first_apart && begin > 0 ? kUnit : 0, last = (last_apart ? end : end + kUnit - 1) & -kUnit;
     char* const there = run - begin;
@@ -224,7 +231,7 @@ __device__ void copy_by_warp(const ImageRuns& v, int stage, const Part& part, in
     };
     if (first > 0) copy_elements(2 * rank);
     if (last < end) copy_elements(last + 2 * rank);
-    run += kStep * v.image_bytes, slot += kStep * v.pitch;
+    run += step * v.image_bytes, slot += step * v.pitch;
   }
 }
 
@@ -268,7 +275,7 @@ class PartCopier {
     const ImageRuns& v = a_.source;
     const int barrier = Barriers::full(stage), place = stage * a_.stage_bytes, images = load.part.images;
     if constexpr (kCopies == Copies::kAsync) {
-      copy_by_warp<true>(v, place, load.part, kPlane, has_first(a_, load.part), has_last(a_, load.part));
+      begin_share(load, stage, {0, 1});
       arrive_after_copies(barrier);
     } else if (is_elected()) {
       expect_bytes(barrier, images * load.bytes);
@@ -285,15 +292,21 @@ class PartCopier {
       arrive_together(barrier, threadIdx.x % 32 == 0);
   }
 
+  // Begins a warp's share of a load that is not by bulk copies.
+  __device__ void begin_share(const Load& load, int stage, Share share) const {
+    copy_by_warp<true>(a_.source, stage * a_.stage_bytes, load.part, kPlane, has_first(a_, load.part),
+                       has_last(a_, load.part), share);
+  }
+
   __device__ void load(int number, int last, int stage) const {
     if (number < last) begin(load_of(part_of(a_, number)), stage);
   }
 
-  __device__ void store(const Part& part, int buffer) const {
+  __device__ void store(const Part& part, int buffer, Share share = {0, 1}) const {
     const ImageRuns& v = a_.target;
     const int64_t offset = int64_t{part.channel} * kPlane;
     const int place = buffer * kImages * v.pitch, bytes = part.channels * kPlane;
-    if (!stores_bulk_) return copy_by_warp<false>(v, place, part, kPlane, true, true);
+    if (!stores_bulk_) return copy_by_warp<false>(v, place, part, kPlane, true, true, share);
     if (is_elected()) {
       char* to = v.base + part.image * v.image_bytes + offset;
       uint32_t from = shared_address(place + v.memory + (static_cast<int>(offset) & (kUnit - 1)));
@@ -367,7 +380,22 @@ __global__ void __launch_bounds__(32 * (kMaxWarps + copiers_of(kSide)), kSide ==
     const auto first_load = copier.load_of(first_part);
     settle_and_wait_for_kernel_before(a.images);
     let_next_kernel_start();
-    if (loads) {
+    // Without bulk copies the first part is loaded, and the last ones are stored, by both warps.
+    constexpr bool kTogether = kAsync && !kOneCopier;
+    const Share share{warp - workers, 2};
+    if constexpr (kTogether) {
+      copier.begin_share(first_load, 0, share);
+      if (stores) {
+        commit_copies();
+        wait_copies<0>();
+      }
+      meet<1>(2 * 32);
+      if (loads) {
+        arrive_after_copies(Barriers::full(0));
+        arrive_together(Barriers::full(0), lane == 0);
+        copier.load(first + step, last, 1);
+      }
+    } else if (loads) {
       copier.begin(first_load, 0);
       // Of short rows in whole units one part is asked for at first, which then is there sooner.
       if (kSeven && kUnits) wait(Barriers::full(0), 0);
@@ -377,7 +405,8 @@ __global__ void __launch_bounds__(32 * (kMaxWarps + copiers_of(kSide)), kSide ==
     uint32_t parity = 0;
     for (int number = first; number < last; number += step) {
       wait(Barriers::done(stage), parity);
-      if (stores) copier.store(part_of(a, number), stage);
+      const bool is_late = kTogether && number + kStages * step >= last;
+      if (stores || is_late) copier.store(part_of(a, number), stage, is_late ? share : Share{0, 1});
       if (loads) copier.load(number + kStages * step, last, stage);
       if (stores) {
         copier.wait_until_stored();

@@ -182,6 +182,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, blocks_of(kIn + kOut))
     if (copier.bulk) {
       wait_stores();
       wait(Barriers::full(stage), parity);
+    } else if (a.stages > 2) {
+      wait_copies<2>();
     } else if (a.stages > 1) {
       wait_copies<1>();
     } else {
@@ -311,9 +313,10 @@ void launch_kernel(Small a, cudaStream_t stream) {
   constexpr int kRows = Rows<kKernelH, kStride>::kTarget;
   a.share = kIn + kOut > 3 && a.out_height >= 2 * kRows ? 2 : 1;
   // At stride 2 sources are large and targets small: blocks of one part each, of more channels, beat those that have
-  // several. Where it is that of the target sources are small, and one more can be under way.
+  // several, if copies are bulk copies. Where it is that of the target sources are small, and one more can be under
+  // way.
   const bool single = a.bulk && kStride == 2;
-  const int stages = single ? 1 : a.bulk && kStride < 0 ? 3 : 2;
+  const int stages = single ? 1 : kStride < 0 ? 3 : 2;
   const auto lay_out = [&](int channels, int stages) {
     a.block_channels = channels, a.stages = stages;
     a.source.pitch = slot_pitch(int64_t{channels} * 2 * a.height * a.width);
