@@ -497,9 +497,9 @@ Decision decide(const March& a, int64_t images, const Kernels& kernels, const De
     const bool two = a.source.width == 2 * kStrip && cut.target_width == 2 * kStrip && cut.padding_w == extent / 2;
     d.way = two && kernels[Way::kHalves] != nullptr ? Way::kHalves : Way::kBoxes;
   }
-  if (kernels[Way::kSpans] != nullptr && cut.spans > 1 && a.source.width % kColumnsOfUnit == 0 &&
-      a.target.width % kColumnsOfUnit == 0) {
-    d.way = Way::kSpans;
+  // Spans of whole units, where rows are.
+  if (stride == 1 && cut.spans > 1 && a.source.width % kColumnsOfUnit == 0 && a.target.width % kColumnsOfUnit == 0) {
+    if (kernels[Way::kSpans] != nullptr) d.way = Way::kSpans;
     const int strips = static_cast<int>(ceil_div(cut.target_width, kStrip));
     cut.spans = static_cast<int>(ceil_div(strips, 32));
     cut.strips = static_cast<int>(round_up(ceil_div(strips, cut.spans), kColumnsOfUnit));

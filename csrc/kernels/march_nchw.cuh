@@ -158,7 +158,10 @@ class MarchRing {
       from += spans ? static_cast<int64_t>(count) * rows.row_bytes : bytes;
       return;
     }
-    if (spans && rows.row_bytes % kUnit == 0) return load_alike(rows, share, count, bytes, from, shared_address(to));
+    if (spans && rows.row_bytes % kUnit == 0) {
+      const bool whole = (reinterpret_cast<uintptr_t>(image) | rows.plane_bytes) % kUnit == 0;
+      return load_alike(rows, share, count, bytes, from, shared_address(to), whole);
+    }
 #pragma unroll 1
     for (int i = 0; i < (spans ? count : 1); ++i, to += rows.row_pitch) {
       const int phase = static_cast<int>(reinterpret_cast<uintptr_t>(from) % kUnit);
@@ -221,10 +224,12 @@ class MarchRing {
   __device__ int memory() const { return memory_; }
 
  private:
-  // Rows that lie alike within 16 bytes have the same units, which need not be found for each of them.
+  // Rows that lie alike within 16 bytes have the same units, which need not be found for each of them. `whole`: rows
+  // begin and end with 16 bytes, so that of a span's first and last ones nothing but the row is copied as well.
   __device__ void load_alike(const PlaneRows& rows, const CopyShare& share, int count, int bytes, const char*& from,
-                             uint32_t to) const {
+                             uint32_t to, bool whole) const {
     const int phase = static_cast<int>(reinterpret_cast<uintptr_t>(from) % kUnit);
+    const int begin = whole ? 0 : phase, end = whole ? (phase + bytes + kUnit - 1) & -kUnit : phase + bytes;
     const char* const base = from - phase;
     const auto each_row = [&](auto&& copy) {
       const char* row = base;
@@ -233,7 +238,7 @@ class MarchRing {
       for (int i = 0; i < count; ++i, row += rows.row_bytes, here += rows.row_pitch) copy(here, row);
     };
     each_unit(
-        share, phase, phase + bytes,
+        share, begin, end,
         [&](int at, int next, bool both) {
           each_row([&](uint32_t here, const char* row) {
             copy_unit<kUnit>(here + at, row + at);
