@@ -707,6 +707,8 @@ inline Cut cut_for(Stream a, const TileSize& tile, int64_t images, const Device&
   search(128 - own);
   if (tile.lanes > 1) search(tile.threads_per_block);
   if (best_score < 0) throw std::runtime_error("dwconv: rows of this size do not fit the GPU's shared memory");
+  // Bands of a plane as long as each other, if tiles may begin anywhere in it.
+  if (tile.lanes == 1 && !a.spread) best.chunk_rows = static_cast<int>(ceil_div(a.out_height, best.bands));
   return best;
 }
 
