@@ -4,7 +4,7 @@
 #include <type_traits>
 
 #include "copies.cuh"
-#include "relayout.cuh"
+#include "relayout.h"
 
 namespace dwconv {
 

@@ -6,7 +6,7 @@
 
 #include "device.h"
 #include "launch.h"
-#include "relayout.cuh"
+#include "relayout.h"
 #include "stream.cuh"
 #include "toeplitz_large.cuh"
 #include "toeplitz_large.h"
@@ -350,7 +350,7 @@ void launch_toeplitz_large(const Problem& problem, const Allocate& allocate, cud
     else
       launch<__nv_bfloat16>(p, across, stream);
   }
-  if (copies) launch_relayout<false>(result, target, p.batch, map.targets, map.out_height, map.out_width, stream);
+  if (copies) launch_relayout(result, target, false, p.batch, map.targets, map.out_height, map.out_width, stream);
 }
 
 }  // namespace dwconv

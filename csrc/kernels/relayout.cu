@@ -1,22 +1,25 @@
-// Copies of 16-bit images between channels_last and contiguous planes, for kernels that need rows and compute so much
-// that the copies cost little beside. A tile of pixels x channels goes through shared memory, so that both sides are
-// read and written along what lies side by side.
-#pragma once
+// A tile of pixels x channels goes through shared memory, so that both sides are read and written along what lies side
+// by side. Of pixels that begin between multiples of 16 bytes whole units are read all the same.
+#include "relayout.h"
+
+#include <algorithm>
 
 #include "common.cuh"
-#include "exchange.h"
-#include "launch.h"
 #include "overlap.cuh"
+#include "shifted_units.cuh"
 
 namespace dwconv {
+namespace {
 
-constexpr int kTilePixels = 64, kTileChannels = 64, kRelayoutThreads = 256;
+constexpr int kTilePixels = 64, kTileChannels = 64, kThreads = 256;
 
 struct Relayout {
   uint16_t *pixels, *planes;                        // channels_last, and planes without gaps
   int64_t pixels_image, pixels_row, pixels_column;  // strides in elements
   int channels, size;                               // of an image; the pixels of a plane
-  bool joined;                                      // whether rows of pixels have no gaps
+  const uint16_t* pixels_end;                       // of all images
+  int before;   // elements between a multiple of 16 bytes and the first pixel, if all pixels begin so
+  bool joined;  // whether rows of pixels have no gaps
   Divider by_width, by_channel_tiles, by_pixel_tiles;
 
   int64_t tiles() const { return int64_t{by_channel_tiles.divisor} * by_pixel_tiles.divisor; }  // of an image
@@ -65,8 +68,40 @@ struct PixelChannels<1> {
   __device__ uint16_t vector() const { return static_cast<uint16_t>(words[0]); }
 };
 
-template <bool kToPlanes, int kVector, int kCount>
-__global__ void __launch_bounds__(kRelayoutThreads) relayout(const __grid_constant__ Relayouts<kCount> all) {
+// What there is of a unit in an array.
+__device__ __noinline__ uint4 load_part(const uint16_t* unit, const uint16_t* begin, const uint16_t* end) {
+  uint32_t words[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const auto element = [&](const uint16_t* at) -> uint32_t { return at >= begin && at < end ? *at : uint16_t{0}; };
+    words[k] = element(unit + 2 * k) | element(unit + 2 * k + 1) << 16;
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// Channels of a pixel. `kRaw`: 8 of them from any place on, from the units that they lie in. What lies beside the array
+// is not read.
+template <bool kRaw, typename Vector>
+__device__ Vector load_channels(const Relayout& a, const Vector* from) {
+  if constexpr (!kRaw) {
+    return __ldcs(from);  // once: L2 is for what is written
+  } else {
+    const uint16_t* first = reinterpret_cast<const uint16_t*>(from) - a.before;
+    const auto load = [&](const uint16_t* unit) {
+      const bool is_whole = unit >= a.pixels && unit + 8 <= a.pixels_end;
+      return is_whole ? __ldg(reinterpret_cast<const uint4*>(unit)) : load_part(unit, a.pixels, a.pixels_end);
+    };
+    const uint4 low = load(first), high = load(first + 8);
+    const uint32_t bits = a.before % 2 * 16;
+    return a.before < 2   ? shifted<0>(low, high, bits)
+           : a.before < 4 ? shifted<1>(low, high, bits)
+           : a.before < 6 ? shifted<2>(low, high, bits)
+                          : shifted<3>(low, high, bits);
+  }
+}
+
+template <bool kToPlanes, int kVector, int kCount, bool kRaw>
+__global__ void __launch_bounds__(kThreads) relayout(const __grid_constant__ Relayouts<kCount> all) {
   constexpr uint32_t kSlots = kTileChannels / kVector, kPairs = kTilePixels / 2;
   using Vector = typename PixelChannels<kVector>::Vector;
   __shared__ RelayoutTile tile;
@@ -84,8 +119,8 @@ __global__ void __launch_bounds__(kRelayoutThreads) relayout(const __grid_consta
   // Calls visit(channel, pair, at) with what each thread copies of the image: at(k) is a pixel of a pair.
   const auto visit_pixels = [&](auto&& visit) {
 #pragma unroll
-    for (uint32_t k = 0; k < kSlots * kPairs / kRelayoutThreads; ++k) {
-      const uint32_t i = threadIdx.x + k * kRelayoutThreads, channel = i % kSlots * kVector, pair = i / kSlots;
+    for (uint32_t k = 0; k < kSlots * kPairs / kThreads; ++k) {
+      const uint32_t i = threadIdx.x + k * kThreads, channel = i % kSlots * kVector, pair = i / kSlots;
       if (channel >= channels || 2 * pair >= pixels) continue;
       const auto at = [&](uint32_t pixel) {
         uint32_t row = first_pixel + pixel;
@@ -103,8 +138,8 @@ __global__ void __launch_bounds__(kRelayoutThreads) relayout(const __grid_consta
   const auto visit_planes = [&](auto&& visit) {
     if (a.size % 8 == 0) {  // then pieces of planes begin at multiples of 16 bytes
 #pragma unroll
-      for (uint32_t k = 0; k < kTileChannels * kTilePixels / 8 / kRelayoutThreads; ++k) {
-        const uint32_t i = threadIdx.x + k * kRelayoutThreads;
+      for (uint32_t k = 0; k < kTileChannels * kTilePixels / 8 / kThreads; ++k) {
+        const uint32_t i = threadIdx.x + k * kThreads;
         const uint32_t channel = i / (kTilePixels / 8), pixel = i % (kTilePixels / 8) * 8;
         if (channel < channels && pixel < pixels)
           visit(reinterpret_cast<uint4&>(tile.words[tile.place(channel, pixel / 2)]),
@@ -114,7 +149,7 @@ __global__ void __launch_bounds__(kRelayoutThreads) relayout(const __grid_consta
     }
     const bool pairs = a.size % 2 == 0;  // then planes begin at even places, as tiles do
 #pragma unroll 4
-    for (uint32_t i = threadIdx.x; i < kTileChannels * kPairs; i += kRelayoutThreads) {
+    for (uint32_t i = threadIdx.x; i < kTileChannels * kPairs; i += kThreads) {
       const uint32_t channel = i / kPairs, pixel = i % kPairs * 2;
       if (channel >= channels || pixel >= pixels) continue;
       uint16_t* at = planes + static_cast<int64_t>(channel) * a.size + pixel;
@@ -132,8 +167,7 @@ __global__ void __launch_bounds__(kRelayoutThreads) relayout(const __grid_consta
   wait_for_kernel_before();
   if constexpr (kToPlanes) {
     visit_pixels([&](uint32_t channel, uint32_t pair, Vector* const(&from)[2]) {
-      // Read once: L2 is for what is written.
-      const PixelChannels<kVector> first(__ldcs(from[0])), second(__ldcs(from[1]));
+      const PixelChannels<kVector> first(load_channels<kRaw>(a, from[0])), second(load_channels<kRaw>(a, from[1]));
       const uint32_t place = tile.place(channel, pair);
 #pragma unroll
       for (int k = 0; k < kVector; ++k)
@@ -165,17 +199,17 @@ __global__ void __launch_bounds__(kRelayoutThreads) relayout(const __grid_consta
 constexpr int kVectorChannels = 8, kWholePixels = 256;
 
 // Words of 8 channels in shared memory: behind them as many more that those of all slots lie in other banks.
-__host__ __device__ inline uint32_t whole_pitch(uint32_t size) {
+__host__ __device__ uint32_t whole_pitch(uint32_t size) {
   return kVectorChannels / 2 * size + 4;
 }
-inline bool has_whole_planes(const Relayout& a) {
+bool has_whole_planes(const Relayout& a) {
   return a.size % 2 == 0 && a.size % 8 > 0 && a.size <= kWholePixels;
 }
 
-template <int kCount>
-__global__ void __launch_bounds__(kRelayoutThreads) relayout_whole(const __grid_constant__ Relayouts<kCount> all) {
+template <int kCount, bool kRaw>
+__global__ void __launch_bounds__(kThreads) relayout_whole(const __grid_constant__ Relayouts<kCount> all) {
   constexpr uint32_t kSlots = kTileChannels / kVectorChannels, kAtOnce = 4;
-  static_assert(kSlots == kRelayoutThreads / 32);
+  static_assert(kSlots == kThreads / 32);
   extern __shared__ uint4 whole_planes[];
   auto* words = reinterpret_cast<uint32_t*>(whole_planes);
   uint32_t number = blockIdx.x;
@@ -188,12 +222,11 @@ __global__ void __launch_bounds__(kRelayoutThreads) relayout_whole(const __grid_
   wait_for_kernel_before();
   const uint16_t* image = a.pixels + number * a.pixels_image + first_channel;
   const uint32_t slot = threadIdx.x % kSlots;
-  for (uint32_t first = threadIdx.x / kSlots; first < size / 2 && slot < slots;
-       first += kAtOnce * kRelayoutThreads / kSlots) {
+  for (uint32_t first = threadIdx.x / kSlots; first < size / 2 && slot < slots; first += kAtOnce * kThreads / kSlots) {
     uint4 pixels[kAtOnce][2];
 #pragma unroll
     for (uint32_t k = 0; k < kAtOnce; ++k) {
-      const uint32_t pair = min(first + k * kRelayoutThreads / kSlots, size / 2 - 1);
+      const uint32_t pair = min(first + k * kThreads / kSlots, size / 2 - 1);
 #pragma unroll
       for (uint32_t h = 0; h < 2; ++h) {
         uint32_t row = 2 * pair + h;
@@ -202,12 +235,12 @@ __global__ void __launch_bounds__(kRelayoutThreads) relayout_whole(const __grid_
           const uint32_t column = a.by_width.split(row);
           place = row * a.pixels_row + column * a.pixels_column;
         }
-        pixels[k][h] = __ldcs(reinterpret_cast<const uint4*>(image + place) + slot);  // read once
+        pixels[k][h] = load_channels<kRaw>(a, reinterpret_cast<const uint4*>(image + place) + slot);
       }
     }
 #pragma unroll
     for (uint32_t k = 0; k < kAtOnce; ++k) {
-      const uint32_t pair = first + k * kRelayoutThreads / kSlots;
+      const uint32_t pair = first + k * kThreads / kSlots;
       if (pair >= size / 2) break;
       const PixelChannels<kVectorChannels> one(pixels[k][0]), other(pixels[k][1]);
       uint32_t* to = words + slot * pitch + pair;
@@ -226,11 +259,14 @@ __global__ void __launch_bounds__(kRelayoutThreads) relayout_whole(const __grid_
   for (uint32_t unit = threadIdx.x % 32; unit < size; unit += 32) to[unit] = from[unit];
 }
 
-// Planes have no gaps.
-inline Relayout relayout_of(const View& pixels, const View& planes, int64_t channels, int64_t height, int64_t width) {
+Relayout relayout_of(const View& pixels, const View& planes, int64_t batch, int64_t channels, int64_t height,
+                     int64_t width) {
   Relayout a{};
   a.pixels = static_cast<uint16_t*>(pixels.data), a.planes = static_cast<uint16_t*>(planes.data);
   a.pixels_image = pixels.stride[0], a.pixels_row = pixels.stride[2], a.pixels_column = pixels.stride[3];
+  a.pixels_end =
+      a.pixels + (batch - 1) * a.pixels_image + (height - 1) * a.pixels_row + (width - 1) * a.pixels_column + channels;
+  a.before = static_cast<int>(reinterpret_cast<uintptr_t>(pixels.data) % sizeof(uint4) / 2);
   a.channels = static_cast<int>(channels), a.size = static_cast<int>(height * width);
   a.joined = pixels.stride[2] == width * pixels.stride[3] || height == 1;
   a.by_width = Divider(width), a.by_channel_tiles = Divider(ceil_div(channels, kTileChannels));
@@ -238,85 +274,64 @@ inline Relayout relayout_of(const View& pixels, const View& planes, int64_t chan
   return a;
 }
 
-// Whether 8 channels can be copied at once.
-inline bool has_vectors(const View& pixels, int64_t batch, int64_t channels, int64_t height, int64_t width) {
-  int64_t places = 2 * channels | static_cast<int64_t>(reinterpret_cast<intptr_t>(pixels.data));
-  if (batch > 1) places |= 2 * pixels.stride[0];
-  if (height > 1) places |= 2 * pixels.stride[2];
-  if (width > 1) places |= 2 * pixels.stride[3];
-  return places % 16 == 0;
+// Whether 8 channels are as many bytes from a multiple of 16 as all others, so that they can be copied at once.
+bool has_vectors(const View& pixels, int64_t batch, int64_t channels, int64_t height, int64_t width) {
+  int64_t places = channels;
+  if (batch > 1) places |= pixels.stride[0];
+  if (height > 1) places |= pixels.stride[2];
+  if (width > 1) places |= pixels.stride[3];
+  return places % kVectorChannels == 0;
 }
 
+// Copies one or two arrays that have vectors to planes.
+template <int kCount, bool kRaw>
+void copy_to_planes(Relayouts<kCount> a, int64_t batch, cudaStream_t stream) {
+  const Relayout &first = a.each[0], &last = a.each[kCount - 1];
+  const bool whole = has_whole_planes(first) && has_whole_planes(last);
+  const auto blocks = [&](const Relayout& of) { return batch * (whole ? of.by_channel_tiles.divisor : of.tiles()); };
+  a.blocks = static_cast<uint32_t>(blocks(first));
+  const int64_t all = kCount > 1 ? blocks(first) + blocks(last) : blocks(first);
+  if (whole) {
+    constexpr int64_t kSlots = kTileChannels / kVectorChannels;
+    launch_early(relayout_whole<kCount, kRaw>, a, all, kThreads, stream,
+                 {.shared_bytes = 4 * kSlots * whole_pitch(std::max(first.size, last.size))});
+    check_launch("relayout_whole");
+  } else {
+    launch_early(relayout<true, 8, kCount, kRaw>, a, all, kThreads, stream);
+    check_launch("relayout");
+  }
+}
 template <int kCount>
-void launch_whole(const Relayouts<kCount>& a, int64_t blocks, cudaStream_t stream) {
-  constexpr int64_t kSlots = kTileChannels / kVectorChannels;
-  const int size = std::max(a.each[0].size, a.each[kCount - 1].size);
-  launch_early(relayout_whole<kCount>, a, blocks, kRelayoutThreads, stream,
-               {.shared_bytes = 4 * kSlots * whole_pitch(size)});
-  check_launch("relayout_whole");
+void copy_to_planes(const Relayouts<kCount>& a, int64_t batch, cudaStream_t stream) {
+  if (a.each[0].before > 0 || a.each[kCount - 1].before > 0) return copy_to_planes<kCount, true>(a, batch, stream);
+  copy_to_planes<kCount, false>(a, batch, stream);
 }
 
-// Copies between images in channels_last, whose pixels and rows may lie apart, and planes without gaps.
-template <bool kToPlanes>
-void launch_relayout(const View& pixels, const View& planes, int64_t batch, int64_t channels, int64_t height,
-                     int64_t width, cudaStream_t stream) {
-  const Relayouts<1> a{{relayout_of(pixels, planes, channels, height, width)}, 0};
-  if (kToPlanes && has_vectors(pixels, batch, channels, height, width) && has_whole_planes(a.each[0]))
-    return launch_whole(a, batch * a.each[0].by_channel_tiles.divisor, stream);
-  const auto kernel =
-      has_vectors(pixels, batch, channels, height, width) ? relayout<kToPlanes, 8, 1> : relayout<kToPlanes, 1, 1>;
-  launch_early(kernel, a, batch * a.each[0].tiles(), kRelayoutThreads, stream);
+}  // namespace
+
+void launch_relayout(const View& pixels, const View& planes, bool to_planes, int64_t batch, int64_t channels,
+                     int64_t height, int64_t width, cudaStream_t stream) {
+  const Relayouts<1> a{{relayout_of(pixels, planes, batch, channels, height, width)}, 0};
+  const bool vectors = has_vectors(pixels, batch, channels, height, width);
+  if (vectors && to_planes) return copy_to_planes(a, batch, stream);
+  const auto kernel = to_planes                          ? relayout<true, 1, 1, false>
+                      : vectors && a.each[0].before == 0 ? relayout<false, 8, 1, false>
+                                                         : relayout<false, 1, 1, false>;
+  launch_early(kernel, a, batch * a.each[0].tiles(), kThreads, stream);
   check_launch("relayout");
 }
 
-// The bytes of a plane's rows that can be copied at once: 16, 8, 4 or 2.
-inline int unit_of(const View& planes) {
-  const int64_t all = static_cast<int64_t>(reinterpret_cast<uintptr_t>(planes.data)) | 2 * planes.stride[0] |
-                      2 * planes.stride[1] | 2 * planes.stride[2] | 16;
-  return static_cast<int>(all & -all);
-}
-
-// Whether both images of a problem are copied to planes, which can have rows and columns exchanged as well.
-inline bool can_exchange(const Problem& p) {
-  return !has_rows(p.input, p.width) && !has_rows(p.output, p.out_width) && p.input.stride[2] != 1 &&
-         p.output.stride[2] != 1 && p.height > 1 && p.out_height > 1;
-}
-
-// Planes without gaps in scratch memory.
-inline View new_planes(int64_t batch, int64_t channels, int64_t height, int64_t width, const Allocate& allocate) {
-  return {allocate(2 * batch * channels * height * width), {channels * height * width, height * width, width, 1}};
-}
-
-// The same images with columns side by side: as they are, or copied to planes.
-inline View to_planes(const View& images, int64_t batch, int64_t channels, int64_t height, int64_t width,
-                      const Allocate& allocate, cudaStream_t stream) {
-  if (has_rows(images, width)) return images;
-  const View planes = new_planes(batch, channels, height, width, allocate);
-  launch_relayout<true>(images, planes, batch, channels, height, width, stream);
-  return planes;
-}
-
-// Copies both images of a problem to planes by one kernel, if both have to be, and by whole vectors.
-inline void both_to_planes(Problem& p, const Allocate& allocate, cudaStream_t stream) {
+void both_to_planes(Problem& p, const Allocate& allocate, cudaStream_t stream) {
   if (has_rows(p.input, p.width) || has_rows(p.output, p.out_width) ||
       !has_vectors(p.input, p.batch, p.channels, p.height, p.width) ||
       !has_vectors(p.output, p.batch, p.filters(), p.out_height, p.out_width))
     return;
   const View input = new_planes(p.batch, p.channels, p.height, p.width, allocate);
   const View output = new_planes(p.batch, p.filters(), p.out_height, p.out_width, allocate);
-  Relayouts<2> a{{relayout_of(p.input, input, p.channels, p.height, p.width),
-                  relayout_of(p.output, output, p.filters(), p.out_height, p.out_width)},
-                 0};
-  if (has_whole_planes(a.each[0]) && has_whole_planes(a.each[1])) {
-    const auto blocks = [&](const Relayout& of) { return p.batch * of.by_channel_tiles.divisor; };
-    a.blocks = static_cast<uint32_t>(blocks(a.each[0]));
-    launch_whole(a, blocks(a.each[0]) + blocks(a.each[1]), stream);
-  } else {
-    const int64_t first = p.batch * a.each[0].tiles(), second = p.batch * a.each[1].tiles();
-    a.blocks = static_cast<uint32_t>(first);
-    launch_early(relayout<true, 8, 2>, a, first + second, kRelayoutThreads, stream);
-    check_launch("relayout");
-  }
+  copy_to_planes<2>({{relayout_of(p.input, input, p.batch, p.channels, p.height, p.width),
+                      relayout_of(p.output, output, p.batch, p.filters(), p.out_height, p.out_width)},
+                     0},
+                    p.batch, stream);
   p.input = input, p.output = output;
 }
 
