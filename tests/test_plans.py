@@ -2501,14 +2501,14 @@ def test_grad_weight_of_large_kernels_is_exact(kernel: tuple, dtype: torch.dtype
 def test_grad_weight_of_large_kernels_in_channels_last(
     kernel: tuple, size: tuple, batch: int, channels: int, dtype: torch.dtype
 ) -> None:
-    """As they lie, beside each other or apart: exact, NaN where F.conv2d has it."""
+    """As they lie, beside each other or apart, from anywhere on: exact, NaN where F.conv2d has it."""
     case = Case(batch, channels, size, kernel, padding=tuple(k // 2 for k in kernel))
-    for turn in range(2):
+    order = (0, 2, 3, 1)
+    for turn, (step, *offsets) in enumerate([(1, 0, 8), (2, 8, 8), (1, 1, 6), (2, 3, 8)]):
         case = case._replace(bias=turn != 1)
         input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
         grad_output = integers(*output_size(case)).to(input)
-        order, steps = (0, 2, 3, 1), [(1, 1, 1, 1), (2, 1, 1, 1)][turn]
-        input, grad_output = lay(input, order, steps, 8 * turn), lay(grad_output, order, offset=8)
+        input, grad_output = lay(input, order, (step, 1, 1, 1), offsets[0]), lay(grad_output, order, offset=offsets[1])
         if turn > 0:
             for tensor in (input, grad_output):
                 tensor[0, 1, 3, 5], tensor[-1, 2, 0, -1], tensor[-1, -1, -1, -1] = torch.inf, -torch.inf, torch.nan

@@ -18,6 +18,7 @@ struct Relayout {
   int64_t pixels_image, pixels_row, pixels_column;  // strides in elements
   int channels, size;                               // of an image; the pixels of a plane
   const uint16_t* pixels_end;                       // of all images
+  uint32_t last_image;
   int before;   // elements between a multiple of 16 bytes and the first pixel, if all pixels begin so
   bool joined;  // whether rows of pixels have no gaps
   Divider by_width, by_channel_tiles, by_pixel_tiles;
@@ -79,17 +80,18 @@ __device__ __noinline__ uint4 load_part(const uint16_t* unit, const uint16_t* be
   return {words[0], words[1], words[2], words[3]};
 }
 
-// Channels of a pixel. `kRaw`: 8 of them from any place on, from the units that they lie in. What lies beside the array
-// is not read.
+// Channels of a pixel, read once: L2 is for what is written. `kRaw`: 8 of them from any place on, from the units that
+// they lie in. What lies beside the array is not read.
 template <bool kRaw, typename Vector>
-__device__ Vector load_channels(const Relayout& a, const Vector* from) {
+__device__ Vector load_channels(const Relayout& a, uint32_t image, const Vector* from) {
   if constexpr (!kRaw) {
-    return __ldcs(from);  // once: L2 is for what is written
+    return __ldcs(from);
   } else {
     const uint16_t* first = reinterpret_cast<const uint16_t*>(from) - a.before;
     const auto load = [&](const uint16_t* unit) {
-      const bool is_whole = unit >= a.pixels && unit + 8 <= a.pixels_end;
-      return is_whole ? __ldg(reinterpret_cast<const uint4*>(unit)) : load_part(unit, a.pixels, a.pixels_end);
+      if ((image == 0 || image == a.last_image) && (unit < a.pixels || unit + 8 > a.pixels_end))
+        return load_part(unit, a.pixels, a.pixels_end);
+      return __ldcs(reinterpret_cast<const uint4*>(unit));
     };
     const uint4 low = load(first), high = load(first + 8);
     const uint32_t bits = a.before % 2 * 16;
@@ -167,7 +169,8 @@ __global__ void __launch_bounds__(kThreads) relayout(const __grid_constant__ Rel
   wait_for_kernel_before();
   if constexpr (kToPlanes) {
     visit_pixels([&](uint32_t channel, uint32_t pair, Vector* const(&from)[2]) {
-      const PixelChannels<kVector> first(load_channels<kRaw>(a, from[0])), second(load_channels<kRaw>(a, from[1]));
+      const PixelChannels<kVector> first(load_channels<kRaw>(a, number, from[0])),
+          second(load_channels<kRaw>(a, number, from[1]));
       const uint32_t place = tile.place(channel, pair);
 #pragma unroll
       for (int k = 0; k < kVector; ++k)
@@ -208,7 +211,7 @@ bool has_whole_planes(const Relayout& a) {
 
 template <int kCount, bool kRaw>
 __global__ void __launch_bounds__(kThreads) relayout_whole(const __grid_constant__ Relayouts<kCount> all) {
-  constexpr uint32_t kSlots = kTileChannels / kVectorChannels, kAtOnce = 4;
+  constexpr uint32_t kSlots = kTileChannels / kVectorChannels, kAtOnce = kRaw ? 2 : 4;
   static_assert(kSlots == kThreads / 32);
   extern __shared__ uint4 whole_planes[];
   auto* words = reinterpret_cast<uint32_t*>(whole_planes);
@@ -235,7 +238,7 @@ __global__ void __launch_bounds__(kThreads) relayout_whole(const __grid_constant
           const uint32_t column = a.by_width.split(row);
           place = row * a.pixels_row + column * a.pixels_column;
         }
-        pixels[k][h] = load_channels<kRaw>(a, reinterpret_cast<const uint4*>(image + place) + slot);
+        pixels[k][h] = load_channels<kRaw>(a, number, reinterpret_cast<const uint4*>(image + place) + slot);
       }
     }
 #pragma unroll
@@ -266,6 +269,7 @@ Relayout relayout_of(const View& pixels, const View& planes, int64_t batch, int6
   a.pixels_image = pixels.stride[0], a.pixels_row = pixels.stride[2], a.pixels_column = pixels.stride[3];
   a.pixels_end =
       a.pixels + (batch - 1) * a.pixels_image + (height - 1) * a.pixels_row + (width - 1) * a.pixels_column + channels;
+  a.last_image = static_cast<uint32_t>(batch - 1);
   a.before = static_cast<int>(reinterpret_cast<uintptr_t>(pixels.data) % sizeof(uint4) / 2);
   a.channels = static_cast<int>(channels), a.size = static_cast<int>(height * width);
   a.joined = pixels.stride[2] == width * pixels.stride[3] || height == 1;
