@@ -18,7 +18,7 @@ struct Relayout {
   int64_t pixels_image, pixels_row, pixels_column;  // strides in elements
   int channels, size;                               // of an image; the pixels of a plane
   const uint16_t* pixels_end;                       // of all images
-  uint32_t last_image;
+  uint32_t inner_images;                            // between the first and the last one, where units are the array's
   int before;   // elements between a multiple of 16 bytes and the first pixel, if all pixels begin so
   bool joined;  // whether rows of pixels have no gaps
   Divider by_width, by_channel_tiles, by_pixel_tiles;
@@ -89,7 +89,7 @@ __device__ Vector load_channels(const Relayout& a, uint32_t image, const Vector*
   } else {
     const uint16_t* first = reinterpret_cast<const uint16_t*>(from) - a.before;
     const auto load = [&](const uint16_t* unit) {
-      if ((image == 0 || image == a.last_image) && (unit < a.pixels || unit + 8 > a.pixels_end))
+      if (image - 1 >= a.inner_images && (unit < a.pixels || unit + 8 > a.pixels_end))
         return load_part(unit, a.pixels, a.pixels_end);
       return __ldcs(reinterpret_cast<const uint4*>(unit));
     };
@@ -269,7 +269,7 @@ Relayout relayout_of(const View& pixels, const View& planes, int64_t batch, int6
   a.pixels_image = pixels.stride[0], a.pixels_row = pixels.stride[2], a.pixels_column = pixels.stride[3];
   a.pixels_end =
       a.pixels + (batch - 1) * a.pixels_image + (height - 1) * a.pixels_row + (width - 1) * a.pixels_column + channels;
-  a.last_image = static_cast<uint32_t>(batch - 1);
+  a.inner_images = a.pixels_image > 0 ? static_cast<uint32_t>(std::max<int64_t>(batch - 2, 0)) : 0;
   a.before = static_cast<int>(reinterpret_cast<uintptr_t>(pixels.data) % sizeof(uint4) / 2);
   a.channels = static_cast<int>(channels), a.size = static_cast<int>(height * width);
   a.joined = pixels.stride[2] == width * pixels.stride[3] || height == 1;
