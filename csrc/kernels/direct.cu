@@ -145,13 +145,60 @@ __device__ bool are_finite(const float (&values)[kRows][kColumns]) {
   return sum == 0;
 }
 
-// In channels_last a thread computes kVector channels of a pixel, and of the one below it. The
-// filters of these channels lie side by side.
-template <typename T, class Kernel, int kVector>
+// Neighbouring elements from memory, as vectors of kVector.
+template <typename T, int kVector, int kVectors>
+struct AlignedRun {
+  Vector<T, kVector> vector[kVectors];
+
+  __device__ void load(const T* from, bool inside, bool) {
+#pragma unroll
+    for (int n = 0; n < kVectors; ++n) vector[n] = dwconv::load<T, kVector>(from + n * kVector, inside);
+  }
+
+  __device__ const Vector<T, kVector>& operator[](int n) const { return vector[n]; }
+};
+
+// The same in words. If words do not begin with the first element but with the second (`odd`), the first is loaded
+// alone, and so is the last one.
+template <typename T, int kVector, int kVectors>
+struct ShiftedRun {
+  static constexpr int kInWord = 4 / sizeof(T), kWords = kVectors * kVector / kInWord;
+  uint32_t word[kWords], first, last;
+  uint32_t bits;  // from words on to those that begin with the first element
+
+  __device__ void load(const T* from, bool inside, bool odd) {
+    bits = odd ? 16 : 32;
+    if constexpr (kInWord > 1) first = load_one(from, inside && odd);
+#pragma unroll
+    for (int n = 0; n < kWords; ++n)
+      word[n] = dwconv::load<T, kInWord>(from + odd + n * kInWord, inside && !(odd && n + 1 == kWords)).words[0];
+    if constexpr (kInWord > 1) last = load_one(from + kWords * kInWord - 1, inside && odd);
+  }
+
+  // Not before all loads are under way.
+  __device__ Vector<T, kVector> operator[](int n) const {
+    Vector<T, kVector> vector;
+#pragma unroll
+    for (int i = 0; i < vector.kWords; ++i) {
+      const int at = n * vector.kWords + i;
+      vector.words[i] = word[at];
+      if constexpr (kInWord > 1)
+        vector.words[i] =
+            __funnelshift_rc(at > 0 ? word[at - 1] : first << 16, at + 1 == kWords ? word[at] | last : word[at], bits);
+    }
+    return vector;
+  }
+};
+
+// In channels_last a thread computes kVector channels of a pixel, and of the one below it. The filters of these
+// channels lie side by side. kShifted: either begins with a vector in the target alone.
+template <typename T, class Kernel, int kVector, bool kShifted>
 __global__ void __launch_bounds__(kVectorThreads) direct_pixels(const __grid_constant__ Arguments a) {
   constexpr int kKernelH = Kernel::kKernelH, kKernelW = Kernel::kKernelW, kTaps = kKernelH * kKernelW;
   constexpr int kSourceRows = kVectorRows + kKernelH - 1;
   using Pixel = Vector<T, kVector>;
+  using Pixels = std::conditional_t<kShifted, ShiftedRun<T, kVector, 1>, AlignedRun<T, kVector, 1>>;
+  using Weights = std::conditional_t<kShifted, ShiftedRun<T, kVector, kTaps>, AlignedRun<T, kVector, kTaps>>;
   uint32_t unit = blockIdx.x * kVectorThreads + threadIdx.x;
   const int channel = a.by_planes.split(unit) * kVector;
   const int column = a.by_columns.split(unit), row = a.by_strips.split(unit) * kVectorRows;
@@ -168,16 +215,17 @@ __global__ void __launch_bounds__(kVectorThreads) direct_pixels(const __grid_con
   wait_for_kernel_before();
   let_next_kernel_start();
 
-  Pixel w[kTaps], x[kSourceRows][kKernelW];
-#pragma unroll
-  for (int t = 0; t < kTaps; ++t) w[t] = load<T, kVector>(weight + t * kVector, exists);
+  const auto is_odd = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 4 != 0; };
+  Weights w;
+  Pixels x[kSourceRows][kKernelW];
+  w.load(weight, exists, is_odd(a.weight));
 #pragma unroll
   for (int r = 0; r < kSourceRows; ++r)
 #pragma unroll
     for (int j = 0; j < kKernelW; ++j) {
       const bool inside = exists && static_cast<uint32_t>(y0 + r) < static_cast<uint32_t>(a.height) &&
                           static_cast<uint32_t>(x0 + j) < static_cast<uint32_t>(a.width);
-      x[r][j] = load<T, kVector>(source + (down[r] + across[j]), inside);
+      x[r][j].load(source + (down[r] + across[j]), inside, is_odd(a.source));
     }
   uint32_t bias[kVector] = {};
   if (a.bias)
@@ -190,7 +238,8 @@ __global__ void __launch_bounds__(kVectorThreads) direct_pixels(const __grid_con
 #pragma unroll
   for (int r = 0; r < kSourceRows; ++r)
 #pragma unroll
-    for (int j = 0; j < kKernelW; ++j)
+    for (int j = 0; j < kKernelW; ++j) {
+      const Pixel pixel = x[r][j][0];
 #pragma unroll
       for (int o = 0; o < kVectorRows; ++o) {
         const int i = r - o;
@@ -198,9 +247,10 @@ __global__ void __launch_bounds__(kVectorThreads) direct_pixels(const __grid_con
 #pragma unroll
         for (int c = 0; c < kVector; ++c) {
           const int at = c * kTaps + i * kKernelW + j;
-          sum[o][c] = fmaf(x[r][j][c], w[at / kVector][at % kVector], sum[o][c]);
+          sum[o][c] = fmaf(pixel[c], w[at / kVector][at % kVector], sum[o][c]);
         }
       }
+    }
   T* target = static_cast<T*>(a.target) +
               (image * a.target_stride[0] + channel + row * a.target_stride[2] + column * a.target_stride[3]);
   if (!are_finite(sum)) {
@@ -352,7 +402,8 @@ void launch(Arguments a, int64_t images, int64_t planes, cudaStream_t stream) {
 }
 
 // Launches a kernel that loads kVector elements at once, if all of them lie at multiples of that, or in NCHW those of
-// the source as far from one as `ShiftedColumns` asks for. Returns whether it did.
+// the source as far from one as `ShiftedColumns` asks for, or in channels_last wherever `ShiftedRun` loads them.
+// Returns whether it did.
 template <typename T, class Kernel, int kVector>
 bool launch_vectors(const Problem& p, const Mapping& map, Arguments a, cudaStream_t stream) {
   const auto is_aligned = [](const void* data) {
@@ -366,16 +417,18 @@ bool launch_vectors(const Problem& p, const Mapping& map, Arguments a, cudaStrea
   const auto& filter = p.weight.stride;
   if (filter[0] != p.taps() || filter[2] != p.kernel_w || filter[3] != 1) return false;
   if (!has_vectors(map.source) || !has_vectors(map.target) || !is_aligned(map.target.data)) return false;
-  constexpr bool kCanShift = kVector * sizeof(T) == 8;
-  const bool shifted = !is_aligned(map.source.data);
-  if (shifted && (!kCanShift || a.channels_last || reinterpret_cast<uintptr_t>(map.source.data) % 4 != sizeof(T) % 4))
-    return false;
+  // Of the largest kernels, words and what is beside them take more registers than there are.
+  constexpr bool kCanShift = kVector * sizeof(T) == 8,
+                 kCanShiftPixels = kCanShift && (sizeof(T) == 4 || Kernel::kKernelH < 7);
+  const bool shifted = !is_aligned(map.source.data) || (a.channels_last && !is_aligned(p.weight.data));
+  if (shifted && !(a.channels_last ? kCanShiftPixels : kCanShift)) return false;
+  if (shifted && !a.channels_last && reinterpret_cast<uintptr_t>(map.source.data) % 4 != sizeof(T) % 4) return false;
   a.weight = p.weight.data, a.images = static_cast<int>(p.batch);
   const int64_t strips = ceil_div(a.out_height, kVectorRows);
   a.by_strips = Divider(strips);
   if (a.channels_last) {
     const int64_t groups = map.targets / kVector;
-    if (p.multiplier > 1 || map.targets % kVector != 0 || !is_aligned(p.weight.data)) return false;
+    if (p.multiplier > 1 || map.targets % kVector != 0) return false;
     if (p.pass == Pass::kGradInput) {  // the filters as they lie, on images from the last pixel backwards
       a.source = static_cast<const T*>(a.source) + (a.height - 1) * map.source.stride[2] +
                  (a.width - 1) * map.source.stride[3];
@@ -384,8 +437,9 @@ bool launch_vectors(const Problem& p, const Mapping& map, Arguments a, cudaStrea
       for (int d = 2; d < 4; ++d) a.source_stride[d] *= -1, a.target_stride[d] *= -1;
     }
     a.by_planes = Divider(groups), a.by_columns = Divider(a.out_width);
-    launch_early(direct_pixels<T, Kernel, kVector>, a,
-                 ceil_div(p.batch * groups * strips * a.out_width, kVectorThreads), kVectorThreads, stream);
+    const auto kernel =
+        shifted ? direct_pixels<T, Kernel, kVector, kCanShiftPixels> : direct_pixels<T, Kernel, kVector, false>;
+    launch_early(kernel, a, ceil_div(p.batch * groups * strips * a.out_width, kVectorThreads), kVectorThreads, stream);
   } else {
     const int64_t runs = a.out_width / kVector;
     if (a.fan_in > 1 || a.padding_w != Kernel::kKernelW / 2 || a.width % kVector != 0) return false;

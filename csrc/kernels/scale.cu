@@ -1,6 +1,6 @@
 // Forward and grad_input of kernels with a single tap on arrays without gaps: every pixel times its channel's weight,
 // at the speed of a copy. Where the source begins between multiples of 16 bytes, units of 16 bytes are read as they lie
-// there, and shifted.
+// there, and shifted; weights that do are laid out in shared memory.
 #include <type_traits>
 
 #include "common.cuh"
@@ -23,7 +23,7 @@ struct Arguments {
   void* target;
   int64_t weight_stride, bias_stride;
   uint32_t elements, channels, plane;  // `plane`: neighbouring elements of one channel
-  bool aligned, weights_aligned;       // whether the target, and the weights, lie in whole units
+  bool aligned;                        // whether the target lies in whole units
   Divider by_plane, by_channels;
 };
 
@@ -33,19 +33,23 @@ struct alignas(kUnitBytes) Unit {
   T element[kSize];
 };
 
-// kWeights: each element of a unit has a weight of its own, and they lie in whole units, if the source does. kMisfit:
-// if not negative, the words behind a multiple of 16 bytes that the source begins, with up to 3 bytes more; the target
-// does not.
+// kWeights: each element of a unit has a weight of its own, and they lie side by side, in whole units, if the source
+// does. kMisfit: if not negative, the words behind a multiple of 16 bytes that the source begins, with up to 3 bytes
+// more; the target does not.
 template <typename T, bool kWeights, int kMisfit>
 __global__ void __launch_bounds__(kThreads) scale(const __grid_constant__ Arguments a) {
   using Unit = Unit<T>;
   constexpr int kSize = Unit::kSize;
-  const uint32_t first = (blockIdx.x * kUnits * kThreads + threadIdx.x) * kSize;
+  // Of a source that is shifted, a warp's units follow each other.
+  constexpr bool kShifted = kMisfit >= 0;
+  constexpr uint32_t kStep = kShifted ? 32 : kThreads;  // from one of a thread's units to the next
+  const uint32_t lane = threadIdx.x % 32, place = kShifted ? threadIdx.x / 32 * kUnits * 32 + lane : threadIdx.x;
+  const uint32_t first = (blockIdx.x * kUnits * kThreads + place) * kSize;
   const T* source = static_cast<const T*>(a.source);
   const T* weight = static_cast<const T*>(a.weight);
   const T* bias = static_cast<const T*>(a.bias);
   T* target = static_cast<T*>(a.target);
-  const auto at = [&](int u) { return first + u * kThreads * kSize; };
+  const auto at = [&](int u) { return first + u * kStep * kSize; };
   const auto whole = [&](int u) { return a.aligned && at(u) + kSize <= a.elements; };
   const auto by_elements = [&](int u) {
     Unit unit;
@@ -54,9 +58,10 @@ __global__ void __launch_bounds__(kThreads) scale(const __grid_constant__ Argume
     return unit;
   };
 
-  Unit unit[kUnits], weights[kWeights ? kUnits : 1];
+  constexpr bool kLaysOut = kWeights && kShifted;
+  Unit unit[kUnits], weights[kWeights && !kLaysOut ? kUnits : 1];
   uint32_t inside[kUnits], channel[kUnits];  // of the first element: its place in its plane, and its channel
-  uint4 low[kUnits], beyond[kUnits];         // of a source that is shifted
+  uint4 low[kUnits], beyond{};               // of a source that is shifted; what the first lane has for the last one
   const int misfit = static_cast<int>(reinterpret_cast<uintptr_t>(source) % kUnitBytes);
   // The source has units [1, end) alone, the ones beside with what lies around.
   const auto end = static_cast<uint32_t>((uint64_t{a.elements} * sizeof(T) + misfit) / kUnitBytes);
@@ -66,30 +71,36 @@ __global__ void __launch_bounds__(kThreads) scale(const __grid_constant__ Argume
     inside[u] = a.by_plane.split(channel[u]);
     channel[u] = a.by_channels.split(channel[u]);
   }
+  // Weights of the block's elements, from its first one on, in whole units.
+  constexpr uint32_t kMost = kUnits * kThreads * kSize;
+  __shared__ Unit laid_out[kLaysOut ? kMost / kSize : 1];
+  uint32_t rest = blockIdx.x * kMost;
+  const uint32_t first_channel = a.by_channels.split(rest);
   wait_for_kernel_before();
   let_next_kernel_start();
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
-    if constexpr (kWeights) {
-      if (kMisfit < 0 || a.weights_aligned)
-        weights[u] = *reinterpret_cast<const Unit*>(weight + channel[u]);
-      else
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) weights[u].element[i] = weight[channel[u] + i];
-    }
-    if constexpr (kMisfit >= 0) {
+    if constexpr (kWeights && !kLaysOut) weights[u] = *reinterpret_cast<const Unit*>(weight + channel[u]);
+    if constexpr (kShifted) {
       const uint4* units = reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(source) - misfit);
       const auto read = [&](uint32_t n) { return n > 0 && n < end ? __ldg(units + n) : uint4{}; };
       low[u] = read(at(u) / kSize);
-      if (threadIdx.x % 32 == 31) beyond[u] = read(at(u) / kSize + 1);
+      if (u + 1 == kUnits && lane == 0) beyond = read(at(u) / kSize + 32);
     } else {
       unit[u] = whole(u) ? *reinterpret_cast<const Unit*>(source + at(u)) : by_elements(u);
     }
   }
-  if constexpr (kMisfit >= 0) {
+  if constexpr (kLaysOut) {
+    for (uint32_t i = threadIdx.x; i < min(kMost, a.channels); i += kThreads) {
+      const uint32_t of = first_channel + i;
+      laid_out[i / kSize].element[i % kSize] = weight[of < a.channels ? of : of - a.channels];
+    }
+    __syncthreads();
+  }
+  if constexpr (kShifted) {
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-      const uint4 high = unit_of_next_lane(low[u], beyond[u]);
+      const uint4 high = unit_of_next_lane(low[u], u + 1 < kUnits ? low[u + 1] : beyond);
       const uint32_t n = at(u) / kSize;
       if (n > 0 && n + 1 < end)
         *reinterpret_cast<uint4*>(&unit[u]) = shifted<kMisfit>(low[u], high, misfit % 4 * 8);
@@ -106,8 +117,10 @@ __global__ void __launch_bounds__(kThreads) scale(const __grid_constant__ Argume
       unit[u].element[i] = narrow<T>(fma(widen(unit[u].element[i]), w, b));
     };
     if constexpr (kWeights) {
+      const uint32_t behind = channel[u] < first_channel ? a.channels : 0;
+      const Unit& of = kLaysOut ? laid_out[(channel[u] + behind - first_channel) / kSize] : weights[kLaysOut ? 0 : u];
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) multiply(i, widen(weights[u].element[i]), bias_of(channel[u] + i));
+      for (int i = 0; i < kSize; ++i) multiply(i, widen(of.element[i]), bias_of(channel[u] + i));
     } else if (inside[u] + kSize <= a.plane) {
       const Accumulator<T> w = weight_of(channel[u]), b = bias_of(channel[u]);
 #pragma unroll
@@ -143,7 +156,7 @@ void launch_scale(const Problem& p, cudaStream_t stream) {
   a.elements = static_cast<uint32_t>(elements), a.channels = static_cast<uint32_t>(p.channels);
   a.plane = channels_last ? 1 : static_cast<uint32_t>(p.height * p.width);
   const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % kUnitBytes == 0; };
-  a.aligned = aligned(a.target), a.weights_aligned = aligned(a.weight);
+  a.aligned = aligned(a.target);
   a.by_plane = Divider(a.plane), a.by_channels = Divider(a.channels);
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -156,7 +169,7 @@ void launch_scale(const Problem& p, cudaStream_t stream) {
           kMisfit < 0 || sizeof(T) == 2 || (kMisfit > 0 && 4 * kMisfit % static_cast<int>(sizeof(T)) == 0);
       if constexpr (kExists) {
         const bool weights =
-            a.plane == 1 && p.channels % kSize == 0 && a.weight_stride == 1 && (kMisfit >= 0 || a.weights_aligned);
+            a.plane == 1 && p.channels % kSize == 0 && a.weight_stride == 1 && (kMisfit >= 0 || aligned(a.weight));
         launch_early(weights ? scale<T, true, kMisfit> : scale<T, false, kMisfit>, a, blocks, kThreads, stream);
       }
     };

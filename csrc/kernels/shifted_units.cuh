@@ -14,11 +14,12 @@ __device__ uint4 shifted(const uint4& low, const uint4& high, uint32_t bits) {
           __funnelshift_r(words[k + 2], words[k + 3], bits), __funnelshift_r(words[k + 3], words[k + 4], bits)};
 }
 
-// The unit that the next lane has; the last lane's is `beyond`. All lanes of the warp ask.
+// The unit that the next lane has; the last lane's is the first lane's `beyond`. All lanes of the warp ask.
 __device__ inline uint4 unit_of_next_lane(const uint4& unit, const uint4& beyond) {
-  const uint4 next = {__shfl_down_sync(~0u, unit.x, 1), __shfl_down_sync(~0u, unit.y, 1),
-                      __shfl_down_sync(~0u, unit.z, 1), __shfl_down_sync(~0u, unit.w, 1)};
-  return threadIdx.x % 32 < 31 ? next : beyond;
+  const int lane = threadIdx.x % 32;
+  const uint4 given = lane == 0 ? beyond : unit;
+  return {__shfl_sync(~0u, given.x, lane + 1), __shfl_sync(~0u, given.y, lane + 1), __shfl_sync(~0u, given.z, lane + 1),
+          __shfl_sync(~0u, given.w, lane + 1)};
 }
 
 }  // namespace dwconv
