@@ -69,7 +69,8 @@ struct March {
 constexpr int kGroups = Barriers::kStages;  // of rows in the ring: one to work on, the others on their way
 constexpr int kRing = 128;                  // offset of the ring, behind the barriers
 constexpr int kTapsBarrier = 64;            // offset of the one for weights
-static_assert(kTapsBarrier >= 16 * Barriers::kStages);
+constexpr int kCopiesBarrier = 72;          // of those for copies behind which the loading warp has something to do
+static_assert(kTapsBarrier >= 16 * Barriers::kStages && kCopiesBarrier + 8 * kGroups <= kRing);
 
 // Of an image, or half of one, see Tile::kHalves: where it lies in either array, and what of it.
 struct Image {
@@ -160,6 +161,12 @@ class Feed {
       slot_ += a.slot_bytes;
       if (slot_ == a.ring_bytes) slot_ = 0;
     }
+  }
+
+  // Clears what is beside the rows of a group.
+  __device__ void clear_beside(const March& a, int stage) const {
+    for (int i = threadIdx.x % 32 / 16; i < a.group; i += 2)
+      loader_.clear_beside(a.source, kRing + (stage * a.group + i) * a.slot_bytes);
   }
 
  private:
@@ -438,7 +445,8 @@ __device__ inline void store_row(const March& a, char* to, int from, int pitch, 
 __device__ inline void init_barriers(int warps) {
   if (threadIdx.x % 32 == 0)
     for (int i = 0; i < kGroups; ++i)
-      init_barrier(Barriers::full(i), 1), init_barrier(Barriers::done(i), warps * kWarpArrivals);
+      init_barrier(Barriers::full(i), 1), init_barrier(Barriers::done(i), warps * kWarpArrivals),
+          init_barrier(kCopiesBarrier + 8 * i, 1);
   if (threadIdx.x % 32 == 0) init_barrier(kTapsBarrier, 1);
   before_bulk_copies();
   __syncwarp();
@@ -516,14 +524,27 @@ __global__ void __launch_bounds__(way != Way::kThreads ? Tile::kBulkThreads : Ti
     if (lane == 0) arrive(kTapsBarrier);
     __syncwarp();
   };
+  // Whether the warp that loads clears what comes with rows of shifted pixels beside the image, or others mask it:
+  // where rows take little time, or there is little to mask, that is less than others would wait.
+  constexpr bool kClears = kShifted && Tile::kLoading > 0 && Tile::kFan == 1 && Tile::kKernelW > 1;
+  const bool clears = kClears && a.source.row_runs;
   // Loads a group of rows, if there are more.
   const auto load_group = [&](uint32_t i) {
     if (!feed.find(a)) return false;
-    const int stage = i % kGroups;
+    const int stage = i % kGroups, barrier = clears ? kCopiesBarrier + 8 * stage : Barriers::full(stage);
     if (i >= kGroups) wait(Barriers::done(stage), (i / kGroups - 1) % 2);
-    if constexpr (kBulk) feed.load(a, Barriers::full(stage));
-    if (threadIdx.x % 32 == 0) arrive(Barriers::full(stage));
+    if constexpr (kBulk) feed.load(a, barrier);
+    if (threadIdx.x % 32 == 0) arrive(barrier);
     return true;
+  };
+  // Clears what is beside a group when it is there, and hands it to the others.
+  const auto clear_group = [&](uint32_t i) {
+    const int stage = i % kGroups;
+    wait(kCopiesBarrier + 8 * stage, i / kGroups % 2);
+    if constexpr (kClears) feed.clear_beside(a, stage);
+    before_bulk_copies();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive(Barriers::full(stage));
   };
   if constexpr (kBulk) {
     if (loads) {
@@ -535,7 +556,13 @@ __global__ void __launch_bounds__(way != Way::kThreads ? Tile::kBulkThreads : Ti
       let_next_kernel_start();
       load_taps();
       if (Tile::kLoading > 0) {
-        for (uint32_t i = 0; load_group(i);) ++i;
+        // A group is waited for when the next but one is asked for: later, others would wait for it.
+        constexpr uint32_t kBehind = 2;
+        uint32_t i = 0;
+        for (; load_group(i); ++i)
+          if (clears && i >= kBehind) clear_group(i - kBehind);
+        if (clears)
+          for (uint32_t last = i > kBehind ? i - kBehind : 0; last < i; ++last) clear_group(last);
         return;
       }
       load_group(0), load_group(1);
@@ -646,7 +673,8 @@ __global__ void __launch_bounds__(way != Way::kThreads ? Tile::kBulkThreads : Ti
     // What is of other pixels before the row and behind it: what a unit has before a channel's place, or behind.
     const int before = (source_of(filter) + kChannels * kFan) * kSize + a.source.shift - a.source.bytes;
     const int behind = kUnit - a.source.shift - source_of(filter) * kSize;
-    inner = !a.source.row_runs || ((x0 >= 0 || before <= 0) && (x0 + Tile::kColumns <= a.width || behind <= 0));
+    inner =
+        kClears || !a.source.row_runs || ((x0 >= 0 || before <= 0) && (x0 + Tile::kColumns <= a.width || behind <= 0));
   }
   const uint32_t phases = a.source.joined ? kUnit - 1 : 0;  // how far behind its place a row may begin: see phase_of
   const bool whole = live && target_x >= 0 && target_x + kWidth <= a.target_width;

@@ -29,7 +29,7 @@ struct Pixels {
   // place within 16 bytes in shared memory. Beside the image lie then not zeros, but what is of the rows around.
   bool joined;
   // Whether rows of shifted pixels are copied as one run of units, too, where a block has all channels. There are zeros
-  // beside the image, but for what the first and the last unit have of the pixels around.
+  // beside the image, but for what the first and the last unit have of the pixels around, until that is cleared.
   bool row_runs;
   const char *begin, *end;  // of the array, if it has no gaps
   // Units of a slab's pixel; pixels that threads load together, and the steps to the next ones.
@@ -172,7 +172,7 @@ class BulkLoader {
     bytes_ = min(p.slab_bytes, p.bytes - slab);
     if (p.pixel_bytes == bytes_) bytes_ *= pixels_, pixels_ = 1;
     if (kShifted) bytes_ += kUnit;
-    to_ = before * p.pitch;
+    to_ = before * p.pitch;  // of the first unit
     offset_ = static_cast<int64_t>(first_column + before) * p.pixel_bytes + slab;
   }
 
@@ -197,6 +197,14 @@ class BulkLoader {
       for (int i = 0; i < pixels_; ++i, at += p.pitch, from += p.pixel_bytes) copy_bulk(at, from, bytes_, barrier);
     }
     __syncwarp();
+  }
+
+  // Makes zeros of what the first and the last unit of a row run at offset `to` have of the pixels around, by 16 lanes.
+  __device__ void clear_beside(const Pixels& p, int to) const {
+    constexpr int kSize = sizeof(uint16_t), kElements = kUnit / kSize;
+    const int lane = threadIdx.x % (2 * kElements), at = lane % kElements * kSize;
+    const bool first = lane < kElements;
+    if (first == (at < p.shift)) shared<uint16_t>(to + to_ + (first ? 0 : bytes_ - kUnit) + at) = 0;
   }
 
  private:
