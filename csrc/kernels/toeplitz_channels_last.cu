@@ -413,7 +413,9 @@ bool launch_bands(const Problem& problem, cudaStream_t stream) {
 }  // namespace
 
 void launch_toeplitz_channels_last(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
-  if (p.stride_h > 1) return launch_toeplitz_strided_channels_last(realigned(p, allocate, stream), stream);
+  if (p.stride_h > 1)
+    return launch_toeplitz_strided_channels_last(p.pass == Pass::kGradInput ? p : realigned(p, allocate, stream),
+                                                 stream);
   if (launch_bands(p, stream)) return;
   launch_bands(realigned_with_gaps(realigned(p, allocate, stream), allocate, stream), stream);
 }

@@ -14,6 +14,12 @@
 // finds all of A, from all banks; for grad_input, whose tiles are 4 columns apart, every second one in a copy that
 // begins 4 columns later. Outputs go through shared memory, from where they are stored as they lie side by side.
 //
+// For grad_input, pixels that begin between multiples of 16 bytes come from the unit on that they begin in: a slab's
+// channels are parted as they lie in units. Some of the first unit, or of the one behind the last, take the places of
+// what the other one has of other slabs: threads load them alone, a chunk ahead, and put them there when the units have
+// come. Forward, where a slab has two units of a pixel, that would take longer than copying the array first
+// (realign.cu).
+//
 // The zeros of B spoil an output if they meet Inf or NaN, which then is NaN. So outputs that are finite are right, and
 // the others are computed again, tap by tap.
 #include "toeplitz_channels_last.cuh"
@@ -26,7 +32,9 @@ struct Side {  // an array (N, height, width, channels)
   int64_t image_bytes, row_bytes;
   int pixel_bytes, bytes;  // from one pixel to the next; of a pixel, all channels
   int height, width;
-  int unit;  // bytes that are copied at once: 16, 8, 4 or 2
+  int unit;                 // bytes that are copied at once: 16, 8, 4 or 2
+  int shift;                // bytes behind `base`, then a multiple of 16, that all pixels begin; or 0
+  const char *begin, *end;  // of the array
 };
 
 struct Strided {
@@ -48,10 +56,10 @@ __device__ inline uint32_t kept(uint32_t value) {
   return __shfl_sync(~0u, value, threadIdx.x % 32);
 }
 
-// What a kernel is compiled for. kSpread: grad_input.
-template <bool kSpread_>
+// What a kernel is compiled for. kSpread: grad_input. kShifted: pixels of the source begin between units.
+template <bool kSpread_, bool kShifted_>
 struct Way {
-  static constexpr bool kSpread = kSpread_;
+  static constexpr bool kSpread = kSpread_, kShifted = kShifted_;
   static constexpr int kStepRows = 4, kSpan = 32;  // of units
   static constexpr int kWarps = 8, kThreads = 32 * kWarps;
   static constexpr int kSources = kSpread ? 32 : 16, kTargets = kSpread ? 16 : 32;  // of a slab
@@ -135,6 +143,13 @@ __device__ inline void copy_parts_or_clear(int to, const char* from, bool copy, 
     }
 }
 
+// The same, of a unit that may lie at an end of the array, as far as it is the array's.
+__device__ inline void copy_inside(int to, const char* from, const char* begin, const char* end) {
+#pragma unroll 1
+  for (int i = 0; i < kUnit; i += 2)
+    if (from + i >= begin && from + i < end) shared<uint16_t>(to + i) = *reinterpret_cast<const uint16_t*>(from + i);
+}
+
 // A thread's part in loading chunks of source rows, of which each has its warps: 16 bytes of some pixels of a row.
 // What is outside the image are zeros.
 template <class Way>
@@ -143,37 +158,80 @@ class Source {
   __device__ Source(const Strided& a, const Place& b) {
     const int thread = threadIdx.x % (32 * Way::kRowWarps), octet = thread % Way::kOctets;
     const int row = threadIdx.x / (32 * Way::kRowWarps), first = thread / Way::kOctets;
-    const int x = b.source_column + first, at = (b.slab * Way::kSources + octet * 8) * 2;
+    // The first unit, or the one behind the last in its place.
+    const bool behind = octet == 0 && is_behind(a);
+    const int slab = b.slab * Way::kSources * 2, at = slab + (behind ? Way::kOctets : octet) * kUnit;
+    const int x = b.source_column + first;
     y_ = b.source_row + row;
     to_ = Way::place_of(row * Way::kColumns + first, octet);
     from_ = a.source.base + (b.image * a.source.image_bytes + y_ * a.source.row_bytes +
                              static_cast<int64_t>(x) * a.source.pixel_bytes + at);
     last_ = first + (kTurns - 1) * kAtOnce < Way::kColumns;
+    const int end = a.source.bytes + a.source.shift;
+    exists_ = at < end;
+    exchanges_ = Way::kShifted && octet == 0 && (behind || slab + Way::kSources * 2 < end);
     for (int t = 0; t < kTurns; ++t)
-      inside_ |= (at < a.source.bytes && static_cast<uint32_t>(x + t * kAtOnce) < static_cast<uint32_t>(a.source.width))
-                 << t;
+      inside_ |= (static_cast<uint32_t>(x + t * kAtOnce) < static_cast<uint32_t>(a.source.width)) << t;
   }
 
-  // Begins to load the next chunk.
-  __device__ void load(const Strided& a) {
-    const uint32_t inside = static_cast<uint32_t>(y_) < static_cast<uint32_t>(a.source.height) ? inside_ : 0;
-    const int step = kAtOnce * a.source.pixel_bytes;
+  // Begins to load the next chunk, an even or an odd one, if there is any, and goes on.
+  __device__ void load(const Strided& a, int chunk, bool any) {
+    const bool row = exists_ && static_cast<uint32_t>(y_) < static_cast<uint32_t>(a.source.height);
+    const uint32_t inside = row ? inside_ : 0;
+    const int step = kAtOnce * a.source.pixel_bytes, place = to_ + chunk % 2 * Way::kChunkBytes;
     const auto load = [&](int t, auto&& copy) {
-      if (t + 1 < kTurns || last_)
-        copy(to_ + t * kAtOnce * Way::kOctets * kUnit, from_ + t * step, (inside >> t & 1) != 0);
+      if (any && (t + 1 < kTurns || last_))
+        copy(place + t * kAtOnce * Way::kOctets * kUnit, from_ + t * step, (inside >> t & 1) != 0);
     };
-    if (a.source.unit == kUnit) {
+    if (Way::kShifted ? is_inside(a) : a.source.unit == kUnit) {
 #pragma unroll
       for (int t = 0; t < kTurns; ++t)
         load(t, [](int to, const char* from, bool copy) { copy_or_clear(to, from, copy); });
     } else {
 #pragma unroll 1
       for (int t = 0; t < kTurns; ++t)
-        load(t, [&](int to, const char* from, bool copy) { copy_parts_or_clear(to, from, copy, a.source.unit); });
+        load(t, [&](int to, const char* from, bool copy) {
+          if (!Way::kShifted)
+            copy_parts_or_clear(to, from, copy, a.source.unit);
+          else if (copy)
+            copy_inside(to, from, a.source.begin, a.source.end);
+          else
+            shared<uint4>(to) = {};
+        });
     }
     y_ += Way::kChunkRows, from_ += Way::kChunkRows * a.source.row_bytes;
-    to_ += odd_ ? -Way::kChunkBytes : Way::kChunkBytes;
-    odd_ = !odd_;
+  }
+
+  // Begins to load what takes other places, of a chunk so many before the next one to load.
+  __device__ void load_exchanged(const Strided& a, int before) {
+    if constexpr (Way::kShifted) {
+      const int y = y_ - before * Way::kChunkRows, step = kAtOnce * a.source.pixel_bytes;
+      const bool any = exchanges_ && static_cast<uint32_t>(y) < static_cast<uint32_t>(a.source.height);
+      const char* from = from_ - before * (Way::kChunkRows * a.source.row_bytes);
+      from += is_behind(a) ? a.source.shift - Way::kOctets * kUnit : Way::kOctets * kUnit;
+      visit_exchanged(a, [&](auto zero, int offset, uint32_t (&words)[kTurns]) {
+        using Word = decltype(zero);
+#pragma unroll
+        for (int t = 0; t < kTurns; ++t) {
+          const bool there = any && (inside_ >> t & 1) != 0 && (t + 1 < kTurns || last_);
+          words[t] = there ? *reinterpret_cast<const Word*>(from + t * step + offset) : 0;
+        }
+      });
+    }
+  }
+
+  // Puts it there, in a chunk whose units the thread has waited for.
+  __device__ void exchange(const Strided& a, int chunk) {
+    if constexpr (Way::kShifted) {
+      const int place = to_ + chunk % 2 * Way::kChunkBytes + (is_behind(a) ? a.source.shift : 0);
+      visit_exchanged(a, [&](auto zero, int offset, uint32_t (&words)[kTurns]) {
+        using Word = decltype(zero);
+#pragma unroll
+        for (int t = 0; t < kTurns; ++t)
+          if (exchanges_ && (t + 1 < kTurns || last_))
+            shared<Word>(place + t * kAtOnce * Way::kOctets * kUnit + offset) = static_cast<Word>(words[t]);
+      });
+    }
   }
 
  private:
@@ -181,8 +239,28 @@ class Source {
 
   int y_, to_;
   const char* from_;
-  bool last_, odd_ = false;  // whether the last turn has a pixel; whether the next chunk is an odd one
-  uint32_t inside_ = 0;      // a bit for each pixel that is in the image, if its row is
+  bool last_;                              // whether the last turn has a pixel
+  bool exists_;                            // whether the unit has channels
+  bool exchanges_;                         // whether some of it take the places of others
+  uint32_t inside_ = 0;                    // a bit for each pixel that is in the image, if its row is
+  uint32_t pair_[kTurns], other_[kTurns];  // two channels that take other places; one more, or two
+
+  // Whether what takes other places is of the first unit, and takes those of the unit behind the last one.
+  static __device__ bool is_behind(const Strided& a) { return Way::kShifted && a.source.shift > kUnit / 2; }
+
+  // Whether all of a row's units are the array's.
+  __device__ bool is_inside(const Strided& a) const {
+    return from_ >= a.source.begin && from_ + (kTurns - 1) * (kAtOnce * a.source.pixel_bytes) + kUnit <= a.source.end;
+  }
+
+  // Calls visit(type, offset of the first one's, its words) with the words that take other places.
+  template <typename Visit>
+  __device__ void visit_exchanged(const Strided& a, Visit&& visit) {
+    const int channels = (is_behind(a) ? kUnit - a.source.shift : a.source.shift) / 2;
+    if (channels % 2 != 0) visit(uint16_t{}, is_behind(a) ? 0 : 2 * (channels - 1), other_);
+    if (channels >= 2) visit(uint32_t{}, is_behind(a) ? channels % 2 * 2 : 0, pair_);
+    if (channels == 4) visit(uint32_t{}, 4, other_);
+  }
 };
 
 // Parts the channels of a chunk.
@@ -265,7 +343,7 @@ __device__ __noinline__ void outputs_by_taps(const Strided& a) {
   const int y_end = min((b.row + b.rows) * Way::kPair - lead_h, a.target.height);
   const int x_begin = max(b.column * Way::kPair - lead_w, 0);
   const int x_end = min(b.column * Way::kPair - lead_w + Way::kOutColumns, a.target.width);
-  const T* image = reinterpret_cast<const T*>(a.source.base + b.image * a.source.image_bytes);
+  const T* image = reinterpret_cast<const T*>(a.source.base + a.source.shift + b.image * a.source.image_bytes);
   for (int y = y_begin; y < y_end; ++y)
     for (int i = threadIdx.x; i < (x_end - x_begin) * Way::kTargets; i += Way::kThreads) {
       const int x = x_begin + i / Way::kTargets, channel = b.slab * Way::kTargets + i % Way::kTargets;
@@ -298,9 +376,14 @@ class Step {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile = lane % 8;
     load_bands(a, b, warp);
     row_ = lane / 8 % 2 * 2 * Way::kStep;
-    from_ = Way::kSpread ? Way::kPlanes + tile % 2 * Way::kCopyBytes + (4 * warp + lane / 16) * Way::kPlaneBytes +
-                               tile / 2 * kUnit
-                         : Way::kPlanes + 2 * warp * Way::kPlaneBytes + (tile + lane / 16) * kUnit;
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      // Of the channel, or of the filter; a slab's last ones come before the others.
+      const int source = Way::kSpread ? 4 * warp + lane / 16 + 2 * c : 2 * warp + c;
+      const int plane = Way::kShifted ? (source + a.source.shift / 2) % Way::kSources : source;
+      from_[c] = Way::kPlanes + plane * Way::kPlaneBytes +
+                 (Way::kSpread ? tile % 2 * Way::kCopyBytes + tile / 2 * kUnit : (tile + lane / 16) * kUnit);
+    }
     const int column = lane * Way::kPair;
 #pragma unroll
     for (int v = 0; v < Way::kPair; ++v) to_[v] = kept(shared_address(Way::out_of(column + v, warp * Way::kOutPart)));
@@ -322,7 +405,7 @@ class Step {
 #pragma unroll
       for (int v = 0; v < 8 * kParities; ++v)
         sum[c][v / 8][v / 4 % 2][v % 4] = Way::kSpread ? 0.f : bias_[(2 * c + v % 2) % kBiases];
-    const int first = step % 3 * Way::kChunkRows + row_, at = from_ + first * Way::kRowBytes;
+    const int first = step % 3 * Way::kChunkRows + row_, at = first * Way::kRowBytes;
     constexpr int kReach = Way::kSpread ? 4 : kKernel, kNext = Way::kStep;  // rows; to the next pair of rows
 #pragma unroll
     for (int o = 0; o < kReach + kNext; ++o) {
@@ -330,7 +413,9 @@ class Step {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
         uint32_t x[4];
-        load_matrices(x, shared_address(from + c * (Way::kSpread ? 2 : 1) * Way::kPlaneBytes));
+        // One from the other, where that is the same for all.
+        const int plane = Way::kShifted ? from_[c] : from_[0] + c * (Way::kSpread ? 2 : 1) * Way::kPlaneBytes;
+        load_matrices(x, shared_address(plane + from));
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair)
           if (const int reach = o - pair * kNext; reach >= 0 && reach < kReach)
@@ -372,7 +457,7 @@ class Step {
   uint32_t bands_[2][kKernel][2];
   float bias_[kBiases > 0 ? kBiases : 1] = {};
   uint32_t zeros_ = 0;
-  int row_, from_;
+  int row_, from_[2];
   uint32_t to_[Way::kPair];  // where the thread's outputs of the first row go
 
   __device__ void load_bands(const Strided& a, const Place& b, int warp) {
@@ -414,25 +499,29 @@ __global__ void __launch_bounds__(Way::kThreads, 2) toeplitz_strided_channels_la
   // A step takes two chunks. They are parted a step before, and asked for two steps before that.
   Source<Way> source(a, b);
   const auto load = [&](int chunk) {
-    if (chunk <= steps) source.load(a);
+    source.load(a, chunk, chunk <= steps);
     commit_copies();
   };
-  const auto wait = [&] {
+  // Waits for a chunk that is then parted.
+  const auto wait = [&](int chunk) {
     wait_copies<1>();
+    if (chunk <= steps) source.exchange(a, chunk);
     __syncthreads();
+    if (chunk < steps) source.load_exchanged(a, 1);
   };
   load(0);
   load(1);
+  source.load_exchanged(a, 2);
   Step<T, Way> work(a, b);
   Target<Way> target(a, b);
   for (int chunk = 0; chunk < 2; ++chunk) {
-    wait();
+    wait(chunk);
     part_chunk<Way>(chunk);
     __syncthreads();
     load(chunk + 2);
   }
   for (int step = 0; step < steps; ++step) {
-    wait();
+    wait(step + 2);
     work.run(step);
     if (step + 2 <= steps) part_chunk<Way>(step + 2);
     __syncthreads();
@@ -451,15 +540,22 @@ Side side_of(const View& view, int64_t batch, int64_t channels, int64_t height, 
   s.bytes = static_cast<int>(channels * 2);
   s.height = static_cast<int>(height), s.width = static_cast<int>(width);
   s.unit = alignment_of(view, 2, channels, height, width, batch);
+  s.begin = s.base;
+  s.end = s.base + (batch - 1) * s.image_bytes + (height - 1) * s.row_bytes + (width - 1) * s.pixel_bytes + s.bytes;
   return s;
 }
 
+// Where an array begins between units, and all its pixels lie as far behind one.
+void shift_side(Side& s, const View& view, int64_t batch) {
+  if (s.unit == kUnit || alignment_between(view, 2, s.bytes / 2, s.height, s.width, batch) < kUnit) return;
+  s.shift = static_cast<int>(reinterpret_cast<uintptr_t>(s.base) % kUnit), s.base -= s.shift;
+}
+
 template <typename T, class Way>
-void launch_way(const Problem& p, cudaStream_t stream) {
+void launch_way(const Problem& p, const Strided& arguments, cudaStream_t stream) {
   static_assert(Way::kSharedBytes <= kStridedBytes);
   const Mapping map(p);
-  Strided a{};
-  a.source = side_of(map.source, p.batch, map.sources, map.height, map.width);
+  Strided a = arguments;
   a.target = side_of(map.target, p.batch, map.targets, map.out_height, map.out_width);
   a.weight = map.weight.data, a.weight_filter = map.weight.stride[0];
   a.weight_row = map.weight.stride[2], a.weight_column = map.weight.stride[3];
@@ -491,10 +587,20 @@ void launch_way(const Problem& p, cudaStream_t stream) {
 }  // namespace
 
 void launch_toeplitz_strided_channels_last(const Problem& p, cudaStream_t stream) {
+  const Mapping map(p);
+  Strided a{};
+  a.source = side_of(map.source, p.batch, map.sources, map.height, map.width);
+  const bool spread = p.pass == Pass::kGradInput;
+  if (spread) shift_side(a.source, map.source, p.batch);
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
-      p.pass == Pass::kGradInput ? launch_way<T, Way<true>>(p, stream) : launch_way<T, Way<false>>(p, stream);
+      if (!spread)
+        launch_way<T, Way<false, false>>(p, a, stream);
+      else if (a.source.shift > 0)
+        launch_way<T, Way<true, true>>(p, a, stream);
+      else
+        launch_way<T, Way<true, false>>(p, a, stream);
     }
   });
 }
