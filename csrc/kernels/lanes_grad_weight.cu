@@ -431,7 +431,7 @@ __global__ void __launch_bounds__(32 * F::kAllWarps, 1) lanes_grad_weight(const 
   Ring stages(a.barriers_at, a.stages);
   if (threadIdx.x == 0)
     for (int stage = 0; stage < a.stages; ++stage) {
-      init_barrier(stages.barriers + 16 * stage, 32 * a.copiers);
+      init_barrier(stages.barriers + 16 * stage, (32 + kWarpArrivals) * a.copiers);
       init_barrier(stages.barriers + 16 * stage + 8, (warps + sums_bias) * kWarpArrivals);
     }
   if (F::has_clusters(a)) {
@@ -461,6 +461,8 @@ __global__ void __launch_bounds__(32 * F::kAllWarps, 1) lanes_grad_weight(const 
         copy_item(a, cursor, &a.grad_map, a.grad, a.grad_stride, a.grad_copy, 1, a.out_height, a.out_width,
                   at + a.grads_at, a.grad_unit_bytes, stages.full(), copier);
         arrive_after_copies(stages.full());
+        // That arrival may come before the bytes that are expected: one more that comes after them.
+        arrive_together(stages.full(), lane == 0);
         stages.advance(), cursor.advance(a);
         if (F::has_clusters(a) && item == first) meet_cluster();
       }
