@@ -51,7 +51,7 @@ struct GradCopier : Copier {
   __device__ void load(void* to, const void* from, int bytes, int barrier) const {
 #if __CUDA_ARCH__ >= 800
     if (bulk) return Copier::load(to, from, bytes, barrier);
-    constexpr int kStep = 32 * kUnit, kWhole = kBurst * kStep;
+    constexpr int kBurst = 8, kStep = 32 * kUnit, kWhole = kBurst * kStep;
     const int warp = rank() / 32, warps = (dedicated ? loaders : blockDim.x) / 32, lane = threadIdx.x % 32;
     uint32_t slot = shared_address(to) + warp * kWhole + lane * kUnit;
     const char* its = static_cast<const char*>(from) + warp * kWhole + lane * kUnit;
