@@ -82,7 +82,7 @@ void run(Problem& problem, const Tensor& like, const By& by) {
   int64_t left = by.room ? by.room->numel() * size_of(problem.dtype) / kAlign * kAlign : 0;
   const auto allocate = [&](int64_t bytes) -> void* {
     const int64_t taken = (bytes + kAlign - 1) / kAlign * kAlign;
-    if (taken <= left) return static_cast<char*>(by.room->data_ptr()) + (left -= taken);
+    if (by.room && taken <= left) return static_cast<char*>(by.room->data_ptr()) + (left -= taken);
     return scratch.emplace_back(empty({bytes / size_of(problem.dtype) + 1}, false, like)).data_ptr();
   };
   switch (chosen.id) {

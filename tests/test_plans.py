@@ -1336,6 +1336,8 @@ def test_marches_down_planes_are_exact(
         padding = [(side // 2, side // 2), (0, 0), (side - 1, side - 1)][turn if turn < 3 else 0]
         if min(size) + 2 * min(padding) < 2 * side - 1:
             continue
+        if turn == 4 and size == (14, 14) and side == 7:  # stream_nchw has these, between multiples of 16 bytes
+            continue
         case = Case(
             batch,
             channels,

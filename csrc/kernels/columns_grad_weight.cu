@@ -172,7 +172,8 @@ bool launch_columns_grad_weight(const Problem& p, const Allocate& allocate, cuda
   const int64_t dilation_h = p.kernel_h == 1 ? p.stride_h : p.dilation_h;
   const int64_t common = std::gcd(p.stride_h, dilation_h), shift = p.stride_h / common;
   constexpr int64_t kMany = 1 << 28;  // rows and columns, with what is beside them, and items are counted in 32 bits
-  if (p.dtype != DType::kFloat64 || shift > 2 || !has_rows(p.input, p.width) || !has_rows(p.output, p.out_width))
+  if (p.dtype != DType::kFloat64 || p.batch == 0 || shift > 2 || !has_rows(p.input, p.width) ||
+      !has_rows(p.output, p.out_width))
     return false;
   const auto far = [](int64_t size, int64_t out, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
     return std::max({size, out, padding, kernel * dilation + out * stride}) > kMany / 4;
