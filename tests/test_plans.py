@@ -954,45 +954,6 @@ def test_direct_in_vectors(side: int, dtype: torch.dtype, memory_format: torch.m
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(5, 6, (56, 56), (3, 3), padding=(1, 1)),
-        Case(3, 5, (29, 31), (5, 5), (2, 2), (2, 2), multiplier=2),
-        Case(2, 4, (28, 28), (7, 7), padding=(3, 5)),
-        Case(2, 3, (14, 14), (13, 13), padding=(6, 6)),  # more tiles of taps than a block has warps
-        Case(2, 3, (40, 33), (31, 5), padding=(15, 0)),
-        Case(2, 3, (33, 40), (2, 25), (1, 3), (1, 12), (2, 1)),
-        Case(2, 3, (50, 41), (3, 3), (1, 1), (9, 4), (9, 4)),
-        Case(70, 3, (4, 5), (1, 1)),
-        Case(2, 2, (9, 700), (3, 3), padding=(1, 1)),  # bands of one row
-        Case(2, 2, (9, 1700), (3, 3), padding=(1, 1)),  # not even one row finds room
-        Case(1, 2, (3, 4), (3, 4)),
-    ],
-    ids=str,
-)
-def test_float64_grad_weight(case: Case, memory_format: torch.memory_format) -> None:
-    """Exact on integers, the same bits every time, NaN and Inf where F.conv2d has them."""
-    input, weight, bias = make_inputs(case._replace(bias=True), torch.float64, "cuda", memory_format, integers)
-    grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=memory_format)
-    call = case.kernel, *arguments_of(case), True, "generic"
-    for finite in (True, False):
-        if not finite:
-            input[-1, 0, -1, 0], input[0, -1, 0, -1] = torch.inf, torch.nan
-            grad_output[0, 0, 0, 0], grad_output[-1, -1, -1, -1] = -torch.inf, torch.inf
-        exact = run_float64((input, weight, bias), grad_output, **case.geometry)
-        for steps in ((1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 1, 2)):
-            order = (0, 2, 3, 1) if memory_format == torch.channels_last else (0, 1, 2, 3)
-            args = lay(grad_output, order, steps, 1), lay(input, order, steps)
-            results = torch.ops.dwconv.grad_weight.plan(*args, *call)
-            for result, expected in zip(results, (exact.grad_weight, exact.grad_bias)):
-                assert torch.equal(result.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0)), (steps, finite)
-            for again in (torch.ops.dwconv.grad_weight.plan(*args, *call) for _ in range(5)):
-                assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(results, again))
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [*FAST, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "case",
@@ -1641,6 +1602,41 @@ def test_grad_weight_in_float64_is_exact(kernel: tuple, finite: bool) -> None:
             for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
                 wanted = exact[name].round().nan_to_num(nan=12345.0)
                 assert torch.equal(result.nan_to_num(nan=12345.0), wanted), (name, plan, str(case))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(5, 6, (56, 56), (3, 3), padding=(1, 1)),
+        Case(3, 5, (29, 31), (5, 5), (2, 2), (2, 2), multiplier=2),
+        Case(2, 4, (28, 28), (7, 7), padding=(3, 5)),  # fewer tiles of 1x9 taps than of 3x3
+        Case(2, 3, (14, 14), (13, 13), padding=(6, 6)),
+        Case(2, 3, (33, 40), (2, 25), (1, 3), (1, 12), (2, 1)),
+        Case(2, 3, (50, 41), (3, 3), (1, 1), (9, 4), (9, 4)),
+        Case(70, 3, (4, 5), (1, 1)),
+        Case(2, 2, (9, 700), (3, 3), padding=(1, 1)),
+        Case(1, 2, (3, 4), (3, 4)),
+    ],
+    ids=str,
+)
+def test_grad_weight_in_float64_of_columns_apart(case: Case) -> None:
+    """Channels side by side, or nothing: exact, NaN where F.conv2d has it, the same bits every time."""
+    input, weight, bias = make_inputs(case, torch.float64, "cuda", make=integers)
+    grad_output = integers(*output_size(case)).to(input)
+    call = case.kernel, *arguments_of(case), True, "generic"
+    for finite in (True, False):
+        if not finite:
+            input[-1, 0, -1, 0], input[0, -1, 0, -1] = torch.inf, torch.nan
+            grad_output[0, 0, 0, 0], grad_output[-1, -1, -1, -1] = -torch.inf, torch.inf
+        exact = run_float64((input, weight, bias), grad_output, **case.geometry)
+        for order, steps in (((0, 2, 3, 1), (1, 1, 1, 1)), ((0, 2, 3, 1), (2, 1, 2, 1)), (None, (1, 2, 1, 2))):
+            args = lay(grad_output, order, steps, 1), lay(input, order, steps)
+            results = torch.ops.dwconv.grad_weight.plan(*args, *call)
+            for result, expected in zip(results, (exact.grad_weight, exact.grad_bias)):
+                assert torch.equal(result.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0)), (steps, finite)
+            for again in (torch.ops.dwconv.grad_weight.plan(*args, *call) for _ in range(5)):
+                assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(results, again))
 
 
 @pytest.mark.gpu
