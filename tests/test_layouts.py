@@ -325,3 +325,18 @@ def test_more_than_2_to_the_31_elements(case: Case, memory_format: torch.memory_
     d_weight, d_bias = torch.ops.dwconv.grad_weight(grad_output, input, case.kernel, *arguments, True)
     assert torch.equal(d_weight, grad_weight.to(d_weight))
     assert torch.equal(d_bias, grad_output.sum((0, 2, 3), dtype=torch.float64).to(d_bias))
+
+
+@pytest.mark.gpu
+def test_more_than_2_to_the_31_weights(much_memory: None) -> None:
+    """Autocast casts them first. Of an image of one pixel, each channel's output is the pixel times the middle tap."""
+    channels, side = 541_200, 63
+    weight = torch.zeros(channels, 1, side, side, device="cuda")
+    assert weight.numel() > 2**31
+    middle = integers(channels).to(weight)
+    weight[:, 0, side // 2, side // 2] = middle
+    pixel = integers(1, channels, 1, 1).to(weight)
+    with torch.autocast("cuda", torch.float16):
+        output = dwconv.conv2d(pixel, weight, padding=side // 2)
+    assert output.dtype == torch.float16
+    assert torch.equal(output.flatten(), (pixel.flatten() * middle).half())

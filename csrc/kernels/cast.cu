@@ -37,16 +37,17 @@ __global__ void __launch_bounds__(kThreads) cast_elements(const __grid_constant_
 }  // namespace
 
 void launch_cast(const Cast& cast, cudaStream_t stream) {
+  if (cast.elements() > std::numeric_limits<int32_t>::max()) {  // more than an index of 32 bits counts: by halves
+    for (const Cast& half : cast.halves()) launch_cast(half, stream);
+    return;
+  }
   Arguments a{};
-  a.source = cast.source.data, a.target = cast.target.data, a.elements = 1;
+  a.source = cast.source.data, a.target = cast.target.data, a.elements = cast.elements();
   for (int d = 0; d < 4; ++d) {
     a.source_stride[d] = cast.source.stride[d], a.target_stride[d] = cast.target.stride[d];
-    a.elements *= cast.size[d];
     if (d > 0) a.by_size[d - 1] = Divider(cast.size[d]);
   }
   if (a.elements == 0) return;
-  if (a.elements > std::numeric_limits<int32_t>::max())
-    throw std::runtime_error("dwconv: the weights are too many to be cast or laid out anew");
   visit_dtype(cast.from, [&](auto from) {
     visit_dtype(cast.to, [&](auto to) {
       using From = decltype(from);
