@@ -128,6 +128,13 @@ def architecture_flags(flags: list[str]) -> list[str]:
     return list(dict.fromkeys(flag.replace(plain, full) for flag in flags))
 
 
+def compression_flags(home: Path) -> list[str]:
+    """For nvcc: code in a quarter of the space, unpacked within milliseconds when a file's first kernel runs."""
+    # The denser way asks for no later driver than all programs of CUDA 13.
+    is_13 = numbers(toolkit_version(home)) >= [13, 0]
+    return ["--compress-mode=size"] if is_13 else ["-Xfatbin", "-compress-all"]
+
+
 def main() -> None:
     check_requirements()
     toolkit = wanted_toolkit()
@@ -158,7 +165,7 @@ def main() -> None:
 
     nvcc = ["-O3", "-Xcompiler", "-fvisibility=hidden", "--threads", "2"]
     if toolkit is not None:
-        nvcc += architecture_flags(cpp_extension._get_cuda_arch_flags())
+        nvcc += architecture_flags(cpp_extension._get_cuda_arch_flags()) + compression_flags(toolkit)
 
     class Build(cpp_extension.BuildExtension):
         def run(self) -> None:

@@ -446,6 +446,16 @@ def test_architecture_flags(
     assert sorted(found) == [f"-gencode=arch={flag}" for flag in flags]
 
 
+@pytest.mark.parametrize(
+    "version, flags",
+    [("12.4", ["-Xfatbin", "-compress-all"]), ("13.0", ["--compress-mode=size"]), ("13.2", ["--compress-mode=size"])],
+)
+def test_compression_flags(setup_py: ModuleType, tmp_path: Path, version: str, flags: list[str]) -> None:
+    home = make_toolkit(tmp_path / "toolkit")
+    write_script(home / "bin" / "nvcc", f"echo 'Cuda compilation tools, release {version}, V{version}.1'\n")
+    assert setup_py.compression_flags(home) == flags
+
+
 @needs_sources
 def test_toolkit_of_another_cuda_than_torchs(tree: Path, tmp_path: Path) -> None:
     pytest.importorskip("pybind11")
