@@ -2221,12 +2221,14 @@ def test_large_kernels_are_exact(kernel: tuple, size: tuple, batch: int, stride:
         assert (("grad_input", "toeplitz_large") in forced) == (stride == 1 and case.multiplier == 1), str(case)
 
 
-def compare_plans(case: Case, tensors: tuple, grad_output: Tensor, *plans: str, repeats: int = 1) -> int:
+def compare_plans(
+    case: Case, tensors: tuple, grad_output: Tensor, *plans: str, repeats: int = 1, channels_last: bool = False
+) -> int:
     """How many results of these plans there are: all of them exact, and NaN where F.conv2d has it."""
     exact = run_float64(tensors, grad_output, **case.geometry)._asdict()
     compared = 0
     for _ in range(repeats):
-        for name, plan, result in results_of_plans(case, tensors, grad_output):
+        for name, plan, result in results_of_plans(case, tensors, grad_output, channels_last):
             if plan in plans:
                 expected = exact[name].to(result).nan_to_num(nan=12345.0)
                 assert torch.equal(result.nan_to_num(nan=12345.0), expected), (name, plan, str(case))
@@ -2273,6 +2275,37 @@ def test_large_kernels_on_many_planes(
             for tensor in (input, grad_output):
                 tensor[0, 1, 3, 5], tensor[-1, -1, -1, -1] = torch.inf, torch.nan
         assert compare_plans(case, (input, weight, bias), grad_output, "toeplitz_large", repeats=3) > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "size", "batch", "channels"), [((29, 29), (28, 28), 61, 152), ((25, 31), (26, 30), 47, 200)], ids=str
+)
+def test_large_kernels_on_many_planes_in_channels_last(
+    kernel: tuple, size: tuple, batch: int, channels: int, dtype: torch.dtype
+) -> None:
+    """Exact, NaN where F.conv2d has it, also where pixels lie apart; by the weights that the kernel before wrote."""
+    case = Case(batch, channels, size, kernel, padding=tuple(k // 2 for k in kernel))
+    for offset, beside in ((0, 0), (1, 8)):
+        input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+        grad_output = integers(*output_size(case)).to(input)
+        if beside > 0:
+            input, grad_output = (torch.cat((t, t[:, :beside]), 1) for t in (input, grad_output))
+        input, grad_output = (lay(t, (0, 2, 3, 1), offset=offset)[:, :channels] for t in (input, grad_output))
+        if offset > 0:
+            for tensor in (input, grad_output):
+                tensor[0, 1, 3, 5], tensor[-1, -1, -1, -1], tensor[3, 8, 0, 0] = torch.inf, torch.nan, -torch.inf
+        tensors = input, weight, bias
+        assert compare_plans(case, tensors, grad_output, "toeplitz_large", channels_last=True) == 2
+        arguments = *arguments_of(case), "toeplitz_large"
+        others = [weight.roll(n, 0) for n in range(8)]
+        expected = [torch.ops.dwconv.forward.plan(input, other, bias, *arguments) for other in others]
+        weight = weight.clone()
+        for other, result in zip(others, expected):
+            weight.copy_(other)
+            again = torch.ops.dwconv.forward.plan(input, weight, bias, *arguments)
+            assert torch.equal(again.nan_to_num(), result.nan_to_num()), str(case)
 
 
 @pytest.mark.gpu
