@@ -1605,6 +1605,34 @@ def test_grad_weight_in_float64_is_exact(kernel: tuple, finite: bool) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("finite", [True, False], ids=["finite", "not finite"])
+@pytest.mark.parametrize("kernel", [(5, 6), (7, 7), (9, 4), (13, 13), (31, 3)], ids=str)
+def test_large_kernels_in_float64_are_exact(kernel: tuple, finite: bool) -> None:
+    """Rows of a thread that all meet the image or not, or lie apart as those of the kernel do; any layout."""
+    for number, (size, memory_format) in enumerate(product(((14, 14), (31, 13), (13, 35), (64, 70)), FORMATS)):
+        for turn, dilation in enumerate(((1, 1), (2, 1), (3, 4))):
+            reach = tuple(d * (side - 1) for side, d in zip(kernel, dilation))
+            padding = [tuple(r // 2 for r in reach), (0, 0), reach, (reach[0] + 9, 0)][(number + turn) % 4]
+            if any(side + 2 * p < r + 1 for side, p, r in zip(size, padding, reach)):
+                continue
+            multiplier = 1 + (number + turn) % 3 // 2
+            case = Case([3, 1, 8][turn], 5, size, kernel, (1, 1), padding, dilation, multiplier, bias=turn != 1)
+            input, weight, bias = make_inputs(case, torch.float64, "cuda", memory_format, integers)
+            grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=memory_format)
+            if turn == 2:  # images apart
+                order = (0, 2, 3, 1) if memory_format == torch.channels_last else None
+                input, grad_output = lay(input, order, (3, 1, 1, 1), 1), lay(grad_output, order, (2, 1, 1, 1))
+            if not finite:
+                for tensor in (input, grad_output, weight):
+                    tensor[0, 0, 0, 0], tensor[-1, 0, -1, -1] = torch.inf, torch.nan
+            exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
+                if name in ("output", "grad_input"):
+                    wanted = exact[name].round().nan_to_num(nan=12345.0)
+                    assert torch.equal(result.nan_to_num(nan=12345.0), wanted), (name, plan, str(case))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     "case",
     [

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "cast.h"
+#include "columns.h"
 #include "generic.cuh"
 #include "launch.h"
 
@@ -208,6 +209,7 @@ void launch_generic(const Problem& problem, const Allocate& allocate, cudaStream
   if (problem.pass == Pass::kGradWeight) return launch_generic_grad_weight(problem, allocate, stream);
   Problem p = problem;
   lay_filters_side_by_side(p, allocate, stream);
+  if (launch_columns(p, stream)) return;
   const bool is_small = fits_32_bits(p, kManyRows, 0);
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
