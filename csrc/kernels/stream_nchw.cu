@@ -497,6 +497,7 @@ void launch_stream_nchw(const Problem& p, bool bulk, const Allocate& allocate, c
           if (a.fan_in == 1 && a.source.row_bytes > kLongRow) return window(std::integral_constant<int, 4>{});
         if constexpr (sizeof(T) == 4 && Kernel::kSquare && kSide > 1 && Kernel::kStride == 1 && Kernel::kDilation == 1)
           if (a.fan_in == 1 && a.padding_h == kSide / 2 && a.padding_w == kSide / 2 && a.height == a.width) {
+            if (kSide == 7) a.bulk = false;  // a warp that loads is faster where so much is computed
             if (a.height == 7) return launch<T, Corner<kSide, 7>>(a, images, allocate, stream);
             if (a.height == 14) return launch<T, Corner<kSide, 14>>(a, images, allocate, stream);
           }
