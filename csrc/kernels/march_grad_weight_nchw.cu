@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel))
     const int grad_lane = a.grad_at + own * a.grad.piece_pitch + (column - r.column) * 4;
 
     float g[kHeld][kStrip] = {};
-    RowPlace<> source, grad;
+    RowPlace source, grad;
     int fresh = 0;
     // Rows above the image meet no tap: the first gradient rows only take their places.
     youngest -= r.first - r.begin;
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel))
         source.begin(group + source_lane, source_low + max(step * kStride - cut.padding_h, 0) * a.source.row_bytes);
         grad.begin(group + grad_lane, grad_low + step * a.grad.row_bytes);
         if (a.with_bias) {
-          RowPlace<> row = grad;
+          RowPlace row = grad;
           float part = 0;
 #pragma unroll 1
           for (int i = min(fresh, r.end - step); i > 0; --i) {
@@ -413,7 +413,9 @@ void launch(const Problem& p, MarchGrad a, Kernel kernel, const Allocate& alloca
   const Decision& d = decisions({device.id, boxes, a.kernel, a.stride, p.batch, p.channels, p.multiplier, p.height,
                                  p.width, p.out_height, p.out_width},
                                 [&] { return decide(a, p.batch, static_cast<int>(p.multiplier), kernel, device); });
-  const bool bulk = a.cut.bulk;
+  // Lanes copy a span's rows of whole units sooner than bulk copies of them are begun one by one.
+  const bool by_lanes = d.cut.spans > 1 && boxes == 1;
+  const bool bulk = a.cut.bulk && !by_lanes;
   a.cut = d.cut, a.cut.bulk = bulk, a.parts = d.parts, a.grad_at = d.grad_at;
   a.by_parts = Divider(d.parts), a.by_planes = Divider(a.cut.planes), a.team = std::gcd(d.parts, kMarchWarps);
   a.source.arrange_as(d.source), a.grad.arrange_as(d.grad);

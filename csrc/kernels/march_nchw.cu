@@ -24,10 +24,20 @@ namespace {
 // many rows that they end with 16 bytes too. Halves are boxes of planes of two strips that a kernel is laid over the
 // middle of: right halves are mirror images of left ones, and what lies outside on the left is not multiplied. Of rows
 // that are cut into spans, and all begin with 16 bytes, boxes have a span's columns, with zeros beside the image; where
-// they begin anywhere, a span's columns of each row come and go by a bulk copy of their own.
-enum class Way { kPieces, kBoxes, kHalves, kSpans, kRows };
+// the source's rows all begin elsewhere within 16 bytes, boxes have what is before them, too. Where rows begin
+// anywhere, a span's columns of each row come and go by a bulk copy of their own.
+enum class Way { kPieces, kBoxes, kShiftedBoxes, kHalves, kSpans, kShiftedSpans, kRows };
+
+constexpr bool are_shifted(Way way) {
+  return way == Way::kShiftedBoxes || way == Way::kShiftedSpans;
+}
+
+constexpr bool are_spans(Way way) {
+  return way == Way::kSpans || way == Way::kShiftedSpans;
+}
 
 constexpr int kColumnsOfUnit = kUnit / 4;
+constexpr int kLap = kColumnsOfUnit;  // of kRows: columns that a span has in common with the next one
 
 struct March {
   CUtensorMap source_map, target_map;  // of boxes: columns, rows, planes, images; but for spans a plane is one row
@@ -35,6 +45,7 @@ struct March {
   PlaneRows source, target;
   int multiplier;
   int box_bytes;  // of the source
+  int shift;      // columns before the source in the 16 bytes that it begins in
   Divider by_multiplier;
   const float* weight;
   int64_t weight_filter;
@@ -65,7 +76,11 @@ __device__ inline MarchRun steps_of(const March& a, int begin, int end, int span
   MarchRun r = run_of(cut, a.source.height, a.source.width, begin, end, kExtent, span);
   r.first = max(r.begin, (cut.padding_h + kStride - 1) / kStride);
   r.last = min(r.end + held_rows(kExtent, kStride) - 2, (a.source.height + cut.padding_h + kStride - 2) / kStride);
-  if (kWay == Way::kSpans) r.column = r.own_column;
+  if (are_spans(kWay)) r.column = r.own_column;
+  if (kWay == Way::kRows) {
+    r.column_end = min(r.own_column + cut.columns + kLap, cut.target_width);
+    r.source_end = min(r.column_end + kExtent - 1 - cut.padding_w, a.source.width);
+  }
   if (kStride > 1 && cut.spans > 1) {
     r.source_column = max(r.column * kStride - cut.padding_w, 0);
     r.source_end = min((r.column_end - 1) * kStride + kExtent - cut.padding_w, a.source.width);
@@ -73,9 +88,11 @@ __device__ inline MarchRun steps_of(const March& a, int begin, int end, int span
   return r;
 }
 
-// The first column of a span's box of the source: 16 bytes begin with it.
-__device__ inline int box_column(const March& a, const MarchRun& r) {
-  return (r.column - a.cut.padding_w) & -kColumnsOfUnit;
+// The first column of a box of the source, of the span that begins in a column: 16 bytes begin with it.
+template <Way kWay>
+__device__ inline int box_column(const March& a, int column) {
+  const int shift = kWay == Way::kShiftedSpans ? a.shift : 0;
+  return ((column - a.cut.padding_w + shift) & -kColumnsOfUnit) - shift;
 }
 
 // The first source row of a step.
@@ -114,6 +131,7 @@ struct __align__(16) Known {
   int source_lane[32], target_lane[32];            // where each lane reads and writes
   float zeros[kMostColumns];                       // a row outside the image
   int image, channel, planes, row, column, bytes;  // where the rows of the target go that are computed next
+  int own_column;                                  // the span's first one
   uint32_t finite;                                 // lanes whose taps are: then a product with a zero is a zero
   int begin;                                       // the first row of the target whose source was not yet loaded,
   int done;                                        // and how many steps of that were
@@ -121,32 +139,104 @@ struct __align__(16) Known {
 constexpr int kBeforeRows = kRowMargin + MarchRing::kBarrierBytes;
 constexpr int kKnownBytes = (kBeforeRows + sizeof(Known) + kBoxUnit - 1) / kBoxUnit * kBoxUnit - kBeforeRows;
 
-// Stores rows of a span that lie in shared memory at the same places within 16 bytes: whole units by bulk copies, what
-// is left on both sides in words, by 8 lanes for each row.
-__device__ inline void store_rows(const PlaneRows& target, int stage, int rows, int bytes, char* to) {
-  constexpr int kLanes = 8, kMostRows = 32 / kLanes;
-  const auto place_of = [&](char* row, int& head, int& body) {  // of the first whole unit, and how many bytes there are
-    const int misfit = static_cast<int>(reinterpret_cast<uintptr_t>(row) % kUnit);
-    head = (kUnit - misfit) % kUnit, body = (bytes - head) & -kUnit;
-    return misfit;
-  };
-  int head, body;
-  {
-    const int lane = threadIdx.x % 32, number = lane / kLanes, k = lane % kLanes;
-    char* row = to + number * target.row_bytes;
-    const int misfit = place_of(row, head, body), at = k < kLanes / 2 ? 4 * k : head + body + 4 * (k - kLanes / 2);
-    if (number < rows && at < (k < kLanes / 2 ? head : bytes))
-      *reinterpret_cast<float*>(row + at) = shared<float>(stage + number * target.row_pitch + misfit + at);
+// Stores rows of a span, which lie in shared memory at the same places within 16 bytes, by bulk copies. Spans meet
+// where 16 bytes begin in a row, up to kLap columns behind their first ones: only at both ends of the image is there a
+// rest, which goes in words, by 4 lanes for each row.
+__device__ inline void store_rows(const March& a, const Known& known, int stage, int rows) {
+  constexpr int kLanes = kColumnsOfUnit;
+  const PlaneRows& target = a.target;
+  const bool first = known.own_column == 0, last = known.own_column + a.cut.columns + kLap >= a.cut.target_width;
+  char* to = target.at(known.image, known.channel, known.row, known.own_column);
+  uint32_t from = shared_address(stage + phase_of(to - (known.own_column - known.column) * 4)) +
+                  (known.own_column - known.column) * 4;
+  const int left = (a.cut.target_width - known.own_column) * 4;
+  // Where a row's whole units begin, and how many bytes they are.
+  const auto head_of = [](const char* row) { return -phase_of(row) & (kUnit - 1); };
+  const auto body_of = [&](int head) { return last ? (left - head) & -kUnit : a.cut.columns * 4; };
+  if (first || last) {
+    const int lane = threadIdx.x % 32, number = lane / kLanes;
+    char* const row = to + number * target.row_bytes;
+    const int head = head_of(row), at = lane % kLanes * 4 + (first ? 0 : head + body_of(head));
+    if (number < rows && at < (first ? head : left))
+      *reinterpret_cast<float*>(row + at) = at_address<float>(from + number * target.row_pitch + at);
   }
   if (!is_elected()) return;
-#pragma unroll
-  for (int i = 0; i < kMostRows; ++i) {
-    if (i >= rows) break;
-    const int misfit = place_of(to, head, body);
-    store_bulk(to + head, shared_address(stage + i * target.row_pitch + misfit + head), body);
-    to += target.row_bytes;
+#pragma unroll 1
+  for (int i = 0; i < rows; ++i, to += target.row_bytes, from += target.row_pitch) {
+    const int head = head_of(to), body = body_of(head);
+    if (body > 0) store_bulk(to + head, from + head, body);
   }
   commit_stores();
+}
+
+// Stores so many pieces, rows or what goes together, that lie in shared memory at the same places within 16 bytes, in
+// units and words. kRarely: in few instructions.
+template <bool kRarely>
+__device__ inline void store_pieces(const PlaneRows& rows, const CopyShare& share, uint32_t from, char* to, int count,
+                                    int bytes) {
+  // Rows that lie alike within 16 bytes have the same units, which are found once for all of them.
+  const int alike = !kRarely && rows.row_bytes % kUnit == 0 ? count : 1;
+  from += phase_of(to);
+#pragma unroll 1
+  for (int i = 0; i < count; i += alike, from += rows.row_pitch, to += rows.row_bytes) {
+    const int phase = phase_of(to);
+    const auto each_row = [&](int offset, auto&& store) {
+      uint32_t here = from - phase + offset;
+      char* there = to - phase + offset;
+#pragma unroll 1
+      for (int k = 0; k < alike; ++k, here += rows.row_pitch, there += rows.row_bytes) store(here, there);
+    };
+    const auto word = [&](int at) {
+      each_row(at, [](uint32_t here, char* there) { *reinterpret_cast<float*>(there) = at_address<float>(here); });
+    };
+    if (kRarely) {
+      each_unit<1>(
+          share, phase, phase + bytes,
+          [&](int at, int, int) {
+            each_row(at,
+                     [](uint32_t here, char* there) { *reinterpret_cast<uint4*>(there) = at_address<uint4>(here); });
+          },
+          word);
+    } else {
+      each_unit<2>(
+          share, phase, phase + bytes,
+          [&](int at, int step, int last) {
+            const int next = at + step < last ? step : 0;  // the same once more, rather than a branch
+            const auto two = [&](uint32_t here, char* there) {
+              const uint4 first = at_address<uint4>(here), second = at_address<uint4>(here + next);
+              *reinterpret_cast<uint4*>(there) = first;
+              *reinterpret_cast<uint4*>(there + next) = second;
+            };
+            if (alike > 1)
+              each_row(at, two);
+            else
+              two(from - phase + at, to - phase + at);
+          },
+          word);
+    }
+  }
+}
+
+// Puts zeros beside the image where a span of rows that lie in shared memory has its first columns, or its last ones.
+// `first_row`: of the group that lies there. Behind the image boxes have zeros already.
+template <Way kWay>
+__device__ inline void clear_beside(const March& a, const Known& known, uint32_t group, int first_row) {
+  const MarchCut& cut = a.cut;
+  constexpr int kLanes = 4;  // of each row
+  const bool first = known.column == 0;
+  const bool last = kWay == Way::kRows && known.own_column + cut.columns + kLap + cut.padding_w > cut.target_width;
+  if (!first && !last) return;
+  const int lane = threadIdx.x % 32, row = lane / kLanes, k = lane % kLanes, begin = known.column - cut.padding_w;
+  const uint32_t place = kWay == Way::kRows
+                             ? a.source.phase(known.image, source_plane(a, known.channel), first_row, begin)
+                             : (begin - box_column<kWay>(a, known.column)) * 4;
+  const uint32_t from = group + place + row * a.source.row_pitch + 4 * k;
+  if (k < cut.padding_w && row < a.source.group_rows) {
+    if (first) at_address<float>(from) = 0;
+    if (last) at_address<float>(from + 4 * (a.source.width - begin)) = 0;
+  }
+  before_bulk_copies();
+  __syncwarp();
 }
 
 // Begins to load the source rows of a warp's next group of steps, through all of its runs, if there is one. `ready`:
@@ -161,26 +251,36 @@ __device__ inline void load_next(const March& a, int end, int span, Known& known
     const MarchRun r = steps_of<kExtent, kStride, kWay>(a, begin, end, span);
     const int step = r.first + done, left = r.last + 1 - step, count = min(left, rows.group_rows / kStride);
     const int row = row_of_step<kStride>(a, step), plane = source_plane(a, r.channel);
-    if constexpr (kWay != Way::kPieces && kWay != Way::kRows) {
+    constexpr bool kRows = kWay == Way::kRows, kShifted = are_shifted(kWay), kSpans = are_spans(kWay);
+    constexpr bool kBoxes = kWay != Way::kPieces && !kRows;
+    // A box must not touch what is before an image.
+    if (kBoxes && !(kShifted && plane == 0 && row <= 0 && r.column == 0)) {
       ready();
       ring.load_boxes(cut, a.box_bytes, [&](int to, int barrier) {
-        constexpr bool kSpans = kWay == Way::kSpans;
-        copy_box(to, a.source_map, kSpans ? box_column(a, r) : row * rows.width, kSpans ? row : 0, plane, r.image,
-                 barrier);
+        const int shift = kShifted ? a.shift : 0;
+        copy_box(to, a.source_map, kSpans ? box_column<kWay>(a, r.column) + shift : row * rows.width, kSpans ? row : 0,
+                 plane, r.image, barrier);
       });
-    } else {
+    } else if constexpr (!kBoxes || kShifted) {
       const int row_begin = max(row, 0), row_end = min(row_of_step<kStride>(a, step + count), rows.height);
       const int bytes = (r.source_end - r.source_column) * 4;
-      // What shares 16 bytes with an image's first and last elements is not to be touched.
+      // What shares 16 bytes with its first and last elements is not to be touched either.
       const bool outermost = (plane == 0 && row_begin == 0) || (plane + 1 == rows.planes && row_end + 1 >= rows.height);
       ready();
-      if (kWay == Way::kRows && !outermost) {
-        ring.load_rows(cut, rows, row_end - row_begin, bytes, rows.at(r.image, plane, row_begin, r.source_column));
+      // There is room for the columns beside the image.
+      const auto place_of = [&](int column) { return static_cast<int>(rows.phase(r.image, plane, row_begin, column)); };
+      const int first = kShifted ? box_column<kWay>(a, r.column) : r.column - cut.padding_w;
+      const int offset = kRows || (kShifted && kSpans)
+                             ? place_of(first) + (r.source_column - first) * 4 - place_of(r.source_column)
+                             : 0;
+      if (kRows && !outermost) {
+        ring.load_rows(cut, rows, row_end - row_begin, bytes, rows.at(r.image, plane, row_begin, r.source_column),
+                       offset);
       } else {
         const CopyShare share(cut, rows);
         const char* from = rows.at(r.image, plane + share.piece, row_begin, r.source_column);
         const char* image = rows.at(r.image, 0, 0, 0);
-        ring.load(cut, rows, share, source_plane(a, r.planes), row_end - row_begin, bytes, from, image, 0);
+        ring.load(cut, rows, share, source_plane(a, r.planes), row_end - row_begin, bytes, from, image, offset);
       }
     }
     if (threadIdx.x % 32 == 0) {
@@ -191,6 +291,21 @@ __device__ inline void load_next(const March& a, int end, int span, Known& known
   ring.commit(cut);
 }
 
+// The products of a source row: of a row of sums, a tap and a column. Orders of them, the outermost loop first.
+struct Product {
+  int row, tap, column;
+};
+enum class Order { kRowsTapsColumns, kRowsColumnsTaps, kTapsColumnsRows, kColumnsTapsRows, kColumnsRowsTaps };
+
+template <Order kOrder, int kRows, int kTaps, int kColumns>
+constexpr Product product_of(int n) {
+  if (kOrder == Order::kRowsTapsColumns) return {n / kColumns / kTaps, n / kColumns % kTaps, n % kColumns};
+  if (kOrder == Order::kRowsColumnsTaps) return {n / kTaps / kColumns, n % kTaps, n / kTaps % kColumns};
+  if (kOrder == Order::kTapsColumnsRows) return {n % kRows, n / kRows / kColumns, n / kRows % kColumns};
+  if (kOrder == Order::kColumnsTapsRows) return {n % kRows, n / kRows % kTaps, n / kRows / kTaps};
+  return {n / kTaps % kRows, n % kTaps, n / kTaps / kRows};
+}
+
 // Blocks on a multiprocessor, as registers allow.
 constexpr int blocks_of(int kernel) {
   return kernel > kMarchKernel ? 2 : kernel < kMarchKernel ? 4 : kMarchBlocks;
@@ -199,7 +314,7 @@ constexpr int blocks_of(int kernel) {
 // kMargin: how many columns at most lie outside the image on either side of a strip and are not zeros.
 template <int kKernel, int kStride, int kDilation, int kMargin, Way kWay>
 __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nchw(const __grid_constant__ March a) {
-  constexpr bool kHalves = kWay == Way::kHalves, kSpans = kWay == Way::kSpans;
+  constexpr bool kHalves = kWay == Way::kHalves, kSpans = are_spans(kWay), kShifted = are_shifted(kWay);
   constexpr int kExtent = (kKernel - 1) * kDilation + 1, kReach = kExtent / 2;
   constexpr int kColumns = kHalves ? kStrip + kReach : (kStrip - 1) * kStride + kExtent;
   constexpr int kTaps = kKernel * kKernel;
@@ -279,28 +394,32 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
       __syncwarp();
     }
 
-    const int strip_column = r.column + (live ? strip : 0) * kStrip, last_column = cut.target_width - kStrip;
+    const int strip_column = r.column + (live ? strip : 0) * kStrip;
+    const int last_column = (kRows ? r.column_end : cut.target_width) - kStrip;
     const int column = kSpans ? strip_column : min(strip_column, last_column);
     const int x0 = column * kStride - cut.padding_w;
+    const int source_begin = kSpans  ? box_column<kWay>(a, r.column)
+                             : kRows ? r.column - cut.padding_w
+                                     : r.source_column;
     ColumnMasks<kColumns, kMargin> masks;
     uint32_t source_low = 0, target_low = 0;
     if constexpr (kMargin > 0) masks.set(x0, a.source.width);
-    const bool masked = !kRows || !__all_sync(~0u, masks.all_inside());
     if constexpr (!kBoxes) {
-      source_low = a.source.phase(r.image, source_plane(a, r.channel + (a.source.whole ? 0 : own)), 0, r.source_column);
+      source_low = a.source.phase(r.image, source_plane(a, r.channel + (a.source.whole ? 0 : own)), 0, source_begin);
       target_low = a.target.phase(r.image, r.channel + (a.target.whole ? 0 : own), 0, r.column);
     }
-    const int source_begin = kSpans ? box_column(a, r) : r.source_column;
     const int source_column = !kHalves ? x0 - source_begin : mirrored ? a.source.width - 1 : 0;
-    known.source_lane[lane] = source_plane(a, own) * a.source.piece_pitch + source_column * 4;
+    known.source_lane[lane] =
+        source_plane(a, own) * a.source.piece_pitch + (source_column + (kShifted && !kSpans ? a.shift : 0)) * 4;
     known.target_lane[lane] = own * a.target.piece_pitch + (mirrored ? a.target.width - 1 : column - r.column) * 4;
     const int turn = mirrored ? -4 : 4;  // from a column to the next
     if (lane == 0) {
       known.image = r.image, known.channel = r.channel, known.planes = r.planes;
       known.row = r.begin, known.column = r.column, known.bytes = (r.column_end - r.column) * 4;
+      known.own_column = r.own_column;
     }
 
-    RowPlace<kBoxes> source, target;
+    RowPlace source, target;
     target.begin(shared_address(stage) + known.target_lane[lane], target_low + r.begin * a.target.row_bytes);
     int fresh = 0, staged = 0;
     float sum[kHeld][kStrip];  // the oldest output row first; those that lie above the run are never stored
@@ -329,46 +448,15 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
                     known.channel, known.image);
           commit_stores();
         }
-      } else if (kRows && known.finite == ~0u) {
-        store_rows(a.target, stage, staged, known.bytes,
-                   a.target.at(known.image, known.channel, known.row, known.column));
+      } else if (kRows) {
+        if (known.finite == ~0u) store_rows(a, known, stage, staged);  // or else all is written again
       } else if (share.piece < planes) {
         char* to = a.target.at(known.image, known.channel + share.piece, known.row, known.column);
         uint32_t from = shared_address(stage) + share.piece * a.target.piece_pitch;
         const int bytes = a.target.whole      ? static_cast<int>(a.target.plane_bytes) * planes
                           : a.target.together ? staged * a.target.row_bytes
                                               : known.bytes;
-        const int count = a.target.together ? 1 : staged;
-        const auto store_units = [](uint32_t from, char* to, int next, bool both) {
-          const uint4 first = at_address<uint4>(from);
-          uint4 second;
-          if (both) second = at_address<uint4>(from + next);
-          *reinterpret_cast<uint4*>(to) = first;
-          if (both) *reinterpret_cast<uint4*>(to + next) = second;
-        };
-        const auto store_word = [](uint32_t from, char* to) {
-          *reinterpret_cast<float*>(to) = at_address<float>(from);
-        };
-        // Rows that lie alike within 16 bytes have the same units, which are found once for all of them.
-        const bool alike = kWay == Way::kPieces && !a.target.together && a.target.row_bytes % kUnit == 0;
-        const int at_once = alike ? count : 1;
-#pragma unroll 1
-        for (int i = 0; i < count; i += at_once, from += a.target.row_pitch, to += a.target.row_bytes) {
-          const int phase = static_cast<int>(reinterpret_cast<uintptr_t>(to) % kUnit);
-          const auto each_row = [&](int offset, auto&& store) {
-            uint32_t here = from + offset;
-            char* there = to - phase + offset;
-#pragma unroll 1
-            for (int k = 0; k < at_once; ++k, here += a.target.row_pitch, there += a.target.row_bytes)
-              store(here, there);
-          };
-          each_unit(
-              share, phase, phase + bytes,
-              [&](int u, int next, bool both) {
-                each_row(u, [&](uint32_t here, char* there) { store_units(here, there, next - u, both); });
-              },
-              [&](int u) { each_row(u, store_word); });
-        }
+        store_pieces<kBoxes>(a.target, share, from, to, a.target.together ? 1 : staged, bytes);
       }
       __syncwarp();
       if (lane == 0) known.row = row + 1;
@@ -380,6 +468,8 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
     for (int step = r.first; step <= r.last; ++step) {
       if (fresh == 0) {
         const uint32_t group = ring.next(cut);
+        if constexpr (kRows || (kShifted && kSpans))
+          clear_beside<kWay>(a, known, group, max(row_of_step<kStride>(a, step), 0));
         load_next<kExtent, kStride, kWay>(a, end, span, known, ring);
         fresh = min(a.source.group_rows / kStride, r.last + 1 - step);
         source.begin(group + known.source_lane[lane],
@@ -396,7 +486,7 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
 #pragma unroll
           for (int s = 0; s < kColumns; ++s) x[s] = at_address<float>(from + s * turn);
         } else {
-          masks.read(from, x, masked);
+          masks.read(from, x);
         }
         const bool begins = e + 1 == kStride;  // a new row, and all move on
         const auto add = [&](int o, int j, int v, bool is_first) {
@@ -411,38 +501,27 @@ __global__ void __launch_bounds__(32 * kMarchWarps, blocks_of(kKernel)) march_nc
           sum[o][v] = fmaf(x[s], weight[i][j], before);
         };
         // In the order in which ptxas finds the most operands in different banks.
-        if constexpr (kSkips) {
-          const auto add_rows = [&](auto from, auto to) {
+        constexpr Order kOrder = kSkips                              ? Order::kColumnsRowsTaps
+                                 : kDilation > 1 || kHalves          ? Order::kColumnsTapsRows
+                                 : kShifted && kSpans                ? Order::kTapsColumnsRows
+                                 : kBoxes && !kSpans && kStride == 1 ? Order::kRowsColumnsTaps
+                                                                     : Order::kRowsTapsColumns;
+        const auto add_rows = [&](auto from, auto to) {
+          constexpr int kFirst = decltype(from)::value, kCount = decltype(to)::value - kFirst;
 #pragma unroll
-            for (int v = 0; v < kStrip; ++v)
-#pragma unroll
-              for (int j = 0; j < kKernel; ++j)
-#pragma unroll
-                for (int o = decltype(from)::value; o < decltype(to)::value; ++o) add(o, j, v, j == 0);
-          };
-          using std::integral_constant;
-          constexpr int kHalf = kHeld / 2;
-          if (step <= r.begin + kHalf)
-            add_rows(integral_constant<int, kHalf>{}, integral_constant<int, kHeld>{});
-          else if (step >= r.end + kAhead - 1 - kHalf)
-            add_rows(integral_constant<int, 0>{}, integral_constant<int, kHeld - kHalf>{});
-          else
-            add_rows(integral_constant<int, 0>{}, integral_constant<int, kHeld>{});
-        } else if constexpr (!kBoxes && !kRows) {
-#pragma unroll
-          for (int o = 0; o < kHeld; ++o)
-#pragma unroll
-            for (int j = 0; j < kKernel; ++j)
-#pragma unroll
-              for (int v = 0; v < kStrip; ++v) add(o, j, v, j == 0);
-        } else {
-#pragma unroll
-          for (int j = 0; j < kKernel; ++j)
-#pragma unroll
-            for (int v = 0; v < kStrip; ++v)
-#pragma unroll
-              for (int o = 0; o < kHeld; ++o) add(o, j, v, j == (kHalves && v < kReach ? kReach - v : 0));
-        }
+          for (int n = 0; n < kCount * kKernel * kStrip; ++n) {
+            const Product p = product_of<kOrder, kCount, kKernel, kStrip>(n);
+            add(kFirst + p.row, p.tap, p.column, p.tap == (kHalves && p.column < kReach ? kReach - p.column : 0));
+          }
+        };
+        using std::integral_constant;
+        constexpr int kHalf = kHeld / 2;
+        if (kSkips && step <= r.begin + kHalf)
+          add_rows(integral_constant<int, kHalf>{}, integral_constant<int, kHeld>{});
+        else if (kSkips && step >= r.end + kAhead - 1 - kHalf)
+          add_rows(integral_constant<int, 0>{}, integral_constant<int, kHeld - kHalf>{});
+        else
+          add_rows(integral_constant<int, 0>{}, integral_constant<int, kHeld>{});
       }
       if (step >= r.begin + kAhead) store(step - kAhead);
     }
@@ -468,7 +547,7 @@ using Kernel = void (*)(March);
 // What a kernel is compiled for, and how, each way that it may go, or null.
 struct Kernels {
   int side, extent, stride;
-  std::array<Kernel, 5> by_way;
+  std::array<Kernel, 7> by_way;
 
   Kernel& operator[](Way way) { return by_way[static_cast<int>(way)]; }
   const Kernel& operator[](Way way) const { return by_way[static_cast<int>(way)]; }
@@ -488,26 +567,36 @@ Decision decide(const March& a, int64_t images, const Kernels& kernels, const De
   choose_lanes(cut);
   const int side = kernels.side, extent = kernels.extent, stride = kernels.stride;
   const bool small = cut.spans == 1 && cut.target_width <= 2 * kStrip;  // planes are not cut
-  // So many rows begin and end with 16 bytes, and so many of them a box has at most.
+  // So many rows begin and end with 16 bytes, and so many of them a box has at most, with what is before a source that
+  // begins elsewhere.
   const int even_rows = kUnit / 4 / std::gcd(std::gcd(a.source.width, a.target.width), kUnit / 4);
-  const auto most_of = [&](int columns) { return kMostBoxSide / columns / even_rows * even_rows; };
-  const int most_rows = most_of(a.source.width * stride), most_target_rows = most_of(a.target.width);
-  if (kernels[Way::kBoxes] != nullptr && cut.spans == 1 && (even_rows == 1 || (small && stride == 1)) &&
+  const int more = kernels[Way::kShiftedBoxes] != nullptr ? kColumnsOfUnit : 0;
+  const auto most_of = [&](int columns, int more) { return (kMostBoxSide - more) / columns / even_rows * even_rows; };
+  const int most_rows = most_of(a.source.width * stride, more), most_target_rows = most_of(a.target.width, 0);
+  if ((kernels[Way::kBoxes] != nullptr || more > 0) && cut.spans == 1 && (even_rows == 1 || (small && stride == 1)) &&
       most_rows > 0 && most_target_rows > 0) {
     const bool two = a.source.width == 2 * kStrip && cut.target_width == 2 * kStrip && cut.padding_w == extent / 2;
-    d.way = two && kernels[Way::kHalves] != nullptr ? Way::kHalves : Way::kBoxes;
+    d.way = more > 0 ? Way::kShiftedBoxes : two && kernels[Way::kHalves] != nullptr ? Way::kHalves : Way::kBoxes;
   }
   // Spans of whole units, where rows are.
   if (stride == 1 && cut.spans > 1 && a.source.width % kColumnsOfUnit == 0 && a.target.width % kColumnsOfUnit == 0) {
     if (kernels[Way::kSpans] != nullptr) d.way = Way::kSpans;
+    if (kernels[Way::kShiftedSpans] != nullptr) d.way = Way::kShiftedSpans;
     const int strips = static_cast<int>(ceil_div(cut.target_width, kStrip));
     cut.spans = static_cast<int>(ceil_div(strips, 32));
     cut.strips = static_cast<int>(round_up(ceil_div(strips, cut.spans), kColumnsOfUnit));
     cut.planes = 1;
     set_lanes(cut);
   }
-  if (kernels[Way::kRows] != nullptr && cut.spans > 1 && cut.planes == 1 && d.way == Way::kPieces) d.way = Way::kRows;
-  const bool boxes = d.way != Way::kPieces && d.way != Way::kRows, spans = d.way == Way::kSpans;
+  if (kernels[Way::kRows] != nullptr && cut.target_width > 32 * kStrip && cut.planes == 1 && d.way == Way::kPieces) {
+    d.way = Way::kRows;
+    const int all = cut.target_width - kLap;
+    cut.columns = static_cast<int>(round_up(ceil_div(all, ceil_div(all, 32 * kStrip - kLap)), kColumnsOfUnit));
+    cut.spans = static_cast<int>(ceil_div(all, cut.columns));
+    cut.strips = static_cast<int>(ceil_div(cut.columns + kLap, kStrip));
+    cut.by_spans = Divider(cut.spans), cut.by_strips = Divider(cut.strips);
+  }
+  const bool boxes = d.way != Way::kPieces && d.way != Way::kRows, spans = are_spans(d.way);
   const int budget = march_budget(device, blocks_of(side));
   const int taps = static_cast<int>(round_up(cut.planes * side * side * 4, kUnit));
   const auto fill = [&](bool whole, int rows, int target_rows) {
@@ -516,11 +605,12 @@ Decision decide(const March& a, int64_t images, const Kernels& kernels, const De
       arrange_box(d.target, cut.planes, cut.columns, target_rows);
       d.source.together = d.target.together = false;
     } else if (boxes) {
-      arrange_box(d.source, cut.planes / a.multiplier, a.source.width, rows * stride);
+      arrange_box(d.source, cut.planes / a.multiplier, a.source.width, rows * stride, more);
       arrange_box(d.target, cut.planes, a.target.width, target_rows);
     } else {
-      arrange(d.source, cut, (cut.columns - 1) * stride + extent, rows * stride, whole, stride, a.multiplier);
-      arrange(d.target, cut, cut.columns, target_rows, whole);
+      const int columns = cut.columns + (d.way == Way::kRows ? kLap : 0);
+      arrange(d.source, cut, (columns - 1) * stride + extent, rows * stride, whole, stride, a.multiplier);
+      arrange(d.target, cut, columns, target_rows, whole);
     }
     cut.stage_bytes = std::max(taps, static_cast<int>(round_up(d.target.group_bytes, kUnit)));
     cut.group_bytes = d.source.group_bytes;
@@ -528,8 +618,12 @@ Decision decide(const March& a, int64_t images, const Kernels& kernels, const De
         kKnownBytes + MarchRing::kBarrierBytes + MarchRing::kGroups * cut.group_bytes + cut.stage_bytes, kBoxUnit));
     return cut.warp_bytes <= budget;
   };
-  constexpr int kRows = 8, kTargetRows = 4, kTargetRowsOfBox = 6;
-  int rows = std::min(kRows / stride, cut.target_height);
+  // Of pieces that lanes copy themselves as many rows come as go.
+  const bool by_lanes = !boxes && !cut.bulk;
+  const int most_source_rows = by_lanes || d.way == Way::kRows ? 7 : 8;
+  const int most_rows_of_target = by_lanes ? 7 : d.way == Way::kRows ? 6 : 4;
+  constexpr int kTargetRowsOfBox = 6;
+  int rows = std::min(most_source_rows / stride, cut.target_height);
   if (boxes) {
     // Boxes lie as they are: with some rows less lanes may meet in fewer banks.
     rows = static_cast<int>(round_up(rows, even_rows));
@@ -553,7 +647,7 @@ Decision decide(const March& a, int64_t images, const Kernels& kernels, const De
     });
     fill(false, rows, target_rows);
   } else if (stride > 1 || !small || !fill(true, a.source.height, cut.target_height)) {  // small planes go whole
-    while (!fill(false, rows, std::min(rows, kTargetRows)) && rows > 1) --rows;
+    while (!fill(false, rows, std::min(rows, most_rows_of_target)) && rows > 1) --rows;
   }
   const Kernel kernel = kernels[d.way];
   d.shared_bytes = kMarchWarps * cut.warp_bytes + 2 * kRowMargin;
@@ -582,36 +676,40 @@ Decision decide(const March& a, int64_t images, const Kernels& kernels, const De
 
 void launch(March a, int64_t images, Kernels kernels, cudaStream_t stream) {
   const Device& device = current_device();
-  // Whether all planes begin with 16 bytes, as boxes have to.
-  const auto begin = [&](const PlaneRows& rows) {
+  // Whether all planes begin at the same place within 16 bytes as the array.
+  const auto alike = [&](const PlaneRows& rows) {
     constexpr int64_t kFar = int64_t{1} << 39;
-    return reinterpret_cast<uintptr_t>(rows.base) % kUnit == 0 && rows.plane_bytes % kUnit == 0 &&
+    return rows.plane_bytes % kUnit == 0 &&
            (images == 1 || (rows.image_bytes > 0 && rows.image_bytes % kUnit == 0 && rows.image_bytes < kFar));
   };
-  if (!a.cut.bulk || !begin(a.source) || !begin(a.target)) kernels[Way::kBoxes] = kernels[Way::kSpans] = nullptr;
+  const auto shift_of = [](const PlaneRows& rows) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(rows.base) % kUnit / 4);
+  };
+  const bool boxes = a.cut.bulk && alike(a.source) && alike(a.target) && shift_of(a.target) == 0;
+  a.shift = shift_of(a.source);
+  if (!boxes || a.shift > 0) kernels[Way::kBoxes] = kernels[Way::kSpans] = nullptr;
+  if (!boxes || a.shift == 0) kernels[Way::kShiftedBoxes] = kernels[Way::kShiftedSpans] = nullptr;
   static thread_local Decisions<14, Decision> decisions;
-  const Decision& d =
-      decisions({device.id, kernels[Way::kBoxes] != nullptr || kernels[Way::kSpans] != nullptr, kernels.side,
-                 kernels.extent, kernels.stride, images, a.cut.channels, a.multiplier, a.source.height, a.source.width,
-                 a.target.height, a.target.width, a.cut.padding_w, a.cut.bulk},
-                [&] { return decide(a, images, kernels, device); });
+  const Decision& d = decisions(
+      {device.id, boxes ? 1 + (a.shift > 0) : 0, kernels.side, kernels.extent, kernels.stride, images, a.cut.channels,
+       a.multiplier, a.source.height, a.source.width, a.target.height, a.target.width, a.cut.padding_w, a.cut.bulk},
+      [&] { return decide(a, images, kernels, device); });
   const bool bulk = a.cut.bulk;
   a.cut = d.cut, a.cut.bulk = bulk;
   a.source.arrange_as(d.source), a.target.arrange_as(d.target);
   if (d.way != Way::kPieces && d.way != Way::kRows) {
-    const auto describe = [&](CUtensorMap& map, const PlaneRows& rows, int planes) {
-      const bool spans = d.way == Way::kSpans;
+    const auto describe = [&](CUtensorMap& map, const PlaneRows& rows, int planes, int shift) {
+      const bool spans = are_spans(d.way);
       const int64_t image_bytes = images == 1 ? rows.planes * rows.plane_bytes : rows.image_bytes;
       const int64_t width = spans ? rows.width : rows.plane_bytes / 4, height = spans ? rows.height : 1;
-      if (!describe_boxes(
-              map, rows.base, sizeof(float), {width, height, rows.planes, images},
-              {width * 4, rows.plane_bytes, image_bytes},
-              {spans ? rows.row_pitch / 4 : rows.group_rows * rows.width, spans ? rows.group_rows : 1, planes, 1}))
+      if (!describe_boxes(map, rows.base - shift * 4, sizeof(float), {width + shift, height, rows.planes, images},
+                          {width * 4, rows.plane_bytes, image_bytes},
+                          {spans ? rows.row_pitch / 4 : rows.piece_pitch / 4, spans ? rows.group_rows : 1, planes, 1}))
         throw std::runtime_error("dwconv: CUDA cannot describe boxes of planes");
       return planes * rows.piece_pitch;
     };
-    a.box_bytes = describe(a.source_map, a.source, std::max(a.cut.planes / a.multiplier, 1));
-    describe(a.target_map, a.target, a.cut.planes);
+    a.box_bytes = describe(a.source_map, a.source, std::max(a.cut.planes / a.multiplier, 1), a.shift);
+    describe(a.target_map, a.target, a.cut.planes, 0);
   }
   launch_early(kernels[d.way], a, d.blocks, 32 * kMarchWarps, stream, {.shared_bytes = d.shared_bytes});
   check_launch("march_nchw");
@@ -621,10 +719,9 @@ void launch(March a, int64_t images, Kernels kernels, cudaStream_t stream) {
 
 void launch_march_nchw(const Problem& p, bool bulk, const Allocate& allocate, cudaStream_t stream) {
   bulk = bulk && current_device().capability >= 90;
-  // Planes of two strips and two bands stream by tiles that know what lies outside. In halves they march as fast, but
-  // these need boxes.
-  if (!bulk && p.kernel_h == 7 && p.stride_h == 1 && p.dilation_h == 1 && p.multiplier == 1 && p.height == 14 &&
-      p.width == 14 && p.padding_h == 3 && p.padding_w == 3)
+  // Planes of two strips and two bands stream by tiles that know what lies outside, by a warp that loads.
+  if (p.kernel_h == 7 && p.stride_h == 1 && p.dilation_h == 1 && p.multiplier == 1 && p.height == 14 && p.width == 14 &&
+      p.padding_h == 3 && p.padding_w == 3)
     return launch_stream_nchw(p, false, allocate, stream);
   const Mapping map(p);
   March a{};
@@ -649,13 +746,19 @@ void launch_march_nchw(const Problem& p, bool bulk, const Allocate& allocate, cu
     const Kernel pieces = wide ? march_nchw<kSide, kStride, kDilation, kReach, Way::kPieces>
                                : march_nchw<kSide, kStride, kDilation, kReach / 2, Way::kPieces>;
     const Kernel boxes = wide ? nullptr : march_nchw<kSide, kStride, kDilation, kReach / 2, Way::kBoxes>;
-    Kernel halves = nullptr, spans = nullptr, rows = nullptr;
-    if constexpr (kStride == 1) spans = march_nchw<kSide, kStride, kDilation, 0, Way::kSpans>;
-    if constexpr (kSide == kMarchKernel && kStride == 1)
+    Kernel halves = nullptr, spans = nullptr, shifted = nullptr, shifted_spans = nullptr, rows = nullptr;
+    if constexpr (kSide == kMarchKernel && kStride == 1) {
       halves = march_nchw<kSide, kStride, kDilation, 0, Way::kHalves>;
-    if constexpr (kSide == kMarchKernel && kStride == 1)
-      rows = wide || !a.cut.bulk ? nullptr : march_nchw<kSide, kStride, kDilation, kReach / 2, Way::kRows>;
-    launch(a, p.batch, {kSide, kReach + 1, kStride, {pieces, boxes, halves, spans, rows}}, stream);
+      if (!wide && a.cut.bulk) {
+        shifted = march_nchw<kSide, kStride, kDilation, kReach / 2, Way::kShiftedBoxes>;
+        spans = shifted_spans = march_nchw<kSide, kStride, kDilation, 0, Way::kShiftedSpans>;
+        rows = march_nchw<kSide, kStride, kDilation, 0, Way::kRows>;
+      }
+    }
+    if constexpr (kStride == 1)
+      if (spans == nullptr) spans = march_nchw<kSide, kStride, kDilation, 0, Way::kSpans>;
+    launch(a, p.batch, {kSide, kReach + 1, kStride, {pieces, boxes, shifted, halves, spans, shifted_spans, rows}},
+           stream);
   };
   visit_small_kernel<std::tuple<SmallKernel<7, 7, 1, 1>, SmallKernel<7, 7, 2, 1>, March9x9, SmallKernel<3, 3, 1, 2>>>(
       p, launch_one);

@@ -14,6 +14,7 @@ namespace dwconv {
 
 constexpr int kMarchWarps = 4;   // of a block
 constexpr int kMarchBlocks = 3;  // on a multiprocessor, as registers allow
+constexpr int kUnitsAtOnce = 4;  // that a lane copies, where rows go together
 constexpr int kRowMargin = 64;   // bytes before the first and behind the last row in shared memory: read, but not used
 
 // An array of contiguous planes, and how rows of it lie in a warp's shared memory, in groups.
@@ -21,8 +22,7 @@ struct PlaneRows {
   char* base;
   int64_t image_bytes, plane_bytes;
   int row_bytes, planes, height, width;  // of an image
-  int row_pitch;                         // from row to row in shared memory
-  int row_phase;                         // from row to row within 16 bytes, where rows do not go together
+  int row_pitch;                         // from row to row in shared memory: as far within 16 bytes as in memory
   int piece_pitch;                       // from plane to plane
   int group_rows, group_bytes;
   bool whole;     // planes go whole, and together as they lie in memory
@@ -30,7 +30,7 @@ struct PlaneRows {
 
   // Takes over how the rows of another array lie in shared memory.
   void arrange_as(const PlaneRows& other) {
-    row_pitch = other.row_pitch, row_phase = other.row_phase, piece_pitch = other.piece_pitch;
+    row_pitch = other.row_pitch, piece_pitch = other.piece_pitch;
     group_rows = other.group_rows, group_bytes = other.group_bytes, whole = other.whole, together = other.together;
   }
   // Where an address lies within 16 bytes.
@@ -88,6 +88,11 @@ __device__ inline MarchRun run_of(const MarchCut& a, int height, int width, int 
   return r;
 }
 
+// Where a piece begins within 16 bytes, in memory as in shared memory.
+__device__ inline int phase_of(const void* pointer) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(pointer) % kUnit);
+}
+
 // Shared memory by its address: cheaper than by an offset, where a loop asks for it again and again.
 template <typename T>
 __device__ T& at_address(uint32_t address) {
@@ -107,14 +112,14 @@ struct CopyShare {
   }
 };
 
-// Calls whole(offset, next offset, whether there is a next) for the lane's units of 16 bytes that lie in [begin, end),
-// two at a time, and word(offset) for its words of the rest.
-template <typename Whole, typename Word>
-__device__ void each_unit(const CopyShare& share, int begin, int end, Whole&& whole, Word&& word) {
+// Calls units(offset, step, last) for the lane's units of 16 bytes that lie in [begin, end), kAtOnce at a time: one at
+// the offset, others `step` apart as long as they lie before `last`. Calls word(offset) for its words of the rest.
+template <int kAtOnce, typename Units, typename Word>
+__device__ void each_unit(const CopyShare& share, int begin, int end, Units&& units, Word&& word) {
   const int first = (begin + kUnit - 1) & -kUnit, last = end & -kUnit;
   const int step = share.step * kUnit;
 #pragma unroll 1
-  for (int at = first + share.unit * kUnit; at < last; at += 2 * step) whole(at, at + step, at + step < last);
+  for (int at = first + share.unit * kUnit; at < last; at += kAtOnce * step) units(at, step, last);
   if ((begin | end) % kUnit == 0) return;
 #pragma unroll 1
   for (int i = share.unit; i < 2 * kUnit / 4; i += share.step) {
@@ -153,6 +158,7 @@ class MarchRing {
     if (a.bulk) {
       const int copies = spans ? count : 1;
       const char* row = from + static_cast<int64_t>(share.unit) * rows.row_bytes;
+      to += phase_of(from);
       for (int i = share.unit; i < copies; i += share.step, row += static_cast<int64_t>(share.step) * rows.row_bytes)
         load_bulk(row, bytes, image, image + rows.planes * rows.plane_bytes, to + i * rows.row_pitch);
       from += spans ? static_cast<int64_t>(count) * rows.row_bytes : bytes;
@@ -162,16 +168,18 @@ class MarchRing {
       const bool whole = (reinterpret_cast<uintptr_t>(image) | rows.plane_bytes) % kUnit == 0;
       return load_alike(rows, share, count, bytes, from, shared_address(to), whole);
     }
+    to += phase_of(from);
 #pragma unroll 1
     for (int i = 0; i < (spans ? count : 1); ++i, to += rows.row_pitch) {
-      const int phase = static_cast<int>(reinterpret_cast<uintptr_t>(from) % kUnit);
+      const int phase = phase_of(from);
       const char* base = from - phase;
-      const uint32_t address = shared_address(to);
-      each_unit(
+      const uint32_t address = shared_address(to - phase);
+      each_unit<kUnitsAtOnce>(
           share, phase, phase + bytes,
-          [&](int at, int next, bool both) {
-            copy_unit<kUnit>(address + at, base + at);
-            if (both) copy_unit<kUnit>(address + next, base + next);
+          [&](int at, int step, int last) {
+#pragma unroll
+            for (int k = 0; k < kUnitsAtOnce; ++k, at += step)
+              if (k == 0 || at < last) copy_unit<kUnit>(address + at, base + at);
           },
           [&](int at) { copy_unit<4>(address + at, base + at); });
       from += spans ? rows.row_bytes : bytes;
@@ -188,14 +196,15 @@ class MarchRing {
   }
 
   // The same of a span's rows by one lane, each with what is around it within 16 bytes.
-  __device__ void load_rows(const MarchCut& a, const PlaneRows& rows, int count, int bytes, const char* from) {
+  __device__ void load_rows(const MarchCut& a, const PlaneRows& rows, int count, int bytes, const char* from,
+                            int offset) {
     if (count <= 0 || !is_elected()) return;
     const int barrier = barriers_ + 8 * group(), size = (bytes + kUnit - 4 + kUnit - 1) & -kUnit;
     expect_bytes(barrier, count * size);
-    uint32_t to = shared_address(memory_ + group() * a.group_bytes);
+    uint32_t to = shared_address(memory_ + group() * a.group_bytes + offset) + phase_of(from);
 #pragma unroll 1
     for (int i = 0; i < count; ++i, from += rows.row_bytes, to += rows.row_pitch)
-      copy_bulk(to, from - reinterpret_cast<uintptr_t>(from) % kUnit, size, barrier);
+      copy_bulk(to & -kUnit, reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(from) & -kUnit), size, barrier);
   }
 
   // Ends the loads of a group.
@@ -228,7 +237,7 @@ class MarchRing {
   // begin and end with 16 bytes, so that of a span's first and last ones nothing but the row is copied as well.
   __device__ void load_alike(const PlaneRows& rows, const CopyShare& share, int count, int bytes, const char*& from,
                              uint32_t to, bool whole) const {
-    const int phase = static_cast<int>(reinterpret_cast<uintptr_t>(from) % kUnit);
+    const int phase = phase_of(from);
     const int begin = whole ? 0 : phase, end = whole ? (phase + bytes + kUnit - 1) & -kUnit : phase + bytes;
     const char* const base = from - phase;
     const auto each_row = [&](auto&& copy) {
@@ -237,25 +246,27 @@ class MarchRing {
 #pragma unroll 1
       for (int i = 0; i < count; ++i, row += rows.row_bytes, here += rows.row_pitch) copy(here, row);
     };
-    each_unit(
+    each_unit<2>(
         share, begin, end,
-        [&](int at, int next, bool both) {
+        [&](int at, int step, int last) {
+          const int next = at + step < last ? at + step : at;  // the same once more, rather than a branch
           each_row([&](uint32_t here, const char* row) {
             copy_unit<kUnit>(here + at, row + at);
-            if (both) copy_unit<kUnit>(here + next, row + next);
+            copy_unit<kUnit>(here + next, row + next);
           });
         },
         [&](int at) { each_row([&](uint32_t here, const char* row) { copy_unit<4>(here + at, row + at); }); });
     from += static_cast<int64_t>(count) * rows.row_bytes;
   }
 
-  // Copies the units of 16 bytes that a piece lies in, if nothing but the image does, and words of the others.
+  // Copies the units of 16 bytes that a piece lies in, if nothing but the image does, and words of the others. `to`:
+  // where the piece begins.
   __device__ void load_bulk(const char* from, int bytes, const char* image, const char* image_end, int to) const {
     const auto number = [](const char* pointer) { return reinterpret_cast<uint64_t>(pointer); };
     const uint64_t begin = number(from), end = begin + bytes, unit = kUnit - 1;
     const uint64_t low = max(begin & ~unit, (number(image) + unit) & ~unit);
     const uint64_t high = min((end + unit) & ~unit, number(image_end) & ~unit);
-    const uint32_t base = to - static_cast<uint32_t>(begin & ~unit);
+    const uint32_t base = to - static_cast<uint32_t>(begin);
     if (low < high) {
       const int size = static_cast<int>(high - low), barrier = barriers_ + 8 * group();
       expect_bytes(barrier, size);
@@ -276,22 +287,19 @@ class MarchRing {
   uint32_t read_ = 0;  // groups that were read
 };
 
-// Rows of a group as a lane reads or writes them, one after the other. kEven: all lie at the same place within 16
-// bytes.
-template <bool kEven = false>
+// Rows of a group as a lane reads or writes them, one after the other.
 class RowPlace {
  public:
   // From a row on; `low`: its address.
-  __device__ void begin(uint32_t address, uint32_t low) { row_ = address, phase_ = low % kUnit; }
+  __device__ void begin(uint32_t address, uint32_t low) { row_ = address + low % kUnit; }
   __device__ uint32_t next(const PlaneRows& rows) {
-    const uint32_t here = row_ + phase_;
+    const uint32_t here = row_;
     row_ += rows.row_pitch;
-    if (!kEven) phase_ = (phase_ + rows.row_phase) % kUnit;
     return here;
   }
 
  private:
-  uint32_t row_ = 0, phase_ = 0;
+  uint32_t row_ = 0;
 };
 
 // Which of a lane's columns lie inside the image: a bit for each of those that may not, the first and the last kMargin.
@@ -308,12 +316,10 @@ struct ColumnMasks {
     }
     inside = __shfl_sync(~0u, inside, threadIdx.x % 32);  // or else it would be asked again for every row
   }
-  __device__ bool all_inside() const { return inside == (1u << 2 * kMargin) - 1; }
-  // Reads a row, with zeros outside the image if any of it is to be `masked`.
-  __device__ void read(uint32_t from, float (&x)[kColumns], bool masked = true) const {
+  // Reads a row, with zeros outside the image.
+  __device__ void read(uint32_t from, float (&x)[kColumns]) const {
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) x[j] = at_address<float>(from + 4 * j);
-    if (!masked) return;
 #pragma unroll
     for (int j = 0; j < kMargin; ++j) {
       float &low = x[j], &high = x[kColumns - kMargin + j];
@@ -358,24 +364,25 @@ inline void arrange(PlaneRows& rows, const MarchCut& cut, int columns, int count
                     int share = 1) {
   rows.group_rows = count, rows.whole = whole, rows.together = whole || cut.spans == 1;
   if (whole) {
-    rows.row_pitch = rows.row_bytes, rows.row_phase = 0;
+    rows.row_pitch = rows.row_bytes;
     rows.piece_pitch = static_cast<int>(rows.plane_bytes);
     rows.group_bytes = static_cast<int>(round_up(cut.planes * rows.plane_bytes + kUnit, kUnit));
     return;
   }
-  rows.row_pitch = cut.spans == 1 ? rows.row_bytes : static_cast<int>(round_up(columns * 4 + kUnit - 4, kUnit));
-  rows.row_phase = cut.spans == 1 ? 0 : rows.row_bytes % kUnit;
-  const int least = static_cast<int>(round_up(count * rows.row_pitch + (cut.spans == 1 ? kUnit - 4 : 0), kUnit));
+  rows.row_pitch = cut.spans == 1 ? rows.row_bytes
+                                  : static_cast<int>(round_up(columns * 4 + kUnit - 4, kUnit)) + rows.row_bytes % kUnit;
+  const int least = static_cast<int>(round_up(count * rows.row_pitch + kUnit - 4, kUnit));
   int best = 1 << 30;
   for (int pitch = least; pitch < least + 8 * kUnit; pitch += kUnit)
     if (const int now = conflicts(cut, pitch, stride, share); now < best) best = now, rows.piece_pitch = pitch;
   rows.group_bytes = cut.planes / share * rows.piece_pitch;
 }
 
-// The same for boxes, which lie dense: `columns` are whole units of 16 bytes.
-inline void arrange_box(PlaneRows& rows, int planes, int columns, int count) {
+// The same for boxes, which lie dense: `columns` are whole units of 16 bytes. `more`: columns behind all rows of a
+// plane.
+inline void arrange_box(PlaneRows& rows, int planes, int columns, int count, int more = 0) {
   rows.group_rows = count, rows.whole = false, rows.together = true;
-  rows.row_pitch = columns * 4, rows.row_phase = 0, rows.piece_pitch = count * rows.row_pitch;
+  rows.row_pitch = columns * 4, rows.piece_pitch = count * rows.row_pitch + more * 4;
   rows.group_bytes = static_cast<int>(round_up(planes * rows.piece_pitch, 128));
 }
 
