@@ -54,6 +54,17 @@ __device__ __noinline__ double exact(const Columns& a, const double* source, con
   return sum;
 }
 
+// What lies there, or zero. Loads written so stay together, ahead of what they are for.
+__device__ inline double load_if(const double* from, bool inside) {
+  double value = 0;
+  asm volatile("{\n.reg .pred inside;\nsetp.ne.s32 inside, %2, 0;\n@inside ld.global.nc.f64 %0, [%1];\n}"
+               : "+d"(value)
+               : "l"(from), "r"(static_cast<int>(inside)));
+  return value;
+}
+
+// kTogether: whether the loads of kRows steps are under way together; else ptxas saves registers, for more warps.
+template <bool kTogether>
 __global__ void __launch_bounds__(kThreads) columns(const __grid_constant__ Columns a) {
   uint32_t unit = blockIdx.x * kThreads + threadIdx.x;
   if (unit >= a.units) return;
@@ -96,8 +107,13 @@ __global__ void __launch_bounds__(kThreads) columns(const __grid_constant__ Colu
         double pixel[kRows], next[kRows];
 #pragma unroll
         for (int k = 0; k < kRows; ++k, from += step, tap += a.weight_row) {
-          pixel[k] = n + k < end ? *from : 0;
-          next[k] = n + k < a.kernel_h ? *tap : 0;
+          if constexpr (kTogether) {
+            pixel[k] = load_if(from, n + k < end);
+            next[k] = load_if(tap, n + k < a.kernel_h);
+          } else {
+            pixel[k] = n + k < end ? *from : 0;
+            next[k] = n + k < a.kernel_h ? *tap : 0;
+          }
         }
 #pragma unroll
         for (int k = 0; k < kRows; ++k) {
@@ -147,7 +163,9 @@ bool launch_columns(const Problem& p, cudaStream_t stream) {
   a.units = static_cast<uint32_t>(units);
   a.by_planes = Divider(map.targets), a.by_columns = Divider(a.out_width), a.by_strips = Divider(strips);
   a.by_phases = Divider(phases), a.by_fan_out = Divider(map.fan_out);
-  columns<<<blocks_for(units, kThreads), kThreads, 0, stream>>>(a);
+  // In channels_last each lane has weights of its own to wait for.
+  const auto kernel = a.channels_last ? columns<true> : columns<false>;
+  kernel<<<blocks_for(units, kThreads), kThreads, 0, stream>>>(a);
   check_launch("columns");
   return true;
 }
