@@ -45,7 +45,6 @@ struct March {
   PlaneRows source, target;
   int multiplier;
   int box_bytes;  // of the source
-  int shift;      // columns before the source in the 16 bytes that it begins in
   Divider by_multiplier;
   const float* weight;
   int64_t weight_filter;
@@ -53,6 +52,7 @@ struct March {
   int dense;  // 1 if the weights lie one after the other, -1 if those of a filter do backwards, or else 0
   const float* bias;
   int64_t bias_stride;
+  int shift;  // columns before the source in the 16 bytes that it begins in
 };
 
 // The plane of the source that a plane of the target is of.
@@ -747,16 +747,15 @@ void launch_march_nchw(const Problem& p, bool bulk, const Allocate& allocate, cu
                                : march_nchw<kSide, kStride, kDilation, kReach / 2, Way::kPieces>;
     const Kernel boxes = wide ? nullptr : march_nchw<kSide, kStride, kDilation, kReach / 2, Way::kBoxes>;
     Kernel halves = nullptr, spans = nullptr, shifted = nullptr, shifted_spans = nullptr, rows = nullptr;
+    if constexpr (kStride == 1) spans = march_nchw<kSide, kStride, kDilation, 0, Way::kSpans>;
     if constexpr (kSide == kMarchKernel && kStride == 1) {
       halves = march_nchw<kSide, kStride, kDilation, 0, Way::kHalves>;
       if (!wide && a.cut.bulk) {
         shifted = march_nchw<kSide, kStride, kDilation, kReach / 2, Way::kShiftedBoxes>;
-        spans = shifted_spans = march_nchw<kSide, kStride, kDilation, 0, Way::kShiftedSpans>;
+        shifted_spans = march_nchw<kSide, kStride, kDilation, 0, Way::kShiftedSpans>;
         rows = march_nchw<kSide, kStride, kDilation, 0, Way::kRows>;
       }
     }
-    if constexpr (kStride == 1)
-      if (spans == nullptr) spans = march_nchw<kSide, kStride, kDilation, 0, Way::kSpans>;
     launch(a, p.batch, {kSide, kReach + 1, kStride, {pieces, boxes, shifted, halves, spans, shifted_spans, rows}},
            stream);
   };
