@@ -263,16 +263,17 @@ __device__ void load_source(const Large& a, const LargeTask& t) {
 template <typename T, int kBatch = 4>
 class LargeWeights {
  public:
-  // Begins to load them.
-  __device__ void begin(const Large& a, int filter, int thread) {
+  // Begins to load them, by threads as they are side by side in `lanes` rows.
+  __device__ void begin(const Large& a, int filter, int thread, int lanes) {
     uint32_t row = thread;
-    tap_ = a.by_weight_side.split(row), row_ = static_cast<int>(row);
+    tap_ = a.by_weight_side.split(row), row_ = static_cast<int>(row), lanes_ = lanes;
     from_ = static_cast<const T*>(a.weight) + filter * a.weight_filter;
-    if (row_ < a.weight_lanes) load(a, tap_, row_);
+    if (row_ < lanes_) load(a, tap_, row_);
   }
+  __device__ void begin(const Large& a, int filter, int thread) { begin(a, filter, thread, a.weight_lanes); }
 
   __device__ void write(const Large& a, int weights_at) {
-    const int step = a.weight_lanes;
+    const int step = lanes_;
     if (row_ >= step) return;
     for (int tap = tap_; tap < a.kernel_w; tap += a.by_weight_side.divisor) {
       const int column = tap - a.first_tap;
@@ -293,13 +294,13 @@ class LargeWeights {
  private:
   T values_[kBatch];
   const T* from_;
-  int tap_, row_;
+  int tap_, row_, lanes_;
 
   __device__ void load(const Large& a, int tap, int row) {
     const T* from = from_ + tap * a.weight_column + row * a.weight_row;
 #pragma unroll
-    for (int k = 0; k < kBatch; ++k, from += a.weight_lanes * a.weight_row)
-      if (row + k * a.weight_lanes < a.kernel_h) values_[k] = __ldg(from);
+    for (int k = 0; k < kBatch; ++k, from += lanes_ * a.weight_row)
+      if (row + k * lanes_ < a.kernel_h) values_[k] = __ldg(from);
   }
 };
 

@@ -24,16 +24,22 @@ struct Slide {
   int y;                   // likewise
   Matrices matrices;       // of the kernel's first row
 
-  // Steps [begin, end), at all of which rows kLow to kHigh of the target have rows of the kernel to meet.
-  template <int kLow, int kHigh>
-  __device__ void multiply(int begin, int end) {
-    const auto load = [&](uint32_t (&x)[kTiles][4], int s) {
-      const bool there = static_cast<uint32_t>(y + 2 * s) < static_cast<uint32_t>(a.height);
-      const uint32_t from = there ? source + 2 * s * a.source_pitch : zeros;
+  // Rows of the source of a step.
+  using Rows = uint32_t[kTiles][4];
+  __device__ void load(Rows& x, int s) const {
+    const bool there = static_cast<uint32_t>(y + 2 * s) < static_cast<uint32_t>(a.height);
+    const uint32_t from = there ? source + 2 * s * a.source_pitch : zeros;
 #pragma unroll
-      for (int c = 0; c < kTiles; ++c) load_matrices(x[c], from + c * kLargeGroupBytes);
-    };
-    const auto begin_step = [&](const uint32_t (&x)[kTiles][4], int s) {
+    for (int c = 0; c < kTiles; ++c) load_matrices(x[c], from + c * kLargeGroupBytes);
+  }
+
+  // Steps [begin, end), at all of which rows kLow to kHigh of the target have rows of the kernel to meet. x: what is
+  // loaded of the first of them, and then of the one behind.
+  template <int kLow, int kHigh>
+  __device__ void multiply(Rows& x, int begin, int end) {
+    if (begin >= end) return;
+    matrices.place = same_of_warp(matrices.place), begin = same_of_warp(begin), end = same_of_warp(end);
+    const auto begin_step = [&](const Rows& x, int s) {
       before_multiplications();
 #pragma unroll
       for (int c = 0; c < kTiles; ++c)
@@ -42,11 +48,9 @@ struct Slide {
           multiply_together(sum[q], x[c], matrices.from(((2 * s - kApart * q) * kDepth + kEdge - c) * 8), T{});
       commit_multiplications();
     };
-    if (begin >= end) return;
     // Rows are loaded while multiplications are under way, which end every other step: compilers lose track of those
     // that a loop's next turn would wait for.
-    uint32_t x[kTiles][4], next[kTiles][4];
-    load(x, begin);
+    Rows next;
     int s = begin;
 #pragma unroll 1
     for (; s + 1 < end; s += 2) {
@@ -57,21 +61,26 @@ struct Slide {
       load(x, s + 2);
       wait_multiplications<0>();
     }
-    if (s < end) begin_step(x, s), wait_multiplications<0>();
+    if (s < end) {
+      begin_step(x, s);
+      wait_multiplications<0>();
+      load(x, s + 1);
+    }
   }
 
-  // All steps from `begin` to `end`: rows of the target begin and end to meet the kernel one after the other.
+  // All steps from `begin` to `end`: rows of the target begin and end to meet the kernel one after the other. Where
+  // some steps end others begin, since there are no steps without rows to meet.
   template <int kLow = 0, int kHigh = 0>
-  __device__ void visit(int begin, int end, int rows, int pairs) {
+  __device__ void visit(Rows& x, int begin, int end, int rows, int pairs) {
     // Row q meets steps [q kStep, q kStep + pairs).
     constexpr int kStep = kApart / 2;
     const int from = max(begin, max(kHigh * kStep, kLow > 0 ? (kLow - 1) * kStep + pairs : 0));
     const int to = min(end, min(kLow * kStep + pairs, kHigh + 1 < rows ? (kHigh + 1) * kStep : end));
-    if (kHigh < rows) multiply<kLow, kHigh>(from, to);
+    if (kHigh < rows) multiply<kLow, kHigh>(x, from, to);
     if constexpr (kHigh + 1 < kSteps)
-      visit<kLow, kHigh + 1>(begin, end, rows, pairs);
+      visit<kLow, kHigh + 1>(x, begin, end, rows, pairs);
     else if constexpr (kLow + 1 < kSteps)
-      visit<kLow + 1, kLow + 1>(begin, end, rows, pairs);
+      visit<kLow + 1, kLow + 1>(x, begin, end, rows, pairs);
   }
 };
 
@@ -85,7 +94,7 @@ __device__ void consume(const Planes& a, int count, int warp) {
   const int next_at = a.counter_at + 8 + 4 * group;
   const int lane = threadIdx.x % 32, quad = lane / 4, pair = lane % 4 * 2;
   warp %= kGroupWarps;
-  int number = __shfl_sync(~0u, group, 0);
+  int number = same_of_warp(group);
 #pragma unroll 1
   while (number < all) {
     uint32_t task = number;
@@ -116,17 +125,17 @@ __device__ void consume(const Planes& a, int count, int warp) {
                   shared_address(source_at),
                   shared_address(0),
                   image < t.images ? y : -(1 << 30),
-                  Matrices(__shfl_sync(~0u, shared_address(t.weights_at), 0), Sliding::kDepth * 128, 128)};
-    slide.visit(begin, end, rows, pairs);
+                  Matrices(same_of_warp(shared_address(t.weights_at)), Sliding::kDepth * 128, 128)};
+    typename Sliding::Rows x;
+    slide.load(x, begin);
+    slide.visit(x, begin, end, rows, pairs);
     arrive_together(empty_barrier(a, slot), lane == 0);
 
-    if (warp == 0) {
-      wait_stores();
-      __syncwarp();
-      if (is_elected()) shared<int>(next_at) = take_unit(a);
-    }
+    wait_stores();
+    __syncwarp();
+    if (warp == 0 && is_elected()) shared<int>(next_at) = take_unit(a);
     meet_group(kFirstBarrier + group);
-    number = __shfl_sync(~0u, shared<int>(next_at), 0);
+    number = same_of_warp(shared<int>(next_at));
     const bool last = (kTiles - 1) * kLargeGroup + pair < a.out_width;
     const auto none = narrow_pair(0.f, 0.f, T{});
     Pair<T> zero[] = {none, none};
@@ -162,18 +171,17 @@ __device__ void consume(const Planes& a, int count, int warp) {
     }
     before_bulk_copies();
     meet_group(kFirstBarrier + group);
-    if (warp == 0) {
-      if (is_elected()) {
-        const int end = min(a.out_height - row, kUnitRows);
+    if (is_elected()) {
+      const int end = min(a.out_height - row, kUnitRows);
 #pragma unroll 1
-        for (int r = 0, from = out_at; r < end; r += a.box_rows, from += a.box_bytes)
-          store_box(a.target_map, from, (row + r) * a.out_width, t.target, t.image, 0);
-        commit_stores();
-      }
-      __syncwarp();
+      for (int box = warp; box << a.box_rows_log < end; box += kGroupWarps)
+        store_box(a.target_map, out_at + box * a.box_bytes, (row + (box << a.box_rows_log)) * a.out_width, t.target,
+                  t.image, 0);
+      commit_stores();
     }
+    __syncwarp();
   }
-  if (warp == 0) wait_stores();
+  wait_stores();
 }
 
 template <typename T, int kTiles, int kSides, int kSteps, int kThreads, bool kRaw>
@@ -199,7 +207,6 @@ __global__ void __launch_bounds__(launch_threads(kThreads), 1) toeplitz_large_gr
   }
   if (threadIdx.x == 0) shared<int>(a.counter_at) = a.consumers;
   if (kRaw || a.bulk_load) before_bulk_copies();
-  wait_for_kernel_before();
   __syncthreads();
   // Producers need few registers: what they leave the others share.
   constexpr int kGroups = kThreads / kGroupThreads, kAll = (64 << 10) / kThreads / 8 * 8 * kGroups, kFew = 80;
@@ -210,13 +217,13 @@ __global__ void __launch_bounds__(launch_threads(kThreads), 1) toeplitz_large_gr
     take_registers<(kAll - kFew) / (kGroups - 1) / 8 * 8>();
     // The first filter is theirs, while planes come.
     const int thread = threadIdx.x - kGroupThreads, threads = kThreads - kGroupThreads;
-    if (thread < kGroupThreads) {
-      uint32_t target = first;
-      a.by_images.split(target);
-      LargeWeights<T, 8> weights;
-      weights.begin(a, static_cast<int>(target), thread);
-      weights.write(a, a.weights_at);
-    }
+    uint32_t target = first;
+    a.by_images.split(target);
+    const int lanes = threads / static_cast<int>(a.by_weight_side.divisor);
+    settle_and_wait_for_kernel_before(lanes);
+    LargeWeights<T> weights;
+    weights.begin(a, static_cast<int>(target), thread, lanes);
+    weights.write(a, a.weights_at);
     meet<1>(threads);
     write_matrices<kMatrices>(a, a.weights_at, a.matrices_at, thread, threads);
     before_bulk_copies();

@@ -147,22 +147,24 @@ __device__ void get_first_planes(const Planes& a, int first, int count, int warp
 // last one on, columns of the target one after the other, each with 8 columns of the source.
 template <int kDepth>
 __device__ void write_matrices(const Planes& a, int weights_at, int to, int thread, int threads) {
-  const int lines = (a.kernel_h + 1) / 2 * 2 * kDepth * 8;
-#pragma unroll 2
-  for (int i = thread; i < lines; i += threads) {
-    const int column = i % 8, row = i / (8 * kDepth), band = kDepth - 1 - i / 8 % kDepth;
-    const int entry = kLargeGroup * band + 7 - column;
-    const int from = weights_at + (entry & 1) * a.copy + 2 * (entry & ~1) + row * a.weight_pitch;
+  constexpr int kLines = 8 * kDepth;  // of 16 bytes, of a row of the kernel: a thread stays with one of them
+  const int together = threads / kLines, first = thread / kLines, line = thread % kLines;
+  if (first >= together) return;
+  const int entry = kLargeGroup * (kDepth - 1 - line / 8) + 7 - line % 8, step = together * a.weight_pitch;
+  uint32_t from = shared_address(weights_at + (entry & 1) * a.copy + 2 * (entry & ~1) + first * a.weight_pitch);
+  uint32_t at = shared_address(to + 16 * thread);
+#pragma unroll 5
+  for (int row = first; row < (a.kernel_h + 1) / 2 * 2; row += together, from += step, at += 16 * together * kLines) {
     uint32_t words[4];
 #pragma unroll
-    for (int k = 0; k < 4; ++k) words[k] = shared<uint32_t>(from + 4 * k);
-    shared<uint4>(to + 16 * i) = {words[0], words[1], words[2], words[3]};
+    for (int k = 0; k < 4; ++k) words[k] = shared_at<uint32_t>(from + 4 * k);
+    shared_at<uint4>(at) = {words[0], words[1], words[2], words[3]};
   }
 }
 
-// Producers fill slots with what tasks need, one after the other: planes and, where it changes, a filter. kMatrices:
-// how many band matrices of a row of the kernel a warpgroup needs, if one multiplies: then the first filter is not
-// theirs.
+// Producers fill slots with what tasks need, one after the other: planes and, where it changes, a filter. They wait for
+// the kernel before when they are about to read. kMatrices: how many band matrices of a row of the kernel a warpgroup
+// needs, if one multiplies: then the first filter is not theirs.
 template <typename T, int kTiles, int kSides, Begin kBegin, int kMatrices = 0>
 __device__ void produce(const Planes& a, int first, int count, int thread) {
   constexpr int kImages = 8 * kSides;
@@ -170,6 +172,7 @@ __device__ void produce(const Planes& a, int first, int count, int thread) {
   RawTasks raw_tasks(a.raw_first, a.slots);
   int begin = 0, set = 0, slot = 0;
   uint32_t parity = 1;
+  if constexpr (kBegin != Begin::kAligned) wait_for_kernel_before();
 #pragma unroll 1
   for (int task = 0; task < count; ++task) {
     if constexpr (kBegin == Begin::kMoved) {
@@ -194,6 +197,7 @@ __device__ void produce(const Planes& a, int first, int count, int thread) {
     t.target = static_cast<int>(target);
     LargeWeights<T, 8> weights;
     const bool makes = changes && (kMatrices == 0 || task > 0);
+    if (kBegin == Begin::kAligned && task == 0) settle_and_wait_for_kernel_before(count);
     if (makes) weights.begin(a, t.target, thread);
     const int source_at = a.source_at + slot * a.slot_bytes;
     if constexpr (kBegin == Begin::kMoved) {

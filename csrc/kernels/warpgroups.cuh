@@ -41,6 +41,16 @@ __device__ inline void meet_group(int barrier) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(kGroupThreads) : "memory");
 }
 
+// A number that all lanes of a warp have, as one of which the compiler knows that: what follows from it, such as where
+// matrices lie, is then worked out in registers that a warp has one of, and need not be moved there.
+__device__ inline uint32_t same_of_warp(uint32_t number) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_or_sync(~0u, number);
+#else
+  return number;
+#endif
+}
+
 // Gives up registers of a warpgroup, all of whose threads call this.
 template <int kRegisters>
 __device__ void give_registers() {
