@@ -44,6 +44,13 @@ __device__ void meet(int threads) {
   asm volatile("bar.sync %0, %1;" ::"n"(kNumber), "r"(threads) : "memory");
 }
 
+// The same for threads that only let the others go on.
+template <int kNumber>
+__device__ void let_meet(int threads) {
+  static_assert(kNumber > 0 && kNumber < 16);
+  asm volatile("bar.arrive %0, %1;" ::"n"(kNumber), "r"(threads) : "memory");
+}
+
 // Barriers, of 8 bytes each: on sm_80 and later.
 __device__ inline void init_barrier(int barrier, int arrivals) {
 #if __CUDA_ARCH__ >= 800

@@ -227,6 +227,7 @@ __global__ void __launch_bounds__(launch_threads(kThreads), 1) toeplitz_large_gr
     meet<1>(threads);
     write_matrices<kMatrices>(a, a.weights_at, a.matrices_at, thread, threads);
     before_bulk_copies();
+    if (!kRaw && count > 1) let_meet<kMatricesBarrier>(kThreads);
     meet<1>(threads);
     consume<T, kTiles, kSides, kSteps>(a, count, warp - kGroupWarps);
   }

@@ -249,9 +249,11 @@ __global__ void __launch_bounds__(kThreads, 1) toeplitz_large_planes(const __gri
   if (threadIdx.x == 0) shared<int>(a.counter_at) = a.consumers, init_barrier(a.counter_at + 8, a.consumers);
   if (kBegin != Begin::kAligned || a.bulk_load) before_bulk_copies();
   __syncthreads();
-  if (warp < a.producers) {
-    produce<T, kTiles, kSides, kBegin>(a, first, count, threadIdx.x);
-  } else {
+  const bool consumes = warp >= a.producers;
+  if (!consumes || (kConsumersHelp<kTiles, kBegin> && warp < 2 * a.producers))
+    produce<T, kTiles, kSides, kBegin>(a, first, consumes ? 1 : count, threadIdx.x - (consumes ? 32 * a.producers : 0),
+                                       consumes);
+  if (consumes) {
     wait_for_kernel_before();
     if constexpr (kBegin == Begin::kMoved) get_first_planes<T, kTiles, kSides>(a, first, count, warp - a.producers);
     consume<T, kTiles, kDepth, kSides, kSteps, kBegin == Begin::kShifted>(a, count, warp - a.producers);

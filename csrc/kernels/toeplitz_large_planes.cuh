@@ -54,6 +54,14 @@ struct Planes : Large {
 // place; or as they lie, and columns are counted from the multiple of 16 bytes before, which takes rows of whole units.
 enum class Begin { kAligned, kMoved, kShifted };
 
+// Whether consumers make a block's first filter: where rows have gaps in shared memory, which bulk copies do not leave,
+// producers have enough to do.
+template <int kTiles, Begin kBegin>
+constexpr bool kConsumersHelp = kBegin == Begin::kAligned && kTiles % 2 == 0;
+
+// Behind which a warpgroup's first matrices are there.
+constexpr int kMatricesBarrier = 6;
+
 // What lies in a slot.
 struct alignas(16) PlanesTask {
   int target, image, images, weights_at;
@@ -164,9 +172,10 @@ __device__ void write_matrices(const Planes& a, int weights_at, int to, int thre
 
 // Producers fill slots with what tasks need, one after the other: planes and, where it changes, a filter. They wait for
 // the kernel before when they are about to read. kMatrices: how many band matrices of a row of the kernel a warpgroup
-// needs, if one multiplies: then the first filter is not theirs.
+// needs, if one multiplies: then the first filter is not theirs, and no more than a task's planes are in the way of its
+// matrices. `helps`: for as many warps of consumers, which make the first filter before there are planes.
 template <typename T, int kTiles, int kSides, Begin kBegin, int kMatrices = 0>
-__device__ void produce(const Planes& a, int first, int count, int thread) {
+__device__ void produce(const Planes& a, int first, int count, int thread, bool helps = false) {
   constexpr int kImages = 8 * kSides;
   PlanesTask t{-1};
   RawTasks raw_tasks(a.raw_first, a.slots);
@@ -196,9 +205,11 @@ __device__ void produce(const Planes& a, int first, int count, int thread) {
     const bool changes = static_cast<int>(target) != t.target;
     t.target = static_cast<int>(target);
     LargeWeights<T, 8> weights;
-    const bool makes = changes && (kMatrices == 0 || task > 0);
+    const bool helped = kConsumersHelp<kTiles, kBegin> && kMatrices == 0 && task == 0;
+    const bool makes = changes && (kMatrices == 0 || task > 0) && helps == helped;
     if (kBegin == Begin::kAligned && task == 0) settle_and_wait_for_kernel_before(count);
     if (makes) weights.begin(a, t.target, thread);
+    if (kMatrices > 0 && kBegin == Begin::kAligned && task == 1) meet<kMatricesBarrier>(blockDim.x);
     const int source_at = a.source_at + slot * a.slot_bytes;
     if constexpr (kBegin == Begin::kMoved) {
       // They are there.
@@ -212,6 +223,8 @@ __device__ void produce(const Planes& a, int first, int count, int thread) {
         part.begin = 0, part.end = t.images;
         load_ends<T>(a.raw, a, part, raw_at(a.raw, a, part.channel, source_at));
       }
+    } else if (helps) {
+      // They are the producers'.
     } else if (a.bulk_load) {
       if (thread < t.images) load_plane<T>(a, t, full_barrier(a, slot), source_at, thread);
     } else {
@@ -243,9 +256,9 @@ __device__ void produce(const Planes& a, int first, int count, int thread) {
         t.weights_at = matrices_at;
       }
     }
-    if (thread == 0) task_in(a, slot) = t;
-    arrive_after_copies(full_barrier(a, slot));
-    arrive(full_barrier(a, slot));
+    if (thread == 0 && helps == helped) task_in(a, slot) = t;
+    if (!helps) arrive_after_copies(full_barrier(a, slot));
+    if (helps == helped) arrive(full_barrier(a, slot));
     if (++slot == a.slots) slot = 0, parity ^= 1;
   }
   commit_copies();
