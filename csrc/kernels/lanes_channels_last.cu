@@ -37,6 +37,7 @@ namespace dwconv {
 namespace {
 
 constexpr int kWarps = 16;       // of a block
+constexpr int kSchedulers = 4;   // of a multiprocessor: warps take turns at them
 constexpr int kBandRows = 4;     // of a box, and of what becomes free in the ring at once
 constexpr int kBoxes = 4;        // that arrive at once
 constexpr int kAsked = 2;        // bands that each warp which fills the ring asks for in L2 before
@@ -50,18 +51,24 @@ struct Form {
   static constexpr ChannelsForm kForm = kChannelForms[kNumber];
   static constexpr int kSide = kForm.side, kReach = kForm.reach;
   static constexpr int kBlock = kSide == 56 ? 28 : kSide, kBlocks = kSide / kBlock;  // outputs of a lane
-  static constexpr int kUnits = kForm.units();                                       // channels of a warp
+  static constexpr int kUnits = kForm.units(), kFours = kUnits / 4;                  // channels of a warp
   static constexpr bool kDownImage = kSide == 14;        // or else lanes walk down the kernel
   static constexpr int kLaneRows = kDownImage ? 2 : 1;   // of outputs
   static constexpr int kRows = 32 / kUnits * kLaneRows;  // of a warp
   static constexpr int kCopiers = kReach == 25 ? 2 : 4;  // warps that fill the ring
   static constexpr int kTaps = 2 * kReach + 1;
-  static constexpr int kPixels = (kSide + 3) / 4 * 4;  // of a row
+  static constexpr int kPixels = (kSide + 3) / 4 * 4, kBandFours = kBandRows * kPixels / 4;  // of a row; of a band
   static constexpr int kRowBytes = 4 * kPixels;
   static constexpr int kBoxBytes = kBandRows * kUnits * kRowBytes;
   static constexpr int kLastBytes = kShifted ? kBandRows * 4 * kRowBytes : 0;  // of a box of the last channels
   static constexpr int kWeightBytes = (kTaps + 3) / 4 * 16;                    // from row to row
   static constexpr int kZeroBytes = std::max(kRowBytes, kWeightBytes);
+  // In the ring, places from one channel of a four to the next: so that those of fours which a warp turns at once are
+  // in different banks, as are neighbouring places.
+  static constexpr int kStep = kFours > 2 ? kFours : 1;
+  __host__ __device__ static constexpr int channel_at(int place) {
+    return kStep > 1 ? place % kFours * 4 + place / kFours : place;
+  }
 };
 
 // Plain loads ptxas puts ahead of their use, as volatile ones, by address, it does not; with 31 taps it then finds
@@ -107,12 +114,17 @@ __device__ int task_barrier(const A& a, int task) {
   return a.barriers_at + 8 * (kBoxes + kMostBands + task % kMostTasks);
 }
 
-// The filter of a lane, of those that begin with `first`; at least a.filters if there is none.
+// The filter at a place in the ring, of those that begin with `first`; at least a.filters if there is none.
 template <class F>
-__device__ int filter_of(const Arguments& a, int first, int own) {
-  const int channel = first + own;
+__device__ int filter_of(const Arguments& a, int first, int place) {
+  const int channel = first + F::channel_at(place);
   if (!F::kShifted) return channel;
   return channel - a.shift + (channel < a.shift ? a.groups * F::kUnits : 0);
+}
+
+// Asks for what is at an address in L2.
+__device__ __forceinline__ void prefetch_line(const void* at) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 }
 
 // The place in the ring of a row, which may lie before the ring's first one, by no more rows than the ring has.
@@ -121,7 +133,7 @@ __device__ __forceinline__ int place_in_ring(const Arguments& a, int row) {
   return a.by_ring_rows.split(place);
 }
 
-// The last band of an image that a chunk meets; 0 if it meets none.
+// The last band of an image that a chunk meets: at least one row, as kernels do not lie beside images.
 template <class F>
 __host__ __device__ int last_band_of(const Arguments& a, int chunk) {
   const int row = chunk * F::kRows + F::kRows - 1 - a.padding_h + a.kernel_h - 1;
@@ -191,7 +203,7 @@ __device__ __forceinline__ void add_to_two_rows(float (&sum)[2][2][F::kBlock], u
 template <class F, int kShift>
 __device__ __forceinline__ void walk_down_kernel(float (&sum)[2][F::kBlock], const Arguments& a, int ring, int weight,
                                                  int zeros, int image_row, int first_row, int row) {
-  // Rows of the kernel in which any lane meets the image: at least one, of zeros.
+  // Rows of the kernel in which any lane meets the image: at least one.
   const int begin = max(a.padding_h - (first_row + F::kRows - 1), 0);
   const int end = min(a.height + a.padding_h - first_row, a.kernel_h), ring_rows = kBandRows * a.ring_bands;
   const int positive = a.batch;  // which ptxas does not know
@@ -202,7 +214,9 @@ __device__ __forceinline__ void walk_down_kernel(float (&sum)[2][F::kBlock], con
   int left = end - begin;
 #pragma unroll 1
   do {
-    add_block<F, kShift>(sum, y < static_cast<uint32_t>(a.height) ? source : zeros, weight, positive);
+    // A warp with one row meets no others.
+    const bool inside = F::kRows == 1 || y < static_cast<uint32_t>(a.height);
+    add_block<F, kShift>(sum, inside ? source : zeros, weight, positive);
     ++y, source += F::kRowBytes, weight += F::kWeightBytes;
     if (source == past) source = ring;
   } while (--left > 0);
@@ -232,14 +246,15 @@ __device__ __forceinline__ void walk_down_image(float (&sum)[2][2][F::kBlock], c
   };
   float one[F::kWeightBytes / 4], other[F::kWeightBytes / 4];
   load_next(other);
+  int left = end - begin;
 #pragma unroll 1
-  for (int left = end - begin; left > 0; left -= 2) {
+  do {
     load_next(one);
     add(one, other);
-    if (left == 1) break;
+    if (left <= 1) break;
     load_next(other);
     add(other, one);
-  }
+  } while ((left -= 2) > 0);
 }
 
 // Writes a lane's row of outputs, of a block of columns.
@@ -308,16 +323,16 @@ __device__ __forceinline__ void compute(const Arguments& a, int filter, int imag
   for (int n = 0; n < kLaneRows; ++n) store_row<F>(sum[n], a, filter, image, row + n, column, bias);
 }
 
-// Turns four pixels of four channels, of which so many are wanted.
+// Turns four pixels of four channels, of which so many are wanted. `step`: from channel to channel.
 template <int kPixelBytes, bool kAll>
-__device__ __forceinline__ void turn_four(uint32_t from, uint32_t to, int channel_bytes, int wanted = 4) {
+__device__ __forceinline__ void turn_four(uint32_t from, uint32_t to, int step, int wanted = 4) {
   float x[4][4];  // pixels, channels
 #pragma unroll
   for (int pixel = 0; pixel < 4; ++pixel) load_four(x[pixel], from + pixel * kPixelBytes);
 #pragma unroll
   for (int channel = 0; channel < (kAll ? 4 : 3); ++channel)
     if (kAll || channel < wanted)
-      asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + channel * channel_bytes), "f"(x[0][channel]),
+      asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + channel * step), "f"(x[0][channel]),
                    "f"(x[1][channel]), "f"(x[2][channel]), "f"(x[3][channel])
                    : "memory");
 }
@@ -325,25 +340,28 @@ __device__ __forceinline__ void turn_four(uint32_t from, uint32_t to, int channe
 // Where a lane finds the pixels that it turns in a box, and where they go in a band of the ring.
 template <class F>
 struct BoxTurner {
-  static constexpr int kFours = F::kUnits / 4, kColumns = F::kPixels / 4;
-  static constexpr int kAll = kFours * kColumns * kBandRows, kCount = (kAll + 31) / 32;
+  static constexpr int kCount = (F::kFours * F::kBandFours + 31) / 32;
   int from[kCount], to[kCount];
+  bool last;  // whether there are pixels for the last one
 
   __device__ explicit BoxTurner(int channel_bytes) {
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
-      const int at = threadIdx.x % 32 + 32 * n, four = at % kFours, column = at / kFours % kColumns;
-      const int row = at / (kFours * kColumns);
-      from[n] = (row * F::kPixels + 4 * column) * 4 * F::kUnits + 16 * four;
-      to[n] = 4 * four * channel_bytes + row * F::kRowBytes + 16 * column;
+      const int at = threadIdx.x % 32 + 32 * n, four = at % F::kFours;
+      int pixels = at / F::kFours;
+      // Of 8 lanes that store at once two have each four: their pixels are to be 64 bytes apart.
+      if (F::kFours == 4) pixels = pixels / 8 * 8 + pixels % 2 * 4 + pixels / 2 % 4;
+      from[n] = 16 * (F::kUnits * pixels + four);
+      to[n] = (F::kStep > 1 ? four : 4 * four) * channel_bytes + 16 * pixels;
+      last = pixels < F::kBandFours;
     }
   }
 
   __device__ __forceinline__ void turn(uint32_t box, uint32_t band, int channel_bytes) const {
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
-      if (n == kCount - 1 && static_cast<int>(threadIdx.x % 32) + 32 * n >= kAll) break;
-      turn_four<4 * F::kUnits, true>(box + from[n], band + to[n], channel_bytes);
+      if (n == kCount - 1 && !last) break;
+      turn_four<4 * F::kUnits, true>(box + from[n], band + to[n], F::kStep * channel_bytes);
     }
   }
 };
@@ -351,11 +369,10 @@ struct BoxTurner {
 // Turns the last channels, whose pixels are units of 16 bytes, to where the first ones were put before.
 template <class F>
 __device__ __forceinline__ void turn_last(uint32_t box, uint32_t band, int channel_bytes, int channels) {
-  static_assert(kBandRows == 4);  // so a band has as many fours of pixels as a row has pixels
   __syncwarp();
 #pragma unroll
-  for (int at = threadIdx.x % 32; at < F::kPixels; at += 32)
-    turn_four<16, false>(box + 64 * at, band + 16 * at, channel_bytes, channels);
+  for (int at = threadIdx.x % 32; at < F::kBandFours; at += 32)
+    turn_four<16, false>(box + 64 * at, band + 16 * at, F::kStep * channel_bytes, channels);
 }
 
 // Where a warp is that takes every a.copiers-th band of a block's images.
@@ -412,28 +429,63 @@ __device__ __forceinline__ void fill_ring(const Arguments& a, int filter, int fi
   }
 }
 
+// Begins to copy the weights of a block, by all warps that compute. The lanes of a warp lie on columns of neighbouring
+// rows.
+template <class F>
+__device__ __forceinline__ void copy_weights(const Arguments& a, int filter, uint32_t base, int warp) {
+  constexpr int kAtOnce = 4;
+  const int lane = threadIdx.x % 32, width = min(a.kernel_w, 32), rows = 32 / width, row = lane / width;
+  const int first = lane - row * width, count = row < rows ? (a.kernel_h - row + rows - 1) / rows : 0;
+  const int64_t step = rows * a.weight_stride[2];
+  const int to_step = rows * F::kWeightBytes;
+  const float* const weight = a.weight + row * a.weight_stride[2] + first * a.weight_stride[3];
+  const uint32_t to = base + a.weights_at + row * F::kWeightBytes + 4 * (F::kReach - a.padding_w + first);
+  for (int own = warp; own < F::kUnits; own += a.warps) {
+    const int own_filter = filter_of<F>(a, filter, own);
+    if (own_filter >= a.filters) continue;
+    const float* from = weight + own_filter * a.weight_stride[0];
+    uint32_t place = to + own * a.kernel_bytes;
+    for (int column = first; column < a.kernel_w; column += 32, from += 32 * a.weight_stride[3], place += 128) {
+      const float* at = from;
+      uint32_t to = place;
+      const auto copy = [&] { copy_unit<4>(to, at), at += step, to += to_step; };
+      int left = count;
+#pragma unroll 1
+      for (; left >= kAtOnce; left -= kAtOnce)
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) copy();
+#pragma unroll
+      for (int n = 0; n < kAtOnce - 1; ++n)
+        if (left > n) copy();
+    }
+  }
+}
+
 template <class F>
 __global__ void __launch_bounds__(32 * kWarps, 1) lanes_channels_last(const __grid_constant__ Arguments a) {
 #if __CUDA_ARCH__ >= 900
-  __shared__ int next_task;
+  __shared__ int next_task[kSchedulers];
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int split = blockIdx.x / a.groups, filter = (blockIdx.x - split * a.groups) * F::kUnits;
   const int first_image = split * a.share, images = min(a.share, a.batch - first_image);
   if (threadIdx.x == 0) prefetch(a.map);
   if (F::kShifted && threadIdx.x == 0) prefetch(a.last_map);
   for (int at = a.weights_at + 16 * threadIdx.x; at < a.barriers_at; at += 16 * blockDim.x) shared<float4>(at) = {};
-  if (threadIdx.x == 0) {
-    next_task = 0;
-    for (int box = 0; box < kBoxes; ++box) init_barrier(box_barrier(a, box), 1);
-  }
-  for (int n = threadIdx.x; n < kMostBands; n += blockDim.x) init_barrier(band_barrier(a, n), kWarpArrivals);
-  for (int n = threadIdx.x; n < kMostTasks; n += blockDim.x) init_barrier(task_barrier(a, n), kWarpArrivals);
+  if (threadIdx.x < kSchedulers) next_task[threadIdx.x] = 0;
+  if (lane == 0)
+    for (int n = warp; n < kBarriers; n += kWarps) init_barrier(a.barriers_at + 8 * n, n < kBoxes ? 1 : kWarpArrivals);
   before_bulk_copies();
   // What is needed first is asked for in L2, which is no harm while the kernel before still writes.
   if (warp >= a.warps && is_elected()) {
     BandCursor next(a, warp - a.warps);
     for (int n = 0; n < kAsked && next.image < images; ++n, next.advance(a, a.copiers))
       ask_for_box(a.map, filter, 0, next.band * kBandRows, first_image + next.image);
+  }
+  for (int own = warp; own < F::kUnits; own += kWarps) {
+    const int own_filter = filter_of<F>(a, filter, own);
+    if (own_filter < a.filters)
+      for (int row = lane; row < a.kernel_h; row += 32)
+        prefetch_line(a.weight + own_filter * a.weight_stride[0] + row * a.weight_stride[2]);
   }
   __syncthreads();
   let_next_kernel_start();
@@ -444,20 +496,17 @@ __global__ void __launch_bounds__(32 * kWarps, 1) lanes_channels_last(const __gr
     fill_ring<F>(a, filter, first_image, images, base, warp - a.warps);
     return;
   }
-  for (int own = warp; own < F::kUnits; own += a.warps) {
-    const int own_filter = filter_of<F>(a, filter, own);
-    if (own_filter < a.filters)
-      copy_rows<1>(a.weight + own_filter * a.weight_stride[0], a.weight_stride[2], a.weight_stride[3], a.kernel_h,
-                   a.kernel_w, a.weights_at + own * a.kernel_bytes + 4 * (F::kReach - a.padding_w), F::kWeightBytes, 4);
-  }
+  copy_weights<F>(a, filter, base, warp);
   finish_copies();
   meet<1>(32 * a.warps);
 
   const int end = images * a.tasks, image_rows = a.bands * kBandRows, ring_rows = kBandRows * a.ring_bands;
   int image = 0, image_row = 0, first_band = 0;  // of the task before; where its image begins in the ring, and of all
+  // Each scheduler has its own tasks: all are done at the same time.
+  const int queue = warp % kSchedulers;
   for (;;) {
     int task = 0;
-    if (lane == 0) task = atomicAdd(&next_task, 1);
+    if (lane == 0) task = atomicAdd(&next_task[queue], 1) * kSchedulers + queue;
     task = __shfl_sync(~0u, task, 0);
     if (task >= end) return;
     uint32_t own_image = task;
@@ -505,8 +554,9 @@ bool place(Arguments& a, int shared_memory) {
     const int image = task / a.tasks;
     return image * a.bands + last_band_of<F>(a, (task - image * a.tasks) / F::kBlocks);
   };
-  for (int task = 0; task < a.warps + a.tasks; ++task)
-    if (last_band(task) - (task < a.warps ? -1 : last_band(task - a.warps)) > a.ring_bands) return false;
+  const int under_way = static_cast<int>(round_up(a.warps, kSchedulers));
+  for (int task = 0; task < under_way + a.tasks; ++task)
+    if (last_band(task) - (task < under_way ? -1 : last_band(task - under_way)) > a.ring_bands) return false;
   return true;
 }
 
