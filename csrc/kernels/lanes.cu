@@ -120,44 +120,6 @@ __device__ __forceinline__ void ask_for(const Arguments& a, const Item<F>& item)
 #endif
 }
 
-// Copies the weights of filters, by one warp, whose lanes lie on columns of neighbouring rows. What is the same for all
-// filters is worked out once.
-template <class F>
-class WeightCopies {
- public:
-  __device__ explicit WeightCopies(const Arguments& a) {
-    const int lane = threadIdx.x % 32, at_once = max(32 / a.kernel_w, 1), row = lane / min(a.kernel_w, 32);
-    column_ = lane - row * min(a.kernel_w, 32), count_ = row < at_once ? (a.kernel_h - row + at_once - 1) / at_once : 0;
-    from_ = a.weight + row * a.weight_stride[2] + column_ * a.weight_stride[3];
-    to_ = row * F::kWeightBytes + 4 * (F::kReach - a.padding_w + column_);
-    step_ = at_once * a.weight_stride[2], bytes_ = at_once * F::kWeightBytes;
-  }
-  __device__ void begin(const Arguments& a, int filter, int to) const {
-    constexpr int kAtOnce = 4;
-    const float* from = from_ + filter * a.weight_stride[0];
-    uint32_t place = shared_address(to) + to_;
-#pragma unroll 1
-    for (int column = column_; column < a.kernel_w; column += 32, from += 32 * a.weight_stride[3], place += 128) {
-      const float* at = from;
-      uint32_t to = place;
-      const auto copy = [&] { copy_unit<4>(to, at), at += step_, to += bytes_; };
-      int left = count_;
-#pragma unroll 1
-      for (; left >= kAtOnce; left -= kAtOnce)
-#pragma unroll
-        for (int n = 0; n < kAtOnce; ++n) copy();
-#pragma unroll
-      for (int n = 0; n < kAtOnce - 1; ++n)
-        if (left > n) copy();
-    }
-  }
-
- private:
-  const float* from_;
-  int64_t step_;  // from row to row of a lane
-  int column_, count_, to_, bytes_;
-};
-
 __device__ __forceinline__ void store_four(uint32_t to, const float (&from)[4]) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(from[0]), "f"(from[1]), "f"(from[2]),
                "f"(from[3])

@@ -3,7 +3,8 @@
 //
 // A form F has kSide, the columns of a plane that code is compiled for, kChannelsLast, kUnits, the images or channels
 // of a warp, kImages, those of an item in channels_last, and kRowBytes and kColumnBytes, from row to row and from
-// column to column in shared memory.
+// column to column in shared memory. For weights it has kReach, the columns on each side of the middle tap, and
+// kWeightBytes, from row to row.
 #pragma once
 
 #include <algorithm>
@@ -146,6 +147,61 @@ __device__ __forceinline__ void copy_planes(const CUtensorMap* map, const float*
         copy_turned(from, stride[3], rows, columns, to, F::kRowBytes);
     }
   }
+}
+
+// Copies the weights of filters, by one warp, whose lanes lie on columns of neighbouring rows. What is the same for all
+// filters is worked out once.
+template <class F>
+class WeightCopies {
+ public:
+  template <class A>
+  __device__ explicit WeightCopies(const A& a) {
+    const int lane = threadIdx.x % 32, at_once = max(32 / a.kernel_w, 1), row = lane / min(a.kernel_w, 32);
+    column_ = lane - row * min(a.kernel_w, 32), count_ = row < at_once ? (a.kernel_h - row + at_once - 1) / at_once : 0;
+    from_ = a.weight + row * a.weight_stride[2] + column_ * a.weight_stride[3];
+    to_ = row * F::kWeightBytes + 4 * (F::kReach - a.padding_w + column_);
+    step_ = at_once * a.weight_stride[2], bytes_ = at_once * F::kWeightBytes;
+  }
+  template <class A>
+  __device__ void begin(const A& a, int filter, int to) const {
+    constexpr int kAtOnce = 4;
+    const float* from = from_ + filter * a.weight_stride[0];
+    uint32_t place = shared_address(to) + to_;
+#pragma unroll 1
+    for (int column = column_; column < a.kernel_w; column += 32, from += 32 * a.weight_stride[3], place += 128) {
+      const float* at = from;
+      uint32_t to = place;
+      const auto copy = [&] { copy_unit<4>(to, at), at += step_, to += bytes_; };
+      int left = count_;
+#pragma unroll 1
+      for (; left >= kAtOnce; left -= kAtOnce)
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) copy();
+#pragma unroll
+      for (int n = 0; n < kAtOnce - 1; ++n)
+        if (left > n) copy();
+    }
+  }
+
+ private:
+  const float* from_;
+  int64_t step_;  // from row to row of a lane
+  int column_, count_, to_, bytes_;
+};
+
+// Asks in L2 for what is at an address.
+__device__ __forceinline__ void ask_for_line(const void* at) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+}
+
+// A number from a counter, for a warp. Not by an addition: ptxas first sums those of all lanes, of which one has any.
+__device__ __forceinline__ int take_number(uint32_t counter, bool is_first) {
+  uint32_t number = 0;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %1, 0;\n@p atom.shared.inc.u32 %0, [%2], 0x7fffffff;\n}"
+               : "+r"(number)
+               : "r"(static_cast<int>(is_first)), "r"(counter)
+               : "memory");
+  return static_cast<int>(__shfl_sync(~0u, number, 0));
 }
 
 // What is filled and emptied by turns, and two barriers of each: full, and empty.

@@ -7,8 +7,9 @@
 //
 // Rows stream through shared memory. Some warps let boxes arrive, some rows of all channels each, and turn them on
 // their way to a ring, where each channel's rows are contiguous: four pixels of four channels at once. The other warps
-// take chunks of rows from a counter, in the order of the images, wait for the last rows of the source that they meet,
-// and say when they are done: so the first ones know which rows of the ring are free.
+// take chunks of rows, in the order of the images, from a counter of their scheduler's, wait for the last rows of the
+// source that they meet, and say when they are done: so the first ones know which rows of the ring are free. When all
+// rows are there, these take chunks as well.
 //
 // Where planes are two blocks of columns wide, products within a block have one loop over the rows, those with the
 // other block another: the code of each fits the instruction caches, and both blocks have the first loop in common.
@@ -38,7 +39,6 @@ namespace {
 
 constexpr int kWarps = 16;       // of a block
 constexpr int kSchedulers = 4;   // of a multiprocessor: warps take turns at them
-constexpr int kBandRows = 4;     // of a box, and of what becomes free in the ring at once
 constexpr int kBoxes = 4;        // that arrive at once
 constexpr int kAsked = 2;        // bands that each warp which fills the ring asks for in L2 before
 constexpr int kMostBands = 64;   // of the ring
@@ -51,24 +51,30 @@ struct Form {
   static constexpr ChannelsForm kForm = kChannelForms[kNumber];
   static constexpr int kSide = kForm.side, kReach = kForm.reach;
   static constexpr int kBlock = kSide == 56 ? 28 : kSide, kBlocks = kSide / kBlock;  // outputs of a lane
-  static constexpr int kUnits = kForm.units(), kFours = kUnits / 4;                  // channels of a warp
-  static constexpr bool kDownImage = kSide == 14;        // or else lanes walk down the kernel
-  static constexpr int kLaneRows = kDownImage ? 2 : 1;   // of outputs
-  static constexpr int kRows = 32 / kUnits * kLaneRows;  // of a warp
-  static constexpr int kCopiers = kReach == 25 ? 2 : 4;  // warps that fill the ring
+  static constexpr int kUnits = kForm.units();                                       // channels of a warp
+  static constexpr bool kDownImage = kSide == 14;         // or else lanes walk down the kernel
+  static constexpr int kLaneRows = kDownImage ? 2 : 1;    // of outputs
+  static constexpr int kRows = 32 / kUnits * kLaneRows;   // of a warp
+  static constexpr int kRowsBefore = kDownImage ? 1 : 0;  // of zeros, before the weights of each channel
+  static_assert(!kDownImage || kRows == kLaneRows);
+  // Warps that fill the ring: few where tasks are short, as warps that go from one to the next leave others to
+  // multiply, or where little is read for what is multiplied.
+  static constexpr int kCopiers = kReach < 13 || kReach == 25 ? 2 : 4;
+  static constexpr int kBandRows = kSide == 14 ? 2 : 4;  // of a box, and of what becomes free in the ring at once
   static constexpr int kTaps = 2 * kReach + 1;
-  static constexpr int kPixels = (kSide + 3) / 4 * 4, kBandFours = kBandRows * kPixels / 4;  // of a row; of a band
+  static constexpr int kPixels = (kSide + 3) / 4 * 4;  // of a row
   static constexpr int kRowBytes = 4 * kPixels;
   static constexpr int kBoxBytes = kBandRows * kUnits * kRowBytes;
   static constexpr int kLastBytes = kShifted ? kBandRows * 4 * kRowBytes : 0;  // of a box of the last channels
   static constexpr int kWeightBytes = (kTaps + 3) / 4 * 16;                    // from row to row
   static constexpr int kZeroBytes = std::max(kRowBytes, kWeightBytes);
+  // Fours of channels, and of pixels of a band, that are turned.
+  static constexpr int fours() { return kUnits / 4; }
+  static constexpr int band_fours() { return kBandRows * kPixels / 4; }
   // In the ring, places from one channel of a four to the next: so that those of fours which a warp turns at once are
   // in different banks, as are neighbouring places.
-  static constexpr int kStep = kFours > 2 ? kFours : 1;
-  __host__ __device__ static constexpr int channel_at(int place) {
-    return kStep > 1 ? place % kFours * 4 + place / kFours : place;
-  }
+  static constexpr int step() { return fours() > 2 ? fours() : 1; }
+  static constexpr int channel_at(int place) { return step() > 1 ? place % fours() * 4 + place / fours() : place; }
 };
 
 // Plain loads ptxas puts ahead of their use, as volatile ones, by address, it does not; with 31 taps it then finds
@@ -97,10 +103,10 @@ struct Arguments {
   Divider by_tasks, by_ring_bands, by_ring_rows;
 };
 
-constexpr int kBarriers = kBoxes + kMostBands + kMostTasks;
+constexpr int kBarriers = kBoxes + kMostBands + kMostTasks + 1;
 
-// Barriers: a box is there, rows of the ring are there, a task is done. Templates, or compilers would miss their use
-// where code is for GPUs before sm_90.
+// Barriers: a box is there, rows of the ring are there, a task is done, all weights are there. Templates, or compilers
+// would miss their use where code is for GPUs before sm_90.
 template <class A>
 __device__ int box_barrier(const A& a, int box) {
   return a.barriers_at + 8 * box;
@@ -113,6 +119,10 @@ template <class A>
 __device__ int task_barrier(const A& a, int task) {
   return a.barriers_at + 8 * (kBoxes + kMostBands + task % kMostTasks);
 }
+template <class A>
+__device__ int weights_barrier(const A& a) {
+  return a.barriers_at + 8 * (kBarriers - 1);
+}
 
 // The filter at a place in the ring, of those that begin with `first`; at least a.filters if there is none.
 template <class F>
@@ -122,14 +132,10 @@ __device__ int filter_of(const Arguments& a, int first, int place) {
   return channel - a.shift + (channel < a.shift ? a.groups * F::kUnits : 0);
 }
 
-// Asks for what is at an address in L2.
-__device__ __forceinline__ void prefetch_line(const void* at) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
-}
-
 // The place in the ring of a row, which may lie before the ring's first one, by no more rows than the ring has.
+template <class F>
 __device__ __forceinline__ int place_in_ring(const Arguments& a, int row) {
-  uint32_t place = row + kBandRows * a.ring_bands;
+  uint32_t place = row + F::kBandRows * a.ring_bands;
   return a.by_ring_rows.split(place);
 }
 
@@ -137,13 +143,13 @@ __device__ __forceinline__ int place_in_ring(const Arguments& a, int row) {
 template <class F>
 __host__ __device__ int last_band_of(const Arguments& a, int chunk) {
   const int row = chunk * F::kRows + F::kRows - 1 - a.padding_h + a.kernel_h - 1;
-  return (row < a.height ? row : a.height - 1) / kBandRows;
+  return (row < a.height ? row : a.height - 1) / F::kBandRows;
 }
 
 // The last chunk that meets a band of an image.
 template <class F>
 __host__ __device__ int last_chunk_of(const Arguments& a, int band) {
-  const int chunk = (kBandRows * band + kBandRows - 1 + a.padding_h) / F::kRows;
+  const int chunk = (F::kBandRows * band + F::kBandRows - 1 + a.padding_h) / F::kRows;
   return chunk < a.chunks ? chunk : a.chunks - 1;
 }
 
@@ -179,23 +185,26 @@ __device__ __forceinline__ void add_block(float (&sum)[2][F::kBlock], int source
   }
 }
 
-// All products of a row of pixels and two rows of weights, for as many rows of outputs.
+// All products of a row of pixels and two rows of weights, for as many rows of outputs, with a test between them.
 template <class F>
 __device__ __forceinline__ void add_to_two_rows(float (&sum)[2][2][F::kBlock], uint32_t source,
                                                 const float (&upper)[F::kWeightBytes / 4],
-                                                const float (&lower)[F::kWeightBytes / 4]) {
+                                                const float (&lower)[F::kWeightBytes / 4], int positive) {
+  constexpr int kBlock = F::kBlock;
   float x[F::kPixels];
   load_row(x, source);
 #pragma unroll
-  for (int row = 0; row < 2; ++row)
+  for (int row = 0; row < 2; ++row) {
+    if (row == 1 && positive == -row) asm volatile("trap;");
 #pragma unroll
     for (int tap = 0; tap < F::kTaps; ++tap)
 #pragma unroll
-      for (int o = 0; o < F::kBlock; ++o) {
-        const int u = o + tap - F::kReach;
-        float& to = sum[row][tap % 2][o];
-        if (u >= 0 && u < F::kBlock) to = fmaf(x[u], (row == 0 ? upper : lower)[tap], to);
+      for (int n = 0; n < kBlock; ++n) {
+        const int o = tap % 2 == 0 ? n : kBlock - 1 - n, u = o + tap - F::kReach;
+        float& to = sum[row][(tap + row) % 2][o];
+        if (u >= 0 && u < kBlock) to = fmaf(x[u], (row == 0 ? upper : lower)[tap], to);
       }
+  }
 }
 
 // Walks down the kernel, of which a row meets another row of the image for each of the warp's rows. `image_row`: the
@@ -205,10 +214,10 @@ __device__ __forceinline__ void walk_down_kernel(float (&sum)[2][F::kBlock], con
                                                  int zeros, int image_row, int first_row, int row) {
   // Rows of the kernel in which any lane meets the image: at least one.
   const int begin = max(a.padding_h - (first_row + F::kRows - 1), 0);
-  const int end = min(a.height + a.padding_h - first_row, a.kernel_h), ring_rows = kBandRows * a.ring_bands;
+  const int end = min(a.height + a.padding_h - first_row, a.kernel_h), ring_rows = F::kBandRows * a.ring_bands;
   const int positive = a.batch;  // which ptxas does not know
   uint32_t y = row - a.padding_h + begin;
-  int source = ring + place_in_ring(a, image_row + static_cast<int>(y)) * F::kRowBytes;
+  int source = ring + place_in_ring<F>(a, image_row + static_cast<int>(y)) * F::kRowBytes;
   const int past = ring + ring_rows * F::kRowBytes;
   weight += begin * F::kWeightBytes;
   int left = end - begin;
@@ -223,24 +232,23 @@ __device__ __forceinline__ void walk_down_kernel(float (&sum)[2][F::kBlock], con
 }
 
 // Walks down the image, of which a row meets another row of the kernel for each row of outputs: where kernels reach
-// beyond the image, no step is in vain. A lane has two rows, of which the lower one meets what the upper one has met.
+// beyond the image, no step is in vain. A lane has two rows, of which the lower one meets what the upper one has met:
+// at first, or at last, one of them may meet the row of zeros before the weights of a channel, or those of the next.
 template <class F>
 __device__ __forceinline__ void walk_down_image(float (&sum)[2][2][F::kBlock], const Arguments& a, uint32_t ring,
-                                                uint32_t weight, uint32_t zeros, int image_row, int first_row,
-                                                int row) {
-  const int begin = max(first_row - a.padding_h, 0);
-  const int end = min(first_row + F::kRows - 1 - a.padding_h + a.kernel_h, a.height);
-  const int ring_rows = kBandRows * a.ring_bands;
-  uint32_t source = ring + place_in_ring(a, image_row + begin) * F::kRowBytes;
+                                                uint32_t weight, int image_row, int row) {
+  const int begin = max(row - a.padding_h, 0);
+  const int end = min(row + F::kRows - 1 - a.padding_h + a.kernel_h, a.height);
+  const int ring_rows = F::kBandRows * a.ring_bands, positive = a.batch;  // positive: which ptxas does not know
+  uint32_t source = ring + place_in_ring<F>(a, image_row + begin) * F::kRowBytes;
   const uint32_t past = ring + ring_rows * F::kRowBytes;
-  uint32_t tap_row = begin - row + a.padding_h - 1;
-  weight += tap_row * F::kWeightBytes;
+  weight += (begin - row + a.padding_h - 1) * F::kWeightBytes;
   const auto load_next = [&](float (&to)[F::kWeightBytes / 4]) {
-    load_row(to, tap_row < static_cast<uint32_t>(a.kernel_h) ? weight : zeros);
-    ++tap_row, weight += F::kWeightBytes;
+    load_row(to, weight);
+    weight += F::kWeightBytes;
   };
   const auto add = [&](const float (&upper)[F::kWeightBytes / 4], const float (&lower)[F::kWeightBytes / 4]) {
-    add_to_two_rows<F>(sum, source, upper, lower);
+    add_to_two_rows<F>(sum, source, upper, lower, positive);
     source += F::kRowBytes;
     if (source == past) source = ring;
   };
@@ -257,10 +265,10 @@ __device__ __forceinline__ void walk_down_image(float (&sum)[2][2][F::kBlock], c
   } while ((left -= 2) > 0);
 }
 
-// Writes a lane's row of outputs, of a block of columns.
+// Writes a lane's row of outputs, of a block of columns, if it has one.
 template <class F>
 __device__ __forceinline__ void store_row(float (&sum)[2][F::kBlock], const Arguments& a, int filter, int image,
-                                          int row, int column, float bias) {
+                                          int row, int column, float bias, float* to) {
   constexpr int kBlock = F::kBlock;
   const int columns = min(a.out_width - column, kBlock);
 #pragma unroll
@@ -271,8 +279,6 @@ __device__ __forceinline__ void store_row(float (&sum)[2][F::kBlock], const Argu
   for (int o = 0; o < kBlock; o += 2) products = fmaf(sum[0][o], sum[0][o + 1], products);
   const bool again = __shfl_sync(~0u, __any_sync(~0u, products * 0 != 0.f), 0);
   if (filter >= a.filters || row >= a.out_height) return;
-  float* const to = a.target + image * a.target_stride[0] + filter * a.target_stride[1] + row * a.target_stride[2] +
-                    column * a.target_stride[3];
   const auto at = [&](int o) {
     return reinterpret_cast<float*>(reinterpret_cast<char*>(to) + int64_t{o} * a.pixel_bytes);
   };
@@ -300,7 +306,7 @@ __device__ __forceinline__ void compute(const Arguments& a, int filter, int imag
   const int first_row = chunk * F::kRows, row = first_row + lane / F::kUnits * kLaneRows;
   const int column = is_right ? kBlock : 0;
   const uint32_t ring = base + a.ring_at + own * a.channel_bytes, zeros = base + a.zeros_at;
-  const uint32_t weight = base + a.weights_at + own * a.kernel_bytes;
+  const uint32_t weight = base + a.weights_at + own * a.kernel_bytes + F::kRowsBefore * F::kWeightBytes;
   filter = filter_of<F>(a, filter, own);
   const float bias = a.bias && filter < a.filters ? a.bias[filter * a.bias_stride] : 0;
   float sum[kLaneRows][2][kBlock];
@@ -309,7 +315,7 @@ __device__ __forceinline__ void compute(const Arguments& a, int filter, int imag
 #pragma unroll
     for (int o = 0; o < kBlock; ++o) sum[n][0][o] = bias, sum[n][1][o] = 0;
   if constexpr (F::kDownImage) {
-    walk_down_image<F>(sum, a, ring, weight, zeros, image_row, first_row, row);
+    walk_down_image<F>(sum, a, ring, weight, image_row, row);
   } else {
     walk_down_kernel<F, 0>(sum[0], a, ring + 4 * column, weight, zeros, image_row, first_row, row);
     if constexpr (F::kBlocks > 1) {
@@ -319,8 +325,11 @@ __device__ __forceinline__ void compute(const Arguments& a, int filter, int imag
         walk_down_kernel<F, kBlock>(sum[0], a, ring + 4 * kBlock, weight, zeros, image_row, first_row, row);
     }
   }
+  float* const to = a.target + image * a.target_stride[0] + filter * a.target_stride[1] + row * a.target_stride[2] +
+                    column * a.target_stride[3];
 #pragma unroll
-  for (int n = 0; n < kLaneRows; ++n) store_row<F>(sum[n], a, filter, image, row + n, column, bias);
+  for (int n = 0; n < kLaneRows; ++n)
+    store_row<F>(sum[n], a, filter, image, row + n, column, bias, to + n * a.target_stride[2]);
 }
 
 // Turns four pixels of four channels, of which so many are wanted. `step`: from channel to channel.
@@ -340,20 +349,20 @@ __device__ __forceinline__ void turn_four(uint32_t from, uint32_t to, int step, 
 // Where a lane finds the pixels that it turns in a box, and where they go in a band of the ring.
 template <class F>
 struct BoxTurner {
-  static constexpr int kCount = (F::kFours * F::kBandFours + 31) / 32;
+  static constexpr int kCount = (F::fours() * F::band_fours() + 31) / 32;
   int from[kCount], to[kCount];
   bool last;  // whether there are pixels for the last one
 
   __device__ explicit BoxTurner(int channel_bytes) {
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
-      const int at = threadIdx.x % 32 + 32 * n, four = at % F::kFours;
-      int pixels = at / F::kFours;
+      const int at = threadIdx.x % 32 + 32 * n, four = at % F::fours();
+      int pixels = at / F::fours();
       // Of 8 lanes that store at once two have each four: their pixels are to be 64 bytes apart.
-      if (F::kFours == 4) pixels = pixels / 8 * 8 + pixels % 2 * 4 + pixels / 2 % 4;
+      if (F::fours() == 4) pixels = pixels / 8 * 8 + pixels % 2 * 4 + pixels / 2 % 4;
       from[n] = 16 * (F::kUnits * pixels + four);
-      to[n] = (F::kStep > 1 ? four : 4 * four) * channel_bytes + 16 * pixels;
-      last = pixels < F::kBandFours;
+      to[n] = (F::step() > 1 ? four : 4 * four) * channel_bytes + 16 * pixels;
+      last = pixels < F::band_fours();
     }
   }
 
@@ -361,7 +370,7 @@ struct BoxTurner {
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
       if (n == kCount - 1 && !last) break;
-      turn_four<4 * F::kUnits, true>(box + from[n], band + to[n], F::kStep * channel_bytes);
+      turn_four<4 * F::kUnits, true>(box + from[n], band + to[n], F::step() * channel_bytes);
     }
   }
 };
@@ -371,8 +380,8 @@ template <class F>
 __device__ __forceinline__ void turn_last(uint32_t box, uint32_t band, int channel_bytes, int channels) {
   __syncwarp();
 #pragma unroll
-  for (int at = threadIdx.x % 32; at < F::kBandFours; at += 32)
-    turn_four<16, false>(box + 64 * at, band + 16 * at, F::kStep * channel_bytes, channels);
+  for (int at = threadIdx.x % 32; at < F::band_fours(); at += 32)
+    turn_four<16, false>(box + 64 * at, band + 16 * at, F::step() * channel_bytes, channels);
 }
 
 // Where a warp is that takes every a.copiers-th band of a block's images.
@@ -397,7 +406,7 @@ __device__ __forceinline__ void fill_ring(const Arguments& a, int filter, int fi
   const auto ask = [&](int box) {
     if (next.image >= images) return;
     if (is_elected()) {
-      const int barrier = box_barrier(a, box), row = next.band * kBandRows, image = first_image + next.image;
+      const int barrier = box_barrier(a, box), row = next.band * F::kBandRows, image = first_image + next.image;
       expect_bytes(barrier, wraps ? F::kBoxBytes + F::kLastBytes : F::kBoxBytes);
       copy_box(box * F::kBoxBytes, a.map, filter, 0, row, image, barrier);
       if (wraps) copy_box(a.last_at + box * F::kLastBytes, a.last_map, a.groups * F::kUnits, 0, row, image, barrier);
@@ -416,7 +425,7 @@ __device__ __forceinline__ void fill_ring(const Arguments& a, int filter, int fi
       for (; done < end; ++done) wait(task_barrier(a, done), done / kMostTasks & 1);
       freed.advance(a, a.copiers);
     }
-    const uint32_t band = base + a.ring_at + slot * kBandRows * F::kRowBytes;
+    const uint32_t band = base + a.ring_at + slot * F::kBandRows * F::kRowBytes;
     turner.turn(base + (first_box + box) * F::kBoxBytes, band, a.channel_bytes);
     if (wraps) turn_last<F>(base + a.last_at + (first_box + box) * F::kLastBytes, band, a.channel_bytes, a.shift);
     // Bands are there in their order.
@@ -427,38 +436,11 @@ __device__ __forceinline__ void fill_ring(const Arguments& a, int filter, int fi
     ask(first_box + box);
     if (++box == boxes) box = 0, box_parity ^= 1;
   }
-}
-
-// Begins to copy the weights of a block, by all warps that compute. The lanes of a warp lie on columns of neighbouring
-// rows.
-template <class F>
-__device__ __forceinline__ void copy_weights(const Arguments& a, int filter, uint32_t base, int warp) {
-  constexpr int kAtOnce = 4;
-  const int lane = threadIdx.x % 32, width = min(a.kernel_w, 32), rows = 32 / width, row = lane / width;
-  const int first = lane - row * width, count = row < rows ? (a.kernel_h - row + rows - 1) / rows : 0;
-  const int64_t step = rows * a.weight_stride[2];
-  const int to_step = rows * F::kWeightBytes;
-  const float* const weight = a.weight + row * a.weight_stride[2] + first * a.weight_stride[3];
-  const uint32_t to = base + a.weights_at + row * F::kWeightBytes + 4 * (F::kReach - a.padding_w + first);
-  for (int own = warp; own < F::kUnits; own += a.warps) {
-    const int own_filter = filter_of<F>(a, filter, own);
-    if (own_filter >= a.filters) continue;
-    const float* from = weight + own_filter * a.weight_stride[0];
-    uint32_t place = to + own * a.kernel_bytes;
-    for (int column = first; column < a.kernel_w; column += 32, from += 32 * a.weight_stride[3], place += 128) {
-      const float* at = from;
-      uint32_t to = place;
-      const auto copy = [&] { copy_unit<4>(to, at), at += step, to += to_step; };
-      int left = count;
-#pragma unroll 1
-      for (; left >= kAtOnce; left -= kAtOnce)
-#pragma unroll
-        for (int n = 0; n < kAtOnce; ++n) copy();
-#pragma unroll
-      for (int n = 0; n < kAtOnce - 1; ++n)
-        if (left > n) copy();
-    }
-  }
+  // From here on the warp takes tasks as well. All bands are there, so none that it waits for has a place to which
+  // others come.
+  uint32_t last = images * a.bands - 1;
+  const int last_slot = a.by_ring_bands.split(last);
+  wait(band_barrier(a, last_slot), last & 1);
 }
 
 template <class F>
@@ -473,19 +455,20 @@ __global__ void __launch_bounds__(32 * kWarps, 1) lanes_channels_last(const __gr
   for (int at = a.weights_at + 16 * threadIdx.x; at < a.barriers_at; at += 16 * blockDim.x) shared<float4>(at) = {};
   if (threadIdx.x < kSchedulers) next_task[threadIdx.x] = 0;
   if (lane == 0)
-    for (int n = warp; n < kBarriers; n += kWarps) init_barrier(a.barriers_at + 8 * n, n < kBoxes ? 1 : kWarpArrivals);
+    for (int n = warp; n < kBarriers; n += kWarps)
+      init_barrier(a.barriers_at + 8 * n, n < kBoxes ? 1 : n < kBarriers - 1 ? kWarpArrivals : a.warps * kWarpArrivals);
   before_bulk_copies();
   // What is needed first is asked for in L2, which is no harm while the kernel before still writes.
   if (warp >= a.warps && is_elected()) {
     BandCursor next(a, warp - a.warps);
     for (int n = 0; n < kAsked && next.image < images; ++n, next.advance(a, a.copiers))
-      ask_for_box(a.map, filter, 0, next.band * kBandRows, first_image + next.image);
+      ask_for_box(a.map, filter, 0, next.band * F::kBandRows, first_image + next.image);
   }
   for (int own = warp; own < F::kUnits; own += kWarps) {
     const int own_filter = filter_of<F>(a, filter, own);
     if (own_filter < a.filters)
       for (int row = lane; row < a.kernel_h; row += 32)
-        prefetch_line(a.weight + own_filter * a.weight_stride[0] + row * a.weight_stride[2]);
+        ask_for_line(a.weight + own_filter * a.weight_stride[0] + row * a.weight_stride[2]);
   }
   __syncthreads();
   let_next_kernel_start();
@@ -494,33 +477,33 @@ __global__ void __launch_bounds__(32 * kWarps, 1) lanes_channels_last(const __gr
   const uint32_t base = once(shared_address(0));
   if (warp >= a.warps) {
     fill_ring<F>(a, filter, first_image, images, base, warp - a.warps);
-    return;
+  } else {
+    const WeightCopies<F> weights(a);
+    for (int place = warp; place < F::kUnits; place += a.warps) {
+      const int own = filter_of<F>(a, filter, place);
+      const int to = a.weights_at + place * a.kernel_bytes + F::kRowsBefore * F::kWeightBytes;
+      if (own < a.filters) weights.begin(a, own, to);
+    }
+    finish_copies();
+    arrive_together(weights_barrier(a), lane == 0);
   }
-  copy_weights<F>(a, filter, base, warp);
-  finish_copies();
-  meet<1>(32 * a.warps);
+  wait(weights_barrier(a), 0);
 
-  const int end = images * a.tasks, image_rows = a.bands * kBandRows, ring_rows = kBandRows * a.ring_bands;
-  int image = 0, image_row = 0, first_band = 0;  // of the task before; where its image begins in the ring, and of all
+  const int end = images * a.tasks;
   // Each scheduler has its own tasks: all are done at the same time.
   const int queue = warp % kSchedulers;
+  const uint32_t counter = once(shared_address(&next_task[queue]));
   for (;;) {
-    int task = 0;
-    if (lane == 0) task = atomicAdd(&next_task[queue], 1) * kSchedulers + queue;
-    task = __shfl_sync(~0u, task, 0);
+    const int task = take_number(counter, lane == 0) * kSchedulers + queue;
     if (task >= end) return;
-    uint32_t own_image = task;
-    const int rank = a.by_tasks.split(own_image);
-    while (image < static_cast<int>(own_image)) {
-      ++image, first_band += a.bands;
-      image_row += image_rows;
-      while (image_row >= ring_rows) image_row -= ring_rows;
-    }
-    const int chunk = rank / F::kBlocks;
-    uint32_t turns = first_band + last_band_of<F>(a, chunk);
+    uint32_t image = task;
+    const int rank = a.by_tasks.split(image), chunk = rank / F::kBlocks;
+    const int first_band = image * a.bands;
+    uint32_t first_turn = first_band, turns = first_band + last_band_of<F>(a, chunk);
+    const int first_slot = a.by_ring_bands.split(first_turn);
     const int slot = a.by_ring_bands.split(turns);
     wait(band_barrier(a, slot), turns & 1);
-    compute<F>(a, filter, first_image + image, kByAddress<F> ? base : 0, image_row, chunk,
+    compute<F>(a, filter, first_image + image, kByAddress<F> ? base : 0, F::kBandRows * first_slot, chunk,
                F::kBlocks > 1 && rank % F::kBlocks == 1);
     arrive_together(task_barrier(a, task), lane == 0);
   }
@@ -530,9 +513,10 @@ __global__ void __launch_bounds__(32 * kWarps, 1) lanes_channels_last(const __gr
 // Whether rows fit shared memory.
 template <class F>
 bool place(Arguments& a, int shared_memory) {
-  a.bands = static_cast<int>(ceil_div(a.height, kBandRows));
+  a.bands = static_cast<int>(ceil_div(a.height, F::kBandRows));
   a.chunks = static_cast<int>(ceil_div(a.out_height, F::kRows)), a.tasks = F::kBlocks * a.chunks;
-  a.kernel_bytes = a.kernel_h * F::kWeightBytes | 16;  // an odd number of 16 bytes from channel to channel
+  a.kernel_bytes =
+      (F::kRowsBefore + a.kernel_h) * F::kWeightBytes | 16;  // an odd number of 16 bytes from channel to channel
   const int rest =
       kBoxes * (F::kBoxBytes + F::kLastBytes) + F::kUnits * (a.kernel_bytes + 16) + F::kZeroBytes + 8 * kBarriers + 256;
   a.ring_bands = std::min(kMostBands, (shared_memory - rest) / F::kBoxBytes);
@@ -540,7 +524,7 @@ bool place(Arguments& a, int shared_memory) {
   a.ring_bands = std::min(a.ring_bands, (kMostTasks / a.tasks - 1) * a.bands);
   if (a.ring_bands < a.copiers) return false;
   a.last_at = kBoxes * F::kBoxBytes, a.ring_at = a.last_at + kBoxes * F::kLastBytes;
-  a.channel_bytes = a.ring_bands * kBandRows * F::kRowBytes | 16;
+  a.channel_bytes = a.ring_bands * F::kBandRows * F::kRowBytes | 16;
   a.weights_at = a.ring_at + F::kUnits * a.channel_bytes;
   a.zeros_at = a.weights_at + F::kUnits * a.kernel_bytes;
   a.barriers_at = a.zeros_at + F::kZeroBytes;
@@ -564,8 +548,12 @@ template <class F>
 bool launch(const Problem& p, Arguments a, cudaStream_t stream) {
   const int multiprocessors = current_device().multiprocessors;
   a.groups = static_cast<int>(ceil_div(a.filters, F::kUnits));
-  a.copiers = F::kCopiers, a.warps = kWarps - a.copiers;
-  if (!place<F>(a, static_cast<int>(p.shared_memory))) return false;
+  const auto fits = [&](int copiers) {
+    a.copiers = copiers, a.warps = kWarps - copiers;
+    return place<F>(a, static_cast<int>(p.shared_memory));
+  };
+  // With fewer warps that compute, the ring has to have room for what fewer tasks meet.
+  if (!fits(F::kCopiers) && !fits(kBoxes)) return false;
   // Each group's images are cut into shares. A block also takes some time before it has all rows that it needs.
   constexpr double kBegin = 0.5, kBusy = 0.7;  // images; of the multiprocessors
   double least = 0;
@@ -583,13 +571,14 @@ bool launch(const Problem& p, Arguments a, cudaStream_t stream) {
   if (a.target_stride[3] >= 1 << 29) return false;
   a.wraps = a.filters + a.shift > a.groups * F::kUnits;
   const auto describe = [&](CUtensorMap& map, int channels) {
-    return describe_boxes(
-        map, const_cast<float*>(a.source - a.shift), 4, {a.filters + a.shift, a.width, a.height, a.batch},
-        {4 * a.source_stride[3], 4 * a.source_stride[2], 4 * a.source_stride[0]}, {channels, F::kPixels, kBandRows, 1});
+    return describe_boxes(map, const_cast<float*>(a.source - a.shift), 4,
+                          {a.filters + a.shift, a.width, a.height, a.batch},
+                          {4 * a.source_stride[3], 4 * a.source_stride[2], 4 * a.source_stride[0]},
+                          {channels, F::kPixels, F::kBandRows, 1});
   };
   if (!describe(a.map, F::kUnits) || (F::kShifted && !describe(a.last_map, 4))) return false;
   a.by_tasks = Divider(a.tasks), a.by_ring_bands = Divider(a.ring_bands);
-  a.by_ring_rows = Divider(kBandRows * a.ring_bands), a.pixel_bytes = static_cast<int>(4 * a.target_stride[3]);
+  a.by_ring_rows = Divider(F::kBandRows * a.ring_bands), a.pixel_bytes = static_cast<int>(4 * a.target_stride[3]);
   const auto kernel = lanes_channels_last<F>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, a.bytes);
   launch_early(kernel, a, blocks, 32 * kWarps, stream, {1, a.bytes});
