@@ -443,6 +443,33 @@ __device__ __forceinline__ void fill_ring(const Arguments& a, int filter, int fi
   wait(band_barrier(a, last_slot), last & 1);
 }
 
+// By all warps: zeros where weights are to be, or beside them where these fill their rows, and asks for them in L2.
+template <class F>
+__device__ __forceinline__ void clear_and_ask_for_weights(const Arguments& a, int filter, int warp) {
+  constexpr int kBefore = F::kRowsBefore * F::kWeightBytes;
+  const int lane = threadIdx.x % 32;
+  const auto clear = [](int at) { shared<float4>(at) = {}; };
+#pragma unroll 1
+  for (int place = warp; place < F::kUnits; place += kWarps) {
+    const int own = filter_of<F>(a, filter, place), to = a.weights_at + place * a.kernel_bytes;
+    if (own < a.filters)
+#pragma unroll 1
+      for (int row = lane; row < a.kernel_h; row += 32)
+        ask_for_line(a.weight + own * a.weight_stride[0] + row * a.weight_stride[2]);
+    if (own < a.filters && a.kernel_w == F::kTaps) {
+      if (16 * lane < kBefore) clear(to + 16 * lane);
+#pragma unroll 1
+      for (int row = lane; row < a.kernel_h; row += 32) clear(to + kBefore + (row + 1) * F::kWeightBytes - 16);
+      if (lane == 0) clear(to + a.kernel_bytes - 16);
+    } else {
+#pragma unroll 1
+      for (int at = 16 * lane; at < a.kernel_bytes; at += 16 * 32) clear(to + at);
+    }
+  }
+#pragma unroll 1
+  for (int at = a.zeros_at + 16 * threadIdx.x; at < a.barriers_at; at += 16 * 32 * kWarps) clear(at);
+}
+
 template <class F>
 __global__ void __launch_bounds__(32 * kWarps, 1) lanes_channels_last(const __grid_constant__ Arguments a) {
 #if __CUDA_ARCH__ >= 900
@@ -452,23 +479,24 @@ __global__ void __launch_bounds__(32 * kWarps, 1) lanes_channels_last(const __gr
   const int first_image = split * a.share, images = min(a.share, a.batch - first_image);
   if (threadIdx.x == 0) prefetch(a.map);
   if (F::kShifted && threadIdx.x == 0) prefetch(a.last_map);
-  for (int at = a.weights_at + 16 * threadIdx.x; at < a.barriers_at; at += 16 * blockDim.x) shared<float4>(at) = {};
+  clear_and_ask_for_weights<F>(a, filter, warp);
   if (threadIdx.x < kSchedulers) next_task[threadIdx.x] = 0;
-  if (lane == 0)
-    for (int n = warp; n < kBarriers; n += kWarps)
-      init_barrier(a.barriers_at + 8 * n, n < kBoxes ? 1 : n < kBarriers - 1 ? kWarpArrivals : a.warps * kWarpArrivals);
+  if (lane == 0) {
+#pragma unroll 1
+    for (int n = warp; n < kBoxes; n += kWarps) init_barrier(box_barrier(a, n), 1);
+#pragma unroll 1
+    for (int n = warp; n < a.ring_bands; n += kWarps) init_barrier(band_barrier(a, n), kWarpArrivals);
+#pragma unroll 1
+    for (int n = warp; n < min(images * a.tasks, kMostTasks); n += kWarps)
+      init_barrier(task_barrier(a, n), kWarpArrivals);
+    if (warp == kWarps - 1) init_barrier(weights_barrier(a), a.warps * kWarpArrivals);
+  }
   before_bulk_copies();
   // What is needed first is asked for in L2, which is no harm while the kernel before still writes.
   if (warp >= a.warps && is_elected()) {
     BandCursor next(a, warp - a.warps);
     for (int n = 0; n < kAsked && next.image < images; ++n, next.advance(a, a.copiers))
       ask_for_box(a.map, filter, 0, next.band * F::kBandRows, first_image + next.image);
-  }
-  for (int own = warp; own < F::kUnits; own += kWarps) {
-    const int own_filter = filter_of<F>(a, filter, own);
-    if (own_filter < a.filters)
-      for (int row = lane; row < a.kernel_h; row += 32)
-        ask_for_line(a.weight + own_filter * a.weight_stride[0] + row * a.weight_stride[2]);
   }
   __syncthreads();
   let_next_kernel_start();
