@@ -16,6 +16,11 @@
 // Where the arrays begin at different places, rows are loaded with what is around them within 16 bytes, and the warps
 // that multiply move them to where they would lie otherwise. Rows of 49 to 63 columns are laid apart in the same way.
 //
+// Other rows need not be known, where both arrays are of the same size: a plane is cut in rows of the next multiple of
+// 8 columns instead. A tap is as many of these rows away, and the nearer to the first row of the kernel, the more
+// columns to one side: diagonals lie elsewhere in each row's products. Beside an image the next row's end or beginning
+// is met then. One more warp has products of these alone, so few that CUDA cores do, and they are subtracted.
+//
 // A warp takes every so many columns of tiles. All bands of tiles of all filters are one run, of which blocks have
 // equal parts, all of them at once: where a filter or a part ends, diagonals are summed up and written as a partial
 // sum.
@@ -25,6 +30,7 @@
 #include "aligned_grad_weight_nchw.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "batch_grad_weight_nchw.h"
 #include "copies.cuh"
@@ -44,12 +50,13 @@ constexpr int kMaxRows = 9;             // of kernels of more than one column
 constexpr int kPitch = kColumns + 1;    // of a product that is summed up, in floats
 
 // How rows come to lie where they are multiplied: as they are copied, by bulk copies; or with what is around them,
-// where they begin elsewhere within 16 bytes, in the same place of both arrays; or moved there; or laid apart, too.
-enum class Way { kPlain, kKept, kMoved, kLaid };
+// where they begin elsewhere within 16 bytes, in the same place of both arrays; or moved there; or laid apart, too; or
+// planes are cut in other rows.
+enum class Way { kPlain, kKept, kMoved, kLaid, kCut };
 
 // Units of what is around rows, in shared memory: before them, and in all.
 template <Way kWay>
-constexpr int kUnitsBefore = kWay == Way::kKept ? 1 : 0;
+constexpr int kUnitsBefore = kWay == Way::kKept || kWay == Way::kCut ? 1 : 0;
 template <Way kWay>
 constexpr int kUnitsAround = kUnitsBefore<kWay> + (kWay == Way::kPlain ? 0 : 1);
 
@@ -61,7 +68,7 @@ struct Rows {
   int memory;             // where the first stage has them
   int pitch;              // between images: an odd number of units, so that rows of matrices are in different banks
   int stored_bytes;       // of a row
-  int planes;
+  int plane_bytes, planes;
   int shift;    // bytes before the array in the 16 that it begins in
   bool joined;  // what is beside an image are its neighbours
 
@@ -87,6 +94,16 @@ struct Rows {
   __device__ Inside inside(int row, int count) const {
     const int first = min(max(row, 0), height), rows = max(min(row + count, height) - first, 0);
     return {first, rows, (first - row) * row_bytes, rows * row_bytes};
+  }
+
+  // Of these rows, where planes are cut, with the 16 bytes before and behind: which bytes are the plane's.
+  struct Part {
+    int begin, end;
+  };
+  __device__ Part part(int row, int count) const {
+    if (row > height) return {};
+    const int begin = max(row * row_bytes - kUnit, 0), end = min((row + count) * row_bytes + kUnit, plane_bytes);
+    return {begin, max(begin, end)};
   }
 
   // Warps load rows of 16 images from `row` on, and make zero what is outside. A barrier expects their bytes. `bulk`:
@@ -120,6 +137,19 @@ struct Rows {
         }
       }
       __syncwarp();
+    } else if constexpr (kWay == Way::kCut) {
+      const auto [begin, end] = part(row, count);
+      const int from = begin - row * row_bytes, behind = from + end - begin;  // in the stage
+      if (begin < end)
+        load_images(base + image * image_bytes + int64_t{plane} * plane_bytes + begin, image_bytes, there, to + from,
+                    pitch, 0, end - begin, barrier, bulk, loader, loaders);
+      __syncwarp();
+      if (loader > 0 || (there == kImages && end - begin == all + 2 * kUnit)) return;
+      const bool is_there = begin < end && mine < there;
+      for (int i = lane / kImages * kUnit - kUnit; i < all + kUnit; i += 2 * kUnit)
+        if (!is_there || i < from || i >= behind) shared<uint4>(to + mine * pitch + i) = uint4{};
+      before_bulk_copies();
+      return;
     } else if (any) {
       behind = shift > 0 || kWay == Way::kLaid ? kUnit : 0;
       // Nothing outside the array is touched.
@@ -194,12 +224,15 @@ struct Aligned {
   int loaders;                   // warps
   bool bulk, moves;              // copies; whether rows are moved
   bool ends_with_band;           // whether rows of the gradient are whole bands
+  int more_columns;              // where planes are cut, of a row than the image has
   WeightSums result;
 
   __device__ int last_band() const { return static_cast<int>(by_bands.divisor) - 1; }
-  // From a warp's column of tiles to its next one. Where rows are kept the first one is a warp's own.
+  // From a warp's column of tiles to its next one. Where rows are kept the first one is a warp's own; where planes are
+  // cut, the last warp has none.
   template <Way kWay>
   __device__ int columns_apart(int warp) const {
+    if (kWay == Way::kCut) return workers - 1;
     return kWay != Way::kKept ? workers : warp == 0 ? columns : workers - 1;
   }
   // Where rows are kept, with a column of tiles: whether number k of its 8 gradients and number m of 24 pixels of the
@@ -238,7 +271,9 @@ __device__ inline int block_of_band(const Aligned& a, int at) {
 template <typename T, Way kWay>
 __device__ __noinline__ float sum_by_products(const Aligned& a, int filter, int warp, int first, int last, int tap) {
   const int i = tap / a.kernel_w * a.dilation_h - a.padding_h, j = tap % a.kernel_w * a.dilation_w - a.padding_w;
-  const int height = a.source.height, out_height = a.grad.height;
+  constexpr bool kCut = kWay == Way::kCut;
+  const int height = kCut ? a.source.plane_bytes / 2 / a.width : a.source.height;
+  const int out_height = kCut ? height : a.grad.height;
   float sum = 0;
   for (int at = first; at < last; ++at) {
     const Stretch band(a, at, at + 1);
@@ -251,6 +286,10 @@ __device__ __noinline__ float sum_by_products(const Aligned& a, int filter, int 
         if (kWay == Way::kKept) {
           v -= a.source.shift / 2;
           if (v < 0) v += a.width, --r;
+        }
+        if (kCut) {
+          const int pixel = r * (a.grad.row_bytes / 2) + v;
+          r = pixel / a.width, v = pixel % a.width;
         }
         const int y = r + i, x = v + j;
         if (n >= a.images || r < 0 || r >= out_height || v >= a.out_width || y < 0 || y >= height || x < 0 ||
@@ -295,7 +334,7 @@ struct Lane {
 
   // `image`: where the image begins in the first slot. Columns: 8 each.
   __device__ Lane(const Aligned& a, uint32_t image, int column, Way way) {
-    const bool inside = way == Way::kKept || (column >= 0 && column * kColumns < a.width);
+    const bool inside = way == Way::kKept || way == Way::kCut || (column >= 0 && column * kColumns < a.width);
     from = inside ? image + column * kUnit : shared_address(kZeros), mask = inside ? ~0u : 0;
   }
 };
@@ -309,9 +348,11 @@ struct Sums {
   static constexpr int kBelow = kMost / kRows;                          // chunks below that it meets
   static constexpr int kChunks = kBelow == 0 ? 2 : 1;                   // of a stage
   static constexpr bool kLays = kKernelH == 7 || kDilation == 2;        // faster than others from rows of other sizes
-  static constexpr int kWarps = kKernelH < 5 ? 8 : 7;                   // of a block that multiply, at most
+  static constexpr bool kCuts = kKernelH == 3;
+  static constexpr int kWarps = kKernelH < 5 ? 8 : 7;  // of a block that multiply, at most
   static constexpr int kWindow = 3 * kColumns;
   static constexpr int kScratch = 4 * kWindow * kPitch;  // bytes for the products of a row of the kernel
+  static constexpr int kStep = kDilation;
 
   float sum[kKernelH][4] = {}, right[kKernelH + 1][4] = {};  // the latter of rows i - 1 and i of the kernel
 
@@ -369,7 +410,7 @@ struct Sums {
   __device__ void put(const Aligned& a, int column, int scratch, int sums) {
     const int lane = threadIdx.x % 32, step = a.dilation_h / kDilation;  // from a row of the kernel to the next one
     const int to = scratch + 4 * (lane / 4 * kPitch + lane % 4 * 2);
-    const int first = kColumns - a.padding_w + lane * a.dilation_w, from = scratch + 4 * first * kPitch;
+    const int first = kColumns - a.padding_w + lane * a.dilation_w;
     uint32_t valid = 0;  // a bit for each product of a diagonal
     if (kWay == Way::kKept)
       for (int k = 0; k < kColumns; ++k) valid |= (a.same_row(column, first + k, k) ? 1 : 0) << k;
@@ -381,6 +422,8 @@ struct Sums {
             e < 4 ? sum[i][e] : right[i + 1][e % 2] + right[i][2 + e % 2];
       __syncwarp();
       if (i % step == 0 && i / step < a.kernel_h && lane < a.kernel_w) {
+        const int aside = kWay == Way::kCut ? a.more_columns * (i * kDilation - a.padding_h) : 0;
+        const int from = scratch + 4 * (first - aside) * kPitch;
         float total = 0;
 #pragma unroll
         for (int k = 0; k < kColumns; ++k)
@@ -397,7 +440,8 @@ struct Sums {
 template <typename T, int kKernelH>
 struct ColumnSums {
   static constexpr int kMost = kRows - 1 + kKernelH - 1, kBelow = kMost / kRows, kChunks = 1, kWarps = 7, kScratch = 0;
-  static constexpr bool kLays = false;
+  static constexpr int kStep = 1;
+  static constexpr bool kLays = false, kCuts = false;
 
   float sum[kKernelH + 1][4] = {};  // of upper rows that are one row above to kKernelH - 1 rows below the gradient's
 
@@ -457,6 +501,54 @@ struct ColumnSums {
   }
 };
 
+// Where planes are cut: products of pixels on either side of where a row of the image ends, which are no taps', for
+// kernels of 3x3 over the middle of a tile. Lanes have an image each, and every other row.
+template <typename T, int kDilation>
+struct Edges {
+  static constexpr int kKernel = 3;
+  static constexpr int kMostRows = 4;  // that end in a band of rows of at most 4 columns more, of at least 48
+  float sum[kKernel][2] = {};          // of pixels to the left of the gradient's, and to the right
+
+  // Adds those of a band's gradients. `image`, `grad`: where the lane's image begins in the first slots.
+  __device__ void add(const Aligned& a, int band, int image, const uint32_t (&slots)[2], int grad) {
+    const int columns = a.grad.row_bytes / 2, all = kRows * columns, first = band * all;
+#pragma unroll
+    for (int e = -kDilation; e < kDilation; ++e) {  // gradients, from where a row begins
+      const int side = e < 0, aside = side ? kDilation : -kDilation;
+      const int rows = (first - e + a.width - 1) / a.width + static_cast<int>(threadIdx.x) % 32 / kImages;
+#pragma unroll  // so that loads do not wait for each other
+      for (int k = 0; k < kMostRows; ++k) {
+        const int at = (rows + 2 * k) * a.width + e - first;
+        const bool is_there = at < all;
+        const float g = widen(shared<T>(is_there ? grad + 2 * at : kZeros));
+#pragma unroll
+        for (int i = 0; i < kKernel; ++i) {
+          const int pixel = at + aside + kDilation * (columns + (i - 1) * a.width);
+          const int from = pixel < all ? static_cast<int>(slots[0]) : static_cast<int>(slots[1]) - 2 * all;
+          const float x = widen(shared<T>(is_there ? image + from + 2 * pixel : kZeros));
+          sum[i][side] = fmaf(x, g, sum[i][side]);
+        }
+      }
+    }
+  }
+
+  // Puts what is to be added to the taps' sums to shared memory, and begins anew.
+  __device__ void put(int sums) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kKernel; ++i)
+#pragma unroll
+      for (int side = 0; side < 2; ++side) {
+        float total = sum[i][side];
+        for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
+        if (lane == 0) shared<float>(sums + 4 * (i * kKernel + 2 * side)) = -total;
+        if (lane == 0 && side == 0) shared<float>(sums + 4 * (i * kKernel + 1)) = 0;
+      }
+    __syncwarp();
+    *this = {};
+  }
+};
+
 // The bias gradient's part.
 template <typename T>
 struct Bias {
@@ -480,16 +572,23 @@ struct Bias {
   }
 };
 
-// Takes sums that are not finite again.
+// Takes sums that are not finite again; where planes are cut, those of all warps, as what is subtracted is of all.
 template <typename T, Way kWay>
 __device__ void correct(const Aligned& a, int sums, int filter, int warp, int first, int last) {
   const int lane = threadIdx.x % 32, taps = a.kernel_h * a.kernel_w;
+  const bool cut = kWay == Way::kCut;
+  if (cut) meet_workers(a);
   for (int begin = 0; begin < taps; begin += 32) {
-    const bool mine = begin + lane < taps;
-    uint32_t again = __ballot_sync(~0u, mine && !is_finite(shared<float>(sums + 4 * (mine ? begin + lane : 0))));
+    bool finite = true;
+    if (begin + lane < taps)
+      for (int w = cut ? 0 : warp; w < (cut ? a.workers : warp + 1); ++w)
+        finite &= is_finite(shared<float>(sums + 4 * ((w - warp) * (taps + a.result.with_bias()) + begin + lane)));
+    uint32_t again = __ballot_sync(~0u, !finite);
+    if (cut) meet_workers(a);
     for (; again; again &= again - 1) {
       const int tap = begin + __ffs(again) - 1;
-      const float exact = sum_by_products<T, kWay>(a, filter, warp, first, last, tap);
+      const bool has_none = cut && warp + 1 == a.workers;
+      const float exact = has_none ? 0 : sum_by_products<T, kWay>(a, filter, warp, first, last, tap);
       if (lane == 0) shared<float>(sums + 4 * tap) = exact;
     }
   }
@@ -571,6 +670,8 @@ __global__ void __launch_bounds__(32 * (Sum::kWarps + kMoreLoaders<Sum> + 1), 2)
 
   Sum sums;
   Bias<T> bias;
+  Edges<T, Sum::kStep> edges;
+  const bool has_edges = kWay == Way::kCut && warp + 1 == a.workers;
   const int taps_and_bias = a.kernel_h * a.kernel_w + a.result.with_bias();
   const int place = a.sums_at + 4 * warp * taps_and_bias;
   // Where the lane's rows of matrices begin.
@@ -623,7 +724,13 @@ __global__ void __launch_bounds__(32 * (Sum::kWarps + kMoreLoaders<Sum> + 1), 2)
       }
       if (++index == Sum::kChunks) index = 0;
       if (chunk >= s.begin + Sum::kBelow) {
-        for (int c = warp; c < a.columns; c += columns_apart) {
+        if constexpr (kWay == Way::kCut)
+          if (has_edges) {
+            const int image = lane % kImages;
+            edges.add(a, chunk - Sum::kBelow, a.source.memory + kBefore + image * a.source.pitch, source_at,
+                      a.grad.memory + kBefore + image * a.grad.pitch + static_cast<int>(grad_at));
+          }
+        for (int c = has_edges ? a.columns : warp; c < a.columns; c += columns_apart) {
           const Tile tile(a, grad + grad_at + c * kUnit);
           if (a.result.with_bias()) bias.add(tile);
           sums.template add<kWay>(a, source, c, source_at, tile);
@@ -648,7 +755,10 @@ __global__ void __launch_bounds__(32 * (Sum::kWarps + kMoreLoaders<Sum> + 1), 2)
     while (held > 0) give_back();
     at += s.bands();
     if (at < last && at < (s.filter + 1) * a.filter_bands) continue;
-    sums.template put<kWay>(a, warp, a.scratch_at + warp * Sum::kScratch, place);
+    if (has_edges)
+      edges.put(place);
+    else
+      sums.template put<kWay>(a, warp, a.scratch_at + warp * Sum::kScratch, place);
     correct<T, kWay>(a, place, s.filter, warp, begin, at);
     if (a.result.with_bias()) bias.put(place + 4 * (taps_and_bias - 1));
     meet_workers(a);
@@ -661,8 +771,10 @@ __global__ void __launch_bounds__(32 * (Sum::kWarps + kMoreLoaders<Sum> + 1), 2)
 // How a block's shared memory is laid out. Returns its bytes.
 template <class Sum, Way kWay>
 int64_t lay_out(Aligned& a, int64_t taps_and_bias, int64_t shared_per_multiprocessor) {
-  const int64_t columns = ceil_div(a.out_width, kColumns), turns = ceil_div(columns, Sum::kWarps);
-  const int64_t workers = kWay == Way::kKept ? ceil_div(columns - 1, turns) + 1 : ceil_div(columns, turns);
+  const int64_t columns = a.grad.row_bytes / kUnit, turns = ceil_div(columns, Sum::kWarps);
+  const int64_t workers = kWay == Way::kKept  ? ceil_div(columns - 1, turns) + 1
+                          : kWay == Way::kCut ? ceil_div(columns, turns) + 1
+                                              : ceil_div(columns, turns);
   a.columns = static_cast<int>(columns), a.workers = static_cast<int>(workers);
   // One begins bulk copies, while another one may wait for what is beside whole units at both ends of an array; where
   // there are none, several together do what one does not do fast enough.
@@ -702,7 +814,7 @@ bool launch(const Problem& p, Aligned a, const Device& device, const Allocate& a
   }
   // Rows that are laid apart are read before any is written, by a thread each.
   if (kWay == Way::kLaid && 32 * a.workers < kImages * kRows) return false;
-  const int64_t bands = ceil_div(p.out_height, kRows), items = ceil_div(a.images, kImages);
+  const int64_t bands = ceil_div(a.grad.height, kRows), items = ceil_div(a.images, kImages);
   a.by_bands = Divider(bands), a.by_batches = Divider(items);
   a.filter_bands = static_cast<int>(items * bands);
   const int64_t all = p.filters() * a.filter_bands;
@@ -733,6 +845,25 @@ bool launch(const Problem& p, Aligned a, const Device& device, const Allocate& a
   return true;
 }
 
+// Cuts planes in rows of whole units, of about as many columns as the image's, where they begin with 16 bytes. Says
+// whether windows reach 8 columns beside a tile then, at most.
+bool cut_rows(Aligned& a) {
+  constexpr int kKernel = 3;
+  const auto lies_so = [&](const Rows& v) { return v.shift == 0 && v.plane_bytes % kUnit == 0; };
+  const bool is_middle = a.kernel_h == kKernel && a.kernel_w == kKernel && a.padding_h == a.dilation_h &&
+                         a.padding_w == a.dilation_w && a.dilation_h == a.dilation_w;
+  if (!is_middle || a.grad.height != a.source.height || a.width != a.out_width || !lies_so(a.source) ||
+      !lies_so(a.grad))
+    return false;
+  const int columns = (a.width + kColumns / 2) / kColumns * kColumns;
+  a.more_columns = columns - a.width;
+  for (Rows* v : {&a.source, &a.grad}) {
+    v->stored_bytes = v->row_bytes = 2 * columns;
+    v->height = static_cast<int>(ceil_div(v->plane_bytes, v->row_bytes));
+  }
+  return a.padding_w + std::abs(a.more_columns) * a.padding_h <= kColumns;
+}
+
 }  // namespace
 
 bool launch_aligned_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& allocate, cudaStream_t stream) {
@@ -749,13 +880,14 @@ bool launch_aligned_grad_weight_nchw(const Problem& p, bool bulk, const Allocate
       p.output.stride[0] % kColumns != 0)
     return false;
   constexpr int64_t kMostTightColumns = 64;  // of rows that are not of whole units
-  for (const int64_t width : {p.width, p.out_width})
-    if (width % kColumns != 0 && width > kMostTightColumns) return false;
+  const auto is_tight = [](int64_t width) { return width % kColumns == 0 || width <= kMostTightColumns; };
+  const bool tight = is_tight(p.width) && is_tight(p.out_width);
   Aligned a{};
   const auto arrange = [](Rows& v, const View& view, int64_t planes, int64_t height, int64_t width) {
     v.base = static_cast<const char*>(view.data), v.image_bytes = 2 * view.stride[0];
     v.height = static_cast<int>(height), v.planes = static_cast<int>(planes);
     v.stored_bytes = static_cast<int>(2 * width), v.row_bytes = static_cast<int>(round_up(2 * width, kUnit));
+    v.plane_bytes = static_cast<int>(height * width * 2);
     v.shift = static_cast<int>(reinterpret_cast<uintptr_t>(view.data) % kUnit);
     v.joined = view.stride[0] == planes * height * width;
   };
@@ -775,6 +907,14 @@ bool launch_aligned_grad_weight_nchw(const Problem& p, bool bulk, const Allocate
       const auto go = [&]<class Sum>(Sum) {
         a.bulk = bulk && can_overlap(aligned_grad_weight_nchw<T, Sum, Way::kPlain>);  // else it is not code for sm_90
         const auto go_by = [&]<Way kWay>() { served = launch<T, Sum, kWay>(p, a, device, allocate, stream); };
+        if constexpr (Sum::kCuts)
+          if (a.source.spreads() || a.grad.spreads()) {
+            const Aligned whole = a;
+            if (cut_rows(a)) go_by.template operator()<Way::kCut>();
+            if (served) return;
+            a = whole;
+          }
+        if (!tight) return;
         if constexpr (Sum::kLays)
           if (a.source.spreads() || a.grad.spreads()) return go_by.template operator()<Way::kLaid>();
         if (a.source.spreads() || a.grad.spreads()) return;
