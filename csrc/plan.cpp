@@ -229,11 +229,15 @@ bool can_stream_grad_weight(const Problem& p, Room room) {
   if (p.pass != Pass::kGradWeight || !is_small_kernel(p) || p.out_width < kTileColumns || !can_stream(p)) return false;
   if (p.filters() > (1 << 30) / (p.taps() + 1)) return false;  // sums are counted in 32 bits
   int64_t source_bytes = p.width * size_of(p.dtype), grad_bytes = p.out_width * size_of(p.dtype);
-  if (room == Room::kMovedRings) source_bytes = moved_row_bytes(source_bytes), grad_bytes = moved_row_bytes(grad_bytes);
   const int64_t extent = (p.kernel_h - 1) * p.dilation_h + 1, rows = std::min<int64_t>(kLeastRows, p.out_height);
+  const int64_t bands = (p.out_height + rows - 1) / rows;
   constexpr int64_t kThreads = 256 + 32 + 8 + 1;  // with the warp that loads, and room between banks
-  const int64_t source = rows_for_bands((p.out_height + rows - 1) / rows, rows * p.stride_h, extent, source_bytes);
-  const int64_t grad = rows_for_planes(rows, grad_bytes);
+  int64_t source = rows_for_bands(bands, rows * p.stride_h, extent, source_bytes);
+  int64_t grad = rows_for_planes(rows, grad_bytes);
+  if (room == Room::kMovedRings) {
+    source_bytes = moved_row_bytes(source_bytes), grad_bytes = moved_row_bytes(grad_bytes);
+    source = rows_to_move(bands, rows * p.stride_h, extent, p.padding_h), grad = rows_to_move(bands, rows, 1, 0);
+  }
   int64_t bytes = ring_bytes(source, source_bytes) + ring_bytes(grad, grad_bytes);
   if (room == Room::kStages && p.out_height > rows) {
     const int64_t source_stage = stage_bytes((rows - 1) * p.stride_h + extent, source_bytes);

@@ -1539,6 +1539,13 @@ def test_batch_grad_weight_of_whole_units_is_exact(kernel: tuple, dilation: int,
         ((16, 127), (3, 3), 1, 1, 1),
         ((24, 99), (5, 5), 1, 1, 1),
         ((16, 83), (9, 9), 1, 1, 1),
+        ((32, 110), (3, 3), 1, 1, 1),
+        ((24, 109), (3, 3), 1, 1, 2),
+        ((16, 52), (3, 3), 1, 1, 1),
+        ((8, 99), (3, 3), 1, 1, 1),
+        ((40, 62), (3, 3), 1, 2, 1),
+        ((24, 61), (3, 3), 1, 2, 1),
+        ((16, 66), (3, 3), 1, 2, 2),
     ],
     ids=str,
 )
@@ -1665,6 +1672,55 @@ def test_grad_weight_in_float64_of_columns_apart(case: Case) -> None:
                 assert torch.equal(result.nan_to_num(nan=12345.0), expected.nan_to_num(nan=12345.0)), (steps, finite)
             for again in (torch.ops.dwconv.grad_weight.plan(*args, *call) for _ in range(5)):
                 assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(results, again))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("finite", [True, False], ids=["finite", "not finite"])
+@pytest.mark.parametrize("dtype", FAST[1:], ids=str)
+@pytest.mark.parametrize("side", [3, 5, 7])
+def test_grad_weight_of_planes_cut_in_other_rows_is_exact(side: int, dtype: torch.dtype, finite: bool) -> None:
+    """Long rows that are no whole 16 bytes, of planes that are, at any address; products around the ends of rows."""
+    for number, size in enumerate([(24, 1918), (40, 1026), (16, 1028), (48, 1917), (32, 1923), (28, 1024), (8, 1034)]):
+        for turn, offsets in enumerate([(0, 0), (8, 16), (3, 3), (5, 13), (2, 7)]):
+            case = Case(1 + number % 2, 3, size, (side, side), padding=(side // 2, side // 2), bias=number % 2 == 0)
+            case = case._replace(multiplier=1 + turn % 2)
+            input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+            grad_output = integers(*output_size(case)).to(input)
+            input, grad_output = (lay(t, offset=o) for t, o in zip((input, grad_output), offsets))
+            if not finite:
+                for tensor in (input, grad_output):
+                    tensor[0, 0, 0, 0], tensor[-1, 1, -1, -1], tensor[-1, 2, 5, 0] = torch.inf, torch.nan, -torch.inf
+            exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+            forced = set()
+            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
+                if plan.startswith("toeplitz_grad_weight_nchw"):
+                    wanted = exact[name].round().to(result).nan_to_num(nan=12345.0)
+                    assert torch.equal(result.nan_to_num(nan=12345.0), wanted), (name, plan, str(case), offsets)
+                    forced.add(plan)
+            assert forced == {"toeplitz_grad_weight_nchw", "toeplitz_grad_weight_nchw_portable"}, str(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("finite", [True, False], ids=["finite", "not finite"])
+@pytest.mark.parametrize("dtype", FAST[1:], ids=str)
+def test_grad_weight_of_3x3_by_words_is_exact(dtype: torch.dtype, finite: bool) -> None:
+    """Rows of even and odd widths, and arrays that begin alike within a word and not, of tiles for a whole GPU."""
+    sizes = [(6, 512, 510), (6, 500, 511), (6, 509, 504), (7, 801, 350), (3, 1000, 512)]
+    for number, (batch, height, width) in enumerate(sizes):
+        for turn, (first, second) in enumerate([(0, 0), (1, 1), (1, 2), (3, 7)]):
+            case = Case(batch, 5, (height, width), (3, 3), padding=(1, 1), bias=(number + turn) % 2 == 0)
+            case = case._replace(multiplier=1 + turn // 2)
+            input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+            grad_output = integers(*output_size(case)).to(input)
+            input, grad_output = lay(input, offset=first), lay(grad_output, offset=second)
+            if not finite:
+                for tensor in (input, grad_output):
+                    tensor[0, 0, 0, 0], tensor[-1, 1, -1, -1], tensor[-1, 3, 9, 0] = torch.inf, torch.nan, -torch.inf
+            exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
+                if plan.startswith("stream_grad_weight_nchw"):
+                    wanted = exact[name].round().to(result).nan_to_num(nan=12345.0)
+                    assert torch.equal(result.nan_to_num(nan=12345.0), wanted), (name, plan, str(case), first, second)
 
 
 @pytest.mark.gpu

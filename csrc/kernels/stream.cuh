@@ -51,10 +51,10 @@ struct Copier {
   __device__ int rank() const { return dedicated ? threadIdx.x - workers() : threadIdx.x; }
   __device__ bool loads() const { return bulk ? rank() == 0 : true; }  // whether the thread has to do with loads
 
-  // `for_all`: whether one thread says for all that they are done with a chunk.
-  __device__ void init(bool for_all = false) const {
+  // `for_all`: whether one thread says for all that they are done with a chunk, of which so many are under way.
+  __device__ void init(bool for_all = false, int depth = kDepth) const {
     if ((bulk || dedicated) && threadIdx.x == 0) {
-      for (int i = 0; i < kDepth; ++i) {
+      for (int i = 0; i < depth; ++i) {
         init_barrier(Barriers::full(i), bulk ? 1 : 1 + loaders);
         init_barrier(Barriers::done(i), for_all && kWarpArrivals == 1 ? 1 : workers() / 32 * kWarpArrivals);
       }

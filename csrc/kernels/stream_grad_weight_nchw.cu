@@ -170,6 +170,109 @@ struct Units : AnyPart<kKernel> {
   }
 };
 
+// A tile of 7 x 14 gradients of 3x3 in 16 bits, wherever rows begin, read by words: 7 of them from one tile to the
+// next, so that lanes are in different banks. kEven: all rows of both arrays lie alike within a word, and with them the
+// tiles' columns, of which the first one of a row may lie before it; or else words are put together from two.
+template <bool kEven>
+struct Words : AnyPart<3> {
+  static constexpr int kKernel = 3, kKernelH = kKernel, kKernelW = kKernel, kReach = 1;
+  static constexpr int kRows = 7, kColumns = 14, kTiles = 1, kLanes = 1;
+  static constexpr bool kOddStrips = false, kUnits = true;
+  static constexpr int kMaxThreads = 224, kBlocks = 2;
+  static constexpr int kWords = kColumns / 2, kSourceWords = kWords + 2;  // of a row; one on each side of the tile
+
+  float sum[kKernel][kKernel] = {};
+  double bias = 0;
+
+  __device__ explicit Words(const GradStream&) {}
+  __device__ float total(int i, int j) const { return sum[i][j]; }
+  __device__ float total_bias() const { return static_cast<float>(bias); }
+
+  // Of a word of which these columns are valid.
+  static __device__ uint32_t mask_of(bool low, bool high) { return (low ? 0xffffu : 0) | (high ? 0xffff0000u : 0); }
+
+  template <int kCount>
+  static __device__ void read(int from, uint32_t (&words)[kCount]) {
+    if constexpr (kEven) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) words[k] = shared<uint32_t>(from + 4 * k);
+    } else {
+      const int first = from & ~3;
+      uint32_t word = shared<uint32_t>(first);
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        const uint32_t next = shared<uint32_t>(first + 4 * k + 4);
+        words[k] = __funnelshift_r(word, next, (from & 2) * 8);
+        word = next;
+      }
+    }
+  }
+
+  template <typename T>
+  __device__ void add(const GradStream& a, const GradChunk& c, int filter, int tile) {
+    uint32_t segment = tile, channel = filter;
+    const int strip = static_cast<int>(a.by_strips.split(segment));
+    a.by_multiplier.split(channel);
+    const int row = segment * kRows, rows = c.rows - row;
+    if (rows <= 0) return;
+    // The last strip overlaps the one before.
+    const int before = kEven ? a.source.ring.phase / 2 % 2 : 0, begin_column = strip * kColumns - before;
+    const int column = min(begin_column, a.width - kColumns + before);
+    uint32_t grad_mask[kWords];
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) {
+      const auto is_its = [&](int x) { return x >= max(begin_column, 0) && x < a.width; };
+      grad_mask[k] = mask_of(is_its(column + 2 * k), is_its(column + 2 * k + 1));
+    }
+    const auto source_mask = [&](int k) {
+      const auto is_inside = [&](int x) { return static_cast<uint32_t>(x) < static_cast<uint32_t>(a.width); };
+      return mask_of(is_inside(column - 2 + 2 * k), is_inside(column - 1 + 2 * k));
+    };
+    const uint32_t left[] = {source_mask(0), source_mask(1)},
+                   right[] = {source_mask(kSourceWords - 2), source_mask(kSourceWords - 1)};
+    const int plane = c.source_plane + static_cast<int>(channel) * a.height, y0 = plane + c.row + row - kReach;
+    const int begin = max(c.source.begin, plane), end = min(c.source.end, plane + a.height);
+    RowWalk source(a.source.ring, c.source.slot + y0 - c.source.begin);
+    RowWalk grad(a.grad.ring, c.grad.slot + (a.single ? 0 : filter * a.out_height) + row);
+
+    float part[kKernel][kKernel] = {}, g[kRows][kColumns], bias_part = 0;
+#pragma unroll
+    for (int r = 0; r < kRows + kKernel - 1; ++r) {
+      if (r < kRows) {
+        uint32_t words[kWords];
+        const int from = grad.next();
+        read(r < rows ? from + 2 * column : kZeros, words);
+#pragma unroll
+        for (int k = 0; k < kWords; ++k) widen_pair(words[k] & grad_mask[k], g[r][2 * k], g[r][2 * k + 1], T{});
+        if (a.with_bias)
+#pragma unroll
+          for (int v = 0; v < kColumns; ++v) bias_part += g[r][v];
+      }
+      uint32_t words[kSourceWords];
+      const int at = source.next();
+      read(y0 + r >= begin && y0 + r < end ? at + 2 * (column - 2) : kZeros, words);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) words[k] &= left[k], words[kSourceWords - 2 + k] &= right[k];
+      float x[2 * kSourceWords];  // from a column before the first one that is met
+#pragma unroll
+      for (int k = 0; k < kSourceWords; ++k) widen_pair(words[k], x[2 * k], x[2 * k + 1], T{});
+#pragma unroll
+      for (int i = 0; i < kKernel; ++i) {
+        if (r < i || r - i >= kRows) continue;
+#pragma unroll
+        for (int v = 0; v < kColumns; ++v)
+#pragma unroll
+          for (int j = 0; j < kKernel; ++j) part[i][j] = fmaf(x[v + j + 1], g[r - i][v], part[i][j]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kKernel; ++i)
+#pragma unroll
+      for (int j = 0; j < kKernel; ++j) sum[i][j] += part[i][j];
+    bias += bias_part;
+  }
+};
+
 // A tile of 7 x 7 gradients in a corner of a plane of 7 x 7 or 14 x 14 that a kernel is laid over the middle of: what
 // lies outside is known at compile time, and is not multiplied. Other corners are mirror images of the upper left one,
 // and so are their sums.
@@ -178,7 +281,7 @@ struct Corner {
   static constexpr int kKernelH = kKernel, kKernelW = kKernel;
   static constexpr int kRows = 7, kColumns = 7, kTiles = 1, kLanes = 1;
   static constexpr bool kOddStrips = false, kWhole = true, kPlane = kSide == 7, kTurns = false;
-  static constexpr bool kPieces = false, kUnits = false, kMoves = false, kStages = false;
+  static constexpr bool kPieces = false, kUnits = false, kMoves = false, kCuts = false, kStages = false;
   static constexpr int kProducts = 0, kScratch = 0;
   static constexpr int kMaxThreads = kKernel == 7 ? 160 : 224, kBlocks = 2;
   static constexpr int kMostMultiplier = 8;      // shared memory holds the planes of a channel
@@ -503,6 +606,16 @@ bool launch_plane_grad_weight(const Problem& p, bool bulk, cudaStream_t stream) 
   return false;
 }
 
+// Whether there are tiles of words for all threads of a GPU, and few of them overlap.
+bool fill_words(const GradStream& a) {
+  using Tile = Words<false>;
+  constexpr double kFew = 1.1;
+  const int64_t strips = ceil_div(a.out_width, Tile::kColumns), segments = ceil_div(a.out_height, Tile::kRows);
+  return static_cast<double>(strips * Tile::kColumns) <= kFew * a.out_width &&
+         a.images * a.filters * strips * segments >=
+             int64_t{current_device().multiprocessors} * Tile::kBlocks * Tile::kMaxThreads;
+}
+
 }  // namespace
 
 void launch_stream_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& allocate, cudaStream_t stream) {
@@ -526,9 +639,17 @@ void launch_stream_grad_weight_nchw(const Problem& p, bool bulk, const Allocate&
           const auto begins_with_units = [](const RowRing& ring) {
             return ring.phase == 0 && ring.row_bytes % kUnit == 0;
           };
-          if (a.padding_h == kSide / 2 && a.padding_w == kSide / 2 && begins_with_units(a.source.ring) &&
-              begins_with_units(a.grad.ring))
+          const bool in_middle = a.padding_h == kSide / 2 && a.padding_w == kSide / 2;
+          if (in_middle && begins_with_units(a.source.ring) && begins_with_units(a.grad.ring))
             return launch<T, Units<kSide>>(p, a, allocate, stream);
+          if constexpr (kSide == 3)
+            if (in_middle && fill_words(a)) {
+              const int before = a.source.ring.phase / 2 % 2;
+              if (a.width % 2 == 0 && before == a.grad.ring.phase / 2 % 2 &&
+                  (before == 0 || a.width % Words<true>::kColumns > 0))
+                return launch<T, Words<true>>(p, a, allocate, stream);
+              return launch<T, Words<false>>(p, a, allocate, stream);
+            }
         }
         if constexpr (sizeof(T) == 4 && Kernel::kSquare && kSide == 3 && Kernel::kStride == 1) {
           // Of rows of 64 columns, or some less, a warp has about one of tiles of 2 columns. Those of 7 columns below

@@ -19,11 +19,14 @@
 //   kTurns                whether a filter's warps take turns, as some tiles take longer
 //   kUnits                whether a row of a tile is 16 bytes that are read at once
 //   kPieces               whether a chunk that is a block's only one comes in two pieces
-//   kMoves                whether rows are moved to where 16 bytes begin, so that tiles find them there
+//   kMoves                whether rows are moved to where 16 bytes begin, so that tiles find them there: those of a
+//                         chunk by half of the warps while the others add the chunk before, and then the other way
+//   kCuts                 whether planes are cut in other rows than the image's (cut_planes)
 //   kStages               whether chunks are bands that have places of their own in shared memory, as ring_of says
 //   add<T>(stream, chunk, filter, tile)  adds a tile, or the first of several, to the thread's sums
 //   total(i, j), total_bias()            the sums
 //   tap(i, j)                            whose sum total(i, j) is
+//   add_edges<T>(stream, chunk)          where planes are cut, takes back what is no tap's
 //   kProducts                            0; or, of tiles that a warp adds, how many products a thread has for a row of
 //                                        the kernel, instead of taps' sums, which are on diagonals of them:
 //   product(i, e)                        the products
@@ -86,6 +89,9 @@ struct GradStream {
   int totals;  // then the block's sums lie here in shared memory
   int height, width, out_height, out_width;
   int kernel_h, kernel_w, stride, padding_h, padding_w, dilation;
+  // Where planes are cut: the image's size, how many more columns rows have, and pixels of a plane, and before it in
+  // the 16 bytes that it begins in.
+  int image_height, image_width, more_columns, plane_pixels, lead;
   int images, channels, multiplier, filters;
   bool single;  // a block works for one filter, on bands of rows; else for whole planes
   int block_channels, block_filters, chunk_rows, bands;
@@ -98,7 +104,7 @@ struct GradStream {
   int lanes_log2, slots_at_once;  // so many lanes add up the threads' sums of a tap, and so many taps at a time
   Divider by_block_filters;
   int filter_warps;  // where tiles are added by warps: how many work for a filter
-  Divider by_strips, by_tiles, by_multiplier, by_bands, by_groups;
+  Divider by_image_width, by_strips, by_tiles, by_multiplier, by_bands, by_groups;
   bool with_bias, bulk, float32;
   int loaders;    // threads that load, and do nothing else
   int chunks_at;  // what the block knows of the chunks under way, in shared memory
@@ -131,7 +137,9 @@ struct GradChunk {
   ImageRows source, grad;
 };
 
-__device__ inline GradChunk chunk_of(const GradStream& a, int group, int step) {
+// kCuts: whether planes are cut, so that it meets a row above and one below as well.
+template <bool kCuts>
+__device__ GradChunk chunk_of(const GradStream& a, int group, int step) {
   uint32_t number = step, first_channel = group * a.block_filters;
   const int filter = group * a.block_filters, filters = min(a.block_filters, a.filters - filter);
   const int band = a.by_bands.split(number), image = number;
@@ -146,8 +154,8 @@ __device__ inline GradChunk chunk_of(const GradStream& a, int group, int step) {
   c.source_plane = ((source_joined ? image * a.channels : 0) + channel) * a.height;
   const int grad_plane = ((grad_joined ? image * a.filters : 0) + filter) * a.out_height;
   if (a.single) {
-    const int first = c.row * a.stride - a.padding_h;
-    const int last = first + (c.rows - 1) * a.stride + (a.kernel_h - 1) * a.dilation;
+    const int first = c.row * a.stride - a.padding_h - kCuts;
+    const int last = first + (c.rows - 1) * a.stride + (a.kernel_h - 1) * a.dilation + 2 * kCuts;
     c.source.begin = c.source_plane + min(max(first, 0), a.height);
     c.source.end = c.source_plane + min(max(last + 1, 0), a.height);
     c.grad.begin = grad_plane + c.row;
@@ -161,6 +169,39 @@ __device__ inline GradChunk chunk_of(const GradStream& a, int group, int step) {
     c.grad.end = grad_plane + filters * a.out_height;
   }
   return c;
+}
+
+// Loads the rows that are not yet in the ring, where planes are cut. What is beside a plane in its first and its last
+// row becomes zeros. `plane`: the row in which it begins.
+template <typename T, typename Ready>
+__device__ void load_cut(const GradCopier& copier, const GradStream& a, const Flow& flow, int plane, Cursor& cursor,
+                         const ImageRows& rows, int barrier, Ready&& ready) {
+  const RowRing& ring = flow.ring;
+  const int before = rows.image * flow.planes.rows, first = max(rows.begin, cursor.end - before);
+  cursor.place(ring, before + rows.begin, before + rows.end);
+  if (first >= rows.end) return;
+  ready();
+  const int slot = cursor.slot_of(ring, before + first), straight = (ring.capacity - slot) * ring.row_bytes;
+  // Bytes of the plane, from the 16 on that it begins in.
+  const int begin = (first - plane) * ring.row_bytes, end = begin + (rows.end - first) * ring.row_bytes;
+  const int plane_bytes = 2 * a.plane_pixels, whole = max(begin, a.lead > 0 ? kUnit : 0), last = min(end, plane_bytes);
+  const char* const source =
+      flow.planes.base + rows.image * flow.planes.image_bytes + int64_t{plane / a.height} * plane_bytes;
+  const auto place = [&](int at) { return ring.at(at - begin < straight ? slot : slot - ring.capacity) + at - begin; };
+  const int turn = min(last, begin + straight);
+  copier.load(&shared<char>(place(whole)), source + whole, turn - whole, barrier);
+  if (turn < last) copier.load(&shared<char>(place(turn)), source + turn, last - turn, barrier);
+  if ((whole == begin && last == end) || copier.rank() >= 32) return;
+  for (int at = last + copier.rank() * kUnit; at < end; at += 32 * kUnit) shared<uint4>(place(at)) = uint4{};
+  __syncwarp();
+  // Of 16 bytes that are not the plane's alone.
+  const auto copy = [&](int unit, bool is_its) {
+    const int at = unit + 2 * copier.rank();
+    if (copier.rank() < kUnit / 2) shared<T>(place(at)) = is_its ? *reinterpret_cast<const T*>(source + at) : T{};
+  };
+  if (whole > begin) copy(0, copier.rank() >= a.lead);
+  if (last < end && a.lead > 0) copy(plane_bytes, copier.rank() < a.lead);
+  before_bulk_copies();  // to the same places
 }
 
 // The rows behind the first piece of a chunk.
@@ -288,25 +329,29 @@ __device__ inline void move_rows(const GradStream& a, const GradChunk& c, int wa
 }
 
 // The sum of one tap over the block's part of the images, by all threads, of products inside the image only.
-template <typename T>
+template <typename T, bool kCuts>
 __device__ __noinline__ float sum_by_products(const GradStream& a, int group, int first, int last, int filter,
                                               int tap) {
+  const int height = kCuts ? a.image_height : a.height, width = kCuts ? a.image_width : a.width;
+  const int out_height = kCuts ? a.image_height : a.out_height, out_width = kCuts ? a.image_width : a.out_width;
   const int channel = (group * a.block_filters + filter) / a.multiplier;
   const int i = tap / a.kernel_w * a.dilation - a.padding_h, j = tap % a.kernel_w * a.dilation - a.padding_w;
   float sum = 0;
   for (int step = first; step < last; ++step) {
-    const GradChunk c = chunk_of(a, group, step);
+    const GradChunk c = chunk_of<kCuts>(a, group, step);
     const int image = step / a.bands;
     const Planes &source = a.source.planes, &grad = a.grad.planes;
-    const auto* x = reinterpret_cast<const T*>(source.base + image * source.image_bytes) +
-                    static_cast<int64_t>(channel) * a.height * a.width;
-    const auto* g = reinterpret_cast<const T*>(grad.base + image * grad.image_bytes) +
-                    static_cast<int64_t>(group * a.block_filters + filter) * a.out_height * a.out_width;
-    for (int at = threadIdx.x; at < c.rows * a.out_width; at += blockDim.x) {
-      const int row = c.row + at / a.out_width, column = at % a.out_width;
+    const auto* x = reinterpret_cast<const T*>(source.base + image * source.image_bytes) + a.lead +
+                    static_cast<int64_t>(channel) * height * width;
+    const auto* g = reinterpret_cast<const T*>(grad.base + image * grad.image_bytes) + a.lead +
+                    static_cast<int64_t>(group * a.block_filters + filter) * out_height * out_width;
+    // Pixels are the same, counted down a plane, however it is cut.
+    const int first = c.row * a.out_width - a.lead, begin = max(first, 0);
+    const int end = min(first + c.rows * a.out_width, out_height * out_width);
+    for (int at = begin + static_cast<int>(threadIdx.x); at < end; at += blockDim.x) {
+      const int row = at / out_width, column = at % out_width;
       const int y = row * a.stride + i, k = column * a.stride + j;
-      if (y >= 0 && y < a.height && k >= 0 && k < a.width)
-        sum = fmaf(widen(x[y * a.width + k]), widen(g[row * a.out_width + column]), sum);
+      if (y >= 0 && y < height && k >= 0 && k < width) sum = fmaf(widen(x[y * width + k]), widen(g[at]), sum);
     }
   }
   return sum;
@@ -330,7 +375,7 @@ __device__ inline float sum_of(int values, int count, int lanes) {
 template <int kKernelW>
 struct AnyPart {
   static constexpr bool kWhole = false, kPlane = false, kTurns = false, kPieces = false, kUnits = false;
-  static constexpr bool kMoves = false, kStages = false;
+  static constexpr bool kMoves = false, kCuts = false, kStages = false;
   static constexpr int kProducts = 0, kScratch = 0;
 
   __device__ int tap(int i, int j) const { return i * kKernelW + j; }
@@ -338,13 +383,18 @@ struct AnyPart {
 
 constexpr int kManyTaps = 25;  // from so many on arithmetic bounds it, not bytes
 
+// Chunks under way.
+constexpr int depth_of(bool moves) {
+  return moves ? kMovedDepth : kDepth;
+}
+
 template <typename T, class Tile>
 __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
     stream_grad_weight_nchw(const __grid_constant__ GradStream a) {
-  constexpr int kTaps = Tile::kKernelH * Tile::kKernelW;
+  constexpr int kTaps = Tile::kKernelH * Tile::kKernelW, kChunks = depth_of(Tile::kMoves);
   if (threadIdx.x < 32) shared<uint32_t>(kZeros + 4 * threadIdx.x) = 0;
   const GradCopier copier(a.bulk, true, true, a.loaders);
-  copier.init();
+  copier.init(false, kChunks);
   let_next_kernel_start();
   __syncthreads();
   const bool loads = !copier.dedicated || !copier.is_worker();
@@ -363,15 +413,15 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
   // before the wait for the place that the chunk takes.
   const bool in_pieces = Tile::kPieces && copier.bulk && a.early_units > 0;
   const auto load = [&](int step) {
-    if (step < last + in_pieces && (copier.loads() || Tile::kMoves)) {
-      GradChunk c = chunk_of(a, group, in_pieces ? first : step);
+    if (step < last + in_pieces && (copier.loads() || Tile::kMoves || Tile::kCuts)) {
+      GradChunk c = chunk_of<Tile::kCuts>(a, group, in_pieces ? first : step);
       const int source_end = c.source.end, grad_end = c.grad.end;
       if (in_pieces) {
         const Middle middle = middle_of(a, c);
         (stage == 0 ? c.source.end : c.source.begin) = middle.source;
         (stage == 0 ? c.grad.end : c.grad.begin) = middle.grad;
       }
-      bool taken = copier.dedicated && step >= first + kDepth;
+      bool taken = copier.dedicated && step >= first + kChunks;
       // Where much is multiplied, the second chunk, or piece, waits for the first one: that of every block comes
       // before.
       bool second = kTaps >= kManyTaps && Tile::kBlocks > 1 && copier.dedicated && step == first + 1;
@@ -385,6 +435,12 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
       const auto load_flow = [&](const Flow& flow, Cursor& cursor, ImageRows& rows) {
         if constexpr (Tile::kMoves) {
           load_to_move<T>(copier, flow, cursor, rows, Barriers::full(stage), ready);
+          rows.slot = cursor.slot_of(flow.ring, rows.image * flow.planes.rows + rows.begin);
+          return;
+        }
+        if constexpr (Tile::kCuts) {
+          const int plane = &flow == &a.source ? c.source_plane : c.grad.begin - c.row;
+          load_cut<T>(copier, a, flow, plane, cursor, rows, Barriers::full(stage), ready);
           rows.slot = cursor.slot_of(flow.ring, rows.image * flow.planes.rows + rows.begin);
           return;
         }
@@ -402,45 +458,67 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
       c.source.end = source_end, c.grad.end = grad_end;
       if (copier.rank() == 0) shared<GradChunk>(a.chunks_at + stage * static_cast<int>(sizeof(GradChunk))) = c;
     }
-    if (Tile::kMoves) __syncwarp();
+    if (Tile::kMoves || Tile::kCuts) __syncwarp();
     if (step < last + in_pieces || !copier.dedicated) copier.commit(stage);
   };
 
   Tile sums(a);
   const int tiles = a.strips * a.segments, units = a.single ? tiles : filters * tiles;
-  for (int step = loads ? first - kDepth : first; step < last; ++step) {
-    if (step >= first && copier.is_worker()) {
-      copier.wait_full(stage, parity);
-      if (!copier.dedicated) __syncthreads();
-      const GradChunk c = shared<GradChunk>(a.chunks_at + stage * static_cast<int>(sizeof(GradChunk)));
-      if constexpr (Tile::kMoves) {
-        move_rows(a, c, copier.workers() / 32);
-        meet<1>(copier.workers());
+  const auto chunk_at = [&](int stage) {
+    return shared<GradChunk>(a.chunks_at + stage * static_cast<int>(sizeof(GradChunk)));
+  };
+  const auto add = [&](const GradChunk& c, int step) {
+    if (Tile::kLanes == 1) {
+      for (int unit = threadIdx.x; unit < units; unit += copier.workers()) {
+        uint32_t filter = unit;
+        const int tile = a.by_tiles.split(filter);
+        sums.template add<T>(a, c, filter, tile);
       }
-      if (Tile::kLanes == 1) {
-        for (int unit = threadIdx.x; unit < units; unit += copier.workers()) {
-          uint32_t filter = unit;
-          const int tile = a.by_tiles.split(filter);
+    } else {
+      const int warp = threadIdx.x / 32, filter = warp / a.filter_warps;
+      int number = warp - filter * a.filter_warps;
+      if (Tile::kTurns) number = (number + step - first) % a.filter_warps;
+      if (filter < filters)
+        for (int tile = number * Tile::kTiles; tile < tiles; tile += a.filter_warps * Tile::kTiles) {
+          if (in_pieces && filter * tiles + min(tile + Tile::kTiles, tiles) > a.early_units) wait(Barriers::full(1), 0);
           sums.template add<T>(a, c, filter, tile);
         }
-      } else {
-        const int warp = threadIdx.x / 32, filter = warp / a.filter_warps;
-        int number = warp - filter * a.filter_warps;
-        if (Tile::kTurns) number = (number + step - first) % a.filter_warps;
-        if (filter < filters)
-          for (int tile = number * Tile::kTiles; tile < tiles; tile += a.filter_warps * Tile::kTiles) {
-            if (in_pieces && filter * tiles + min(tile + Tile::kTiles, tiles) > a.early_units)
-              wait(Barriers::full(1), 0);
-            sums.template add<T>(a, c, filter, tile);
-          }
-      }
-      if (copier.dedicated)
-        copier.finish(stage);
-      else
-        __syncthreads();
     }
-    if (loads) load(step + kDepth);
-    if (++stage == kDepth) stage = 0, parity ^= 1;
+    if constexpr (Tile::kCuts) sums.template add_edges<T>(a, c);
+  };
+  if (Tile::kMoves && copier.is_worker()) {
+    // Of a scheduler's warps two of four move rows while the others add.
+    const int turn_to_move = threadIdx.x / 128 % 2;
+    int next = 0;
+    for (int step = first - 1; step < last; ++step) {
+#pragma unroll 1
+      for (int turn = 0; turn < 2; ++turn)
+        if (turn == turn_to_move) {
+          if (step + 1 == last) continue;
+          wait(Barriers::full(next), parity);
+          move_rows(a, chunk_at(next), copier.workers() / 32);
+        } else if (step >= first) {
+          add(chunk_at(stage), step);
+          copier.finish(stage);
+        }
+      meet<1>(copier.workers());
+      stage = next;
+      if (++next == kChunks) next = 0, parity ^= 1;
+    }
+  } else {
+    for (int step = loads ? first - kChunks : first; step < last; ++step) {
+      if (!Tile::kMoves && step >= first && copier.is_worker()) {
+        copier.wait_full(stage, parity);
+        if (!copier.dedicated) __syncthreads();
+        add(chunk_at(stage), step);
+        if (copier.dedicated)
+          copier.finish(stage);
+        else
+          __syncthreads();
+      }
+      if (loads) load(step + kChunks);
+      if (++stage == kChunks) stage = 0, parity ^= 1;
+    }
   }
   if (in_pieces) wait(Barriers::full(1), 0);  // before the rings take sums, whoever has read of it
   __syncthreads();
@@ -536,7 +614,7 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
       const bool finite = is_finite(*const_cast<volatile float*>(result));  // the same for all threads
       __syncthreads();
       if (finite) continue;
-      shared<float>(kHead + 4 * threadIdx.x) = sum_by_products<T>(a, group, first, last, filter, slot);
+      shared<float>(kHead + 4 * threadIdx.x) = sum_by_products<T, Tile::kCuts>(a, group, first, last, filter, slot);
       __syncthreads();
       const float exact = sum_of(kHead, blockDim.x, 32);
       if (threadIdx.x == 0) *result = exact;
@@ -568,7 +646,7 @@ struct GradTileSize {
   int scratch;  // bytes of a warp
   bool pieces;
   bool units;  // whether a row of a tile is 16 bytes that are read at once
-  bool stages;
+  bool stages, moves, cuts;
 
   int64_t strips(int64_t width) const { return ceil_div(width, columns) | (odd_strips ? 1 : 0); }
 };
@@ -601,16 +679,22 @@ inline void apply(GradStream& a, GradCut& cut, const GradTileSize& tile) {
   a.early_rows = by_segments ? early_segments * tile.rows : early_filters * a.out_height;
   a.early_units = in_pieces ? (by_segments ? early_segments : early_filters * a.segments) * a.strips : 0;
   a.by_tiles = Divider(cut.single ? int64_t{1} << 30 : int64_t{a.strips} * a.segments);
-  const int extent = (a.kernel_h - 1) * a.dilation + 1;
+  const int extent = (a.kernel_h - 1) * a.dilation + 1 + 2 * tile.cuts;
   RowRing &source = a.source.ring, &grad = a.grad.ring;
-  const int64_t source_rows = cut.staged ? (cut.chunk_rows - 1) * a.stride + extent
-                              : cut.single
-                                  ? rows_for_bands(a.bands, cut.chunk_rows * a.stride, extent, source.row_bytes)
-                                  : rows_for_planes(int64_t{cut.block_channels} * a.height, source.row_bytes);
-  const int64_t grad_rows =
+  int64_t source_rows = cut.staged   ? (cut.chunk_rows - 1) * a.stride + extent
+                        : cut.single ? rows_for_bands(a.bands, cut.chunk_rows * a.stride, extent, source.row_bytes)
+                                     : rows_for_planes(int64_t{cut.block_channels} * a.height, source.row_bytes);
+  int64_t grad_rows =
       cut.staged
           ? cut.chunk_rows
           : rows_for_planes(cut.single ? cut.chunk_rows : int64_t{a.block_filters} * a.out_height, grad.row_bytes);
+  if (tile.moves && cut.single) {
+    source_rows = rows_to_move(a.bands, cut.chunk_rows * a.stride, extent, a.padding_h);
+    grad_rows = rows_to_move(a.bands, cut.chunk_rows, 1, 0);
+  } else if (tile.moves) {
+    source_rows = rows_to_move(1, int64_t{cut.block_channels} * a.height, 1, 0);
+    grad_rows = rows_to_move(1, int64_t{a.block_filters} * a.out_height, 1, 0);
+  }
   source.period = static_cast<int>(period_of(source.row_bytes));
   grad.period = static_cast<int>(period_of(grad.row_bytes));
   source.capacity = static_cast<int>(source_rows), grad.capacity = static_cast<int>(grad_rows);
@@ -621,7 +705,7 @@ inline void apply(GradStream& a, GradCut& cut, const GradTileSize& tile) {
   source.memory = kHead;
   grad.memory = static_cast<int>(kHead + arrange(a.source, source_rows));
   a.chunks_at = static_cast<int>(grad.memory + arrange(a.grad, grad_rows));
-  a.scratch_at = static_cast<int>(round_up(a.chunks_at + kDepth * sizeof(GradChunk), kUnit));
+  a.scratch_at = static_cast<int>(round_up(a.chunks_at + depth_of(tile.moves) * sizeof(GradChunk), kUnit));
   const int64_t slot_bytes = int64_t{tile.taps + 1} * static_cast<int64_t>(sizeof(float));
   a.totals = static_cast<int>(kHead + slot_bytes * (cut.threads + a.loaders + kMostLanes));
   cut.shared_bytes =
@@ -688,12 +772,13 @@ inline GradCut cut_for(GradStream a, const GradTileSize& tile, const Device& dev
       const double source_rows = (rows - 1.) * a.stride + (a.kernel_h - 1.) * a.dilation + 1;
       busy *= (a.stride + 1.) * rows / (source_rows + rows);
     }
-    const double chunk_bytes = static_cast<double>(cut.shared_bytes - kHead) / kDepth;  // a chunk costs some barriers
+    const double chunk_bytes =
+        static_cast<double>(cut.shared_bytes - kHead) / depth_of(tile.moves);  // a chunk costs some barriers
     cut.score = busy * even * chunk_bytes / (chunk_bytes + 3000), cut.splits = static_cast<int>(splits);
     if (cut.score > best.score * 1.02) best = cut;
     return true;
   };
-  if (!tile.stages)
+  if (!tile.stages && !tile.cuts)
     for (int channels = 1; channels <= a.channels; ++channels)
       if (!consider(false, channels, a.out_height)) break;
   if (!tile.whole) {
@@ -725,7 +810,7 @@ template <class Tile>
 constexpr GradTileSize size_of_tile() {
   return {Tile::kRows,       Tile::kColumns, Tile::kTiles,     Tile::kLanes, Tile::kKernelH * Tile::kKernelW,
           Tile::kMaxThreads, Tile::kBlocks,  Tile::kOddStrips, Tile::kWhole, Tile::kScratch,
-          Tile::kPieces,     Tile::kUnits,   Tile::kStages};
+          Tile::kPieces,     Tile::kUnits,   Tile::kStages,    Tile::kMoves, Tile::kCuts};
 }
 
 // Whether there is room for bands of so many rows, and for what warps need besides.
@@ -765,6 +850,24 @@ void launch(const Problem& p, GradStream a, const Allocate& allocate, cudaStream
 // Has rows moved to where 16 bytes begin.
 inline void move(Flow& flow) {
   flow.ring.row_bytes = static_cast<int>(moved_row_bytes(flow.planes.row_bytes)), flow.ring.phase = 0;
+}
+
+// Cuts planes, which begin at the same place in 16 bytes, in rows of whole units of 16 bytes, of about as many columns
+// as the image's. A tap is as many of these rows away, and each row of a kernel some columns further to one side than
+// the one before. Products that go around the end of the image's rows are to be taken back.
+inline void cut_planes(GradStream& a) {
+  constexpr int kColumns = kUnit / 2;
+  const int columns = (a.width + kColumns / 2) / kColumns * kColumns;
+  a.image_height = a.height, a.image_width = a.width, a.by_image_width = Divider(a.width);
+  a.more_columns = columns - a.width, a.plane_pixels = a.height * a.width, a.lead = a.source.ring.phase / 2;
+  a.width = a.out_width = columns;
+  a.height = a.out_height = static_cast<int>(ceil_div(a.plane_pixels + a.lead, columns));
+  const auto arrange = [&](Flow& flow, int planes) {
+    flow.planes.base -= flow.ring.phase, flow.ring.phase = 0;
+    flow.ring.row_bytes = flow.planes.row_bytes = 2 * columns;
+    flow.planes.rows = planes * a.height * (flow.joined ? a.images : 1);
+  };
+  arrange(a.source, a.channels), arrange(a.grad, a.filters);
 }
 
 // The arguments that follow from a problem.

@@ -5,6 +5,8 @@
 // product of A transposed and B has, for row i of the kernel, the sums for its columns m - n on the diagonals. A
 // multiplication takes 2 rows from each of 4 tiles, and 8 of their columns twice. A warp walks down 4 tiles of 16
 // columns at once; a pair of input rows serves every row of the kernel.
+#include <cstdlib>
+
 #include "launch.h"
 #include "stream_grad_weight_nchw.cuh"
 #include "tensor_cores.cuh"
@@ -199,12 +201,19 @@ struct Toeplitz : AnyPart<kKernel> {
 // do not reach them, rows are what is summed over.
 //
 // kMoved: rows that begin anywhere are moved first.
-template <int kKernel, bool kShifted, bool kMoved = false>
+//
+// kCut: planes are cut in other rows (cut_planes), so that 16 bytes beside a row are those of its neighbours. Products
+// of a row of the kernel are `more_columns` further aside than those of the row before; for the first and the last row
+// of large ones 8 columns beside the 24 are met, which are multiplied together.
+enum class Rows { kPlain, kShifted, kMoved, kCut };
+
+template <int kKernel, Rows kRowsLie>
 struct Segments : AnyPart<kKernel> {
-  static constexpr bool kMoves = kMoved;
+  static constexpr bool kShifted = kRowsLie == Rows::kShifted;
+  static constexpr bool kMoves = kRowsLie == Rows::kMoved, kCuts = kRowsLie == Rows::kCut, kFar = kCuts && kKernel > 3;
   static constexpr int kRows = 7, kColumns = 128, kTiles = 1, kLanes = 32;
   static constexpr bool kOddStrips = true, kTurns = kShifted;
-  static constexpr int kKernelH = kKernel, kKernelW = kKernel;
+  static constexpr int kKernelH = kKernel, kKernelW = kKernel, kReach = kKernel / 2;
   static constexpr int kMaxThreads = 480, kBlocks = 1;
   static constexpr int kSourceRows = kRows - 1 + kKernel;
   static constexpr int kEnds = kSourceRows + kRows;  // of the input's rows and the gradient's that a tile meets
@@ -212,27 +221,76 @@ struct Segments : AnyPart<kKernel> {
 
   float sum[kKernel][4] = {}, bias[4] = {};
   float right[kKernel + 1][4] = {};  // of rows i - 1 and i of the kernel
-  const int padding;
+  float far[4] = {};   // of the columns on the left of all these and the row of the kernel far_row(0), and on the right
+  float edge[4] = {};  // of pixels and gradients around the ends of rows, of a row of the kernel
+  const int padding, more_columns;
 
-  __device__ explicit Segments(const GradStream& a) : padding(a.padding_w) {}
+  __device__ explicit Segments(const GradStream& a) : padding(a.padding_w), more_columns(a.more_columns) {}
+
+  __device__ int far_row(int half) const { return (more_columns > 0) == (half > 0) ? 0 : kKernel - 1; }
 
   // A thread has columns m = g, g + 8 and g + 16 of the input, and columns n = 2 t and 2 t + 1 of the gradient.
   __device__ float total(int i, int j) const {
     const int lane = threadIdx.x % 32, middle = lane / 4 - lane % 4 * 2 - 8 + padding;
+    const int aside = kCuts ? j - more_columns * (i - kReach) : j;
     float total = 0;
 #pragma unroll
     for (int e = 0; e < 6; ++e) {
       const float product = e < 4 ? sum[i][e] : right[i + 1][e % 2] + right[i][2 + e % 2];
-      total = middle + e / 2 * 8 - e % 2 == j ? total + product : total;
+      total = middle + e / 2 * 8 - e % 2 == aside ? total + product : total;
+    }
+    if constexpr (kFar)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        total = far_row(e / 2) == i && middle + (e / 2 * 4 - 1) * 8 - e % 2 == aside ? total + far[e] : total;
+    if constexpr (kCuts) {
+      const int pixel = lane / 4 - kEndReach, first = lane % 4 * 2 - kEndReach;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const bool is_its = threadIdx.x / 32 == i && pixel - first - e == j - kReach && (pixel < 0) != (first + e < 0);
+        total = is_its ? total - edge[e] : total;
+      }
     }
     return total;
+  }
+
+  // Products of a gradient and a pixel on either side of where a row of the image ends, for a row of the kernel by a
+  // warp: these ends are what is summed over, of which a band has 8 at most, 4 pixels before each and 4 behind. Pixels
+  // follow each other in a ring as they do in memory.
+  static constexpr int kEndReach = 4;
+  template <typename T>
+  __device__ void add_edges(const GradStream& a, const GradChunk& c) {
+    const int i = static_cast<int>(threadIdx.x) / 32, lane = threadIdx.x % 32;
+    if (i >= kKernel) return;
+    const RowRing &xs = a.source.ring, &gs = a.grad.ring;
+    const auto first_of = [&](int row) { return row * a.width - a.lead; };
+    const int grad_first = first_of(c.row), grad_begin = max(grad_first, 0);
+    const int grad_end = min(first_of(c.row + c.rows), a.plane_pixels);
+    const int source_first = first_of(c.source.begin - c.source_plane), source_begin = max(source_first, 0);
+    const int source_end = min(first_of(c.source.end - c.source_plane), a.plane_pixels);
+    const auto pixel = [](const RowRing& ring, int slot, int place, int begin, int at, int end) {
+      const uint32_t bytes = ring.capacity * ring.row_bytes;
+      uint32_t from = slot * ring.row_bytes + 2 * (at - place);
+      from = min(from, from - bytes);
+      return shared<uint16_t>(at >= begin && at < end ? ring.memory + static_cast<int>(from) : kZeros);
+    };
+    uint32_t row = grad_begin + a.image_width - kEndReach;
+    a.by_image_width.split(row);
+    uint32_t x[2], g[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int at = (static_cast<int>(row) + lane % 4 * 2 + h) * a.image_width + lane / 4 - kEndReach;
+      g[h] = pixel(gs, c.grad.slot, grad_first, grad_begin, at, grad_end);
+      x[h] = pixel(xs, c.source.slot, source_first, source_begin, at + (i - kReach) * a.image_width, source_end);
+    }
+    multiply(edge, edge, {__byte_perm(x[0], x[1], 0x5410), 0}, __byte_perm(g[0], g[1], 0x5410), T{});
   }
   __device__ float total_bias() const { return threadIdx.x % 32 < 4 ? bias[0] + bias[1] : 0.f; }
 
   // A lane's walk down rows of 16 bytes: those of a ring, or their copies.
   struct Walk {
     uint32_t from, at, row_bytes;
-    const uint32_t ring_bytes;
+    uint32_t ring_bytes;
 
     __device__ Walk(const RowRing& ring, int slot, int unit)
         : from(shared_address(ring.memory) + unit * kUnit),
@@ -306,15 +364,25 @@ struct Segments : AnyPart<kKernel> {
     const int middle = lane % 16 * a.strips + strip;
     const int source_end = (a.width + 7) / 8 + kShifted, grad_end = (a.out_width + 7) / 8 + kShifted;
     const int plane = c.source_plane + filter / a.multiplier * a.height, y = c.row + row - a.padding_h;
-    const int begin = max(-y, 0), end = min(min(a.height, c.source.end - plane) - y, 32);
-    const uint32_t inside = end > begin ? ~0u >> (32 - end) & ~0u << begin : 0;
-    const uint32_t mine = near >= 0 && (kShifted ? own : near) < source_end ? inside : 0,
-                   beside_mine = beside < source_end ? inside >> half : 0;
+    // A bit for each row, from some row on, that is inside the plane, or the chunk's part of it.
+    const auto inside_from = [&](int y) {
+      const int begin = max(-y, 0), end = min(min(a.height, c.source.end - plane) - y, 32);
+      return end > begin ? ~0u >> (32 - end) & ~0u << begin : 0;
+    };
     const uint32_t zeros = shared_address(kZeros);
     const int grad_slot = gs.wrap(c.grad.slot + (a.single ? 0 : filter * a.out_height) + row);
-    const int source_slot = inside ? xs.wrap(c.source.slot + plane + y - c.source.begin) : 0;
+    const auto slot_of = [&](int y) { return xs.wrap(c.source.slot + plane + y - c.source.begin); };
+    const uint32_t inside = inside_from(y);
+    uint32_t mine = near >= 0 && (kShifted ? own : near) < source_end ? inside : 0,
+             beside_mine = beside < source_end ? inside >> half : 0;
+    const int source_slot = inside ? slot_of(y) : 0;
     Walk grad(gs, gs.wrap(grad_slot + lane / 16), middle), source(xs, source_slot, near),
         source_beside(xs, xs.wrap(source_slot + half), beside);
+    if constexpr (kCuts) {  // what is beside a row is the end of the row above, and the beginning of the row below
+      if (near < 0) mine = inside_from(y - 1), source = Walk(xs, slot_of(y - 1), near + source_end);
+      if (beside == source_end)
+        beside_mine = inside_from(y + half + 1), source_beside = Walk(xs, slot_of(y + half + 1), 0);
+    }
     if constexpr (kShifted) {
       const auto is_end = [&](int unit) { return unit == 0 || unit == source_end - 1; };
       // Where no segment reaches the last 16 bytes of rows, one of the tiles with none of their ends has them, too.
@@ -357,6 +425,19 @@ struct Segments : AnyPart<kKernel> {
       for (int i = 0; i <= kKernel; ++i)
         if (r + 1 >= i && r + 1 - i < kRows) multiply(right[i], right[i], x, g[r + 1 - i], T{});
     }
+    if (kFar && kReach * (1 + abs(more_columns)) > 8) {
+      const int unit = own + half * 4 - 2, over = unit < 0 ? -1 : unit < source_end ? 0 : 1;
+      const int first = y + far_row(half) + over, last = unit - over * source_end;
+      const uint32_t far_mine = own < source_end ? inside_from(first) : 0;
+      Walk walk(xs, far_mine ? slot_of(first) : 0, last);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        uint32_t x[4];
+        load_matrices_transposed(x, far_mine >> r & 1 ? walk.here() : zeros);
+        walk.next(1);
+        multiply(far, far, x, g[r], T{});
+      }
+    }
   }
 };
 
@@ -369,15 +450,34 @@ void launch_kernel(const Problem& p, const GradStream& a, const Allocate& alloca
   };
   constexpr int kWide = 256;  // rows of which few fit
   const RowRing &source = a.source.ring, &grad = a.grad.ring;
-  if (a.out_width >= kWide && source.row_bytes % kUnit == 0 && grad.row_bytes % kUnit == 0) {
-    if (source.phase == 0 && grad.phase == 0) return launch<T, Segments<kKernel, false>>(p, a, allocate, stream);
-    if (source.phase == grad.phase && a.width == a.out_width && has_room<Segments<kKernel, true>>(a))
-      return launch<T, Segments<kKernel, true>>(p, a, allocate, stream);
+  const bool same_size = a.width == a.out_width && a.height == a.out_height;
+  const bool begin_with_units = source.phase == 0 && grad.phase == 0;
+  if (a.out_width >= kWide && source.row_bytes % kUnit == 0 && grad.row_bytes % kUnit == 0 && begin_with_units)
+    return launch<T, Segments<kKernel, Rows::kPlain>>(p, a, allocate, stream);
+  const auto images_lie_alike = [&](const Flow& flow) { return a.images == 1 || flow.planes.image_bytes % kUnit == 0; };
+  constexpr int64_t kMost = 1 << 28;  // pixels of a plane, which are counted in 32 bits
+  const int64_t pixels = p.height * p.width;
+  if (a.out_width >= kWide && same_size && a.padding_w == kKernel / 2 && pixels <= kMost && 2 * pixels % kUnit == 0 &&
+      source.phase == grad.phase && images_lie_alike(a.source) && images_lie_alike(a.grad)) {
+    // How far from a gradient's column, in 8 that begin with 16 bytes, pixels are: in the 8 on either side, or in those
+    // beside them for the outermost rows of a kernel.
+    GradStream cut = a;
+    cut_planes(cut);
+    constexpr int kReach = kKernel / 2;
+    const int aside = std::abs(cut.more_columns);
+    const bool fill = (cut.width + 127) / 128 >= kKernel;  // warps, each with a row of the kernel
+    const bool reaches =
+        fill && kReach + aside * (kKernel > 3 ? kReach - 1 : kReach) <= 8 && kReach * (1 + aside) <= 16;
+    if (reaches && has_room<Segments<kKernel, Rows::kCut>>(cut))
+      return launch<T, Segments<kKernel, Rows::kCut>>(p, cut, allocate, stream);
   }
+  if (a.out_width >= kWide && source.row_bytes % kUnit == 0 && source.phase == grad.phase && a.width == a.out_width &&
+      has_room<Segments<kKernel, Rows::kShifted>>(a))
+    return launch<T, Segments<kKernel, Rows::kShifted>>(p, a, allocate, stream);
   if (GradStream moved = a; a.out_width >= kWide) {
     move(moved.source), move(moved.grad);
-    if (has_room<Segments<kKernel, false, true>>(moved))
-      return launch<T, Segments<kKernel, false, true>>(p, moved, allocate, stream);
+    if (has_room<Segments<kKernel, Rows::kMoved>>(moved))
+      return launch<T, Segments<kKernel, Rows::kMoved>>(p, moved, allocate, stream);
   }
   if constexpr (kKernel == 3)
     launch_stream_grad_weight_nchw(p, a.bulk, allocate, stream);
