@@ -104,7 +104,7 @@ struct GradStream {
   int lanes_log2, slots_at_once;  // so many lanes add up the threads' sums of a tap, and so many taps at a time
   Divider by_block_filters;
   int filter_warps;  // where tiles are added by warps: how many work for a filter
-  Divider by_image_width, by_strips, by_tiles, by_multiplier, by_bands, by_groups;
+  Divider by_image_width, by_strips, by_tiles, by_multiplier, by_bands, by_groups, by_filter_warps;
   bool with_bias, bulk, float32;
   int loaders;    // threads that load, and do nothing else
   int chunks_at;  // what the block knows of the chunks under way, in shared memory
@@ -475,8 +475,9 @@ __global__ void __launch_bounds__(Tile::kMaxThreads + 32, Tile::kBlocks)
         sums.template add<T>(a, c, filter, tile);
       }
     } else {
-      const int warp = threadIdx.x / 32, filter = warp / a.filter_warps;
-      int number = warp - filter * a.filter_warps;
+      uint32_t quotient = threadIdx.x / 32;
+      int number = a.by_filter_warps.split(quotient);
+      const int filter = quotient;
       if (Tile::kTurns) number = (number + step - first) % a.filter_warps;
       if (filter < filters)
         for (int tile = number * Tile::kTiles; tile < tiles; tile += a.filter_warps * Tile::kTiles) {
@@ -663,7 +664,7 @@ inline void apply(GradStream& a, GradCut& cut, const GradTileSize& tile) {
   a.by_groups = Divider(ceil_div(a.filters, a.block_filters));
   const int64_t steps = int64_t{a.images} * a.bands;
   a.split_steps = static_cast<int>(steps / cut.splits), a.more_steps = static_cast<int>(steps % cut.splits);
-  a.filter_warps = cut.filter_warps;
+  a.filter_warps = cut.filter_warps, a.by_filter_warps = Divider(std::max(cut.filter_warps, 1));
   a.strips = static_cast<int>(tile.strips(a.out_width));
   a.by_strips = Divider(a.strips);
   a.segments = static_cast<int>(ceil_div(cut.chunk_rows, tile.rows));

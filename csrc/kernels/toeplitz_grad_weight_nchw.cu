@@ -207,6 +207,8 @@ struct Toeplitz : AnyPart<kKernel> {
 // of large ones 8 columns beside the 24 are met, which are multiplied together.
 enum class Rows { kPlain, kShifted, kMoved, kCut };
 
+constexpr int kEndReach = 4;  // pixels before and behind the end of an image's row
+
 template <int kKernel, Rows kRowsLie>
 struct Segments : AnyPart<kKernel> {
   static constexpr bool kShifted = kRowsLie == Rows::kShifted;
@@ -257,7 +259,6 @@ struct Segments : AnyPart<kKernel> {
   // Products of a gradient and a pixel on either side of where a row of the image ends, for a row of the kernel by a
   // warp: these ends are what is summed over, of which a band has 8 at most, 4 pixels before each and 4 behind. Pixels
   // follow each other in a ring as they do in memory.
-  static constexpr int kEndReach = 4;
   template <typename T>
   __device__ void add_edges(const GradStream& a, const GradChunk& c) {
     const int i = static_cast<int>(threadIdx.x) / 32, lane = threadIdx.x % 32;
@@ -363,7 +364,9 @@ struct Segments : AnyPart<kKernel> {
     const int own = (lane % 8 + lane / 16 * 8) * a.strips + strip, near = own + half - 1, beside = own + 1;
     const int middle = lane % 16 * a.strips + strip;
     const int source_end = (a.width + 7) / 8 + kShifted, grad_end = (a.out_width + 7) / 8 + kShifted;
-    const int plane = c.source_plane + filter / a.multiplier * a.height, y = c.row + row - a.padding_h;
+    uint32_t channel = filter;
+    a.by_multiplier.split(channel);
+    const int plane = c.source_plane + static_cast<int>(channel) * a.height, y = c.row + row - a.padding_h;
     // A bit for each row, from some row on, that is inside the plane, or the chunk's part of it.
     const auto inside_from = [&](int y) {
       const int begin = max(-y, 0), end = min(min(a.height, c.source.end - plane) - y, 32);
@@ -430,13 +433,14 @@ struct Segments : AnyPart<kKernel> {
       const int first = y + far_row(half) + over, last = unit - over * source_end;
       const uint32_t far_mine = own < source_end ? inside_from(first) : 0;
       Walk walk(xs, far_mine ? slot_of(first) : 0, last);
+      uint32_t x[kRows][4];  // all of them, so that multiplications do not wait for each
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        uint32_t x[4];
-        load_matrices_transposed(x, far_mine >> r & 1 ? walk.here() : zeros);
+        load_matrices_transposed(x[r], far_mine >> r & 1 ? walk.here() : zeros);
         walk.next(1);
-        multiply(far, far, x, g[r], T{});
       }
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) multiply(far, far, x[r], g[r], T{});
     }
   }
 };
