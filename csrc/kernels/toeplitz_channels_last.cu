@@ -135,7 +135,7 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
   constexpr int kRows = Shape::kRows, kBlocks = Shape::kBlocks, kChannels = Shape::kChannels, kDepth = Shape::kDepth;
   constexpr bool kSplit = Shape::kSplit, kParted = Shape::kParted;
   const uint32_t memory = kept_shared_address();
-  FeedOf<Shape> feed = feed_of<Shape>(a, memory, slab, first_column - a.lead, begin, end);
+  FeedOf<Shape> feed(memory, slab, first_column - a.lead, begin, end);
   begin_rows<T, Shape>(a, feed, slab, first_column - a.lead, end);
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, number = lane / 4, pair = lane % 4 * 2;

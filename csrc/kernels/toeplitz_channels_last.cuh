@@ -106,11 +106,11 @@ template <class Shape>
 __device__ void clear_edges(const Toeplitz& a, int first_column) {
   const Rows& r = a.source;
   const int before = max(-first_column, 0), end = max(min(r.columns, r.width - first_column), before);
-  const int units = (before + r.columns - end) * static_cast<int>(r.by_units.divisor);
+  const int units = (before + r.columns - end) * static_cast<int>(r.by_all_units.divisor);
 #pragma unroll 1
   for (int i = threadIdx.x; i < units * static_cast<int>(a.by_ring_rows.divisor); i += blockDim.x) {
     uint32_t column = i;
-    const int row = a.by_ring_rows.split(column), part = r.by_units.split(column) * kUnit;
+    const int row = a.by_ring_rows.split(column), part = r.by_all_units.split(column) * kUnit;
     const int at = static_cast<int>(column) < before ? column : column - before + end;
     shared<uint4>(kRing + row * r.stream_bytes + Shape::place_of(at) + part) = {};
   }
@@ -118,14 +118,6 @@ __device__ void clear_edges(const Toeplitz& a, int first_column) {
 
 template <class Shape>
 using FeedOf = std::conditional_t<Shape::kShifted, ShiftedFeed<Shape>, Feed<Shape>>;
-
-template <class Shape>
-__device__ FeedOf<Shape> feed_of(const Toeplitz& a, uint32_t memory, int slab, int first_column, int begin, int end) {
-  if constexpr (Shape::kShifted)
-    return {a, memory, slab, first_column, begin, end};
-  else
-    return {memory, slab, first_column, begin, end};
-}
 
 // What goes before the first step of rows [begin, end): prepares the weights of a slab, and begins to load.
 template <typename T, class Shape>
@@ -263,10 +255,9 @@ bool can_be_shifted(const Toeplitz& a) {
   const Rows& r = a.source;
   const int64_t pixel = r.pixel_bytes, row = r.height > 1 ? r.row_bytes : pixel;
   const int64_t image = a.batch > 1 ? r.image_bytes : row;
-  const int64_t units = int64_t{a.streams} * std::min(r.columns, r.width) * r.by_units.divisor;
   constexpr int64_t kMost = int64_t{1} << 30;  // bytes
   return std::min({pixel, row, image}) > 0 && a.streams * image + r.width * pixel < kMost &&
-         units <= ShiftedFeed<Shape>::kCopies * (a.slab / Shape::kChannels * 32);
+         ShiftedFeed<Shape>::is_enough(a);
 }
 
 // Returns whether it could be launched, as it can unless pixels are shifted.

@@ -38,7 +38,9 @@ void cut_rows(Rows& r, const Toeplitz& a, int columns, bool apart = false) {
   r.step = there > at_once ? int64_t{at_once} * r.pixel_bytes : r.streams_at_once * r.image_bytes;
   r.place_step = there > at_once ? Shape::place_of(at_once) : r.streams_at_once * r.stream_bytes;
   r.copies = there > at_once ? ceil_div(there, at_once) : ceil_div(a.streams, r.streams_at_once);
-  r.by_units = Divider(2 * a.slab / kUnit), r.by_columns = Divider(r.columns_at_once);
+  const int units = 2 * a.slab / kUnit;
+  r.by_units = Divider(units), r.by_columns = Divider(r.columns_at_once);
+  r.by_all_units = Divider(units + (Shape::kShifted ? 1 : 0)), r.by_all_columns = Divider(there);
 }
 
 // Cuts a problem into slabs and spans, for blocks of at most `most_streams` images. Returns the bytes of shared memory
@@ -80,13 +82,7 @@ int cut(Toeplitz& a, int64_t room, int most_streams) {
     const int weights = a.slab * Shape::kBandRows * Shape::kBandBytes;
     a.bands_at = a.stage_at + (Shape::kKept ? 0 : a.stages_bytes);
     a.planes_at = std::max(a.stage_at + a.stages_bytes, a.bands_at + weights);
-    int bytes = a.planes_at + (Shape::kParted ? 2 * a.planes_bytes : 0);
-    if (Shape::kShifted) {
-      a.source.by_units = Divider(a.source.by_units.divisor + 1);
-      a.source.by_columns = Divider(std::min(a.source.columns, a.source.width));
-      a.entries_at = static_cast<int>(round_up(bytes, 8));
-      bytes = a.entries_at + ShiftedFeed<Shape>::kBytes * a.slab / kChannels;
-    }
+    const int bytes = a.planes_at + (Shape::kParted ? 2 * a.planes_bytes : 0);
     if (bytes <= room || most == 1) return bytes;
   }
 }

@@ -112,6 +112,7 @@ struct Rows {
   int place_step;
   int copies;  // of a thread, at most
   Divider by_units, by_columns;
+  Divider by_all_units, by_all_columns;  // all that a pixel has in shared memory; columns that are loaded
 };
 
 struct Toeplitz {
@@ -141,7 +142,6 @@ struct Toeplitz {
   Shares shares;                // of the rows of all spans
   bool clear;                   // whether there is something outside the images, which is never loaded
   Divider by_slabs, by_rows, by_height, by_kernel_w, by_groups, by_ring_rows;
-  int entries_at;  // see ShiftedFeed
 };
 
 // Copies a unit, or does not: without a branch, and with a line of 128 bytes as the least to fetch: another slab's
@@ -204,6 +204,13 @@ class Share {
     for (int t = 0; t < kCopies; ++t)
       copy_unit_if(any && t < left_, place_ + to + t * r.place_step, at_ + rows * r.row_bytes + t * r.step);
   }
+  // The same of a row by `copy`, which is called with where a unit goes and where it comes from.
+  template <typename Copy>
+  __device__ void load_each(const Rows& r, int to, bool any, int rows, Copy&& copy) const {
+#pragma unroll 1
+    for (int t = 0; t < kCopies && any && t < left_; ++t)
+      copy(place_ + to + t * r.place_step, at_ + rows * r.row_bytes + t * r.step);
+  }
   // ... and by more, where there are more: never of small images.
   static __device__ bool has_more(const Rows& r) { return !Shape::kWhole && r.copies > kCopies; }
   __device__ void load_more(const Rows& r, int to, bool any, int rows = 0) const {
@@ -237,6 +244,9 @@ class Share {
 
   // Goes to the next row, if there was any.
   __device__ void next(const Rows& r, bool any = true) { at_ += any ? r.row_bytes : 0; }
+
+  // Where its first unit of the row is in memory, whether there is one or not.
+  __device__ const char* at() const { return at_; }
 
  private:
   static constexpr bool kApart = kOutputs && Shape::kApart;
@@ -348,17 +358,17 @@ class Feed : public RunRows<Shape, false> {
   }
 };
 
-// The same of shifted pixels: of each a unit more is copied. A thread's units of a row are anywhere among those of its
-// images, and where each lies, from the row's first pixel on, it has in shared memory.
+// The same of shifted pixels. Of each there is a unit more to copy: beside its share of the others, a thread has one of
+// these, or two. Units that are too many for the shares' kCopies are copied beside, too.
 template <class Shape>
 class ShiftedFeed {
  public:
-  static constexpr int kCopies = Shape::kChannels == 2 && !Shape::kParted ? 2 : 3;  // of a thread
-  static constexpr int kBytes = 32 * kCopies * 8;                                   // of a warp in shared memory
+  static constexpr int kBeside = Shape::kParted ? 2 : 1;  // copies of a thread
 
-  __device__ ShiftedFeed(const Toeplitz& a, uint32_t memory, int slab, int first_column, int begin, int end)
-      : ring_(memory + kRing),
-        entries_(memory + a.entries_at + threadIdx.x * kEntry),
+  // `memory`: the block's, by its address.
+  __device__ ShiftedFeed(uint32_t memory, int slab, int first_column, int begin, int end)
+      : share_(memory + kRing),
+        ring_(memory + kRing),
         slab_(slab),
         first_column_(first_column),
         begin_(begin),
@@ -373,11 +383,12 @@ class ShiftedFeed {
       const Run r = run_of<Shape>(a, begin_, end_);
       begin_ += r.end - r.begin;
       const int first = r.image * a.streams, images = min(a.streams, a.batch - first);
-      if (images != images_) list_units(a, images);
-      at_ = a.source.base + (first * a.source.image_bytes + r.row * a.source.row_bytes +
-                             static_cast<int64_t>(first_column_) * a.source.pixel_bytes + slab_ * 2);
-      left_ = r.row_end - r.row;
-      last_ = first + images == a.batch && r.row_end == a.source.height;
+      if (images == images_)
+        share_.advance(a, a.source, r.row - row_);
+      else
+        share_.seek(a, a.source, slab_, first_column_, r.image, r.row), seek_beside(a, images);
+      row_ = r.row_end, left_ = row_ - r.row;
+      last_ = first + images == a.batch && row_ == a.source.height;
       if (!last_) return;
       if (left_ > last_rows(a)) {
         left_ -= last_rows(a);
@@ -386,34 +397,28 @@ class ShiftedFeed {
     }
     // The array's last rows are found by themselves: its last unit is not its own alone.
     last_ = false, left_ = last_rows(a);
-    if (behind_ == 0) return;
-    rest_ = entry(behind_ - 1);
-    entry(behind_ - 1) = {};
+#pragma unroll
+    for (int t = 0; t < kBeside; ++t)
+      if (behind_ == t + 1) rest_ = beside_[t], beside_[t].to = 0;
   }
 
   // Begins to load all that a step takes, to a slot of the ring.
   __device__ void load(const Toeplitz& a, int slot) const {
-    Entry entries[kCopies];
 #pragma unroll
-    for (int t = 0; t < kCopies; ++t) entries[t] = entry(t);
-#pragma unroll
-    for (const Entry& e : entries)
-#pragma unroll
-      for (int k = 0; k < Shape::kSourceRows; ++k)
-        copy_unit_if(left_ > k && e.to != 0, e.to + place_of(a, slot, k), from_of(a, e, k));
+    for (int k = 0; k < Shape::kSourceRows; ++k) share_.load(a.source, place_of(a, slot, k), left_ > k, k);
+    load_beside(a, slot);
   }
   // The same before the first step: the array's first unit is not its own alone, either.
   __device__ void load_first(const Toeplitz& a) const {
 #pragma unroll 1
-    for (int t = 0; t < kCopies; ++t) {
-      const Entry e = entry(t);
-#pragma unroll 1
-      for (int k = 0; k < min(left_, Shape::kSourceRows) && e.to != 0; ++k)
-        if (from_of(a, e, k) != a.source.base)
-          copy_unit<kUnit>(e.to + place_of(a, 0, k), from_of(a, e, k));
+    for (int k = 0; k < Shape::kSourceRows; ++k)
+      share_.load_each(a.source, place_of(a, 0, k), left_ > k, k, [&](uint32_t to, const char* from) {
+        if (from != a.source.base)
+          copy_unit<kUnit>(to, from);
         else
-          copy_part(a, e, a.source.shift, kUnit, place_of(a, 0, k), k);
-    }
+          copy_part(to, from, a.source.shift, kUnit);
+      });
+    load_beside(a, 0);
   }
   // The array's last unit, and those of the step before it in memory, when they were left out, perhaps only `behind`.
   __device__ void load_more(const Toeplitz& a, int slot, int behind = 0) {
@@ -421,7 +426,8 @@ class ShiftedFeed {
     const int rows = last_rows(a);
 #pragma unroll 1
     for (int k = 0; k < rows; ++k)
-      copy_part(a, rest_, 0, k + 1 < rows ? kUnit : a.source.shift, place_of(a, slot, k), k - behind * rows);
+      copy_part(rest_.to + place_of(a, slot, k), from_of(a, rest_, k - behind * rows), 0,
+                k + 1 < rows ? kUnit : a.source.shift);
     rest_ = {};
   }
   static __device__ bool has_more(const Toeplitz&) { return false; }
@@ -430,28 +436,41 @@ class ShiftedFeed {
   __device__ void next(const Toeplitz& a) {
     if (left_ <= 0) return;
     const int rows = Shape::kSourceRows == 1 ? 1 : min(left_, Shape::kSourceRows);
-    at_ += rows * a.source.row_bytes, left_ -= rows;
+#pragma unroll
+    for (int k = 0; k < Shape::kSourceRows; ++k) share_.next(a.source, k < rows);
+    left_ -= rows;
+  }
+
+  // Whether the threads of a block can copy all units beside.
+  static bool is_enough(const Toeplitz& a) {
+    const Rows& r = a.source;
+    const int columns = std::min(r.columns, r.width), far = std::max(columns - kFar * r.columns_at_once, 0);
+    if (r.copies > kFar && a.streams > 1) return false;
+    return a.streams * columns + far * static_cast<int>(r.by_units.divisor) <=
+           kBeside * (a.slab / Shape::kChannels * 32);
   }
 
  private:
-  // Of a unit: how far behind the row's first one it begins, and where it goes to in the first slot.
-  struct alignas(8) Entry {
-    uint32_t from, to;
-  };
-  static constexpr int kEntry = sizeof(Entry);
+  static constexpr int kFar = Share<Shape, false>::kCopies;
 
-  uint32_t ring_, entries_;
+  // Of a unit: how far behind the thread's first one it begins, and where it goes to in the first slot.
+  struct Beside {
+    int from;
+    uint32_t to;
+  };
+
+  Share<Shape, false> share_;
+  uint32_t ring_;
   int slab_, first_column_;
   int begin_, end_;  // output rows of the runs that are not yet begun with
+  int row_ = 0;      // behind the run
   int left_ = 0;     // rows of the run; fewer than none behind the last one
   int images_ = 0, behind_ = 0;
   bool last_ = false;  // whether the array's last rows are still to be found
-  const char* at_ = nullptr;
-  Entry rest_{};
+  Beside beside_[kBeside]{}, rest_{};
 
-  __device__ Entry& entry(int t) const { return shared_at<Entry>(entries_ + t * blockDim.x * kEntry); }
-  __device__ const char* from_of(const Toeplitz& a, const Entry& e, int row) const {
-    return at_ + (row * a.source.row_bytes + e.from);
+  __device__ const char* from_of(const Toeplitz& a, const Beside& b, int row) const {
+    return share_.at() + (row * a.source.row_bytes + b.from);
   }
   static __device__ int place_of(const Toeplitz& a, int slot, int row) {
     return slot + row * (a.slot_bytes / Shape::kSourceRows);
@@ -459,30 +478,46 @@ class ShiftedFeed {
   // Of the last step of an image.
   static __device__ int last_rows(const Toeplitz& a) { return (a.source.height - 1) % Shape::kSourceRows + 1; }
 
-  // Lists the thread's units of so many images. `behind_`: number of the one that ends behind the array in its last
-  // row, counted from 1 on, if the thread has it and these are the last images.
-  __device__ void list_units(const Toeplitz& a, int images) {
+  __device__ void load_beside(const Toeplitz& a, int slot) const {
+#pragma unroll
+    for (const Beside& b : beside_)
+#pragma unroll
+      for (int k = 0; k < Shape::kSourceRows; ++k)
+        copy_unit_if(left_ > k && b.to != 0, b.to + place_of(a, slot, k), from_of(a, b, k));
+  }
+
+  // Finds the thread's units beside, of so many images: the last ones of all pixels, and then all others of those that
+  // are too far. `behind_`: number of the one that ends behind the array in its last row, counted from 1 on, if the
+  // thread has it and these are the last images.
+  __device__ void seek_beside(const Toeplitz& a, int images) {
     const Rows& r = a.source;
     images_ = images, behind_ = 0;
     const int before = max(-first_column_, 0), end = min(r.columns, r.width - first_column_);
-#pragma unroll 1
-    for (int t = 0; t < kCopies; ++t) {
-      uint32_t rest = threadIdx.x + t * blockDim.x;
-      const int part = r.by_units.split(rest) * kUnit, column = before + r.by_columns.split(rest);
-      const int stream = static_cast<int>(rest), bytes = r.bytes + r.shift - slab_ * 2 - part;
-      const bool any = stream < images && column < end && bytes > 0;
-      entry(t) = {any ? static_cast<uint32_t>(stream * r.image_bytes + column * int64_t{r.pixel_bytes} + part) : 0,
-                  any ? ring_ + stream * r.stream_bytes + Shape::place_of(column) + part : 0};
-      if (any && stream == images - 1 && first_column_ + column == r.width - 1 && bytes < kUnit) behind_ = t + 1;
+    const int last = min(static_cast<int>(r.by_units.divisor) * kUnit, r.bytes - slab_ * 2);
+    uint32_t own = threadIdx.x;  // see Share::seek
+    const int own_part = r.by_units.split(own) * kUnit, own_column = before + r.by_columns.split(own);
+    const int all = a.streams * static_cast<int>(r.by_all_columns.divisor);
+#pragma unroll
+    for (int t = 0; t < kBeside; ++t) {
+      const int number = threadIdx.x + t * blockDim.x;
+      uint32_t rest = number < all ? number : number - all;
+      const int part = number < all ? last : r.by_units.split(rest) * kUnit;
+      const int far = static_cast<int>(rest) + kFar * r.columns_at_once;
+      const int column = before + (number < all ? static_cast<int>(r.by_all_columns.split(rest)) : far);
+      const int stream = number < all ? static_cast<int>(rest) : 0;
+      const bool any = stream < images && column < end && (number < all || part < last);
+      beside_[t].from = static_cast<int>((stream - static_cast<int>(own)) * r.image_bytes) +
+                        (column - own_column) * r.pixel_bytes + part - own_part;
+      beside_[t].to = any ? ring_ + stream * r.stream_bytes + Shape::place_of(column) + part : 0;
+      const bool is_last = stream == images - 1 && first_column_ + column == r.width - 1;  // of the images' pixels
+      if (any && is_last && number < all && slab_ * 2 + last == r.bytes) behind_ = t + 1;
     }
   }
 
   // Copies the bytes [begin, end) of a unit.
-  __device__ void copy_part(const Toeplitz& a, const Entry& e, int begin, int end, int place, int row) const {
-    const char* from = from_of(a, e, row);
+  static __device__ void copy_part(uint32_t to, const char* from, int begin, int end) {
 #pragma unroll 1
-    for (int i = begin; i < end; i += 2)
-      shared_at<uint16_t>(e.to + place + i) = *reinterpret_cast<const uint16_t*>(from + i);
+    for (int i = begin; i < end; i += 2) shared_at<uint16_t>(to + i) = *reinterpret_cast<const uint16_t*>(from + i);
   }
 };
 

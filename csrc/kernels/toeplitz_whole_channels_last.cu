@@ -45,7 +45,7 @@ template <typename T, class Shape>
 __device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint32_t& parity) {
   constexpr int kRows = Shape::kRows, kChannels = Shape::kChannels, kStages = Shape::kStages;
   const uint32_t memory = kept_shared_address();
-  FeedOf<Shape> feed = feed_of<Shape>(a, memory, slab, 0, begin, end);
+  FeedOf<Shape> feed(memory, slab, 0, begin, end);
   begin_rows<T, Shape>(a, feed, slab, 0, end);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, number = lane / 4, pair = lane % 4 * 2;
   const int channel = slab + warp * kChannels;
