@@ -1768,10 +1768,15 @@ def test_marches_over_many_images_are_exact(tile: tuple, dtype: torch.dtype) -> 
                     assert wrong_numbers(result, exact[name].round()) == 0, (name, str(case))
 
 
-def check_march(case: Case, dtype: torch.dtype) -> None:
-    """March_channels_last against float64, where it can march: the output and the gradient of the input."""
-    tensors = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
-    grad_output = integers(*output_size(case)).to(tensors[0]).contiguous(memory_format=torch.channels_last)
+def check_march(case: Case, dtype: torch.dtype, offset: int = 0) -> None:
+    """March_channels_last against float64, where it can march: the output and the gradient of the input.
+
+    Their sources begin so many elements behind an aligned address.
+    """
+    input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
+    grad_output = integers(*output_size(case)).to(input)
+    input, grad_output = (lay(t, (0, 2, 3, 1), offset=offset) for t in (input, grad_output))
+    tensors = input, weight, bias
     exact = run_float64(tensors, grad_output, **case.geometry)._asdict()
     marched = set()
     for name, plan, result in results_of_plans(case, tensors, grad_output, True):
@@ -1808,6 +1813,9 @@ def test_march_of_many_rows_of_three_channels(dtype: torch.dtype) -> None:
     for batch, size in ((16, (512, 512)), (17, (271, 512)), (23, (402, 328)), (90, (101, 256)), (5, (1081, 1920))):
         case = tile_case(((3, 3), 1, 1), batch, 3, size, bias=batch % 2 == 1)
         check_march(case, dtype)
+    for offset in range(1, 8):
+        batch, size = ((17, (271, 512)), (23, (402, 328)), (90, (101, 256)))[offset % 3]
+        check_march(tile_case(((3, 3), 1, 1), batch, 3, size), dtype, offset)
     input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
     weight[0, 0, 0, 0], weight[2, 0, 1, 2] = torch.inf, torch.nan
     call = input, weight, bias, *arguments_of(case)

@@ -2,6 +2,9 @@
 // band of rows with the sums of three output rows in registers. Bulk copies of whole rows fill its ring, two rows at a
 // time, with zeros on both sides of a row; the warps take turns to begin them. A warp puts its part of two output rows
 // side by side, and bulk copies take them away.
+//
+// Of a source that begins between multiples of 16 bytes, bulk copies take all of a row but its first and its last unit,
+// and lanes what these two have of the row itself; threads read it where it lies.
 #include <algorithm>
 
 #include "launch.h"
@@ -27,6 +30,7 @@ struct Images {
   const void *weight, *bias;
   int weight_filter, weight_row, weight_column, bias_stride;
   int height, row_bytes;
+  int shift;   // bytes that the source begins behind a unit
   int rows;    // of a band
   int strips;  // threads that have pixels
   int stages;  // of the ring
@@ -58,14 +62,16 @@ __device__ __noinline__ void strip_by_taps(const Images& a, int image, int begin
     }
 }
 
-template <typename T>
+// kOffset: elements that the source begins behind a multiple of 4 of them, if it begins between units; or -1.
+template <typename T, int kOffset>
 __global__ void __launch_bounds__(kThreads, 1) three_channels(const __grid_constant__ Images a) {
 #if __CUDA_ARCH__ >= 900
   constexpr int kSize = sizeof(T), kBytes = kElements * kSize;  // of a thread
+  constexpr bool kShifted = kOffset >= 0;
   let_next_kernel_start();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int strip = min(static_cast<int>(threadIdx.x), a.strips - 1);
-  const int row_pitch = a.row_bytes + kUnit, stage_bytes = kRows * row_pitch;
+  const int row_pitch = a.row_bytes + (kShifted ? 2 : 1) * kUnit, stage_bytes = kRows * row_pitch;
   const auto full = [&](int stage) { return 8 * stage; };
   const auto done = [&](int stage) { return 8 * (kMostStages + stage); };
   if (threadIdx.x == 0)
@@ -81,25 +87,54 @@ __global__ void __launch_bounds__(kThreads, 1) three_channels(const __grid_const
   const int source_end = min(end + 1, a.height);
   // Each brings two rows of the source, from the one before `begin` on.
   const int steps = (end - begin + kKernel - 1 + kRows - 1) / kRows;
-  const char* source = a.source + static_cast<int64_t>(image) * a.height * a.row_bytes;
-  const auto load = [&](int step, int stage) {
+  const char* source = a.source - (kShifted ? a.shift : 0) + static_cast<int64_t>(image) * a.height * a.row_bytes;
+  // Copies rows, but for the edges of shifted ones.
+  const auto copy = [&](int step, int stage) {
     const int first = begin - 1 + step * kRows, barrier = full(stage);
     const uint32_t to = shared_address(kRing + kUnit + stage * stage_bytes);
     const char* from = source + static_cast<int64_t>(first) * a.row_bytes;
 #pragma unroll
     for (int u = 0; u < kRows; ++u) {
       if (first + u < 0 || first + u >= source_end) continue;
-      expect_bytes(barrier, a.row_bytes);
-      copy_bulk(to + u * row_pitch, from + u * a.row_bytes, a.row_bytes, barrier);
+      constexpr int kSkipped = kShifted ? kUnit : 0;
+      expect_bytes(barrier, a.row_bytes - kSkipped);
+      copy_bulk(to + u * row_pitch + kSkipped, from + u * a.row_bytes + kSkipped, a.row_bytes - kSkipped, barrier);
     }
-    arrive(barrier);
+  };
+  // A lane's element of the edges of a step's rows, or a zero of what these have of the pixels around; and its place.
+  const int edge_lane = lane % kUnit, edge_row = lane / kUnit, edge_byte = edge_lane % 8 * 2;
+  const int edge_at = edge_byte + (edge_lane < 8 ? 0 : a.row_bytes);
+  const bool own_edge = (edge_lane < 8) != (edge_byte < a.shift);
+  const auto edge = [&](int step) {
+    const int row = begin - 1 + step * kRows + edge_row;
+    if (!own_edge || row < 0 || row >= source_end) return uint16_t{0};
+    return *reinterpret_cast<const uint16_t*>(source + static_cast<int64_t>(row) * a.row_bytes + edge_at);
+  };
+  const auto put_edge = [&](int stage, uint16_t element) {
+    shared<uint16_t>(kRing + kUnit + stage * stage_bytes + edge_row * row_pitch + edge_at) = element;
+    __syncwarp();
   };
   settle_and_wait_for_kernel_before(a.rows);
   if (warp == 0) {
+    const int count = min(a.stages, steps);
     if (is_elected())
 #pragma unroll 1
-      for (int step = 0; step < min(a.stages, steps); ++step) load(step, step);
+      for (int step = 0; step < count; ++step) {
+        copy(step, step);
+        if (!kShifted) arrive(full(step));
+      }
     __syncwarp();
+    if constexpr (kShifted) {
+      uint16_t edges[kMostStages];
+#pragma unroll
+      for (int step = 0; step < kMostStages; ++step) edges[step] = edge(step);
+#pragma unroll
+      for (int step = 0; step < kMostStages; ++step)
+        if (step < count) {
+          put_edge(step, edges[step]);
+          if (lane == 0) arrive(full(step));
+        }
+    }
   }
 
   // A lane has a weight, or a bias; the others ask for it.
@@ -134,21 +169,27 @@ __global__ void __launch_bounds__(kThreads, 1) three_channels(const __grid_const
   uint32_t buffer = kept(base + pieces + warp * 2 * kRows * piece + lane * kBytes);
   const uint32_t both_buffers = kept(2 * buffer + kRows * piece), lane_bytes = kept(lane * kBytes);
   char* target = a.target + (static_cast<int64_t>(image) * a.height + begin) * a.row_bytes + warp * piece;
-  const uint32_t source_at = kept(base + kRing + kUnit - 4 * kSize + strip * kBytes), zeros = base + kZeros;
+  const uint32_t source_at = kept(base + kRing + kUnit - 4 * kSize + strip * kBytes + (kShifted ? a.shift / 8 * 8 : 0));
+  const uint32_t zeros = base + kZeros;
   const uint32_t last_barrier = base + full(a.stages - 1), end_row = kept(source_end),
                  behind_outputs = kept(end + kKernel - 1);
   const bool first_lane = kept(lane) == 0;
   const int first_step = kept(finite ? 1 : steps);  // that stores
   uint32_t barrier = base, parity = 0, at = source_at, row = begin - 1;
   int turn = (warp - kLag % warps + warps) % warps;  // steps until the warp begins copies
+  // Of the next rows that the warp copies: on their way since it copied the ones before.
+  uint16_t next_edge = 0;
+  if constexpr (kShifted)
+    next_edge = edge((turn < kLag ? turn + (kLag - turn + warps - 1) / warps * warps : turn) + a.stages - kLag);
   for (int step = 0; step < steps; ++step) {
     if (--turn < 0) {
       turn = warps - 1;
-      if (const int next = step + a.stages - kLag; step >= kLag && next < steps && is_elected()) {
+      if (const int next = step + a.stages - kLag; step >= kLag && next < steps && (kShifted || is_elected())) {
         const int stage = static_cast<int>(barrier - base) / 8;
         const int before = stage >= kLag ? stage - kLag : stage - kLag + a.stages;
         wait(done(before), stage >= kLag ? parity : parity ^ 1);
-        load(next, before);
+        if constexpr (kShifted) put_edge(before, next_edge), next_edge = edge(next + warps);
+        if (!kShifted || is_elected()) copy(next, before), arrive(full(before));
       }
     }
     wait_at(barrier, parity);
@@ -156,9 +197,11 @@ __global__ void __launch_bounds__(kThreads, 1) three_channels(const __grid_const
 #pragma unroll
     for (int u = 0; u < kRows; ++u, ++row) {
       const uint32_t from = row < end_row ? at + u * row_pitch : zeros;
-      float x[4 + kElements + 4];
+      constexpr int kZero = 4 + (kShifted ? kOffset : 0);  // where the thread's first element is
+      constexpr int kFirst = (kZero - kChannels) / 4 * 4, kLast = kZero + kElements + kChannels - 1;
+      float x[kLast / 4 * 4 + 4];
 #pragma unroll
-      for (int e = -4; e <= kElements; e += 4) read_four<T>(from + (e + 4) * kSize, x + 4 + e);
+      for (int e = kFirst; e <= kLast; e += 4) read_four<T>(from + e * kSize, x + e);
       const auto put = [&](uint32_t to) {
 #pragma unroll
         for (int w = 0; w < kElements / 4; ++w) shared_at<uint2>(to + w * 4 * kSize) = words[w];
@@ -174,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, 1) three_channels(const __grid_const
 #pragma unroll
           for (int e = 0; e < kElements; ++e) {
             const float before = j > 0 ? sum[o][e] : o + 1 < kKernel ? sum[o + 1][e] : bias[e % kChannels];
-            sum[o][e] = fmaf(x[4 + e + (j - 1) * kChannels], weight[kKernel - 1 - o][j][e % kChannels], before);
+            sum[o][e] = fmaf(x[kZero + e + (j - 1) * kChannels], weight[kKernel - 1 - o][j][e % kChannels], before);
           }
 #pragma unroll
       for (int w = 0; w < kElements / 4; ++w) words[w] = narrow_four<T>(sum[0] + 4 * w);
@@ -212,9 +255,9 @@ int rows_for(const Problem& p, int64_t places) {
   return best;
 }
 
-template <typename T>
+template <typename T, int kOffset>
 bool launch(const Problem& p, Images a, cudaStream_t stream) {
-  const auto kernel = three_channels<T>;
+  const auto kernel = three_channels<T, kOffset>;
   if (!can_overlap(kernel)) return false;  // nor does it copy rows
   const Device& device = current_device();
   const int threads = static_cast<int>(round_up(a.strips, 32)), blocks = kThreads / threads;  // of a multiprocessor
@@ -223,7 +266,8 @@ bool launch(const Problem& p, Images a, cudaStream_t stream) {
   constexpr int64_t kFewestRows = 8;  // of a block
   const int64_t places = int64_t{blocks} * device.multiprocessors;
   if (p.batch * p.height < kFewestRows * places) return false;
-  const int64_t pieces = int64_t{2} * kRows * threads * kElements * sizeof(T), stage = kRows * (a.row_bytes + kUnit);
+  const int64_t pieces = int64_t{2} * kRows * threads * kElements * sizeof(T),
+                stage = kRows * (a.row_bytes + (kOffset < 0 ? 1 : 2) * kUnit);
   const int64_t room = std::min(device.shared_per_multiprocessor / blocks - 1024, device.shared_per_block);
   a.stages = static_cast<int>(std::min<int64_t>((room - kRing - kUnit - pieces) / stage, kMostStages));
   if (a.stages < kFewestStages) return false;
@@ -244,9 +288,9 @@ bool launch(const Problem& p, Images a, cudaStream_t stream) {
 
 bool launch_three_channels(const Problem& p, cudaStream_t stream) {
   const int64_t element = size_of(p.dtype);
-  if (element != 2 || !has_three_channels(p) || !is_dense(p.input, p, element) || !is_dense(p.output, p, element))
-    return false;
+  if (element != 2 || !has_three_channels(p)) return false;
   const Mapping map(p);
+  if (!has_dense_rows(map.source, p, element) || !is_dense(map.target, p, element)) return false;
   constexpr int64_t kFar = 1 << 24;  // offsets of weights are counted in 32 bits
   const auto& stride = map.weight.stride;
   if (std::max({std::abs(stride[0]), std::abs(stride[2]), std::abs(stride[3]), std::abs(map.bias_stride)}) >= kFar)
@@ -256,12 +300,22 @@ bool launch_three_channels(const Problem& p, cudaStream_t stream) {
   a.weight = map.weight.data, a.bias = map.bias;
   a.weight_filter = static_cast<int>(stride[0]), a.weight_row = static_cast<int>(stride[2]);
   a.weight_column = static_cast<int>(stride[3]), a.bias_stride = static_cast<int>(map.bias_stride);
+  a.shift = static_cast<int>(reinterpret_cast<uintptr_t>(a.source) % kUnit);
   a.height = map.height, a.row_bytes = static_cast<int>(p.width * kChannels * element);
   a.strips = static_cast<int>(p.width / kPixels);
   bool launched = false;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if constexpr (sizeof(T) == 2) launched = launch<T>(p, a, stream);
+    if constexpr (sizeof(T) == 2) {
+      const int offset = a.shift == 0 ? -1 : a.shift / 2 % 4;
+      switch (offset) {
+        case -1: launched = launch<T, -1>(p, a, stream); break;
+        case 0: launched = launch<T, 0>(p, a, stream); break;
+        case 1: launched = launch<T, 1>(p, a, stream); break;
+        case 2: launched = launch<T, 2>(p, a, stream); break;
+        default: launched = launch<T, 3>(p, a, stream);
+      }
+    }
   });
   return launched;
 }
