@@ -1952,10 +1952,10 @@ def test_grad_weight_of_arrays_that_begin_alike(spoilt: bool, dtype: torch.dtype
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_march_grad_weight_of_pixels_that_begin_between_units(tile: tuple, dtype: torch.dtype) -> None:
-    """Boxes of whole pixels and of slabs of channels, with a unit more of each; Inf and NaN in half of them."""
-    for number, (batch, channels, size) in enumerate(
-        ((5, 64, (41, 130)), (3, 144, (56, 56)), (2, 256, (33, 64)), (9, 960, (7, 7)), (4, 392, (14, 30)))
-    ):
+    """Boxes of pixels and of slabs of channels, with a unit more of each, and rows; Inf and NaN in half of them."""
+    cases = ((5, 64, (41, 130)), (3, 144, (56, 56)), (2, 256, (33, 64)), (9, 960, (7, 7)), (4, 392, (14, 30)))
+    small_pixels = ((3, 32, (20, 112)), (7, 8, (14, 31)), (5, 128, (11, 20)), (2, 24, (9, 300)))
+    for number, (batch, channels, size) in enumerate(cases + small_pixels):
         case = tile_case(tile, batch, channels, size, multiplier=2 if number == 4 else 1)
         for offsets in ((1, 1), (6, 6), (3, 2) if number % 2 > 0 else (8, 5)):
             check_grad_weight(case, MARCH["grad_weight"], dtype, number % 2 == 1, offsets, repeats=2)

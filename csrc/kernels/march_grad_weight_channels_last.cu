@@ -87,12 +87,14 @@ enum class Form {
   kOneStrip,
   kTwoStrips,
   kPlane,  // they are as wide and as high as one strip: rows are known, too
+  kSplit,  // two filters of a thread lie in no word, and are read one by one
 };
 
 // What a kernel is compiled for, with one or two filters a thread.
 template <class Kernel, int filters, Form form = Form::kPlain>
 struct Window {
   static constexpr bool kMirrors = form == Form::kTwoStrips, kPlane = form == Form::kPlane;
+  static constexpr bool kSplit = form == Form::kSplit;
   static constexpr bool kNarrow = form == Form::kOneStrip || kMirrors || kPlane;
   static constexpr int kTapsH = Kernel::kKernelH, kTapsW = Kernel::kKernelW, kTaps = kTapsH * kTapsW;
   static constexpr int kStride = Kernel::kStride, kDilation = Kernel::kDilation;
@@ -372,7 +374,7 @@ template <typename T, class W, bool kJoined, int kPitch>
 __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
     march_grad_weight_channels_last(const __grid_constant__ March a) {
   constexpr int kSize = sizeof(T), kFilters = W::kFilters;
-  static_assert(kFilters == 1 || !kJoined);
+  static_assert(kFilters == 1 || W::kSplit || !kJoined);
   let_next_kernel_start();
   const Part part = Part::of(a, W{});
   const int workers = blockDim.x - (kLoaderWarps ? 32 * a.loaders : 0);
@@ -423,17 +425,20 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
 
   // Reads what the thread's filters do at a column.
   const auto read = [&](int at, float (&values)[kFilters]) {
-    if constexpr (kFilters == 2)
+    if constexpr (kFilters == 2 && !W::kSplit)
       read_pair(at, values, T{});
     else
-      values[0] = widen(shared<T>(at));
+#pragma unroll
+      for (int h = 0; h < kFilters; ++h) values[h] = widen(shared<T>(at + h * kSize));
   };
   // Makes zeros beside a row of a joined array, where gradients meet them. Others may do the same for themselves.
   const int beside = a.width - column_x;  // the first column behind the image
   const auto clear_beside = [&](int at) {
     const auto clear = [&](int column, int end) {
 #pragma unroll 1
-      for (; column < end; ++column) shared<T>(at + column * a.source.pitch) = T{};
+      for (; column < end; ++column)
+#pragma unroll
+        for (int h = 0; h < kFilters; ++h) shared<T>(at + column * a.source.pitch + h * kSize) = T{};
     };
     clear(0, -column_x), clear(max(beside, 0), min(beside + a.padding_w, W::kSourceColumns));
   };
@@ -818,6 +823,16 @@ void launch_march_grad_weight_channels_last(const Problem& p, const Allocate& al
             return launch<T, Window<Kernel, 1, Form::kOneStrip>, false>(p, a, boxes, allocate, stream);
           if (beside && a.width == 2 * One::kColumns)
             return launch<T, Window<Kernel, 1, Form::kTwoStrips>, false>(p, a, boxes, allocate, stream);
+        }
+        if constexpr (sizeof(T) == 2 && Two::kFilters == 2 && Kernel::kStride == 1) {
+          // Of small pixels that begin between units a box has so much more that rows as they lie take less, above all
+          // where there is nothing to clear beside them.
+          constexpr int kMost = Two::kTaps == 1 ? 256 : 64;  // bytes
+          const bool shifted = bulk && a.source.unit == kUnit && a.source.shift > 0 && a.grad.shift > 0;
+          if (shifted && a.multiplier == 1 && a.source.bytes <= kMost) {
+            a.joined = a.source.joined = a.grad.joined = true;
+            return launch<T, Window<Kernel, 2, Form::kSplit>, true>(p, a, bulk, allocate, stream);
+          }
         }
         if (a.joined)
           launch<T, One, true>(p, a, bulk, allocate, stream);
