@@ -40,7 +40,7 @@ constexpr int kMostStages = 4;
 enum class Layout { kRows, kColumns, kChannelsLast };
 
 // How the lanes of a form lie on planes, and these in shared memory.
-template <int kNumber, Layout kLayout_, bool kBulk_ = true>
+template <int kNumber, Layout kLayout_, bool kBulk_ = true, bool kOdd_ = false>
 struct Form {
   static constexpr Layout kLayout = kLayout_;
   static constexpr LanesForm kForm = kLanesForms[kNumber];
@@ -52,6 +52,10 @@ struct Form {
   static constexpr bool kAlone = kRows == 1;  // all lanes have the same row
   // Where a warp has one row of taps, and there are many, one more that copies by itself is not enough.
   static constexpr bool kBulk = kBulk_ || !kAlone;
+  // Whether planes begin an odd number of elements behind a multiple of 16 bytes. What lies from that multiple on is
+  // copied, and images are as far apart as leaves them in the banks where others are.
+  static constexpr bool kOdd = kOdd_;
+  static constexpr int kImageGap = kOdd ? 128 : 0;
   static constexpr int kTapRows = kBulk ? kForm.tap_rows : 2 * kForm.tap_rows;
   static constexpr int kUnits = kFilters;  // of a box
   static constexpr int kTaps = 2 * kReach + 1, kSums = kTapRows * kTaps;
@@ -106,6 +110,7 @@ struct Arguments {
   Divider by_kernel_w, by_tap_groups;
   int stages, stage_bytes, grads_at, input_unit_bytes, grad_unit_bytes;
   Copy input_copy, grad_copy;
+  int input_misfit, grad_misfit;  // bytes from the multiple of 16 bytes before, where planes are copied from there
   int zeros_from, sums_at, sums_bytes, sums_buffers, barriers_at, bytes;  // in shared memory, behind the stages
   int rows_at;                                                            // of each warp, where registers are few
   int totals_at, totals_bytes;                                            // of the cluster's second block
@@ -144,6 +149,12 @@ __device__ __forceinline__ void load_columns(float (&to)[kCount], uint32_t from)
       asm volatile("ld.shared.f32 %0, [%1];" : "=f"(to[c]) : "r"(from + c * F::kColumnBytes));
   } else if constexpr (kCount % 4 == 0) {
     load_row(to, from);
+  } else if constexpr (F::kOdd) {
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(to[0]) : "r"(from));
+#pragma unroll
+    for (int c = 1; c < kCount - 1; c += 2)
+      asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(to[c]), "=f"(to[c + 1]) : "r"(from + 4 * c));
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(to[kCount - 1]) : "r"(from + 4 * (kCount - 1)));
   } else {
 #pragma unroll
     for (int c = 0; c < kCount; c += 2)
@@ -275,8 +286,8 @@ __device__ float sum_gradients(const Arguments& a, int images, int at) {
         for (int column = first; column < a.out_width; column += F::kSharers)
           sum += shared<float>(at + row * F::kRowBytes + column * F::kColumnBytes);
   } else {  // columns that planes lack are zero
-    at += F::filter_of(lane) * a.grad_unit_bytes;
-    for (int image = 0; image < images; ++image, at += F::kFilters * a.grad_unit_bytes)
+    at += F::filter_of(lane) * a.grad_unit_bytes + (F::kOdd ? a.grad_misfit : 0);
+    for (int image = 0; image < images; ++image, at += F::kFilters * a.grad_unit_bytes + F::kImageGap)
       for (int pixel = first; pixel < a.out_height * F::kSide; pixel += F::kSharers)
         sum += shared<float>(at + 4 * pixel);
   }
@@ -386,6 +397,18 @@ __device__ __forceinline__ void copy_item(const Arguments& a, const Cursor<F>& c
         expect_bytes(barrier, F::kPlanes * unit_bytes);
         copy_box(to, *map, 0, filter, image, 0, barrier);
       }
+      __syncwarp();
+      return;
+    }
+    if (F::kOdd && how.bulk) {  // an image's planes follow each other
+      const char* plane = reinterpret_cast<const char*>(from + filter * stride[1]);
+      const int misfit = reinterpret_cast<uintptr_t>(plane) % 16, bytes = (misfit + filters * unit_bytes + 15) & -16;
+      if (is_elected())
+#pragma unroll 1
+        for (int n = 0; n < images; ++n, plane += 4 * stride[0], to += F::kFilters * unit_bytes + F::kImageGap) {
+          expect_bytes(barrier, bytes);
+          copy_bulk(shared_address(to), plane - misfit, bytes, barrier);
+        }
       __syncwarp();
       return;
     }
@@ -526,10 +549,11 @@ __global__ void __launch_bounds__(32 * F::kAllWarps, 1) lanes_grad_weight(const 
       const int lane_filter = F::filter_of(lane), lane_image = F::image_of(lane);
       const auto place_of = [&](int unit_bytes) {
         if (F::kChannelsLast) return 4 * lane_filter + lane_image * unit_bytes;
-        return (lane_image * F::kFilters + lane_filter) * unit_bytes;
+        return (lane_image * F::kFilters + lane_filter) * unit_bytes + lane_image * F::kImageGap;
       };
-      const uint32_t inputs = once(base + stages.at * a.stage_bytes + place_of(a.input_unit_bytes));
-      const uint32_t grads = once(base + stages.at * a.stage_bytes + a.grads_at + place_of(a.grad_unit_bytes));
+      const uint32_t stage = base + stages.at * a.stage_bytes;
+      const uint32_t inputs = once(stage + place_of(a.input_unit_bytes) + (F::kOdd ? a.input_misfit : 0));
+      const uint32_t grads = once(stage + a.grads_at + place_of(a.grad_unit_bytes) + (F::kOdd ? a.grad_misfit : 0));
       const bool is_own = lane_filter < cursor.filters(a) && lane_image < cursor.images(a);
       if constexpr (F::kAlone) {
         // The part's rows of the image, each lane from its first one on and around.
@@ -628,9 +652,9 @@ int place(Arguments& a, int shared_memory) {
   if (!F::kChannelsLast)
     for (int* bytes : {&a.input_unit_bytes, &a.grad_unit_bytes})
       *bytes = static_cast<int>(round_up(*bytes, F::kPlaneUnit)) | F::kPlaneUnit;
-  constexpr int kUnits = F::kChannelsLast ? F::kImages : F::kPlanes;
-  a.grads_at = static_cast<int>(round_up(kUnits * a.input_unit_bytes, kBoxUnit));
-  a.stage_bytes = static_cast<int>(round_up(a.grads_at + kUnits * a.grad_unit_bytes, kBoxUnit));
+  constexpr int kUnits = F::kChannelsLast ? F::kImages : F::kPlanes, kGaps = F::kImages * F::kImageGap;
+  a.grads_at = static_cast<int>(round_up(kUnits * a.input_unit_bytes + kGaps, kBoxUnit));
+  a.stage_bytes = static_cast<int>(round_up(a.grads_at + kUnits * a.grad_unit_bytes + kGaps, kBoxUnit));
   const int warps = a.tap_groups * a.parts;
   a.sums_bytes = warps * F::kSumBytes;
   for (a.sums_buffers = 2;; --a.sums_buffers) {
@@ -716,6 +740,15 @@ bool describe_dense_planes(CUtensorMap& map, const float* from, const int64_t (&
                         {4 * stride[1], 4 * stride[0], 4 * stride[0]}, {pixels, F::kFilters, F::kImages, 1});
 }
 
+// Whether planes of an image that follow each other lie as F::kOdd has them, or 0: how many bytes behind a multiple of
+// 16.
+template <class F>
+int odd_misfit(const float* from, const int64_t (&stride)[4], int rows, int columns) {
+  const int misfit = static_cast<int>(reinterpret_cast<uintptr_t>(from) % 16), pixels = rows * columns;
+  const bool dense = stride[3] == 1 && stride[2] == columns && stride[1] == pixels && stride[0] % 4 == 0;
+  return dense && columns == F::kSide && pixels % 8 == 4 && misfit % 8 == 4 ? misfit : 0;
+}
+
 template <class F>
 bool launch(const Problem& p, Arguments a, const Allocate& allocate, cudaStream_t stream) {
   const int64_t multiprocessors = current_device().multiprocessors;
@@ -748,6 +781,12 @@ bool launch(const Problem& p, Arguments a, const Allocate& allocate, cudaStream_
                          describe_dense_planes<F>(a.input_map, a.input, a.input_stride, a.filters, a.batch, a.height);
     a.grad_copy.boxes = a.grad_copy.bulk &&
                         describe_dense_planes<F>(a.grad_map, a.grad, a.grad_stride, a.filters, a.batch, a.out_height);
+  }
+  if constexpr (F::kOdd) {
+    a.input_misfit = odd_misfit<F>(a.input, a.input_stride, a.height, a.width);
+    a.grad_misfit = odd_misfit<F>(a.grad, a.grad_stride, a.out_height, a.out_width);
+    if (!has_bulk_copies || a.multiplier > 1 || a.input_misfit == 0 || a.grad_misfit == 0) return false;
+    a.input_copy.bulk = a.grad_copy.bulk = true;
   }
   // A warp takes as long for as many copies as all the others together for kCopies / its vector taps.
   constexpr int kCopies = 400;
@@ -814,7 +853,9 @@ bool launch_form(const Problem& p, const Arguments& a, const Allocate& allocate,
       return false;
     else if constexpr (Usual::kAlone)
       return number == kNumber &&
-             (launch<Usual>(p, a, allocate, stream) || launch<Form<kNumber, kLayout, false>>(p, a, allocate, stream));
+             (launch<Usual>(p, a, allocate, stream) ||
+              (kLayout == Layout::kRows && launch<Form<kNumber, Layout::kRows, true, true>>(p, a, allocate, stream)) ||
+              launch<Form<kNumber, kLayout, false>>(p, a, allocate, stream));
     else
       return number == kNumber && launch<Usual>(p, a, allocate, stream);
   };
