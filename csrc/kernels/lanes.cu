@@ -6,6 +6,10 @@
 // products are straight code. Which pixels meet which outputs along a row is known when the code is compiled: nothing
 // is multiplied but what meets, but for columns that narrower planes lack.
 //
+// The code of 51 taps and 56 columns, 2206 FMA, does not fit the instruction caches. There a lane has half of a row:
+// the same code for the pixels above its outputs, for either half, and code of its own for those beside, 1428 FMA in
+// all.
+//
 // Another warp, or some, copy the planes of the next images to shared memory meanwhile: a ring of stages. They get few
 // turns beside warps that always have something to multiply, so planes come by one instruction where they can, as a
 // box. The warps of each scheduler take their rows from a counter of their own, and go on to the next stage while
@@ -48,6 +52,7 @@ struct Form {
   static constexpr bool kChannelsLast = false;
   static constexpr int kHeldImages = kForm.images, kHeldRows = kForm.rows,
                        kHeld = kHeldImages * kHeldRows;  // of a lane
+  static constexpr int kParts = kForm.parts, kColumns = kSide / kParts;
   static constexpr int kTaps = 2 * kReach + 1;
   static constexpr int kRowBytes = 4 * kSide;
   static constexpr int kPiece = !kForm.staged ? 0 : kSide == 56 ? 8 : 28;  // outputs of a lane that go out at once
@@ -56,12 +61,16 @@ struct Form {
   // of 14 columns are no multiple of 16 bytes: whole planes are, and their boxes have no rows.
   static constexpr bool kBoxes = kSide < 56, kFlat = kSide == 14;
   // Warps of a scheduler that compute, and the threads of a block by which ptxas has registers: with 96 it keeps
-  // weights in uniform registers, and yet reads pixels ahead of their use. Code of 51 taps does not fit the instruction
-  // caches, and so many warps wait for it.
-  static constexpr int kMostWarps = kTaps == 31 || (kForm.staged && kSide == 28) ? 3 : kTaps == 51 ? 5 : 4;
-  static constexpr int kBoundThreads = kMostWarps == 5 ? 672 : 640;
-  // Warps that copy where planes do not come by bulk copies: two beside those of each scheduler.
-  static constexpr int kMostCopiers = std::min(kBoundThreads / 32 - kSchedulers * kMostWarps, 2 * kSchedulers);
+  // weights in uniform registers, and yet reads pixels ahead of their use. With half of a row a lane needs 72.
+  static constexpr int kMostWarps = kParts > 1 ? 6 : kTaps == 31 || kTaps == 13 ? 3 : 4;
+  static constexpr int kBoundThreads = kParts > 1 ? 800 : 640;
+  // Where planes do not come by bulk copies, others copy: one beside those of each scheduler at least, or two, as where
+  // taps are few.
+  static constexpr int kMostWarpsBesideCopiers =
+      std::min(kMostWarps, kTaps == 9 ? 3 : kBoundThreads / 32 / kSchedulers - 1);
+  static constexpr int copiers(int warps) {
+    return std::min(kBoundThreads / 32 - kSchedulers * warps, 2 * kSchedulers);
+  }
 };
 
 struct Arguments {
@@ -88,6 +97,7 @@ struct Arguments {
   Divider by_kernels;
   int stages, stage_bytes, unit_bytes;
   int kernels, weights_at, kernel_bytes;  // kernels: behind the stages, one more than these
+  int output_bytes;                       // of a warp, on their way out
   int zeros_at, barriers_at, steps_at, outputs_at, bytes, zeros_from;  // in shared memory
 };
 
@@ -126,23 +136,48 @@ __device__ __forceinline__ void store_four(uint32_t to, const float (&from)[4]) 
                : "memory");
 }
 
-// All products of a row of weights and a row of pixels.
+// All products of a row of weights and of `count` pixels, which begin `first` columns right of the first output.
 template <class F>
-__device__ __forceinline__ void add_row(float (&sum)[F::kSide], int source, const float (&w)[F::kWeightBytes / 4]) {
-  constexpr int kSide = F::kSide;
-  using Few = std::conditional_t<kSide % 4 == 0, float4, float2>;
-  constexpr int kStep = sizeof(Few) / 4;
-  // Plain loads, which ptxas puts ahead of their use, as volatile ones it does not.
-  alignas(Few) float x[kSide];
+__device__ __forceinline__ void add_pixels(float (&sum)[F::kColumns], const float* x, int count,
+                                           const float (&w)[F::kWeightBytes / 4], int first) {
 #pragma unroll
-  for (int u = 0; u < kSide; u += kStep) reinterpret_cast<Few&>(x[u]) = shared<Few>(source + 4 * u);
+  for (int u = 0; u < count; ++u)
 #pragma unroll
-  for (int u = 0; u < kSide; ++u)
-#pragma unroll
-    for (int n = 0; n < kSide; ++n) {
-      const int o = u % 2 == 0 ? n : kSide - 1 - n, tap = u - o + F::kReach;
+    for (int n = 0; n < F::kColumns; ++n) {
+      const int o = u % 2 == 0 ? n : F::kColumns - 1 - n, tap = first + u - o + F::kReach;
       if (tap >= 0 && tap < F::kTaps) sum[o] = fmaf(x[u], w[tap], sum[o]);
     }
+}
+
+// The same of a row of pixels.
+template <class F>
+__device__ __forceinline__ void add_row(float (&sum)[F::kColumns], int source, const float (&w)[F::kWeightBytes / 4],
+                                        int part) {
+  constexpr int kColumns = F::kColumns;
+  using Few = std::conditional_t<kColumns % 4 == 0, float4, float2>;
+  constexpr int kStep = sizeof(Few) / 4;
+  // How many pixels are read ahead, by plain loads: volatile ones ptxas puts right before their use, and plain ones of
+  // a whole row at once, too, where outputs go out through shared memory.
+  constexpr int kAhead = kStep < 4 || F::kParts > 1 ? kColumns : kStep;
+  alignas(Few) float x[kColumns * F::kParts];
+  const auto load = [&](int u, int source) { reinterpret_cast<Few&>(x[u]) = shared<Few>(source); };
+#pragma unroll
+  for (int u = 0; u < kAhead; u += kStep) load(u, source + 4 * u);
+  const int beside = source + (part > 0 ? -4 : 4) * kColumns;
+  if constexpr (F::kParts > 1)
+#pragma unroll
+    for (int u = 0; u < kColumns; u += kStep) load(kColumns + u, beside + 4 * u);
+#pragma unroll
+  for (int u = 0; u < kColumns; u += kStep) {
+    if (u + kAhead < kColumns) load(u + kAhead, source + 4 * (u + kAhead));
+    add_pixels<F>(sum, x + u, kStep, w, u);
+  }
+  if constexpr (F::kParts > 1) {
+    if (part > 0)
+      add_pixels<F>(sum, x + kColumns, kColumns, w, -kColumns);
+    else
+      add_pixels<F>(sum, x + kColumns, kColumns, w, kColumns);
+  }
 }
 
 // Stores numbers if `most` is more than `least`, without a branch: behind one by which a warp's lanes part, and code
@@ -192,8 +227,8 @@ __device__ __forceinline__ void wait_until_boxes_are_there() {
 // outputs are finite.
 template <class F>
 __device__ __forceinline__ bool compute(const Arguments& a, const Item<F>& item, int planes, uint32_t weight,
-                                        uint32_t stage, int chunk) {
-  constexpr int kSide = F::kSide, kHeld = F::kHeld;
+                                        uint32_t stage, int chunk, int part) {
+  constexpr int kSide = F::kSide, kColumns = F::kColumns, kHeld = F::kHeld;
   constexpr bool kOneRow = F::kForm.lanes == 32;  // all lanes have the same one
   const int lane = threadIdx.x % 32, first_row = chunk * a.rows;
   // Of a lane: the first of its images, and of its rows, within what the warp has.
@@ -201,13 +236,15 @@ __device__ __forceinline__ bool compute(const Arguments& a, const Item<F>& item,
   const auto row_of = [&](int lane) { return kOneRow ? 0 : (lane >> a.lane_bits) * F::kHeldRows; };
   const int own = unit_of(lane), own_row = first_row + row_of(lane);
   const int2 steps = shared<int2>(a.steps_at + 8 * chunk);
+  const int first_column = part * kColumns, zeros = a.zeros_at + 4 * first_column;
   uint32_t y = own_row - a.padding_h + steps.x;
   int source[F::kHeldImages];
 #pragma unroll
   for (int n = 0; n < F::kHeldImages; ++n)
-    source[n] = planes + min(own + n * a.lanes, item.units - 1) * a.unit_bytes + static_cast<int>(y) * F::kRowBytes;
+    source[n] = planes + min(own + n * a.lanes, item.units - 1) * a.unit_bytes + static_cast<int>(y) * F::kRowBytes +
+                4 * first_column;
   weight += steps.x * F::kWeightBytes;
-  float sum[kHeld][kSide] = {};
+  float sum[kHeld][kColumns] = {};
 #pragma unroll 1
   for (int left = steps.y; left > 0; --left) {
     float w[F::kWeightBytes / 4];
@@ -218,7 +255,8 @@ __device__ __forceinline__ bool compute(const Arguments& a, const Item<F>& item,
       if (!kOneRow || inside)
 #pragma unroll
         for (int n = 0; n < F::kHeldImages; ++n)
-          add_row<F>(sum[row * F::kHeldImages + n], kOneRow || inside ? source[n] + row * F::kRowBytes : a.zeros_at, w);
+          add_row<F>(sum[row * F::kHeldImages + n], kOneRow || inside ? source[n] + row * F::kRowBytes : zeros, w,
+                     part);
     }
 #pragma unroll
     for (int n = 0; n < F::kHeldImages; ++n) source[n] += F::kRowBytes;
@@ -262,14 +300,22 @@ __device__ __forceinline__ bool compute(const Arguments& a, const Item<F>& item,
     }
     finite = products * 0 == 0.f;
   } else if constexpr (F::kForm.staged) {
-    // Through shared memory, piece by piece, so that lanes side by side write what lies side by side.
-    constexpr int kPiece = F::kPiece, kQuads = kPiece / 4;
-    int offset[kQuads];
+    // Through shared memory, piece by piece, so that lanes side by side write what lies side by side: images one after
+    // the other, and of each its rows.
+    constexpr int kPiece = F::kPiece, kQuads = kPiece / 4, kRowsAtOnce = 32 / kQuads, kRounds = 32 / kRowsAtOnce;
+    const int row_bits = 5 - a.lane_bits, at_once = kRowsAtOnce >> row_bits;  // images
+    const int pitch = 16 * (kQuads << row_bits | 1);
+    const auto place_of = [&](int lane) {
+      return stage + unit_of(lane) * pitch + (lane >> a.lane_bits) * (16 * kQuads);
+    };
+    // What a lane writes at first.
+    const int its_row = lane / kQuads, quad = lane % kQuads, unit = its_row >> row_bits;
+    const int row = (its_row - (unit << row_bits)) * F::kHeldRows;
+    const int units = unit < at_once && row < rows_left ? item.units - unit : 0;
+    const uint32_t from = stage + unit * (pitch - (16 * kQuads << row_bits)) + 16 * lane;
+    int offset[kRounds];
 #pragma unroll
-    for (int q = 0; q < kQuads; ++q) {
-      const int number = lane + 32 * q, other = number / kQuads;
-      offset[q] = unit_of(other) * a.image_bytes + row_of(other) * a.row_bytes + number % kQuads * 16;
-    }
+    for (int q = 0; q < kRounds; ++q) offset[q] = (unit + q * at_once) * a.image_bytes + row * a.row_bytes + 16 * quad;
 #pragma unroll
     for (int n = 0; n < F::kHeldImages; ++n) {
 #pragma unroll
@@ -281,20 +327,16 @@ __device__ __forceinline__ bool compute(const Arguments& a, const Item<F>& item,
 #pragma unroll
           for (int k = 0; k < 4; ++k) four[k] = sum_of(n, piece + 4 * q + k) + bias;
           products = fmaf(four[0], four[1], fmaf(four[2], four[3], products));
-          store_four(stage + 16 * (kQuads * lane + q), four);
+          store_four(place_of(lane) + 16 * q, four);
         }
         __syncwarp();
         if (a.quads) {
+          const int most = F::kHeldRows > 1 || piece + 4 * quad < a.out_width ? units - n * a.lanes : 0;
 #pragma unroll
-          for (int q = 0; q < kQuads; ++q) {
-            const int number = lane + 32 * q, other = number / kQuads;
-            const bool valid = unit_of(other) + n * a.lanes < item.units && row_of(other) < rows_left;
+          for (int q = 0; q < kRounds; ++q) {
             float four[4];
-            load_four(four, stage + 16 * number);
-            store_if_above<4>(!valid             ? 0
-                              : F::kHeldRows > 1 ? kPiece
-                                                 : a.out_width,
-                              piece + number % kQuads * 4, at(offset[q] + n * (a.lanes * a.image_bytes)) + piece, four);
+            load_four(four, from + q * at_once * pitch);
+            store_if_above<4>(most, q * at_once, at(offset[q] + n * (a.lanes * a.image_bytes)) + piece, four);
           }
         } else {
 #pragma unroll 1
@@ -303,7 +345,7 @@ __device__ __forceinline__ bool compute(const Arguments& a, const Item<F>& item,
             const int part = piece + number % kPiece, below = part / kSide, column = part - below * kSide;
             const int unit = unit_of(other) + n * a.lanes, row = row_of(other) + below;
             float one;
-            asm volatile("ld.shared.f32 %0, [%1];" : "=f"(one) : "r"(stage + 4 * number));
+            asm volatile("ld.shared.f32 %0, [%1];" : "=f"(one) : "r"(place_of(other) + 4 * (number % kPiece)));
             store_if_above<1>(unit < item.units && row < rows_left ? a.out_width : 0, column,
                               at(unit * a.image_bytes + row * a.row_bytes) + column * a.target_stride[3], &one);
           }
@@ -315,21 +357,21 @@ __device__ __forceinline__ bool compute(const Arguments& a, const Item<F>& item,
 #pragma unroll
     for (int held = 0; held < kHeld; ++held) {
       const int n = held % F::kHeldImages, row = row_of(lane) + held / F::kHeldImages;
-      const int columns = own + n * a.lanes < item.units && row < rows_left ? a.out_width : 0;
+      const int columns = own + n * a.lanes < item.units && row < rows_left ? a.out_width - first_column : 0;
       if (F::kTaps <= 29 || a.bias)  // more taps have no registers to choose from
 #pragma unroll
-        for (int o = 0; o < kSide; ++o) sum[held][o] += bias;
+        for (int o = 0; o < kColumns; ++o) sum[held][o] += bias;
 #pragma unroll
-      for (int o = 0; o < kSide; o += 2) products = fmaf(sum[held][o], sum[held][o + 1], products);
-      finite = finite && (columns == 0 || products * 0 == 0.f);
-      float* const to = at((own + n * a.lanes) * a.image_bytes + row * a.row_bytes);
+      for (int o = 0; o < kColumns; o += 2) products = fmaf(sum[held][o], sum[held][o + 1], products);
+      finite = finite && (columns <= 0 || products * 0 == 0.f);
+      float* const to = at((own + n * a.lanes) * a.image_bytes + row * a.row_bytes) + first_column * a.target_stride[3];
       const auto store = [&]<int... kO>(std::integer_sequence<int, kO...>) {
         if (a.quads)
           ((kO % 4 == 0 ? store_if_above<4, 4 * kO>(columns, kO, to, &sum[held][kO]) : void()), ...);
         else
           (store_if_above<1>(columns, kO, to + kO * a.target_stride[3], &sum[held][kO]), ...);
       };
-      store(std::make_integer_sequence<int, kSide>{});
+      store(std::make_integer_sequence<int, kColumns>{});
     }
   }
   return finite;
@@ -375,7 +417,7 @@ __global__ void __launch_bounds__(F::kBoundThreads) lanes(const __grid_constant_
   __syncthreads();
   Ring stages(a.barriers_at, a.stages);
   // The first row of the kernel in which any of a warp's lanes meets the image, and how many there are.
-  for (int chunk = threadIdx.x; chunk < a.tasks; chunk += blockDim.x) {
+  for (int chunk = threadIdx.x; chunk < a.tasks / F::kParts; chunk += blockDim.x) {
     const int first_row = chunk * a.rows, begin = max(a.padding_h - (first_row + a.rows - 1), 0);
     const int last = min(a.height + a.padding_h - first_row, a.kernel_h);
     shared<int2>(a.steps_at + 8 * chunk) = {begin, last - begin};
@@ -442,7 +484,7 @@ __global__ void __launch_bounds__(F::kBoundThreads) lanes(const __grid_constant_
 
   // Each scheduler has its own tasks, the same of all items together: all are done at the same time.
   const int queue = warp % kSchedulers;
-  const uint32_t outputs = once(shared_address(a.outputs_at + warp * 128 * F::kPiece));  // on their way out
+  const uint32_t outputs = once(shared_address(a.outputs_at + warp * a.output_bytes));  // on their way out
   bool finite = true;
   for (;;) {
     uint32_t number = take_task(next_task[queue], lane == 0) * kSchedulers + queue;
@@ -453,7 +495,8 @@ __global__ void __launch_bounds__(F::kBoundThreads) lanes(const __grid_constant_
     const int weight = a.weights_at + a.by_kernels.split(round) * a.kernel_bytes;
     const int stage = a.by_stages.split(number), parity = number & 1, barrier = a.barriers_at + 16 * stage;
     wait(barrier, parity);
-    finite &= compute<F>(a, item, stage * a.stage_bytes, shared_address(weight), outputs, middle_first(rank, a.tasks));
+    finite &= compute<F>(a, item, stage * a.stage_bytes, shared_address(weight), outputs,
+                         middle_first(rank / F::kParts, a.tasks / F::kParts), rank % F::kParts);
     arrive_together(barrier + 8, lane == 0);
   }
   if constexpr (F::kBoxes && F::kForm.staged) wait_until_boxes_are_there();
@@ -469,7 +512,9 @@ int place(Arguments& a, int shared_memory) {
   a.unit_bytes = F::kBoxes && !F::kFlat ? (a.height | 1) * F::kRowBytes : a.height * F::kRowBytes | 16;
   a.stage_bytes = static_cast<int>(round_up(a.units * a.unit_bytes, kBoxUnit));
   a.kernel_bytes = a.kernel_h * F::kWeightBytes;
-  const int output_bytes = kSchedulers * F::kMostWarps * 128 * F::kPiece;
+  // From image to image an odd number of 16 bytes as well.
+  a.output_bytes = F::kPiece == 0 ? 0 : a.lanes * 16 * (F::kPiece / 4 * (32 / a.lanes) | 1);
+  const int output_bytes = kSchedulers * F::kMostWarps * a.output_bytes;
   const int rest = a.kernel_bytes + F::kRowBytes + 16 * kMostStages + 8 * a.tasks + kBoxUnit + output_bytes;
   a.stages = std::min(kMostStages, (shared_memory - 256 - rest) / (a.stage_bytes + a.kernel_bytes));
   if (a.stages < 2) return 0;
@@ -515,7 +560,7 @@ bool launch(const Problem& p, Arguments a, cudaStream_t stream) {
   const auto fits = [&](int count) {
     a.lanes = count, a.lane_bits = std::countr_zero(static_cast<unsigned>(count));
     a.units = F::kHeldImages * count, a.rows = 32 / count * F::kHeldRows;
-    a.tasks = static_cast<int>(ceil_div(a.out_height, a.rows));
+    a.tasks = static_cast<int>(ceil_div(a.out_height, a.rows)) * F::kParts;
     return F::kForm.fills(a.batch, a.units) && place<F>(a, static_cast<int>(p.shared_memory)) > 0;
   };
   for (int count = F::kForm.lanes; !fits(count); count /= 2)
@@ -527,19 +572,20 @@ bool launch(const Problem& p, Arguments a, cudaStream_t stream) {
   a.share = static_cast<int>(ceil_div(a.items, multiprocessors));
   constexpr double kBusy = 0.7;  // of the multiprocessors
   if (a.share < 2 || a.items < kBusy * multiprocessors * a.share) return false;
+  if (F::kBoxes && p.capability >= 90) describe_boxes_of<F>(a);
+  const bool bulk = a.box_bytes > 0 || a.copy.bulk;
   // A warp may wait for a stage's next images only when those before have come, or it would not see by the parity that
   // they have not. They come one after the other, so until then a scheduler's tasks of as many items as there are
   // stages are at other warps of its own: which are fewer.
   constexpr int kFewWarps = 3;
-  const int warps = std::min(F::kMostWarps, a.stages * a.tasks / kSchedulers);
+  const int warps = std::min(bulk ? F::kMostWarps : F::kMostWarpsBesideCopiers, a.stages * a.tasks / kSchedulers);
   if (warps < kFewWarps) return false;
+  a.copiers = bulk ? 1 : F::copiers(warps);
   a.by_groups = Divider(groups), a.by_tasks = Divider(a.tasks), a.by_stages = Divider(a.stages),
   a.by_kernels = Divider(a.kernels);
-  if (F::kBoxes && p.capability >= 90) describe_boxes_of<F>(a);
   // With few taps tasks are short, and waiting until a box is read takes as long as it saves.
   constexpr int kFewTaps = 9;
   a.stores_boxes = a.stores_boxes && F::kTaps > kFewTaps;
-  a.copiers = a.box_bytes > 0 || a.copy.bulk ? 1 : F::kMostCopiers;
   constexpr int64_t kFar = int64_t{1} << 31;  // within what a warp has places are numbers of 32 bits
   if (4 * (a.units * a.target_stride[0] + a.out_height * a.target_stride[2]) >= kFar) return false;
   a.image_bytes = static_cast<int>(4 * a.target_stride[0]), a.row_bytes = static_cast<int>(4 * a.target_stride[2]);

@@ -30,14 +30,21 @@ struct RowForm {
 struct RowsForm : RowForm {
   int images, rows, least_lanes, lanes;
   bool staged;  // whether outputs go out through shared memory
+  int parts;    // of a plane's columns, of which a lane has one
 
-  constexpr RowsForm(RowForm form, int images, int rows, int least_lanes, int lanes, bool staged)
-      : RowForm(form), images(images), rows(rows), least_lanes(least_lanes), lanes(lanes), staged(staged) {}
+  constexpr RowsForm(RowForm form, int images, int rows, int least_lanes, int lanes, bool staged, int parts = 1)
+      : RowForm(form),
+        images(images),
+        rows(rows),
+        least_lanes(least_lanes),
+        lanes(lanes),
+        staged(staged),
+        parts(parts) {}
 };
-constexpr RowsForm kRowsForms[] = {{{14, 13}, 2, 2, 32, 32, true}, {{28, 4}, 2, 1, 8, 16, true},
-                                   {{28, 6}, 2, 1, 8, 16, true},   {{28, 14}, 2, 1, 8, 16, false},
-                                   {{56, 15}, 1, 1, 8, 8, false},  {{56, 2}, 1, 1, 8, 8, true},
-                                   {{56, 25}, 1, 1, 8, 8, false}};
+constexpr RowsForm kRowsForms[] = {{{14, 13}, 2, 2, 32, 32, true},  {{28, 4}, 2, 1, 8, 16, true},
+                                   {{28, 6}, 2, 1, 8, 16, true},    {{28, 14}, 2, 1, 8, 16, false},
+                                   {{56, 15}, 1, 1, 8, 8, false},   {{56, 2}, 1, 1, 8, 8, true},
+                                   {{56, 25}, 1, 1, 8, 8, false, 2}};
 
 // The number of the form that serves; -1 for none.
 inline int find_rows_form(int64_t batch, int64_t width, int64_t out_width, int64_t kernel_w, int64_t padding_w) {
