@@ -13,6 +13,7 @@
 #include <limits>
 
 #include "common.cuh"
+#include "direct.h"
 #include "generic.cuh"
 #include "mapping.h"
 
@@ -20,9 +21,8 @@ namespace dwconv {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kRows = 7;         // of a thread
-constexpr int kFewRows = 5;      // of a kernel: with less, most products were by the zeros beside it
-constexpr int kDirectTaps = 25;  // what has no more is fast enough without
+constexpr int kRows = 7;     // of a thread
+constexpr int kFewRows = 5;  // of a kernel: with less, most products would be by the zeros beside it
 
 struct Columns {
   const double *source, *weight, *bias;
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads) columns(const __grid_constant__ Colu
 
 bool launch_columns(const Problem& p, cudaStream_t stream) {
   if (p.dtype != DType::kFloat64 || p.pass == Pass::kGradWeight || p.stride_h != 1 || p.stride_w != 1 ||
-      p.kernel_h < kFewRows || p.taps() <= kDirectTaps || !fits_32_bits(p, kRows + p.kernel_h, 0))
+      p.kernel_h < kFewRows || p.taps() <= kDirectFloat64Taps || !fits_32_bits(p, kRows + p.kernel_h, 0))
     return false;
   const Mapping map(p);
   Columns a{};

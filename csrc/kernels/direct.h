@@ -1,4 +1,4 @@
-// What plan.cpp and direct.cu both know.
+// What plan.cpp, direct.cu and columns.cu know.
 #pragma once
 
 #include <cstdint>
