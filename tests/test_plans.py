@@ -1680,9 +1680,13 @@ def test_grad_weight_in_float64_of_columns_apart(case: Case) -> None:
 @pytest.mark.parametrize("side", [3, 5, 7])
 def test_grad_weight_of_planes_cut_in_other_rows_is_exact(side: int, dtype: torch.dtype, finite: bool) -> None:
     """Long rows that are no whole 16 bytes, of planes that are, at any address; products around the ends of rows."""
-    for number, size in enumerate([(24, 1918), (40, 1026), (16, 1028), (48, 1917), (32, 1923), (28, 1024), (8, 1034)]):
+    sizes = [(24, 1918), (40, 1026), (16, 1028), (48, 1917), (32, 1923), (28, 1024), (8, 1034)]
+    if side > 3:
+        sizes += [(24, 903), (64, 779), (72, 901)]  # of which a band may have more rows
+    for number, size in enumerate(sizes):
+        batch, channels = (1 + number % 2, 3) if size[1] > 1000 else (3, 7)
         for turn, offsets in enumerate([(0, 0), (8, 16), (3, 3), (5, 13), (2, 7)]):
-            case = Case(1 + number % 2, 3, size, (side, side), padding=(side // 2, side // 2), bias=number % 2 == 0)
+            case = Case(batch, channels, size, (side, side), padding=(side // 2, side // 2), bias=number % 2 == 0)
             case = case._replace(multiplier=1 + turn % 2)
             input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
             grad_output = integers(*output_size(case)).to(input)

@@ -257,8 +257,8 @@ struct Segments : AnyPart<kKernel> {
   }
 
   // Products of a gradient and a pixel on either side of where a row of the image ends, for a row of the kernel by a
-  // warp: these ends are what is summed over, of which a band has 8 at most, 4 pixels before each and 4 behind. Pixels
-  // follow each other in a ring as they do in memory.
+  // warp: these ends, 4 pixels before each and 4 behind, are what is summed over. Pixels follow each other in a ring as
+  // they do in memory.
   template <typename T>
   __device__ void add_edges(const GradStream& a, const GradChunk& c) {
     const int i = static_cast<int>(threadIdx.x) / 32, lane = threadIdx.x % 32;
@@ -277,14 +277,17 @@ struct Segments : AnyPart<kKernel> {
     };
     uint32_t row = grad_begin + a.image_width - kEndReach;
     a.by_image_width.split(row);
-    uint32_t x[2], g[2];
+    constexpr int kEndsAtOnce = 8;
+    for (int first = row; first * a.image_width - kEndReach < grad_end; first += kEndsAtOnce) {
+      uint32_t x[2], g[2];
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int at = (static_cast<int>(row) + lane % 4 * 2 + h) * a.image_width + lane / 4 - kEndReach;
-      g[h] = pixel(gs, c.grad.slot, grad_first, grad_begin, at, grad_end);
-      x[h] = pixel(xs, c.source.slot, source_first, source_begin, at + (i - kReach) * a.image_width, source_end);
+      for (int h = 0; h < 2; ++h) {
+        const int at = (first + lane % 4 * 2 + h) * a.image_width + lane / 4 - kEndReach;
+        g[h] = pixel(gs, c.grad.slot, grad_first, grad_begin, at, grad_end);
+        x[h] = pixel(xs, c.source.slot, source_first, source_begin, at + (i - kReach) * a.image_width, source_end);
+      }
+      multiply(edge, edge, {__byte_perm(x[0], x[1], 0x5410), 0}, __byte_perm(g[0], g[1], 0x5410), T{});
     }
-    multiply(edge, edge, {__byte_perm(x[0], x[1], 0x5410), 0}, __byte_perm(g[0], g[1], 0x5410), T{});
   }
   __device__ float total_bias() const { return threadIdx.x % 32 < 4 ? bias[0] + bias[1] : 0.f; }
 
@@ -469,7 +472,11 @@ void launch_kernel(const Problem& p, const GradStream& a, const Allocate& alloca
     cut_planes(cut);
     constexpr int kReach = kKernel / 2;
     const int aside = std::abs(cut.more_columns);
-    const bool fill = (cut.width + 127) / 128 >= kKernel;  // warps, each with a row of the kernel
+    // Each row of the kernel is a warp's. So many warps as there is room for share a band's tiles evenly.
+    constexpr int kWarps = 2 * kKernel - 1, kMostLoaders = 64;
+    const int threads =
+        current_device().shared_per_block / (4 * (kKernel * kKernel + 1)) - kMostLoaders - kMostLanes - 1;
+    const bool fill = (cut.width + 127) / 128 >= kKernel && threads >= 32 * kWarps;
     const bool reaches =
         fill && kReach + aside * (kKernel > 3 ? kReach - 1 : kReach) <= 8 && kReach * (1 + aside) <= 16;
     if (reaches && has_room<Segments<kKernel, Rows::kCut>>(cut))
