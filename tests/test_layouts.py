@@ -5,9 +5,13 @@ What lies between and around the elements is NaN, so that a single read of it sh
 
 from __future__ import annotations
 
+import fcntl
 import gc
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from itertools import combinations, permutations, product
+from pathlib import Path
 
 import pytest
 import torch
@@ -245,13 +249,16 @@ def test_more_than_65535_planes(device: str, case: Case, memory_format: torch.me
 
 @pytest.fixture
 def much_memory() -> Iterator[None]:
-    """20 GB of it, given back."""
-    torch.cuda.empty_cache()
-    if torch.cuda.mem_get_info()[0] < 20e9:
-        pytest.skip("needs 20 GB of free GPU memory")
-    yield
-    gc.collect()
-    torch.cuda.empty_cache()
+    """20 GB of it, given back; of all processes that test on the GPU, one at a time has as much."""
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+    with open(Path(tempfile.gettempdir()) / f"dwconv-much-memory-{os.getuid()}-{gpu}", "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        torch.cuda.empty_cache()
+        if torch.cuda.mem_get_info()[0] < 20e9:
+            pytest.skip("needs 20 GB of free GPU memory")
+        yield
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def patches_of(height: int, width: int, side: int) -> list[tuple[slice, slice]]:
