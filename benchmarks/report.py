@@ -287,6 +287,24 @@ def sweep_summary(cells: Iterable[Cell]) -> str:
     )
 
 
+def shapes_summary(cells: Sequence[Cell]) -> str:
+    """How far ahead of PyTorch, what is wrong, and all that is slower."""
+    means = table(
+        ("class", "cells", "x copy", "x F.conv2d"),
+        (
+            (
+                kind,
+                str(len(members)),
+                show(geometric_mean(map(x_copy, members))),
+                show(geometric_mean(map(speedup, members))),
+            )
+            for kind, members in by_kind(cells).items()
+        ),
+    )
+    slower = sorted((c for c in cells if (speedup(c) or 1) < 1), key=lambda c: speedup(c) or 0)
+    return "\n".join((f"\n## Geometric means\n\n{means}", wrong_section(cells), section("Slower than PyTorch", slower)))
+
+
 def model_speedup(row: dict[str, Any]) -> float | None:
     return ratio(row["before"]["ms"], row["after"]["ms"])
 

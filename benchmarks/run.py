@@ -6,6 +6,7 @@ python benchmarks/run.py layers --output results.json     JSON, and Markdown bes
 python benchmarks/run.py layers --quick --alone           the same in seconds, without PyTorch
 python benchmarks/run.py models --output models.json      whole models before and after dwconv.convert
 python benchmarks/run.py sweep --output sweep.json        kernels from 3x3 to 63x63: is there a cliff?
+python benchmarks/run.py shapes --count 500 --seed 1       problems drawn at random: is PyTorch faster anywhere?
 python benchmarks/run.py conditions --quick               misaligned tensors, odd widths, the way of older GPUs
 python benchmarks/run.py overhead                         the host's part of a call
 python benchmarks/run.py limiters results.json            what ncu says about the cells that miss their targets
@@ -24,6 +25,7 @@ COMMANDS = {
     "layers": ("layers", "single layers against PyTorch and a copy of the same bytes"),
     "models": ("models", "whole models before and after dwconv.convert"),
     "sweep": ("sweep", "kernels from 3x3 to 63x63 against PyTorch: is there a cliff?"),
+    "shapes": ("shapes", "problems drawn at random against PyTorch: is it faster anywhere?"),
     "conditions": ("conditions", "layers on misaligned tensors, narrower images, and as older GPUs run them"),
     "overhead": ("overhead", "host time per call against F.conv2d"),
     "limiters": ("limiters", "what the cells that miss their targets are limited by, by ncu"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -86,7 +87,18 @@ def module(monkeypatch: pytest.MonkeyPatch):
 
 def test_help_of_all_commands():
     printed = run("--help")
-    for command in ("layers", "models", "sweep", "conditions", "overhead", "limiters", "compare", "plot", "readme"):
+    for command in (
+        "layers",
+        "models",
+        "sweep",
+        "shapes",
+        "conditions",
+        "overhead",
+        "limiters",
+        "compare",
+        "plot",
+        "readme",
+    ):
         assert re.search(rf"^    {command}\s", printed, re.MULTILINE)
 
 
@@ -349,6 +361,37 @@ def test_cliffs_of_a_sweep(module, sweep_json: Path):
     assert steps(10, None, 10 * 49 / 9 * 1.25) == [("3x3", "7x7")]  # what is wrong has no time
     assert "Cliffs: 1" in report.sweep_summary(cells(10, 8, 8)[::-1])
     assert "Cliffs: none" in report.sweep_summary(cells(10, 10, 10))
+
+
+def test_shapes(module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    shapes, path = module("shapes"), tmp_path / "shapes.json"
+    monkeypatch.setattr(shapes, "BYTES", (1, 1 << 14))
+    monkeypatch.setattr(shapes, "MAX_FLOPS", 1e6)
+    shapes.main(argparse.Namespace(count=3, seed=0, quick=True, alone=False, output=path))
+    result = json.loads(path.read_text())
+    assert set(result) == {"meta", "shapes"} and set(result["meta"]) == META_KEYS
+    assert [cell["layer"] for cell in result["shapes"]] == [cell.layer for cell in shapes.draw_cells(3, 0)]
+    assert all(cell["us"] > 0 and cell["pytorch_us"] > 0 for cell in result["shapes"])
+    assert "## Slower than PyTorch: " in capsys.readouterr().out
+
+
+def test_drawn_shapes_are_valid_and_of_every_kind(module):
+    shapes = module("shapes")
+    cells = list(shapes.draw_cells(300, 7))
+    assert cells == list(shapes.draw_cells(300, 7)) != list(shapes.draw_cells(300, 8))
+    for cell in cells:
+        assert min(cell.output_size) > 0 and shapes.BYTES[0] <= cell.bytes <= shapes.BYTES[1]
+        assert cell.flops <= shapes.MAX_FLOPS
+    for name in ("dtype", "layout", "pass_name", "stride", "dilation", "multiplier"):
+        assert len({getattr(cell, name) for cell in cells}) > 1, name
+    assert (
+        {max(cell.kernel) > 7 for cell in cells}
+        == {cell.kernel[0] == cell.kernel[1] for cell in cells}
+        == {True, False}
+    )
+    named = next(cell for cell in cells if cell.stride > 1 and any(cell.padding))
+    padding, stride = "x".join(map(str, named.padding)), named.stride
+    assert named.layer.startswith("x".join(map(str, named.size))) and f"-p{padding}-s{stride}" in named.layer
 
 
 def test_conditions(table: Path, tmp_path: Path):
