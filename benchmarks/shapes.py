@@ -12,7 +12,6 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import report
 from cells import DTYPES, LAYOUTS, PASSES, Cell
