@@ -119,20 +119,6 @@ bool has_known_bounds(const Problem& p) {
          p.padding_w == p.padding_h && claims_stream_nchw(p);
 }
 
-// Whether images begin with 16 bytes.
-bool begin_with_units(const Problem& p) {
-  const auto begin = [&](const View& view) {
-    return reinterpret_cast<uintptr_t>(view.data) % kUnit == 0 &&
-           (p.batch == 1 || (view.stride[0] > 0 && view.stride[0] * size_of(p.dtype) % kUnit == 0));
-  };
-  return begin(p.input) && begin(p.output);
-}
-
-// Whether march_nchw has such planes too: of two strips, where planes begin with 16 bytes.
-bool has_halves(const Problem& p) {
-  return p.kernel_h == kMarchKernel && p.width == 2 * kTileColumns && p.capability >= 90 && begin_with_units(p);
-}
-
 using March7x7 = SmallKernel<kMarchKernel, kMarchKernel, 1, 1>;
 using March7x7Stride2 = SmallKernel<kMarchKernel, kMarchKernel, 2, 1>;  // but for grad_input
 using MarchDilated = SmallKernel<3, 3, 1, 2>;
@@ -151,7 +137,7 @@ bool claims_march_nchw(const Problem& p) {
   if (March9x9::is_of(p) && p.capability >= 90 && p.height * p.width % 4 == 0 && p.out_height * p.out_width % 4 == 0 &&
       is_sure_of_rows(p))
     return false;
-  return (!has_known_bounds(p) || has_halves(p)) && can_march_planes(p, 16 << 10);
+  return !has_known_bounds(p) && can_march_planes(p, 16 << 10);
 }
 
 bool claims_march_grad_weight_nchw(const Problem& p) {

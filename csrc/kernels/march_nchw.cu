@@ -717,12 +717,8 @@ void launch(March a, int64_t images, Kernels kernels, cudaStream_t stream) {
 
 }  // namespace
 
-void launch_march_nchw(const Problem& p, bool bulk, const Allocate& allocate, cudaStream_t stream) {
+void launch_march_nchw(const Problem& p, bool bulk, const Allocate&, cudaStream_t stream) {
   bulk = bulk && current_device().capability >= 90;
-  // Planes of two strips and two bands stream by tiles that know what lies outside, by a warp that loads.
-  if (p.kernel_h == 7 && p.stride_h == 1 && p.dilation_h == 1 && p.multiplier == 1 && p.height == 14 && p.width == 14 &&
-      p.padding_h == 3 && p.padding_w == 3)
-    return launch_stream_nchw(p, false, allocate, stream);
   const Mapping map(p);
   March a{};
   a.source = plane_rows(map.source, map.sources, map.height, map.width);
