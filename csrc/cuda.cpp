@@ -11,6 +11,7 @@
 #include "kernels/cast.h"
 #include "kernels/device.h"
 #include "kernels/launch.h"
+#include "kernels/place_taps.h"
 #include "kernels/realign.h"
 #include "kernels/widening.h"
 #include "plan.h"
@@ -124,7 +125,7 @@ void run(Problem& problem, const Tensor& like, const By& by) {
 
 Tensor forward_by(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
                   const Geometry& geometry, const By& by) {
-  Problem problem = check_forward(input, weight, bias, geometry);
+  Problem problem = without_far_taps(check_forward(input, weight, bias, geometry));
   Tensor output = empty({problem.batch, problem.filters(), problem.out_height, problem.out_width},
                         output_is_channels_last(input, weight), input);
   problem.output = view_of(output);
@@ -139,18 +140,27 @@ Tensor run_forward(const Tensor& input, const Tensor& weight, const std::optiona
 
 Tensor run_grad_input(const Tensor& grad_output, const Tensor& weight, IntsRef input_size, const Geometry& geometry,
                       bool channels_last, const By& by = {}) {
-  Problem problem = check_grad_input(grad_output, weight, input_size, geometry);
+  Problem problem = without_far_taps(check_grad_input(grad_output, weight, input_size, geometry));
   Tensor grad_input = empty(input_size, channels_last, grad_output);
   problem.input = view_of(grad_input);
   run(problem, grad_output, by);
   return grad_input;
 }
 
+// The gradient of all taps, of that of those in the middle.
+Tensor with_far_taps(const Tensor& middle, IntsRef kernel_size) {
+  Tensor whole = empty({middle.size(0), 1, kernel_size[0], kernel_size[1]}, false, middle);
+  launch_place_taps({middle.data_ptr(), whole.data_ptr(), size_of(dtype_of(middle, "weight")), middle.size(0),
+                     middle.size(2), middle.size(3), kernel_size[0], kernel_size[1]},
+                    On(middle).stream());
+  return whole;
+}
+
 // The gradient of the bias is there only if it is wanted. Where the weights were cast, both are of float32.
 std::tuple<Tensor, std::optional<Tensor>> run_grad_weight(const Tensor& grad_output, const Tensor& input,
                                                           IntsRef kernel_size, const Geometry& geometry, bool bias,
                                                           const By& by = {}) {
-  Problem problem = check_grad_weight(grad_output, input, kernel_size, geometry);
+  Problem problem = without_far_taps(check_grad_weight(grad_output, input, kernel_size, geometry));
   const bool widens = geometry.casts && size_of(problem.dtype) == 2;
   const auto room = widens ? empty_float32 : empty;
   Tensor grad_weight = room({problem.filters(), 1, problem.kernel_h, problem.kernel_w}, false, input);
@@ -158,13 +168,10 @@ std::tuple<Tensor, std::optional<Tensor>> run_grad_weight(const Tensor& grad_out
   if (bias) grad_bias = room({problem.filters()}, false, input);
   problem.weight = view_of(grad_weight);
   if (bias) problem.bias = grad_bias->data_ptr();
-  if (!widens) {
-    run(problem, input, by);
-    return {grad_weight, grad_bias};
-  }
-  const Widening widening;
+  std::optional<Widening> widening;
+  if (widens) widening.emplace();
   run(problem, input, by);
-  if (!widening.is_done()) {  // then they lie at the beginning of their room, in the images' dtype
+  if (widens && !widening->is_done()) {  // then they lie at the beginning of their room, in the images' dtype
     const auto widen = [&](Tensor& narrow) {
       const Tensor wide = empty_float32(narrow.sizes(), false, narrow);
       cast_elements(view_of(narrow), problem.dtype, wide, DType::kFloat32);
@@ -173,13 +180,15 @@ std::tuple<Tensor, std::optional<Tensor>> run_grad_weight(const Tensor& grad_out
     widen(grad_weight);
     if (bias) widen(*grad_bias);
   }
+  if (problem.kernel_h < kernel_size[0] || problem.kernel_w < kernel_size[1])
+    grad_weight = with_far_taps(grad_weight, kernel_size);
   return {grad_weight, grad_bias};
 }
 
 std::tuple<Tensor, Tensor, std::optional<Tensor>> run_backward(const Tensor& grad_output, const Tensor& input,
                                                                const Tensor& weight, const Geometry& geometry,
                                                                bool bias) {
-  Problem problem = check_grad_input(grad_output, weight, input.sizes(), geometry);
+  Problem problem = without_far_taps(check_grad_input(grad_output, weight, input.sizes(), geometry));
   const Tensor grad_input = empty(input.sizes(), output_is_channels_last(input, weight), grad_output);
   // First, while the other's memory is free for partial sums.
   const auto [grad_weight, grad_bias] =

@@ -583,7 +583,38 @@ bool claims_fft_grad_weight(const Problem& p) {
   return p.pass == Pass::kGradWeight && can_go_fft(p);
 }
 
+// How many taps on either side of a kernel lie too far from any output's pixel to meet the image, at stride 1.
+int64_t far_taps(int64_t size, int64_t kernel, int64_t padding, int64_t dilation) {
+  const int64_t reach = (kernel - 1) * dilation - padding - (size - 1);
+  return reach <= 0 ? 0 : std::min((reach + dilation - 1) / dilation, padding / dilation);
+}
+
 }  // namespace
+
+Problem without_far_taps(const Problem& problem) {
+  if (problem.stride_h != 1 || problem.stride_w != 1 || is_small_kernel(problem)) return problem;
+  Problem p = problem;
+  const auto leave_out = [&](int64_t size, int64_t& kernel, int64_t& padding, int64_t& dilation, int64_t stride) {
+    const int64_t far = far_taps(size, kernel, padding, dilation);
+    if (p.pass != Pass::kGradWeight)
+      p.weight.data = static_cast<char*>(p.weight.data) + size_of(p.dtype) * far * stride;
+    kernel -= 2 * far, padding -= far * dilation;
+    if (kernel == 1) dilation = 1;
+  };
+  leave_out(p.height, p.kernel_h, p.padding_h, p.dilation_h, p.weight.stride[2]);
+  leave_out(p.width, p.kernel_w, p.padding_w, p.dilation_w, p.weight.stride[3]);
+  // Plans are for large kernels of any size; others have to be worth it.
+  const int64_t all = problem.taps(), left = p.taps();
+  if (left == all || !(is_large_kernel(p) || (!is_large_kernel(problem) && 2 * left <= all))) return problem;
+  // The gradient of other taps needs a launch for zeros, which large kernels in 16 bits take as long for as for many
+  // taps.
+  if (p.pass == Pass::kGradWeight) {
+    constexpr int64_t kMost = (int64_t{1} << 31) - 1;  // counted in 32 bits
+    const bool pays = size_of(p.dtype) == 2 ? 2 * left <= all : 8 * left <= 7 * all;
+    if (!is_large_kernel(p) || !pays || all > kMost / p.filters()) return problem;
+  }
+  return p;
+}
 
 const std::vector<Plan>& plans() {
   static const std::vector<Plan> table = {

@@ -49,6 +49,11 @@ struct Plan {
   bool (*claims)(const Problem&);  // whether it is right for the problem, and fast
 };
 
+// The same problem without the taps that meet no image at all, on either side of a kernel wider than that: what is
+// chosen and computed, unless it does not pay. Of grad_weight, where the gradients of other taps are zero, `weight` is
+// left as it is.
+Problem without_far_taps(const Problem& problem);
+
 // Every plan, in order of preference; the last one claims every problem.
 const std::vector<Plan>& plans();
 

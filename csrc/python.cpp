@@ -96,8 +96,9 @@ PYBIND11_MODULE(_C, m) {
       [](const std::string& pass, const std::string& dtype, const Quad& input_size, const Quad& input_stride,
          const Quad& weight_size, const Quad& output_stride, const Pair& stride, const Pair& padding,
          const Pair& dilation, int64_t capability, int64_t shared_memory, bool allow_fft) {
-        const Problem problem = make_problem(pass, dtype, input_size, input_stride, weight_size, output_stride, stride,
-                                             padding, dilation, capability, shared_memory, allow_fft);
+        const Problem problem =
+            dwconv::without_far_taps(make_problem(pass, dtype, input_size, input_stride, weight_size, output_stride,
+                                                  stride, padding, dilation, capability, shared_memory, allow_fft));
         std::vector<std::pair<std::string, std::string>> found;
         for (const auto& plan : dwconv::plans())
           if (plan.claims(problem)) found.emplace_back(plan.name, plan.reason);

@@ -451,6 +451,7 @@ CAST_GRADIENTS = [
     Case(8, 24, (28, 28), (5, 5), (2, 2), padding=(2, 2), bias=False),
     Case(4, 8, (30, 31), (7, 7), padding=(3, 3)),
     Case(2, 8, (28, 28), (13, 13), padding=(6, 6), bias=False),
+    Case(16, 8, (9, 10), (41, 31), padding=(20, 15)),  # half of the taps meet no image
 ]
 
 

@@ -173,7 +173,8 @@ def test_large_kernels(name: str, dtype: torch.dtype) -> None:
         ({"dilation": (2, 1)}, False),
         ({"batch": 0}, False),
         ({"padding": (13, 6)}, False),
-        ({"kernel": (400, 400), "padding": (200, 200)}, False),  # weights that do not fit shared memory
+        ({"kernel": (400, 400), "padding": (200, 200)}, True),  # 47 x 47 taps meet the image
+        ({"kernel": (400, 400), "padding": (200, 200), "size": (300, 300)}, False),  # they do not fit shared memory
         ({"size": (24, 2**25)}, False),
     ):
         expected = "toeplitz_large" if serves else "generic"
@@ -2571,6 +2572,37 @@ def test_grad_weight_of_pairs_of_planes(
             input[0, 1, 3, 5], input[-1, -1, -1, -1] = torch.inf, torch.nan
             grad_output[-1, 0, 0, 0], grad_output[0, -1, 2, -1] = torch.inf, torch.nan
         assert compare_plans(case, (input, weight, bias), grad_output, "hankel_grad_weight") > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [*FAST, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(5, 24, (14, 14), (63, 63), padding=(31, 31)),
+        Case(37, 40, (14, 14), (31, 29), padding=(15, 14)),
+        Case(3, 16, (12, 15), (27, 60), padding=(20, 44)),  # on one side alone are they wanted
+        Case(2, 16, (7, 9), (21, 33), padding=(13, 20), multiplier=2),
+        Case(4, 24, (20, 1), (13, 9), padding=(6, 4)),
+        Case(3, 16, (13, 14), (3, 3), padding=(24, 24), dilation=(24, 24)),
+        Case(3, 16, (9, 11), (5, 7), padding=(12, 8), dilation=(7, 4)),
+    ],
+    ids=str,
+)
+def test_taps_too_far_from_all_pixels(case: Case, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """They are left out: exact, zero where a gradient is one of theirs, NaN where F.conv2d has it, in any layout."""
+    for spoilt in (False, True):
+        input, weight, bias = make_inputs(case, dtype, "cuda", memory_format, make=integers)
+        weight = lay(weight, (2, 3, 0, 1), (1, 2, 1, 1))
+        grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=memory_format)
+        if spoilt:
+            input[0, 1, 3, 0], grad_output[-1, -1, -1, -1], weight[2, 0, 0, 0] = torch.inf, torch.nan, torch.nan
+        exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+        channels_last = memory_format == torch.channels_last
+        for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output, channels_last):
+            expected = exact[name].to(result).nan_to_num(nan=12345.0)
+            assert torch.equal(result.nan_to_num(nan=12345.0), expected), (name, plan)
 
 
 @pytest.mark.gpu
