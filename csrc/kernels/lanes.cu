@@ -395,16 +395,6 @@ __device__ __forceinline__ void compute_again(const Arguments& a, int first, int
   }
 }
 
-// A number from a counter, for a warp.
-__device__ __forceinline__ uint32_t take_task(int& next, bool is_first) {
-  uint32_t task = 0;
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %1, 0;\n@p atom.shared.add.u32 %0, [%2], 1;\n}"
-               : "+r"(task)
-               : "r"(static_cast<int>(is_first)), "r"(shared_address(&next))
-               : "memory");
-  return __shfl_sync(~0u, task, 0);
-}
-
 template <class F>
 __global__ void __launch_bounds__(F::kBoundThreads) lanes(const __grid_constant__ Arguments a) {
   __shared__ int next_task[kSchedulers];
@@ -487,7 +477,7 @@ __global__ void __launch_bounds__(F::kBoundThreads) lanes(const __grid_constant_
   const uint32_t outputs = once(shared_address(a.outputs_at + warp * a.output_bytes));  // on their way out
   bool finite = true;
   for (;;) {
-    uint32_t number = take_task(next_task[queue], lane == 0) * kSchedulers + queue;
+    uint32_t number = take_number(shared_address(&next_task[queue]), lane == 0) * kSchedulers + queue;
     const int rank = a.by_tasks.split(number);  // leaves the item
     if (first + static_cast<int>(number) >= end) break;
     const Item<F> item(a, first + number);

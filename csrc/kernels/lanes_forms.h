@@ -16,12 +16,24 @@ struct RowForm {
 
   // Whether few lanes are idle that lie on so many of them.
   static constexpr bool fills(int64_t planes, int64_t units) { return 3 * (-planes & (units - 1)) <= planes; }
+  // Whether of a row's products enough are of taps that meet the image: code for any size multiplies half as fast.
+  bool wastes_few_products(int64_t width, int64_t out_width, int64_t kernel_w, int64_t padding_w) const {
+    int64_t all = 0, useful = 0;
+    for (int64_t shift = -reach; shift <= reach; ++shift) {
+      all += side - std::abs(shift);
+      if (shift >= -padding_w && shift < kernel_w - padding_w)
+        useful += std::max<int64_t>(std::min(width, out_width + shift) - std::max<int64_t>(shift, 0), 0);
+    }
+    return 10 * all <= 19 * useful;
+  }
+  // Whether it is made for about as many taps.
+  bool is_for(int64_t kernel_w) const { return 4 * kernel_w >= 3 * (2 * reach + 1); }
   // Whether code for it wastes little, if so many planes are computed together.
   bool serves(int64_t planes, int64_t units, int64_t width, int64_t out_width, int64_t kernel_w,
               int64_t padding_w) const {
     const int64_t most = std::max(width, out_width), far = std::max(padding_w, kernel_w - 1 - padding_w);
-    return most <= side && 8 * most >= 7 * side && far <= reach && 4 * kernel_w >= 3 * (2 * reach + 1) &&
-           fills(planes, units);
+    return most <= side && 8 * most >= 7 * side && far <= reach && fills(planes, units) &&
+           wastes_few_products(width, out_width, kernel_w, padding_w);
   }
 };
 
@@ -41,10 +53,12 @@ struct RowsForm : RowForm {
         staged(staged),
         parts(parts) {}
 };
-constexpr RowsForm kRowsForms[] = {{{14, 13}, 2, 2, 32, 32, true},  {{28, 4}, 2, 1, 8, 16, true},
-                                   {{28, 6}, 2, 1, 8, 16, true},    {{28, 14}, 2, 1, 8, 16, false},
-                                   {{56, 15}, 1, 1, 8, 8, false},   {{56, 2}, 1, 1, 8, 8, true},
-                                   {{56, 25}, 1, 1, 8, 8, false, 2}};
+constexpr RowsForm kRowsForms[] = {
+    {{14, 13}, 2, 2, 32, 32, true},  {{28, 4}, 2, 1, 8, 16, true},     {{28, 6}, 2, 1, 8, 16, true},
+    {{28, 14}, 2, 1, 8, 16, false},  {{56, 2}, 1, 1, 8, 8, true},      {{56, 6}, 1, 1, 8, 8, true},
+    {{56, 8}, 1, 1, 8, 8, false},    {{56, 10}, 1, 1, 8, 8, false},    {{56, 12}, 1, 1, 8, 8, false},
+    {{56, 15}, 1, 1, 8, 8, false},   {{56, 18}, 1, 1, 8, 8, false, 2}, {{56, 25}, 1, 1, 4, 8, false, 2},
+    {{56, 31}, 1, 1, 4, 8, false, 2}};
 
 // The number of the form that serves; -1 for none.
 inline int find_rows_form(int64_t batch, int64_t width, int64_t out_width, int64_t kernel_w, int64_t padding_w) {
@@ -60,6 +74,7 @@ inline bool is_sure_of_rows(const Problem& p) {
   const int number = find_rows_form(p.batch, p.width, p.out_width, p.kernel_w, p.padding_w);
   if (number < 0 || p.capability < 80) return false;
   const RowsForm& form = kRowsForms[number];
+  if (!form.is_for(p.kernel_w)) return false;
   const int64_t units = form.images * form.least_lanes, rows = 32 / form.least_lanes * form.rows;
   constexpr int64_t kManyItems = 512;  // no device has more multiprocessors than a third of that
   if (p.filters() * ((p.batch + units - 1) / units) < kManyItems) return false;
@@ -75,7 +90,8 @@ struct ChannelsForm : RowForm {
   // The images of all groups of channels, as many as can be shared out among any device's multiprocessors.
   constexpr int many_group_images() const { return units() == 32 ? 256 : 512; }
 };
-constexpr ChannelsForm kChannelForms[] = {{{14, 13}}, {{28, 4}}, {{28, 6}}, {{28, 14}}, {{56, 15}}, {{56, 25}}};
+constexpr ChannelsForm kChannelForms[] = {{{14, 13}}, {{28, 4}},  {{28, 6}},  {{28, 14}}, {{56, 6}}, {{56, 8}},
+                                          {{56, 10}}, {{56, 12}}, {{56, 15}}, {{56, 18}}, {{56, 25}}};
 
 // Whether launch_lanes_channels_last is sure to serve a square kernel.
 inline bool is_sure_of_lanes_channels_last(const Problem& p) {
@@ -90,7 +106,7 @@ inline bool is_sure_of_lanes_channels_last(const Problem& p) {
   for (const int64_t stride : {source.stride[0], source.stride[2], source.stride[3]})
     if (stride % kUnit != 0 || stride <= 0 || stride >= int64_t{1} << 38) return false;
   for (const ChannelsForm& form : kChannelForms)
-    if (form.serves(p.channels, form.units(), width, out_width, p.kernel_w, padding))
+    if (form.is_for(p.kernel_w) && form.serves(p.channels, form.units(), width, out_width, p.kernel_w, padding))
       return p.batch * ((p.channels + form.units() - 1) / form.units()) >= form.many_group_images();
   return false;
 }
@@ -111,20 +127,11 @@ struct LanesForm : RowForm {
     return std::max(width, out_width) <= side &&
            (has_all_taps() || std::max(padding_w, kernel_w - 1 - padding_w) <= reach);
   }
-  // Whether of a row's products enough are of taps that meet the image: large_float32_grad_weight.cu multiplies half
-  // as fast.
   bool serves(int64_t width, int64_t out_width, int64_t kernel_w, int64_t padding_w) const {
-    if (!fits(width, out_width, kernel_w, padding_w)) return false;
-    int64_t all = 0, useful = 0;
-    for (int64_t shift = -reach; shift <= reach; ++shift) {
-      all += side - std::abs(shift);
-      if (shift >= -padding_w && shift < kernel_w - padding_w)
-        useful += std::max<int64_t>(std::min(width, out_width + shift) - std::max<int64_t>(shift, 0), 0);
-    }
-    return 10 * all <= 19 * useful;
+    return fits(width, out_width, kernel_w, padding_w) && wastes_few_products(width, out_width, kernel_w, padding_w);
   }
 };
-constexpr LanesForm kLanesForms[] = {{14, 13, 1}, {28, 4, 3},  {28, 6, 3},  {28, 14, 2},
+constexpr LanesForm kLanesForms[] = {{14, 13, 1}, {28, 4, 3},  {28, 6, 3},  {28, 14, 2}, {56, 6, 1},
                                      {56, 10, 1}, {56, 15, 1}, {56, 18, 1}, {56, 25, 1}};
 
 // The number of the form that serves, of those that waste little; -1 for none.
@@ -145,7 +152,7 @@ inline bool is_sure_of_lanes(const Problem& p) {
   if (number < 0 || p.capability < 80 || p.kernel_h > 2 * p.kernel_w) return false;
   constexpr int64_t kBesidesStages = 12 << 10;
   const LanesForm& form = kLanesForms[number];
-  if (8 * std::max(p.width, p.out_width) < 7 * form.side) return false;
+  if (8 * std::max(p.width, p.out_width) < 7 * form.side || !form.is_for(p.kernel_w)) return false;
   constexpr int64_t kManyItems = 256;  // no device has more multiprocessors than twice that
   const int64_t images = form.images(false), filters = form.filters(false);
   if ((p.filters() + filters - 1) / filters * ((p.batch + images - 1) / images) < kManyItems) return false;

@@ -702,7 +702,8 @@ void balance_warps(Arguments& a) {
 // fourth warp, have the least to do: for a row of taps, and for the planes that each band loads.
 template <class F>
 void cut(Arguments& a, int copiers) {
-  constexpr double kLoad = 0.4, kWait = 0.3;  // of what a warp takes for a row of taps
+  // Of what a warp takes for a row of taps. In channels_last parts cost more than they divide.
+  constexpr double kLoad = 0.4, kWait = 0.3, kPart = F::kChannelsLast ? 0.08 : 0;
   double least = 0;
   for (int bands = static_cast<int>(ceil_div(a.kernel_h, F::kTapRows * F::kMostWarps)); bands <= a.kernel_h; ++bands) {
     const int band = static_cast<int>(ceil_div(a.kernel_h, bands));
@@ -710,7 +711,7 @@ void cut(Arguments& a, int copiers) {
     for (int parts = 1; parts * groups <= F::kMostWarps && (parts - 1) * F::kRows < a.height; ++parts) {
       if ((parts > 1 || bands < a.kernel_h) && parts * groups + copiers > F::kAllWarps) break;
       const double warps = static_cast<double>(ceil_div(groups * parts, 4));  // of a scheduler
-      const double cost = bands * ((warps + kWait) * F::kTapRows / parts + kLoad);
+      const double cost = bands * ((warps + kWait) * F::kTapRows / parts + kLoad + kPart * (parts - 1));
       if (least == 0 || cost < least)
         least = cost, a.bands = bands, a.band = band, a.tap_groups = groups, a.parts = parts;
     }
