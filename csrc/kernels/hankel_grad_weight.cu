@@ -25,6 +25,7 @@
 #include "planes.cuh"
 #include "stream.cuh"
 #include "tensor_cores.cuh"
+#include "toeplitz_grad_weight_large_channels_last.h"
 #include "weight_sums.cuh"
 
 namespace dwconv {
@@ -625,6 +626,7 @@ double cost_of(const Problem& p) {
 }  // namespace
 
 void launch_hankel_grad_weight(const Problem& problem, const Allocate& allocate, cudaStream_t stream) {
+  if (launch_toeplitz_grad_weight_large_channels_last(problem, allocate, stream)) return;
   // Copies may as well have columns for rows, but rows of an odd length are loaded element by element.
   constexpr double kLess = 0.9;
   const Problem other = exchange(problem);

@@ -32,14 +32,21 @@ namespace {
 
 constexpr int kUnits = 7, kColumns = 8 * kUnits;  // of a row, of 8 columns each
 constexpr int kPair = 2;                          // images side by side
-constexpr int kGroups = 3, kWarps = kGroups * kGroupWarps, kThreads = 32 * (kWarps + 2);
-constexpr int kRowsAtOnce = kGroupWarps;                        // of the input
-constexpr int kBlocks = 2, kKernelColumns = 16 * kBlocks;       // of 16 columns of the kernel
-constexpr int kWords = kUnits + 2 * (kBlocks - 1);              // 8 columns apart, that a thread has of a row
-constexpr int kBorder = 16, kPitch = 2 * (kColumns + kBorder);  // of rows of the input, with zeros behind
-constexpr int kTiles = 5;  // of 8 rows of the gradient, that four rows of the input meet
+constexpr int kRowsAtOnce = kGroupWarps;          // of the input
 constexpr int kMaxStages = 8;
-constexpr int kSumPitch = kKernelColumns + 4;  // floats
+
+// What a kernel is compiled for: a block's warpgroups, and the piece of a filter that a warp has sums of.
+template <int blocks, int tiles, int groups>
+struct Tile {
+  static constexpr int kWarps = groups * kGroupWarps, kThreads = 32 * (kWarps + kGroupWarps);
+  static constexpr int kBlocks = blocks, kColumns = 16 * blocks;  // of 16 columns of the filter
+  static constexpr int kTiles = tiles;  // of 8 rows of the gradient, that four rows of the input meet
+  static constexpr int kRows = 8 * tiles - (kRowsAtOnce - 1);  // of the filter, at most
+  static constexpr int kGroups = groups;
+  static constexpr int kWords = kUnits + 2 * (blocks - 1);              // 8 columns apart, that a thread has of a row
+  static constexpr int kSumRows = 8 * tiles, kSumPitch = kColumns + 4;  // of a warp's sums in shared memory
+  static constexpr int kSumBytes = 4 * kSumRows * kSumPitch;
+};
 
 struct Planes {
   CUtensorMap source_boxes;
@@ -48,10 +55,13 @@ struct Planes {
   int kernel_h, kernel_w, padding_h, padding_w;
   int tap_row, tap_column;
   int images, filters, splits;
-  int rows, quads;        // of a plane, and four of them
-  int above;              // rows of the gradient, or of zeros, that a row of the input meets above itself
-  int zeros, unit_bytes;  // rows of zeros below each column of 16 bytes, and all of it
+  int pieces_h, pieces_w;  // of a filter, for different blocks
+  int piece_h, piece_w;    // their rows and columns, but for the last ones
+  int rows, quads;         // of a plane, and four of them
+  int above;               // rows of the gradient, or of zeros, that a row of the input meets above itself, at most
+  int zeros, unit_bytes;   // rows of zeros below each column of 16 bytes, and all of it
   int stages, stage_bytes, source_at;
+  int pitch;  // bytes of a row of the input, with zeros behind
   static constexpr int kBias = 8 * 2 * kMaxStages, kZeros = kBias + 16, kFirstStage = 256;
 
   __device__ int full(int stage) const { return 8 * stage; }
@@ -59,13 +69,23 @@ struct Planes {
   __host__ __device__ int front() const { return kUnit * (above > 0 ? above : 0); }
   __host__ __device__ int grad_bytes() const { return kPair * kUnits * unit_bytes; }
   __host__ __device__ int box_rows() const { return quads * kRowsAtOnce; }
+  __host__ __device__ int source_bytes() const { return kPair * box_rows() * pitch; }
+  // Columns are counted from an even one of the padded input on.
+  __host__ __device__ int odd() const { return padding_w % 2; }
 };
 
 // What a block adds up.
 struct Item {
   int filter, split, first, last;  // images
+  int row, end_row, column;        // of the filter's piece; columns are counted as by Planes::odd()
+  bool has_bias;
 
-  __device__ explicit Item(const Planes& a) : filter(blockIdx.x % a.filters), split(blockIdx.x / a.filters) {
+  __device__ explicit Item(const Planes& a) {
+    const int pieces = a.pieces_h * a.pieces_w, piece = blockIdx.x % pieces, rest = blockIdx.x / pieces;
+    filter = rest % a.filters, split = rest / a.filters;
+    row = piece / a.pieces_w * a.piece_h, column = piece % a.pieces_w * a.piece_w;
+    end_row = min(row + a.piece_h, a.kernel_h);
+    has_bias = a.result.with_bias() && piece == 0;
     const int pairs = (a.images + 1) / kPair;
     first = static_cast<int>(int64_t{pairs} * split / a.splits) * kPair;
     last = min(static_cast<int>(int64_t{pairs} * (split + 1) / a.splits) * kPair, a.images);
@@ -87,7 +107,7 @@ __device__ inline void load_planes(const Planes& a, const Item& item) {
     const int stage = Planes::kFirstStage + turn.stage * a.stage_bytes;
     wait(a.empty(turn.stage), turn.parity ^ 1);
     if (lane == 0) {
-      expect_bytes(a.full(turn.stage), kPair * a.box_rows() * kPitch);
+      expect_bytes(a.full(turn.stage), a.source_bytes());
       copy_box(stage + a.source_at, a.source_boxes, 0, 0, item.filter / a.planes.multiplier, image, a.full(turn.stage));
       arrive(a.full(turn.stage));
     }
@@ -137,8 +157,10 @@ __device__ void add_bias(const Planes& a, const Item& item) {
 }
 
 // The sums of a warp: of 16 columns of the kernel each, by 8 kTiles rows of the gradient.
-template <typename T>
+template <typename T, class Tile>
 struct Sums {
+  static constexpr int kBlocks = Tile::kBlocks, kTiles = Tile::kTiles, kWords = Tile::kWords;
+
   float sum[kBlocks][kTiles][4];
 
   // Adds those of a row of two images. `source`: the thread's first pair of pixels, of the first image.
@@ -177,18 +199,19 @@ struct Sums {
       for (int e = 0; e < 2; ++e)
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b)
-          shared_at<float2>(to + 4 * ((8 * n + 2 * t + e) * kSumPitch + 16 * b + 2 * g)) = {sum[b][n][e],
-                                                                                            sum[b][n][e + 2]};
+          shared_at<float2>(to + 4 * ((8 * n + 2 * t + e) * Tile::kSumPitch + 16 * b + 2 * g)) = {sum[b][n][e],
+                                                                                                  sum[b][n][e + 2]};
   }
 };
 
-template <typename T>
-__global__ void __launch_bounds__(launch_threads(kThreads), 1) hankel_groups(const __grid_constant__ Planes a) {
+template <typename T, class Tile>
+__global__ void __launch_bounds__(launch_threads(Tile::kThreads), 1) hankel_groups(const __grid_constant__ Planes a) {
   if (!kHasWarpgroups) return;
+  constexpr int kWarps = Tile::kWarps, kThreads = Tile::kThreads;
   let_next_kernel_start();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  const bool has_bias = a.result.with_bias();
   const Item item(a);
+  const bool has_bias = item.has_bias;
   if (threadIdx.x == 0)
     for (int s = 0; s < a.stages; ++s)
       init_barrier(a.full(s), 1 + kWarpArrivals), init_barrier(a.empty(s), (kWarps + has_bias) * kWarpArrivals);
@@ -203,28 +226,33 @@ __global__ void __launch_bounds__(launch_threads(kThreads), 1) hankel_groups(con
     for (int at = kUnit * lane; at < a.front(); at += 32 * kUnit) shared<uint4>(stage + at) = uint4{};
     for (int at = a.front() + a.grad_bytes() + kUnit * lane; at < a.source_at; at += 32 * kUnit)
       shared<uint4>(stage + at) = uint4{};
+    for (int at = a.source_at + a.source_bytes() + kUnit * lane; at < a.stage_bytes; at += 32 * kUnit)
+      shared<uint4>(stage + at) = uint4{};
   }
   before_bulk_copies();
   __syncthreads();
   wait_for_kernel_before();
-  if (warp == kWarps) {
-    load_planes(a, item);
-    return;
-  }
   const int threads = 32 * (kWarps + has_bias);
-  if (warp > kWarps) {
-    if (!has_bias) return;
-    add_bias<T>(a, item);
-    meet<1>(threads);
-    meet<1>(threads);
+  // Those beside need few registers: what they leave the others share.
+  constexpr int kFew = 80, kAll = (64 << 10) / kThreads / 8 * 8 * (Tile::kGroups + 1);
+  if (warp >= kWarps) {
+    give_registers<kFew>();
+    if (warp == kWarps) load_planes(a, item);
+    if (warp == kWarps + 1 && has_bias) {
+      add_bias<T>(a, item);
+      meet<1>(threads);
+      meet<1>(threads);
+    }
     return;
   }
+  take_registers<(kAll - kFew) / Tile::kGroups / 8 * 8>();
 
   const uint32_t memory = kept_shared_address();
-  const int group = warp / kGroupWarps, row_of_four = warp % kGroupWarps, odd = a.padding_w % 2;
-  const int source_slot = a.box_rows() * kPitch;
-  const uint32_t source_at = a.source_at + row_of_four * kPitch + 4 * (lane % 4 + lane / 4) - 2 * (a.padding_w + odd);
-  Sums<T> sums{};
+  const int group = warp / kGroupWarps, row_of_four = warp % kGroupWarps;
+  const int source_slot = a.box_rows() * a.pitch, above = item.end_row - 1 - a.padding_h;
+  const uint32_t source_at =
+      a.source_at + row_of_four * a.pitch + 4 * (lane % 4 + lane / 4) + 2 * (item.column - a.padding_w - a.odd());
+  Sums<T, Tile> sums{};
   Turn turn;
   int quad = group;  // counted on from stage to stage
 #pragma unroll 1
@@ -232,72 +260,123 @@ __global__ void __launch_bounds__(launch_threads(kThreads), 1) hankel_groups(con
     const uint32_t stage = memory + Planes::kFirstStage + turn.stage * a.stage_bytes;
     wait_at(memory + a.full(turn.stage), turn.parity);
 #pragma unroll 1
-    for (; quad < a.quads; quad += kGroups) {
+    for (; quad < a.quads; quad += Tile::kGroups) {
       const int row = quad * kRowsAtOnce;
-      sums.add(stage + source_at + row * kPitch, source_slot, stage + a.front() + kUnit * (row - a.above),
-               a.unit_bytes);
+      sums.add(stage + source_at + row * a.pitch, source_slot, stage + a.front() + kUnit * (row - above), a.unit_bytes);
     }
     arrive_together_at(memory + a.empty(turn.stage), lane == 0);
   }
   meet<1>(threads);  // then nobody reads stages any more
-  constexpr int kSumRows = 8 * kTiles, kSumBytes = 4 * kSumRows * kSumPitch;
-  sums.store(memory + Planes::kFirstStage + warp * kSumBytes);
+  sums.store(memory + Planes::kFirstStage + warp * Tile::kSumBytes);
   meet<1>(threads);
   const auto put = [&](int tap, float sum) { a.result.put<T>(item.filter, item.split, tap, sum); };
-  for (int k = threadIdx.x; k < a.kernel_h * kKernelColumns; k += 32 * kWarps) {
-    const int i = k / kKernelColumns, column = k % kKernelColumns, j = column - odd;
+  for (int k = threadIdx.x; k < (item.end_row - item.row) * Tile::kColumns; k += 32 * kWarps) {
+    const int i = item.row + k / Tile::kColumns, column = k % Tile::kColumns, j = item.column + column - a.odd();
     if (j < 0 || j >= a.kernel_w) continue;
     float sum = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w)
-      sum += shared<float>(Planes::kFirstStage + w * kSumBytes +
-                           4 * ((w % kGroupWarps + a.kernel_h - 1 - i) * kSumPitch + column));
+      sum += shared<float>(Planes::kFirstStage + w * Tile::kSumBytes +
+                           4 * ((w % kGroupWarps + item.end_row - 1 - i) * Tile::kSumPitch + column));
     if (!is_finite(sum)) sum = a.planes.sum_by_products<T>(item, i - a.padding_h, j - a.padding_w);
     put(i * a.tap_row + j * a.tap_column, sum);
   }
   if (has_bias && threadIdx.x == 0) put(a.kernel_h * a.kernel_w, shared<float>(Planes::kBias));
 }
 
-template <typename T>
-void launch(const Problem& p, const Planes& a, int64_t shared_bytes, cudaStream_t stream) {
-  const auto kernel = hankel_groups<T>;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  launch_early(kernel, a, int64_t{a.filters} * a.splits, kThreads, stream, {.shared_bytes = shared_bytes});
-  check_launch("hankel_groups");
-  launch_add_partial_sums(p, a.result, a.splits, stream);
-}
+// Cycles of a block for four rows of two images.
+template <class Tile>
+constexpr double kQuadCycles = 70. * Tile::kBlocks * Tile::kTiles + 200;
 
 // Into how many parts the pairs of images are divided.
+template <class Tile>
 int splits_for(const Planes& a, int multiprocessors) {
   constexpr int kLongest = 12 << 10;  // products of a sum in float32: longer ones lose digits
   const int pairs = static_cast<int>(ceil_div(a.images, kPair));
   const int fewest = static_cast<int>(
-      std::clamp<int64_t>(ceil_div(int64_t{a.images} * a.rows * kColumns / kWarps, kLongest), 1, pairs));
+      std::clamp<int64_t>(ceil_div(int64_t{a.images} * a.rows * kColumns / Tile::kWarps, kLongest), 1, pairs));
   int best = fewest;
   double least = INFINITY;
   for (int splits = fewest; splits <= std::min(pairs, fewest + 64); ++splits) {
-    const auto rounds = static_cast<double>(ceil_div(int64_t{a.filters} * splits, multiprocessors));
-    const double block = static_cast<double>(ceil_div(pairs, splits)) * 300 * a.quads + 6000;
+    const auto rounds =
+        static_cast<double>(ceil_div(int64_t{a.filters} * a.pieces_h * a.pieces_w * splits, multiprocessors));
+    const double block = static_cast<double>(ceil_div(pairs, splits)) * kQuadCycles<Tile> / 3 * a.quads + 6000;
     const double cost = rounds * block + (splits > 1 ? 5000 + 10. * splits : 0);
     if (cost < least) least = cost, best = splits;
   }
   return best;
 }
 
-// Whether sizes are what the kernel is for: columns of planes, and those of a filter that is no larger than what a warp
-// has sums of, but not so small that others have less to do.
+// The pieces of a filter.
+template <class Tile>
+int64_t rows_of_pieces(const Problem& p, Tile) {
+  return ceil_div(p.kernel_h, Tile::kRows);
+}
+template <class Tile>
+int64_t columns_of_pieces(const Problem& p, Tile) {
+  return ceil_div(p.kernel_w + p.padding_w % 2, Tile::kColumns);
+}
+template <class Tile>
+double cost_of(const Problem& p, Tile tile) {
+  return static_cast<double>(rows_of_pieces(p, tile) * columns_of_pieces(p, tile)) * kQuadCycles<Tile>;
+}
+
+// Launches it, unless planes do not fit.
+template <class Tile>
+bool launch(const Problem& p, Planes a, const ImagePlanes& source, const Allocate& allocate, cudaStream_t stream) {
+  a.pieces_h = static_cast<int>(rows_of_pieces(p, Tile{})), a.pieces_w = static_cast<int>(columns_of_pieces(p, Tile{}));
+  a.piece_h = static_cast<int>(ceil_div(p.kernel_h, a.pieces_h)), a.piece_w = Tile::kColumns;
+  const int columns = a.pieces_w * a.piece_w, left = a.padding_w + a.odd();  // left: of the plane
+  const int border = static_cast<int>(round_up(std::max(left, a.kernel_w - 1 - a.padding_w), 8));
+  a.pitch = 2 * (kColumns + border);
+  // Of rows 16 bytes apart, seven columns in all banks.
+  const int least_above = a.piece_h - 1 - a.padding_h;
+  const int below = a.box_rows() - kRowsAtOnce + 8 * Tile::kTiles - least_above - a.rows;
+  a.zeros = std::max({a.above, below, 0});
+  while ((a.rows + a.zeros) % 8 != 7) ++a.zeros;
+  a.unit_bytes = kUnit * (a.rows + a.zeros);
+  a.source_at = static_cast<int>(round_up(a.front() + a.grad_bytes() + 2 * border, kBoxUnit));
+  // Columns that the filter lacks are read, too.
+  const int beyond = 2 * std::max(columns - left - border, 0) + kUnit;
+  a.stage_bytes = static_cast<int>(round_up(a.source_at + a.source_bytes() + beyond, kBoxUnit));
+  const Device& device = current_device();
+  a.stages = std::min<int>((device.shared_per_block - Planes::kFirstStage) / a.stage_bytes, kMaxStages);
+  if (a.stages < 2 || a.box_rows() > kMostBoxSide ||
+      !describe_boxes(a.source_boxes, const_cast<char*>(source.base), 2, {kColumns, a.rows, p.channels, a.images},
+                      {source.row_bytes, source.channel_bytes, source.image_bytes},
+                      {a.pitch / 2, a.box_rows(), 1, kPair}))
+    return false;
+  a.splits = splits_for<Tile>(a, device.multiprocessors);
+  a.result = weight_sums(p, a.splits, allocate);
+  const int shared_bytes = Planes::kFirstStage + std::max(a.stages * a.stage_bytes, Tile::kWarps * Tile::kSumBytes);
+  visit_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (sizeof(T) == 2) {
+      const auto kernel = hankel_groups<T, Tile>;
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+      launch_early(kernel, a, int64_t{a.pieces_h} * a.pieces_w * a.filters * a.splits, Tile::kThreads, stream,
+                   {.shared_bytes = shared_bytes});
+    }
+  });
+  check_launch("hankel_groups");
+  launch_add_partial_sums(p, a.result, a.splits, stream);
+  return true;
+}
+
+// Whether sizes are what the kernel is for: columns of planes, and filters that are not so small that others have less
+// to do.
 bool has_sizes(const Problem& p) {
-  constexpr int64_t kMostRows = 8 * kTiles - (kRowsAtOnce - 1), kFewRows = 21;
-  const int64_t odd = p.padding_w % 2;
-  return p.width == kColumns && p.kernel_h <= kMostRows && p.kernel_h > kFewRows && p.padding_h < p.kernel_h &&
-         p.kernel_w + odd <= kKernelColumns && p.padding_w + odd <= kBorder && p.kernel_w - 1 - p.padding_w <= kBorder;
+  constexpr int64_t kFewRows = 16, kFewColumns = 16, kManyRows = 22, kMost = 128;
+  return p.width == kColumns && std::max(p.kernel_h, p.kernel_w) <= kMost && p.padding_h < p.kernel_h &&
+         p.padding_w < p.kernel_w && (p.kernel_h >= kManyRows || (p.kernel_h > kFewRows && p.kernel_w > kFewColumns));
 }
 
 }  // namespace
 
 bool launch_hankel_grad_weight_groups(const Problem& p, bool exchanged, const ImagePlanes& source,
                                       const ImagePlanes& grad, const Allocate& allocate, cudaStream_t stream) {
-  if (!has_warpgroups(hankel_groups<__half>)) return false;
+  using Usual = Tile<2, 5, 3>;
+  if (!has_warpgroups(hankel_groups<__half, Usual>)) return false;
   if (source.height != grad.height || source.width != grad.width || !has_sizes(p)) return false;
   Planes a{};
   a.rows = source.height, a.quads = static_cast<int>(ceil_div(a.rows, kRowsAtOnce));
@@ -307,34 +386,19 @@ bool launch_hankel_grad_weight_groups(const Problem& p, bool exchanged, const Im
   a.images = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());
   a.planes = pair_of(source, grad, p.multiplier);
   a.above = a.kernel_h - 1 - a.padding_h;
-  // Of rows 16 bytes apart, seven columns in all banks.
-  const int below = a.box_rows() - kRowsAtOnce + 8 * kTiles - a.above - a.rows;
-  a.zeros = std::max({a.above, below, 0});
-  while ((a.rows + a.zeros) % 8 != 7) ++a.zeros;
-  a.unit_bytes = kUnit * (a.rows + a.zeros);
-  a.source_at = static_cast<int>(round_up(a.front() + a.grad_bytes() + 2 * kBorder, kBoxUnit));
-  a.stage_bytes = static_cast<int>(round_up(a.source_at + kPair * a.box_rows() * kPitch + kUnit, kBoxUnit));
-  const Device& device = current_device();
-  a.stages = std::min<int>((device.shared_per_block - Planes::kFirstStage) / a.stage_bytes, kMaxStages);
-  constexpr int kSumBytes = 4 * kWarps * 8 * kTiles * kSumPitch;
-  if (a.stages < 2 || a.box_rows() > kMostBoxSide) return false;
   const auto begins_with_unit = [&](const ImagePlanes& v) {
     return v.row_bytes == 2 * v.width &&
            (reinterpret_cast<uintptr_t>(v.base) | v.channel_bytes | (a.images > 1 ? v.image_bytes : 0)) % kUnit == 0;
   };
-  if (!begins_with_unit(source) || !begins_with_unit(grad) ||
-      !describe_boxes(a.source_boxes, const_cast<char*>(source.base), 2, {kColumns, a.rows, p.channels, a.images},
-                      {source.row_bytes, source.channel_bytes, source.image_bytes},
-                      {kPitch / 2, a.box_rows(), 1, kPair}))
-    return false;
-  a.splits = splits_for(a, device.multiprocessors);
-  a.result = weight_sums(p, a.splits, allocate);
-  const int64_t shared_bytes = Planes::kFirstStage + std::max(a.stages * a.stage_bytes, kSumBytes);
-  visit_dtype(p.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    if constexpr (sizeof(T) == 2) launch<T>(p, a, shared_bytes, stream);
-  });
-  return true;
+  if (!begins_with_unit(source) || !begins_with_unit(grad)) return false;
+  // The tile that costs least. With 7 tiles of rows, three blocks of columns leave registers for two warpgroups only.
+  const auto launch_best = [&]<class... Tiles>(Tiles... tiles) {
+    const double least = std::min({cost_of(p, tiles)...});
+    bool launched = false;
+    (void)((cost_of(p, tiles) == least && (launched = launch<Tiles>(p, a, source, allocate, stream), true)) || ...);
+    return launched;
+  };
+  return launch_best(Tile<2, 3, 3>{}, Usual{}, Tile<3, 5, 3>{}, Tile<2, 7, 3>{}, Tile<3, 7, 2>{}, Tile<2, 9, 3>{});
 }
 
 }  // namespace dwconv

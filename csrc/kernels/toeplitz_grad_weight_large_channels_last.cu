@@ -1,5 +1,5 @@
-// The same as outer_grad_weight from images in channels_last as they are, for kernels of 8 to 14 lines by up to 16 on
-// images whose lines have 21 to 32 pixels, on sm_90 and later.
+// The same as outer_grad_weight from images in channels_last as they are, for kernels of 8 to 14 lines, or 15 without a
+// bias, by up to 16 on images whose lines have 21 to 32 pixels, or some spans of about as many, on sm_90 and later.
 //
 // A line is a row of an image, or a column where the kernel is taller than wide. For a channel and a line r of the
 // gradient, with taps j along the line down and lines of the input across, a product A[j][u] B[u][i] sums
@@ -57,7 +57,7 @@ struct Large {
   int kernel_short, kernel_long, padding_short, padding_long;
   int tap_short, tap_long;  // taps from one to the next
   int images, channels, slabs, splits;
-  int rows, bands;  // lines of the gradient of a stage; stages of an image
+  int rows, bands, spans;  // lines of the gradient of a stage, and how many of an image; spans of the input's lines
   int stages, ahead, stage_bytes;
   bool cluster;  // whether the splits of the same channels are one, which adds up its sums
   static constexpr int kOnes = 2 * 8 * kMaxStages, kFirstStage = (kOnes + kSourceBytes + 255) / 256 * 256;
@@ -214,7 +214,8 @@ __global__ void __launch_bounds__(kThreads, 1) toeplitz_grad_weight_large(const 
   const int slab = a.cluster ? cluster_number() : blockIdx.x % a.slabs;
   const int split = a.cluster ? rank_in_cluster() : blockIdx.x / a.slabs;
   const int first = static_cast<int>(int64_t{a.images} * split / a.splits);
-  const int last = static_cast<int>(int64_t{a.images} * (split + 1) / a.splits), steps = (last - first) * a.bands;
+  const int last = static_cast<int>(int64_t{a.images} * (split + 1) / a.splits), parts = a.bands * a.spans,
+            steps = (last - first) * parts;
   const uint32_t memory = kept_shared_address();
   const int lane = __shfl_sync(~0u, threadIdx.x % 32, threadIdx.x % 32);  // kept as well
   const int octet = warp % kOctets, share = warp / kOctets;
@@ -223,12 +224,13 @@ __global__ void __launch_bounds__(kThreads, 1) toeplitz_grad_weight_large(const 
   const auto load = [&](int step) {
     if (!is_elected() || step >= steps) return;
     const int turn = step / a.stages, stage = step - turn * a.stages, barrier = full_barrier(stage);
-    const int image = step / a.bands, line = (step - image * a.bands) * a.rows;
+    const int image = step / parts, part = step - image * parts, span = part / a.bands;
+    const int line = (part - span * a.bands) * a.rows, place = span * kPlaces;
     const int to = Large::kFirstStage + stage * a.stage_bytes, channel = slab * kBoxChannels;
     wait(empty_barrier(stage), turn % 2 ^ 1);
     expect_bytes(barrier, a.stage_bytes);
-    copy_box(to, a.grad_boxes, channel, a.padding_long - kTaps, line, first + image, barrier);
-    copy_box(to + a.grad_bytes(), a.source_boxes, channel, 0, line - a.padding_short, first + image, barrier);
+    copy_box(to, a.grad_boxes, channel, place + a.padding_long - kTaps, line, first + image, barrier);
+    copy_box(to + a.grad_bytes(), a.source_boxes, channel, place, line - a.padding_short, first + image, barrier);
     arrive(barrier);
   };
   if (warp == 0)
@@ -367,6 +369,8 @@ bool launch(const Problem& p, Large& a, bool tall, const Allocate& allocate, cud
   const Device& device = current_device();
   if (device.capability < 90 || !can_overlap(kernel)) return false;  // boxes
   a.slabs = static_cast<int>(ceil_div(a.channels, kBoxChannels));
+  // Larger images are spread over the device in smaller pieces, where they are few.
+  if (a.spans > 1 && 4 * int64_t{a.slabs} * a.images < 3 * device.multiprocessors) return false;
   a.result = weight_sums(p, 1, allocate);
   static thread_local Decisions<11, Cut> decisions;
   const Cut cut = decisions({device.id, a.images, a.channels, a.source.lines, a.source.places, a.grad.lines,
@@ -412,10 +416,11 @@ bool launch_toeplitz_grad_weight_large_channels_last(const Problem& p, const All
   a.tap_short = static_cast<int>(tall ? 1 : p.kernel_w), a.tap_long = static_cast<int>(tall ? p.kernel_w : 1);
   a.images = static_cast<int>(p.batch), a.channels = static_cast<int>(p.channels);
   const int places = std::max(a.source.places, a.grad.places);
+  a.spans = static_cast<int>(ceil_div(places, kPlaces));
   // With fewer places or lines more products would be zeros than copies cost.
-  if (places > kPlaces || places <= kPlaces * 5 / 8 || a.kernel_long > kTaps) return false;
-  const int lines = a.kernel_short + kTogether - 1;
-  if (lines >= kLines || lines <= kLines / 2) return false;  // one is left for the bias
+  if (8 * places <= 5 * kPlaces * a.spans || a.kernel_long > kTaps) return false;
+  const int lines = a.kernel_short + kTogether - 1, most = kLines - (p.bias != nullptr);  // one is left for the bias
+  if (lines > most || lines <= kLines / 2) return false;
   bool done = false;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);

@@ -118,7 +118,8 @@ __device__ inline uint64_t swizzled_columns(uint32_t address, int beside) {
 #define DWCONV_TILES_5 DWCONV_TILES_4, DWCONV_TILE(4)
 #define DWCONV_TILES_7 DWCONV_TILES_5, DWCONV_TILE(5), DWCONV_TILE(6)
 #define DWCONV_TILES_8 DWCONV_TILES_7, DWCONV_TILE(7)
-#define DWCONV_TILES_14 DWCONV_TILES_8, DWCONV_TILE(8), DWCONV_TILE(9), DWCONV_TILE(10), DWCONV_TILE(11), \
+#define DWCONV_TILES_9 DWCONV_TILES_8, DWCONV_TILE(8)
+#define DWCONV_TILES_14 DWCONV_TILES_9, DWCONV_TILE(9), DWCONV_TILE(10), DWCONV_TILE(11), \
     DWCONV_TILE(12), DWCONV_TILE(13)
 #define DWCONV_TILES_15 DWCONV_TILES_14, DWCONV_TILE(14)
 #define DWCONV_TILES_16 DWCONV_TILES_15, DWCONV_TILE(15)
@@ -135,6 +136,9 @@ __device__ inline uint64_t swizzled_columns(uint32_t address, int beside) {
 #define DWCONV_SUMS_8                                                                                           \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "  \
   "%23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define DWCONV_SUMS_9                                                                                           \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "  \
+  "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35}"
 #define DWCONV_SUMS_14                                                                                          \
   "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "  \
   "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "   \
@@ -175,6 +179,8 @@ __device__ inline uint64_t swizzled_columns(uint32_t address, int beside) {
     DWCONV_MULTIPLY(7, "56", type, "{%28, %29, %30, %31}, %32", "0");   \
   else if constexpr (kTiles == 8)                                       \
     DWCONV_MULTIPLY(8, "64", type, "{%32, %33, %34, %35}, %36", "0");   \
+  else if constexpr (kTiles == 9)                                       \
+    DWCONV_MULTIPLY(9, "72", type, "{%36, %37, %38, %39}, %40", "0");   \
   else if constexpr (kTiles == 14)                                      \
     DWCONV_MULTIPLY(14, "112", type, "{%56, %57, %58, %59}, %60", "1"); \
   else if constexpr (kTiles == 28)                                      \
