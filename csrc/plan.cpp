@@ -317,6 +317,12 @@ bool claims_toeplitz_large(const Problem& p) {
       (p.taps() == 1 || p.out_height * p.out_width < kFewPixels || (!have_rows(p) && p.taps() < kFewTaps)))
     return false;
   if (!can_have_rows(p.input, p.channels, p.width) || !can_have_rows(p.output, p.filters(), p.out_width)) return false;
+  // Copies of images, and rows that come element by element, take longer than a few taps for each output by itself.
+  constexpr int64_t kShortSum = 40, kFewProducts = 12 << 20;
+  const int64_t targets =
+      p.pass == Pass::kForward ? p.filters() * p.out_height * p.out_width : p.channels * p.height * p.width;
+  const bool loads_slowly = !have_rows(p) || p.width % 2 != 0 || p.out_width % 2 != 0;
+  if (loads_slowly && p.taps() <= kShortSum && targets <= kFewProducts / p.taps() / p.batch) return false;
   // Sizes, pixels of a plane, and tiles of 16 x 16 outputs are counted in 32 bits.
   constexpr int64_t kLimit = 1 << 24, kMost = 1 << 30;
   for (const int64_t size :
