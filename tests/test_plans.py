@@ -2626,6 +2626,36 @@ def test_taps_too_far_from_all_pixels(case: Case, dtype: torch.dtype, memory_for
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
+    ("kernel", "size", "batch", "channels"),
+    [
+        ((31, 31), (57, 57), 5, 40),
+        ((1, 7), (37, 37), 4, 110),
+        ((21, 20), (31, 39), 14, 35),  # gradients of even rows
+        ((12, 9), (40, 13), 40, 30),  # images side by side
+        ((16, 18), (9, 301), 11, 20),
+    ],
+    ids=str,
+)
+def test_grad_weight_of_many_rows_of_odd_length(
+    kernel: tuple, size: tuple, batch: int, channels: int, dtype: torch.dtype
+) -> None:
+    """As copies whose rows begin with 16 bytes: exact, NaN where F.conv2d has it."""
+    case = Case(batch, channels, size, kernel, padding=tuple(k // 2 for k in kernel))
+    for turn in range(3):
+        case = case._replace(bias=turn != 1, multiplier=1 + turn % 2)
+        input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+        grad_output = integers(*output_size(case)).to(input)
+        order = (0, 2, 3, 1) if turn == 2 else None
+        input, grad_output = lay(input, order, offset=turn), lay(grad_output, order, offset=turn)
+        if turn > 0:
+            for tensor in (input, grad_output):
+                tensor[0, 1, 3, -1], tensor[-1, -1, -1, -1], tensor[2, 0, 0, 0] = torch.inf, torch.nan, -torch.inf
+        assert compare_plans(case, (input, weight, bias), grad_output, "outer_grad_weight", "hankel_grad_weight") > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
     "kernel", [(31, 31), (27, 29), (13, 9), (8, 8), (51, 5), (5, 51), (1, 63), (63, 2), (20, 40), (63, 63)], ids=str
 )
 def test_grad_weight_of_large_kernels_is_exact(kernel: tuple, dtype: torch.dtype) -> None:

@@ -11,6 +11,9 @@
 // What lies beside the images is multiplied as zeros, which is exact unless the other factor is Inf or NaN. So sums
 // that are finite are right, and the others are taken again, product by product.
 //
+// Rows of an odd length would be loaded element by element: where there are many they are copied to where they begin
+// with 16 bytes.
+//
 // Whole planes go other ways: hankel_grad_weight_groups.cu, hankel_grad_weight_planes.cu and
 // outer_grad_weight_planes.cu.
 #include <algorithm>
@@ -63,6 +66,7 @@ struct Tile {
 
 // The input or the gradient, and the piece of it that a block has in shared memory.
 struct Images : ImagePlanes {
+  int loaded;         // columns of a row that are loaded: behind those of the image zeros
   int rows, columns;  // of a piece of an image
   int pitch;          // bytes from a row of a piece to the next
   int units;          // that are copied, of a row of an image
@@ -183,7 +187,7 @@ class Loader {
       const int beside = kBeside > 1 && unit >= v.units;
       const int at = begin + (unit - beside * v.units) * (kBytes / 2), x = column + at;
       if (at >= v.columns) continue;
-      const int bytes = x < 0 ? 0 : max(min(kBytes, 2 * (v.width - x)), 0);
+      const int bytes = x < 0 ? 0 : max(min(kBytes, 2 * (v.loaded - x)), 0);
       const char* image_from = from + beside * v.image_bytes + 2 * at;
       uint32_t image_to = to + 2 * (beside * v.columns + at);
       if (bytes == kBytes && is_inside && first_ + step >= last && place.image + a.together * kBeside <= a.images) {
@@ -645,6 +649,12 @@ void launch_hankel_grad_weight(const Problem& problem, const Allocate& allocate,
   if (launch_hankel_grad_weight_groups(p, exchanged, a.source, a.grad, allocate, stream)) return;
   if (launch_hankel_grad_weight_planes(p, exchanged, a.source, a.grad, allocate, stream)) return;
   if (launch_outer_grad_weight_planes(p, exchanged, false, a.source, a.grad, allocate, stream)) return;
+  const auto align_rows = [&](Images& v, int64_t channels) {
+    const int unit = v.unit;
+    static_cast<ImagePlanes&>(v) = with_aligned_rows(v, p.batch, channels, allocate, stream);
+    v.loaded = static_cast<int>(v.unit > unit ? round_up(v.width, v.unit / 2) : v.width);
+  };
+  align_rows(a.source, p.channels), align_rows(a.grad, p.filters());
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
   a.images = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());
