@@ -11,6 +11,7 @@
 #include "kernels/cast.h"
 #include "kernels/device.h"
 #include "kernels/launch.h"
+#include "kernels/launch_phases.h"
 #include "kernels/place_taps.h"
 #include "kernels/realign.h"
 #include "kernels/widening.h"
@@ -68,25 +69,9 @@ struct By {
   const Tensor* room = nullptr;
 };
 
-// Launches what the problem asks for.
-void run(Problem& problem, const Tensor& like, const By& by) {
-  const int32_t device = like.get_device_index();
-  problem.capability = device_of(device).capability;
-  problem.shared_memory = device_of(device).shared_per_block;
-  problem.allow_fft = by.allow_fft;
-  const Plan& chosen = by.plan.empty() ? choose(problem) : choose(problem, by.plan);
-  if (problem.pass != Pass::kGradWeight && problem.batch == 0) return;  // nothing to write
-  const On on(like);
-  const cudaStream_t stream = on.stream();
-  std::vector<Tensor> scratch;
-  constexpr int64_t kAlign = 512;
-  int64_t left = by.room ? by.room->numel() * size_of(problem.dtype) / kAlign * kAlign : 0;
-  const auto allocate = [&](int64_t bytes) -> void* {
-    const int64_t taken = (bytes + kAlign - 1) / kAlign * kAlign;
-    if (by.room && taken <= left) return static_cast<char*>(by.room->data_ptr()) + (left -= taken);
-    return scratch.emplace_back(empty({bytes / size_of(problem.dtype) + 1}, false, like)).data_ptr();
-  };
-  switch (chosen.id) {
+// Launches what a plan that claims the problem takes.
+void launch(const Plan& plan, const Problem& problem, const Allocate& allocate, cudaStream_t stream) {
+  switch (plan.id) {
     case PlanId::kFft: return launch_fft(problem, allocate, stream);
     case PlanId::kFftGradWeight: return launch_fft_grad_weight(problem, allocate, stream);
     case PlanId::kScale: return launch_scale(problem, stream);
@@ -119,8 +104,32 @@ void run(Problem& problem, const Tensor& like, const By& by) {
     case PlanId::kLargeFloat32GradWeight: return launch_large_float32_grad_weight(problem, allocate, stream);
     case PlanId::kOuterGradWeight: return launch_outer_grad_weight(problem, allocate, stream);
     case PlanId::kHankelGradWeight: return launch_hankel_grad_weight(problem, allocate, stream);
+    case PlanId::kPhases:
+      return launch_phases(
+          problem, allocate, [&](const Problem& made) { launch(choose(made), made, allocate, stream); }, stream);
     case PlanId::kGeneric: return launch_generic(problem, allocate, stream);
   }
+}
+
+// Launches what the problem asks for.
+void run(Problem& problem, const Tensor& like, const By& by) {
+  const int32_t device = like.get_device_index();
+  problem.capability = device_of(device).capability;
+  problem.shared_memory = device_of(device).shared_per_block;
+  problem.allow_fft = by.allow_fft;
+  const Plan& chosen = by.plan.empty() ? choose(problem) : choose(problem, by.plan);
+  if (problem.pass != Pass::kGradWeight && problem.batch == 0) return;  // nothing to write
+  const On on(like);
+  const cudaStream_t stream = on.stream();
+  std::vector<Tensor> scratch;
+  constexpr int64_t kAlign = 512;
+  int64_t left = by.room ? by.room->numel() * size_of(problem.dtype) / kAlign * kAlign : 0;
+  const auto allocate = [&](int64_t bytes) -> void* {
+    const int64_t taken = (bytes + kAlign - 1) / kAlign * kAlign;
+    if (by.room && taken <= left) return static_cast<char*>(by.room->data_ptr()) + (left -= taken);
+    return scratch.emplace_back(empty({bytes / size_of(problem.dtype) + 1}, false, like)).data_ptr();
+  };
+  launch(chosen, problem, allocate, stream);
 }
 
 Tensor forward_by(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,

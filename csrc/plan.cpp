@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <limits>
 #include <stdexcept>
@@ -14,6 +15,7 @@
 #include "kernels/march_nchw.h"
 #include "kernels/moved_rows.h"
 #include "kernels/outer_grad_weight.h"
+#include "kernels/phases.h"
 #include "kernels/small_kernels.h"
 #include "kernels/stream.h"
 #include "kernels/toeplitz_channels_last.h"
@@ -559,11 +561,20 @@ bool claims_large_float32_grad_weight(const Problem& p) {
 }
 
 // Products of a tap and a pixel of the image, along one side of a plane.
-double products(int64_t size, int64_t out_size, int64_t kernel, int64_t padding) {
+double products(int64_t size, int64_t out_size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
   int64_t sum = 0;
-  for (int64_t tap = 0; tap < kernel; ++tap)
-    sum += std::max<int64_t>(std::min(out_size, size + padding - tap) - std::max<int64_t>(padding - tap, 0), 0);
+  for (int64_t tap = 0, room = padding; tap < kernel; ++tap, room -= dilation) {  // pixels before the first output's
+    const int64_t begin = room > 0 ? (room + stride - 1) / stride : 0;
+    const int64_t end = size + room > 0 ? std::min((size + room - 1) / stride + 1, out_size) : 0;
+    sum += std::max<int64_t>(end - begin, 0);
+  }
   return static_cast<double>(sum);
+}
+
+// Those of a plane.
+double products(const Problem& p) {
+  return products(p.height, p.out_height, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h) *
+         products(p.width, p.out_width, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
 }
 
 // What kernels/fft.cu asks for, where it was asked for and is faster than products one by one.
@@ -577,8 +588,7 @@ bool can_go_fft(const Problem& p) {
   constexpr int64_t kMany = 1 << 20, kMost = 1 << 30;
   if (std::max({p.height, p.width, p.out_height, p.out_width}) > kMany) return false;
   if (p.batch > kMost / cut.tiles() / p.filters()) return false;
-  return cut.cost() < products(p.height, p.out_height, p.kernel_h, p.padding_h) *
-                          products(p.width, p.out_width, p.kernel_w, p.padding_w);
+  return cut.cost() < products(p);
 }
 
 bool claims_fft(const Problem& p) {
@@ -593,6 +603,48 @@ bool claims_fft_grad_weight(const Problem& p) {
 int64_t far_taps(int64_t size, int64_t kernel, int64_t padding, int64_t dilation) {
   const int64_t reach = (kernel - 1) * dilation - padding - (size - 1);
   return reach <= 0 ? 0 : std::min((reach + dilation - 1) / dilation, padding / dilation);
+}
+
+// Whether the phases of a problem with a stride or a dilation make one that is so much faster that their copies, and
+// two more kernels, pay.
+bool claims_phases(const Problem& p) {
+  if (p.dtype == DType::kFloat64 || p.batch == 0) return false;
+  if (p.stride_h == 1 && p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1) return false;
+  // Numbers of pixels, phases and elements are counted in 32 bits.
+  constexpr int64_t kFar = 1 << 8, kMany = 1 << 20, kMost = 1 << 30;
+  if (std::max({p.stride_h, p.stride_w, p.dilation_h, p.dilation_w}) > kFar) return false;
+  for (const int64_t size : {p.height, p.width, p.out_height, p.out_width, p.kernel_h, p.kernel_w, p.padding_h,
+                             p.padding_w, p.batch, p.filters()})
+    if (size > kMany) return false;
+  const Phases phases(p);
+  const Problem& made = phases.problem;
+  if (made.height < 1 || made.width < 1) return false;
+  if (p.pass == Pass::kForward && phases.taps() > 1) return false;  // sums over phases take too long
+  const auto elements = [](int64_t batch, int64_t planes, int64_t height, int64_t width) {
+    return static_cast<double>(batch) * static_cast<double>(planes) * static_cast<double>(height * width);
+  };
+  const double input = elements(made.batch, made.channels, made.height, made.width);
+  const double output = elements(made.batch, made.filters(), made.out_height, made.out_width);
+  const auto extent = [](const View& view, int64_t batch, int64_t planes, int64_t height, int64_t width) {
+    double all = 0;
+    const int64_t sizes[] = {batch, planes, height, width};
+    for (int d = 0; d < 4; ++d) all += static_cast<double>(sizes[d]) * std::abs(static_cast<double>(view.stride[d]));
+    return all;
+  };
+  if (std::max({input, output, elements(1, made.filters(), made.kernel_h, made.kernel_w),
+                extent(p.input, p.batch, p.channels, p.height, p.width),
+                extent(p.output, p.batch, p.filters(), p.out_height, p.out_width),
+                extent(p.weight, p.filters(), 1, p.kernel_h, p.kernel_w)}) > kMost)
+    return false;
+  // Time, in picoseconds. Rows of few columns are multiplied as if they were longer.
+  constexpr double kLaunches = 5e6, kCopy = 1, kProduct = 0.09, kOtherProduct = 0.3;
+  constexpr int64_t kColumns = 16;
+  const double planes = static_cast<double>(p.batch) * static_cast<double>(p.filters());
+  const double narrow =
+      static_cast<double>((made.out_width + kColumns - 1) / kColumns * kColumns) / static_cast<double>(made.out_width);
+  const double time = kLaunches + kCopy * (input + output) +
+                      kProduct * narrow * products(made) * static_cast<double>(made.batch * made.filters());
+  return time < kOtherProduct * products(p) * planes && choose(made).id != PlanId::kGeneric;
 }
 
 }  // namespace
@@ -693,6 +745,10 @@ const std::vector<Plan>& plans() {
        "a kernel in float32 of a size that has no plan of its own: input and gradient in shared memory, sums in "
        "registers",
        claims_large_float32_grad_weight},
+      {PlanId::kPhases, "phases",
+       "a large kernel with a stride or a dilation: its phases are copied, and make a problem without, which another "
+       "plan serves",
+       claims_phases},
       {PlanId::kToeplitzSmallPlanesPortable, "toeplitz_small_planes_portable",
        "toeplitz_small_planes as GPUs before sm_90 run it", claims_toeplitz_small_planes},
       {PlanId::kToeplitzNchwPortable, "toeplitz_nchw_portable", "toeplitz_nchw as GPUs before sm_90 run it",

@@ -39,6 +39,7 @@ enum class PlanId : int {
   kLargeFloat32GradWeight,
   kOuterGradWeight,
   kHankelGradWeight,
+  kPhases,
   kGeneric,
 };
 

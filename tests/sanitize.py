@@ -60,6 +60,12 @@ MANY_PLANES = [
     (Case(64, 128, (12, 28), (9, 9), padding=(4, 4)), torch.float32, torch.channels_last),
 ]
 RUNS += MANY_PLANES
+# Problems of phases have much to compute.
+MUCH = (
+    Case(8, 24, (41, 40), (15, 15), padding=(14, 14), dilation=(2, 2)),
+    Case(8, 24, (81, 80), (21, 19), (3, 3), (9, 9)),
+)
+RUNS += product(MUCH, (torch.float32, torch.bfloat16), (torch.contiguous_format, torch.channels_last))
 
 
 def main() -> None:

@@ -206,7 +206,7 @@ def test_hankel_grad_weight_claims(dtype: torch.dtype) -> None:
         {"stride": (1, 2)},
         {"dilation": (1, 2), "padding": (15, 30)},
     ):
-        assert plan_of("grad_weight", case._replace(**change), dtype) == "generic", change
+        assert plan_of("grad_weight", case._replace(**change), dtype) in ("generic", "phases"), change
     assert plan_of("grad_weight", case) == "large_float32_grad_weight"
     assert plan_of("grad_weight", case, torch.float64) == "generic"
     plain = meta((4, 8, 56, 57), dtype)
@@ -2746,6 +2746,62 @@ def test_grad_weight_of_large_kernels_repeats_bit_for_bit(
             first = torch.ops.dwconv.grad_weight.plan(*args)
             for _ in range(100):
                 assert all(torch.equal(a, b) for a, b in zip(first, torch.ops.dwconv.grad_weight.plan(*args))), plan
+
+
+# Strides and dilations, with and without a common divisor, on images that leave some phases smaller than others.
+PHASES = [
+    Case(6, 40, (45, 62), (13, 12), padding=(12, 11), dilation=(2, 2)),
+    Case(3, 32, (64, 64), (15, 15), padding=(20, 21), dilation=(3, 3), bias=False),
+    Case(1, 128, (80, 81), (11, 13), padding=(10, 6), dilation=(2, 1)),
+    Case(3, 24, (59, 70), (13, 13), padding=(12, 6), dilation=(2, 2), multiplier=2),
+    Case(8, 48, (61, 58), (17, 14), (2, 2), (8, 6)),
+    Case(16, 64, (90, 85), (15, 14), (3, 3), (14, 12), (2, 2)),
+    Case(4, 48, (90, 88), (15, 14), (2, 2), (13, 14), (2, 2)),
+    Case(40, 64, (60, 90), (12, 13), (4, 2), (11, 18), (2, 3), bias=False),
+    Case(12, 64, (64, 64), (9, 15), (2, 1), (4, 14), (1, 2)),
+    Case(16, 48, (72, 76), (24, 32), (3, 4), multiplier=2),
+    Case(16, 48, (21, 30), (14, 14), padding=(52, 39), dilation=(4, 3)),
+    Case(3, 45, (90, 84), (14, 14), padding=(13, 13), dilation=(2, 2)),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("case", PHASES, ids=str)
+def test_phases_are_exact(case: Case, dtype: torch.dtype) -> None:
+    """In any layout, with NaN where F.conv2d has it."""
+    for turn in range(4):
+        channels_last = turn % 2 > 0
+        tensors = make_inputs(case, dtype, "cuda", FORMATS[channels_last], make=integers)
+        grad_output = integers(*output_size(case)).to(tensors[0]).contiguous(memory_format=FORMATS[channels_last])
+        input, weight, bias = tensors
+        if turn == 2:
+            input, grad_output = (
+                lay(input, steps=(1, 2, 1, 1), offset=1),
+                lay(grad_output, (1, 0, 2, 3), (1, 1, 2, 1), 3),
+            )
+            for tensor in (input, grad_output):
+                tensor[0, 1, 3, 5], tensor[-1, 2, 0, -1], tensor[-1, -1, -1, -1] = torch.inf, -torch.inf, torch.nan
+        elif turn == 3:
+            input = lay(input, (0, 2, 3, 1), (2, 1, 1, 1), 3)
+            weight[1, 0, 0, 0], weight[2, 0, -1, -1], weight[5, 0, 3, 4] = torch.inf, -torch.inf, torch.nan
+        compared = compare_plans(case, (input, weight, bias), grad_output, "phases", channels_last=channels_last)
+        assert compared > 0, str(case)
+
+
+def test_what_makes_phases() -> None:
+    """Those that other plans serve without a stride and a dilation, where there is much to compute."""
+    case = Case(8, 64, (64, 64), (15, 15), padding=(14, 14), dilation=(2, 2))
+    for dtype, memory_format, name in product(FAST, FORMATS, PASSES):
+        assert plan_of(name, case, dtype, memory_format) == "phases"
+        assert plan_of(name, case._replace(batch=0), dtype, memory_format) == "generic"
+    for name in PASSES:
+        assert plan_of(name, case, torch.float64) == "generic"
+        assert plan_of(name, case._replace(size=(9, 9), batch=1, channels=1)) == "generic"
+        far = case._replace(size=(2**21, 64), batch=1, channels=1)
+        assert plan_of(name, far) == "generic"
+    assert plan_of("forward", case._replace(stride=(3, 3), dilation=(1, 1)), torch.bfloat16) == "generic"
+    assert plan_of("grad_input", case._replace(multiplier=2), torch.bfloat16) == "generic"
 
 
 @pytest.mark.gpu

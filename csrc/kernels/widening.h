@@ -12,6 +12,18 @@ class Widening {
   Widening(const Widening&) = delete;
   Widening& operator=(const Widening&) = delete;
 
+  // As long as one lives, gradients are written in the images' dtype all the same.
+  class Pause {
+   public:
+    Pause() : paused_(current_) { current_ = nullptr; }
+    ~Pause() { current_ = paused_; }
+    Pause(const Pause&) = delete;
+    Pause& operator=(const Pause&) = delete;
+
+   private:
+    Widening* paused_;
+  };
+
   // Whether gradients were written so.
   bool is_done() const { return is_done_; }
 
