@@ -10,6 +10,7 @@
 #include "conv2d.h"
 #include "kernels/cast.h"
 #include "kernels/device.h"
+#include "kernels/gather.h"
 #include "kernels/launch.h"
 #include "kernels/launch_phases.h"
 #include "kernels/place_taps.h"
@@ -77,6 +78,8 @@ void launch(const Plan& plan, const Problem& problem, const Allocate& allocate, 
     case PlanId::kScale: return launch_scale(problem, stream);
     case PlanId::kDirect: return launch_direct(problem, stream);
     case PlanId::kDirectGradWeight: return launch_direct_grad_weight(problem, stream);
+    case PlanId::kGather: return launch_gather(problem, stream);
+    case PlanId::kGatherGradWeight: return launch_gather_grad_weight(problem, stream);
     case PlanId::kToeplitzSmallPlanes: return launch_toeplitz_small_planes(problem, true, stream);
     case PlanId::kToeplitzSmallPlanesPortable: return launch_toeplitz_small_planes(problem, false, stream);
     case PlanId::kToeplitzNchw: return launch_toeplitz_nchw(problem, true, allocate, stream);

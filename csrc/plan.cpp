@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -11,6 +12,7 @@
 #include "kernels/direct.h"
 #include "kernels/exchange.h"
 #include "kernels/fft.h"
+#include "kernels/gather.h"
 #include "kernels/lanes_forms.h"
 #include "kernels/march_nchw.h"
 #include "kernels/moved_rows.h"
@@ -439,23 +441,6 @@ bool claims_toeplitz_grad_weight_channels_last(const Problem& p) {
          p.batch <= kMost / (p.height + p.padding_h) / (p.out_width / 8 + 1);
 }
 
-bool claims_scale(const Problem& p) {
-  if (p.pass == Pass::kGradWeight || p.taps() > 1 || p.multiplier > 1 || p.batch == 0) return false;
-  if (p.stride_h > 1 || p.stride_w > 1 || p.padding_h > 0 || p.padding_w > 0) return false;
-  // Elements are counted in 32 bits, and a block may count beyond the last.
-  constexpr int64_t kMost = (int64_t{1} << 31) - (1 << 16);
-  const int64_t image = p.channels * p.height * p.width;
-  if (p.height > kMost / p.width || p.channels > kMost / (p.height * p.width) || p.batch > kMost / image) return false;
-  const auto lies = [&](const View& view, int64_t channel, int64_t row, int64_t column) {
-    return (p.batch == 1 || view.stride[0] == image) && (p.channels == 1 || view.stride[1] == channel) &&
-           (p.height == 1 || view.stride[2] == row) && (p.width == 1 || view.stride[3] == column);
-  };
-  const auto both_lie = [&](int64_t channel, int64_t row, int64_t column) {
-    return lies(p.input, channel, row, column) && lies(p.output, channel, row, column);
-  };
-  return both_lie(p.height * p.width, p.width, 1) || both_lie(1, p.width * p.channels, p.channels);
-}
-
 bool claims_hankel_grad_weight(const Problem& p) {
   if (p.pass != Pass::kGradWeight || size_of(p.dtype) != 2 || p.capability < 80 || p.batch == 0) return false;
   if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
@@ -490,9 +475,8 @@ bool claims_outer_grad_weight(const Problem& p) {
   return sizes.multiplications() <= 2 * hankel_multiplications(sizes) && p.shared_memory >= kShared;
 }
 
-// What kernels/direct.cu and kernels/direct_grad_weight.cu ask for: offsets of 32 bits, also beside the image.
-bool can_go_direct(const Problem& p) {
-  if (!is_small_kernel(p)) return false;
+// What kernels that go straight to memory ask for: offsets of 32 bits, also beside the image.
+bool has_near_elements(const Problem& p) {
   constexpr int64_t kLimit = 1 << 30;
   if (p.padding_h >= (1 << 20) || p.padding_w >= (1 << 20)) return false;
   const auto fits = [&](const View& view, int64_t planes, int64_t height, int64_t width) {
@@ -508,15 +492,46 @@ bool can_go_direct(const Problem& p) {
          (p.filters() - 1) * std::max(weight[0], p.bias_stride) < kLimit && weight[2] < kLimit && weight[3] < kLimit;
 }
 
+bool claims_scale(const Problem& p) {
+  if (p.pass == Pass::kGradWeight || p.taps() > 1 || p.multiplier > 1 || p.batch == 0) return false;
+  if (p.padding_h > 0 || p.padding_w > 0) return false;
+  const bool spreads = p.stride_h > 1 || p.stride_w > 1;  // then gradients may lie anywhere
+  if (spreads && (p.pass == Pass::kForward || !has_near_elements(p))) return false;
+  // Elements are counted in 32 bits, and a block may count beyond the last.
+  constexpr int64_t kMost = (int64_t{1} << 31) - (1 << 16);
+  const int64_t image = p.channels * p.height * p.width;
+  if (p.height > kMost / p.width || p.channels > kMost / (p.height * p.width) || p.batch > kMost / image) return false;
+  const auto lies = [&](const View& view, int64_t channel, int64_t row, int64_t column) {
+    return (p.batch == 1 || view.stride[0] == image) && (p.channels == 1 || view.stride[1] == channel) &&
+           (p.height == 1 || view.stride[2] == row) && (p.width == 1 || view.stride[3] == column);
+  };
+  const auto both_lie = [&](int64_t channel, int64_t row, int64_t column) {
+    return lies(p.input, channel, row, column) && (spreads || lies(p.output, channel, row, column));
+  };
+  return both_lie(p.height * p.width, p.width, 1) || both_lie(1, p.width * p.channels, p.channels);
+}
+
+// What kernels/direct.cu and kernels/direct_grad_weight.cu ask for.
+bool can_go_direct(const Problem& p) {
+  return is_small_kernel(p) && has_near_elements(p);
+}
+
+int64_t outputs_of(const Problem& p) {
+  return p.pass == Pass::kForward ? p.batch * p.filters() * p.out_height * p.out_width
+                                  : p.batch * p.channels * p.height * p.width * p.multiplier;
+}
+
+// So little that the time until the first bytes arrive is most of it.
+bool has_little_to_do(const Problem& p) {
+  constexpr int64_t kFewOutputs = 512 << 10, kFewProducts = 4 << 20;
+  return outputs_of(p) <= kFewOutputs && outputs_of(p) * p.taps() <= kFewProducts;
+}
+
 bool claims_direct(const Problem& p) {
   if (p.pass == Pass::kGradWeight || !can_go_direct(p)) return false;
   if (p.dtype == DType::kFloat64)
     return p.taps() <= kDirectFloat64Taps && (p.pass == Pass::kForward || p.stride_h == 1);
-  // So little to do that the time until the first bytes arrive is most of it.
-  constexpr int64_t kFewOutputs = 512 << 10, kFewProducts = 4 << 20;
-  const int64_t outputs = p.pass == Pass::kForward ? p.batch * p.filters() * p.out_height * p.out_width
-                                                   : p.batch * p.channels * p.height * p.width * p.multiplier;
-  return (outputs <= kFewOutputs && outputs * p.taps() <= kFewProducts) ||
+  return has_little_to_do(p) ||
          !(claims_march_nchw(p) || claims_stream_nchw(p) || claims_toeplitz_nchw(p) || claims_march_channels_last(p));
 }
 
@@ -533,6 +548,96 @@ bool claims_direct_grad_weight(const Problem& p) {
   constexpr int64_t kFewProductsOfFilter = 10 << 10, kMoreProducts = 8 << 20;
   return gradients * p.taps() <= kFewProductsOfFilter && products <= kMoreProducts &&
          (gradients <= 64 || !claims_march_grad_weight_channels_last(p));
+}
+
+// What kernels/gather.cu and kernels/gather_grad_weight.cu ask for: no taps far beside the image, whose offsets 32 bits
+// do not count.
+bool can_gather(const Problem& p) {
+  constexpr int64_t kFar = 1 << 20;
+  return p.batch > 0 && std::max({p.kernel_h, p.kernel_w, p.stride_h, p.stride_w}) < kFar &&
+         (p.kernel_h - 1) * p.dilation_h < kFar && (p.kernel_w - 1) * p.dilation_w < kFar && has_near_elements(p);
+}
+
+// Whether direct.cu loads several elements at once, of arrays that begin anywhere.
+bool has_direct_vectors(const Problem& p) {
+  if (p.dtype == DType::kFloat64 || p.kernel_h != p.kernel_w || p.taps() == 1 || p.stride_h > 1 || p.dilation_h > 1)
+    return false;
+  constexpr int64_t kVector = 2;
+  const auto are_whole = [&](const View& view, int64_t across) {
+    return ((p.batch > 1 ? view.stride[0] : 0) | view.stride[2] | across) % kVector == 0;
+  };
+  const View& target = p.pass == Pass::kForward ? p.output : p.input;
+  if (p.channels > 1 && target.stride[1] == 1)
+    return p.multiplier == 1 && p.channels % kVector == 0 && p.input.stride[1] == 1 && p.output.stride[1] == 1 &&
+           are_whole(p.input, p.input.stride[3]) && are_whole(p.output, p.output.stride[3]);
+  return (p.pass == Pass::kForward || p.multiplier == 1) && p.padding_w == p.kernel_w / 2 && p.width % kVector == 0 &&
+         p.input.stride[3] == 1 && p.output.stride[3] == 1 && are_whole(p.input, p.input.stride[1]) &&
+         are_whole(p.output, p.output.stride[1]);
+}
+
+// Microseconds that a GPU of 132 multiprocessors takes to gather all taps, without what the smallest problem takes.
+double gather_time(const Problem& p) {
+  constexpr double kOfMicrosecond = 2.3e6, kOfOutput = 16;  // taps, and what an output takes besides, in taps
+  constexpr double kTogether = 25, kLatency = 0.35;         // taps that are loaded together
+  const bool forward = p.pass == Pass::kForward;
+  const auto reaching = [&](int64_t kernel, int64_t stride) {
+    return static_cast<double>(forward ? kernel : (kernel + stride - 1) / stride);
+  };
+  const auto step = [](int64_t stride, int64_t dilation) { return stride / std::gcd(stride, dilation); };
+  const auto outputs = static_cast<double>(outputs_of(p));
+  const double taps =
+      reaching(p.kernel_h, step(p.stride_h, p.dilation_h)) * reaching(p.kernel_w, step(p.stride_w, p.dilation_w));
+  // Where a thread has two outputs, they share weights and most pixels.
+  const bool two = p.dtype != DType::kFloat64 && (forward ? p.stride_h : 1) <= 2 * p.dilation_h;
+  return outputs * (two ? 0.5 * kOfOutput + 0.65 * taps : kOfOutput + taps) / kOfMicrosecond +
+         std::ceil(taps / kTogether - 1) * kLatency;
+}
+
+bool claims_gather(const Problem& p) {
+  if (p.pass == Pass::kGradWeight || !can_gather(p)) return false;
+  if (p.pass == Pass::kGradInput && std::max(p.stride_h, p.stride_w) > kGatherStride) return false;
+  if (!GatherTile(p).fits()) return false;
+  const bool channels_last = p.channels > 1 && (p.pass == Pass::kForward ? p.output : p.input).stride[1] == 1;
+  const bool is_float64 = p.dtype == DType::kFloat64;
+  // How long others may take before they are faster, by what they are: microseconds, as above.
+  constexpr double kOfSmallPlanes = 1.3, kOfPixels = 1.5, kOfStreams = 2.1, kOfPlan = 2.5, kOfSpread = 3,
+                   kOfGeneric = 6;
+  if (is_small_kernel(p)) {
+    constexpr int64_t kFewFloat64 = 192 << 10;  // outputs; with more, a thread has several in direct.cu
+    if (p.taps() == 1 || has_direct_vectors(p) || (is_float64 && outputs_of(p) > kFewFloat64)) return false;
+    if (p.multiplier > 1 && (p.pass == Pass::kGradInput || channels_last)) return false;
+    return has_little_to_do(p) || (!is_float64 && p.taps() >= 25 && gather_time(p) <= kOfStreams && !channels_last &&
+                                   !claims_toeplitz_nchw(p));
+  }
+  // Others have plans of their own at stride 1, and with dilation in 16 bits in NCHW.
+  const bool at_stride = p.stride_h > 1 || p.stride_w > 1, dilated = p.dilation_h > 1 || p.dilation_w > 1;
+  const bool has_plan = !is_float64 && !at_stride && (!dilated || (size_of(p.dtype) == 2 && have_rows(p)));
+  const double most = claims_toeplitz_small_planes(p)                      ? kOfSmallPlanes
+                      : has_plan && channels_last && size_of(p.dtype) == 2 ? kOfPixels
+                      : has_plan                                           ? kOfPlan
+                      : at_stride && p.pass == Pass::kGradInput            ? kOfSpread
+                                                                           : kOfGeneric;
+  return gather_time(p) <= most;
+}
+
+bool claims_gather_grad_weight(const Problem& p) {
+  const int64_t gradients = p.batch * p.out_height * p.out_width, sums = p.filters() * p.taps();
+  constexpr int64_t kManyGradients = 16 << 10, kManySums = 16 << 10;  // of a filter; of few gradients in NCHW
+  if (p.pass != Pass::kGradWeight || gradients == 0 || gradients > kManyGradients || !can_gather(p)) return false;
+  const bool channels_last = p.filters() > 1 && p.input.stride[1] == 1 && p.output.stride[1] == 1;
+
+  if (!channels_last && sums > kManySums) return false;
+  constexpr int64_t kFewProducts = 512 << 10, kMoreProducts = 2 << 20, kManyProducts = 4 << 20;
+  constexpr int64_t kOfTap = 64 << 10, kOfManyTaps = 80 << 10, kManyTaps = 49, kFewTaps = 25;
+  if (is_small_kernel(p)) {  // the more taps, the less others have under way at once
+    if (p.taps() == 1) return !channels_last && gradients * sums <= kFewProducts;
+    return gradients * sums <= p.taps() * (p.taps() < kManyTaps ? kOfTap : kOfManyTaps) &&
+           !claims_direct_grad_weight(p);
+  }
+  const bool has_plan =
+      p.dtype != DType::kFloat64 && p.stride_h == 1 && p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1;
+  if (p.taps() < kFewTaps && claims_toeplitz_grad_weight_channels_last(p)) return false;
+  return gradients * sums <= (has_plan ? kMoreProducts : kManyProducts);
 }
 
 // What kernels/large_float32.cu and kernels/large_float32_grad_weight.cu ask for: any strides, any sizes whose blocks
@@ -681,10 +786,16 @@ const std::vector<Plan>& plans() {
       {PlanId::kFftGradWeight, "fft_grad_weight",
        "a large kernel in float32, and Fourier transforms are allowed: one for each plane of input and gradient",
        claims_fft_grad_weight},
-      {PlanId::kScale, "scale", "a kernel of one tap on arrays without gaps: every pixel times a weight", claims_scale},
+      {PlanId::kScale, "scale",
+       "a kernel of one tap on arrays without gaps: every pixel times a weight, at a stride with zeros between",
+       claims_scale},
+      {PlanId::kGather, "gather", "any kernel with little to do: a thread gathers an output straight from memory",
+       claims_gather},
       {PlanId::kDirect, "direct",
        "a small kernel with little to do, in float64, or on views that do not stream: straight from memory",
        claims_direct},
+      {PlanId::kGatherGradWeight, "gather_grad_weight",
+       "any kernel with little to do: a block sums some taps straight from memory", claims_gather_grad_weight},
       {PlanId::kDirectGradWeight, "direct_grad_weight", "a small kernel with few gradients: straight from memory",
        claims_direct_grad_weight},
       {PlanId::kToeplitzSmallPlanes, "toeplitz_small_planes",

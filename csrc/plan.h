@@ -14,6 +14,8 @@ enum class PlanId : int {
   kScale,
   kDirect,
   kDirectGradWeight,
+  kGather,
+  kGatherGradWeight,
   kToeplitzSmallPlanes,
   kToeplitzSmallPlanesPortable,
   kToeplitzNchw,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import product
 
@@ -27,9 +29,18 @@ def meta(size: tuple, dtype: torch.dtype, memory_format=torch.contiguous_format)
     return torch.empty(size, dtype=dtype, device="meta", memory_format=memory_format)
 
 
-def plan_of(name: str, case: Case, dtype: torch.dtype = torch.float32, memory_format=torch.contiguous_format) -> str:
+# What serves any problem with little to do; most problems here stand for larger ones.
+GATHER = {"forward": "gather", "grad_input": "gather", "grad_weight": "gather_grad_weight"}
+
+
+def plans_of(name: str, case: Case, dtype: torch.dtype, memory_format=torch.contiguous_format) -> list[str]:
     input = meta((case.batch, case.channels, *case.size), dtype, memory_format)
-    return claims(name, case, input, meta(output_size(case), dtype, memory_format))[0]
+    return claims(name, case, input, meta(output_size(case), dtype, memory_format))
+
+
+def plan_of(name: str, case: Case, dtype: torch.dtype = torch.float32, memory_format=torch.contiguous_format) -> str:
+    """Of the problems of this sort that are not small."""
+    return next(plan for plan in plans_of(name, case, dtype, memory_format) if plan != GATHER[name])
 
 
 # ---------------------------------------------------------------------------- the table
@@ -279,6 +290,42 @@ def test_little_to_do(name: str, tile: tuple, dtype: torch.dtype, memory_format:
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [*FAST, torch.float64], ids=str)
+@pytest.mark.parametrize("name", PASSES)
+def test_gather_claims(name: str, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """Any kernel with little to do, unless it is a small one that goes direct in vectors or strips."""
+    case = Case(2, 8, (20, 21), (3, 5), padding=(1, 2))
+    for change in (
+        {},
+        {"stride": (3, 1)},
+        {"dilation": (2, 3)},
+        {"padding": (7, 40)},
+        {"multiplier": 3},
+        {"kernel": (1, 17), "padding": (0, 8)},
+        {"kernel": (9, 9)},
+        {"kernel": (2, 2), "stride": (2, 2)},
+        {"size": (5, 300)},
+    ):
+        assert plans_of(name, case._replace(**change), dtype, memory_format)[0] == GATHER[name], change
+    for change in ({"batch": 4096}, {"batch": 256, "kernel": (9, 9), "padding": (4, 4)}, {"batch": 0}):
+        assert GATHER[name] not in plans_of(name, case._replace(**change), dtype, memory_format), change
+    wide = case._replace(stride=(9, 1))
+    assert (GATHER[name] in plans_of(name, wide, dtype, memory_format)) == (name != "grad_input")
+    small = case._replace(kernel=(3, 3), padding=(1, 1))
+    last = memory_format == torch.channels_last
+    vectors = dtype != torch.float64 and last
+    for change, direct in (
+        ({}, vectors),
+        ({"channels": 7}, False),
+        ({"size": (20, 20), "channels": 7}, dtype != torch.float64 and not last),
+        ({"stride": (2, 2)}, False),
+    ):
+        direct |= dtype != torch.float64 and name == "grad_weight" and not (last and change == {"stride": (2, 2)})
+        found = plans_of(name, small._replace(**change), dtype, memory_format)[0]
+        assert found == (DIRECT if direct else GATHER)[name], change
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("dtype", FAST, ids=str)
 def test_few_gradients(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     """Of 3x3, blocks of a cluster share a filter's gradients; of other kernels there are as many as a block sums."""
@@ -428,7 +475,7 @@ def test_one_tap_on_rows_of_units(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [*FAST, torch.float64], ids=str)
 @pytest.mark.parametrize("name", PASSES)
 def test_one_tap(name: str, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
-    """Arrays without gaps that lie alike, and as many outputs as inputs."""
+    """Arrays without gaps that lie alike, as many outputs as inputs; or gradients that lie anywhere, at a stride."""
     case, size = Case(16, 64, (56, 57), (1, 1), dilation=(2, 3)), (16, 64, 56, 57)
     plain = meta(size, dtype, memory_format)
 
@@ -437,11 +484,15 @@ def test_one_tap(name: str, dtype: torch.dtype, memory_format: torch.memory_form
         return "scale" in claims(name, case, input, output)
 
     assert scales(case) == (name != "grad_weight")
-    for change in ({"multiplier": 2}, {"padding": (0, 1)}, {"stride": (2, 1)}, {"kernel": (1, 2)}):
+    for change in ({"multiplier": 2}, {"padding": (0, 1)}, {"kernel": (1, 2)}):
         assert not scales(case._replace(**change)), change
     other = torch.channels_last if memory_format == torch.contiguous_format else torch.contiguous_format
     for odd in (meta(size, dtype, other), lay(plain, steps=(1, 1, 1, 2)), meta((16, 65, 56, 57), dtype)[:, 1:]):
         assert not scales(case, odd) and not scales(case, plain, odd), odd.stride()
+        apart, backward = case._replace(stride=(2, 1)), name == "grad_input"
+        assert scales(apart, plain, odd[:, :, ::2]) == backward, odd.stride()
+        has_gaps = not any(odd.is_contiguous(memory_format=format) for format in FORMATS)
+        assert scales(apart, odd) == (backward and not has_gaps), odd.stride()
     many = Case(2**15, 2**5, (2**5, 2**6), (1, 1))
     assert not scales(many, meta((2**15, 2**5, 2**5, 2**6), dtype, memory_format))
 
@@ -715,12 +766,12 @@ def test_explain_agrees_with_the_table(arguments: dict, memory_format: torch.mem
     input, weight = meta((2, 4, 12, 10), torch.float16, memory_format), meta((4, 1, 3, 3), torch.float16)
     explanation = dwconv.explain(input, weight, **arguments)
     for name in PASSES:
-        assert getattr(explanation, name).plan == plan_of(name, case, torch.float16, memory_format)
+        assert getattr(explanation, name).plan == plans_of(name, case, torch.float16, memory_format)[0]
 
 
 def test_explain_of_one_image() -> None:
     weight = meta((4, 1, 3, 3), torch.float32)
-    assert dwconv.explain(meta((4, 9, 9), torch.float32), weight).forward.plan == "direct"
+    assert dwconv.explain(meta((4, 9, 9), torch.float32), weight).forward.plan == "gather"
 
 
 def test_explain_on_cpu_says_aten() -> None:
@@ -858,6 +909,31 @@ def test_one_tap_is_exact(dtype: torch.dtype, memory_format: torch.memory_format
                 assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, str(case), input.stride())
                 forced.add((name, plan))
             assert {("output", "scale"), ("grad_input", "scale")} <= forced, str(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [*FAST, torch.float64], ids=str)
+def test_one_tap_at_a_stride_is_exact(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """Gradients with zeros between, in units and not, wherever they lie; a weight that is not finite meets no zero."""
+    last = memory_format == torch.channels_last
+    order = (0, 2, 3, 1) if last else (0, 1, 2, 3)
+    strides = [(2, 2), (3, 1), (1, 2), (4, 3), (50, 7)]
+    for number, (size, channels) in enumerate(
+        product([(1, 1), (1, 7), (3, 5), (8, 8), (31, 57), (64, 65)], (1, 2, 3, 8, 24, 37, 100))
+    ):
+        case = Case(1 + number % 3, channels, size, (1, 1), strides[number % 5], bias=False)
+        input, weight, _ = make_inputs(case, dtype, "cuda", memory_format, integers)
+        grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=memory_format)
+        weight[0] = torch.inf if channels > 2 else 2
+        steps = [(1, 1, 1, 1), (2, 1, 1, 1), (1, 1, 1, 2)][number % 3]
+        for offset in (0, 1):
+            tensors = input, lay(weight, steps=(1 + offset, 1, 1, 1), offset=offset), None
+            exact = run_float64((input, weight, None), grad_output, **case.geometry).grad_input
+            args = lay(grad_output, order, steps, offset), tensors[1], input.shape, *arguments_of(case), last, "scale"
+            result = torch.ops.dwconv.grad_input.plan(*args)
+            found, expected = (t.nan_to_num(nan=12345.0) for t in (result, exact.to(result)))
+            assert torch.equal(found, expected), (str(case), steps, offset)
 
 
 @pytest.mark.gpu
@@ -1056,6 +1132,75 @@ def test_direct_on_large_views(dtype: torch.dtype, tile: tuple) -> None:
             forced.add((name, plan))
         assert goes_direct("forward", case, dtype) == (("output", "direct") in forced), str(case)
         assert goes_direct("grad_input", case, dtype) == (("grad_input", "direct") in forced), str(case)
+
+
+def gather_results(case: Case, tensors: tuple, grad_output: Tensor, last: bool) -> Iterator[tuple[str, Tensor]]:
+    """What the plans gather compute where they claim to. `last`: whether the input's gradient is in channels_last."""
+    input, weight, bias = tensors
+    ops, arguments = torch.ops.dwconv, arguments_of(case)
+    if "gather" in claims("forward", case, input, ops.forward(input, weight, bias, *arguments)):
+        yield "output", ops.forward.plan(input, weight, bias, *arguments, "gather")
+    grad_input = ops.grad_input(grad_output, weight, input.shape, *arguments, last)
+    if "gather" in claims("grad_input", case, grad_input, grad_output):
+        yield "grad_input", ops.grad_input.plan(grad_output, weight, input.shape, *arguments, last, "gather")
+    if "gather_grad_weight" in claims("grad_weight", case, input, grad_output):
+        args = grad_output, input, case.kernel, *arguments, bias is not None, "gather_grad_weight"
+        yield from zip(("grad_weight", "grad_bias"), ops.grad_weight.plan(*args))
+
+
+def draw_gather_case(draw: random.Random) -> Case | None:
+    """Any kernel, stride, padding and dilation, different along both sides; none without outputs."""
+    kernel = draw.choice([(1, 1), (3, 3), (draw.randint(1, 4),) * 2, (draw.randint(1, 9), draw.randint(1, 31))])
+    side = [draw.choice((1, 1, 1, 2, 2, 3, 4, 5, 8)) for _ in range(2)], [draw.choice((1, 1, 2, 3)) for _ in range(2)]
+    extent = [d * (k - 1) + 1 for k, d in zip(kernel, side[1])]
+    case = Case(
+        draw.randint(1, 9),
+        draw.choice((1, 2, 3, 7, 8, 24, 33, 40, 65)),
+        (draw.randint(1, 40), draw.randint(1, 40)),
+        kernel[:: draw.choice((1, -1))],
+        (side[0][0], side[0][1]),
+        (draw.randint(0, extent[0]), draw.randint(0, extent[1])),
+        (side[1][0], side[1][1]),
+        multiplier=draw.choice((1, 1, 2, 3)),
+        bias=draw.random() < 0.5,
+    )
+    reach = [d * (k - 1) + 1 for k, d in zip(case.kernel, case.dilation)]
+    if any(size + 2 * p < r for size, p, r in zip(case.size, case.padding, reach)):
+        return None
+    pixels = max(case.batch * case.filters * math.prod(case.size), math.prod(output_size(case)))
+    return case if pixels * math.prod(case.kernel) <= 1 << 20 else None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [*FAST, torch.float64], ids=str)
+@pytest.mark.parametrize("seed", range(8))
+def test_gather_is_exact(seed: int, dtype: torch.dtype) -> None:
+    """Problems of every sort with little to do, on arrays that lie anyhow; some numbers are not finite."""
+    draw, checked = random.Random(seed), Counter()
+    for number in range(60):
+        case = draw_gather_case(draw)
+        if case is None:
+            continue
+        input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+        grad_output = integers(*output_size(case)).to(input)
+        if number % 4 == 0 and case.channels > 1:  # else F.conv2d multiplies padding, too
+            for tensor, value in product((input, weight, grad_output), (torch.inf, torch.nan)):
+                tensor.view(-1)[draw.randrange(tensor.numel())] = value
+        exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+        last = draw.random() < 0.5
+        order = (0, 2, 3, 1) if last else (0, 1, 2, 3)
+        steps = [draw.choice((1, 1, 2)) if draw.random() < 0.3 else 1 for _ in range(4)]
+        tensors = (
+            lay(input, order, steps, draw.randrange(4)),
+            lay(weight, draw.choice([(0, 1, 2, 3), (2, 3, 0, 1)]), offset=draw.randrange(3)),
+            bias,
+        )
+        for name, result in gather_results(case, tensors, lay(grad_output, order, steps, draw.randrange(4)), last):
+            checked[name] += 1
+            if exact[name] is not None:
+                found, expected = (t.nan_to_num(nan=12345.0) for t in (result, exact[name].round().to(result)))
+                assert torch.equal(found, expected), (name, str(case), last, steps)
+    assert min(checked[name] for name in ("output", "grad_input", "grad_weight")) >= 20, checked
 
 
 @pytest.mark.gpu

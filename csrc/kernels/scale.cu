@@ -1,20 +1,33 @@
 // Forward and grad_input of kernels with a single tap on arrays without gaps: every pixel times its channel's weight,
 // at the speed of a copy. Where the source begins between multiples of 16 bytes, units of 16 bytes are read as they lie
-// there, and shifted; weights that do are laid out in shared memory.
+// there, and shifted; weights that do are laid out in shared memory. Where there is little to do, threads have one unit
+// each, so that there are enough of them.
 #include <type_traits>
 
 #include "common.cuh"
+#include "device.h"
 #include "launch.h"
 #include "mapping.h"
 #include "overlap.cuh"
+#include "scale_spread.h"
 #include "shifted_units.cuh"
 
 namespace dwconv {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kUnits = 4;       // that a thread has on their way at once
 constexpr int kUnitBytes = 16;  // that are read and written at once
+
+// What the elements of a unit are multiplied by: weights that lie side by side, in whole units if the source does; at
+// most two, of its plane and of the next one; or any.
+enum class Weights { kSideBySide, kOfPlanes, kOfElements };
+
+// Units that a thread has on their way at once, and threads of a block.
+template <bool kFew, Weights kWeights>
+constexpr int kUnitsOf = kFew                               ? 1
+                         : kWeights == Weights::kOfElements ? 2
+                                                            : 4;
+template <bool kFew>
+constexpr int kThreadsOf = kFew ? 64 : 256;
 
 struct Arguments {
   const void* source;
@@ -33,13 +46,13 @@ struct alignas(kUnitBytes) Unit {
   T element[kSize];
 };
 
-// kWeights: each element of a unit has a weight of its own, and they lie side by side, in whole units, if the source
-// does. kMisfit: if not negative, the words behind a multiple of 16 bytes that the source begins, with up to 3 bytes
-// more; the target does not.
-template <typename T, bool kWeights, int kMisfit>
-__global__ void __launch_bounds__(kThreads) scale(const __grid_constant__ Arguments a) {
+// kMisfit: if not negative, the words behind a multiple of 16 bytes that the source begins, with up to 3 bytes more;
+// the target does not. kFew: there is little to do.
+template <typename T, Weights kWeights, int kMisfit, bool kFew>
+__global__ void __launch_bounds__(kThreadsOf<kFew>) scale(const __grid_constant__ Arguments a) {
   using Unit = Unit<T>;
-  constexpr int kSize = Unit::kSize;
+  constexpr int kSize = Unit::kSize, kUnits = kUnitsOf<kFew, kWeights>, kThreads = kThreadsOf<kFew>;
+  constexpr bool kSideBySide = kWeights == Weights::kSideBySide;
   // Of a source that is shifted, a warp's units follow each other.
   constexpr bool kShifted = kMisfit >= 0;
   constexpr uint32_t kStep = kShifted ? 32 : kThreads;  // from one of a thread's units to the next
@@ -58,8 +71,12 @@ __global__ void __launch_bounds__(kThreads) scale(const __grid_constant__ Argume
     return unit;
   };
 
-  constexpr bool kLaysOut = kWeights && kShifted;
-  Unit unit[kUnits], weights[kWeights && !kLaysOut ? kUnits : 1];
+  constexpr bool kLaysOut = kSideBySide && kShifted;
+  Unit unit[kUnits], weights[kSideBySide && !kLaysOut ? kUnits : 1];
+  // Where loads are not many, and what each unit needs is known without asking where it lies, weights come beside it.
+  constexpr bool kAhead = !kSideBySide && (kFew || kWeights == Weights::kOfElements);
+  constexpr int kFactors = kSideBySide ? 1 : kWeights == Weights::kOfPlanes ? 2 : kSize;
+  T factor[kUnits][kFactors], summand[kUnits][kFactors];
   uint32_t inside[kUnits], channel[kUnits];  // of the first element: its place in its plane, and its channel
   uint4 low[kUnits], beyond{};               // of a source that is shifted; what the first lane has for the last one
   const int misfit = static_cast<int>(reinterpret_cast<uintptr_t>(source) % kUnitBytes);
@@ -80,7 +97,7 @@ __global__ void __launch_bounds__(kThreads) scale(const __grid_constant__ Argume
   let_next_kernel_start();
 #pragma unroll
   for (int u = 0; u < kUnits; ++u) {
-    if constexpr (kWeights && !kLaysOut) weights[u] = *reinterpret_cast<const Unit*>(weight + channel[u]);
+    if constexpr (kSideBySide && !kLaysOut) weights[u] = *reinterpret_cast<const Unit*>(weight + channel[u]);
     if constexpr (kShifted) {
       const uint4* units = reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(source) - misfit);
       const auto read = [&](uint32_t n) { return n > 0 && n < end ? __ldg(units + n) : uint4{}; };
@@ -88,6 +105,17 @@ __global__ void __launch_bounds__(kThreads) scale(const __grid_constant__ Argume
       if (u + 1 == kUnits && lane == 0) beyond = read(at(u) / kSize + 32);
     } else {
       unit[u] = whole(u) ? *reinterpret_cast<const Unit*>(source + at(u)) : by_elements(u);
+    }
+    if constexpr (kAhead) {
+      uint32_t of = channel[u], place_of = inside[u];
+#pragma unroll
+      for (int i = 0; i < kFactors; ++i) {
+        factor[u][i] = __ldg(weight + of * a.weight_stride);
+        summand[u][i] = bias ? __ldg(bias + of * a.bias_stride) : T{};
+        if (kWeights == Weights::kOfElements && ++place_of < a.plane) continue;
+        place_of = 0;
+        of = of + 1 == a.channels ? 0 : of + 1;
+      }
     }
   }
   if constexpr (kLaysOut) {
@@ -116,22 +144,26 @@ __global__ void __launch_bounds__(kThreads) scale(const __grid_constant__ Argume
     const auto multiply = [&](int i, Accumulator<T> w, Accumulator<T> b) {
       unit[u].element[i] = narrow<T>(fma(widen(unit[u].element[i]), w, b));
     };
-    if constexpr (kWeights) {
+    if constexpr (kSideBySide) {
       const uint32_t behind = channel[u] < first_channel ? a.channels : 0;
       const Unit& of = kLaysOut ? laid_out[(channel[u] + behind - first_channel) / kSize] : weights[kLaysOut ? 0 : u];
 #pragma unroll
       for (int i = 0; i < kSize; ++i) multiply(i, widen(of.element[i]), bias_of(channel[u] + i));
-    } else if (inside[u] + kSize <= a.plane) {
+    } else if constexpr (!kAhead) {
       const Accumulator<T> w = weight_of(channel[u]), b = bias_of(channel[u]);
+      Accumulator<T> w_behind = w, b_behind = b;
+      if (inside[u] + kSize > a.plane) {
+        const uint32_t behind = channel[u] + 1 == a.channels ? 0 : channel[u] + 1;
+        w_behind = weight_of(behind), b_behind = bias_of(behind);
+      }
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) multiply(i, w, b);
+      for (int i = 0; i < kSize; ++i)
+        multiply(i, inside[u] + i < a.plane ? w : w_behind, inside[u] + i < a.plane ? b : b_behind);
     } else {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        multiply(i, weight_of(channel[u]), bias_of(channel[u]));
-        if (++inside[u] < a.plane) continue;
-        inside[u] = 0;
-        if (++channel[u] == a.channels) channel[u] = 0;
+        const int of = kWeights == Weights::kOfElements ? i : inside[u] + i < a.plane ? 0 : 1;
+        multiply(i, widen(factor[u][of]), widen(summand[u][of]));
       }
     }
     if (whole(u))
@@ -146,6 +178,7 @@ __global__ void __launch_bounds__(kThreads) scale(const __grid_constant__ Argume
 }  // namespace
 
 void launch_scale(const Problem& p, cudaStream_t stream) {
+  if (p.stride_h > 1 || p.stride_w > 1) return launch_scale_spread(p, stream);
   const Mapping map(p);
   const int64_t elements = p.batch * p.channels * p.height * p.width;
   const bool channels_last = p.channels > 1 && map.source.stride[1] == 1 && p.height * p.width > 1;
@@ -158,21 +191,36 @@ void launch_scale(const Problem& p, cudaStream_t stream) {
   const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % kUnitBytes == 0; };
   a.aligned = aligned(a.target);
   a.by_plane = Divider(a.plane), a.by_channels = Divider(a.channels);
+  constexpr int64_t kFewBytes = 16 << 10;  // a multiprocessor
+  const bool few = elements * size_of(p.dtype) <= kFewBytes * current_device().multiprocessors;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr int kSize = Unit<T>::kSize;
-    const int64_t blocks = ceil_div(elements, int64_t{kSize} * kUnits * kThreads);
+    const auto launch_as = [&](auto kernel, int units, int threads) {
+      launch_early(kernel, a, ceil_div(elements, int64_t{kSize} * units * threads), threads, stream);
+    };
     const auto launch = [&](auto misfit) {
       constexpr int kMisfit = decltype(misfit)::value;
       // Elements of 4 and 8 bytes begin at multiples of that.
       constexpr bool kExists =
           kMisfit < 0 || sizeof(T) == 2 || (kMisfit > 0 && 4 * kMisfit % static_cast<int>(sizeof(T)) == 0);
       if constexpr (kExists) {
-        const bool weights =
-            a.plane == 1 && p.channels % kSize == 0 && a.weight_stride == 1 && (kMisfit >= 0 || aligned(a.weight));
-        launch_early(weights ? scale<T, true, kMisfit> : scale<T, false, kMisfit>, a, blocks, kThreads, stream);
+        const auto with = [&](auto weights) {
+          constexpr Weights kWeights = decltype(weights)::value;
+          constexpr bool kCanBeFew = kMisfit < 0;
+          if (few && kCanBeFew)
+            return launch_as(scale<T, kWeights, kMisfit, kCanBeFew>, kUnitsOf<true, kWeights>, kThreadsOf<true>);
+          launch_as(scale<T, kWeights, kMisfit, false>, kUnitsOf<false, kWeights>, kThreadsOf<false>);
+        };
+        if (a.plane == 1 && p.channels % kSize == 0 && a.weight_stride == 1 && (kMisfit >= 0 || aligned(a.weight)))
+          with(std::integral_constant<Weights, Weights::kSideBySide>{});
+        else if (a.plane >= kSize)
+          with(std::integral_constant<Weights, Weights::kOfPlanes>{});
+        else
+          with(std::integral_constant<Weights, Weights::kOfElements>{});
       }
     };
+    if (few && !aligned(a.source)) a.aligned = false;  // element by element
     if (!a.aligned || aligned(a.source)) return launch(std::integral_constant<int, -1>{});
     switch (reinterpret_cast<uintptr_t>(a.source) % kUnitBytes / 4) {
       case 0: return launch(std::integral_constant<int, 0>{});
