@@ -16,6 +16,7 @@
 #include "kernels/place_taps.h"
 #include "kernels/realign.h"
 #include "kernels/widening.h"
+#include "kernels/windows_nchw_launch.h"
 #include "plan.h"
 
 // Weak, so that a CPU build of torch, which lacks it, can load this library and serve CPU tensors.
@@ -110,6 +111,7 @@ void launch(const Plan& plan, const Problem& problem, const Allocate& allocate, 
     case PlanId::kPhases:
       return launch_phases(
           problem, allocate, [&](const Problem& made) { launch(choose(made), made, allocate, stream); }, stream);
+    case PlanId::kWindowsNchw: return launch_windows_nchw(problem, stream);
     case PlanId::kGeneric: return launch_generic(problem, allocate, stream);
   }
 }

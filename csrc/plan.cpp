@@ -22,6 +22,7 @@
 #include "kernels/stream.h"
 #include "kernels/toeplitz_channels_last.h"
 #include "kernels/toeplitz_large.h"
+#include "kernels/windows_nchw.h"
 
 namespace dwconv {
 namespace {
@@ -752,6 +753,17 @@ bool claims_phases(const Problem& p) {
   return time < kOtherProduct * products(p) * planes && choose(made).id != PlanId::kGeneric;
 }
 
+bool claims_windows_nchw(const Problem& p) {
+  const View& target = p.pass == Pass::kForward ? p.output : p.input;
+  const bool channels_last = target.stride[1] == 1 && (p.pass == Pass::kForward ? p.filters() : p.channels) > 1;
+  // Of planes with fewer rows than the kernel generic has a way of its own in float64 at stride 1.
+  constexpr int64_t kFewRows = 5;
+  if (p.dtype == DType::kFloat64 && p.stride_h == 1 && p.stride_w == 1 && p.kernel_h >= kFewRows &&
+      p.kernel_h > std::min(p.height, p.out_height) && p.taps() > kDirectFloat64Taps)
+    return false;
+  return p.pass != Pass::kGradWeight && !channels_last && fits_windows_nchw(p);
+}
+
 }  // namespace
 
 Problem without_far_taps(const Problem& problem) {
@@ -860,6 +872,9 @@ const std::vector<Plan>& plans() {
        "a large kernel with a stride or a dilation: its phases are copied, and make a problem without, which another "
        "plan serves",
        claims_phases},
+      {PlanId::kWindowsNchw, "windows_nchw",
+       "a kernel, stride and dilation that nothing is compiled for: windows in shared memory, sums in registers",
+       claims_windows_nchw},
       {PlanId::kToeplitzSmallPlanesPortable, "toeplitz_small_planes_portable",
        "toeplitz_small_planes as GPUs before sm_90 run it", claims_toeplitz_small_planes},
       {PlanId::kToeplitzNchwPortable, "toeplitz_nchw_portable", "toeplitz_nchw as GPUs before sm_90 run it",

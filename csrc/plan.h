@@ -42,6 +42,7 @@ enum class PlanId : int {
   kOuterGradWeight,
   kHankelGradWeight,
   kPhases,
+  kWindowsNchw,
   kGeneric,
 };
 

@@ -126,16 +126,16 @@ def test_tensor_cores(name: str, dtype: torch.dtype) -> None:
         assert plan_of(name, Case(7, 1024, (side, side), (7, 7), padding=(3, 3)), dtype) == expected
     for kernel in ((2, 3), (4, 4), (6, 9), (9, 9), (11, 5), (1, 2)):
         assert plan_of(name, Case(2, 4, (32, 32), kernel), dtype) == "toeplitz_nchw", kernel
-        few = "toeplitz_large" if max(kernel) >= 8 else "generic"
+        few = "toeplitz_large" if max(kernel) >= 8 else "windows_nchw"
         assert plan_of(name, Case(2, 4, (12, 10), kernel), dtype) == few, kernel
     for kernel, dilation, expected in (
         ((1, 17), (1, 1), "toeplitz_nchw"),
         ((2, 3), (3, 2), "toeplitz_nchw"),
         ((3, 3), (4, 4), "toeplitz_nchw"),
         ((1, 4), (7, 5), "toeplitz_nchw"),
-        ((3, 3), (4, 5), "generic"),
+        ((3, 3), (4, 5), "windows_nchw"),
         ((5, 5), (2, 2), "toeplitz_nchw"),
-        ((7, 7), (2, 2), "generic"),
+        ((7, 7), (2, 2), "windows_nchw"),
     ):
         assert plan_of(name, Case(2, 4, (40, 36), kernel, dilation=dilation), dtype) == expected, kernel
     # Large kernels on planes of few rows, where there are many images.
@@ -146,7 +146,7 @@ def test_tensor_cores(name: str, dtype: torch.dtype) -> None:
     ):
         assert plan_of(name, Case(batch, channels, (14, 14), (9, 9), padding=(4, 4)), dtype) == expected, batch
     strided = Case(2, 4, (64, 64), (5, 3), (2, 2))
-    assert plan_of(name, strided, dtype) == ("toeplitz_nchw" if name == "forward" else "generic")
+    assert plan_of(name, strided, dtype) == ("toeplitz_nchw" if name == "forward" else "windows_nchw")
     for side, expected in ((28, "toeplitz_nchw"), (27, "stream_nchw")):
         assert plan_of(name, Case(64, 192, (side, side), (3, 3), padding=(1, 1)), dtype) == expected
 
@@ -197,10 +197,11 @@ def test_large_kernels(name: str, dtype: torch.dtype) -> None:
         ({"kernel": (400, 400), "padding": (200, 200), "size": (300, 300)}, False),  # they do not fit shared memory
         ({"size": (24, 2**25)}, False),
     ):
-        expected = "toeplitz_large" if serves else "generic"
+        nothing_fits = "batch" in change or "size" in change or max(change.get("kernel", (0, 0))) == 400
+        expected = "toeplitz_large" if serves else "generic" if nothing_fits else "windows_nchw"
         assert plan_of(name, case._replace(**change), dtype) == expected, change
     assert plan_of(name, case, torch.float32) == "large_float32"
-    assert plan_of(name, case, torch.float64) == "generic"
+    assert plan_of(name, case, torch.float64) == "windows_nchw"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -598,7 +599,8 @@ def test_multipliers() -> None:
     ids=str,
 )
 def test_generic(name: str, change: dict, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
-    assert plan_of(name, FIRST._replace(**change), dtype, memory_format) == "generic"
+    windows = name != "grad_weight" and memory_format == torch.contiguous_format
+    assert plan_of(name, FIRST._replace(**change), dtype, memory_format) == ("windows_nchw" if windows else "generic")
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
@@ -609,6 +611,8 @@ def test_float64(tile: tuple, memory_format: torch.memory_format) -> None:
     for name in PASSES:
         direct = name != "grad_weight" and goes_direct(name, case, torch.float64)
         expected = "scale" if direct and case.kernel == (1, 1) else "direct" if direct else "generic"
+        if expected == "generic" and name != "grad_weight" and memory_format == torch.contiguous_format:
+            expected = "windows_nchw"
         assert plan_of(name, case, torch.float64, memory_format) == expected
 
 
@@ -681,7 +685,9 @@ def test_32_bits_bound_offsets(name: str) -> None:
 def test_reasons() -> None:
     size, strides = (16, 64, 512, 512), (64 * 512 * 512, 512 * 512, 512, 1)
     found = dwconv._C.plans("forward", "float32", size, strides, (64, 1, 3, 3), strides, (1, 1), (1, 1), (1, 1))
-    assert [plan for plan, _ in found] == ["stream_nchw", "large_float32", "stream_nchw_portable", "generic"]
+    assert [plan for plan, _ in found] == [
+        *("stream_nchw", "large_float32", "windows_nchw", "stream_nchw_portable", "generic")
+    ]
     assert all(isinstance(reason, str) and reason for _, reason in found)
 
 
@@ -880,6 +886,7 @@ def test_forcing_a_plan(case: Case, memory_format: torch.memory_format, dtype: t
             BAND,
             MARCH[name],
             MATRIX,
+            "windows_nchw",
             "generic",
         ):
             if plan in claims(name, case, input, output):
@@ -2947,6 +2954,96 @@ def test_what_makes_phases() -> None:
         assert plan_of(name, far) == "generic"
     assert plan_of("forward", case._replace(stride=(3, 3), dilation=(1, 1)), torch.bfloat16) == "generic"
     assert plan_of("grad_input", case._replace(multiplier=2), torch.bfloat16) == "generic"
+# Kernels, strides and dilations that nothing is compiled for.
+WINDOWS = [
+    ((3, 3), (3, 3), (1, 1)),
+    ((5, 4), (2, 3), (1, 2)),
+    ((7, 7), (4, 4), (2, 2)),
+    ((2, 9), (3, 1), (1, 3)),
+    ((31, 1), (2, 2), (1, 1)),
+    ((1, 25), (3, 3), (1, 1)),
+    ((14, 15), (2, 2), (1, 1)),
+    ((17, 27), (1, 1), (3, 2)),
+    ((4, 4), (4, 6), (6, 4)),
+    ((1, 1), (2, 3), (1, 1)),
+    ((2, 3), (9, 5), (1, 1)),  # rows and columns that nothing meets
+    ((12, 11), (1, 1), (1, 1)),
+]
+
+
+def test_windows_claims() -> None:
+    for kernel, stride, dilation in WINDOWS:
+        case = Case(2, 4, (80, 90), kernel, stride, (1, 2), dilation)
+        for name, dtype in product(PASSES[:2], [*FAST, torch.float64]):
+            input, output = meta((2, 4, 80, 90), dtype), meta(output_size(case), dtype)
+            assert "windows_nchw" in claims(name, case, input, output), (name, str(case))
+            assert "windows_nchw" in claims(name, case, lay(input, steps=(1, 2, 1, 3)), lay(output, steps=(2, 1, 2, 1)))
+            target = {"input" if name == "grad_input" else "output": torch.channels_last}
+            input = input.contiguous(memory_format=target.get("input", torch.contiguous_format))
+            output = output.contiguous(memory_format=target.get("output", torch.contiguous_format))
+            assert "windows_nchw" not in claims(name, case, input, output), (name, str(case))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [*FAST, torch.float64], ids=str)
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+def test_windows_are_exact(window: tuple, dtype: torch.dtype) -> None:
+    """Few planes and many, whole ones and bands, rows too long for a tile, all padding, views; NaN where it belongs."""
+    kernel, stride, dilation = window
+    extent = [d * (k - 1) + 1 for k, d in zip(kernel, dilation)]
+    shapes = [(1, 2, 40, 50), (2, 3, 9, 13), (3, 50, 17, 7), (1, 2, 150, 90), (1, 1, 60, 9000), (40, 60, 12, 14)]
+    for number, (batch, channels, *size) in enumerate(shapes):
+        for turn, padding in enumerate([(0, 0), (extent[0] // 2, extent[1] // 2), (extent[0] + 1, extent[1] - 1)]):
+            if any(side + 2 * p < e for side, p, e in zip(size, padding, extent)):
+                continue
+            multiplier, bias = 1 + (number + turn) % 3, turn != 1
+            case = Case(batch, channels, tuple(size), kernel, stride, padding, dilation, multiplier, bias)
+            input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+            grad_output = integers(*output_size(case)).to(input)
+            if turn == 1 and number < 4:
+                weight[-1, 0, 0, 0] = torch.inf
+                input[0, 0, -1, size[1] // 2], grad_output[-1, -1, 0, 0] = torch.nan, -torch.inf
+            layouts = [
+                lambda t: t,
+                lambda t: lay(t, offset=1),
+                lambda t: lay(t, steps=(1, 2, 2, 1), offset=3),
+                lambda t: lay(t, (0, 1, 3, 2)),
+                lambda t: lay(t, steps=(2, 1, 1, 2), offset=1),
+            ]
+            layout = layouts[(number + 2 * turn) % len(layouts)]
+            tensors, grad_output = (layout(input), lay(weight, (2, 3, 0, 1), (1, 2, 1, 1)), bias), layout(grad_output)
+            found = sum(
+                "windows_nchw" in claims(*arguments)
+                for arguments in (
+                    ("forward", case, tensors[0], torch.empty_like(grad_output).contiguous()),
+                    ("grad_input", case, torch.empty_like(input), grad_output),
+                )
+            )
+            assert found == 2 or (dtype == torch.float64 and stride == (1, 1)), str(case)
+            assert compare_plans(case, tensors, grad_output, "windows_nchw") == found, str(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [*FAST, torch.float64], ids=str)
+def test_windows_repeat_bit_for_bit(dtype: torch.dtype) -> None:
+    for case in (
+        Case(2, 3, (20, 20), (27, 27), (2, 2), (39, 39), (3, 3)),
+        Case(8, 40, (40, 40), (9, 9), (2, 2), (4, 4)),
+        Case(2, 8, (60, 70), (2, 2), (2, 2)),
+    ):
+        input, weight, bias = make_inputs(case, dtype, "cuda")
+        grad_output = torch.randn(output_size(case), device="cuda", dtype=dtype)
+        ops, arguments = torch.ops.dwconv, arguments_of(case)
+
+        def results() -> list[Tensor]:
+            return [
+                ops.forward.plan(input, weight, bias, *arguments, "windows_nchw"),
+                ops.grad_input.plan(grad_output, weight, input.shape, *arguments, False, "windows_nchw"),
+            ]
+
+        first = results()
+        for _ in range(100):
+            assert all(torch.equal(a, b) for a, b in zip(first, results()))
 
 
 @pytest.mark.gpu
