@@ -9,6 +9,7 @@
 
 #include "conv2d.h"
 #include "kernels/cast.h"
+#include "kernels/columns_grad_weight.h"
 #include "kernels/device.h"
 #include "kernels/gather.h"
 #include "kernels/launch.h"
@@ -112,6 +113,7 @@ void launch(const Plan& plan, const Problem& problem, const Allocate& allocate, 
       return launch_phases(
           problem, allocate, [&](const Problem& made) { launch(choose(made), made, allocate, stream); }, stream);
     case PlanId::kWindowsNchw: return launch_windows_nchw(problem, stream);
+    case PlanId::kColumnsGradWeight: return launch_columns_grad_weight(problem, allocate, stream);
     case PlanId::kGeneric: return launch_generic(problem, allocate, stream);
   }
 }

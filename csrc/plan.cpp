@@ -536,6 +536,23 @@ bool claims_direct(const Problem& p) {
          !(claims_march_nchw(p) || claims_stream_nchw(p) || claims_toeplitz_nchw(p) || claims_march_channels_last(p));
 }
 
+// What kernels/columns_grad_weight.cu asks for: columns that lie side by side, rather than channels, and what 32 bits
+// count: rows and columns with those beside the image, steps from one to the next, sums, and gradients of a filter.
+bool can_go_columns_grad_weight(const Problem& p) {
+  if (p.pass != Pass::kGradWeight || p.batch == 0) return false;
+  constexpr int64_t kMany = 1 << 26, kSteps = 1 << 22, kMost = 1 << 28;
+  const auto lies = [](const View& view, int64_t channels, int64_t pixels) {
+    return (channels == 1 || pixels == 1 || view.stride[1] != 1) && std::max(view.stride[2], view.stride[3]) < kMost;
+  };
+  const auto fits = [](int64_t size, int64_t stride, int64_t padding, int64_t dilation) {
+    return std::max({size, padding, stride, dilation}) < kMany && stride * dilation < kSteps;
+  };
+  return lies(p.input, p.channels, p.height * p.width) && lies(p.output, p.filters(), p.out_height * p.out_width) &&
+         fits(p.height, p.stride_h, p.padding_h, p.dilation_h) &&
+         fits(p.width, p.stride_w, p.padding_w, p.dilation_w) && p.batch < kMost / p.out_height / p.out_width &&
+         p.filters() < kMost / (p.taps() + 1);
+}
+
 bool claims_direct_grad_weight(const Problem& p) {
   const int64_t gradients = p.batch * p.out_height * p.out_width;  // of a filter
   if (p.pass != Pass::kGradWeight || p.dtype == DType::kFloat64 || !can_go_direct(p) || gradients == 0) return false;
@@ -545,7 +562,9 @@ bool claims_direct_grad_weight(const Problem& p) {
   if (p.capability >= 90 && p.taps() == 9 && p.kernel_h == 3 && p.stride_h == 1 && p.dilation_h == 1 &&
       products <= kFewProducts)
     return true;
-  // One block sums a filter.
+  // One block sums a filter, and has one product for two loads where there is one tap.
+  constexpr int64_t kFewOfOneTap = 512;
+  if (p.taps() == 1 && gradients > kFewOfOneTap && can_go_columns_grad_weight(p)) return false;
   constexpr int64_t kFewProductsOfFilter = 10 << 10, kMoreProducts = 8 << 20;
   return gradients * p.taps() <= kFewProductsOfFilter && products <= kMoreProducts &&
          (gradients <= 64 || !claims_march_grad_weight_channels_last(p));
@@ -664,6 +683,22 @@ bool claims_large_float32_grad_weight(const Problem& p) {
   constexpr int64_t kFewTaps = 15;  // for which channels_last does not pay
   return p.pass == Pass::kGradWeight && (is_large_kernel(p) || have_rows(p) || p.taps() >= kFewTaps) &&
          can_go_large_float32(p);
+}
+
+// Of what kernels for any size claim, that where they have more to do than products: where there are few of these; in
+// 16 bits, where taps fill few places of a tile of 8 x 16 on tensor cores; and lower kernels of one column in float32.
+bool claims_columns_grad_weight(const Problem& p) {
+  if (!can_go_columns_grad_weight(p)) return false;
+  const double products = static_cast<double>(p.batch * p.filters() * p.out_height * p.out_width * p.taps());
+  constexpr double kFew = 8e6, kMoreForHankel = 16e6;
+  if (products <= kFew) return true;
+  if (claims_outer_grad_weight(p)) return false;
+  if (claims_hankel_grad_weight(p)) {
+    const int64_t tiles = (p.kernel_h + 7) / 8 * ((p.kernel_w + 15) / 16);
+    return products <= kMoreForHankel || 12 * p.taps() < 8 * 16 * tiles;
+  }
+  constexpr int64_t kMostRows = 16;  // taller columns fill the tiles of large_float32_grad_weight
+  return (p.kernel_w == 1 && p.kernel_h <= kMostRows) || !claims_large_float32_grad_weight(p);
 }
 
 // Products of a tap and a pixel of the image, along one side of a plane.
@@ -849,6 +884,10 @@ const std::vector<Plan>& plans() {
       {PlanId::kMarchGradWeightChannelsLast, "march_grad_weight_channels_last",
        "a small kernel in channels_last: input and gradient stream through shared memory, sums stay in registers",
        claims_march_grad_weight_channels_last},
+      {PlanId::kColumnsGradWeight, "columns_grad_weight",
+       "a kernel, stride or dilation that has no plan of its own, or little to do: lanes walk down columns of the "
+       "gradient, sums of a tile of taps stay in registers",
+       claims_columns_grad_weight},
       {PlanId::kToeplitzLarge, "toeplitz_large",
        "a kernel in 16 bits of a size that has no plan of its own: band matrices on tensor cores, in channels_last on "
        "copies of the images",

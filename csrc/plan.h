@@ -43,6 +43,7 @@ enum class PlanId : int {
   kHankelGradWeight,
   kPhases,
   kWindowsNchw,
+  kColumnsGradWeight,
   kGeneric,
 };
 

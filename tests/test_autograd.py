@@ -452,6 +452,8 @@ CAST_GRADIENTS = [
     Case(4, 8, (30, 31), (7, 7), padding=(3, 3)),
     Case(2, 8, (28, 28), (13, 13), padding=(6, 6), bias=False),
     Case(16, 8, (9, 10), (41, 31), padding=(20, 15)),  # half of the taps meet no image
+    Case(2, 8, (20, 21), (5, 3), (3, 3), padding=(2, 0)),
+    Case(16, 4, (90, 90), (2, 2), (2, 2)),
 ]
 
 

@@ -34,6 +34,9 @@ GATHER = {"forward": "gather", "grad_input": "gather", "grad_weight": "gather_gr
 
 
 def plans_of(name: str, case: Case, dtype: torch.dtype, memory_format=torch.contiguous_format) -> list[str]:
+def plans_of(
+    name: str, case: Case, dtype: torch.dtype = torch.float32, memory_format=torch.contiguous_format
+) -> list[str]:
     input = meta((case.batch, case.channels, *case.size), dtype, memory_format)
     return claims(name, case, input, meta(output_size(case), dtype, memory_format))
 
@@ -41,6 +44,7 @@ def plans_of(name: str, case: Case, dtype: torch.dtype, memory_format=torch.cont
 def plan_of(name: str, case: Case, dtype: torch.dtype = torch.float32, memory_format=torch.contiguous_format) -> str:
     """Of the problems of this sort that are not small."""
     return next(plan for plan in plans_of(name, case, dtype, memory_format) if plan != GATHER[name])
+    return plans_of(name, case, dtype, memory_format)[0]
 
 
 # ---------------------------------------------------------------------------- the table
@@ -70,6 +74,12 @@ TILES = [
     ((1, 11), 1, 1),
     ((11, 1), 1, 1),
 ]
+
+
+def general(name: str, memory_format: torch.memory_format) -> str:
+    """What serves a problem that has no plan of its own."""
+    columns = name == "grad_weight" and memory_format == torch.contiguous_format
+    return "columns_grad_weight" if columns else "generic"
 
 
 def serves(name: str, plan: str, case: Case) -> str:
@@ -210,7 +220,7 @@ def test_hankel_grad_weight_claims(dtype: torch.dtype) -> None:
     plan, case = "hankel_grad_weight", Case(4, 8, (56, 57), (31, 31), padding=(15, 15))
     for kernel in ((31, 31), (8, 8), (51, 5), (5, 51), (63, 63), (2, 8), (9, 1), (7, 6), (1, 2)):
         large = case._replace(kernel=kernel, padding=(kernel[0] // 2, kernel[1] - 1), multiplier=2)
-        assert plan_of("grad_weight", large, dtype) == plan, kernel
+        assert plan in plans_of("grad_weight", large, dtype), kernel
     for change in (
         {"padding": (31, 15)},
         {"padding": (15, 31)},
@@ -219,8 +229,9 @@ def test_hankel_grad_weight_claims(dtype: torch.dtype) -> None:
         {"dilation": (1, 2), "padding": (15, 30)},
     ):
         assert plan_of("grad_weight", case._replace(**change), dtype) in ("generic", "phases"), change
+        assert plan_of("grad_weight", case._replace(**change), dtype) == "columns_grad_weight", change
     assert plan_of("grad_weight", case) == "large_float32_grad_weight"
-    assert plan_of("grad_weight", case, torch.float64) == "generic"
+    assert plan_of("grad_weight", case, torch.float64) == "columns_grad_weight"
     plain = meta((4, 8, 56, 57), dtype)
     for odd, claimed in (
         (lay(plain, offset=3), True),
@@ -263,7 +274,8 @@ def test_outer_grad_weight_claims(dtype: torch.dtype, memory_format: torch.memor
         ({"size": (56, 56), "kernel": (11, 51), "padding": (5, 25)}, "hankel_grad_weight"),
         ({"kernel": (7, 6), "padding": (3, 3), "batch": 7}, "hankel_grad_weight"),
     ):
-        assert plan_of("grad_weight", case._replace(**change), dtype, memory_format) == plan, change
+        found = plans_of("grad_weight", case._replace(**change), dtype, memory_format)
+        assert next(name for name in found if name != "columns_grad_weight") == plan, change
     # Rows and columns are exchanged, by the copies or by the kernel.
     for size, plan in (((56, 56), "outer_grad_weight"), ((57, 56), "hankel_grad_weight")):
         tall = case._replace(size=size, kernel=(51, 5), padding=(25, 2))
@@ -601,6 +613,7 @@ def test_multipliers() -> None:
 def test_generic(name: str, change: dict, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     windows = name != "grad_weight" and memory_format == torch.contiguous_format
     assert plan_of(name, FIRST._replace(**change), dtype, memory_format) == ("windows_nchw" if windows else "generic")
+    assert plan_of(name, FIRST._replace(**change), dtype, memory_format) == general(name, memory_format)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
@@ -613,6 +626,8 @@ def test_float64(tile: tuple, memory_format: torch.memory_format) -> None:
         expected = "scale" if direct and case.kernel == (1, 1) else "direct" if direct else "generic"
         if expected == "generic" and name != "grad_weight" and memory_format == torch.contiguous_format:
             expected = "windows_nchw"
+        otherwise = "direct" if direct else general(name, memory_format)
+        expected = "scale" if direct and case.kernel == (1, 1) else otherwise
         assert plan_of(name, case, torch.float64, memory_format) == expected
 
 
@@ -1797,6 +1812,101 @@ def test_large_kernels_in_float64_are_exact(kernel: tuple, finite: bool) -> None
                 if name in ("output", "grad_input"):
                     wanted = exact[name].round().nan_to_num(nan=12345.0)
                     assert torch.equal(result.nan_to_num(nan=12345.0), wanted), (name, plan, str(case))
+
+
+# Every tile, cut in every way: rows of the kernel that lie in one another's way, far apart and not, padding beyond the
+# kernel, few gradients and many, rows and columns that no tap of a tile meets, splits.
+COLUMNS = [
+    Case(3, 5, (29, 31), (5, 5), (2, 2), (2, 2), multiplier=2),
+    Case(2, 7, (6, 6), (1, 1), (2, 2)),
+    Case(2, 3, (175, 66), (1, 1), (2, 3), (4, 1)),
+    Case(5, 2, (150, 160), (1, 1), (3, 1)),
+    Case(70, 3, (4, 5), (1, 1)),
+    Case(2, 3, (40, 41), (1, 7), (1, 2), (0, 5), (3, 3), multiplier=3),
+    Case(3, 2, (101, 19), (16, 1), (2, 2), (7, 0)),
+    Case(2, 3, (33, 40), (2, 25), (1, 3), (1, 12), (2, 1)),
+    Case(2, 3, (50, 41), (3, 3), (1, 1), (9, 4), (9, 4)),
+    Case(2, 2, (9, 700), (3, 3), padding=(1, 1)),
+    Case(1, 3, (400, 300), (3, 3), (2, 2), (1, 1)),
+    Case(3, 2, (113, 90), (5, 5), (3, 3), (4, 4), (2, 2)),
+    Case(2, 4, (9, 9), (17, 17), (2, 2), (16, 16), (2, 2), multiplier=2),
+    Case(2, 3, (18, 18), (28, 28), (1, 1), (40, 40), (3, 3)),
+    Case(4, 3, (30, 23), (9, 9), (4, 4), (11, 3), (6, 1)),
+    Case(5, 3, (60, 60), (4, 17), (1, 1), (3, 16), (2, 2)),
+    Case(4, 5, (51, 140), (3, 6), (3, 3), (1, 2)),
+    Case(3, 5, (47, 33), (3, 3), (3, 4), (7, 1), (2, 1), multiplier=2),
+    Case(2, 6, (30, 61), (6, 2), (7, 1), (4, 4), (3, 5)),
+    Case(1, 2, (3, 4), (3, 4)),
+    Case(2, 100, (7, 9), (2, 5), (2, 2), (1, 4), (2, 2), bias=False),
+]
+
+
+@pytest.mark.parametrize("dtype", [*FAST, torch.float64], ids=str)
+def test_columns_grad_weight_claims(dtype: torch.dtype) -> None:
+    """Columns that lie side by side or apart, and not channels; what 32 bits count."""
+    plan, case = "columns_grad_weight", Case(4, 6, (20, 30), (3, 4), (2, 3), (7, 1), (3, 1))
+    for change, claimed in (
+        ({}, True),
+        ({"batch": 0}, False),
+        ({"batch": 2**23}, False),
+        ({"size": (2**26 - 1, 5), "batch": 1}, True),
+        ({"size": (2**26, 5)}, False),
+        ({"size": (20, 2**26)}, False),
+        ({"padding": (7, 2**26)}, False),
+        ({"padding": (2**12, 2**13)}, True),
+        ({"stride": (2**21, 1)}, False),
+        ({"dilation": (5, 2**20), "stride": (2, 4), "size": (20, 2**23)}, False),
+        ({"channels": 2**25}, False),
+    ):
+        assert (plan_of("grad_weight", case._replace(**change), dtype) == plan) == claimed, change
+    input, output = meta((4, 6, 20, 30), dtype), meta(output_size(case), dtype)
+    for order, steps, claimed in (
+        (None, (2, 1, 3, 1), True),
+        ((1, 0, 2, 3), (1, 1, 1, 2), True),
+        ((0, 1, 3, 2), (1, 1, 1, 1), True),
+        ((0, 2, 3, 1), (1, 1, 1, 1), False),
+        ((0, 2, 3, 1), (1, 2, 1, 1), True),
+    ):
+        assert (plan in claims("grad_weight", case, lay(input, order, steps), output)) == claimed, (order, steps)
+        assert (plan in claims("grad_weight", case, input, lay(output, order, steps))) == claimed, (order, steps)
+
+
+def test_what_goes_by_columns() -> None:
+    """What kernels for any size have: little to multiply, few places of a tile on tensor cores, or a single column."""
+    columns, hankel, float32 = "columns_grad_weight", "hankel_grad_weight", "large_float32_grad_weight"
+    for case, dtype, expected in (
+        (Case(2, 32, (17, 17), (1, 2)), torch.float16, columns),
+        (Case(1, 128, (72, 72), (10, 10)), torch.float16, hankel),
+        (Case(1, 128, (72, 72), (10, 10)), torch.float32, float32),
+        (Case(9, 256, (45, 45), (6, 1), padding=(2, 0)), torch.bfloat16, columns),
+        (Case(9, 256, (45, 45), (6, 1), padding=(2, 0)), torch.float32, columns),
+        (Case(65, 240, (28, 13), (28, 1), padding=(13, 0)), torch.float32, float32),
+        (Case(9, 256, (45, 45), (1, 6), padding=(0, 2)), torch.float32, float32),
+        (Case(16, 240, (5, 5), (1, 20), padding=(0, 9)), torch.bfloat16, columns),
+        (Case(64, 240, (14, 14), (1, 20), padding=(0, 9)), torch.bfloat16, "outer_grad_weight"),
+        (Case(43, 96, (8, 15), (1, 1)), torch.float32, "stream_grad_weight_nchw"),
+        (Case(68, 96, (6, 6), (1, 1)), torch.float32, columns),
+        (Case(8, 96, (6, 6), (1, 1)), torch.float32, "direct_grad_weight"),
+    ):
+        assert plan_of("grad_weight", case, dtype) == expected, (str(case), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [*FAST, torch.float64], ids=str)
+@pytest.mark.parametrize("case", COLUMNS, ids=str)
+def test_columns_grad_weight(case: Case, dtype: torch.dtype) -> None:
+    """Rows and columns side by side and apart: exact, NaN where F.conv2d has it, the same bits every time."""
+    plan = "columns_grad_weight"
+    for spoilt in (False, True):
+        input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+        grad_output = integers(*output_size(case)).to(input)
+        if spoilt:
+            input[-1, 0, -1, 0], input[0, -1, 0, -1] = torch.inf, torch.nan
+            grad_output[0, 0, 0, 0], grad_output[-1, -1, -1, -1] = -torch.inf, torch.inf
+        for order, steps, offset in ((None, None, 0), ((1, 0, 2, 3), (2, 1, 2, 1), 1), (None, (1, 2, 1, 3), 2)):
+            tensors = lay(input, order, steps, offset), weight, bias
+            count = compare_plans(case, tensors, lay(grad_output, order, steps, 3 * offset), plan, repeats=3)
+            assert count == 3 * (1 + case.bias)
 
 
 @pytest.mark.gpu

@@ -1,215 +1,416 @@
-// grad_weight (and the bias gradient) in float64 of any kernel, where columns lie side by side.
+// grad_weight (and the bias gradient) of any kernel, stride and dilation in any dtype, straight from memory: for what
+// nothing else is compiled for.
 //
-// A warp has a column of the kernel, or a part of it, and walks down columns of the gradient, a lane each: the pixels
-// that a gradient meets are those that the one above met, one row further down, and stay in registers. So two loads
-// serve as many products as there are rows of the kernel. Loads of several rows are under way together.
+// A lane walks down a column of the gradient and keeps the sums of a tile of taps. The rows of a tile lie `tap_step`
+// rows of the kernel apart, and the gradients `grad_step` rows: then the pixels that a gradient meets are those that
+// the one above met, one row further down, and stay in registers. So a gradient and one new row of pixels are all that
+// is loaded for a whole tile, and loads of several rows are under way together. A team of lanes has a filter and a
+// tile; where there are few of these, several blocks share them, and a second kernel adds up their sums.
 //
-// Only taps that meet the image are multiplied. Sums of a few strips of rows are added up by a second kernel: every sum
-// has a fixed order, and none is long.
-#include "columns_grad_weight.h"
-
+// Only taps that meet the image are multiplied. Every sum has a fixed order, and none is long: a lane adds up a strip
+// of rows, then its strips, then lanes are added up pairwise.
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <numeric>
-#include <type_traits>
+#include <utility>
 
 #include "common.cuh"
+#include "columns_grad_weight.h"
+#include "overlap.cuh"
 #include "partial_sums.h"
+#include "widening.h"
 
 namespace dwconv {
 namespace {
 
-constexpr int kMaxWarps = 8;     // of a block
-constexpr int kMaxRows = 7;      // of the kernel, of a warp
-constexpr int kStripRows = 48;   // of the gradient, at most
-constexpr int kStripsOfSum = 8;  // that a lane adds up, at most
-constexpr int kBlocks = 2048;    // fills any GPU a few times over; the same on all, so that results are too
+constexpr int kMostThreads = 256, kFewThreads = 128;  // of a block
+constexpr int kFewLanes = 4;                          // of a team, at least
+constexpr int kStripRows = 32;                        // gradients of a strip, at most
+
+// Taps of a lane, gradients whose loads are under way together, and blocks of a multiprocessor. Where a tile keeps no
+// pixels, each gradient meets others: so it is where the stride is as large as the kernel.
+struct Tile {
+  int rows, columns, steps;
+  bool keeps;
+  int blocks;
+
+  constexpr int taps() const { return rows * columns; }
+};
+constexpr std::array<Tile, 9> kTiles{{{1, 1, 8, false, 4},
+                                      {1, 4, 4, false, 3},
+                                      {3, 3, 2, false, 3},
+                                      {2, 4, 4, true, 2},
+                                      {3, 3, 4, true, 3},
+                                      {3, 5, 3, true, 2},
+                                      {4, 4, 4, true, 2},
+                                      {4, 1, 8, true, 3},
+                                      {8, 1, 8, true, 2}}};
+template <typename T>
+constexpr int blocks_of(const Tile& tile) {
+  return sizeof(T) == sizeof(double) ? 2 : tile.blocks;
+}
 
 struct Columns {
-  const double *input, *grad;
-  double* partial;  // [split][tap, or bias behind the last tap][filter]
-  int64_t input_stride[4], grad_stride[4];
+  const void *input, *grad;
+  void *grad_weight, *grad_bias;
+  void* partial;  // [split][tap, or bias behind the last tap][filter], or null where nothing is split
+  int64_t input_image, input_channel, grad_image, grad_filter;  // strides, in elements
+  int input_row, input_column, grad_row, grad_column;           // the same
+  int64_t input_move, grad_move;                                // from a gradient of a lane to the next, elements
   int height, width, out_height, out_width;
   int kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
-  int filters, multiplier;
-  bool with_bias;
-  int lanes;   // side by side, a power of two
-  int phases;  // rows of the gradient are walked down in steps of so many
-  int strips, strip_rows;
-  int parts, units, block_units, unit_groups;  // parts of a column of the kernel; parts of all columns, of a block
-  int teams;                                   // lanes side by side that have the same part of the kernel in a block
-  int items, splits;                           // strips of all columns and images; runs of these
-  Divider by_unit_groups, by_filters, by_segments, by_strips, by_phases, by_multiplier, by_parts;
+  int batch, filters, teams;
+  bool widens;
+  int tap_step, grad_step, strip_rows;
+  int lanes, lanes_log2;  // of a team, and the power of two that has room for them
+  int splits;             // blocks that share a filter and a tile
+  Divider by_tiles, by_tile_columns, by_phases, by_splits, by_multiplier, by_stride_h, by_stride_w, by_grad_step,
+      by_strip_rows;
 };
 
-// kRows: of the kernel. kShift: rows by which pixels move on from a gradient to the next. kSteps: gradients whose loads
-// are under way together.
-template <int kRows, int kShift, int kSteps>
-__global__ void __launch_bounds__(32 * kMaxWarps, 2) columns_grad_weight(const __grid_constant__ Columns a) {
-  constexpr int kKept = kRows > kShift ? kRows - kShift : 0;  // pixels that the next gradient meets, too
-  constexpr int kWindow = kKept + kShift * kSteps;
-  static_assert(kRows >= kShift && kWindow < 32);
-  __shared__ double totals[kMaxWarps][kRows + 1];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % a.lanes;
-  uint32_t rest = blockIdx.x;
-  const int unit_group = a.by_unit_groups.split(rest), filter = a.by_filters.split(rest), split = rest;
-  const int slot = warp / a.block_units, unit = unit_group * a.block_units + warp % a.block_units;
-  uint32_t quotient = unit;
-  const int first_row = static_cast<int>(a.by_parts.split(quotient)) * kRows, column = quotient;
-  const int team = slot * (32 / a.lanes) + threadIdx.x % 32 / a.lanes;
-  const int first = static_cast<int>(int64_t{a.items} * split / a.splits);
-  const int last = static_cast<int>(int64_t{a.items} * (split + 1) / a.splits);
-  uint32_t channel = filter;
-  a.by_multiplier.split(channel);
-  const int64_t row_step = a.dilation_h * a.input_stride[2], grad_step = a.phases * a.grad_stride[2];
+__device__ inline bool is_number(float value) {
+  return is_finite(value);
+}
+__device__ inline bool is_number(double value) {
+  return fabs(value) <= std::numeric_limits<double>::max();
+}
 
-  double sum[kRows] = {}, bias = 0;
-  for (int item = unit < a.units ? first + team : last; item < last; item += a.teams) {
-    uint32_t number = item;
-    const int v = static_cast<int>(a.by_segments.split(number)) * a.lanes + lane;
-    const int strip = a.by_strips.split(number), phase = a.by_phases.split(number), image = number;
-    if (v >= a.out_width) continue;
-    const int r = phase + strip * a.strip_rows * a.phases;
-    const int count = min((a.out_height - r + a.phases - 1) / a.phases, a.strip_rows);
-    // Row n of those that are met is y + n * dilation: it is inside the image for n in [begin, end).
-    const int y = r * a.stride_h - a.padding_h + first_row * a.dilation_h;
-    const int x = v * a.stride_w - a.padding_w + column * a.dilation_w;
-    const int begin = max((a.dilation_h - 1 - y) / a.dilation_h, 0);
-    const int end = x >= 0 && x < a.width && y < a.height ? (a.height - 1 - y) / a.dilation_h + 1 : 0;
-    const double* from = a.input + image * a.input_stride[0] + channel * a.input_stride[1] + y * a.input_stride[2] +
-                         x * a.input_stride[3];
-    const double* grad =
-        a.grad + image * a.grad_stride[0] + filter * a.grad_stride[1] + r * a.grad_stride[2] + v * a.grad_stride[3];
-    double pixels[kWindow];
-#pragma unroll
-    for (int n = 0; n < kKept; ++n) {
-      pixels[n] = n >= begin && n < end ? from[n * row_step] : 0;
-    }
-    from += kKept * row_step;
-    for (int k = 0; k < count; k += kSteps) {
-      // A bit for each pixel inside the image.
-      const auto below = [&](int n) { return n >= 32 ? ~0u : n <= 0 ? 0u : ~0u >> (32 - n); };
-      const uint32_t inside = below(end - k * kShift) & ~below(begin - k * kShift);
-      double gradients[kSteps];
-#pragma unroll
-      for (int s = 0; s < kSteps; ++s) {
-#pragma unroll
-        for (int e = 0; e < kShift; ++e) {
-          const int n = kKept + s * kShift + e;
-          pixels[n] = inside >> n & 1 ? *from : 0;
-          from += row_step;
-        }
-        gradients[s] = k + s < count ? *grad : 0;
-        grad += grad_step;
-      }
-#pragma unroll
-      for (int s = 0; s < kSteps; ++s) {
-        bias += gradients[s];
-#pragma unroll
-        for (int i = 0; i < kRows; ++i)
-          if (k + s < count && inside >> (s * kShift + i) & 1)
-            sum[i] = fma(gradients[s], pixels[s * kShift + i], sum[i]);
-      }
-#pragma unroll
-      for (int n = 0; n < kKept; ++n) pixels[n] = pixels[n + kSteps * kShift];
-    }
-  }
-
-  const auto put = [&](double total, int index) {
-    for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
-    if (threadIdx.x % 32 == 0) totals[warp][index] = total;
-  };
-#pragma unroll
-  for (int i = 0; i < kRows; ++i) put(sum[i], i);
-  put(bias, kRows);
-  __syncthreads();
-  const int taps = a.kernel_h * a.kernel_w, slots = blockDim.x / 32 / a.block_units;
-  for (int at = threadIdx.x; at < a.block_units * (kRows + 1); at += blockDim.x) {
-    const int index = at % (kRows + 1), own = at / (kRows + 1);
-    uint32_t quotient = unit_group * a.block_units + own;
-    const int row = static_cast<int>(a.by_parts.split(quotient)) * kRows + index, column = quotient;
-    const bool is_bias = index == kRows;
-    if (column >= a.kernel_w || (is_bias ? !a.with_bias || column > 0 || row > kRows : row >= a.kernel_h)) continue;
-    double total = 0;
-    for (int s = 0; s < slots; ++s) total += totals[s * a.block_units + own][index];
-    a.partial[(int64_t{split} * (taps + a.with_bias) + (is_bias ? taps : row * a.kernel_w + column)) * a.filters +
-              filter] = total;
+// An element from memory where number < limit, otherwise zero. In the order in which it is written, so that all of a
+// lane's loads are under way before the first one is waited for.
+template <typename T>
+__device__ Accumulator<T> load_below(const T* from, uint32_t number, uint32_t limit) {
+  if constexpr (sizeof(T) == 8) {
+    double value;
+    asm volatile("{ .reg .pred p; setp.lt.u32 p, %2, %3; mov.f64 %0, 0d0000000000000000; @p ld.global.f64 %0, [%1]; }"
+                 : "=d"(value)
+                 : "l"(from), "r"(number), "r"(limit));
+    return value;
+  } else if constexpr (sizeof(T) == 4) {
+    float value;
+    asm volatile("{ .reg .pred p; setp.lt.u32 p, %2, %3; mov.f32 %0, 0f00000000; @p ld.global.f32 %0, [%1]; }"
+                 : "=f"(value)
+                 : "l"(from), "r"(number), "r"(limit));
+    return value;
+  } else {
+    uint16_t bits;
+    asm volatile("{ .reg .pred p; setp.lt.u32 p, %2, %3; mov.b16 %0, 0; @p ld.global.b16 %0, [%1]; }"
+                 : "=h"(bits)
+                 : "l"(from), "r"(number), "r"(limit));
+    return widen(*reinterpret_cast<T*>(&bits));
   }
 }
 
-template <int kRows, int kShift, int kSteps>
+// Which sums a team has.
+struct Share {
+  int filter, split, first_row, first_column;  // of the tile
+  bool has_bias;
+
+  __device__ Share(const Columns& a, uint32_t team, int tile_rows, int tile_columns) {
+    uint32_t tile = a.by_tiles.split(team);
+    has_bias = tile == 0 && a.grad_bias != nullptr;
+    split = a.by_splits.split(team);
+    filter = team;
+    first_column = a.by_tile_columns.split(tile) * tile_columns;
+    first_row = a.by_phases.split(tile);
+    first_row += tile * tile_rows * a.tap_step;
+  }
+};
+
+// How many steps of `stride` from `first` on lie below `end`.
+__device__ inline int steps_below(int end, int first, const Divider& stride) {
+  uint32_t room = max(end - first + static_cast<int>(stride.divisor) - 1, 0);
+  stride.split(room);
+  return room;
+}
+
+// Rounded to T, and written as float32 where it `widens`.
+template <typename T>
+__device__ void write(void* to, int64_t at, Accumulator<T> value, bool widens) {
+  if constexpr (sizeof(T) == 2)
+    if (widens) {
+      static_cast<float*>(to)[at] = widen(narrow<T>(value));
+      return;
+    }
+  static_cast<T*>(to)[at] = narrow<T>(value);
+}
+
+// kDense: whether the columns of a tile lie side by side in memory.
+template <typename T, int kTile, bool kDense>
+__global__ void __launch_bounds__(kMostThreads, blocks_of<T>(kTiles[kTile]))
+    columns_grad_weight(const __grid_constant__ Columns a) {
+  using Number = Accumulator<T>;
+  constexpr Tile kShape = kTiles[kTile];
+  constexpr int kRows = kShape.rows, kColumns = kShape.columns, kTaps = kShape.taps(), kSteps = kShape.steps;
+  constexpr int kKept = kShape.keeps ? kRows - 1 : 0, kNew = kShape.keeps ? 1 : kRows;  // rows of pixels, of a step
+  constexpr bool kIsDouble = std::is_same_v<Number, double>;
+  struct Sums {
+    Number of[kTaps + 1] = {};  // the last one is the bias
+  };
+  __shared__ Number sums[kMostThreads / kFewLanes][kTaps + 1];
+  let_next_kernel_start();
+  const int teams_of_block = max(blockDim.x >> a.lanes_log2, 1), first_team = blockIdx.x * teams_of_block;
+  const int team = first_team + (threadIdx.x >> a.lanes_log2);
+  const Share share(a, team, kRows, kColumns);
+
+  // Gradients that meet the image: taps of a tile see row y + n * stride_h for gradient n, and those further down.
+  const int y = share.first_row * a.dilation_h - a.padding_h, x = share.first_column * a.dilation_w - a.padding_w;
+  const int row_step = a.stride_h * a.grad_step, tap_rows = a.tap_step * a.dilation_h;
+  const int above = steps_below(0, y + (kRows - 1) * tap_rows, a.by_stride_h);
+  const int left = steps_below(0, x + (kColumns - 1) * a.dilation_w, a.by_stride_w);
+  const int first_row = share.has_bias ? 0 : above, first_column = share.has_bias ? 0 : left;
+  const int end_row = share.has_bias ? a.out_height : min(steps_below(a.height, y, a.by_stride_h), a.out_height);
+  const int end_column = share.has_bias ? a.out_width : min(steps_below(a.width, x, a.by_stride_w), a.out_width);
+  const int rows = max(end_row - first_row, 0), phases = min(rows, a.grad_step);
+  const uint32_t columns = max(end_column - first_column, 0);
+  const uint32_t strips = steps_below(steps_below(rows, 0, a.by_grad_step), 0, a.by_strip_rows);
+  const int items = team < a.teams ? a.batch * phases * strips * columns : 0;
+
+  uint32_t channel = share.filter;
+  a.by_multiplier.split(channel);
+  const T* const input = static_cast<const T*>(a.input) + channel * a.input_channel;
+  const T* const gradient = static_cast<const T*>(a.grad) + share.filter * a.grad_filter;
+  const int64_t tap_move = int64_t{tap_rows} * a.input_row;
+  const int column_move = a.dilation_w * a.input_column;
+  wait_for_kernel_before();
+
+  Sums total;
+  const int lane = threadIdx.x & ((1 << a.lanes_log2) - 1);
+  for (int item = share.split * a.lanes + lane; item < items; item += a.splits * a.lanes) {
+    uint32_t image = item / columns;
+    const int column = first_column + (item - image * columns);
+    const int strip = image % strips;
+    image /= strips;
+    const int phase = image % phases;
+    image /= phases;
+    const int row = first_row + phase + strip * a.strip_rows * a.grad_step;
+    const int count = min(steps_below(end_row, row, a.by_grad_step), a.strip_rows);
+
+    const int x0 = column * a.stride_w + x, y0 = row * a.stride_h + y;
+    const T* pixel = input + image * a.input_image + int64_t{y0} * a.input_row + int64_t{x0} * a.input_column;
+    const T* grad = gradient + image * a.grad_image + int64_t{row} * a.grad_row + int64_t{column} * a.grad_column;
+    uint32_t limit[kColumns];  // rows of each column, none where it is beside the image
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      const bool is_inside = share.first_column + j < a.kernel_w &&
+                             static_cast<uint32_t>(x0 + j * a.dilation_w) < static_cast<uint32_t>(a.width);
+      limit[j] = is_inside ? a.height : 0;
+    }
+
+    Number window[kKept + kNew * kSteps][kColumns];
+    int next = y0;  // row to load
+    const auto load_row = [&](int n, int row, const T* from) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j)
+        window[n][j] = load_below(from + (kDense ? j : j * column_move), row, limit[j]);
+    };
+    const auto move_on = [&] { pixel += a.input_move, next += row_step; };
+#pragma unroll
+    for (int n = 0; n < kKept; ++n) load_row(n, next, pixel), move_on();
+
+    Sums part;
+    Sums& to = kIsDouble ? total : part;  // in float32, short sums of short sums: the rounding error grows slowly
+    for (int k = 0; k < count; k += kSteps) {
+      Number g[kSteps];
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        g[s] = load_below(grad, k + s, count);
+        grad += a.grad_move;
+#pragma unroll
+        for (int i = 0; i < kNew; ++i) load_row(kKept + s * kNew + i, next + i * tap_rows, pixel + i * tap_move);
+        move_on();
+      }
+      bool finite = true;
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        finite = finite && is_number(g[s]);
+        to.of[kTaps] += g[s];
+      }
+      const auto multiply = [&](auto&& meets) {
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s) {
+          if (s > 0 && k + s >= count) break;
+#pragma unroll
+          for (int t = 0; t < kTaps; ++t) {
+            const int i = t / kColumns, j = t % kColumns;
+            if (meets(s, i, j)) to.of[t] = fma(g[s], window[s * kNew + i][j], to.of[t]);
+          }
+        }
+      };
+      if (finite) {  // zeros beside the image add nothing
+        multiply([](int, int, int) { return true; });
+      } else {
+        int first = next - (kKept + kSteps) * row_step;
+        asm volatile("" : "+r"(first));  // worked out here alone
+        multiply(
+            [&](int s, int i, int j) { return static_cast<uint32_t>(first + s * row_step + i * tap_rows) < limit[j]; });
+      }
+#pragma unroll
+      for (int n = 0; n < kKept; ++n)
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) window[n][j] = window[n + kSteps][j];
+    }
+    if constexpr (!kIsDouble)
+#pragma unroll
+      for (int t = 0; t <= kTaps; ++t) total.of[t] += part.of[t];
+  }
+
+  const int group_log2 = min(a.lanes_log2, 5);  // lanes of a warp that belong together
+  for (int offset = 1 << group_log2 >> 1; offset > 0; offset /= 2)
+#pragma unroll
+    for (int t = 0; t <= kTaps; ++t) total.of[t] += __shfl_xor_sync(~0u, total.of[t], offset);
+  if ((threadIdx.x & ((1 << group_log2) - 1)) == 0)
+#pragma unroll
+    for (int t = 0; t <= kTaps; ++t) sums[threadIdx.x >> group_log2][t] = total.of[t];
+  __syncthreads();
+
+  const int groups = a.lanes >> group_log2, taps = a.kernel_h * a.kernel_w;  // groups: of a team
+  for (int at = threadIdx.x; at < teams_of_block * (kTaps + 1); at += blockDim.x) {
+    const int own = at / (kTaps + 1), t = at % (kTaps + 1);
+    if (first_team + own >= a.teams) continue;
+    const Share put(a, first_team + own, kRows, kColumns);
+    const int row = put.first_row + t / kColumns * a.tap_step, column = put.first_column + t % kColumns;
+    const bool is_bias = t == kTaps;
+    if (is_bias ? !put.has_bias : row >= a.kernel_h || column >= a.kernel_w) continue;
+    Number sum = 0;
+#pragma unroll
+    for (int group = 0; group < kMostThreads / 32; ++group)
+      if (group < groups) sum += sums[own * groups + group][t];
+    const int64_t tap = is_bias ? taps : row * a.kernel_w + column;
+    if (a.partial != nullptr)
+      static_cast<Number*>(
+          a.partial)[(int64_t{put.split} * (taps + (a.grad_bias != nullptr)) + tap) * a.filters + put.filter] = sum;
+    else
+      write<T>(is_bias ? a.grad_bias : a.grad_weight, is_bias ? put.filter : int64_t{put.filter} * taps + tap, sum,
+               a.widens);
+  }
+}
+
+// How a kernel is cut into tiles. Rows of the kernel that see the same rows of pixels are `tap_step` apart, and see
+// them for gradients that are `grad_step` apart.
+struct Cut {
+  int64_t tap_step, grad_step, phases, tiles, tile_columns;
+
+  Cut(const Problem& p, const Tile& tile) : tap_step(1), grad_step(1) {
+    if (tile.keeps) {
+      const int64_t common = std::gcd(p.stride_h, p.dilation_h);
+      tap_step = p.stride_h / common, grad_step = p.dilation_h / common;
+    }
+    phases = std::min(tap_step, p.kernel_h);
+    tile_columns = ceil_div(p.kernel_w, tile.columns);
+    tiles = phases * ceil_div(ceil_div(p.kernel_h, tap_step), tile.rows) * tile_columns;
+  }
+
+  // Instructions for a gradient: those of the rows that are there before the first one belong to a strip, of which
+  // there are more the fewer gradients there are.
+  double cost(const Problem& p, const Tile& tile) const {
+    constexpr double kLoad = 4.5, kStep = 3;
+    constexpr int64_t kLanes = 1 << 16;  // about as many as are under way together
+    const int64_t rows = ceil_div(p.out_height, grad_step);
+    const int64_t gradients = p.batch * p.filters() * p.out_height * p.out_width * tiles;
+    const int64_t longest = std::clamp<int64_t>(gradients / kLanes, tile.steps, kStripRows);
+    const double strip = static_cast<double>(std::min(rows, longest));
+    const double loads = tile.columns * (tile.keeps ? 1 + (tile.rows - 1) / strip : tile.rows) + 1;
+    return static_cast<double>(tiles) * (loads * kLoad + kStep + tile.taps());
+  }
+};
+
+// How gradients are shared: strips of so many rows, lanes of a team, and blocks that share what a team has. Of those
+// thought of, what takes the fewest turns, a turn being the time of loads that are under way together.
+struct Sharing {
+  int strip_rows = 1, lanes = 1, splits = 1;
+
+  // `walks` down columns of `rows` gradients for each of so many teams; `capacity`: lanes of a GPU, the same on all, so
+  // that results are too.
+  Sharing(int64_t walks, int64_t rows, int64_t teams, const Tile& tile, int64_t capacity) {
+    constexpr double kTeam = 0.5, kSecondKernel = 3;  // turns that these take
+    const int steps = tile.steps, kept = tile.keeps ? tile.rows - 1 : 0;
+    const double begin = 0.4 + static_cast<double>(kept * tile.columns) / (steps * (tile.columns + 1));  // of a strip
+    constexpr double kLatency = 0.33;  // of a turn on a full GPU, which an empty one takes
+    constexpr int kWarp = 32;
+    const int64_t most_splits = std::max<int64_t>(capacity / (teams * kMostThreads), 1);
+    int fewest = kFewLanes;
+    while (fewest < kWarp && fewest < walks * ceil_div(rows, steps)) fewest *= 2;
+    double least = std::numeric_limits<double>::max();
+    for (int strip = steps; strip <= kStripRows; strip += steps) {
+      const int64_t items = walks * ceil_div(rows, strip);
+      const double of_strip = begin + static_cast<double>(ceil_div(std::min<int64_t>(strip, rows), steps));
+      const auto consider = [&](int team, int64_t shared_by) {
+        const double turns = static_cast<double>(ceil_div(items, team * shared_by)) * of_strip + kTeam;
+        const int64_t all = teams * team * shared_by, rest = all % capacity;
+        const double waves = static_cast<double>(all / capacity) +
+                             (rest > 0 ? kLatency + (1 - kLatency) * static_cast<double>(rest) / capacity : 0);
+        const double cost = waves * turns + (shared_by > 1 ? kSecondKernel : 0);
+        if (cost < least) least = cost, strip_rows = strip, lanes = team, splits = static_cast<int>(shared_by);
+      };
+      for (int team = fewest; team <= kMostThreads; team += team < kFewThreads ? team : kWarp) consider(team, 1);
+      if (most_splits > 1) consider(kMostThreads, std::min(most_splits, ceil_div(items, kMostThreads)));
+      if (strip >= rows) break;
+    }
+  }
+};
+
+template <typename T, int kTile>
 void launch(const Problem& p, Columns a, const Allocate& allocate, cudaStream_t stream) {
-  a.parts = static_cast<int>(ceil_div(p.kernel_h, kRows)), a.units = static_cast<int>(a.parts * p.kernel_w);
-  a.unit_groups = static_cast<int>(ceil_div(a.units, kMaxWarps));
-  a.block_units = static_cast<int>(ceil_div(a.units, a.unit_groups));
-  const int slots = kMaxWarps / a.block_units;
-  for (a.lanes = 1; a.lanes < 32 && a.lanes < p.out_width;) a.lanes *= 2;
-  a.teams = slots * (32 / a.lanes);
-  const int64_t segments = ceil_div(p.out_width, a.lanes), rows = ceil_div(p.out_height, a.phases);
-  a.strips = static_cast<int>(ceil_div(rows, kStripRows)), a.strip_rows = static_cast<int>(ceil_div(rows, a.strips));
-  const int64_t items = segments * a.strips * a.phases * p.batch;
-  const int64_t most = ceil_div(items, a.teams), groups = p.filters() * a.unit_groups;
-  const int64_t splits = std::max(ceil_div(most, kStripsOfSum), std::min(most, ceil_div(kBlocks, groups)));
-  a.items = static_cast<int>(items), a.splits = static_cast<int>(splits);
-  a.by_unit_groups = Divider(a.unit_groups), a.by_filters = Divider(a.filters), a.by_segments = Divider(segments);
-  a.by_strips = Divider(a.strips), a.by_phases = Divider(a.phases), a.by_multiplier = Divider(p.multiplier);
-  a.by_parts = Divider(a.parts);
-  const int64_t sums = (p.taps() + a.with_bias) * p.filters();
-  a.partial = static_cast<double*>(allocate(splits * sums * static_cast<int64_t>(sizeof(double))));
-  const int64_t blocks = groups * splits;
-  if (blocks > std::numeric_limits<int32_t>::max())
-    throw std::runtime_error("dwconv: the tensors are too large for one kernel launch");
-  columns_grad_weight<kRows, kShift, kSteps>
-      <<<static_cast<unsigned>(blocks), 32 * slots * a.block_units, 0, stream>>>(a);
+  constexpr Tile kShape = kTiles[kTile];
+  const Cut cut(p, kShape);
+  const int64_t rows = ceil_div(p.out_height, cut.grad_step);
+  const int64_t walks = p.batch * std::min(p.out_height, cut.grad_step) * p.out_width;
+  constexpr int64_t kMultiprocessors = 132;
+  const Sharing sharing(walks, rows, p.filters() * cut.tiles, kShape,
+                        kMultiprocessors * blocks_of<T>(kShape) * kMostThreads);
+  const int64_t splits = sharing.splits, teams = p.filters() * cut.tiles;
+  a.strip_rows = sharing.strip_rows, a.lanes = sharing.lanes;
+  while (1 << a.lanes_log2 < a.lanes) ++a.lanes_log2;
+  const int threads = std::max(a.lanes, kFewThreads);
+
+  a.splits = static_cast<int>(splits), a.teams = static_cast<int>(teams * splits);
+  a.tap_step = static_cast<int>(cut.tap_step), a.grad_step = static_cast<int>(cut.grad_step);
+  a.input_move = p.stride_h * cut.grad_step * p.input.stride[2], a.grad_move = cut.grad_step * p.output.stride[2];
+  a.by_tiles = Divider(cut.tiles), a.by_tile_columns = Divider(cut.tile_columns), a.by_phases = Divider(cut.phases);
+  a.by_splits = Divider(splits), a.by_grad_step = Divider(cut.grad_step), a.by_strip_rows = Divider(a.strip_rows);
+  a.widens = splits == 1 && sizeof(T) == 2 && Widening::is_wanted();
+  if (splits > 1) {
+    const int64_t sums = (p.taps() + (p.bias != nullptr)) * p.filters();
+    a.partial = allocate(splits * sums * static_cast<int64_t>(sizeof(Accumulator<T>)));
+  }
+  constexpr bool kNarrow = kShape.columns == 1;
+  const bool is_dense = kNarrow || (a.input_column == 1 && p.dilation_w == 1);
+  const auto kernel = is_dense ? columns_grad_weight<T, kTile, true> : columns_grad_weight<T, kTile, kNarrow>;
+  launch_early(kernel, a, ceil_div(teams * splits, threads / a.lanes), threads, stream);
   check_launch("columns_grad_weight");
-  launch_add_partial_sums(p, a.partial, splits, stream);
+  if (splits > 1) launch_add_partial_sums(p, a.partial, splits, stream);
 }
 
 }  // namespace
 
-bool launch_columns_grad_weight(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
-  // Rows of the kernel are so far apart; one row may be said to be as far from the next as gradients are.
-  const int64_t dilation_h = p.kernel_h == 1 ? p.stride_h : p.dilation_h;
-  const int64_t common = std::gcd(p.stride_h, dilation_h), shift = p.stride_h / common;
-  constexpr int64_t kMany = 1 << 28;  // rows and columns, with what is beside them, and items are counted in 32 bits
-  if (p.dtype != DType::kFloat64 || p.batch == 0 || shift > 2 || !has_rows(p.input, p.width) ||
-      !has_rows(p.output, p.out_width))
-    return false;
-  const auto far = [](int64_t size, int64_t out, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
-    return std::max({size, out, padding, kernel * dilation + out * stride}) > kMany / 4;
-  };
-  if (far(p.height, p.out_height, p.kernel_h + kMaxRows, p.stride_h, p.padding_h, dilation_h) ||
-      far(p.width, p.out_width, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w) ||
-      p.batch > kMany / p.out_height / p.out_width || p.filters() > kMany)
-    return false;
+void launch_columns_grad_weight(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
   Columns a{};
-  a.input = static_cast<const double*>(p.input.data), a.grad = static_cast<const double*>(p.output.data);
-  for (int i = 0; i < 4; ++i) a.input_stride[i] = p.input.stride[i], a.grad_stride[i] = p.output.stride[i];
+  a.input = p.input.data, a.grad = p.output.data, a.grad_weight = p.weight.data, a.grad_bias = p.bias;
+  a.input_image = p.input.stride[0], a.input_channel = p.input.stride[1];
+  a.grad_image = p.output.stride[0], a.grad_filter = p.output.stride[1];
+  a.input_row = static_cast<int>(p.input.stride[2]), a.input_column = static_cast<int>(p.input.stride[3]);
+  a.grad_row = static_cast<int>(p.output.stride[2]), a.grad_column = static_cast<int>(p.output.stride[3]);
   a.height = static_cast<int>(p.height), a.width = static_cast<int>(p.width);
   a.out_height = static_cast<int>(p.out_height), a.out_width = static_cast<int>(p.out_width);
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
   a.stride_h = static_cast<int>(p.stride_h), a.stride_w = static_cast<int>(p.stride_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
-  a.dilation_h = static_cast<int>(dilation_h), a.dilation_w = static_cast<int>(p.dilation_w);
-  a.filters = static_cast<int>(p.filters()), a.multiplier = static_cast<int>(p.multiplier);
-  a.phases = static_cast<int>(std::min(dilation_h / common, p.out_height)), a.with_bias = p.bias != nullptr;
-  // Parts of as many rows as leave the fewest idle; each loads gradients and pixels of its own.
-  const auto cost = [&](int rows) { return ceil_div(p.kernel_h, rows) * (rows + 2); };
-  const auto go = [&](auto rows) {
-    constexpr int kRows = decltype(rows)::value;
-    if constexpr (kRows > 1)
-      if (shift == 2) return launch<kRows, 2, 4>(p, a, allocate, stream);
-    launch < kRows, 1, kRows<5 ? 6 : kRows>(p, a, allocate, stream);
-  };
-  if (p.kernel_h == 1)
-    go(std::integral_constant<int, 1>{});
-  else if (cost(kMaxRows) <= std::min(cost(5), cost(3)))
-    go(std::integral_constant<int, kMaxRows>{});
-  else if (cost(5) <= cost(3))
-    go(std::integral_constant<int, 5>{});
-  else
-    go(std::integral_constant<int, 3>{});
-  return true;
+  a.dilation_h = static_cast<int>(p.dilation_h), a.dilation_w = static_cast<int>(p.dilation_w);
+  a.batch = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());
+  a.by_multiplier = Divider(p.multiplier), a.by_stride_h = Divider(p.stride_h), a.by_stride_w = Divider(p.stride_w);
+
+  std::array<double, kTiles.size()> costs;
+  for (size_t i = 0; i < kTiles.size(); ++i) costs[i] = Cut(p, kTiles[i]).cost(p, kTiles[i]);
+  const auto best = std::min_element(costs.begin(), costs.end()) - costs.begin();
+  visit_dtype(p.dtype, [&](auto zero) {
+    const auto launch_if = [&]<size_t kTile>(std::integral_constant<size_t, kTile>) {
+      if (best == kTile) launch<decltype(zero), kTile>(p, a, allocate, stream);
+    };
+    [&]<size_t... kTile>(std::index_sequence<kTile...>) {
+      (launch_if(std::integral_constant<size_t, kTile>{}), ...);
+    }(std::make_index_sequence<kTiles.size()>{});
+  });
 }
 
 }  // namespace dwconv

@@ -3,7 +3,6 @@
 // are multiplied.
 #include <algorithm>
 
-#include "columns_grad_weight.h"
 #include "generic.cuh"
 #include "launch.h"
 #include "partial_sums.h"
@@ -177,7 +176,6 @@ void launch_runs(const Problem& p, const Runs& shape, const Allocate& allocate, 
 }  // namespace
 
 void launch_generic_grad_weight(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
-  if (launch_columns_grad_weight(p, allocate, stream)) return;
   const Runs runs(p);
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
