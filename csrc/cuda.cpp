@@ -16,6 +16,7 @@
 #include "kernels/launch_phases.h"
 #include "kernels/place_taps.h"
 #include "kernels/realign.h"
+#include "kernels/walk_grad_weight_channels_last.h"
 #include "kernels/widening.h"
 #include "kernels/windows_nchw_launch.h"
 #include "plan.h"
@@ -114,6 +115,7 @@ void launch(const Plan& plan, const Problem& problem, const Allocate& allocate, 
           problem, allocate, [&](const Problem& made) { launch(choose(made), made, allocate, stream); }, stream);
     case PlanId::kWindowsNchw: return launch_windows_nchw(problem, stream);
     case PlanId::kColumnsGradWeight: return launch_columns_grad_weight(problem, allocate, stream);
+    case PlanId::kWalkGradWeightChannelsLast: return launch_walk_grad_weight_channels_last(problem, allocate, stream);
     case PlanId::kGeneric: return launch_generic(problem, allocate, stream);
   }
 }

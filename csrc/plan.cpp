@@ -701,6 +701,26 @@ bool claims_columns_grad_weight(const Problem& p) {
   return (p.kernel_w == 1 && p.kernel_h <= kMostRows) || !claims_large_float32_grad_weight(p);
 }
 
+// What kernels/walk_grad_weight_channels_last.cu asks for: channels side by side, offsets of 32 bits, also beside the
+// image, and gradients, sums and blocks that 32 bits count.
+bool claims_walk_grad_weight_channels_last(const Problem& p) {
+  if (p.pass != Pass::kGradWeight || p.batch == 0 || p.filters() == 1) return false;
+  if ((p.input.stride[1] != 1 && p.channels > 1) || p.output.stride[1] != 1) return false;
+  constexpr int64_t kLimit = 1 << 30, kFar = 1 << 20, kMostSums = 1 << 26, kMostTaps = 1 << 16;
+  constexpr int64_t kAhead = 8;  // pixels beside the image that a thread counts
+  for (const int64_t side : {p.padding_h, p.padding_w, p.stride_h, p.stride_w, p.dilation_h, p.dilation_w})
+    if (side >= kFar) return false;
+  const int64_t ahead_h = kAhead * p.stride_h * p.dilation_h, ahead_w = kAhead * p.stride_w * p.dilation_w;
+  const auto fits = [&](const View& view, int64_t height, int64_t width) {
+    return (p.batch - 1) * view.stride[0] < kLimit && (height + 2 * p.padding_h + ahead_h) * view.stride[2] +
+                                                              (width + 2 * p.padding_w + ahead_w) * view.stride[3] <
+                                                          kLimit;
+  };
+  return p.taps() < kMostTaps && p.filters() * (p.taps() + 1) < kMostSums &&
+         p.batch * p.out_height * p.out_width * p.filters() < kLimit && fits(p.input, p.height, p.width) &&
+         fits(p.output, p.out_height, p.out_width);
+}
+
 // Products of a tap and a pixel of the image, along one side of a plane.
 double products(int64_t size, int64_t out_size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
   int64_t sum = 0;
@@ -914,6 +934,9 @@ const std::vector<Plan>& plans() {
       {PlanId::kWindowsNchw, "windows_nchw",
        "a kernel, stride and dilation that nothing is compiled for: windows in shared memory, sums in registers",
        claims_windows_nchw},
+      {PlanId::kWalkGradWeightChannelsLast, "walk_grad_weight_channels_last",
+       "any kernel in channels_last: threads walk along rows of the gradient, straight from memory",
+       claims_walk_grad_weight_channels_last},
       {PlanId::kToeplitzSmallPlanesPortable, "toeplitz_small_planes_portable",
        "toeplitz_small_planes as GPUs before sm_90 run it", claims_toeplitz_small_planes},
       {PlanId::kToeplitzNchwPortable, "toeplitz_nchw_portable", "toeplitz_nchw as GPUs before sm_90 run it",

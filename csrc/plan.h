@@ -44,6 +44,7 @@ enum class PlanId : int {
   kPhases,
   kWindowsNchw,
   kColumnsGradWeight,
+  kWalkGradWeightChannelsLast,
   kGeneric,
 };
 

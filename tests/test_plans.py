@@ -55,6 +55,7 @@ MARCH = {
     "grad_input": "march_channels_last",
     "grad_weight": "march_grad_weight_channels_last",
 }
+WALK = "walk_grad_weight_channels_last"  # what nothing else serves there
 # What goes to tensor cores instead.
 BAND = "toeplitz_channels_last"
 MATRIX = "toeplitz_grad_weight_channels_last"
@@ -614,12 +615,14 @@ def test_generic(name: str, change: dict, dtype: torch.dtype, memory_format: tor
     windows = name != "grad_weight" and memory_format == torch.contiguous_format
     assert plan_of(name, FIRST._replace(**change), dtype, memory_format) == ("windows_nchw" if windows else "generic")
     assert plan_of(name, FIRST._replace(**change), dtype, memory_format) == general(name, memory_format)
+    walks = name == "grad_weight" and memory_format == torch.channels_last
+    assert plan_of(name, FIRST._replace(**change), dtype, memory_format) == (WALK if walks else "generic")
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_float64(tile: tuple, memory_format: torch.memory_format) -> None:
-    """Small kernels go direct; grad_weight has no way but the general one."""
+    """Small kernels go direct; grad_weight has no way but those for any kernel."""
     case = tile_case(tile, 4, 8, (40, 40))
     for name in PASSES:
         direct = name != "grad_weight" and goes_direct(name, case, torch.float64)
@@ -628,7 +631,39 @@ def test_float64(tile: tuple, memory_format: torch.memory_format) -> None:
             expected = "windows_nchw"
         otherwise = "direct" if direct else general(name, memory_format)
         expected = "scale" if direct and case.kernel == (1, 1) else otherwise
+        rest = WALK if name == "grad_weight" and memory_format == torch.channels_last else "generic"
+        expected = "scale" if direct and case.kernel == (1, 1) else "direct" if direct else rest
         assert plan_of(name, case, torch.float64, memory_format) == expected
+
+
+def test_what_walks() -> None:
+    """Channels have to lie side by side in both arrays; rows, pixels and images may lie anywhere."""
+    case, order = Case(4, 8, (9, 8), (3, 2), (3, 1), (1, 5), (1, 2)), (0, 2, 3, 1)
+    input, output = meta((4, 8, 9, 8), torch.float64), meta(output_size(case), torch.float64)
+    for steps, offset, expanded, walks in (
+        ((1, 1, 1, 1), 0, (), True),
+        ((1, 1, 1, 1), 3, (), True),
+        ((2, 1, 3, 2), 0, (), True),
+        ((1, 1, 1, 1), 0, (0, 2), True),
+        ((1, 2, 1, 1), 0, (), False),
+        ((1, 1, 1, 1), 0, (1,), False),
+    ):
+        odd = lay(input, order, steps, offset, expanded), lay(output, order, steps, offset, expanded)
+        for pair in ((odd[0], lay(output, order)), (lay(input, order), odd[1])):
+            assert (WALK in claims("grad_weight", case, *pair)) == walks, (steps, expanded)
+    assert WALK not in claims("grad_weight", case, input, lay(output, order))
+    for change, walks in (
+        ({"multiplier": 5}, True),
+        ({"channels": 1, "multiplier": 5}, True),
+        ({"channels": 1}, False),
+        ({"batch": 0}, False),
+        ({"batch": 2**22}, False),  # pixels, kernels and strides beyond what 32 bits count
+        ({"size": (2**16, 2**15)}, False),
+        ({"channels": 2**21, "kernel": (6, 6), "padding": (5, 5)}, False),
+        ({"padding": (2**20, 5)}, False),
+        ({"stride": (3, 2**20)}, False),
+    ):
+        assert (plan_of("grad_weight", case._replace(**change), torch.float64, FORMATS[1]) == WALK) == walks, change
 
 
 @pytest.mark.parametrize("name", PASSES)
@@ -640,7 +675,7 @@ def test_small_kernels_without_a_plan_of_their_own(name: str) -> None:
         ((3, 5), torch.float32, FORMATS[0], ("large_float32", "large_float32_grad_weight")),
         ((2, 3), torch.float32, FORMATS[0], ("large_float32", "large_float32_grad_weight")),
         ((3, 5), torch.float32, FORMATS[1], ("generic", "large_float32_grad_weight")),
-        ((2, 3), torch.float32, FORMATS[1], ("generic", "generic")),
+        ((2, 3), torch.float32, FORMATS[1], ("generic", WALK)),
         ((3, 5), torch.float16, FORMATS[0], ("toeplitz_nchw", "batch_grad_weight_nchw")),
         ((8, 5), torch.float16, FORMATS[0], ("toeplitz_large", "batch_grad_weight_nchw")),
         ((10, 5), torch.float16, FORMATS[0], ("toeplitz_large", "hankel_grad_weight")),
@@ -1907,6 +1942,53 @@ def test_columns_grad_weight(case: Case, dtype: torch.dtype) -> None:
             tensors = lay(input, order, steps, offset), weight, bias
             count = compare_plans(case, tensors, lay(grad_output, order, steps, 3 * offset), plan, repeats=3)
             assert count == 3 * (1 + case.bias)
+WALKS = [  # stride, dilation
+    ((1, 1), (1, 1)),
+    ((2, 2), (1, 1)),
+    ((1, 1), (2, 3)),
+    ((3, 4), (1, 1)),
+    ((2, 3), (3, 2)),
+    ((4, 2), (6, 4)),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("finite", [True, False], ids=["finite", "not finite"])
+@pytest.mark.parametrize("dtype", [*FAST, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "kernel", [(1, 1), (2, 2), (1, 4), (3, 3), (5, 5), (7, 7), (1, 19), (16, 1), (11, 13), (5, 2)], ids=str
+)
+def test_walks_are_exact(kernel: tuple, dtype: torch.dtype, finite: bool) -> None:
+    """Taps in streams of every step, in tiles that are not full; few channels and many; rows cut in pieces; views."""
+    order = 0, 2, 3, 1
+    for number, (stride, dilation) in enumerate(WALKS):
+        for turn, (batch, channels, size) in enumerate(((3, 2, (60, 61)), (2, 40, (31, 130)), (9, 67, (13, 20)))):
+            reach = tuple(d * (side - 1) for side, d in zip(kernel, dilation))
+            padding = [tuple(r // 2 for r in reach), (0, 0), (reach[0], reach[1] + 3)][(number + turn) % 3]
+            if any(side + 2 * p < r + 1 for side, p, r in zip(size, padding, reach)):
+                continue
+            multiplier = 3 if (number + turn) % 5 == 2 else 1
+            case = Case(batch, channels, size, kernel, stride, padding, dilation, multiplier, bias=turn != 1)
+            input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
+            grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=torch.channels_last)
+            if number % 3 == 1:  # at any address, pixels and rows apart
+                input, grad_output = lay(input, order, (1, 1, 2, 1), 1), lay(grad_output, order, (2, 1, 1, 3), 3)
+            elif number % 3 == 2:  # vectors, where those of channels are whole
+                input, grad_output = lay(input, order, (2, 1, 1, 1), 8), lay(grad_output, order, (1, 1, 3, 1), 8)
+            if not finite:
+                for tensor in (input, grad_output):
+                    tensor[0, 1, 0, 0], tensor[-1, 0, -1, -1] = torch.inf, torch.nan
+            assert WALK in claims("grad_weight", case, input, grad_output), str(case)
+            exact = run_float64((input, weight, bias), grad_output, **case.geometry)
+            call = grad_output, input, kernel, *arguments_of(case), bias is not None, WALK
+            results = torch.ops.dwconv.grad_weight.plan(*call)
+            again = torch.ops.dwconv.grad_weight.plan(*call)
+            for result, repeated, wanted in zip(results, again, (exact.grad_weight, exact.grad_bias)):
+                if wanted is None:
+                    continue
+                wanted = wanted.round().to(dtype).nan_to_num(nan=12345.0)
+                assert torch.equal(result.nan_to_num(nan=12345.0), wanted), str(case)
+                assert torch.equal(repeated.nan_to_num(nan=12345.0), wanted), str(case)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,541 @@
+// grad_weight (and the bias gradient) in channels_last of any kernel, stride, dilation and dtype, straight from memory.
+//
+// Neighbouring threads own neighbouring channels, kVector of them each, and walk along rows of the gradient. With
+// stride s, dilation d and g = gcd(s, d), gradient v + a * d / g meets with tap j + b * s / g the pixel
+// s * v + d * j + (a + b) * s * d / g: where taps are walked in steps of s / g and gradients in steps of d / g, the
+// pixels that a gradient meets are those that the one before met, one step further, and stay in registers. So a load
+// serves all taps of such a stream, whatever stride and dilation are. A thread sums several streams, of any row of the
+// kernel: they share the gradient.
+//
+// Only taps that meet the image are multiplied. Sums are of at most 32 products, then of such sums, then of the
+// threads' of a block; those of blocks are added up by a second kernel. Every sum has a fixed order.
+#include "walk_grad_weight_channels_last.h"
+
+#include <algorithm>
+#include <numeric>
+#include <type_traits>
+
+#include "common.cuh"
+#include "exchange.h"
+#include "overlap.cuh"
+#include "partial_sums.h"
+#include "widening.h"
+
+namespace dwconv {
+namespace {
+
+constexpr int kThreads = 256;          // of a block, at most
+constexpr int kMaxLanes = 32;          // threads with channels side by side
+constexpr int kPart = 32;              // gradients of a thread that are added up by themselves
+constexpr int kMostParts = 128;        // of a thread's sums, so that none is long
+constexpr int kMultiprocessors = 132;  // of a large GPU; the same on all, so that results are too
+
+struct Walk {
+  const void *input, *grad;
+  void* partial;  // [split][tap, or bias behind the last tap][filter], or null: sums are the gradients
+  void *grad_weight, *grad_bias;
+  bool widens;                          // gradients of 16 bits, written as float32
+  int input_stride[4], grad_stride[4];  // in elements
+  int height, width, kernel_w, taps;
+  int stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+  int tap_step, grad_step, pixel_step;  // columns
+  int row_taps, column_taps;            // taps from one row, or column, of the kernel to the next
+  int filters;
+  bool with_bias;
+  int tiles, streams, level_columns;  // level_columns: of the kernel, that the streams of a level have
+  int lanes, block_tiles, teams;      // of a block: threads are [tile][team][lane]
+  int outputs, parts;                 // sums of a block, and how many threads add up each
+  int items, share;                   // pieces of rows, of all and of a block
+  int steps, more_steps;              // gradients of a row that are walked at a time; one more for the first phases
+  int segment;                        // steps of a piece, at most
+  Divider by_lanes, by_teams, by_block_tiles, by_outputs, by_tile_groups, by_channel_groups, by_multiplier;
+  Divider by_groups, by_tap_step, by_rows, by_phases, by_segments;
+};
+
+// Elements of channels side by side.
+template <typename T, int kCount>
+struct Vector {
+  static constexpr int kBytes = sizeof(T) * kCount, kWords = (kBytes + 3) / 4;
+  uint32_t words[kWords];
+
+  __device__ Accumulator<T> operator[](int i) const {
+    if constexpr (sizeof(T) == 8)
+      return __hiloint2double(words[2 * i + 1], words[2 * i]);
+    else if constexpr (sizeof(T) == 4)
+      return __uint_as_float(words[i]);
+    else if constexpr (std::is_same_v<T, __half>)
+      return __half2float(__ushort_as_half(static_cast<uint16_t>(words[i / 2] >> i % 2 * 16)));
+    else
+      return __uint_as_float(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u);
+  }
+};
+
+// From memory, zeros where not `inside`. In the order in which it is written, so that all loads of a step are under way
+// before the first one is waited for.
+template <typename T, int kCount>
+__device__ Vector<T, kCount> load(const T* from, bool inside) {
+  Vector<T, kCount> to;
+  if constexpr (to.kBytes == 2) {
+    uint16_t half;
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; mov.b16 %0, 0; @p ld.global.b16 %0, [%1]; }"
+                 : "=h"(half)
+                 : "l"(from), "r"(static_cast<int>(inside)));
+    to.words[0] = half;
+  } else if constexpr (to.kWords == 1) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; mov.b32 %0, 0; @p ld.global.b32 %0, [%1]; }"
+                 : "=r"(to.words[0])
+                 : "l"(from), "r"(static_cast<int>(inside)));
+  } else if constexpr (to.kWords == 2) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %3, 0; mov.b32 %0, 0; mov.b32 %1, 0; @p ld.global.v2.b32 {%0, %1}, [%2]; }"
+        : "=r"(to.words[0]), "=r"(to.words[1])
+        : "l"(from), "r"(static_cast<int>(inside)));
+  } else {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
+        " @p ld.global.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+        : "=r"(to.words[0]), "=r"(to.words[1]), "=r"(to.words[2]), "=r"(to.words[3])
+        : "l"(from), "r"(static_cast<int>(inside)));
+  }
+  return to;
+}
+
+// What is compiled: streams of a thread, taps of a stream, gradients whose loads are under way together, and the most
+// bytes of channels side by side.
+template <int streams, int taps, int steps, int bytes, int bytes_of_16_bits>
+struct Tile {
+  static constexpr int kStreams = streams, kTaps = taps, kSteps = steps;
+  template <typename T>
+  static constexpr int kVector = (sizeof(T) == 2 ? bytes_of_16_bits : bytes) / sizeof(T);
+};
+using OneTap = Tile<1, 1, 4, 16, 8>;
+using FourTaps = Tile<4, 1, 2, 16, 8>;
+using NineTaps = Tile<9, 1, 1, 8, 4>;
+using TwoStreams = Tile<2, 4, 4, 8, 4>;
+using OneStream = Tile<1, 8, 8, 8, 4>;
+
+// Blocks that a multiprocessor has room for.
+template <typename T, class Tile, int kVector>
+constexpr int kResident =
+    Tile::kStreams * Tile::kTaps == 1 || (kVector == 1 && sizeof(T) <= 4 && Tile::kStreams * Tile::kTaps <= 8) ? 3 : 2;
+
+template <typename T, class Tile, int kVector>
+__global__ void __launch_bounds__(kThreads, kResident<T, Tile, kVector>)
+    walk_grad_weight(const __grid_constant__ Walk a) {
+  using Sum = Accumulator<T>;
+  using Pixel = Vector<T, kVector>;
+  constexpr int kStreams = Tile::kStreams, kTaps = Tile::kTaps, kSteps = Tile::kSteps;
+  constexpr int kKept = kTaps - 1, kWindow = kKept + kSteps;  // pixels of a stream
+  constexpr int kSums = (kStreams * kTaps + 1) * kVector;     // the last kVector of the bias
+  struct Sums {
+    Sum tap[kStreams][kTaps][kVector] = {}, bias[kVector] = {};
+  };
+  extern __shared__ __align__(8) unsigned char shared_bytes[];  // [sum][thread]
+  let_next_kernel_start();
+
+  uint32_t slot = threadIdx.x, block = blockIdx.x;
+  const int lane = a.by_lanes.split(slot), team = a.by_teams.split(slot);
+  const int tile_group = a.by_tile_groups.split(block), channel_group = a.by_channel_groups.split(block);
+  const int split = block, first_tile = tile_group * a.block_tiles, tile = first_tile + static_cast<int>(slot);
+  const int filter = (channel_group * a.lanes + lane) * kVector;
+  uint32_t channel = filter;
+  a.by_multiplier.split(channel);
+
+  // Rows and columns of the image from the first tap to that of a stream. Behind the last stream comes the last one
+  // once more, which is not written.
+  int row_offset[kStreams], column_offset[kStreams], least_column = 0, most_column = 0;
+#pragma unroll
+  for (int k = 0; k < kStreams; ++k) {
+    uint32_t row = min(tile * kStreams + k, a.streams - 1), level = a.by_groups.split(row);
+    const int phase = a.by_tap_step.split(level);
+    row_offset[k] = row * a.dilation_h;
+    column_offset[k] = (level * a.level_columns + phase) * a.dilation_w;
+    least_column = k == 0 ? column_offset[k] : min(least_column, column_offset[k]);
+    most_column = max(most_column, column_offset[k]);
+  }
+
+  const T* const input = static_cast<const T*>(a.input) + static_cast<int>(channel) * a.input_stride[1];
+  const T* const grad = static_cast<const T*>(a.grad) + filter * a.grad_stride[1];
+  const int input_step = a.pixel_step * a.input_stride[3], gradient_step = a.grad_step * a.grad_stride[3];
+  const bool adds_bias = a.with_bias && tile == 0;
+  wait_for_kernel_before();
+
+  Sums total;
+  const int last = min((split + 1) * a.share, a.items);
+  for (int item = tile < a.tiles && filter < a.filters ? split * a.share + team : last; item < last; item += a.teams) {
+    uint32_t image = item;
+    const int row = a.by_rows.split(image), phase = a.by_phases.split(image);
+    const int begin = static_cast<int>(a.by_segments.split(image)) * a.segment;
+    const int column = phase + begin * a.grad_step;
+    const int count = min(a.segment, a.steps + (phase < a.more_steps) - begin);
+    if (count <= 0) continue;
+    const int y0 = row * a.stride_h - a.padding_h, x0 = column * a.stride_w - a.padding_w;
+    int from[kStreams],
+        grad_from = static_cast<int>(image) * a.grad_stride[0] + row * a.grad_stride[2] + column * a.grad_stride[3];
+    bool rows_inside = true, any_inside = false;
+    const auto row_inside = [&](int k) {
+      return static_cast<uint32_t>(y0 + row_offset[k]) < static_cast<uint32_t>(a.height);
+    };
+#pragma unroll
+    for (int k = 0; k < kStreams; ++k) {
+      rows_inside &= row_inside(k), any_inside |= row_inside(k);
+      from[k] = static_cast<int>(image) * a.input_stride[0] + (y0 + row_offset[k]) * a.input_stride[2] +
+                (x0 + column_offset[k]) * a.input_stride[3];
+    }
+
+    if (!any_inside && !adds_bias) continue;
+
+    // Pixel i of a stream, from those of the step at column x on: zeros where it is not inside the image.
+    const auto inside = [&](int x, int k, int i) {
+      return row_inside(k) &&
+             static_cast<uint32_t>(x + column_offset[k] + i * a.pixel_step) < static_cast<uint32_t>(a.width);
+    };
+    Pixel pixels[kStreams][kWindow], gradients[kSteps];
+    const auto load_steps = [&](auto interior, int x, int left) {
+      constexpr bool kInterior = decltype(interior)::value;
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s)
+        gradients[s] = load<T, kVector>(grad + (grad_from + s * gradient_step), kInterior || s < left);
+#pragma unroll
+      for (int k = 0; k < kStreams; ++k)
+#pragma unroll
+        for (int i = kKept; i < kWindow; ++i)
+          pixels[k][i] = load<T, kVector>(input + (from[k] + i * input_step), kInterior || inside(x, k, i));
+    };
+    // `whole`: there are all gradients. `plain`: zeros add nothing to the sums, as no gradient is Inf or NaN.
+    const auto multiply = [&](Sums& sums, auto whole, auto plain, int x, int left) {
+      constexpr bool kWhole = decltype(whole)::value, kPlain = decltype(plain)::value;
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        if (!kWhole && s >= left) break;
+#pragma unroll
+        for (int k = 0; k < kStreams; ++k)
+#pragma unroll
+          for (int b = 0; b < kTaps; ++b)
+            if (kPlain || inside(x, k, s + b))
+#pragma unroll
+              for (int c = 0; c < kVector; ++c)
+                sums.tap[k][b][c] = fma(Sum{gradients[s][c]}, Sum{pixels[k][s + b][c]}, sums.tap[k][b][c]);
+      }
+    };
+    const auto add_steps = [&](Sums& sums, bool interior, int x, int left) {
+      bool finite = true;
+      if (interior) {
+        load_steps(std::true_type{}, x, left);
+      } else {
+        load_steps(std::false_type{}, x, left);
+        Sum zero = 0;
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s)
+#pragma unroll
+          for (int c = 0; c < kVector; ++c) zero = fma(Sum{gradients[s][c]}, Sum{0}, zero);
+        finite = zero == 0;
+      }
+      if (adds_bias)
+#pragma unroll
+        for (int s = 0; s < kSteps; ++s)
+#pragma unroll
+          for (int c = 0; c < kVector; ++c) sums.bias[c] += gradients[s][c];
+      if (finite && left >= kSteps)
+        multiply(sums, std::true_type{}, std::true_type{}, x, left);
+      else if (finite)
+        multiply(sums, std::false_type{}, std::true_type{}, x, left);
+      else
+        multiply(sums, std::false_type{}, std::false_type{}, x, left);
+#pragma unroll
+      for (int k = 0; k < kStreams; ++k)
+#pragma unroll
+        for (int i = 0; i < kKept; ++i) pixels[k][i] = pixels[k][i + kSteps];
+    };
+    const auto add_segment = [&](Sums& sums) {
+#pragma unroll
+      for (int k = 0; k < kStreams; ++k)
+#pragma unroll
+        for (int i = 0; i < kKept; ++i)
+          pixels[k][i] = load<T, kVector>(input + (from[k] + i * input_step), inside(x0, k, i));
+      int x = x0;
+#pragma unroll 1
+      for (int left = count; left > 0; left -= kSteps) {
+        const int first_x = x + least_column, last_x = x + most_column + (kWindow - 1) * a.pixel_step;
+        if (adds_bias || (any_inside && first_x < a.width && last_x >= 0)) {
+          add_steps(sums, rows_inside && left >= kSteps && first_x >= 0 && last_x < a.width, x, left);
+        } else {
+#pragma unroll
+          for (int k = 0; k < kStreams; ++k)
+#pragma unroll
+            for (int i = 0; i < kKept; ++i) pixels[k][i] = {};
+        }
+        x += kSteps * a.pixel_step, grad_from += kSteps * gradient_step;
+#pragma unroll
+        for (int k = 0; k < kStreams; ++k) from[k] += kSteps * input_step;
+      }
+    };
+    if constexpr (std::is_same_v<Sum, double>) {
+      add_segment(total);
+    } else {
+      Sums part;  // short sums of short sums: the rounding error grows slowly
+      add_segment(part);
+#pragma unroll
+      for (int c = 0; c < kVector; ++c) {
+        total.bias[c] += part.bias[c];
+#pragma unroll
+        for (int k = 0; k < kStreams; ++k)
+#pragma unroll
+          for (int b = 0; b < kTaps; ++b) total.tap[k][b][c] += part.tap[k][b][c];
+      }
+    }
+  }
+
+  // Sums of a block, each over its teams: first by as many threads as there are for a sum.
+  Sum* const shared = reinterpret_cast<Sum*>(shared_bytes);
+  const int pitch = blockDim.x + 32 / kVector;  // channels of a thread lie in different banks
+#pragma unroll
+  for (int i = 0; i < kSums; ++i) {
+    const int c = i % kVector, tap = i / kVector;
+    shared[i * pitch + threadIdx.x] =
+        tap == kStreams * kTaps ? total.bias[c] : total.tap[tap / kTaps % kStreams][tap % kTaps][c];
+  }
+  __syncthreads();
+  const auto sum_of = [&](uint32_t output, int first, int step) {
+    const int c = output % kVector;
+    uint32_t rest = output / kVector;
+    const int lane = a.by_lanes.split(rest), tile = a.by_block_tiles.split(rest);
+    const Sum* from = shared + (static_cast<int>(rest) * kVector + c) * pitch + tile * a.teams * a.lanes + lane;
+    Sum sum = 0;
+#pragma unroll 4
+    for (int team = first; team < a.teams; team += step) sum += from[team * a.lanes];
+    return sum;
+  };
+  Sum* const halves = shared + kSums * pitch;
+  if (a.parts > 1) {
+    uint32_t part = threadIdx.x;
+    const int output = a.by_outputs.split(part);
+    if (static_cast<int>(part) < a.parts) halves[threadIdx.x] = sum_of(output, part, a.parts);
+    __syncthreads();
+  }
+  for (int output = threadIdx.x; output < a.outputs; output += blockDim.x) {
+    const int c = output % kVector;
+    uint32_t rest = output / kVector;
+    const int filter = (channel_group * a.lanes + static_cast<int>(a.by_lanes.split(rest))) * kVector + c;
+    const int tile = first_tile + static_cast<int>(a.by_block_tiles.split(rest)), tap = rest;
+    uint32_t row = tile * kStreams + tap / kTaps;
+    if (filter >= a.filters || tile >= a.tiles) continue;
+    int to = a.taps;
+    if (tap < kStreams * kTaps) {
+      if (static_cast<int>(row) >= a.streams) continue;
+      uint32_t level = a.by_groups.split(row);
+      const int phase = a.by_tap_step.split(level);
+      const int column = static_cast<int>(level) * a.level_columns + phase + tap % kTaps * a.tap_step;
+      if (column >= a.kernel_w) continue;
+      to = static_cast<int>(row) * a.row_taps + column * a.column_taps;
+    } else if (!a.with_bias || tile > 0) {
+      continue;
+    }
+    Sum sum = 0;
+    if (a.parts > 1)
+      for (int part = 0; part < a.parts; ++part) sum += halves[part * a.outputs + output];
+    else
+      sum = sum_of(output, 0, 1);
+    if (a.partial != nullptr) {
+      static_cast<Sum*>(a.partial)[(int64_t{split} * (a.taps + a.with_bias) + to) * a.filters + filter] = sum;
+      continue;
+    }
+    const T value = narrow<T>(sum);
+    void* const gradients = to < a.taps ? a.grad_weight : a.grad_bias;
+    const int place = to < a.taps ? filter * a.taps + to : filter;
+    if (sizeof(T) == 2 && a.widens)
+      static_cast<float*>(gradients)[place] = static_cast<float>(widen(value));
+    else
+      static_cast<T*>(gradients)[place] = value;
+  }
+}
+
+// What a tile takes of a problem: rows and columns exchanged or not.
+struct Cost {
+  int64_t streams, levels, tiles;
+  double cost;
+
+  Cost() = default;
+  template <class Tile>
+  Cost(const Problem& p, Tile, int vector, bool exchanged) {
+    const int64_t common = std::gcd(p.stride_w, p.dilation_w);
+    const int64_t tap_step = std::min(p.stride_w / common, p.kernel_w),
+                  phases = std::min(p.dilation_w / common, p.out_width);
+    levels = ceil_div(p.kernel_w, tap_step * Tile::kTaps);
+    streams =
+        p.kernel_h * ((levels - 1) * tap_step + std::min(tap_step, p.kernel_w - (levels - 1) * tap_step * Tile::kTaps));
+    tiles = ceil_div(streams, Tile::kStreams);
+    const int64_t steps = ceil_div(ceil_div(p.out_width, phases), Tile::kSteps) * Tile::kSteps;
+    const int64_t segments = ceil_div(steps, kPart);
+    // A multiprocessor loads 128 bytes of a line in the time of four instructions; what is loaded together is waited
+    // for, and counted, together.
+    constexpr double kWait = 40;
+    const double lanes = std::min<double>(kMaxLanes, ceil_div(p.filters(), vector)), teams = 32 / lanes;
+    const double pixel = static_cast<double>(p.channels * size_of(p.dtype));
+    const double lines = exchanged ? teams * pixel * static_cast<double>(p.stride_h) / 128 : teams;
+    const double load = 4 * std::max({static_cast<double>(vector * size_of(p.dtype)) / 4, lines, 1.0});
+    cost = static_cast<double>(tiles * phases * p.out_height) *
+           (load * static_cast<double>(Tile::kStreams * (steps + segments * (Tile::kTaps - 1)) + steps) +
+            static_cast<double>(Tile::kStreams * Tile::kTaps * steps * vector) +
+            kWait * static_cast<double>(steps / Tile::kSteps)) /
+           vector;
+  }
+};
+
+// How blocks share the work.
+struct Blocks {
+  int64_t lanes, channel_groups, block_tiles, tile_groups, teams;
+  int64_t segment, segments, items, share, splits;
+};
+struct Work {
+  int64_t tiles, vectors, rows, steps, steps_at_once;
+  int64_t image_bytes, sum_bytes, vector_bytes, blocks;
+};
+
+// The more threads of a block have the same taps and channels, the fewer sums are left to be added up, but the more
+// blocks load the same pixels: blocks have all taps and many channels where images are large, and few where they are
+// not.
+inline Blocks arrange(const Work& w) {
+  constexpr int64_t kLeastBytes = 64;                              // of channels side by side
+  constexpr int64_t kFewBytes = 4 << 20;                           // are loaded in no time
+  constexpr int64_t kFewRounds = 2, kBusy = kMultiprocessors / 2;  // that another kernel would take as long as
+  constexpr int64_t kManyRounds = 8, kMostWaves = 4;  // large problems go in waves of blocks, which share them evenly
+  const auto at = [&](int64_t most_lanes, int64_t most_tiles) {
+    Blocks b{};
+    b.channel_groups = ceil_div(w.vectors, most_lanes), b.lanes = ceil_div(w.vectors, b.channel_groups);
+    const int64_t slots = kThreads / b.lanes;
+    b.tile_groups = ceil_div(w.tiles, std::min(slots, most_tiles)), b.block_tiles = ceil_div(w.tiles, b.tile_groups);
+    b.teams = slots / b.block_tiles;
+    const int64_t groups = b.tile_groups * b.channel_groups, most = ceil_div(w.steps, w.steps_at_once);
+    const int64_t wanted = ceil_div(w.blocks, groups);
+    const int64_t pieces = std::clamp(ceil_div(wanted * b.teams, w.rows), ceil_div(w.steps, kPart), most);
+    b.segment = ceil_div(most, pieces) * w.steps_at_once, b.segments = ceil_div(w.steps, b.segment);
+    b.items = w.rows * b.segments;
+    const int64_t all = ceil_div(b.items, b.teams);  // pieces of a thread, if there were one split
+    int64_t rounds = ceil_div(all, wanted);
+    if (rounds > kManyRounds) rounds = std::max(kManyRounds, ceil_div(rounds, kMostWaves));
+    rounds = std::min<int64_t>(rounds, kMostParts);
+    if (groups >= kBusy && all - rounds <= kFewRounds) rounds = all;
+    b.share = b.teams * rounds, b.splits = ceil_div(b.items, b.share);
+    return b;
+  };
+  int64_t most_lanes = kMaxLanes, most_tiles = kThreads;
+  for (Blocks b = at(most_lanes, most_tiles);; b = at(most_lanes, most_tiles)) {
+    const int64_t partial_bytes = 2 * b.splits * w.sum_bytes;
+    if (b.splits == 1 || 4 * partial_bytes <= w.image_bytes) return b;
+    if (b.block_tiles > 1 && 2 * b.tile_groups * w.image_bytes <= std::max(partial_bytes, kFewBytes))
+      most_tiles = b.block_tiles / 2;
+    else if (b.lanes > 1 && b.lanes * w.vector_bytes >= 2 * kLeastBytes)
+      most_lanes = ceil_div(b.lanes, 2);
+    else
+      return b;
+  }
+}
+
+template <typename T, class Tile, int kVector>
+void launch(const Problem& p, bool exchanged, const Allocate& allocate, cudaStream_t stream) {
+  using Sum = Accumulator<T>;
+  const Cost cost(p, Tile{}, kVector, exchanged);
+  Walk a{};
+  a.input = p.input.data, a.grad = p.output.data;
+  for (int i = 0; i < 4; ++i)
+    a.input_stride[i] = static_cast<int>(p.input.stride[i]), a.grad_stride[i] = static_cast<int>(p.output.stride[i]);
+  a.height = static_cast<int>(p.height), a.width = static_cast<int>(p.width);
+  a.kernel_w = static_cast<int>(p.kernel_w), a.taps = static_cast<int>(p.taps());
+  a.stride_h = static_cast<int>(p.stride_h), a.stride_w = static_cast<int>(p.stride_w);
+  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+  a.dilation_h = static_cast<int>(p.dilation_h), a.dilation_w = static_cast<int>(p.dilation_w);
+  a.filters = static_cast<int>(p.filters()), a.with_bias = p.bias != nullptr;
+  a.row_taps = exchanged ? 1 : a.kernel_w, a.column_taps = exchanged ? static_cast<int>(p.kernel_h) : 1;
+  const int64_t common = std::gcd(p.stride_w, p.dilation_w);
+  const int64_t tap_step = std::min(p.stride_w / common, p.kernel_w),
+                phases = std::min(p.dilation_w / common, p.out_width);
+  a.tap_step = static_cast<int>(tap_step), a.grad_step = static_cast<int>(p.dilation_w / common);
+  a.pixel_step = static_cast<int>(p.stride_w / common * p.dilation_w);
+  a.level_columns = static_cast<int>(tap_step * Tile::kTaps);
+  a.streams = static_cast<int>(cost.streams), a.tiles = static_cast<int>(cost.tiles);
+  a.by_groups = Divider(cost.streams / p.kernel_h), a.by_tap_step = Divider(tap_step);
+  a.by_multiplier = Divider(p.multiplier);
+
+  const int64_t rows = p.batch * p.out_height * phases, steps = ceil_div(p.out_width, phases);
+  const int64_t sums = (p.taps() + a.with_bias) * p.filters();
+  const int64_t image_bytes = p.batch * (p.channels * p.height * p.width + p.filters() * p.out_height * p.out_width) *
+                              static_cast<int64_t>(sizeof(T));
+  const Blocks blocks = arrange({cost.tiles, ceil_div(p.filters(), kVector), rows, steps, Tile::kSteps, image_bytes,
+                                 sums * static_cast<int64_t>(sizeof(Sum)), kVector * static_cast<int64_t>(sizeof(T)),
+                                 kMultiprocessors * kResident<T, Tile, kVector>});
+  const auto [lanes, channel_groups, block_tiles, tile_groups, teams, segment, segments, items, share, splits] = blocks;
+  const int64_t threads = lanes * block_tiles * teams;
+  a.lanes = static_cast<int>(lanes), a.block_tiles = static_cast<int>(block_tiles), a.teams = static_cast<int>(teams);
+  a.segment = static_cast<int>(segment), a.items = static_cast<int>(items), a.share = static_cast<int>(share);
+  a.steps = static_cast<int>(p.out_width / phases), a.more_steps = static_cast<int>(p.out_width % phases);
+
+  constexpr int64_t kSums = (Tile::kStreams * Tile::kTaps + 1) * kVector;
+  const int64_t outputs = kSums * lanes * block_tiles, parts = std::min(teams, threads / outputs);
+  a.outputs = static_cast<int>(outputs), a.parts = static_cast<int>(parts);
+  a.by_lanes = Divider(lanes), a.by_teams = Divider(teams), a.by_block_tiles = Divider(block_tiles);
+  a.by_outputs = Divider(outputs), a.by_tile_groups = Divider(tile_groups);
+  a.by_channel_groups = Divider(channel_groups), a.by_rows = Divider(p.out_height);
+  a.by_phases = Divider(phases), a.by_segments = Divider(segments);
+
+  a.grad_weight = p.weight.data, a.grad_bias = p.bias;
+  if (splits > 1)
+    a.partial = allocate(splits * sums * static_cast<int64_t>(sizeof(Sum)));
+  else
+    a.widens = sizeof(T) == 2 && Widening::is_wanted();
+  const int64_t bytes = (kSums * (threads + 32 / kVector) + threads) * static_cast<int64_t>(sizeof(Sum));
+  launch_early(walk_grad_weight<T, Tile, kVector>, a, tile_groups * channel_groups * splits, static_cast<int>(threads),
+               stream, {.shared_bytes = bytes});
+  check_launch("walk_grad_weight_channels_last");
+  if (splits > 1) launch_add_partial_sums(p, a.partial, splits, stream);
+}
+
+// Whether channels lie side by side in vectors of `count` elements.
+bool has_vectors(const Problem& p, int64_t count) {
+  const auto lies = [&](const View& view, int64_t height, int64_t width) {
+    return reinterpret_cast<uintptr_t>(view.data) % (count * size_of(p.dtype)) == 0 &&
+           ((p.batch > 1 ? view.stride[0] : 0) | (height > 1 ? view.stride[2] : 0) | (width > 1 ? view.stride[3] : 0)) %
+                   count ==
+               0;
+  };
+  return p.multiplier == 1 && p.channels % count == 0 && lies(p.input, p.height, p.width) &&
+         lies(p.output, p.out_height, p.out_width);
+}
+
+}  // namespace
+
+void launch_walk_grad_weight_channels_last(const Problem& problem, const Allocate& allocate, cudaStream_t stream) {
+  visit_dtype(problem.dtype, [&](auto element) {
+    using T = decltype(element);
+    const Problem turned = exchange(problem);
+    double least = 0;
+    int best = -1;
+    const auto visit = [&](auto&& with) {
+      int number = 0;
+      const auto try_tile = [&](auto tile) {
+        constexpr int kVector = decltype(tile)::template kVector<T>;
+        with(tile, std::integral_constant<int, kVector>{}, number);
+        ++number;
+      };
+      try_tile(OneTap{}), try_tile(FourTaps{}), try_tile(NineTaps{}), try_tile(TwoStreams{}), try_tile(OneStream{});
+    };
+    visit([&](auto tile, auto vector, int number) {
+      for (const bool exchanged : {false, true}) {
+        const int count = has_vectors(problem, vector) ? vector : 1;
+        const double cost = Cost(exchanged ? turned : problem, tile, count, exchanged).cost;
+        if (best < 0 || cost < least) least = cost, best = 2 * number + exchanged;
+      }
+    });
+    visit([&](auto tile, auto vector, int number) {
+      if (best / 2 != number) return;
+      const bool exchanged = best % 2 == 1;
+      const Problem& p = exchanged ? turned : problem;
+      if (has_vectors(problem, vector))
+        launch<T, decltype(tile), vector>(p, exchanged, allocate, stream);
+      else
+        launch<T, decltype(tile), 1>(p, exchanged, allocate, stream);
+    });
+  });
+}
+
+}  // namespace dwconv
