@@ -703,7 +703,7 @@ bool claims_columns_grad_weight(const Problem& p) {
 
 // What kernels/walk_grad_weight_channels_last.cu asks for: channels side by side, offsets of 32 bits, also beside the
 // image, and gradients, sums and blocks that 32 bits count.
-bool claims_walk_grad_weight_channels_last(const Problem& p) {
+bool can_walk(const Problem& p) {
   if (p.pass != Pass::kGradWeight || p.batch == 0 || p.filters() == 1) return false;
   if ((p.input.stride[1] != 1 && p.channels > 1) || p.output.stride[1] != 1) return false;
   constexpr int64_t kLimit = 1 << 30, kFar = 1 << 20, kMostSums = 1 << 26, kMostTaps = 1 << 16;
@@ -719,6 +719,28 @@ bool claims_walk_grad_weight_channels_last(const Problem& p) {
   return p.taps() < kMostTaps && p.filters() * (p.taps() + 1) < kMostSums &&
          p.batch * p.out_height * p.out_width * p.filters() < kLimit && fits(p.input, p.height, p.width) &&
          fits(p.output, p.out_height, p.out_width);
+}
+
+// Whether there is so little to do that it is done before a kernel for larger problems, which would serve as well, has
+// its first pixels where it wants them: few products, and, but where that one copies the images first, few sums.
+bool claims_little_walk(const Problem& p) {
+  if (!can_walk(p)) return false;
+  constexpr int64_t kMillion = 1 << 20, kFewSums = 4096, kFewTaps = 9;
+  const int64_t sums = p.filters() * p.taps(), products = p.batch * p.out_height * p.out_width * sums;
+  const auto few = [&](int64_t millions) { return products <= millions * kMillion && sums <= kFewSums; };
+  if (claims_toeplitz_grad_weight_channels_last(p)) return few(3);
+  if (claims_march_grad_weight_channels_last(p)) {
+    if (p.taps() > kFewTaps) return few(5);
+    constexpr int64_t kSmallPixel = 64;  // bytes, which leave lanes idle there
+    return p.multiplier == 1 && (p.taps() == 1 ? few(2) : few(8) && p.channels * size_of(p.dtype) <= kSmallPixel);
+  }
+  if (claims_outer_grad_weight(p)) return few(8);
+  if (claims_hankel_grad_weight(p)) return few(24) || p.taps() <= kFewTaps;
+  return claims_large_float32_grad_weight(p) && few(16);
+}
+
+bool claims_walk_grad_weight_channels_last(const Problem& p) {
+  return can_walk(p) && !claims_little_walk(p);
 }
 
 // Products of a tap and a pixel of the image, along one side of a plane.
@@ -865,6 +887,9 @@ const std::vector<Plan>& plans() {
        "any kernel with little to do: a block sums some taps straight from memory", claims_gather_grad_weight},
       {PlanId::kDirectGradWeight, "direct_grad_weight", "a small kernel with few gradients: straight from memory",
        claims_direct_grad_weight},
+      {PlanId::kWalkGradWeightChannelsLast, "walk_grad_weight_channels_last",
+       "little to do in channels_last: threads walk along rows of the gradient, straight from memory",
+       claims_little_walk},
       {PlanId::kToeplitzSmallPlanes, "toeplitz_small_planes",
        "a small kernel in 16 bits on contiguous planes of few columns: tensor cores multiply rows of many images",
        claims_toeplitz_small_planes},
@@ -964,12 +989,14 @@ const Plan& choose(const Problem& problem) {
 }
 
 const Plan& choose(const Problem& problem, std::string_view name) {
+  bool exists = false;  // a plan may stand in the table twice, once for each rank among the others
   for (const Plan& plan : plans()) {
     if (name != plan.name) continue;
     if (plan.claims(problem)) return plan;
-    throw std::runtime_error("plan '" + std::string(name) + "' does not serve this problem");
+    exists = true;
   }
-  throw std::runtime_error("there is no plan '" + std::string(name) + "'");
+  throw std::runtime_error(exists ? "plan '" + std::string(name) + "' does not serve this problem"
+                                  : "there is no plan '" + std::string(name) + "'");
 }
 
 }  // namespace dwconv

@@ -255,7 +255,7 @@ def test_hankel_grad_weight_claims(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_outer_grad_weight_claims(dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     """Few columns, or few rows of the kernel; of so many images that a multiplication has some of them."""
-    case = Case(64, 8, (14, 14), (27, 27), padding=(13, 13))
+    case = Case(64, 32, (14, 14), (27, 27), padding=(13, 13))
     for change, plan in (
         ({}, "outer_grad_weight"),
         ({"size": (16, 7), "multiplier": 2}, "outer_grad_weight"),
@@ -273,10 +273,12 @@ def test_outer_grad_weight_claims(dtype: torch.dtype, memory_format: torch.memor
         ({"size": (200, 56), "kernel": (5, 51), "padding": (2, 25)}, "outer_grad_weight"),
         ({"size": (56, 57), "kernel": (5, 51), "padding": (2, 25)}, "hankel_grad_weight"),
         ({"size": (56, 56), "kernel": (11, 51), "padding": (5, 25)}, "hankel_grad_weight"),
-        ({"kernel": (7, 6), "padding": (3, 3), "batch": 7}, "hankel_grad_weight"),
     ):
         found = plans_of("grad_weight", case._replace(**change), dtype, memory_format)
         assert next(name for name in found if name != "columns_grad_weight") == plan, change
+        assert plan_of("grad_weight", case._replace(**change), dtype, memory_format) == plan, change
+    few = "hankel_grad_weight" if memory_format == torch.contiguous_format else WALK
+    assert plan_of("grad_weight", Case(7, 8, (14, 14), (7, 6), padding=(3, 3)), dtype, memory_format) == few
     # Rows and columns are exchanged, by the copies or by the kernel.
     for size, plan in (((56, 56), "outer_grad_weight"), ((57, 56), "hankel_grad_weight")):
         tall = case._replace(size=size, kernel=(51, 5), padding=(25, 2))
@@ -652,6 +654,22 @@ def test_what_walks() -> None:
         for pair in ((odd[0], lay(output, order)), (lay(input, order), odd[1])):
             assert (WALK in claims("grad_weight", case, *pair)) == walks, (steps, expanded)
     assert WALK not in claims("grad_weight", case, input, lay(output, order))
+    # Where others would serve, too: if there is little to do.
+    for little, dtype, walks in (
+        (Case(4, 24, (27, 27), (7, 7), (2, 2), (3, 3)), torch.float32, True),
+        (Case(40, 24, (27, 27), (7, 7), (2, 2), (3, 3)), torch.float32, False),
+        (Case(4, 768, (24, 24), (5, 5), (2, 2), (2, 2)), torch.float32, False),
+        (Case(82, 24, (28, 28), (3, 3), (2, 2), (1, 1)), torch.float16, True),
+        (Case(82, 40, (28, 28), (3, 3), (2, 2), (1, 1)), torch.float16, False),
+        (Case(60, 96, (6, 6), (1, 1)), torch.float16, True),
+        (Case(8, 112, (9, 9), (4, 2)), torch.float16, True),
+        (Case(80, 112, (9, 9), (4, 2)), torch.float16, False),
+        (Case(4, 16, (25, 89), (5, 5), padding=(1, 0), multiplier=3), torch.float16, True),
+        (Case(2, 16, (90, 90), (25, 25)), torch.float16, False),
+        (Case(8, 12, (8, 160), (4, 4)), torch.float32, True),
+    ):
+        claimed = plan_of("grad_weight", little, dtype, torch.channels_last)
+        assert (claimed == WALK) == walks, (str(little), claimed)
     for change, walks in (
         ({"multiplier": 5}, True),
         ({"channels": 1, "multiplier": 5}, True),
@@ -1959,10 +1977,14 @@ WALKS = [  # stride, dilation
     "kernel", [(1, 1), (2, 2), (1, 4), (3, 3), (5, 5), (7, 7), (1, 19), (16, 1), (11, 13), (5, 2)], ids=str
 )
 def test_walks_are_exact(kernel: tuple, dtype: torch.dtype, finite: bool) -> None:
-    """Taps in streams of every step, in tiles that are not full; few channels and many; rows cut in pieces; views."""
+    """Taps in streams of every step, in tiles that are not full; few channels and many; rows cut in pieces; views.
+
+    Where images are small, some taps meet no pixel.
+    """
     order = 0, 2, 3, 1
     for number, (stride, dilation) in enumerate(WALKS):
-        for turn, (batch, channels, size) in enumerate(((3, 2, (60, 61)), (2, 40, (31, 130)), (9, 67, (13, 20)))):
+        images = (3, 2, (60, 61)), (2, 40, (31, 130)), (9, 67, (13, 20)), (72, 24, (6, 9))
+        for turn, (batch, channels, size) in enumerate(images):
             reach = tuple(d * (side - 1) for side, d in zip(kernel, dilation))
             padding = [tuple(r // 2 for r in reach), (0, 0), (reach[0], reach[1] + 3)][(number + turn) % 3]
             if any(side + 2 * p < r + 1 for side, p, r in zip(size, padding, reach)):

@@ -12,6 +12,7 @@
 #include "walk_grad_weight_channels_last.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <type_traits>
 
@@ -34,12 +35,13 @@ struct Walk {
   const void *input, *grad;
   void* partial;  // [split][tap, or bias behind the last tap][filter], or null: sums are the gradients
   void *grad_weight, *grad_bias;
-  bool widens;                          // gradients of 16 bits, written as float32
-  int input_stride[4], grad_stride[4];  // in elements
-  int height, width, kernel_w, taps;
+  bool widens;                                        // gradients of 16 bits, written as float32
+  int input_stride[4], grad_stride[4];                // in elements
+  int height, width, kernel_h, kernel_w;              // of the kernel, the part that meets the image
+  int taps, whole_kernel_w, first_row, first_column;  // of the whole kernel, and where that part begins
   int stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
   int tap_step, grad_step, pixel_step;  // columns
-  int row_taps, column_taps;            // taps from one row, or column, of the kernel to the next
+  bool exchanged;                       // rows and columns
   int filters;
   bool with_bias;
   int tiles, streams, level_columns;  // level_columns: of the kernel, that the streams of a level have
@@ -49,7 +51,23 @@ struct Walk {
   int steps, more_steps;              // gradients of a row that are walked at a time; one more for the first phases
   int segment;                        // steps of a piece, at most
   Divider by_lanes, by_teams, by_block_tiles, by_outputs, by_tile_groups, by_channel_groups, by_multiplier;
-  Divider by_groups, by_tap_step, by_rows, by_phases, by_segments;
+  Divider by_groups, by_tap_step, by_rows, by_phases, by_segments, by_kernel_w;
+
+  // `slot`: a tap, or behind the last one the bias.
+  template <typename T>
+  __device__ void put(int split, int slot, int filter, Accumulator<T> sum) const {
+    if (partial != nullptr) {
+      static_cast<Accumulator<T>*>(partial)[(int64_t{split} * (taps + with_bias) + slot) * filters + filter] = sum;
+      return;
+    }
+    const T value = narrow<T>(sum);
+    void* const gradients = slot < taps ? grad_weight : grad_bias;
+    const int place = slot < taps ? filter * taps + slot : filter;
+    if (sizeof(T) == 2 && widens)
+      static_cast<float*>(gradients)[place] = static_cast<float>(widen(value));
+    else
+      static_cast<T*>(gradients)[place] = value;
+  }
 };
 
 // Elements of channels side by side.
@@ -327,7 +345,8 @@ __global__ void __launch_bounds__(kThreads, kResident<T, Tile, kVector>)
       const int phase = a.by_tap_step.split(level);
       const int column = static_cast<int>(level) * a.level_columns + phase + tap % kTaps * a.tap_step;
       if (column >= a.kernel_w) continue;
-      to = static_cast<int>(row) * a.row_taps + column * a.column_taps;
+      to = (a.first_row + (a.exchanged ? column : row)) * a.whole_kernel_w + a.first_column +
+           (a.exchanged ? row : column);
     } else if (!a.with_bias || tile > 0) {
       continue;
     }
@@ -336,49 +355,57 @@ __global__ void __launch_bounds__(kThreads, kResident<T, Tile, kVector>)
       for (int part = 0; part < a.parts; ++part) sum += halves[part * a.outputs + output];
     else
       sum = sum_of(output, 0, 1);
-    if (a.partial != nullptr) {
-      static_cast<Sum*>(a.partial)[(int64_t{split} * (a.taps + a.with_bias) + to) * a.filters + filter] = sum;
-      continue;
-    }
-    const T value = narrow<T>(sum);
-    void* const gradients = to < a.taps ? a.grad_weight : a.grad_bias;
-    const int place = to < a.taps ? filter * a.taps + to : filter;
-    if (sizeof(T) == 2 && a.widens)
-      static_cast<float*>(gradients)[place] = static_cast<float>(widen(value));
-    else
-      static_cast<T*>(gradients)[place] = value;
+    a.template put<T>(split, to, filter, sum);
+  }
+
+  // Taps that meet no pixel.
+  if (a.kernel_h * a.kernel_w == a.taps || tile_group > 0) return;
+  const int rows = a.exchanged ? a.kernel_w : a.kernel_h, columns = a.exchanged ? a.kernel_h : a.kernel_w;
+  for (int at = threadIdx.x; at < a.taps * a.lanes * kVector; at += blockDim.x) {
+    const int c = at % kVector;
+    uint32_t tap = at / kVector;
+    const int filter = (channel_group * a.lanes + static_cast<int>(a.by_lanes.split(tap))) * kVector + c;
+    uint32_t row = tap;
+    const uint32_t column = a.by_kernel_w.split(row);
+    if (filter < a.filters &&
+        (row - a.first_row >= static_cast<uint32_t>(rows) || column - a.first_column >= static_cast<uint32_t>(columns)))
+      a.template put<T>(split, static_cast<int>(tap), filter, Sum{0});
   }
 }
 
-// What a tile takes of a problem: rows and columns exchanged or not.
-struct Cost {
-  int64_t streams, levels, tiles;
-  double cost;
+// A tile's sizes for the host: what is above, channels side by side, and the blocks that a GPU has room for.
+struct Sizes {
+  int64_t streams, taps, steps, vector, blocks;
+};
 
-  Cost() = default;
-  template <class Tile>
-  Cost(const Problem& p, Tile, int vector, bool exchanged) {
+// The streams that a kernel has, and how gradients are walked.
+struct Streams {
+  int64_t tap_step, grad_step, pixel_step, phases, steps, groups, streams, tiles;
+
+  Streams(const Problem& p, const Sizes& t) {
     const int64_t common = std::gcd(p.stride_w, p.dilation_w);
-    const int64_t tap_step = std::min(p.stride_w / common, p.kernel_w),
-                  phases = std::min(p.dilation_w / common, p.out_width);
-    levels = ceil_div(p.kernel_w, tap_step * Tile::kTaps);
-    streams =
-        p.kernel_h * ((levels - 1) * tap_step + std::min(tap_step, p.kernel_w - (levels - 1) * tap_step * Tile::kTaps));
-    tiles = ceil_div(streams, Tile::kStreams);
-    const int64_t steps = ceil_div(ceil_div(p.out_width, phases), Tile::kSteps) * Tile::kSteps;
-    const int64_t segments = ceil_div(steps, kPart);
+    tap_step = std::min(p.stride_w / common, p.kernel_w), grad_step = p.dilation_w / common;
+    pixel_step = p.stride_w / common * p.dilation_w;
+    phases = std::min(grad_step, p.out_width), steps = ceil_div(p.out_width, phases);
+    const int64_t before = (ceil_div(p.kernel_w, tap_step * t.taps) - 1) * tap_step;  // of all levels but the last one
+    groups = before + std::min(tap_step, p.kernel_w - before * t.taps);
+    streams = p.kernel_h * groups, tiles = ceil_div(streams, t.streams);
+  }
+
+  // Issue slots of a multiprocessor, for an image and a channel.
+  double cost(const Problem& p, const Sizes& t, bool exchanged) const {
     // A multiprocessor loads 128 bytes of a line in the time of four instructions; what is loaded together is waited
     // for, and counted, together.
     constexpr double kWait = 40;
-    const double lanes = std::min<double>(kMaxLanes, ceil_div(p.filters(), vector)), teams = 32 / lanes;
-    const double pixel = static_cast<double>(p.channels * size_of(p.dtype));
-    const double lines = exchanged ? teams * pixel * static_cast<double>(p.stride_h) / 128 : teams;
-    const double load = 4 * std::max({static_cast<double>(vector * size_of(p.dtype)) / 4, lines, 1.0});
-    cost = static_cast<double>(tiles * phases * p.out_height) *
-           (load * static_cast<double>(Tile::kStreams * (steps + segments * (Tile::kTaps - 1)) + steps) +
-            static_cast<double>(Tile::kStreams * Tile::kTaps * steps * vector) +
-            kWait * static_cast<double>(steps / Tile::kSteps)) /
-           vector;
+    const int64_t all = ceil_div(steps, t.steps) * t.steps, loads = all + ceil_div(steps, kPart) * (t.taps - 1);
+    const double teams = 32 / std::min<double>(kMaxLanes, ceil_div(p.filters(), t.vector));
+    const int64_t bytes = size_of(p.dtype);
+    const double lines = exchanged ? teams * static_cast<double>(p.channels * bytes * p.stride_h) / 128 : teams;
+    const double load = 4 * std::max({static_cast<double>(t.vector * bytes) / 4, lines, 1.0});
+    return static_cast<double>(tiles * phases * p.out_height) *
+           (load * static_cast<double>(t.streams * loads + all) +
+            static_cast<double>(t.streams * t.taps * all * t.vector) + kWait * static_cast<double>(all / t.steps)) /
+           static_cast<double>(t.vector);
   }
 };
 
@@ -432,63 +459,67 @@ inline Blocks arrange(const Work& w) {
   }
 }
 
-template <typename T, class Tile, int kVector>
-void launch(const Problem& p, bool exchanged, const Allocate& allocate, cudaStream_t stream) {
-  using Sum = Accumulator<T>;
-  const Cost cost(p, Tile{}, kVector, exchanged);
-  Walk a{};
-  a.input = p.input.data, a.grad = p.output.data;
-  for (int i = 0; i < 4; ++i)
-    a.input_stride[i] = static_cast<int>(p.input.stride[i]), a.grad_stride[i] = static_cast<int>(p.output.stride[i]);
-  a.height = static_cast<int>(p.height), a.width = static_cast<int>(p.width);
-  a.kernel_w = static_cast<int>(p.kernel_w), a.taps = static_cast<int>(p.taps());
-  a.stride_h = static_cast<int>(p.stride_h), a.stride_w = static_cast<int>(p.stride_w);
-  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
-  a.dilation_h = static_cast<int>(p.dilation_h), a.dilation_w = static_cast<int>(p.dilation_w);
-  a.filters = static_cast<int>(p.filters()), a.with_bias = p.bias != nullptr;
-  a.row_taps = exchanged ? 1 : a.kernel_w, a.column_taps = exchanged ? static_cast<int>(p.kernel_h) : 1;
-  const int64_t common = std::gcd(p.stride_w, p.dilation_w);
-  const int64_t tap_step = std::min(p.stride_w / common, p.kernel_w),
-                phases = std::min(p.dilation_w / common, p.out_width);
-  a.tap_step = static_cast<int>(tap_step), a.grad_step = static_cast<int>(p.dilation_w / common);
-  a.pixel_step = static_cast<int>(p.stride_w / common * p.dilation_w);
-  a.level_columns = static_cast<int>(tap_step * Tile::kTaps);
-  a.streams = static_cast<int>(cost.streams), a.tiles = static_cast<int>(cost.tiles);
-  a.by_groups = Divider(cost.streams / p.kernel_h), a.by_tap_step = Divider(tap_step);
-  a.by_multiplier = Divider(p.multiplier);
-
-  const int64_t rows = p.batch * p.out_height * phases, steps = ceil_div(p.out_width, phases);
-  const int64_t sums = (p.taps() + a.with_bias) * p.filters();
-  const int64_t image_bytes = p.batch * (p.channels * p.height * p.width + p.filters() * p.out_height * p.out_width) *
-                              static_cast<int64_t>(sizeof(T));
-  const Blocks blocks = arrange({cost.tiles, ceil_div(p.filters(), kVector), rows, steps, Tile::kSteps, image_bytes,
-                                 sums * static_cast<int64_t>(sizeof(Sum)), kVector * static_cast<int64_t>(sizeof(T)),
-                                 kMultiprocessors * kResident<T, Tile, kVector>});
-  const auto [lanes, channel_groups, block_tiles, tile_groups, teams, segment, segments, items, share, splits] = blocks;
-  const int64_t threads = lanes * block_tiles * teams;
-  a.lanes = static_cast<int>(lanes), a.block_tiles = static_cast<int>(block_tiles), a.teams = static_cast<int>(teams);
-  a.segment = static_cast<int>(segment), a.items = static_cast<int>(items), a.share = static_cast<int>(share);
-  a.steps = static_cast<int>(p.out_width / phases), a.more_steps = static_cast<int>(p.out_width % phases);
-
-  constexpr int64_t kSums = (Tile::kStreams * Tile::kTaps + 1) * kVector;
-  const int64_t outputs = kSums * lanes * block_tiles, parts = std::min(teams, threads / outputs);
-  a.outputs = static_cast<int>(outputs), a.parts = static_cast<int>(parts);
-  a.by_lanes = Divider(lanes), a.by_teams = Divider(teams), a.by_block_tiles = Divider(block_tiles);
-  a.by_outputs = Divider(outputs), a.by_tile_groups = Divider(tile_groups);
-  a.by_channel_groups = Divider(channel_groups), a.by_rows = Divider(p.out_height);
-  a.by_phases = Divider(phases), a.by_segments = Divider(segments);
-
-  a.grad_weight = p.weight.data, a.grad_bias = p.bias;
-  if (splits > 1)
-    a.partial = allocate(splits * sums * static_cast<int64_t>(sizeof(Sum)));
-  else
-    a.widens = sizeof(T) == 2 && Widening::is_wanted();
-  const int64_t bytes = (kSums * (threads + 32 / kVector) + threads) * static_cast<int64_t>(sizeof(Sum));
-  launch_early(walk_grad_weight<T, Tile, kVector>, a, tile_groups * channel_groups * splits, static_cast<int>(threads),
-               stream, {.shared_bytes = bytes});
-  check_launch("walk_grad_weight_channels_last");
-  if (splits > 1) launch_add_partial_sums(p, a.partial, splits, stream);
+// The taps of one side that meet the image for some output: from `first` on, at least one.
+void leave_out(int64_t size, int64_t out, int64_t stride, int64_t dilation, int64_t& kernel, int64_t& padding,
+               int64_t& first) {
+  const int64_t end = std::min(kernel, (size - 1 + padding) / dilation + 1);
+  first = std::clamp<int64_t>(ceil_div(padding - (out - 1) * stride, dilation), 0, end - 1);
+  kernel = end - first, padding -= first * dilation;
 }
+
+// Of `whole`, the taps that meet the image, where that is less than to write zeros for the others.
+Problem without_idle_taps(const Problem& whole, int64_t& first_row, int64_t& first_column) {
+  Problem p = whole;
+  constexpr int64_t kManyGradients = 1024;
+  if (p.batch * p.out_height * p.out_width < kManyGradients) return p;
+  leave_out(p.height, p.out_height, p.stride_h, p.dilation_h, p.kernel_h, p.padding_h, first_row);
+  leave_out(p.width, p.out_width, p.stride_w, p.dilation_w, p.kernel_w, p.padding_w, first_column);
+  return p;
+}
+
+// What to do, and how: `p` is what is left of a problem, exchanged or not.
+struct Launch {
+  Walk walk{};
+  int64_t blocks, threads, splits, bytes;
+
+  Launch(const Problem& p, const Sizes& t, int64_t taps, bool exchanged) {
+    const Streams s(p, t);
+    Walk& a = walk;
+    a.input = p.input.data, a.grad = p.output.data, a.grad_weight = p.weight.data, a.grad_bias = p.bias;
+    for (int i = 0; i < 4; ++i)
+      a.input_stride[i] = static_cast<int>(p.input.stride[i]), a.grad_stride[i] = static_cast<int>(p.output.stride[i]);
+    a.height = static_cast<int>(p.height), a.width = static_cast<int>(p.width);
+    a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
+    a.stride_h = static_cast<int>(p.stride_h), a.stride_w = static_cast<int>(p.stride_w);
+    a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+    a.dilation_h = static_cast<int>(p.dilation_h), a.dilation_w = static_cast<int>(p.dilation_w);
+    a.filters = static_cast<int>(p.filters()), a.with_bias = p.bias != nullptr;
+    a.taps = static_cast<int>(taps), a.exchanged = exchanged;
+    a.tap_step = static_cast<int>(s.tap_step), a.grad_step = static_cast<int>(s.grad_step);
+    a.pixel_step = static_cast<int>(s.pixel_step), a.level_columns = static_cast<int>(s.tap_step * t.taps);
+    a.streams = static_cast<int>(s.streams), a.tiles = static_cast<int>(s.tiles);
+    a.steps = static_cast<int>(p.out_width / s.phases), a.more_steps = static_cast<int>(p.out_width % s.phases);
+
+    const int64_t sum_bytes = (taps + a.with_bias) * p.filters() * std::max<int64_t>(size_of(p.dtype), 4);
+    const int64_t image_bytes =
+        p.batch * (p.channels * p.height * p.width + p.filters() * p.out_height * p.out_width) * size_of(p.dtype);
+    const Blocks b = arrange({s.tiles, ceil_div(p.filters(), t.vector), p.batch * p.out_height * s.phases, s.steps,
+                              t.steps, image_bytes, sum_bytes, t.vector * size_of(p.dtype), t.blocks});
+    threads = b.lanes * b.block_tiles * b.teams, blocks = b.tile_groups * b.channel_groups * b.splits;
+    splits = b.splits;
+    const int64_t sums = (t.streams * t.taps + 1) * t.vector, outputs = sums * b.lanes * b.block_tiles;
+    bytes = (sums * (threads + 32 / t.vector) + threads) * std::max<int64_t>(size_of(p.dtype), 4);
+    a.lanes = static_cast<int>(b.lanes), a.block_tiles = static_cast<int>(b.block_tiles);
+    a.teams = static_cast<int>(b.teams), a.segment = static_cast<int>(b.segment);
+    a.items = static_cast<int>(b.items), a.share = static_cast<int>(b.share);
+    a.outputs = static_cast<int>(outputs), a.parts = static_cast<int>(std::min(b.teams, threads / outputs));
+    a.by_lanes = Divider(b.lanes), a.by_teams = Divider(b.teams), a.by_block_tiles = Divider(b.block_tiles);
+    a.by_outputs = Divider(outputs), a.by_tile_groups = Divider(b.tile_groups);
+    a.by_channel_groups = Divider(b.channel_groups), a.by_multiplier = Divider(p.multiplier);
+    a.by_groups = Divider(s.groups), a.by_tap_step = Divider(s.tap_step), a.by_rows = Divider(p.out_height);
+    a.by_phases = Divider(s.phases), a.by_segments = Divider(b.segments);
+  }
+};
 
 // Whether channels lie side by side in vectors of `count` elements.
 bool has_vectors(const Problem& p, int64_t count) {
@@ -505,35 +536,52 @@ bool has_vectors(const Problem& p, int64_t count) {
 }  // namespace
 
 void launch_walk_grad_weight_channels_last(const Problem& problem, const Allocate& allocate, cudaStream_t stream) {
+  int64_t first_row = 0, first_column = 0;
+  const Problem straight = without_idle_taps(problem, first_row, first_column), turned = exchange(straight);
   visit_dtype(problem.dtype, [&](auto element) {
     using T = decltype(element);
-    const Problem turned = exchange(problem);
-    double least = 0;
-    int best = -1;
     const auto visit = [&](auto&& with) {
-      int number = 0;
-      const auto try_tile = [&](auto tile) {
+      const auto with_vectors = [&](auto tile) {
         constexpr int kVector = decltype(tile)::template kVector<T>;
-        with(tile, std::integral_constant<int, kVector>{}, number);
-        ++number;
+        if (has_vectors(problem, kVector))
+          with(tile, std::integral_constant<int, kVector>{});
+        else
+          with(tile, std::integral_constant<int, 1>{});
       };
-      try_tile(OneTap{}), try_tile(FourTaps{}), try_tile(NineTaps{}), try_tile(TwoStreams{}), try_tile(OneStream{});
+      with_vectors(OneTap{}), with_vectors(FourTaps{}), with_vectors(NineTaps{}), with_vectors(TwoStreams{});
+      with_vectors(OneStream{});
     };
-    visit([&](auto tile, auto vector, int number) {
-      for (const bool exchanged : {false, true}) {
-        const int count = has_vectors(problem, vector) ? vector : 1;
-        const double cost = Cost(exchanged ? turned : problem, tile, count, exchanged).cost;
-        if (best < 0 || cost < least) least = cost, best = 2 * number + exchanged;
+    const auto sizes_of = [](auto tile, auto vector) {
+      using Tile = decltype(tile);
+      return Sizes{Tile::kStreams, Tile::kTaps, Tile::kSteps, vector, kMultiprocessors * kResident<T, Tile, vector>};
+    };
+    double least = INFINITY;
+    int number = 0, best = 0;  // of ways: a tile, exchanged or not
+    visit([&](auto tile, auto vector) {
+      for (const Problem* p : {&straight, &turned}) {
+        const Sizes sizes = sizes_of(tile, vector);
+        const double cost = Streams(*p, sizes).cost(*p, sizes, p == &turned);
+        if (cost < least) least = cost, best = number;
+        ++number;
       }
     });
-    visit([&](auto tile, auto vector, int number) {
-      if (best / 2 != number) return;
+    number = 0;
+    visit([&](auto tile, auto vector) {
       const bool exchanged = best % 2 == 1;
-      const Problem& p = exchanged ? turned : problem;
-      if (has_vectors(problem, vector))
-        launch<T, decltype(tile), vector>(p, exchanged, allocate, stream);
+      if (number++ != best / 2) return;
+      Launch launch(exchanged ? turned : straight, sizes_of(tile, vector), problem.taps(), exchanged);
+      Walk& a = launch.walk;
+      a.whole_kernel_w = static_cast<int>(problem.kernel_w), a.by_kernel_w = Divider(problem.kernel_w);
+      a.first_row = static_cast<int>(first_row), a.first_column = static_cast<int>(first_column);
+      if (launch.splits > 1)
+        a.partial = allocate(launch.splits * (problem.taps() + a.with_bias) * problem.filters() *
+                             static_cast<int64_t>(sizeof(Accumulator<T>)));
       else
-        launch<T, decltype(tile), 1>(p, exchanged, allocate, stream);
+        a.widens = sizeof(T) == 2 && Widening::is_wanted();
+      launch_early(walk_grad_weight<T, decltype(tile), vector>, a, launch.blocks, static_cast<int>(launch.threads),
+                   stream, {.shared_bytes = launch.bytes});
+      check_launch("walk_grad_weight_channels_last");
+      if (launch.splits > 1) launch_add_partial_sums(problem, a.partial, launch.splits, stream);
     });
   });
 }
