@@ -19,6 +19,7 @@
 #include "kernels/walk_grad_weight_channels_last.h"
 #include "kernels/widening.h"
 #include "kernels/windows_nchw_launch.h"
+#include "kernels/windows_channels_last.h"
 #include "plan.h"
 
 // Weak, so that a CPU build of torch, which lacks it, can load this library and serve CPU tensors.
@@ -116,6 +117,7 @@ void launch(const Plan& plan, const Problem& problem, const Allocate& allocate, 
     case PlanId::kWindowsNchw: return launch_windows_nchw(problem, stream);
     case PlanId::kColumnsGradWeight: return launch_columns_grad_weight(problem, allocate, stream);
     case PlanId::kWalkGradWeightChannelsLast: return launch_walk_grad_weight_channels_last(problem, allocate, stream);
+    case PlanId::kWindowsChannelsLast: return launch_windows_channels_last(problem, allocate, stream);
     case PlanId::kGeneric: return launch_generic(problem, allocate, stream);
   }
 }

@@ -743,6 +743,39 @@ bool claims_walk_grad_weight_channels_last(const Problem& p) {
   return can_walk(p) && !claims_little_walk(p);
 }
 
+// What kernels/windows_channels_last.cu asks for: channels side by side, and sizes that 32 bits count. Images may lie
+// anywhere.
+bool claims_windows_channels_last(const Problem& p) {
+  constexpr int64_t kMany = 1 << 20, kMost = 1 << 30, kMostTaps = 255, kFar = 1 << 10;
+  if (p.pass == Pass::kGradWeight || p.batch == 0) return false;
+  if (std::max(p.kernel_h, p.kernel_w) > kMostTaps || std::max(p.padding_h, p.padding_w) > kMany) return false;
+  if (std::max({p.stride_h, p.stride_w, p.dilation_h, p.dilation_w}) > kFar) return false;
+  // Of many single channels, and a tap or two, or of one channel alone, kernels/generic.cu makes less work.
+  constexpr int64_t kManyOutputs = 1 << 18;
+  if (p.pass == Pass::kForward && p.filters() % 2 == 1 && (p.taps() <= 2 || p.filters() == 1) &&
+      p.out_height > kManyOutputs / p.out_width / p.filters() / p.batch)
+    return false;
+  // In float64 at stride 1 kernels/columns.cu has no more to do than the image has rows, and no more in registers.
+  if (p.dtype == DType::kFloat64 && p.stride_h == 1 && p.stride_w == 1 && p.height < p.kernel_h && p.width < p.kernel_w)
+    return false;
+  // Rows and columns that a thread may count beside the planes.
+  constexpr int64_t kRows = 16;
+  const int64_t beside_h = 2 * p.padding_h + kRows * p.stride_h * p.dilation_h + p.kernel_h * p.dilation_h;
+  const int64_t beside_w = 2 * p.padding_w + kRows * p.stride_w * p.dilation_w + p.kernel_w * p.dilation_w;
+  const auto fits = [&](const View& view, int64_t planes, int64_t height, int64_t width) {
+    if ((view.stride[1] != 1 && planes > 1) || planes > kMany || height > kMost || width > kMost) return false;
+    const int64_t row = height == 1 ? planes : view.stride[2], column = width == 1 ? planes : view.stride[3];
+    if (row > kMost || column > kMost) return false;
+    return (height + beside_h) * row + (width + beside_w) * column + planes < kMost &&
+           height + beside_h < kMost / (width + beside_w) / p.batch / (planes / 8 + 1);
+  };
+  const auto& weight = p.weight.stride;
+  return fits(p.input, p.channels, p.height, p.width) && fits(p.output, p.filters(), p.out_height, p.out_width) &&
+         p.filters() * std::max({weight[0], p.bias_stride, p.taps()}) + p.kernel_h * weight[2] +
+                 p.kernel_w * weight[3] <
+             kMost / 16;
+}
+
 // Products of a tap and a pixel of the image, along one side of a plane.
 double products(int64_t size, int64_t out_size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
   int64_t sum = 0;
@@ -977,6 +1010,9 @@ const std::vector<Plan>& plans() {
        claims_stream_nchw},
       {PlanId::kStreamGradWeightNchwPortable, "stream_grad_weight_nchw_portable",
        "stream_grad_weight_nchw as GPUs before sm_90 run it", claims_stream_grad_weight_nchw},
+      {PlanId::kWindowsChannelsLast, "windows_channels_last",
+       "channels_last and no plan of its own: windows of rows in registers, weights in shared memory",
+       claims_windows_channels_last},
       {PlanId::kGeneric, "generic", "no specialised plan claims this problem", claims_everything},
   };
   return table;

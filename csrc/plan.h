@@ -45,6 +45,7 @@ enum class PlanId : int {
   kWindowsNchw,
   kColumnsGradWeight,
   kWalkGradWeightChannelsLast,
+  kWindowsChannelsLast,
   kGeneric,
 };
 

@@ -59,6 +59,8 @@ WALK = "walk_grad_weight_channels_last"  # what nothing else serves there
 # What goes to tensor cores instead.
 BAND = "toeplitz_channels_last"
 MATRIX = "toeplitz_grad_weight_channels_last"
+# What takes any kernel there, but for grad_weight.
+WINDOWS = "windows_channels_last"
 STREAM = {"forward": "stream_nchw", "grad_input": "stream_nchw", "grad_weight": "stream_grad_weight_nchw"}
 MARCH_NCHW = {"forward": "march_nchw", "grad_input": "march_nchw", "grad_weight": "march_grad_weight_nchw"}
 
@@ -574,7 +576,7 @@ def test_nine_by_nine() -> None:
         assert plan_of("grad_weight", case._replace(**change)) == march, change
     assert plan_of("forward", case._replace(batch=2)) == "large_float32"
     assert plan_of("grad_weight", case._replace(size=(14, 14))) == "large_float32_grad_weight"
-    assert plan_of("grad_input", case._replace(multiplier=2), memory_format=torch.channels_last) == "generic"
+    assert plan_of("grad_input", case._replace(multiplier=2), memory_format=torch.channels_last) == WINDOWS
 
 
 @pytest.mark.gpu
@@ -619,14 +621,37 @@ def test_generic(name: str, change: dict, dtype: torch.dtype, memory_format: tor
     assert plan_of(name, FIRST._replace(**change), dtype, memory_format) == general(name, memory_format)
     walks = name == "grad_weight" and memory_format == torch.channels_last
     assert plan_of(name, FIRST._replace(**change), dtype, memory_format) == (WALK if walks else "generic")
+    windows = memory_format == torch.channels_last and name != "grad_weight"
+    assert plan_of(name, FIRST._replace(**change), dtype, memory_format) == (WINDOWS if windows else "generic")
+
+
+@pytest.mark.parametrize("dtype", [*FAST, torch.float64], ids=str)
+def test_windows_claims(dtype: torch.dtype) -> None:
+    """Any kernel in channels_last that nothing else takes, unless generic has less to do."""
+    last = torch.channels_last
+    for case in (
+        Case(2, 30, (40, 36), (3, 5), (3, 2), dilation=(2, 3)),
+        Case(2, 1, (124, 124), (5, 5), (3, 3)),
+        Case(48, 215, (309, 8), (1, 3), (3, 3)),
+        Case(9, 20, (30, 30), (21, 23), (3, 3), (10, 11), multiplier=3),
+    ):
+        for name in PASSES:
+            assert (plan_of(name, case, dtype, last) == WINDOWS) == (name != "grad_weight"), (name, str(case))
+    few_taps = Case(48, 215, (309, 8), (1, 2), (3, 3))
+    assert plan_of("forward", few_taps, dtype, last) == "generic"
+    assert plan_of("grad_input", few_taps, dtype, last) == WINDOWS
+    assert plan_of("forward", Case(32, 1, (200, 178), (4, 7), (1, 2)), dtype, last) == "generic"
+    assert plan_of("forward", Case(84, 90, (20, 20), (23, 23), padding=(11, 11)), torch.float64, last) == "generic"
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_float64(tile: tuple, memory_format: torch.memory_format) -> None:
     """Small kernels go direct; grad_weight has no way but those for any kernel."""
+    """Small kernels go direct; grad_weight has no way but the general one, nor has anything else in NCHW."""
     case = tile_case(tile, 4, 8, (40, 40))
     for name in PASSES:
+        other = WINDOWS if memory_format == torch.channels_last and name != "grad_weight" else "generic"
         direct = name != "grad_weight" and goes_direct(name, case, torch.float64)
         expected = "scale" if direct and case.kernel == (1, 1) else "direct" if direct else "generic"
         if expected == "generic" and name != "grad_weight" and memory_format == torch.contiguous_format:
@@ -635,6 +660,7 @@ def test_float64(tile: tuple, memory_format: torch.memory_format) -> None:
         expected = "scale" if direct and case.kernel == (1, 1) else otherwise
         rest = WALK if name == "grad_weight" and memory_format == torch.channels_last else "generic"
         expected = "scale" if direct and case.kernel == (1, 1) else "direct" if direct else rest
+        expected = "scale" if direct and case.kernel == (1, 1) else "direct" if direct else other
         assert plan_of(name, case, torch.float64, memory_format) == expected
 
 
@@ -694,6 +720,8 @@ def test_small_kernels_without_a_plan_of_their_own(name: str) -> None:
         ((2, 3), torch.float32, FORMATS[0], ("large_float32", "large_float32_grad_weight")),
         ((3, 5), torch.float32, FORMATS[1], ("generic", "large_float32_grad_weight")),
         ((2, 3), torch.float32, FORMATS[1], ("generic", WALK)),
+        ((3, 5), torch.float32, FORMATS[1], (WINDOWS, "large_float32_grad_weight")),
+        ((2, 3), torch.float32, FORMATS[1], (WINDOWS, "generic")),
         ((3, 5), torch.float16, FORMATS[0], ("toeplitz_nchw", "batch_grad_weight_nchw")),
         ((8, 5), torch.float16, FORMATS[0], ("toeplitz_large", "batch_grad_weight_nchw")),
         ((10, 5), torch.float16, FORMATS[0], ("toeplitz_large", "hankel_grad_weight")),
@@ -1137,6 +1165,95 @@ def test_generic_in_channels_last(case: Case, dtype: torch.dtype) -> None:
         assert {"output", "grad_input", "grad_weight", "grad_bias"} <= set(checked), checked
         for name, plan, result in results:
             assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, laid.stride())
+
+
+def windows_results(
+    case: Case, tensors: tuple[Tensor, Tensor, Tensor | None], grad_output: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """Output and gradient of the input by windows_channels_last, which has to claim them."""
+    input, weight, bias = tensors
+    arguments = arguments_of(case)
+    yield "output", torch.ops.dwconv.forward.plan(input, weight, bias, *arguments, WINDOWS)
+    args = grad_output, weight, input.shape, *arguments, True, WINDOWS
+    yield "grad_input", torch.ops.dwconv.grad_input.plan(*args)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [*FAST, torch.float64], ids=str)
+@pytest.mark.parametrize("channels", [2, 3, 8, 20, 33, 120])
+def test_windows_are_exact(channels: int, dtype: torch.dtype) -> None:
+    """Whatever kernel, stride, dilation and padding are, on tensors that lie anyhow but for their channels."""
+    draw = random.Random(channels)
+    for turn in range(60):
+        kernel = draw.choice((1, 2, 3, 4, 5, 9, 30)), draw.choice((1, 2, 3, 5, 6, 23))
+        stride, dilation = [(draw.randint(1, most), draw.randint(1, most)) for most in (4, 3)]
+        reach = [d * (k - 1) for k, d in zip(kernel, dilation)]
+        padding = draw.randint(0, reach[0] + 1), draw.randint(0, reach[1] + 1)
+        size = tuple(max(draw.randint(2, 40), r + 1 - 2 * p) for r, p in zip(reach, padding))
+        multiplier = draw.choice((1, 1, 2, 3))
+        case = Case(draw.randint(1, 3), channels, size, kernel, stride, padding, dilation, multiplier, turn % 2 == 0)
+        input, weight, bias = make_inputs(case, dtype, "cuda", make=integers)
+        grad_output = integers(*output_size(case)).to(input)
+        exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+        offset, steps = draw.choice((0, 0, 1, 8)), (1, 1, draw.randint(1, 2), draw.randint(1, 2))
+        tensors = (
+            lay(input, (0, 2, 3, 1), steps, offset),
+            draw.choice((weight, lay(weight, (2, 3, 0, 1)), lay(weight, steps=(1, 2, 1, 3), offset=1))),
+            bias,
+        )
+        grad_output = lay(grad_output, (0, 2, 3, 1), steps, offset)
+        for name, result in windows_results(case, tensors, grad_output):
+            assert wrong_numbers(result, exact[name].round()) == 0, (name, str(case), offset, steps)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [*FAST, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(2, 64, (200, 160), (3, 5), (3, 3), (2, 2)),
+        Case(9, 40, (131, 97), (1, 1), (2, 2)),
+        Case(16, 48, (70, 60), (11, 13), (2, 2), (5, 6)),
+        Case(1, 512, (44, 44), (31, 29), (2, 2), (15, 14)),
+        Case(8, 24, (6, 300), (29, 29), (2, 2), (14, 14)),
+        Case(3, 33, (61, 50), (27, 23), padding=(13, 11)),
+        Case(4, 32, (90, 80), (7, 7), (2, 2), (6, 6), (3, 3), multiplier=2),
+        Case(3, 20, (160, 150), (2, 4), (1, 1), (1, 0), (2, 1), multiplier=2),
+        Case(2, 30, (64, 64), (13, 14), (4, 4), (6, 6), multiplier=3),
+    ],
+    ids=str,
+)
+def test_windows_of_large_problems(case: Case, dtype: torch.dtype) -> None:
+    """Vectors, rows, slices, pieces of a kernel, weights laid out anew: of each there is some problem."""
+    tensors = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
+    grad_output = integers(*output_size(case)).to(tensors[0]).contiguous(memory_format=torch.channels_last)
+    exact = run_float64(tensors, grad_output, **case.geometry)._asdict()
+    for name, result in windows_results(case, tensors, grad_output):
+        assert wrong_numbers(result, exact[name].round()) == 0, name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [*FAST, torch.float64], ids=str)
+def test_windows_beside_infinities(dtype: torch.dtype) -> None:
+    """NaN where F.conv2d has it: of products, but not of what lies outside the image."""
+    for case in (
+        Case(2, 8, (12, 13), (5, 4), (1, 1), (4, 3)),
+        Case(2, 40, (14, 9), (7, 6), (2, 3), (6, 5), (2, 1)),
+        Case(2, 3, (8, 11), (3, 9), (3, 2), (2, 8), (1, 2), multiplier=3),
+        Case(2, 16, (8, 11), (13, 3), (1, 1), (12, 2), multiplier=2),
+        Case(2, 16, (9, 9), (1, 1), (2, 2), (3, 1)),
+    ):
+        input, weight, bias = make_inputs(case, dtype, "cuda", torch.channels_last, integers)
+        grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=torch.channels_last)
+        for tensor in (input, grad_output):
+            tensor[0, 1, 1, 2], tensor[1, 0, -1, -1], tensor[1, 2, 0, 0] = torch.inf, torch.nan, -torch.inf
+        weight[0, 0, 0, 0], weight[-1, 0, -1, -1], weight[2, 0, -1, 0] = -torch.inf, torch.nan, torch.inf
+        exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
+        for name, result in windows_results(case, (input, weight, bias), grad_output):
+            assert torch.equal(result.nan_to_num(nan=12345.0), exact[name].to(result).nan_to_num(nan=12345.0)), (
+                name,
+                str(case),
+            )
 
 
 @pytest.mark.gpu
