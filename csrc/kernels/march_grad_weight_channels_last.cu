@@ -811,8 +811,11 @@ void launch_march_grad_weight_channels_last(const Problem& p, const Allocate& al
         using One = Window<Kernel, 1, kForm>;
         // Two filters a thread where there are registers for them and few columns beside those of a strip.
         using Two = Window<Kernel, (One::kTaps <= One::kFewTaps && Kernel::kDilation == 1 ? 2 : 1), kForm>;
-        // Rows that are copied as a run have all channels, and so has a block.
-        a.joined = a.source.joined && a.grad.joined && a.filters <= One::kMaxThreads;
+        // Rows that are copied as a run have all channels, and so has a block; two stages of one strip have to fit.
+        const int64_t stage = int64_t{One::kStride} * One::kSourceColumns * a.source.pixel_bytes +
+                              int64_t{One::kColumns} * a.grad.pixel_bytes + (One::kStride + 1) * 2 * kUnit;
+        const int64_t room = current_device().shared_per_block - kRing - 8 * One::kMaxThreads;
+        a.joined = a.source.joined && a.grad.joined && a.filters <= One::kMaxThreads && 2 * stage <= room;
         for (Pixels* pixels : {&a.source, &a.grad}) pixels->set_joined(a.joined);
         if constexpr (Kernel::kKernelH == 7 && Kernel::kStride == 1 && sizeof(T) == 4) {
           const bool beside = !a.joined && a.padding_w == One::kBeside;
