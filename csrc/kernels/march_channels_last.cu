@@ -239,7 +239,11 @@ struct Tile {
 
   static constexpr bool kBulk = kChannels >= 2 || kFan == 2 || kKernelH > 3;  // whether it is compiled for bulk copies
   // Whether rows of pixels that fit no units of 16 bytes may come so, too.
-  static constexpr bool kBulkJoined = kBulk && (kChannels == 3 || (kKernelH == 5 && kStride == 1 && kFan == 1));
+  static constexpr bool kBulkJoined = kBulk && kChannels == 3;
+  // Whether there is code of its own for rows of pixels that fit no units, by bulk copies: where masks of what lies
+  // beside the image are not to cost others registers.
+  static constexpr bool kJoins = !kBulkJoined && kFan == 1 && !kTwins && kDilation == 1 && kKernelH > 1 &&
+                                 kKernelW > 1 && kKernelH <= 7 && !(kSpread && kChannels == 2);
   // Whether bulk copies are those of boxes: where a thread takes so many registers that a block has 8 warps at most,
   // none of which can be spared, nor are they as many as all channels have.
   static constexpr bool kBoxes = kBulk && kKernelH > 7 && kKernelW > 7;
@@ -452,8 +456,9 @@ __device__ inline void init_barriers(int warps) {
   __syncwarp();
 }
 
-// How rows come to shared memory: by all threads; by bulk copies; or by those of shifted pixels.
-enum class Way { kThreads, kBulk, kShifted };
+// How rows come to shared memory: by all threads; by bulk copies; by those of shifted pixels; or by those of rows of
+// pixels that fit no units.
+enum class Way { kThreads, kBulk, kShifted, kJoined };
 
 // Bulk copies the last warp begins, or the first one (see Tile::kLoading). The others then wait for each other only
 // where rows of outputs leave by bulk copies, too.
@@ -461,6 +466,7 @@ template <typename T, class Tile, Way way>
 __global__ void __launch_bounds__(way != Way::kThreads ? Tile::kBulkThreads : Tile::kMaxThreads, Tile::kBlocks)
     march_channels_last(const __grid_constant__ March a) {
   constexpr bool kBulk = way != Way::kThreads, kShifted = way == Way::kShifted;
+  constexpr bool kJoined = way == Way::kJoined || (way == Way::kBulk && Tile::kBulkJoined);
 #if __CUDA_ARCH__ < 900
   if constexpr (kBulk) return;
 #endif
@@ -469,7 +475,7 @@ __global__ void __launch_bounds__(way != Way::kThreads ? Tile::kBulkThreads : Ti
   constexpr int kRowDilation = Tile::kRowDilation;
   // Whether two channels may lie in no word: of the source, or of the target.
   constexpr bool kSplits = !kBulk && kChannels == 2 && !Tile::kTwins;
-  constexpr bool kStages = !kBulk || kChannels == 3;  // whether outputs of a warp may go by way of shared memory
+  constexpr bool kStages = !kBulk || kJoined;  // whether outputs of a warp may go by way of shared memory
   constexpr int kSize = sizeof(T), kWidth = kStrip * kPair, kTaps = Tile::kKernelH * Tile::kKernelW;
 
   uint32_t worker = blockIdx.x, strip = a.warp_strips ? threadIdx.x % 32 : threadIdx.x;
@@ -497,7 +503,8 @@ __global__ void __launch_bounds__(way != Way::kThreads ? Tile::kBulkThreads : Ti
   const int source_column = first_column * kStep - a.lead_w;
 
   const int warps = (a.threads + 31) / 32;  // without the one that loads
-  const int taps_at = kRing + a.ring_bytes + 2 * a.row_bytes, taps_shift = kShifted ? a.taps_shift : 0;
+  const int taps_at = kRing + a.ring_bytes + warps * a.stage_bytes + 2 * a.row_bytes,
+            taps_shift = kShifted ? a.taps_shift : 0;
   using Bulk = std::conditional_t<Tile::kBoxes, BoxLoader, BulkLoader<kShifted>>;
   using Loader = std::conditional_t<kBulk, Bulk, RowLoader>;
   Feed<Tile, Loader> feed(a, slab_channel * kSize, source_column, begin, end);
@@ -568,8 +575,7 @@ __global__ void __launch_bounds__(way != Way::kThreads ? Tile::kBulkThreads : Ti
       load_group(0), load_group(1);
     }
     if (!Tile::kBoxes && !a.source.joined)
-      clear_columns(a.source, source_column, a.width, kRing, a.slot_bytes, a.ring_bytes, 32 * warps,
-                    kShifted && a.source.row_runs ? kUnit : 0);
+      clear_columns(a.source, source_column, a.width, kRing, a.slot_bytes, a.ring_bytes, 32 * warps);
     sync_warps(blockDim.x);
     wait_for_kernel_before();
     let_next_kernel_start();
@@ -668,7 +674,7 @@ __global__ void __launch_bounds__(way != Way::kThreads ? Tile::kBulkThreads : Ti
   const int x0 = column * kStep - a.lead_w;        // where the strip begins in the source
   const int target_x = column * kPair - a.skew_w;  // and in the target
   const bool inside = x0 >= 0 && x0 + Tile::kColumns <= a.width;
-  bool inner = (kBulk && !Tile::kBulkJoined) || !a.source.joined || inside;  // or else it has to mask
+  bool inner = (kBulk && !kJoined) || !a.source.joined || inside;  // or else it has to mask
   if constexpr (kShifted) {
     // What is of other pixels before the row and behind it: what a unit has before a channel's place, or behind.
     const int before = (source_of(filter) + kChannels * kFan) * kSize + a.source.shift - a.source.bytes;
@@ -676,7 +682,8 @@ __global__ void __launch_bounds__(way != Way::kThreads ? Tile::kBulkThreads : Ti
     inner =
         kClears || !a.source.row_runs || ((x0 >= 0 || before <= 0) && (x0 + Tile::kColumns <= a.width || behind <= 0));
   }
-  const uint32_t phases = a.source.joined ? kUnit - 1 : 0;  // how far behind its place a row may begin: see phase_of
+  const uint32_t phases =
+      a.source.joined || a.source.apart ? kUnit - 1 : 0;  // how far behind its place a row may begin: see phase_of
   const bool whole = live && target_x >= 0 && target_x + kWidth <= a.target_width;
   // Rows of outputs that leave together, as far as they lie inside the image.
   const int row_pitch = a.lanes * kChannels * kSize;
@@ -755,7 +762,7 @@ __global__ void __launch_bounds__(way != Way::kThreads ? Tile::kBulkThreads : Ti
       for (int set = 0; set < kSets; ++set) clear(set);
     uint32_t lies = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(a.source.base)) +
                     static_cast<uint32_t>(image.source) + t.row * static_cast<uint32_t>(a.source.row_bytes) +
-                    source_column * a.source.pixel_bytes;
+                    source_column * a.source.pixel_bytes + slab_channel * kSize;
     // The next row, counted from the first one inside the image: a number that changes is not worked out again for
     // every row.
     int next = first_row + above * Tile::kRowsPerStep - t.row;
@@ -782,8 +789,7 @@ __global__ void __launch_bounds__(way != Way::kThreads ? Tile::kBulkThreads : Ti
           }
           --fresh;
           uint32_t from = place + slot;
-          if (!kBulk || (Tile::kBulkJoined && !kShifted))
-            from += lies & phases, lies += static_cast<uint32_t>(a.source.row_bytes);
+          if (!kBulk || kJoined) from += lies & phases, lies += static_cast<uint32_t>(a.source.row_bytes);
           slot += a.slot_bytes;
           // The row of units whose sums are the oldest, and whether those of others are ever stored.
           const int oldest = done + (kStep == 1 ? u : 0);
@@ -925,7 +931,12 @@ void apply(March& a, const Cut& cut, const TileSize& tile, int64_t element) {
   a.threads = narrow ? static_cast<int>(ceil_div(cut.strips, a.warp_strips)) * 32 : cut.lanes * cut.strips;
   const int64_t source_part = part * a.fan_in / a.fan_out;
   a.source.row_runs = a.bulk && tile.shifts && shifted && source_part == a.source.bytes && !narrow && !a.split_stores;
-  cut_pixels(a.source, source_part, (cut.strips * tile.strip - 1) * tile.step + tile.extent_w, a.threads);
+  // Slabs of pixels that are no whole units, where a block has too few threads for all channels.
+  constexpr int kLeastApart = 256;
+  const int room = tile.threads_per_block[a.bulk] - (a.bulk ? tile.loading : 0);
+  const bool apart = a.bulk && tile.bulk_joined && tile.channels < 3 && a.source.joined &&
+                     a.filters > room * tile.channels && source_part >= kLeastApart;
+  cut_pixels(a.source, source_part, (cut.strips * tile.strip - 1) * tile.step + tile.extent_w, a.threads, apart);
   // A bulk copy of less than some 500 bytes takes longer than its bytes do; but where a row of outputs takes two rows,
   // other copies take as many instructions as the products do.
   const int least = tile.boxes ? kUnit : tile.step > 1 ? 384 : 512;
@@ -934,8 +945,9 @@ void apply(March& a, const Cut& cut, const TileSize& tile, int64_t element) {
     a.bulk = a.bulk && tile.shifts && !narrow && !a.split_stores;
   else
     a.bulk = a.bulk && !split;
-  a.bulk = a.bulk && (a.source.joined ? tile.bulk_joined
-                                      : a.source.unit == kUnit && pays(a.source.slab_bytes, a.source.pixel_bytes));
+  a.bulk = a.bulk && (a.source.joined  ? tile.bulk_joined
+                      : a.source.apart ? true
+                                       : a.source.unit == kUnit && pays(a.source.slab_bytes, a.source.pixel_bytes));
   if (tile.boxes)
     a.bulk = a.bulk && a.source.slab_bytes % kUnit == 0 && a.source.slab_bytes <= kMostBoxSide * element &&
              a.source.columns <= kMostBoxSide;
@@ -946,7 +958,7 @@ void apply(March& a, const Cut& cut, const TileSize& tile, int64_t element) {
   const bool leaves = tile.leaves && a.bulk && a.wide && pixel_bytes % kUnit == 0 && pays(part, a.target_pixel_bytes);
   a.row_bytes = leaves ? row_bytes : 0;
   if (leaves) a.warp_strips = 0, a.threads = cut.lanes * cut.strips;
-  a.bulk = a.bulk && (a.warp_strips == 0 || (tile.channels == 3 && a.source.joined));
+  a.bulk = a.bulk && (a.warp_strips == 0 || a.source.joined);
   a.stage_bytes = static_cast<int>(round_up(a.warp_strips * tile.strip * tile.pair * pixel_bytes, kUnit));
 }
 
@@ -1047,6 +1059,8 @@ double time_of(const March& a, const TileSize& tile, int64_t element, int64_t re
   const double memory =
       bytes / 4217 * (1 + 0.111 * std::pow(34e3 / on_the_way, 2)) * (1 + 0.371 * pages / (pages + 37));
 
+  const double columns_inside = std::min(a.source.columns, a.width);
+  const double copying = a.source.apart ? 20 * blocks * (work.source_rows + work.again) * columns_inside : 0;
   const double waits = tile.step * (56 + 315. / a.group);  // for the source rows of a unit
   const double rounds = std::ceil(waves - 0.05);           // of blocks, one after the other
   const double latency = rounds * (3413 + ((work.rows + work.rolls) * (0.98 * row + waits) - 0.98 * skipped) / 1.75);
@@ -1056,7 +1070,7 @@ double time_of(const March& a, const TileSize& tile, int64_t element, int64_t re
   const auto fourth = [](double x) { return x * x * x * x; };
   return 1680. * a.group / tile.step +
          std::sqrt(std::sqrt(fourth(instructions * (1 + tail)) + fourth(memory * (1 + (many ? tail : 0.184))) +
-                             fourth(latency)));
+                             fourth(latency) + fourth(copying)));
 }
 
 Cut cut_for(const March& whole, const TileSize& tile, int64_t element, const Device& d) {
@@ -1104,17 +1118,20 @@ void launch(March a, cudaStream_t stream) {
     const int images = a.all_units / a.units;
     a.units = (a.units + 1) / 2, a.all_units = 2 * images * a.units;
   }
-  constexpr TileSize kTile{Tile::kKernelH,    Tile::kKernelW, Tile::kChannels,
-                           Tile::kFan,        Tile::kPair,    Tile::kStep,
-                           Tile::kStrip,      Tile::kLive,    Tile::kExtentH,
-                           Tile::kExtentW,    Tile::kLeaves,  Tile::kSkips,
-                           Tile::kBulkJoined, Tile::kHalves,  Tile::kBoxes,
-                           Tile::kShifts,     Tile::kLoading, {Tile::kMaxThreads, Tile::kBulkThreads}};
+  constexpr bool kJoins = Tile::kBulkJoined || Tile::kJoins;
+  constexpr TileSize kTile{Tile::kKernelH, Tile::kKernelW, Tile::kChannels,
+                           Tile::kFan,     Tile::kPair,    Tile::kStep,
+                           Tile::kStrip,   Tile::kLive,    Tile::kExtentH,
+                           Tile::kExtentW, Tile::kLeaves,  Tile::kSkips,
+                           kJoins,         Tile::kHalves,  Tile::kBoxes,
+                           Tile::kShifts,  Tile::kLoading, {Tile::kMaxThreads, Tile::kBulkThreads}};
   const Device& device = current_device();
-  const bool shifted = Tile::kShifts && a.source.shift > 0;
+  const bool shifted = Tile::kShifts && a.source.shift > 0, joined = Tile::kJoins && a.source.joined;
   const auto kernel_for = [&](bool bulk) {
     constexpr Way kBulk = Tile::kBulk ? Way::kBulk : Way::kThreads, kShifted = Tile::kShifts ? Way::kShifted : kBulk;
     if (!bulk) return march_channels_last<T, Tile, Way::kThreads>;
+    constexpr Way kJoined = Tile::kJoins ? Way::kJoined : kBulk;
+    if (joined) return march_channels_last<T, Tile, kJoined>;
     return shifted ? march_channels_last<T, Tile, kShifted> : march_channels_last<T, Tile, kBulk>;
   };
   struct Decision {
@@ -1133,29 +1150,29 @@ void launch(March a, cudaStream_t stream) {
   const bool boxes =
       !Tile::kBoxes || (a.source.unit == kUnit && a.source.shift == 0 && describe({kUnit / element, 1, 1, 1}));
   static thread_local Decisions<15, Decision> decisions;
-  const Decision& decision =
-      decisions({device.id, a.all_units, a.units, a.filters, a.fan_out, a.height, a.width, a.target_width, a.lead_w,
-                 a.source.shift > 0 ? 2 * kUnit : a.source.unit, a.source.joined + 2 * a.split + 4 * a.split_stores,
-                 a.source.pixel_bytes, a.target_pixel_bytes, a.wide, boxes},
-                [&] {
-                  March now = a;
-                  TileSize tile = kTile;
-                  for (const bool bulk : {false, true}) {
-                    cudaFuncAttributes attributes{};
-                    cudaFuncGetAttributes(&attributes, kernel_for(bulk));
-                    // The estimate was fitted to some 128 registers where a thread has several channels of many taps.
-                    constexpr int kFew = 96, kFitted = 128;
-                    const bool fitted = Tile::kChannels > 1 && Tile::kDilation == 1 && attributes.numRegs > kFew;
-                    tile.registers[bulk] = std::max(attributes.numRegs, fitted ? kFitted : 32);
-                    // The code at hand may be of an architecture before the device's.
-                    now.bulk = Tile::kBulk && boxes && device.capability >= 90 && attributes.ptxVersion >= 90;
-                  }
-                  const Decision made{cut_for(now, tile, sizeof(T), device), now.bulk, tile.registers[1]};
-                  apply(now, made.cut, tile, sizeof(T));
-                  cudaFuncSetAttribute(kernel_for(now.bulk), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                       device.shared_per_block);
-                  return made;
-                });
+  const Decision& decision = decisions(
+      {device.id, a.all_units, a.units, a.filters, a.fan_out, a.height, a.width, a.target_width, a.lead_w,
+       a.source.shift > 0 ? 2 * kUnit : a.source.unit, a.source.joined + 2 * a.split + 4 * a.split_stores,
+       a.source.pixel_bytes, a.target_pixel_bytes, a.wide, boxes},
+      [&] {
+        March now = a;
+        TileSize tile = kTile;
+        for (const bool bulk : {false, true}) {
+          cudaFuncAttributes attributes{};
+          cudaFuncGetAttributes(&attributes, kernel_for(bulk));
+          // The estimate was fitted to some 128 registers where a thread has several channels of many taps.
+          constexpr int kFew = 96, kFitted = 128;
+          const bool fitted = Tile::kChannels > 1 && Tile::kDilation == 1 && attributes.numRegs > kFew;
+          tile.registers[bulk] = std::max(attributes.numRegs, fitted ? kFitted : 32);
+          // The code at hand may be of an architecture before the device's.
+          now.bulk = (Tile::kBulk || joined) && boxes && device.capability >= 90 && attributes.ptxVersion >= 90;
+        }
+        const Decision made{cut_for(now, tile, sizeof(T), device), now.bulk, tile.registers[1]};
+        apply(now, made.cut, tile, sizeof(T));
+        cudaFuncSetAttribute(kernel_for(now.bulk), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             device.shared_per_block);
+        return made;
+      });
   a.bulk = decision.bulk;
   apply(a, decision.cut, kTile, sizeof(T));
   if (Tile::kBoxes && a.bulk && !describe({a.source.slab_bytes / element, a.source.columns, 1, 1}))

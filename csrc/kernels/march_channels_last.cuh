@@ -28,6 +28,10 @@ struct Pixels {
   // An array without gaps whose pixels fit no units: a row is copied as one run of units of 16 bytes and has the same
   // place within 16 bytes in shared memory. Beside the image lie then not zeros, but what is of the rows around.
   bool joined;
+  // Whether a block has a slab of each pixel of such an array by bulk copies, which begin with the unit that the slab
+  // begins in. In shared memory slabs, too, lie at the same place within 16 bytes, and so far apart that none shares a
+  // unit with another.
+  bool apart;
   // Whether rows of shifted pixels are copied as one run of units, too, where a block has all channels. There are zeros
   // beside the image, but for what the first and the last unit have of the pixels around, until that is cleared.
   bool row_runs;
@@ -37,7 +41,7 @@ struct Pixels {
   Divider by_units;
 
   int ring_row_bytes() const {
-    return static_cast<int>(round_up(int64_t{pitch} * columns + (joined || row_runs ? kUnit - 1 : 0), kUnit));
+    return static_cast<int>(round_up(int64_t{pitch} * columns + (joined || apart || row_runs ? kUnit - 1 : 0), kUnit));
   }
 };
 
@@ -73,13 +77,15 @@ __device__ inline void clear_ring(const Pixels& p, int first_column, int width, 
     for (int i = threadIdx.x * kUnit; i < bytes; i += blockDim.x * kUnit) shared<uint4>(to + i) = {};
 }
 
-// Fills those columns alone, of all rows of a ring of units of 16 bytes, by the first `threads` threads. `more`: bytes
-// that rows have behind their pixels.
+// Fills those columns alone, of all rows of a ring that come in units of 16 bytes, by the first `threads` threads.
 __device__ inline void clear_columns(const Pixels& p, int first_column, int width, int to, int row_bytes, int bytes,
-                                     int threads, int more = 0) {
-  const int before = max(-first_column, 0) * p.pitch, behind = min(p.columns, width - first_column) * p.pitch + more;
-  const int size = before + p.columns * p.pitch + more - behind;
-  for (; bytes > 0 && size > 0; bytes -= row_bytes, to += row_bytes)
+                                     int threads) {
+  if (first_column >= 0 && first_column + p.columns <= width) return;
+  const int before = (max(-first_column, 0) * p.pitch) & -kUnit;
+  const int more = p.row_runs ? kUnit : 0;  // that a run takes up behind its last pixel
+  const int behind = (min(p.columns, width - first_column) * p.pitch + more) & -kUnit;
+  const int size = before + row_bytes - behind;
+  for (; bytes > 0; bytes -= row_bytes, to += row_bytes)
     for (int i = threadIdx.x * kUnit; i < size; i += threads * kUnit)
       shared<uint4>(to + (i < before ? i : i - before + behind)) = {};
 }
@@ -168,7 +174,7 @@ class BulkLoader {
       return;
     }
     const int before = max(-first_column, 0);
-    pixels_ = min(p.columns, width - first_column) - before;
+    before_ = before, pixels_ = min(p.columns, width - first_column) - before;
     bytes_ = min(p.slab_bytes, p.bytes - slab);
     if (p.pixel_bytes == bytes_) bytes_ *= pixels_, pixels_ = 1;
     if (kShifted) bytes_ += kUnit;
@@ -183,6 +189,7 @@ class BulkLoader {
 
   __device__ void load(const Pixels& p, int to, int barrier) const {
     if (!kShifted && p.joined) return load_run(p, to, from_, barrier);
+    if (!kShifted && p.apart) return load_apart(p, to, barrier);
     if (kShifted && !is_inside(p)) {
 #pragma unroll 1
       for (int i = 0; i < pixels_; ++i)
@@ -208,9 +215,31 @@ class BulkLoader {
   }
 
  private:
-  int pixels_, bytes_, to_;
+  int before_, pixels_, bytes_, to_;
   int64_t offset_;
   const char* from_;
+
+  // Slabs of pixels that are no whole units, of as many units each, wherever they begin.
+  __device__ void load_apart(const Pixels& p, int to, int barrier) const {
+    constexpr uint32_t kRest = kUnit - 1;
+    const auto phase_at = [](const char* at) { return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(at)) & kRest; };
+    to += to_ + phase_at(from_ - before_ * static_cast<int64_t>(p.pixel_bytes));
+    const int bytes = static_cast<int>((p.slab_bytes + 2 * kRest) & ~kRest);
+    const char* from = from_;
+    if (from < p.begin + kRest || from + (pixels_ - 1) * static_cast<int64_t>(p.pixel_bytes) + bytes > p.end) {
+#pragma unroll 1
+      for (int i = 0; i < pixels_; ++i, to += p.pitch, from += p.pixel_bytes) load_run(p, to & ~kRest, from, barrier);
+      return;
+    }
+    if (is_elected()) {
+      expect_bytes(barrier, pixels_ * bytes);
+      uint32_t at = shared_address(to);
+#pragma unroll 4
+      for (int i = 0; i < pixels_; ++i, at += p.pitch, from += p.pixel_bytes)
+        copy_bulk(at & ~kRest, from - phase_at(from), bytes, barrier);
+    }
+    __syncwarp();
+  }
 
   // Whether all units of a row are of the array alone, as they are but at its beginning and end.
   __device__ bool is_inside(const Pixels& p) const {
@@ -296,10 +325,11 @@ inline Pixels pixels_of(const View& view, int64_t element, int64_t channels, int
 }
 
 // Fills in what a block of `threads` has of it, at least as many as there are units in a pixel.
-inline void cut_pixels(Pixels& p, int64_t slab_bytes, int64_t columns, int threads) {
+inline void cut_pixels(Pixels& p, int64_t slab_bytes, int64_t columns, int threads, bool apart = false) {
   const int more = p.shift > 0 && !p.row_runs ? kUnit : 0;
   p.slab_bytes = static_cast<int>(slab_bytes), p.pitch = p.slab_bytes + more, p.columns = static_cast<int>(columns);
-  p.joined = p.joined && slab_bytes == p.bytes;
+  p.joined = p.joined && slab_bytes == p.bytes, p.apart = apart;
+  if (apart) p.pitch = static_cast<int>(round_up(slab_bytes + kUnit - 1, kUnit)) + kUnit + p.pixel_bytes % kUnit;
   while (slab_bytes < p.bytes && slab_bytes % p.unit != 0) p.unit /= 2;
   p.units = p.pitch / p.unit, p.together = std::max(threads / p.units, 1);
   p.from_step = p.together * p.pixel_bytes, p.to_step = p.together * p.pitch;
