@@ -13,6 +13,7 @@
 #include "kernels/exchange.h"
 #include "kernels/fft.h"
 #include "kernels/gather.h"
+#include "kernels/flat_grad_weight_channels_last.h"
 #include "kernels/lanes_forms.h"
 #include "kernels/march_nchw.h"
 #include "kernels/moved_rows.h"
@@ -409,8 +410,25 @@ bool claims_march_channels_last(const Problem& p) {
   return p.multiplier == 1 || (p.multiplier == 2 && square && is_small_kernel(p));
 }
 
+// Whether no pixels lie apart in an array in channels_last.
+bool is_dense_channels_last(const View& view, int64_t batch, int64_t channels, int64_t height, int64_t width) {
+  const int64_t row = width * channels;
+  return (view.stride[1] == 1 || channels == 1) && (view.stride[3] == channels || width == 1) &&
+         (view.stride[2] == row || height == 1) && (view.stride[0] == height * row || batch == 1);
+}
+
 bool claims_march_grad_weight_channels_last(const Problem& p) {
   return p.pass == Pass::kGradWeight && can_march(p) && p.multiplier <= 2 && p.filters() <= (1 << 26) / (p.taps() + 1);
+}
+
+bool claims_flat_grad_weight_channels_last(const Problem& p) {
+  constexpr int64_t kLeastBytes = 1 << 20;  // of an array: fewer leave some multiprocessors without a turn
+  const int64_t bytes = p.batch * p.channels * p.height * p.width * size_of(p.dtype);
+  return bytes >= kLeastBytes && claims_march_grad_weight_channels_last(p) && p.taps() == 1 && p.padding_h == 0 &&
+         p.padding_w == 0 && p.multiplier == 1 && p.channels <= kMostFlatChannels &&
+         p.channels * size_of(p.dtype) % kUnit != 0 &&
+         is_dense_channels_last(p.input, p.batch, p.channels, p.height, p.width) &&
+         is_dense_channels_last(p.output, p.batch, p.channels, p.out_height, p.out_width);
 }
 
 bool claims_toeplitz_grad_weight_channels_last(const Problem& p) {
@@ -959,6 +977,10 @@ const std::vector<Plan>& plans() {
       {PlanId::kToeplitzGradWeightChannelsLast, "toeplitz_grad_weight_channels_last",
        "a small kernel in 16 bits in channels_last: input and gradient stream through shared memory to tensor cores",
        claims_toeplitz_grad_weight_channels_last},
+      {PlanId::kFlatGradWeightChannelsLast, "flat_grad_weight_channels_last",
+       "a kernel of one tap in channels_last whose pixels are no whole units of 16 bytes: threads go along the arrays, "
+       "always with the same channels",
+       claims_flat_grad_weight_channels_last},
       {PlanId::kMarchGradWeightChannelsLast, "march_grad_weight_channels_last",
        "a small kernel in channels_last: input and gradient stream through shared memory, sums stay in registers",
        claims_march_grad_weight_channels_last},

@@ -35,6 +35,7 @@ enum class PlanId : int {
   kToeplitzLarge,
   kToeplitzChannelsLast,
   kMarchChannelsLast,
+  kFlatGradWeightChannelsLast,
   kMarchGradWeightChannelsLast,
   kToeplitzGradWeightChannelsLast,
   kLargeFloat32,

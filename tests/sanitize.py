@@ -49,6 +49,9 @@ RUNS += list(product(FLOAT64, (torch.float64,), (torch.contiguous_format, torch.
 # Kernels that march down planes claim no less than what every warp of a GPU has some rows of.
 RUNS.append((Case(1, 4, (65600, 35), (7, 7), padding=(3, 3)), torch.float32, torch.contiguous_format))
 RUNS.append((Case(1, 3, (33000, 56), (7, 7), (2, 2), (3, 3), multiplier=2), torch.float32, torch.contiguous_format))
+# Pixels that are no whole units of 16 bytes: as many as 1x1 asks for, and more channels than a block has threads.
+RUNS.append((Case(2, 37, (60, 121), (1, 1)), torch.bfloat16, torch.channels_last))
+RUNS.append((Case(2, 450, (6, 9), (3, 3), padding=(1, 1)), torch.float32, torch.channels_last))
 # Others take no fewer planes than all of its multiprocessors have some of.
 MANY_PLANES = [
     (Case(16, 34, (56, 56), (51, 5), padding=(25, 2)), torch.bfloat16, torch.contiguous_format),

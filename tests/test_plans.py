@@ -61,6 +61,7 @@ BAND = "toeplitz_channels_last"
 MATRIX = "toeplitz_grad_weight_channels_last"
 # What takes any kernel there, but for grad_weight.
 WINDOWS = "windows_channels_last"
+FLAT = "flat_grad_weight_channels_last"  # of one tap, where pixels are no whole units
 STREAM = {"forward": "stream_nchw", "grad_input": "stream_nchw", "grad_weight": "stream_grad_weight_nchw"}
 MARCH_NCHW = {"forward": "march_nchw", "grad_input": "march_nchw", "grad_weight": "march_grad_weight_nchw"}
 
@@ -376,7 +377,7 @@ def test_what_does_not_stream(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("name", PASSES)
 def test_small_kernels_in_channels_last(name: str, tile: tuple, dtype: torch.dtype) -> None:
-    """In 16 bits from 5x5 on, tensor cores, for pixels of whole units of 16 bytes."""
+    """In 16 bits from 5x5 on, tensor cores, for pixels of whole units of 16 bytes; for 1x1 of others, a plan."""
     (height, width), stride, _ = tile
     square = height == width >= 5 and stride == 1 and dtype != torch.float32 and name != "grad_weight"
     for channels in (64, 37, 3, 1000):
@@ -386,6 +387,8 @@ def test_small_kernels_in_channels_last(name: str, tile: tuple, dtype: torch.dty
             if name == "grad_weight" and dtype != torch.float32 and channels >= 32:
                 if tile == TILES[3] or (tile == TILES[2] and channels % 8 == 0):
                     expected = MATRIX
+            if name == "grad_weight" and tile == TILES[0] and channels in (37, 3):
+                expected = FLAT
             assert plan_of(name, case, dtype, torch.channels_last) == serves(name, expected, case), str(case)
 
 
@@ -2292,6 +2295,29 @@ def test_marches_share_rows(dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_marches_of_rows_of_pixels_that_fit_no_units(tile: tuple, dtype: torch.dtype) -> None:
+    """One channel a thread and two, all channels in a block and slabs of them, at any address."""
+    sizes = (
+        (37, (13, 41)),
+        (38, (30, 8)),
+        (130, (33, 6)),
+        (395, (14, 12)),
+        (413, (7, 9)),
+        (565, (11, 19)),
+        (1001, (5, 14)),
+    )
+    for number, (channels, size) in enumerate(sizes):
+        kernel, _, dilation = tile
+        reach = [dilation * (side - 1) for side in kernel]
+        for turn, padding in enumerate(([r // 2 for r in reach], [0, 0], reach)):
+            if all(side + 2 * p > r for side, p, r in zip(size, padding, reach)):
+                case = tile_case(tile, 1 + (number + turn) % 3, channels, size, padding=tuple(padding))
+                check_march(case, dtype, (number + 3 * turn) % 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST, ids=str)
 def test_march_of_three_channels(dtype: torch.dtype) -> None:
     """Rows of whole words and others, more columns than a block has, and few."""
     for width in (1, 4, 7, 28, 60, 128, 132, 516, 1028, 1030):
@@ -2364,6 +2390,18 @@ def check_grad_weight(
     for _ in range(repeats):
         for a, b in zip(first, torch.ops.dwconv.grad_weight.plan(*call)):
             assert torch.equal(a.nan_to_num(nan=12345.0), b.nan_to_num(nan=12345.0)), str(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", FAST, ids=str)
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_flat_grad_weight(spoilt: bool, dtype: torch.dtype) -> None:
+    """Channels of less than a unit and as many as a block has threads, periods cut short, at any address."""
+    sizes = (37, (141, 95)), (2, (430, 308)), (6, (307, 145)), (565, (23, 30)), (1001, (15, 27)), (21, (200, 230))
+    for number, (channels, size) in enumerate(sizes):
+        for offset in (0, 1, 3 + number):
+            case = tile_case(((1, 1), 1, 1), 2 + (number + offset) % 3, channels, size)
+            check_grad_weight(case, FLAT, dtype, spoilt, (offset, offset), repeats=2)
 
 
 @pytest.mark.gpu
