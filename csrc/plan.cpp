@@ -92,6 +92,11 @@ int64_t target_width(const Problem& p) {
   return p.pass == Pass::kGradInput ? p.width : p.out_width;
 }
 
+int64_t outputs_of(const Problem& p) {
+  return p.pass == Pass::kForward ? p.batch * p.filters() * p.out_height * p.out_width
+                                  : p.batch * p.channels * p.height * p.width * p.multiplier;
+}
+
 constexpr int64_t kTileColumns = 7;  // of kernels/stream_nchw.cu and kernels/stream_grad_weight_nchw.cu
 
 bool claims_stream_nchw(const Problem& p) {
@@ -323,8 +328,10 @@ bool claims_toeplitz_large(const Problem& p) {
       (p.taps() == 1 || p.out_height * p.out_width < kFewPixels || (!have_rows(p) && p.taps() < kFewTaps)))
     return false;
   if (!can_have_rows(p.input, p.channels, p.width) || !can_have_rows(p.output, p.filters(), p.out_width)) return false;
-  // Copies of images, and rows that come element by element, take longer than a few taps for each output by itself.
-  constexpr int64_t kShortSum = 40, kFewProducts = 12 << 20;
+  // Of a band matrix for one column of taps all but the diagonal is zeros. Copies of images take longer than a few taps
+  // for each output by itself, as rows that come element by element do where outputs are few.
+  constexpr int64_t kFewForCopies = 32, kShortSum = 40, kFewProducts = 12 << 20;
+  if (p.kernel_w == 1 || (!have_rows(p) && p.taps() <= kFewForCopies)) return false;
   const int64_t targets =
       p.pass == Pass::kForward ? p.filters() * p.out_height * p.out_width : p.channels * p.height * p.width;
   const bool loads_slowly = !have_rows(p) || p.width % 2 != 0 || p.out_width % 2 != 0;
@@ -535,11 +542,6 @@ bool can_go_direct(const Problem& p) {
   return is_small_kernel(p) && has_near_elements(p);
 }
 
-int64_t outputs_of(const Problem& p) {
-  return p.pass == Pass::kForward ? p.batch * p.filters() * p.out_height * p.out_width
-                                  : p.batch * p.channels * p.height * p.width * p.multiplier;
-}
-
 // So little that the time until the first bytes arrive is most of it.
 bool has_little_to_do(const Problem& p) {
   constexpr int64_t kFewOutputs = 512 << 10, kFewProducts = 4 << 20;
@@ -548,8 +550,13 @@ bool has_little_to_do(const Problem& p) {
 
 bool claims_direct(const Problem& p) {
   if (p.pass == Pass::kGradWeight || !can_go_direct(p)) return false;
-  if (p.dtype == DType::kFloat64)
+  if (p.dtype == DType::kFloat64) {
+    // In channels_last windows share pixels where outputs are many.
+    constexpr int64_t kManyOutputs = 1 << 20, kShares = 10;
+    const bool channels_last = p.channels > 1 && (p.pass == Pass::kForward ? p.output : p.input).stride[1] == 1;
+    if (channels_last && p.taps() >= kShares && outputs_of(p) >= kManyOutputs) return false;
     return p.taps() <= kDirectFloat64Taps && (p.pass == Pass::kForward || p.stride_h == 1);
+  }
   return has_little_to_do(p) ||
          !(claims_march_nchw(p) || claims_stream_nchw(p) || claims_toeplitz_nchw(p) || claims_march_channels_last(p));
 }
@@ -616,7 +623,8 @@ bool has_direct_vectors(const Problem& p) {
 // Microseconds that a GPU of 132 multiprocessors takes to gather all taps, without what the smallest problem takes.
 double gather_time(const Problem& p) {
   constexpr double kOfMicrosecond = 2.3e6, kOfOutput = 16;  // taps, and what an output takes besides, in taps
-  constexpr double kTogether = 25, kLatency = 0.35;         // taps that are loaded together
+  constexpr double kTogether = 25;                          // taps that are loaded together
+  const double latency = p.dtype == DType::kFloat64 ? 1 : 0.35;
   const bool forward = p.pass == Pass::kForward;
   const auto reaching = [&](int64_t kernel, int64_t stride) {
     return static_cast<double>(forward ? kernel : (kernel + stride - 1) / stride);
@@ -628,7 +636,7 @@ double gather_time(const Problem& p) {
   // Where a thread has two outputs, they share weights and most pixels.
   const bool two = p.dtype != DType::kFloat64 && (forward ? p.stride_h : 1) <= 2 * p.dilation_h;
   return outputs * (two ? 0.5 * kOfOutput + 0.65 * taps : kOfOutput + taps) / kOfMicrosecond +
-         std::ceil(taps / kTogether - 1) * kLatency;
+         std::ceil(taps / kTogether - 1) * latency;
 }
 
 bool claims_gather(const Problem& p) {
@@ -638,8 +646,7 @@ bool claims_gather(const Problem& p) {
   const bool channels_last = p.channels > 1 && (p.pass == Pass::kForward ? p.output : p.input).stride[1] == 1;
   const bool is_float64 = p.dtype == DType::kFloat64;
   // How long others may take before they are faster, by what they are: microseconds, as above.
-  constexpr double kOfSmallPlanes = 1.3, kOfPixels = 1.5, kOfStreams = 2.1, kOfPlan = 2.5, kOfSpread = 3,
-                   kOfGeneric = 6;
+  constexpr double kOfSmallPlanes = 1.3, kOfPixels = 1.5, kOfStreams = 2.1, kOfPlan = 2.5, kOfWindows = 3;
   if (is_small_kernel(p)) {
     constexpr int64_t kFewFloat64 = 192 << 10;  // outputs; with more, a thread has several in direct.cu
     if (p.taps() == 1 || has_direct_vectors(p) || (is_float64 && outputs_of(p) > kFewFloat64)) return false;
@@ -653,8 +660,7 @@ bool claims_gather(const Problem& p) {
   const double most = claims_toeplitz_small_planes(p)                      ? kOfSmallPlanes
                       : has_plan && channels_last && size_of(p.dtype) == 2 ? kOfPixels
                       : has_plan                                           ? kOfPlan
-                      : at_stride && p.pass == Pass::kGradInput            ? kOfSpread
-                                                                           : kOfGeneric;
+                                                                           : kOfWindows;
   return gather_time(p) <= most;
 }
 
@@ -665,17 +671,15 @@ bool claims_gather_grad_weight(const Problem& p) {
   const bool channels_last = p.filters() > 1 && p.input.stride[1] == 1 && p.output.stride[1] == 1;
 
   if (!channels_last && sums > kManySums) return false;
-  constexpr int64_t kFewProducts = 512 << 10, kMoreProducts = 2 << 20, kManyProducts = 4 << 20;
+  constexpr int64_t kFewProducts = 512 << 10, kMoreProducts = 1 << 20;
   constexpr int64_t kOfTap = 64 << 10, kOfManyTaps = 80 << 10, kManyTaps = 49, kFewTaps = 25;
   if (is_small_kernel(p)) {  // the more taps, the less others have under way at once
     if (p.taps() == 1) return !channels_last && gradients * sums <= kFewProducts;
     return gradients * sums <= p.taps() * (p.taps() < kManyTaps ? kOfTap : kOfManyTaps) &&
            !claims_direct_grad_weight(p);
   }
-  const bool has_plan =
-      p.dtype != DType::kFloat64 && p.stride_h == 1 && p.stride_w == 1 && p.dilation_h == 1 && p.dilation_w == 1;
   if (p.taps() < kFewTaps && claims_toeplitz_grad_weight_channels_last(p)) return false;
-  return gradients * sums <= (has_plan ? kMoreProducts : kManyProducts);
+  return gradients * sums <= kMoreProducts;
 }
 
 // What kernels/large_float32.cu and kernels/large_float32_grad_weight.cu ask for: any strides, any sizes whose blocks
@@ -698,9 +702,7 @@ bool claims_large_float32(const Problem& p) {
 }
 
 bool claims_large_float32_grad_weight(const Problem& p) {
-  constexpr int64_t kFewTaps = 15;  // for which channels_last does not pay
-  return p.pass == Pass::kGradWeight && (is_large_kernel(p) || have_rows(p) || p.taps() >= kFewTaps) &&
-         can_go_large_float32(p);
+  return p.pass == Pass::kGradWeight && (is_large_kernel(p) || have_rows(p)) && can_go_large_float32(p);
 }
 
 // Of what kernels for any size claim, that where they have more to do than products: where there are few of these; in
@@ -763,7 +765,7 @@ bool claims_walk_grad_weight_channels_last(const Problem& p) {
 
 // What kernels/windows_channels_last.cu asks for: channels side by side, and sizes that 32 bits count. Images may lie
 // anywhere.
-bool claims_windows_channels_last(const Problem& p) {
+bool can_go_windows_channels_last(const Problem& p) {
   constexpr int64_t kMany = 1 << 20, kMost = 1 << 30, kMostTaps = 255, kFar = 1 << 10;
   if (p.pass == Pass::kGradWeight || p.batch == 0) return false;
   if (std::max(p.kernel_h, p.kernel_w) > kMostTaps || std::max(p.padding_h, p.padding_w) > kMany) return false;
@@ -792,6 +794,19 @@ bool claims_windows_channels_last(const Problem& p) {
          p.filters() * std::max({weight[0], p.bias_stride, p.taps()}) + p.kernel_h * weight[2] +
                  p.kernel_w * weight[3] <
              kMost / 16;
+}
+
+// What tensor cores would serve as well, but more slowly: one row or column of taps leaves most of a band matrix to
+// zeros, and few products are done before matrices are there.
+bool claims_little_windows(const Problem& p) {
+  constexpr int64_t kShortBand = 16, kFewProducts = 4 << 20;
+  const bool is_short = std::min(p.kernel_h, p.kernel_w) == 1 && p.taps() <= kShortBand;
+  return !is_small_kernel(p) && (is_short || outputs_of(p) <= kFewProducts / p.taps()) &&
+         claims_toeplitz_channels_last(p) && can_go_windows_channels_last(p);
+}
+
+bool claims_windows_channels_last(const Problem& p) {
+  return can_go_windows_channels_last(p) && !claims_little_windows(p);
 }
 
 // Products of a tap and a pixel of the image, along one side of a plane.
@@ -854,6 +869,10 @@ bool claims_phases(const Problem& p) {
   const Problem& made = phases.problem;
   if (made.height < 1 || made.width < 1) return false;
   if (p.pass == Pass::kForward && phases.taps() > 1) return false;  // sums over phases take too long
+  if (p.pass == Pass::kGradInput && p.multiplier > 1)
+    return false;                    // nor do sums over filters have a plan that is fast
+  constexpr int64_t kManyTaps = 49;  // for which large_float32 is so much faster
+  if (p.dtype == DType::kFloat32 && made.taps() < kManyTaps) return false;
   const auto elements = [](int64_t batch, int64_t planes, int64_t height, int64_t width) {
     return static_cast<double>(batch) * static_cast<double>(planes) * static_cast<double>(height * width);
   };
@@ -967,6 +986,9 @@ const std::vector<Plan>& plans() {
       {PlanId::kStreamGradWeightNchw, "stream_grad_weight_nchw",
        "a small kernel on contiguous planes: input and gradient stream through shared memory",
        claims_stream_grad_weight_nchw},
+      {PlanId::kWindowsChannelsLast, "windows_channels_last",
+       "channels_last and no plan of its own: windows of rows in registers, weights in shared memory",
+       claims_little_windows},
       {PlanId::kToeplitzChannelsLast, "toeplitz_channels_last",
        "a kernel in 16 bits in channels_last that is small, or has few rows or columns, or is on small images: rows "
        "stream through shared memory to tensor cores",
@@ -984,6 +1006,10 @@ const std::vector<Plan>& plans() {
       {PlanId::kMarchGradWeightChannelsLast, "march_grad_weight_channels_last",
        "a small kernel in channels_last: input and gradient stream through shared memory, sums stay in registers",
        claims_march_grad_weight_channels_last},
+      {PlanId::kPhases, "phases",
+       "a large kernel with a stride or a dilation: its phases are copied, and make a problem without, which another "
+       "plan serves",
+       claims_phases},
       {PlanId::kColumnsGradWeight, "columns_grad_weight",
        "a kernel, stride or dilation that has no plan of its own, or little to do: lanes walk down columns of the "
        "gradient, sums of a tile of taps stay in registers",
@@ -1007,16 +1033,15 @@ const std::vector<Plan>& plans() {
        "a kernel in float32 of a size that has no plan of its own: input and gradient in shared memory, sums in "
        "registers",
        claims_large_float32_grad_weight},
-      {PlanId::kPhases, "phases",
-       "a large kernel with a stride or a dilation: its phases are copied, and make a problem without, which another "
-       "plan serves",
-       claims_phases},
       {PlanId::kWindowsNchw, "windows_nchw",
        "a kernel, stride and dilation that nothing is compiled for: windows in shared memory, sums in registers",
        claims_windows_nchw},
       {PlanId::kWalkGradWeightChannelsLast, "walk_grad_weight_channels_last",
        "any kernel in channels_last: threads walk along rows of the gradient, straight from memory",
        claims_walk_grad_weight_channels_last},
+      {PlanId::kWindowsChannelsLast, "windows_channels_last",
+       "channels_last and no plan of its own: windows of rows in registers, weights in shared memory",
+       claims_windows_channels_last},
       {PlanId::kToeplitzSmallPlanesPortable, "toeplitz_small_planes_portable",
        "toeplitz_small_planes as GPUs before sm_90 run it", claims_toeplitz_small_planes},
       {PlanId::kToeplitzNchwPortable, "toeplitz_nchw_portable", "toeplitz_nchw as GPUs before sm_90 run it",
@@ -1032,9 +1057,6 @@ const std::vector<Plan>& plans() {
        claims_stream_nchw},
       {PlanId::kStreamGradWeightNchwPortable, "stream_grad_weight_nchw_portable",
        "stream_grad_weight_nchw as GPUs before sm_90 run it", claims_stream_grad_weight_nchw},
-      {PlanId::kWindowsChannelsLast, "windows_channels_last",
-       "channels_last and no plan of its own: windows of rows in registers, weights in shared memory",
-       claims_windows_channels_last},
       {PlanId::kGeneric, "generic", "no specialised plan claims this problem", claims_everything},
   };
   return table;

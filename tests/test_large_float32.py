@@ -40,6 +40,8 @@ def test_claims(name: str, kernel: tuple, memory_format: torch.memory_format) ->
         "march_grad_weight_nchw" if name == "grad_weight" else f"march_{'channels_last' if channels_last else 'nchw'}"
     )
     expected = [march, PLANS[name]] if marches else [PLANS[name]]
+    if name == "grad_weight" and kernel == (8, 1) and not channels_last:
+        expected = ["columns_grad_weight", *expected]  # short columns do not fill its tiles
     for padding in (padding, tuple(side - 1 for side in kernel)):
         plans = plans_of(name, case._replace(padding=padding), memory_format=memory_format)
         assert plans[: len(expected)] == expected

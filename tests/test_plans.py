@@ -33,7 +33,6 @@ def meta(size: tuple, dtype: torch.dtype, memory_format=torch.contiguous_format)
 GATHER = {"forward": "gather", "grad_input": "gather", "grad_weight": "gather_grad_weight"}
 
 
-def plans_of(name: str, case: Case, dtype: torch.dtype, memory_format=torch.contiguous_format) -> list[str]:
 def plans_of(
     name: str, case: Case, dtype: torch.dtype = torch.float32, memory_format=torch.contiguous_format
 ) -> list[str]:
@@ -44,7 +43,6 @@ def plans_of(
 def plan_of(name: str, case: Case, dtype: torch.dtype = torch.float32, memory_format=torch.contiguous_format) -> str:
     """Of the problems of this sort that are not small."""
     return next(plan for plan in plans_of(name, case, dtype, memory_format) if plan != GATHER[name])
-    return plans_of(name, case, dtype, memory_format)[0]
 
 
 # ---------------------------------------------------------------------------- the table
@@ -82,8 +80,9 @@ TILES = [
 
 def general(name: str, memory_format: torch.memory_format) -> str:
     """What serves a problem that has no plan of its own."""
-    columns = name == "grad_weight" and memory_format == torch.contiguous_format
-    return "columns_grad_weight" if columns else "generic"
+    if name == "grad_weight":
+        return "columns_grad_weight" if memory_format == torch.contiguous_format else WALK
+    return "windows_nchw" if memory_format == torch.contiguous_format else WINDOWS
 
 
 def serves(name: str, plan: str, case: Case) -> str:
@@ -180,10 +179,14 @@ def test_large_kernels(name: str, dtype: torch.dtype) -> None:
                 for memory_format in FORMATS:
                     copies = memory_format == torch.channels_last and max(widths) > 1
                     few = math.prod(kernel) <= 40 and (copies or any(width % 2 for width in widths))
-                    expected = "generic" if few else "toeplitz_large"
-                    assert plan_of(name, case, dtype, memory_format) == expected, str(case)
+                    expected = general(name, memory_format) if few else "toeplitz_large"
+                    found = plan_of(name, case, dtype, memory_format)
+                    assert found == expected or (few and size == (1, 1)), str(case)  # one pixel lies in either layout
                     many = case._replace(batch=2**18)
-                    assert plan_of(name, many, dtype, memory_format) != "generic", str(many)
+                    few_for_copies = copies and math.prod(kernel) <= 32
+                    assert ("toeplitz_large" in plans_of(name, many, dtype, memory_format)) != few_for_copies, str(many)
+    column = Case(64, 8, (64, 64), (25, 1), padding=(12, 0))  # of whose band matrices most is zeros
+    assert plan_of(name, column, dtype) == "windows_nchw"
     case = Case(2, 4, (24, 24), (13, 13), padding=(6, 6))
     plain = meta((2, 4, 24, 24), dtype)
     for odd, serves in (
@@ -232,8 +235,7 @@ def test_hankel_grad_weight_claims(dtype: torch.dtype) -> None:
         {"stride": (1, 2)},
         {"dilation": (1, 2), "padding": (15, 30)},
     ):
-        assert plan_of("grad_weight", case._replace(**change), dtype) in ("generic", "phases"), change
-        assert plan_of("grad_weight", case._replace(**change), dtype) == "columns_grad_weight", change
+        assert plan_of("grad_weight", case._replace(**change), dtype) in ("columns_grad_weight", "phases"), change
     assert plan_of("grad_weight", case) == "large_float32_grad_weight"
     assert plan_of("grad_weight", case, torch.float64) == "columns_grad_weight"
     plain = meta((4, 8, 56, 57), dtype)
@@ -280,7 +282,7 @@ def test_outer_grad_weight_claims(dtype: torch.dtype, memory_format: torch.memor
         found = plans_of("grad_weight", case._replace(**change), dtype, memory_format)
         assert next(name for name in found if name != "columns_grad_weight") == plan, change
         assert plan_of("grad_weight", case._replace(**change), dtype, memory_format) == plan, change
-    few = "hankel_grad_weight" if memory_format == torch.contiguous_format else WALK
+    few = "columns_grad_weight" if memory_format == torch.contiguous_format else WALK
     assert plan_of("grad_weight", Case(7, 8, (14, 14), (7, 6), padding=(3, 3)), dtype, memory_format) == few
     # Rows and columns are exchanged, by the copies or by the kernel.
     for size, plan in (((56, 56), "outer_grad_weight"), ((57, 56), "hankel_grad_weight")):
@@ -325,7 +327,9 @@ def test_gather_claims(name: str, dtype: torch.dtype, memory_format: torch.memor
         {"kernel": (2, 2), "stride": (2, 2)},
         {"size": (5, 300)},
     ):
-        assert plans_of(name, case._replace(**change), dtype, memory_format)[0] == GATHER[name], change
+        many_taps = change.get("kernel") == (9, 9)  # which take float64 too long
+        found = plans_of(name, case._replace(**change), dtype, memory_format)[0]
+        assert (found == GATHER[name]) != (many_taps and dtype == torch.float64 and name != "grad_weight"), change
     for change in ({"batch": 4096}, {"batch": 256, "kernel": (9, 9), "padding": (4, 4)}, {"batch": 0}):
         assert GATHER[name] not in plans_of(name, case._replace(**change), dtype, memory_format), change
     wide = case._replace(stride=(9, 1))
@@ -618,14 +622,8 @@ def test_multipliers() -> None:
     ],
     ids=str,
 )
-def test_generic(name: str, change: dict, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
-    windows = name != "grad_weight" and memory_format == torch.contiguous_format
-    assert plan_of(name, FIRST._replace(**change), dtype, memory_format) == ("windows_nchw" if windows else "generic")
+def test_general(name: str, change: dict, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     assert plan_of(name, FIRST._replace(**change), dtype, memory_format) == general(name, memory_format)
-    walks = name == "grad_weight" and memory_format == torch.channels_last
-    assert plan_of(name, FIRST._replace(**change), dtype, memory_format) == (WALK if walks else "generic")
-    windows = memory_format == torch.channels_last and name != "grad_weight"
-    assert plan_of(name, FIRST._replace(**change), dtype, memory_format) == (WINDOWS if windows else "generic")
 
 
 @pytest.mark.parametrize("dtype", [*FAST, torch.float64], ids=str)
@@ -634,7 +632,6 @@ def test_windows_claims(dtype: torch.dtype) -> None:
     last = torch.channels_last
     for case in (
         Case(2, 30, (40, 36), (3, 5), (3, 2), dilation=(2, 3)),
-        Case(2, 1, (124, 124), (5, 5), (3, 3)),
         Case(48, 215, (309, 8), (1, 3), (3, 3)),
         Case(9, 20, (30, 30), (21, 23), (3, 3), (10, 11), multiplier=3),
     ):
@@ -643,7 +640,7 @@ def test_windows_claims(dtype: torch.dtype) -> None:
     few_taps = Case(48, 215, (309, 8), (1, 2), (3, 3))
     assert plan_of("forward", few_taps, dtype, last) == "generic"
     assert plan_of("grad_input", few_taps, dtype, last) == WINDOWS
-    assert plan_of("forward", Case(32, 1, (200, 178), (4, 7), (1, 2)), dtype, last) == "generic"
+    assert plan_of("forward", Case(32, 1, (200, 178), (4, 7), (1, 2)), dtype, last) == "windows_nchw"
     assert plan_of("forward", Case(84, 90, (20, 20), (23, 23), padding=(11, 11)), torch.float64, last) == "generic"
 
 
@@ -651,19 +648,11 @@ def test_windows_claims(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_float64(tile: tuple, memory_format: torch.memory_format) -> None:
     """Small kernels go direct; grad_weight has no way but those for any kernel."""
-    """Small kernels go direct; grad_weight has no way but the general one, nor has anything else in NCHW."""
     case = tile_case(tile, 4, 8, (40, 40))
     for name in PASSES:
-        other = WINDOWS if memory_format == torch.channels_last and name != "grad_weight" else "generic"
         direct = name != "grad_weight" and goes_direct(name, case, torch.float64)
-        expected = "scale" if direct and case.kernel == (1, 1) else "direct" if direct else "generic"
-        if expected == "generic" and name != "grad_weight" and memory_format == torch.contiguous_format:
-            expected = "windows_nchw"
         otherwise = "direct" if direct else general(name, memory_format)
         expected = "scale" if direct and case.kernel == (1, 1) else otherwise
-        rest = WALK if name == "grad_weight" and memory_format == torch.channels_last else "generic"
-        expected = "scale" if direct and case.kernel == (1, 1) else "direct" if direct else rest
-        expected = "scale" if direct and case.kernel == (1, 1) else "direct" if direct else other
         assert plan_of(name, case, torch.float64, memory_format) == expected
 
 
@@ -721,10 +710,8 @@ def test_small_kernels_without_a_plan_of_their_own(name: str) -> None:
     for kernel, dtype, memory_format, expected in (
         ((3, 5), torch.float32, FORMATS[0], ("large_float32", "large_float32_grad_weight")),
         ((2, 3), torch.float32, FORMATS[0], ("large_float32", "large_float32_grad_weight")),
-        ((3, 5), torch.float32, FORMATS[1], ("generic", "large_float32_grad_weight")),
-        ((2, 3), torch.float32, FORMATS[1], ("generic", WALK)),
-        ((3, 5), torch.float32, FORMATS[1], (WINDOWS, "large_float32_grad_weight")),
-        ((2, 3), torch.float32, FORMATS[1], (WINDOWS, "generic")),
+        ((3, 5), torch.float32, FORMATS[1], (WINDOWS, WALK)),
+        ((2, 3), torch.float32, FORMATS[1], (WINDOWS, WALK)),
         ((3, 5), torch.float16, FORMATS[0], ("toeplitz_nchw", "batch_grad_weight_nchw")),
         ((8, 5), torch.float16, FORMATS[0], ("toeplitz_large", "batch_grad_weight_nchw")),
         ((10, 5), torch.float16, FORMATS[0], ("toeplitz_large", "hankel_grad_weight")),
@@ -2055,7 +2042,7 @@ def test_what_goes_by_columns() -> None:
         (Case(9, 256, (45, 45), (6, 1), padding=(2, 0)), torch.float32, columns),
         (Case(65, 240, (28, 13), (28, 1), padding=(13, 0)), torch.float32, float32),
         (Case(9, 256, (45, 45), (1, 6), padding=(0, 2)), torch.float32, float32),
-        (Case(16, 240, (5, 5), (1, 20), padding=(0, 9)), torch.bfloat16, columns),
+        (Case(16, 240, (5, 12), (1, 20), padding=(0, 9)), torch.bfloat16, columns),
         (Case(64, 240, (14, 14), (1, 20), padding=(0, 9)), torch.bfloat16, "outer_grad_weight"),
         (Case(43, 96, (8, 15), (1, 1)), torch.float32, "stream_grad_weight_nchw"),
         (Case(68, 96, (6, 6), (1, 1)), torch.float32, columns),
@@ -2080,6 +2067,8 @@ def test_columns_grad_weight(case: Case, dtype: torch.dtype) -> None:
             tensors = lay(input, order, steps, offset), weight, bias
             count = compare_plans(case, tensors, lay(grad_output, order, steps, 3 * offset), plan, repeats=3)
             assert count == 3 * (1 + case.bias)
+
+
 WALKS = [  # stride, dilation
     ((1, 1), (1, 1)),
     ((2, 2), (1, 1)),
@@ -3317,14 +3306,16 @@ def test_what_makes_phases() -> None:
         assert plan_of(name, case, dtype, memory_format) == "phases"
         assert plan_of(name, case._replace(batch=0), dtype, memory_format) == "generic"
     for name in PASSES:
-        assert plan_of(name, case, torch.float64) == "generic"
-        assert plan_of(name, case._replace(size=(9, 9), batch=1, channels=1)) == "generic"
-        far = case._replace(size=(2**21, 64), batch=1, channels=1)
-        assert plan_of(name, far) == "generic"
-    assert plan_of("forward", case._replace(stride=(3, 3), dilation=(1, 1)), torch.bfloat16) == "generic"
-    assert plan_of("grad_input", case._replace(multiplier=2), torch.bfloat16) == "generic"
+        assert "phases" not in plans_of(name, case, torch.float64)
+        assert "phases" not in plans_of(name, case._replace(size=(9, 9), batch=1, channels=1))
+        assert "phases" not in plans_of(name, case._replace(size=(2**21, 64), batch=1, channels=1))
+        assert "phases" not in plans_of(name, case._replace(kernel=(5, 5), padding=(4, 4)))  # in float32
+    assert "phases" not in plans_of("forward", case._replace(stride=(3, 3), dilation=(1, 1)), torch.bfloat16)
+    assert "phases" not in plans_of("grad_input", case._replace(multiplier=2), torch.bfloat16)
+
+
 # Kernels, strides and dilations that nothing is compiled for.
-WINDOWS = [
+WINDOWS_OF_PLANES = [
     ((3, 3), (3, 3), (1, 1)),
     ((5, 4), (2, 3), (1, 2)),
     ((7, 7), (4, 4), (2, 2)),
@@ -3340,8 +3331,8 @@ WINDOWS = [
 ]
 
 
-def test_windows_claims() -> None:
-    for kernel, stride, dilation in WINDOWS:
+def test_windows_of_planes_claims() -> None:
+    for kernel, stride, dilation in WINDOWS_OF_PLANES:
         case = Case(2, 4, (80, 90), kernel, stride, (1, 2), dilation)
         for name, dtype in product(PASSES[:2], [*FAST, torch.float64]):
             input, output = meta((2, 4, 80, 90), dtype), meta(output_size(case), dtype)
@@ -3355,8 +3346,8 @@ def test_windows_claims() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [*FAST, torch.float64], ids=str)
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
-def test_windows_are_exact(window: tuple, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("window", WINDOWS_OF_PLANES, ids=str)
+def test_windows_of_planes_are_exact(window: tuple, dtype: torch.dtype) -> None:
     """Few planes and many, whole ones and bands, rows too long for a tile, all padding, views; NaN where it belongs."""
     kernel, stride, dilation = window
     extent = [d * (k - 1) + 1 for k, d in zip(kernel, dilation)]
