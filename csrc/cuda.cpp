@@ -9,18 +9,11 @@
 
 #include "conv2d.h"
 #include "kernels/cast.h"
-#include "kernels/columns_grad_weight.h"
 #include "kernels/device.h"
-#include "kernels/gather.h"
-#include "kernels/flat_grad_weight_channels_last.h"
 #include "kernels/launch.h"
-#include "kernels/launch_phases.h"
 #include "kernels/place_taps.h"
 #include "kernels/realign.h"
-#include "kernels/walk_grad_weight_channels_last.h"
 #include "kernels/widening.h"
-#include "kernels/windows_nchw_launch.h"
-#include "kernels/windows_channels_last.h"
 #include "plan.h"
 
 // Weak, so that a CPU build of torch, which lacks it, can load this library and serve CPU tensors.
@@ -105,9 +98,7 @@ void launch(const Plan& plan, const Problem& problem, const Allocate& allocate, 
     case PlanId::kToeplitzLarge: return launch_toeplitz_large(problem, allocate, stream);
     case PlanId::kToeplitzChannelsLast: return launch_toeplitz_channels_last(problem, allocate, stream);
     case PlanId::kMarchChannelsLast: return launch_march_channels_last(problem, stream);
-    case PlanId::kFlatGradWeightChannelsLast:
-      if (launch_flat_grad_weight_channels_last(problem, allocate, stream)) return;
-      [[fallthrough]];
+    case PlanId::kFlatGradWeightChannelsLast: return launch_flat_grad_weight_channels_last(problem, allocate, stream);
     case PlanId::kMarchGradWeightChannelsLast: return launch_march_grad_weight_channels_last(problem, allocate, stream);
     case PlanId::kToeplitzGradWeightChannelsLast:
       return launch_toeplitz_grad_weight_channels_last(problem, allocate, stream);

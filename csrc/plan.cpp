@@ -331,7 +331,7 @@ bool claims_toeplitz_large(const Problem& p) {
   // Of a band matrix for one column of taps all but the diagonal is zeros. Copies of images take longer than a few taps
   // for each output by itself, as rows that come element by element do where outputs are few.
   constexpr int64_t kFewForCopies = 32, kShortSum = 40, kFewProducts = 12 << 20;
-  if (p.kernel_w == 1 || (!have_rows(p) && p.taps() <= kFewForCopies)) return false;
+  if (p.kernel_w == 1 || ((p.stride_h > 1 || !have_rows(p)) && p.taps() <= kFewForCopies)) return false;
   const int64_t targets =
       p.pass == Pass::kForward ? p.filters() * p.out_height * p.out_width : p.channels * p.height * p.width;
   const bool loads_slowly = !have_rows(p) || p.width % 2 != 0 || p.out_width % 2 != 0;
@@ -431,9 +431,10 @@ bool claims_march_grad_weight_channels_last(const Problem& p) {
 bool claims_flat_grad_weight_channels_last(const Problem& p) {
   constexpr int64_t kLeastBytes = 1 << 20;  // of an array: fewer leave some multiprocessors without a turn
   const int64_t bytes = p.batch * p.channels * p.height * p.width * size_of(p.dtype);
-  return bytes >= kLeastBytes && claims_march_grad_weight_channels_last(p) && p.taps() == 1 && p.padding_h == 0 &&
-         p.padding_w == 0 && p.multiplier == 1 && p.channels <= kMostFlatChannels &&
-         p.channels * size_of(p.dtype) % kUnit != 0 &&
+  const auto begins = [](const View& view) { return reinterpret_cast<uintptr_t>(view.data) % kUnit; };
+  return bytes >= kLeastBytes && begins(p.input) == begins(p.output) && claims_march_grad_weight_channels_last(p) &&
+         p.taps() == 1 && p.padding_h == 0 && p.padding_w == 0 && p.multiplier == 1 &&
+         p.channels <= kMostFlatChannels && p.channels * size_of(p.dtype) % kUnit != 0 &&
          is_dense_channels_last(p.input, p.batch, p.channels, p.height, p.width) &&
          is_dense_channels_last(p.output, p.batch, p.channels, p.out_height, p.out_width);
 }
@@ -471,6 +472,7 @@ bool claims_hankel_grad_weight(const Problem& p) {
   if (p.pass != Pass::kGradWeight || size_of(p.dtype) != 2 || p.capability < 80 || p.batch == 0) return false;
   if (p.stride_h != 1 || p.stride_w != 1 || p.dilation_h != 1 || p.dilation_w != 1) return false;
   if (p.taps() == 1 || p.padding_h >= p.kernel_h || p.padding_w >= p.kernel_w) return false;
+  if (p.kernel_w == 1 && !have_rows(p)) return false;  // a column fills little of a tile, and images would be copied
   constexpr int64_t kFewPixels = 128;
   if (!is_large_kernel(p) && !have_rows(p) && p.out_height * p.out_width < kFewPixels) return false;
   if (!can_have_rows(p.input, p.channels, p.width) || !can_have_rows(p.output, p.filters(), p.out_width)) return false;
@@ -548,6 +550,39 @@ bool has_little_to_do(const Problem& p) {
   return outputs_of(p) <= kFewOutputs && outputs_of(p) * p.taps() <= kFewProducts;
 }
 
+// What kernels/windows_channels_last.cu asks for: channels side by side, and sizes that 32 bits count. Images may lie
+// anywhere.
+bool can_go_windows_channels_last(const Problem& p) {
+  constexpr int64_t kMany = 1 << 20, kMost = 1 << 30, kMostTaps = 255, kFar = 1 << 10;
+  if (p.pass == Pass::kGradWeight || p.batch == 0) return false;
+  if (std::max(p.kernel_h, p.kernel_w) > kMostTaps || std::max(p.padding_h, p.padding_w) > kMany) return false;
+  if (std::max({p.stride_h, p.stride_w, p.dilation_h, p.dilation_w}) > kFar) return false;
+  // Of many single channels, and a tap or two, or of one channel alone, kernels/generic.cu makes less work.
+  constexpr int64_t kManyOutputs = 1 << 18;
+  if (p.pass == Pass::kForward && p.filters() % 2 == 1 && (p.taps() <= 2 || p.filters() == 1) &&
+      p.out_height > kManyOutputs / p.out_width / p.filters() / p.batch)
+    return false;
+  // In float64 at stride 1 kernels/columns.cu has no more to do than the image has rows, and no more in registers.
+  if (p.dtype == DType::kFloat64 && p.stride_h == 1 && p.stride_w == 1 && p.height < p.kernel_h && p.width < p.kernel_w)
+    return false;
+  // Rows and columns that a thread may count beside the planes.
+  constexpr int64_t kRows = 16;
+  const int64_t beside_h = 2 * p.padding_h + kRows * p.stride_h * p.dilation_h + p.kernel_h * p.dilation_h;
+  const int64_t beside_w = 2 * p.padding_w + kRows * p.stride_w * p.dilation_w + p.kernel_w * p.dilation_w;
+  const auto fits = [&](const View& view, int64_t planes, int64_t height, int64_t width) {
+    if ((view.stride[1] != 1 && planes > 1) || planes > kMany || height > kMost || width > kMost) return false;
+    const int64_t row = height == 1 ? planes : view.stride[2], column = width == 1 ? planes : view.stride[3];
+    if (row > kMost || column > kMost) return false;
+    return (height + beside_h) * row + (width + beside_w) * column + planes < kMost &&
+           height + beside_h < kMost / (width + beside_w) / p.batch / (planes / 8 + 1);
+  };
+  const auto& weight = p.weight.stride;
+  return fits(p.input, p.channels, p.height, p.width) && fits(p.output, p.filters(), p.out_height, p.out_width) &&
+         p.filters() * std::max({weight[0], p.bias_stride, p.taps()}) + p.kernel_h * weight[2] +
+                 p.kernel_w * weight[3] <
+             kMost / 16;
+}
+
 bool claims_direct(const Problem& p) {
   if (p.pass == Pass::kGradWeight || !can_go_direct(p)) return false;
   if (p.dtype == DType::kFloat64) {
@@ -557,8 +592,8 @@ bool claims_direct(const Problem& p) {
     if (channels_last && p.taps() >= kShares && outputs_of(p) >= kManyOutputs) return false;
     return p.taps() <= kDirectFloat64Taps && (p.pass == Pass::kForward || p.stride_h == 1);
   }
-  return has_little_to_do(p) ||
-         !(claims_march_nchw(p) || claims_stream_nchw(p) || claims_toeplitz_nchw(p) || claims_march_channels_last(p));
+  return has_little_to_do(p) || !(claims_march_nchw(p) || claims_stream_nchw(p) || claims_toeplitz_nchw(p) ||
+                                  claims_march_channels_last(p) || can_go_windows_channels_last(p));
 }
 
 // What kernels/columns_grad_weight.cu asks for: columns that lie side by side, rather than channels, and what 32 bits
@@ -646,7 +681,7 @@ bool claims_gather(const Problem& p) {
   const bool channels_last = p.channels > 1 && (p.pass == Pass::kForward ? p.output : p.input).stride[1] == 1;
   const bool is_float64 = p.dtype == DType::kFloat64;
   // How long others may take before they are faster, by what they are: microseconds, as above.
-  constexpr double kOfSmallPlanes = 1.3, kOfPixels = 1.5, kOfStreams = 2.1, kOfPlan = 2.5, kOfWindows = 3;
+  constexpr double kOfSmallPlanes = 1.3, kOfPixels = 1.5, kOfStreams = 2.1, kOfPlan = 2.5, kOfWindows = 2.2;
   if (is_small_kernel(p)) {
     constexpr int64_t kFewFloat64 = 192 << 10;  // outputs; with more, a thread has several in direct.cu
     if (p.taps() == 1 || has_direct_vectors(p) || (is_float64 && outputs_of(p) > kFewFloat64)) return false;
@@ -763,39 +798,6 @@ bool claims_walk_grad_weight_channels_last(const Problem& p) {
   return can_walk(p) && !claims_little_walk(p);
 }
 
-// What kernels/windows_channels_last.cu asks for: channels side by side, and sizes that 32 bits count. Images may lie
-// anywhere.
-bool can_go_windows_channels_last(const Problem& p) {
-  constexpr int64_t kMany = 1 << 20, kMost = 1 << 30, kMostTaps = 255, kFar = 1 << 10;
-  if (p.pass == Pass::kGradWeight || p.batch == 0) return false;
-  if (std::max(p.kernel_h, p.kernel_w) > kMostTaps || std::max(p.padding_h, p.padding_w) > kMany) return false;
-  if (std::max({p.stride_h, p.stride_w, p.dilation_h, p.dilation_w}) > kFar) return false;
-  // Of many single channels, and a tap or two, or of one channel alone, kernels/generic.cu makes less work.
-  constexpr int64_t kManyOutputs = 1 << 18;
-  if (p.pass == Pass::kForward && p.filters() % 2 == 1 && (p.taps() <= 2 || p.filters() == 1) &&
-      p.out_height > kManyOutputs / p.out_width / p.filters() / p.batch)
-    return false;
-  // In float64 at stride 1 kernels/columns.cu has no more to do than the image has rows, and no more in registers.
-  if (p.dtype == DType::kFloat64 && p.stride_h == 1 && p.stride_w == 1 && p.height < p.kernel_h && p.width < p.kernel_w)
-    return false;
-  // Rows and columns that a thread may count beside the planes.
-  constexpr int64_t kRows = 16;
-  const int64_t beside_h = 2 * p.padding_h + kRows * p.stride_h * p.dilation_h + p.kernel_h * p.dilation_h;
-  const int64_t beside_w = 2 * p.padding_w + kRows * p.stride_w * p.dilation_w + p.kernel_w * p.dilation_w;
-  const auto fits = [&](const View& view, int64_t planes, int64_t height, int64_t width) {
-    if ((view.stride[1] != 1 && planes > 1) || planes > kMany || height > kMost || width > kMost) return false;
-    const int64_t row = height == 1 ? planes : view.stride[2], column = width == 1 ? planes : view.stride[3];
-    if (row > kMost || column > kMost) return false;
-    return (height + beside_h) * row + (width + beside_w) * column + planes < kMost &&
-           height + beside_h < kMost / (width + beside_w) / p.batch / (planes / 8 + 1);
-  };
-  const auto& weight = p.weight.stride;
-  return fits(p.input, p.channels, p.height, p.width) && fits(p.output, p.filters(), p.out_height, p.out_width) &&
-         p.filters() * std::max({weight[0], p.bias_stride, p.taps()}) + p.kernel_h * weight[2] +
-                 p.kernel_w * weight[3] <
-             kMost / 16;
-}
-
 // What tensor cores would serve as well, but more slowly: one row or column of taps leaves most of a band matrix to
 // zeros, and few products are done before matrices are there.
 bool claims_little_windows(const Problem& p) {
@@ -900,7 +902,7 @@ bool claims_phases(const Problem& p) {
   return time < kOtherProduct * products(p) * planes && choose(made).id != PlanId::kGeneric;
 }
 
-bool claims_windows_nchw(const Problem& p) {
+bool can_go_windows_nchw(const Problem& p) {
   const View& target = p.pass == Pass::kForward ? p.output : p.input;
   const bool channels_last = target.stride[1] == 1 && (p.pass == Pass::kForward ? p.filters() : p.channels) > 1;
   // Of planes with fewer rows than the kernel generic has a way of its own in float64 at stride 1.
@@ -909,6 +911,16 @@ bool claims_windows_nchw(const Problem& p) {
       p.kernel_h > std::min(p.height, p.out_height) && p.taps() > kDirectFloat64Taps)
     return false;
   return p.pass != Pass::kGradWeight && !channels_last && fits_windows_nchw(p);
+}
+
+// What large_float32 would serve as well, but more slowly: of few taps.
+bool claims_short_windows(const Problem& p) {
+  constexpr int64_t kFewTaps = 16;
+  return p.taps() <= kFewTaps && can_go_windows_nchw(p) && claims_large_float32(p);
+}
+
+bool claims_windows_nchw(const Problem& p) {
+  return can_go_windows_nchw(p) && !claims_short_windows(p);
 }
 
 }  // namespace
@@ -1026,6 +1038,9 @@ const std::vector<Plan>& plans() {
        "a kernel in 16 bits of a size that has no plan of its own: input and gradient go to tensor cores, in "
        "channels_last as copies",
        claims_hankel_grad_weight},
+      {PlanId::kWindowsNchw, "windows_nchw",
+       "a kernel, stride and dilation that nothing is compiled for: windows in shared memory, sums in registers",
+       claims_short_windows},
       {PlanId::kLargeFloat32, "large_float32",
        "a kernel in float32 of a size that has no plan of its own: planes in shared memory, sums in registers",
        claims_large_float32},

@@ -708,8 +708,8 @@ def test_small_kernels_without_a_plan_of_their_own(name: str) -> None:
     case = Case(16, 64, (56, 56), (3, 5), padding=(1, 2))
     backward = name == "grad_weight"
     for kernel, dtype, memory_format, expected in (
-        ((3, 5), torch.float32, FORMATS[0], ("large_float32", "large_float32_grad_weight")),
-        ((2, 3), torch.float32, FORMATS[0], ("large_float32", "large_float32_grad_weight")),
+        ((4, 6), torch.float32, FORMATS[0], ("large_float32", "large_float32_grad_weight")),
+        ((2, 3), torch.float32, FORMATS[0], ("windows_nchw", "large_float32_grad_weight")),
         ((3, 5), torch.float32, FORMATS[1], (WINDOWS, WALK)),
         ((2, 3), torch.float32, FORMATS[1], (WINDOWS, WALK)),
         ((3, 5), torch.float16, FORMATS[0], ("toeplitz_nchw", "batch_grad_weight_nchw")),
@@ -772,7 +772,7 @@ def test_reasons() -> None:
     size, strides = (16, 64, 512, 512), (64 * 512 * 512, 512 * 512, 512, 1)
     found = dwconv._C.plans("forward", "float32", size, strides, (64, 1, 3, 3), strides, (1, 1), (1, 1), (1, 1))
     assert [plan for plan, _ in found] == [
-        *("stream_nchw", "large_float32", "windows_nchw", "stream_nchw_portable", "generic")
+        *("stream_nchw", "windows_nchw", "large_float32", "stream_nchw_portable", "generic")
     ]
     assert all(isinstance(reason, str) and reason for _, reason in found)
 
@@ -1696,7 +1696,8 @@ def test_small_planes_are_exact(width: int) -> None:
             for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
                 assert wrong_numbers(result, exact[name].round()) == 0, (name, plan, str(case), input.stride())
                 forced.add((name, plan))
-            if output_size(case)[3] * stride <= 16:
+            # Taps that meet no pixel are left out, and then the kernel may be one of a single tap.
+            if output_size(case)[3] * stride <= 16 and dilation < max(2, min(case.size)):
                 plans = {"toeplitz_small_planes", "toeplitz_small_planes_portable"}
                 assert {(name, plan) for name in ("output", "grad_input") for plan in plans} <= forced, str(case)
             if dilation * (kernel[1] - 1) <= 8 and case.batch in (16, 37) and (stride == 1 or kernel != (3, 3)):
@@ -3296,7 +3297,8 @@ def test_phases_are_exact(case: Case, dtype: torch.dtype) -> None:
             input = lay(input, (0, 2, 3, 1), (2, 1, 1, 1), 3)
             weight[1, 0, 0, 0], weight[2, 0, -1, -1], weight[5, 0, 3, 4] = torch.inf, -torch.inf, torch.nan
         compared = compare_plans(case, (input, weight, bias), grad_output, "phases", channels_last=channels_last)
-        assert compared > 0, str(case)
+        taps = math.prod(-(-k // (s // math.gcd(s, d))) for k, s, d in zip(case.kernel, case.stride, case.dilation))
+        assert (compared > 0) == (dtype != torch.float32 or taps >= 49), str(case)  # float32 needs many taps of a phase
 
 
 def test_what_makes_phases() -> None:

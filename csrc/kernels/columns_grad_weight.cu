@@ -16,7 +16,7 @@
 #include <utility>
 
 #include "common.cuh"
-#include "columns_grad_weight.h"
+#include "launch.h"
 #include "overlap.cuh"
 #include "partial_sums.h"
 #include "widening.h"

@@ -15,6 +15,7 @@
 #include "common.cuh"
 #include "device.h"
 #include "gather.h"
+#include "launch.h"
 #include "overlap.cuh"
 
 namespace dwconv {

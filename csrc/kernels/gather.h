@@ -1,7 +1,5 @@
-// What plan.cpp, cuda.cpp, gather.cu and gather_grad_weight.cu know.
+// What plan.cpp, gather.cu and gather_grad_weight.cu know.
 #pragma once
-
-#include <cuda_runtime_api.h>
 
 #include <algorithm>
 
@@ -31,8 +29,5 @@ struct GatherTile {
 
   bool fits() const { return bytes <= kMostBytes; }
 };
-
-void launch_gather(const Problem& problem, cudaStream_t stream);
-void launch_gather_grad_weight(const Problem& problem, cudaStream_t stream);
 
 }  // namespace dwconv

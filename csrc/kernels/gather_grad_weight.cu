@@ -12,6 +12,7 @@
 #include "device.h"
 #include "gather.cuh"
 #include "gather.h"
+#include "launch.h"
 #include "overlap.cuh"
 
 namespace dwconv {

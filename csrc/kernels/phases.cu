@@ -10,7 +10,7 @@
 
 #include "common.cuh"
 #include "generic.cuh"
-#include "launch_phases.h"
+#include "launch.h"
 #include "overlap.cuh"
 #include "widening.h"
 

@@ -9,7 +9,6 @@
 //
 // Only taps that meet the image are multiplied. Sums are of at most 32 products, then of such sums, then of the
 // threads' of a block; those of blocks are added up by a second kernel. Every sum has a fixed order.
-#include "walk_grad_weight_channels_last.h"
 
 #include <algorithm>
 #include <cmath>
@@ -18,6 +17,7 @@
 
 #include "common.cuh"
 #include "exchange.h"
+#include "launch.h"
 #include "overlap.cuh"
 #include "partial_sums.h"
 #include "widening.h"

@@ -20,9 +20,9 @@
 #include "device.h"
 #include "direct.cuh"
 #include "exchange.h"
+#include "launch.h"
 #include "mapping.h"
 #include "overlap.cuh"
-#include "windows_channels_last.h"
 
 namespace dwconv {
 namespace {

@@ -11,6 +11,7 @@
 // Zeros stand for the rows beside the source, or the kernel. Where one meets Inf or NaN a sum is NaN: what is not
 // finite is computed again, by the taps that meet the source.
 #include "device.h"
+#include "launch.h"
 #include "mapping.h"
 #include "overlap.cuh"
 #include "stream.cuh"

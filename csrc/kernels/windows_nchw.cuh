@@ -3,7 +3,6 @@
 
 #include "common.cuh"
 #include "windows_nchw.h"
-#include "windows_nchw_launch.h"
 
 namespace dwconv {
 
