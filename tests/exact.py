@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+import pytest
 import torch
 from common import Case, Results, run, run_dwconv, run_float64, torch_conv2d
 from torch import Tensor
@@ -109,8 +110,13 @@ def results_of_plans(
     for plan in claims("grad_input", case, grad_input, grad_output, allow_fft):
         args = grad_output, weight, input.shape, *arguments, channels_last, plan
         yield "grad_input", plan, ops.grad_input.plan(*args)
+    apart = (input.data_ptr() - grad_output.data_ptr()) % 16 != 0
     for plan in claims("grad_weight", case, input, grad_output, allow_fft):
         args = grad_output, input, case.kernel, *arguments, bias is not None, plan
+        if apart and plan == "flat_grad_weight_channels_last":  # `claims` knows strides, no addresses
+            with pytest.raises(RuntimeError, match="does not serve this problem"):
+                ops.grad_weight.plan(*args)
+            continue
         grad_weight, grad_bias = ops.grad_weight.plan(*args)
         yield "grad_weight", plan, grad_weight
         if bias is not None:
