@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -96,22 +97,31 @@ def claims(name: str, case: Case, input: Tensor, output: Tensor, allow_fft: bool
 
 
 def results_of_plans(
-    case: Case, tensors: tuple, grad_output: Tensor, channels_last: bool = False, allow_fft: bool = False
+    case: Case,
+    tensors: tuple,
+    grad_output: Tensor,
+    channels_last: bool = False,
+    allow_fft: bool = False,
+    named: str = "",
 ) -> Iterator[tuple[str, str, Tensor]]:
     """Everything that every plan computes where it claims to: a field of Results, a plan, and its result. CUDA only.
 
-    `channels_last` is the memory format of the input's gradient.
+    `channels_last` is the memory format of the input's gradient. Only plans whose name has a match of `named`.
     """
     input, weight, bias = tensors
     ops, arguments = torch.ops.dwconv, arguments_of(case)
-    for plan in claims("forward", case, input, ops.forward(input, weight, bias, *arguments), allow_fft):
+
+    def plans_of(name: str, input: Tensor, output: Tensor) -> list[str]:
+        return [plan for plan in claims(name, case, input, output, allow_fft) if re.search(named, plan)]
+
+    for plan in plans_of("forward", input, ops.forward(input, weight, bias, *arguments)):
         yield "output", plan, ops.forward.plan(input, weight, bias, *arguments, plan)
     grad_input = ops.grad_input(grad_output, weight, input.shape, *arguments, channels_last)
-    for plan in claims("grad_input", case, grad_input, grad_output, allow_fft):
+    for plan in plans_of("grad_input", grad_input, grad_output):
         args = grad_output, weight, input.shape, *arguments, channels_last, plan
         yield "grad_input", plan, ops.grad_input.plan(*args)
     apart = (input.data_ptr() - grad_output.data_ptr()) % 16 != 0
-    for plan in claims("grad_weight", case, input, grad_output, allow_fft):
+    for plan in plans_of("grad_weight", input, grad_output):
         args = grad_output, input, case.kernel, *arguments, bias is not None, plan
         if apart and plan == "flat_grad_weight_channels_last":  # `claims` knows strides, no addresses
             with pytest.raises(RuntimeError, match="does not serve this problem"):

@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument(
         "--share", type=int, nargs=2, metavar=("I", "N"), default=(0, 1), help="every N-th run, from I on"
     )
+    parser.add_argument("--plan", default="", metavar="REGEX", help="only plans whose name has a match")
     args = parser.parse_args()
     ran: Counter[str] = Counter()
     wrong = 0
@@ -85,7 +86,7 @@ def main() -> None:
         exact = run_float64(drawn, grad, **case.geometry)._asdict()
         tensors = tuple(tensor.cuda() for tensor in drawn)
         channels_last = memory_format == torch.channels_last
-        for name, plan, result in results_of_plans(case, tensors, grad.cuda(), channels_last, allow_fft=True):
+        for name, plan, result in results_of_plans(case, tensors, grad.cuda(), channels_last, True, args.plan):
             ran[plan] += 1
             result = result.round() if plan.startswith("fft") else result
             bad = wrong_numbers(result.cpu(), exact[name].round())
