@@ -149,7 +149,8 @@ def main() -> None:
         "DWCONV_TORCH_VERSION": f'"{torch.__version__}"',
         "DWCONV_CUDA_ARCHITECTURES": '""',
     }
-    sources = [f"csrc/{name}.cpp" for name in ("library", "cpu", "conv2d", "plan", "python", "short_way")]
+    host = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp"))
+    sources = [name for name in host if name != "csrc/cuda.cpp"]
     # Of torch only the C shim (libtorch_cpu; libtorch brings libtorch_cuda where there is one), and CUDA's runtime
     # inside: the binary then loads under any build of torch, with any version of CUDA or none.
     libraries = ["torch", "torch_cpu"]
