@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 
 #include "../problem.h"
 #include "stream.h"
@@ -36,8 +37,7 @@ struct WindowSide {
 
 inline WindowSide window_side(int64_t size, int64_t out_size, int64_t kernel, int64_t stride, int64_t padding,
                               int64_t dilation, bool spread) {
-  int64_t divisor = stride, rest = dilation;
-  while (rest) std::swap(divisor %= rest, rest);
+  const int64_t divisor = std::gcd(stride, dilation);
   const auto number = [](int64_t value) { return static_cast<int>(value); };
   return {number(size),   number(out_size),         number(kernel),
           number(stride), number(padding),          number(dilation),
