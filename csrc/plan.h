@@ -54,7 +54,7 @@ struct Plan {
   PlanId id;
   const char* name;
   const char* reason;              // why it is taken, for people
-  bool (*claims)(const Problem&);  // whether it is right for the problem, and fast
+  bool (*claims)(const Problem&);  // whether it is right for the problem, and pays: see claims.h
 };
 
 // The same problem without the taps that meet no image at all, on either side of a kernel wider than that: what is
@@ -62,10 +62,10 @@ struct Plan {
 // left as it is.
 Problem without_far_taps(const Problem& problem);
 
-// Every plan, in order of preference; the last one claims every problem.
-const std::vector<Plan>& plans();
+// The plans that claim the problem, in order of preference; the last one claims every problem.
+std::vector<const Plan*> claimants(const Problem& problem);
 
-// The first plan that claims the problem.
+// The first of them.
 const Plan& choose(const Problem& problem);
 
 // The plan of that name. Throws std::runtime_error where there is none or it does not claim the problem.

@@ -100,8 +100,7 @@ PYBIND11_MODULE(_C, m) {
             dwconv::without_far_taps(make_problem(pass, dtype, input_size, input_stride, weight_size, output_stride,
                                                   stride, padding, dilation, capability, shared_memory, allow_fft));
         std::vector<std::pair<std::string, std::string>> found;
-        for (const auto& plan : dwconv::plans())
-          if (plan.claims(problem)) found.emplace_back(plan.name, plan.reason);
+        for (const dwconv::Plan* plan : dwconv::claimants(problem)) found.emplace_back(plan->name, plan->reason);
         return found;
       },
       py::arg("pass_name"), py::arg("dtype"), py::arg("input_size"), py::arg("input_stride"), py::arg("weight_size"),
