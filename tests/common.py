@@ -15,6 +15,17 @@ FORMATS = [torch.contiguous_format, torch.channels_last]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
+def reach_of(kernel: tuple[int, int], dilation: tuple[int, int] = (1, 1)) -> tuple[int, int]:
+    """How far apart its outermost taps lie; that much padding lets each of them meet every pixel."""
+    height, width = (d * (side - 1) for side, d in zip(kernel, dilation))
+    return height, width
+
+
+def halves(sides: tuple[int, int]) -> tuple[int, int]:
+    """Of a reach, or of an odd kernel: the padding that keeps the size at stride 1."""
+    return sides[0] // 2, sides[1] // 2
+
+
 class Case(NamedTuple):
     """A depthwise convolution, without its numbers."""
 
@@ -35,6 +46,15 @@ class Case(NamedTuple):
     @property
     def filters(self) -> int:
         return self.channels * self.multiplier
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        return reach_of(self.kernel, self.dilation)
+
+    @property
+    def has_outputs(self) -> bool:
+        """Whether its padded images are as large as its kernel."""
+        return all(side + 2 * p > r for side, p, r in zip(self.size, self.padding, self.reach))
 
     def __str__(self) -> str:
         n, c, (h, w), (kh, kw), s, p, d, m, b = self

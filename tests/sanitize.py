@@ -16,7 +16,8 @@ from itertools import product
 
 import torch
 from common import Case, integers, make_inputs, run_float64
-from exact import output_size, results_of_plans, wrong_numbers
+from exact import output_size, wrong_numbers
+from plans import results_of_plans
 
 CASES = [
     Case(3, 8, (14, 14), (3, 3), padding=(1, 1)),

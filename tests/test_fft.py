@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from common import Case, make_inputs, run, run_float64
-from exact import claims, lay, output_size, results_of_plans
-from test_nonfinite import draw
+from exact import draw, lay, output_size
+from plans import claims, meta, plans_of, results_of_plans
 from torch import Tensor, nn
 from torch._dynamo.variables import misc as dynamo_variables
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,16 +21,6 @@ import dwconv
 PLANS = {"forward": "fft", "grad_input": "fft", "grad_weight": "fft_grad_weight"}
 CASE = Case(2, 3, (28, 28), (29, 29), padding=(14, 14))
 ERROR = 1e-6  # of the largest number of a plane; documented are 4e-7
-
-
-def meta(size: tuple, dtype: torch.dtype = torch.float32, memory_format=torch.contiguous_format) -> Tensor:
-    return torch.empty(size, dtype=dtype, device="meta", memory_format=memory_format)
-
-
-def plans_of(name: str, case: Case, dtype: torch.dtype = torch.float32, memory_format=torch.contiguous_format) -> list:
-    input = meta((case.batch, case.channels, *case.size), dtype, memory_format)
-    return claims(name, case, input, meta(output_size(case), dtype, memory_format), allow_fft=True)
-
 
 # Each length of transforms, whole planes and tiles of planes, rectangles, odd sides, images smaller than the kernel.
 CASES = [
@@ -55,7 +45,7 @@ CASES = [
 @pytest.mark.parametrize("name", PLANS)
 def test_claims(name: str, case: Case) -> None:
     serves = name != "grad_input" or case.multiplier == 1
-    assert (plans_of(name, case)[0] == PLANS[name]) == serves
+    assert (plans_of(name, case, allow_fft=True)[0] == PLANS[name]) == serves
     input, output = meta((case.batch, case.channels, *case.size)), meta(output_size(case))
     assert PLANS[name] not in claims(name, case, input, output), "not asked for"
 
@@ -74,10 +64,10 @@ def test_does_not_claim(name: str) -> None:
         {"batch": 0},
         {"batch": 2**30},
     ):
-        assert PLANS[name] not in plans_of(name, CASE._replace(**change)), change
+        assert PLANS[name] not in plans_of(name, CASE._replace(**change), allow_fft=True), change
     for dtype in (torch.float64, torch.float16, torch.bfloat16):
-        assert PLANS[name] not in plans_of(name, CASE, dtype)
-    assert PLANS[name] not in plans_of(name, CASE, memory_format=torch.channels_last)
+        assert PLANS[name] not in plans_of(name, CASE, dtype, allow_fft=True)
+    assert PLANS[name] not in plans_of(name, CASE, memory_format=torch.channels_last, allow_fft=True)
     plain = meta((2, 3, 28, 28))
     for odd, serves in (
         (lay(plain, offset=3), True),

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from common import DTYPES, FORMATS, Case, integers, make_inputs, run, torch_conv2d
-from exact import arguments_of, check_exact, lay, output_size
+from exact import arguments_of, check_exact, draw, lay, output_size
 from torch import Tensor
 
 import dwconv
@@ -29,11 +29,6 @@ CASES = [
     Case(2, 4, (7, 9), (5, 4), (2, 1), (2, 3), bias=False),
     Case(3, 2, (11, 8), (2, 3), (1, 3), (0, 2), (3, 2), multiplier=3),
 ]
-
-
-def draw(case: Case, dtype: torch.dtype, device: str) -> tuple[tuple, Tensor]:
-    tensors = make_inputs(case, dtype, device, make=integers)
-    return tensors, integers(*output_size(case)).to(device, dtype)
 
 
 def in_layout(tensors: tuple, grad_output: Tensor, layout: Callable[[Tensor], Tensor]) -> tuple[tuple, Tensor]:

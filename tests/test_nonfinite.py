@@ -11,8 +11,9 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from common import DTYPES, FORMATS, Case, Results, integers, make_inputs, run, run_dwconv, torch_conv2d
-from exact import output_size, results_of_plans
+from common import DTYPES, FORMATS, Case, Results, run, run_dwconv, torch_conv2d
+from exact import draw
+from plans import results_of_plans
 from torch import Tensor
 
 NONFINITE = [torch.nan, torch.inf, -torch.inf]
@@ -102,12 +103,6 @@ def positions(height: int, width: int) -> list[tuple[int, int]]:
     rows, columns = ((0, 1, size // 2, size - 2, size - 1) for size in (height, width))
     kinds = [(0, 0), (0, -1), (-1, 0), (-1, -1), (0, 2), (2, 0), (-1, 2), (2, -1), (1, 1), (-2, -2), (1, 2), (2, 2)]
     return [(rows[i], columns[j]) for i, j in kinds]
-
-
-def draw(case: Case, dtype: torch.dtype, device: str, memory_format=torch.contiguous_format) -> tuple[tuple, Tensor]:
-    tensors = make_inputs(case, dtype, device, memory_format, make=integers)
-    grad_output = integers(*output_size(case)).to(device, dtype).contiguous(memory_format=memory_format)
-    return tensors, grad_output
 
 
 def spoil(images: Tensor, value: float) -> None:
