@@ -2,6 +2,13 @@
 
 pytest                          everything that runs on this machine
 pytest -m gpu --gpu-report      the GPU suite, recorded in tests/gpu_report.json
+
+What tests share:
+
+common.py      cases, inputs, references, and what an error may be
+exact.py       whole numbers, laid out in memory in any way, and results that have no error at all
+plans.py       the table of plans, and each plan forced by name on such numbers
+sanitize.py    all plans, for compute-sanitizer
 """
 
 from __future__ import annotations

@@ -247,6 +247,7 @@ class Problem:
         values: Sequence[float] = (torch.inf, torch.nan, -torch.inf),
     ) -> None:
         """Puts a number that is not finite at each place, of each of these tensors."""
+        assert len(places) <= len(values)
         for name, (place, value) in product(of, list(zip(places, values))):
             getattr(self, name)[place] = value
         self.__dict__.pop("exact", None)

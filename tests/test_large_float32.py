@@ -1,6 +1,6 @@
 """The plans for large kernels in float32: what they claim, and that they are exact on images of every sort.
 
-Where they serve small kernels, too, is in test_plans.py, which also forces them there.
+Which small kernels they serve, too, is in test_plans.py.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from itertools import product
 
 import pytest
 import torch
-from common import FORMATS, Case, integers, make_inputs, run_float64
+from common import FORMATS, Case, halves, integers, make_inputs, reach_of, run_float64
 from exact import arguments_of, draw, lay, output_size, wrong_numbers
-from plans import plans_of, results_of_plans
+from plans import TAPS_FIRST, Problem, plans_of, results_of_plans
 from test_nonfinite import reference, same, spoil
 from torch import Tensor
 
@@ -37,15 +37,14 @@ KERNELS = [
 @pytest.mark.parametrize("kernel", KERNELS, ids=str)
 @pytest.mark.parametrize("name", PLANS)
 def test_claims(name: str, kernel: tuple, memory_format: torch.memory_format) -> None:
-    padding = tuple(side // 2 for side in kernel)
-    case = Case(32, 64, (130, 131), kernel, padding=padding)
+    case = Case(32, 64, (130, 131), kernel, padding=halves(kernel))
     channels_last = memory_format == torch.channels_last
     marches = kernel == (9, 9) and not (name == "grad_weight" and channels_last)
     march = (
         "march_grad_weight_nchw" if name == "grad_weight" else f"march_{'channels_last' if channels_last else 'nchw'}"
     )
     expected = [march, PLANS[name]] if marches else [PLANS[name]]
-    for padding in (padding, tuple(side - 1 for side in kernel)):
+    for padding in (case.padding, case.reach):
         plans = plans_of(name, case._replace(padding=padding), memory_format=memory_format)
         assert plans[: len(expected)] == expected
     for change in (
@@ -85,31 +84,21 @@ def test_exact(kernel: tuple) -> None:
     """Any number of images, any padding, images smaller than the kernel and larger than a block, and any strides."""
     for number, size in enumerate(SIZES):
         for turn, order in enumerate([None, None, (0, 2, 3, 1), (1, 3, 2, 0)]):
-            paddings = [
-                tuple(k // 2 for k in kernel),
-                tuple(k - 1 for k in kernel),
-                (0, 0),
-                tuple(k * 2 // 3 for k in kernel),
-            ]
+            paddings = [halves(kernel), reach_of(kernel), (0, 0), tuple(k * 2 // 3 for k in kernel)]
             channels = 12 if turn == 2 else 3  # in channels_last, lanes of a warp lie on neighbouring channels
             batch, padding = [1, 3, 5, 33][(number + turn) % 4], paddings[(number + turn) % 4]
             case = Case(batch, channels, size, kernel, padding=padding)
             case = case._replace(multiplier=1 + (number + turn) % 2, bias=turn % 2 == 0)
-            if any(side + 2 * p < k for side, p, k in zip(size, case.padding, kernel)):
+            if not case.has_outputs:
                 case = case._replace(padding=paddings[1])
-            input, weight, bias = make_inputs(case, torch.float32, "cuda", make=integers)
-            grad_output = integers(*output_size(case)).to(input)
+            problem = Problem(case, torch.float32)
             if turn > 0:
-                steps = [(1, 1, 1, 1), (1, 1, 2, 1), (2, 1, 1, 1), (1, 1, 1, 3)][turn]
-                input, grad_output = lay(input, order, steps, offset=turn), lay(grad_output, order, steps, offset=1)
-                weight = lay(weight, (2, 3, 0, 1))
-            exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
-            forced = set()
-            for name, plan, result in results_of_plans(case, (input, weight, bias), grad_output):
-                assert wrong_numbers(result, exact[name]) == 0, (name, plan, str(case), input.stride())
-                forced.add((name, plan))
-            assert {("output", "large_float32"), ("grad_weight", "large_float32_grad_weight")} <= forced, str(case)
-            assert (("grad_input", "large_float32") in forced) == (case.multiplier == 1), str(case)
+                layout = {"order": order, "steps": [(1, 1, 1, 1), (1, 1, 2, 1), (2, 1, 1, 1), (1, 1, 1, 3)][turn]}
+                problem.lay(layout | {"offset": turn}, layout | {"offset": 1}, TAPS_FIRST)
+            forced = problem.check()
+            assert PLANS["forward"] in forced["output"], problem
+            assert (PLANS["grad_input"] in forced["grad_input"]) == (case.multiplier == 1), problem
+            assert PLANS["grad_weight"] in forced["grad_weight"], problem
 
 
 @pytest.mark.gpu
@@ -118,15 +107,8 @@ def test_exact(kernel: tuple) -> None:
 def test_exact_on_whole_layers(kernel: tuple, memory_format: torch.memory_format) -> None:
     """As many images and channels as fill a GPU: blocks of columns serve where smaller problems are cut into strips."""
     channels, size = (256, (28, 28)) if max(kernel) < 40 else (128, (56, 56))
-    case = Case(32, channels, size, kernel, padding=tuple(k // 2 for k in kernel))
-    input, weight, bias = make_inputs(case, torch.float32, "cuda", make=integers)
-    input = input.contiguous(memory_format=memory_format)
-    grad_output = integers(*output_size(case)).to(input).contiguous(memory_format=memory_format)
-    exact = run_float64((input, weight, bias), grad_output, **case.geometry)._asdict()
-    for name, plan, result in results_of_plans(
-        case, (input, weight, bias), grad_output, memory_format == torch.channels_last
-    ):
-        assert wrong_numbers(result, exact[name]) == 0, (name, plan, str(case))
+    case = Case(32, channels, size, kernel, padding=halves(kernel))
+    Problem(case, torch.float32, memory_format).check()
 
 
 # What lanes_grad_weight.cu is compiled for, with room at the edges, other paddings, and some filters idle.
@@ -293,17 +275,5 @@ def test_beside_infinities(case: Case, value: float, memory_format: torch.memory
 @pytest.mark.gpu
 def test_repeats_bit_for_bit() -> None:
     case = Case(8, 24, (56, 60), (31, 31), padding=(15, 15))
-    input, weight, bias = make_inputs(case, torch.float32, "cuda")
-    grad_output = torch.randn(output_size(case), device="cuda")
-    ops, arguments = torch.ops.dwconv, arguments_of(case)
-
-    def results() -> list[Tensor]:
-        return [
-            ops.forward.plan(input, weight, bias, *arguments, PLANS["forward"]),
-            ops.grad_input.plan(grad_output, weight, input.shape, *arguments, False, PLANS["grad_input"]),
-            *ops.grad_weight.plan(grad_output, input, case.kernel, *arguments, True, PLANS["grad_weight"]),
-        ]
-
-    first = results()
-    for _ in range(50):
-        assert all(torch.equal(a, b) for a, b in zip(first, results()))
+    problem = Problem(case, torch.float32, make=torch.randn)
+    assert all(problem.check_repeats(*PLANS.values(), repeats=50).values())
