@@ -57,31 +57,35 @@ FIRST = Case(16, 64, (512, 512), (3, 3), padding=(1, 1))
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("name", PASSES)
 def test_small_kernels_in_nchw(name: str, tile: tuple, dtype: torch.dtype) -> None:
+    """In float32 CUDA cores, in 16 bits tensor cores where there is enough to multiply."""
     kernel, stride, dilation = tile
-    # Where 16 bits go to tensor cores: from which kernels on, and on planes of how many pixels.
     square = kernel[0] == kernel[1] > 1
     area = math.prod(dilation * (side - 1) + 1 for side in kernel)
+    # Of how many pixels planes have to be for tensor cores, ...
     if name == "grad_weight":
-        least = 784 if square and kernel[0] >= 5 and stride == 1 else None
+        least = 784 if square and kernel[0] >= 5 and stride == 1 else math.inf
     elif stride == 2:
-        least = 512 if kernel[0] == 7 else None
+        least = 512 if kernel[0] == 7 else math.inf
     else:
-        least = None if area == 1 else 196 if area >= 25 else 784 if square else 2048
+        least = math.inf if area == 1 else 196 if area >= 25 else 784 if square else 2048
+    # ... and of how few columns, for rows of many images to be multiplied together.
+    if name != "grad_weight":
+        most = 16
+    else:
+        most = 0 if kernel[1] > 9 or (stride == 2 and kernel[0] < 5) else 128
     for size in ((512, 512), (7, 13), (113, 95), (20, 900)):
-        pixels = size[0] * size[1] // (1 if name == "grad_input" else stride**2)
-        strides = 1 if name == "grad_input" else 2
-        marches = kernel == (7, 7) and stride <= strides and size != (7, 13)
-        # Rows whose beginnings lie in the same banks of shared memory.
-        marches |= dilation == 2 and size[1] % 32 == 0 and name != "grad_weight"
-        marches &= dtype == torch.float32
-        expected = MARCH_NCHW[name] if marches else STREAM[name]
-        if dtype != torch.float32 and least is not None and pixels >= least:
-            expected = expected.replace("stream", "toeplitz")
-        # Where rows of many images are multiplied together.
-        most = 16 if name != "grad_weight" else 0 if kernel[1] > 9 or (stride == 2 and kernel[0] < 5) else 128
-        if dtype != torch.float32 and size[1] + stride // 2 <= most and area > 1 and kernel[0] <= 7:
-            expected = "batch_grad_weight_nchw" if name == "grad_weight" else "toeplitz_small_planes"
         case = tile_case(tile, 512, 64, size)
+        pixels = math.prod(size) // (1 if name == "grad_input" else stride**2)
+        if dtype == torch.float32:
+            down_planes = kernel == (7, 7) and (stride == 1 or name != "grad_input") and size != (7, 13)
+            same_banks = dilation == 2 and size[1] % 32 == 0 and name != "grad_weight"  # in which all rows would begin
+            expected = (MARCH_NCHW if down_planes or same_banks else STREAM)[name]
+        elif area > 1 and kernel[0] <= 7 and size[1] + stride // 2 <= most:
+            expected = "batch_grad_weight_nchw" if name == "grad_weight" else "toeplitz_small_planes"
+        elif pixels >= least:
+            expected = "toeplitz_grad_weight_nchw" if name == "grad_weight" else "toeplitz_nchw"
+        else:
+            expected = STREAM[name]
         assert plan_of(name, case, dtype) == serves(name, expected, case), str(case)
 
 
@@ -168,24 +172,29 @@ def test_nine_by_nine() -> None:
     Many planes that lanes.cu, lanes_channels_last.cu or lanes_grad_weight.cu are compiled for go there.
     """
     case = Case(64, 192, (28, 28), (9, 9), padding=(4, 4))
-    for name, dtype, memory_format in product(PASSES[:2], FAST, FORMATS):
-        last = memory_format == torch.channels_last
-        if dtype == torch.float32:
-            expected = "large_float32"
-        else:
-            expected = BAND if last else "toeplitz_nchw"
-        assert plan_of(name, case, dtype, memory_format) == expected
-    for change in ({"size": (56, 56)}, {"size": (36, 24)}):
-        assert plan_of("forward", case._replace(**change)) == "march_nchw", change
+    for name, memory_format in product(PASSES[:2], FORMATS):
+        assert plan_of(name, case, torch.float32, memory_format) == "large_float32"
+        for dtype in HALF:
+            band = BAND if memory_format == torch.channels_last else "toeplitz_nchw"
+            assert plan_of(name, case, dtype, memory_format) == band
+    for change, expected in (
+        ({"size": (56, 56)}, "march_nchw"),
+        ({"size": (36, 24)}, "march_nchw"),
+        ({"batch": 2}, "large_float32"),
+    ):
+        assert plan_of("forward", case._replace(**change)) == expected, change
     for name, change in product(PASSES[:2], ({"batch": 8}, {"size": (28, 24)}, {"channels": 190}, {"padding": (5, 5)})):
-        assert plan_of(name, case._replace(**change), memory_format=FORMATS[1]) == "march_channels_last", change
-    assert plan_of("grad_weight", case) == "large_float32_grad_weight"
-    for change in ({"size": (56, 56)}, {"size": (36, 24)}, {"size": (300, 28)}):
-        march = "march_grad_weight_nchw"
-        assert plan_of("grad_weight", case._replace(**change)) == march, change
-    assert plan_of("forward", case._replace(batch=2)) == "large_float32"
-    assert plan_of("grad_weight", case._replace(size=(14, 14))) == "large_float32_grad_weight"
+        found = plan_of(name, case._replace(**change), memory_format=torch.channels_last)
+        assert found == "march_channels_last", change
     assert plan_of("grad_input", case._replace(multiplier=2), memory_format=torch.channels_last) == WINDOWS
+    for change, expected in (
+        ({}, "large_float32_grad_weight"),
+        ({"size": (14, 14)}, "large_float32_grad_weight"),
+        ({"size": (56, 56)}, "march_grad_weight_nchw"),
+        ({"size": (36, 24)}, "march_grad_weight_nchw"),
+        ({"size": (300, 28)}, "march_grad_weight_nchw"),
+    ):
+        assert plan_of("grad_weight", case._replace(**change)) == expected, change
 
 
 def test_multipliers() -> None:
@@ -202,21 +211,20 @@ def test_multipliers() -> None:
 @pytest.mark.parametrize("name", PASSES)
 def test_small_kernels_without_a_plan_of_their_own(name: str) -> None:
     """They take those of large kernels where these pay: not in channels_last if there is little to multiply."""
-    case = Case(16, 64, (56, 56), (3, 5), padding=(1, 2))
-    backward = name == "grad_weight"
-    for kernel, dtype, memory_format, expected in (
-        ((4, 6), torch.float32, FORMATS[0], ("large_float32", "large_float32_grad_weight")),
-        ((2, 3), torch.float32, FORMATS[0], ("windows_nchw", "large_float32_grad_weight")),
-        ((3, 5), torch.float32, FORMATS[1], (WINDOWS, WALK)),
-        ((2, 3), torch.float32, FORMATS[1], (WINDOWS, WALK)),
-        ((3, 5), torch.float16, FORMATS[0], ("toeplitz_nchw", "batch_grad_weight_nchw")),
-        ((8, 5), torch.float16, FORMATS[0], ("toeplitz_large", "batch_grad_weight_nchw")),
-        ((10, 5), torch.float16, FORMATS[0], ("toeplitz_large", "hankel_grad_weight")),
-        ((3, 5), torch.float16, FORMATS[1], (BAND, MATRIX)),
-        ((2, 3), torch.float16, FORMATS[1], (BAND, MATRIX)),
+    case, nchw, last = Case(16, 64, (56, 56), (3, 5), padding=(1, 2)), *FORMATS
+    for kernel, dtype, memory_format, images, sums in (
+        ((4, 6), torch.float32, nchw, "large_float32", "large_float32_grad_weight"),
+        ((2, 3), torch.float32, nchw, "windows_nchw", "large_float32_grad_weight"),
+        ((3, 5), torch.float32, last, WINDOWS, WALK),
+        ((2, 3), torch.float32, last, WINDOWS, WALK),
+        ((3, 5), torch.float16, nchw, "toeplitz_nchw", "batch_grad_weight_nchw"),
+        ((8, 5), torch.float16, nchw, "toeplitz_large", "batch_grad_weight_nchw"),
+        ((10, 5), torch.float16, nchw, "toeplitz_large", "hankel_grad_weight"),
+        ((3, 5), torch.float16, last, BAND, MATRIX),
+        ((2, 3), torch.float16, last, BAND, MATRIX),
     ):
         found = plan_of(name, case._replace(kernel=kernel), dtype, memory_format)
-        assert found == expected[backward], (kernel, dtype, memory_format)
+        assert found == (sums if name == "grad_weight" else images), (kernel, dtype, memory_format)
 
 
 @pytest.mark.parametrize("name", PASSES)
