@@ -1,4 +1,4 @@
-// What plan.cpp and the launchers have to know of grad_weight by sums over images.
+// What claims_nchw.cpp and the launchers have to know of grad_weight by sums over images.
 #pragma once
 
 namespace dwconv {

@@ -1,4 +1,4 @@
-// What plan.cpp, direct.cu and columns.cu know.
+// What claims_any.cpp, direct.cu and columns.cu know.
 #pragma once
 
 #include <cstdint>

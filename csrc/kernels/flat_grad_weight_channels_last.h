@@ -1,4 +1,4 @@
-// What plan.cpp and flat_grad_weight_channels_last.cu know.
+// What claims_channels_last.cpp and flat_grad_weight_channels_last.cu know.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// What plan.cpp, gather.cu and gather_grad_weight.cu know.
+// What claims_any.cpp, gather.cu and gather_grad_weight.cu know.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// What lanes.cu, lanes_channels_last.cu and lanes_grad_weight.cu are compiled for: what plan.cpp asks before, and the
+// What lanes.cu, lanes_channels_last.cu and lanes_grad_weight.cu are compiled for: what claims ask before, and the
 // launchers after.
 #pragma once
 

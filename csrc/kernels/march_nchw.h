@@ -1,4 +1,4 @@
-// How the warps that march down planes are laid over them: what plan.cpp asks before, and the launchers after.
+// How the warps that march down planes are laid over them: what claims ask before, and the launchers after.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// Rows that begin anywhere within 16 bytes, moved to where 16 bytes begin when they are in shared memory: what plan.cpp
-// asks before, and the launchers after.
+// Rows that begin anywhere within 16 bytes, moved to where 16 bytes begin when they are in shared memory: what claims
+// ask before, and the launchers after.
 #pragma once
 
 #include <algorithm>

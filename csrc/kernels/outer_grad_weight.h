@@ -1,4 +1,4 @@
-// What plan.cpp and the launcher of kernels/outer_grad_weight.cu have to know of it.
+// What claims_large.cpp and the launcher of kernels/outer_grad_weight.cu have to know of it.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// A problem with a stride or a dilation as one without: what plan.cpp and kernels/phases.cu have to know of it.
+// A problem with a stride or a dilation as one without: what claims_large.cpp and kernels/phases.cu have to know of it.
 //
 // Along a side, output number o and tap number t meet input number stride * o + dilation * t - padding. Let L be the
 // least common multiple of stride and dilation. Outputs that lie L / stride apart and taps that lie L / dilation apart

@@ -1,4 +1,4 @@
-// What plan.cpp, scale.cu and scale_spread.cu know.
+// What scale.cu and scale_spread.cu know.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,4 +1,4 @@
-// The small kernels that are compiled one by one, with their taps unrolled: plan.cpp claims these, and the launchers of
+// The small kernels that are compiled one by one, with their taps unrolled: plans claim these, and the launchers of
 // all algorithms that need them at compile time instantiate these.
 #pragma once
 

@@ -1,4 +1,4 @@
-// How much shared memory rows take that stream through it: what plan.cpp asks before, and the kernels' launchers after.
+// How much shared memory rows take that stream through it: what claims ask before, and the kernels' launchers after.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// What plan.cpp and the launcher of kernels/toeplitz_channels_last.cu have to know of it.
+// What claims_channels_last.cpp and the launcher of kernels/toeplitz_channels_last.cu have to know of it.
 #pragma once
 
 #include <algorithm>

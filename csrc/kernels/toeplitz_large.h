@@ -1,4 +1,4 @@
-// What plan.cpp and the launcher of kernels/toeplitz_large.cu have to know of it.
+// What claims and the launcher of kernels/toeplitz_large.cu have to know of it.
 #pragma once
 
 #include <algorithm>
