@@ -1,339 +1,601 @@
-// Rows of channels_last arrays, marching through a ring in shared memory: the loading part of march_channels_last.cu.
-//
-// A block owns a slab of neighbouring channels and a span of neighbouring columns. It goes down the rows of its part of
-// the images, and the rows to come are loaded while it computes: by cp.async on sm_80 and later, by plain loads before.
+// The march of march_channels_last.cu. A block owns a slab of channels, a span of columns and a share of the rows of
+// all images, and goes down these, with some rows on their way to a ring in shared memory. A thread keeps the sums of
+// all output rows under way, adds each source row to those that it reaches, and stores the oldest.
 #pragma once
 
 #include <type_traits>
 
-#include "shares.cuh"
-#include "stream.cuh"
+#include "march_channels_last_pixels.cuh"
+#include "overlap.cuh"
 
 namespace dwconv {
 namespace {
 
-// An array (N, height, width, channels) whose channels lie side by side, and how a block has it in shared memory.
-struct Pixels {
-  const char* base;
-  int64_t image_bytes, row_bytes;
-  int pixel_bytes;  // from one pixel to the next
-  int bytes;        // of a pixel, all channels
-  int slab_bytes;   // of a pixel, the channels of a block
-  int unit;         // bytes that are copied at once: 16, 8, 4 or 2
-  // How far behind units of 16 bytes all pixels of an array without gaps begin, if nothing else keeps them from being
-  // copied so: a slab then takes one unit more, and begins as far behind one in shared memory. `base` is where the
-  // first unit begins.
-  int shift;
-  int pitch, columns;  // in shared memory: from one pixel to the next, and pixels of a row
-  // An array without gaps whose pixels fit no units: a row is copied as one run of units of 16 bytes and has the same
-  // place within 16 bytes in shared memory. Beside the image lie then not zeros, but what is of the rows around.
-  bool joined;
-  // Whether a block has a slab of each pixel of such an array by bulk copies, which begin with the unit that the slab
-  // begins in. In shared memory slabs, too, lie at the same place within 16 bytes, and so far apart that none shares a
-  // unit with another.
-  bool apart;
-  // Whether rows of shifted pixels are copied as one run of units, too, where a block has all channels. There are zeros
-  // beside the image, but for what the first and the last unit have of the pixels around, until that is cleared.
-  bool row_runs;
-  const char *begin, *end;  // of the array, if it has no gaps
-  // Units of a slab's pixel; pixels that threads load together, and the steps to the next ones.
-  int units, together, from_step, to_step;
-  Divider by_units;
-
-  int ring_row_bytes() const {
-    return static_cast<int>(round_up(int64_t{pitch} * columns + (joined || apart || row_runs ? kUnit - 1 : 0), kUnit));
-  }
-};
-
-// Output rows of one image, or of one group of images that are worked on together.
-struct Run {
-  int image, begin, end;
-  int row, row_end;  // what they read of the source, inside the image
-};
-
-// The first of the runs that make up output rows [begin, end) of all images. A row reads the source from
-// row * kStep - lead on.
-template <int kStep, int kExtent>
-__device__ Run run_of(const Divider& by_rows, int lead, int height, int begin, int end) {
-  Run r;
-  uint32_t image = begin;
-  r.begin = by_rows.split(image);
-  r.image = image;
-  r.end = min(static_cast<int>(by_rows.divisor), r.begin + end - begin);
-  r.row = max(r.begin * kStep - lead, 0);
-  r.row_end = min((r.end - 1) * kStep - lead + kExtent, height);
-  return r;
-}
-
-// How far behind the beginning of its place in shared memory a row begins, given where it lies in memory.
-__device__ inline int phase_of(const Pixels& p, uint32_t address) {
-  return p.joined ? address % kUnit : 0;
-}
-
-// Fills a ring with zeros if there are columns outside the image, which are never loaded.
-__device__ inline void clear_ring(const Pixels& p, int first_column, int width, int to, int bytes) {
-  const bool whole = first_column >= 0 && first_column + p.columns <= width;
-  if (!whole && !p.joined)
-    for (int i = threadIdx.x * kUnit; i < bytes; i += blockDim.x * kUnit) shared<uint4>(to + i) = {};
-}
-
-// Fills those columns alone, of all rows of a ring that come in units of 16 bytes, by the first `threads` threads.
-__device__ inline void clear_columns(const Pixels& p, int first_column, int width, int to, int row_bytes, int bytes,
-                                     int threads) {
-  if (first_column >= 0 && first_column + p.columns <= width) return;
-  const int before = (max(-first_column, 0) * p.pitch) & -kUnit;
-  const int more = p.row_runs ? kUnit : 0;  // that a run takes up behind its last pixel
-  const int behind = (min(p.columns, width - first_column) * p.pitch + more) & -kUnit;
-  const int size = before + row_bytes - behind;
-  for (; bytes > 0; bytes -= row_bytes, to += row_bytes)
-    for (int i = threadIdx.x * kUnit; i < size; i += threads * kUnit)
-      shared<uint4>(to + (i < before ? i : i - before + behind)) = {};
-}
-
-// A thread's part in loading rows of a block's slab and span, one after the other. Rows outside the image cannot be
-// loaded.
-class RowLoader {
+// Rows of float as boxes, one instruction each, which one thread of a warp begins: with zeros beside the image.
+class BoxLoader {
  public:
-  // `slab`: offset of the block's channels in a pixel.
-  __device__ RowLoader(const Pixels& p, int slab, int first_column, int width) {
-    offset_ = static_cast<int64_t>(first_column) * p.pixel_bytes + slab;
-    if (p.joined) return;
-    uint32_t column = threadIdx.x;
-    const int part = p.by_units.split(column) * p.unit, pixel = static_cast<int>(column);
-    const int before = max(-first_column, 0), columns = min(p.columns, width - first_column) - before;
-    if (pixel < p.together && pixel < columns && part < p.bytes - slab + p.shift)
-      count_ = (columns - pixel - 1) / p.together + 1;
-    to_ = (before + pixel) * p.pitch + part;
-    offset_ += static_cast<int64_t>(before + pixel) * p.pixel_bytes + part;
-  }
+  __device__ BoxLoader(const March& a, int slab, int column) : channel_(slab / 4), column_(column) {}
 
-  // Goes to a row of an image that begins so many bytes behind the first one.
-  __device__ void seek(const Pixels& p, int64_t image, int row) {
-    from_ = p.base + (image + row * p.row_bytes + offset_);
-  }
-  __device__ void next(const Pixels& p) { from_ += p.row_bytes; }
+  __device__ void seek(int image, int row) { image_ = image, row_ = row; }
+  __device__ void next() { ++row_; }
 
-  // Begins to load the row to offset `to` in shared memory.
-  __device__ void load(const Pixels& p, int to) const {
-    if (p.joined) return load_run(p, to);
-    switch (p.unit) {
-      case 16: return p.shift == 0 || is_inside(p) ? load_units<16>(p, to) : load_shifted(p, to);
-      case 8: return load_units<8>(p, to);
-      case 4: return load_units<4>(p, to);
-      default: return load_units<2>(p, to);
-    }
-  }
-
- private:
-  int count_ = 0;  // of the thread's pixels
-  int to_ = 0;
-  int64_t offset_;
-  const char* from_;
-
-  template <int kBytes>
-  __device__ void load_units(const Pixels& p, int to) const {
-    const char* from = from_;
-    int left = count_;
-    to += to_;
-#pragma unroll 1
-    for (; left > 1; left -= 2) {
-      copy_unit<kBytes>(shared_address(to), from);
-      copy_unit<kBytes>(shared_address(to + p.to_step), from + p.from_step);
-      to += 2 * p.to_step, from += 2 * p.from_step;
-    }
-    if (left > 0) copy_unit<kBytes>(shared_address(to), from);
-  }
-
-  // Whether all of the thread's units of a row are of the array alone, as they are but at its beginning and end.
-  __device__ bool is_inside(const Pixels& p) const {
-    return from_ >= p.begin && from_ + static_cast<int64_t>(count_) * p.from_step + kUnit <= p.end;
-  }
-
-  __device__ void load_shifted(const Pixels& p, int to) const {
-    const char* from = from_;
-    to += to_;
-#pragma unroll 1
-    for (int left = count_; left > 0; --left, to += p.to_step, from += p.from_step)
-      copy_run(to, from, kUnit, p.begin, p.end, 0, 1);
-  }
-
-  __device__ void load_run(const Pixels& p, int to) const {
-    const int phase = phase_of(p, static_cast<uint32_t>(reinterpret_cast<uintptr_t>(from_)));
-    copy_run(to, from_ - phase, p.columns * p.pitch + phase, p.begin, p.end, threadIdx.x, blockDim.x);
-  }
-};
-
-// The same by bulk copies, which one warp begins: one for a pixel, or for a row of pixels without gaps. kShifted: of
-// shifted pixels.
-template <bool kShifted>
-class BulkLoader {
- public:
-  __device__ BulkLoader(const Pixels& p, int slab, int first_column, int width) {
-    if (!kShifted && p.joined) {
-      bytes_ = p.columns * p.pitch, offset_ = static_cast<int64_t>(first_column) * p.pixel_bytes;
-      return;
-    }
-    const int before = max(-first_column, 0);
-    before_ = before, pixels_ = min(p.columns, width - first_column) - before;
-    bytes_ = min(p.slab_bytes, p.bytes - slab);
-    if (p.pixel_bytes == bytes_) bytes_ *= pixels_, pixels_ = 1;
-    if (kShifted) bytes_ += kUnit;
-    to_ = before * p.pitch;  // of the first unit
-    offset_ = static_cast<int64_t>(first_column + before) * p.pixel_bytes + slab;
-  }
-
-  __device__ void seek(const Pixels& p, int64_t image, int row) {
-    from_ = p.base + (image + row * p.row_bytes + offset_);
-  }
-  __device__ void next(const Pixels& p) { from_ += p.row_bytes; }
-
-  __device__ void load(const Pixels& p, int to, int barrier) const {
-    if (!kShifted && p.joined) return load_run(p, to, from_, barrier);
-    if (!kShifted && p.apart) return load_apart(p, to, barrier);
-    if (kShifted && !is_inside(p)) {
-#pragma unroll 1
-      for (int i = 0; i < pixels_; ++i)
-        load_run(p, to + to_ + i * p.pitch, from_ + i * static_cast<int64_t>(p.pixel_bytes), barrier);
-      return;
-    }
+  __device__ void load(const March& a, int to, int barrier) const {
     if (is_elected()) {
-      expect_bytes(barrier, pixels_ * bytes_);
-      uint32_t at = shared_address(to + to_);
-      const char* from = from_;
-#pragma unroll 4
-      for (int i = 0; i < pixels_; ++i, at += p.pitch, from += p.pixel_bytes) copy_bulk(at, from, bytes_, barrier);
+      expect_bytes(barrier, a.source.columns * a.source.pitch);
+      copy_box(to, a.map, channel_, column_, row_, image_, barrier);
     }
     __syncwarp();
   }
 
-  // Makes zeros of what the first and the last unit of a row run at offset `to` have of the pixels around, by 16 lanes.
-  __device__ void clear_beside(const Pixels& p, int to) const {
-    constexpr int kSize = sizeof(uint16_t), kElements = kUnit / kSize;
-    const int lane = threadIdx.x % (2 * kElements), at = lane % kElements * kSize;
-    const bool first = lane < kElements;
-    if (first == (at < p.shift)) shared<uint16_t>(to + to_ + (first ? 0 : bytes_ - kUnit) + at) = 0;
+ private:
+  int channel_, column_, image_, row_;
+};
+
+// Source rows of a block on their way to the ring.
+template <class Tile, class Loader>
+class Feed {
+  static constexpr bool kBoxes = std::is_same_v<Loader, BoxLoader>;
+
+  __device__ static Loader loader_of(const March& a, int slab, int column) {
+    if constexpr (kBoxes)
+      return Loader(a, slab, column);
+    else
+      return Loader(a.source, slab, column, a.width);
+  }
+
+ public:
+  __device__ Feed(const March& a, int slab, int column, int begin, int end)
+      : loader_(loader_of(a, slab, column)), begin_(begin), end_(end) {}
+
+  // Finds the next row. Returns whether there is one.
+  __device__ bool find(const March& a) {
+    while (left_ <= 0 && begin_ < end_) {
+      const Run r = run_of<Tile>(a, begin_, end_);
+      begin_ += r.end - r.begin;
+      left_ = r.row_end - r.row;
+      if constexpr (kBoxes)
+        loader_.seek(r.image, r.row);
+      else
+        loader_.seek(a.source, image_of<Tile>(a, r.image).source, r.row);
+    }
+    return left_ > 0;
+  }
+
+  // Begins to load a group of rows.
+  template <typename... Barrier>
+  __device__ void load(const March& a, Barrier... barrier) {
+    for (int i = 0; i < a.group && find(a); ++i) {
+      if constexpr (kBoxes)
+        loader_.load(a, kRing + slot_, barrier...), loader_.next();
+      else
+        loader_.load(a.source, kRing + slot_, barrier...), loader_.next(a.source);
+      --left_;
+      slot_ += a.slot_bytes;
+      if (slot_ == a.ring_bytes) slot_ = 0;
+    }
+  }
+
+  // Clears what is beside the rows of a group.
+  __device__ void clear_beside(const March& a, int stage) const {
+    for (int i = threadIdx.x % 32 / 16; i < a.group; i += 2)
+      loader_.clear_beside(a.source, kRing + (stage * a.group + i) * a.slot_bytes);
   }
 
  private:
-  int before_, pixels_, bytes_, to_;
-  int64_t offset_;
-  const char* from_;
+  Loader loader_;
+  int begin_, end_;          // rows of units that no source row was loaded for
+  int left_ = 0, slot_ = 0;  // source rows of the run, and the next one's place in the ring
+};
 
-  // Slabs of pixels that are no whole units, of as many units each, wherever they begin.
-  __device__ void load_apart(const Pixels& p, int to, int barrier) const {
-    constexpr uint32_t kRest = kUnit - 1;
-    const auto phase_at = [](const char* at) { return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(at)) & kRest; };
-    to += to_ + phase_at(from_ - before_ * static_cast<int64_t>(p.pixel_bytes));
-    const int bytes = static_cast<int>((p.slab_bytes + 2 * kRest) & ~kRest);
-    const char* from = from_;
-    if (from < p.begin + kRest || from + (pixels_ - 1) * static_cast<int64_t>(p.pixel_bytes) + bytes > p.end) {
-#pragma unroll 1
-      for (int i = 0; i < pixels_; ++i, to += p.pitch, from += p.pixel_bytes) load_run(p, to & ~kRest, from, barrier);
-      return;
+// The outputs of a filter in a strip of rows [begin, end) by the taps that meet the image. For kernels with a tap
+// that is Inf or NaN, which must not meet padding.
+template <typename T, class Tile>
+__device__ __noinline__ void strip_by_taps(const March& a, int begin, int end, int filter, int column) {
+  const T* weight = static_cast<const T*>(a.weight) + filter * a.fan_in * a.weight_filter;
+  const int x_end = min((column + Tile::kStrip) * Tile::kPair - a.skew_w, a.target_width);
+  uint32_t channel = filter;
+  a.by_fan_out.split(channel);
+  for (; begin < end; ++begin) {
+    uint32_t image = begin;
+    int y_begin = static_cast<int>(a.by_units.split(image)) * Tile::kPair - a.skew_h;
+    if (Tile::kHalves) y_begin = 2 * y_begin + image % 2, image /= 2;
+    constexpr int kRows = Tile::kHalves ? 2 : 1;  // from one that an array's `row_bytes` lead to to the next
+    for (int y = max(y_begin, 0); y < min(y_begin + Tile::kPair, a.target_height); ++y)
+      for (int x = max(column * Tile::kPair - a.skew_w, 0); x < x_end; ++x) {
+        float sum = a.bias ? widen(static_cast<const T*>(a.bias)[filter * a.bias_stride]) : 0.f;
+        const auto row_of = [&](int i) {
+          const int row = y + a.padding_h - i;
+          if (Tile::kSpread) return row % 2 == 0 ? row / 2 : -1;
+          return y * Tile::kStride - a.padding_h + i * Tile::kDilation;
+        };
+        const auto column_of = [&](int j) {
+          const int column = x + a.padding_w - j;
+          if (Tile::kSpread) return column % 2 == 0 ? column / 2 : -1;
+          return x * Tile::kStride - a.padding_w + j * Tile::kDilation;
+        };
+        const char* from = a.source.begin + image * a.source.image_bytes;
+        for (int q = 0; q < a.fan_in; ++q)
+          sum = sum_of_taps(sum, reinterpret_cast<const T*>(from) + channel * a.fan_in + q, a.source.row_bytes / kRows,
+                            a.source.pixel_bytes, Tile::kHalves ? a.rows : a.height, a.width,
+                            weight + q * a.weight_filter, a.weight_row, a.weight_column, Tile::kKernelH, Tile::kKernelW,
+                            row_of, column_of);
+        char* to = a.target + image * a.target_image_bytes + y * (a.target_row_bytes / kRows) +
+                   static_cast<int64_t>(x) * a.target_pixel_bytes;
+        reinterpret_cast<T*>(to)[filter] = narrow<T>(sum);
+      }
+  }
+}
+
+// Waits for the others of so many threads of a block, whole warps.
+__device__ inline void sync_warps(int threads) {
+  __syncwarp();
+  asm volatile("barrier.sync.aligned 1, %0;" ::"r"(threads) : "memory");
+}
+
+// Lets them go on as for sync_warps, and does not wait.
+__device__ inline void arrive_warps(int threads) {
+  __syncwarp();
+  asm volatile("barrier.arrive.aligned 1, %0;" ::"r"(threads) : "memory");
+}
+
+// Waits, too. Returns whether `value` is true for all of them.
+__device__ inline bool all_of(int threads, bool value) {
+  int all;
+  __syncwarp();
+  asm volatile(
+      "{\n"
+      ".reg .pred mine, all;\n"
+      "setp.ne.s32 mine, %2, 0;\n"
+      "barrier.red.and.pred.aligned all, 1, %1, mine;\n"
+      "selp.s32 %0, 1, 0, all;\n"
+      "}"
+      : "=r"(all)
+      : "r"(threads), "r"(static_cast<int>(value))
+      : "memory");
+  return all;
+}
+
+// The warp that loads prepares the barriers.
+__device__ inline void init_barriers(int warps) {
+  if (threadIdx.x % 32 == 0)
+    for (int i = 0; i < kGroups; ++i)
+      init_barrier(Barriers::full(i), 1), init_barrier(Barriers::done(i), warps * kWarpArrivals),
+          init_barrier(kCopiesBarrier + 8 * i, 1);
+  if (threadIdx.x % 32 == 0) init_barrier(kTapsBarrier, 1);
+  before_bulk_copies();
+  __syncwarp();
+}
+
+// Bulk copies the last warp begins, or the first one (see Tile::kLoading). The others then wait for each other only
+// where rows of outputs leave by bulk copies, too.
+template <typename T, class Tile, Way way>
+__global__ void __launch_bounds__(way != Way::kThreads ? Tile::kBulkThreads : Tile::kMaxThreads, Tile::kBlocks)
+    march_channels_last(const __grid_constant__ March a) {
+  constexpr bool kBulk = way != Way::kThreads, kShifted = way == Way::kShifted, kJoined = way == Way::kJoined;
+#if __CUDA_ARCH__ < 900
+  if constexpr (kBulk) return;
+#endif
+  constexpr int kChannels = Tile::kChannels, kFan = Tile::kFan, kStrip = Tile::kStrip, kLive = Tile::kLive;
+  constexpr int kPair = Tile::kPair, kStep = Tile::kStep, kDilation = Tile::kDilation;
+  constexpr int kRowDilation = Tile::kRowDilation;
+  // Whether two channels may lie in no word: of the source, or of the target.
+  constexpr bool kSplits = !kBulk && kChannels == 2 && !Tile::kTwins;
+  constexpr bool kStages = !kBulk || kJoined;  // whether outputs of a warp may go by way of shared memory
+  constexpr int kSize = sizeof(T), kWidth = kStrip * kPair, kTaps = Tile::kKernelH * Tile::kKernelW;
+
+  const bool stages = kStages && a.warp_strips > 0;
+  uint32_t worker = blockIdx.x, strip = stages ? threadIdx.x % 32 : threadIdx.x;
+  const int slab = a.by_slabs.split(worker) * a.lanes;
+  const int first_column = a.by_spans.split(worker) * a.strips * kStrip;
+  const int begin = a.shares.begin(worker), end = a.shares.begin(worker + 1);
+  int lane = a.by_lanes.split(strip);
+  bool live = true;
+  if (stages) {
+    live = strip < a.warp_strips;
+    strip = threadIdx.x / 32 * a.warp_strips + (live ? strip : 0);
+    live = live && strip < a.strips;
+    if (!live) strip = threadIdx.x / 32 * a.warp_strips, lane = 0;
+  }
+  if (kBulk && threadIdx.x >= a.threads) live = false, strip = 0, lane = 0;
+  live = live && (slab + lane) * kChannels < a.filters;
+  if (!live) lane = 0;
+  const int filter = (slab + lane) * kChannels;
+  const auto source_of = [&](int target) {  // the first source channel of a filter
+    uint32_t channel = target;
+    a.by_fan_out.split(channel);
+    return static_cast<int>(channel) * kFan;
+  };
+  const int slab_channel = source_of(slab * kChannels);
+  const int source_column = first_column * kStep - a.lead_w;
+
+  const int warps = (a.threads + 31) / 32;  // without the one that loads
+  const int taps_at = kRing + a.ring_bytes + (kStages ? warps * a.stage_bytes : 0) + 2 * a.row_bytes,
+            taps_shift = kShifted ? a.taps_shift : 0;
+  using Loader =
+      std::conditional_t<!kBulk, RowLoader,
+                         std::conditional_t<Tile::kBoxes, BoxLoader,
+                                            std::conditional_t<kShifted, ShiftedLoader,
+                                                               std::conditional_t<kJoined, JoinedLoader, BulkLoader>>>>;
+  Feed<Tile, Loader> feed(a, slab_channel * kSize, source_column, begin, end);
+  const bool loads = kBulk && (Tile::kLoading > 0 ? threadIdx.x >= 32 * warps : threadIdx.x < 32);
+  const auto load_taps = [&] {
+    if (!Tile::kBulkTaps || a.taps_bytes == 0) return;
+    const int first = slab * kChannels * kFan * kTaps * kSize;
+    const int bytes = min(a.lanes * kChannels, a.filters - slab * kChannels) * kFan * kTaps * kSize;
+    const int head = kShifted ? min((kUnit - taps_shift) % kUnit, bytes) : 0, end = head + ((bytes - head) & -kUnit);
+    const int lane = threadIdx.x % 32, to = taps_at + taps_shift;
+    const char* from = a.taps + first;
+    // Whole units by a bulk copy, what is before and behind them by the lanes.
+    if (lane == 0 && head < end) {
+      expect_bytes(kTapsBarrier, end - head);
+      copy_bulk(shared_address(to + head), from + head, end - head, kTapsBarrier);
     }
-    if (is_elected()) {
-      expect_bytes(barrier, pixels_ * bytes);
-      uint32_t at = shared_address(to);
-#pragma unroll 4
-      for (int i = 0; i < pixels_; ++i, at += p.pitch, from += p.pixel_bytes)
-        copy_bulk(at & ~kRest, from - phase_at(from), bytes, barrier);
-    }
+    const int near = 2 * lane, far = end + 2 * lane;
+    uint16_t low = 0, high = 0;
+    if (near < head) low = *reinterpret_cast<const uint16_t*>(from + near);
+    if (far < bytes) high = *reinterpret_cast<const uint16_t*>(from + far);
+    if (near < head) shared<uint16_t>(to + near) = low;
+    if (far < bytes) shared<uint16_t>(to + far) = high;
     __syncwarp();
-  }
-
-  // Whether all units of a row are of the array alone, as they are but at its beginning and end.
-  __device__ bool is_inside(const Pixels& p) const {
-    return from_ >= p.begin && from_ + (pixels_ - 1) * static_cast<int64_t>(p.pixel_bytes) + bytes_ <= p.end;
-  }
-
-  // Whole units of 16 bytes of the array by a bulk copy, and what it has before the first and beyond the last one.
-  __device__ void load_run(const Pixels& p, int to, const char* from, int barrier) const {
-    const auto number = [](const char* pointer) { return reinterpret_cast<uint64_t>(pointer); };
-    constexpr uint64_t kRest = kUnit - 1;
-    const int lane = threadIdx.x % 32;
-    const uint64_t begin = number(from) & ~kRest, end = number(from) + bytes_;
-    const uint64_t first = (number(p.begin) + kRest) & ~kRest, last = number(p.end) & ~kRest;
-    const uint64_t low = max(begin, first), high = min((end + kRest) & ~kRest, last);
-    if (lane == 0 && low < high) {
-      const int bytes = static_cast<int>(high - low);
-      expect_bytes(barrier, bytes);
-      copy_bulk(shared_address(to + static_cast<int>(low - begin)), reinterpret_cast<const char*>(low), bytes, barrier);
+    if (lane == 0) arrive(kTapsBarrier);
+    __syncwarp();
+  };
+  // Whether the warp that loads clears what comes with rows of shifted pixels beside the image, or others mask it:
+  // where rows take little time, or there is little to mask, that is less than others would wait.
+  constexpr bool kClears = kShifted && Tile::kLoading > 0 && Tile::kFan == 1 && Tile::kKernelW > 1;
+  const bool clears = kClears && a.source.row_runs;
+  // Loads a group of rows, if there are more.
+  const auto load_group = [&](uint32_t i) {
+    if (!feed.find(a)) return false;
+    const int stage = i % kGroups, barrier = clears ? kCopiesBarrier + 8 * stage : Barriers::full(stage);
+    if (i >= kGroups) wait(Barriers::done(stage), (i / kGroups - 1) % 2);
+    if constexpr (kBulk) feed.load(a, barrier);
+    if (threadIdx.x % 32 == 0) arrive(barrier);
+    return true;
+  };
+  // Clears what is beside a group when it is there, and hands it to the others.
+  const auto clear_group = [&](uint32_t i) {
+    const int stage = i % kGroups;
+    wait(kCopiesBarrier + 8 * stage, i / kGroups % 2);
+    if constexpr (kClears) feed.clear_beside(a, stage);
+    before_bulk_copies();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) arrive(Barriers::full(stage));
+  };
+  if constexpr (kBulk) {
+    if (loads) {
+      if (Tile::kBoxes && threadIdx.x == 0) prefetch(a.map);
+      init_barriers(warps);
+      if (Tile::kLoading > 0) arrive_warps(blockDim.x);
+      feed.find(a);
+      settle_and_wait_for_kernel_before(a.group);
+      let_next_kernel_start();
+      load_taps();
+      if (Tile::kLoading > 0) {
+        // A group is waited for when the next but one is asked for: later, others would wait for it.
+        constexpr uint32_t kBehind = 2;
+        uint32_t i = 0;
+        for (; load_group(i); ++i)
+          if (clears && i >= kBehind) clear_group(i - kBehind);
+        if (clears)
+          for (uint32_t last = i > kBehind ? i - kBehind : 0; last < i; ++last) clear_group(last);
+        return;
+      }
+      load_group(0), load_group(1);
     }
-    const auto copy = [&](uint64_t at) {
-      shared<uint16_t>(to + static_cast<int>(at - begin)) = *reinterpret_cast<const uint16_t*>(at);
+    if (!Tile::kBoxes && !(kJoined && a.source.joined))
+      clear_columns(a.source, source_column, a.width, kRing, a.slot_bytes, a.ring_bytes, 32 * warps);
+    sync_warps(blockDim.x);
+    wait_for_kernel_before();
+    let_next_kernel_start();
+  } else {
+    if (a.source.unit == kUnit) {
+      clear_columns(a.source, source_column, a.width, kRing, a.slot_bytes, a.ring_bytes, blockDim.x);
+    } else {
+      clear_ring(a.source, source_column, a.width, kRing, a.ring_bytes);
+      __syncthreads();
+    }
+    feed.find(a);
+    settle_and_wait_for_kernel_before(a.group);
+    let_next_kernel_start();
+    for (int i = 0; i < kGroups - 1; ++i) feed.load(a), commit_copies();
+  }
+
+  float weight[kFan * kChannels][Tile::kKernelH][Tile::kKernelW] = {};
+  float bias[kChannels] = {};
+  bool finite = true;  // then a product with a zero is a zero
+  const auto take_weights = [&](auto&& tap) {
+#pragma unroll
+    for (int c = 0; c < kFan * kChannels; ++c)
+#pragma unroll
+      for (int i = 0; i < Tile::kKernelH; ++i)
+#pragma unroll
+        for (int j = 0; j < Tile::kKernelW; ++j) weight[c][i][j] = widen(tap(c, i, j));
+  };
+  const bool bulk_taps = kBulk && Tile::kBulkTaps && a.taps_bytes > 0;
+  if (bulk_taps) wait(kTapsBarrier, 0);
+  if (live) {
+    if (bulk_taps) {
+      const bool backwards = a.weight_column < 0;
+      const T* first = &shared<T>(taps_at + taps_shift) + lane * kChannels * kFan * kTaps + (backwards ? kTaps - 1 : 0);
+      const int step = backwards ? -1 : 1;
+      take_weights([&](int c, int i, int j) { return first[c * kTaps + (i * Tile::kKernelW + j) * step]; });
+    } else {
+      const T* first = static_cast<const T*>(a.weight) + filter * kFan * a.weight_filter;
+      take_weights(
+          [&](int c, int i, int j) { return first[c * a.weight_filter + i * a.weight_row + j * a.weight_column]; });
+    }
+    float zero = 0;
+#pragma unroll
+    for (int c = 0; c < kFan * kChannels; ++c)
+#pragma unroll
+      for (int i = 0; i < Tile::kKernelH; ++i)
+#pragma unroll
+        for (int j = 0; j < Tile::kKernelW; ++j) zero = fmaf(weight[c][i][j], 0.f, zero);
+    finite = zero == 0.f;
+    if (a.bias)
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) bias[c] = widen(static_cast<const T*>(a.bias)[(filter + c) * a.bias_stride]);
+  }
+
+  // What has to be computed again is stored again, which nothing would order behind a bulk copy.
+  bool rows_leave = false;
+  if constexpr (kBulk && Tile::kLeaves) rows_leave = a.row_bytes > 0 && all_of(32 * warps, finite);
+
+  // Sums of the rows of units under way, the oldest first. Rows of either parity have sums of their own where there is
+  // dilation, if they are not images of their own, and so have both rows of a pair.
+  constexpr int kSets = Tile::kSpread ? 2 : kRowDilation;
+  float sum[kSets][kLive][kWidth][kChannels] = {};
+  const auto begins = [&](int c) { return Tile::kSpread ? 0.f : bias[c]; };
+  const auto clear = [&](int set) {
+#pragma unroll
+    for (int o = 0; o < kLive; ++o)
+#pragma unroll
+      for (int v = 0; v < kWidth; ++v)
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) sum[set][o][v][c] = begins(c);
+  };
+  const auto roll = [&](int set) {
+#pragma unroll
+    for (int o = 0; o < kLive; ++o)
+#pragma unroll
+      for (int v = 0; v < kWidth; ++v)
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) {
+          sum[set][o][v][c] = o + 1 < kLive ? sum[set][o + 1][v][c] : begins(c);
+          asm volatile("" : "+f"(sum[set][o][v][c]));  // or else other rows would wait for moves, too
+        }
+  };
+
+  const int pitch = a.source.pitch;
+  const uint32_t base = kept(shared_address(0));
+  const bool first_lane = kept(threadIdx.x % 32) == 0;
+  const uint32_t place = base + kRing + static_cast<int>(strip) * kStrip * kStep * pitch +
+                         (source_of(filter) - slab_channel) * kSize + a.source.shift;
+  int pitches[Tile::kColumns];
+#pragma unroll
+  for (int j = 0; j < Tile::kColumns; ++j) {
+    pitches[j] = j * pitch;
+    // Opaque, so that each is added to a row's address, not one to the other: it pays where there is less to multiply.
+    if constexpr (!Tile::kSkips) asm("" : "+r"(pitches[j]));
+  }
+  const int column = first_column + static_cast<int>(strip) * kStrip;
+  const int x0 = column * kStep - a.lead_w;        // where the strip begins in the source
+  const int target_x = column * kPair - a.skew_w;  // and in the target
+  const bool inside = x0 >= 0 && x0 + Tile::kColumns <= a.width;
+  bool inner = (kBulk && !kJoined) || !a.source.joined || inside;  // or else it has to mask
+  if constexpr (kShifted) {
+    // What is of other pixels before the row and behind it: what a unit has before a channel's place, or behind.
+    const int before = (source_of(filter) + kChannels * kFan) * kSize + a.source.shift - a.source.bytes;
+    const int behind = kUnit - a.source.shift - source_of(filter) * kSize;
+    inner =
+        kClears || !a.source.row_runs || ((x0 >= 0 || before <= 0) && (x0 + Tile::kColumns <= a.width || behind <= 0));
+  }
+  const uint32_t phases =
+      a.source.joined || a.source.apart ? kUnit - 1 : 0;  // how far behind its place a row may begin: see phase_of
+  const bool whole = live && target_x >= 0 && target_x + kWidth <= a.target_width;
+  // Rows of outputs that leave together, as far as they lie inside the image.
+  const int row_pitch = a.lanes * kChannels * kSize;
+  const int row_place = static_cast<int>(strip) * kWidth * row_pitch + lane * kChannels * kSize;
+  const int row_x = first_column * kPair - a.skew_w;
+  const int row_before = max(-row_x, 0);
+  const int row_columns = min(a.strips * kWidth, a.target_width - row_x) - row_before;
+  const int64_t row_offset =  // of the thread's pixels in the row
+      (static_cast<int64_t>(strip) * kWidth - row_before) * a.target_pixel_bytes + lane * kChannels * kSize;
+  const int row_part = min(row_pitch, (a.filters - slab * kChannels) * kSize);
+  Stage stage{};
+  if (stages) {
+    stage = stage_of<T, Tile>(a, threadIdx.x, target_x, live);
+    if constexpr (kChannels == 3)
+      stage.strip = kept(stage.strip), stage.first = kept(stage.first), stage.end = kept(stage.end);
+  }
+  int slot = 0, fresh = 0;            // the next row in the ring; how many rows of its group are left
+  uint32_t groups = 0;                // that have been waited for
+  int buffer = kRing + a.ring_bytes;  // for the next row of outputs
+  for (int at = begin; at < end;) {
+    const Run t = run_of<Tile>(a, at, end);
+    const int count = t.end - t.begin;
+    const Image image = image_of<Tile>(a, t.image);
+    char* to = a.target +
+               (image.target + (t.begin * kPair - a.skew_h) * a.target_row_bytes +
+                static_cast<int64_t>(target_x - stage.before) * a.target_pixel_bytes + (stages ? 0 : filter * kSize));
+
+    const auto store = [&](int y, const float (&values)[kWidth][kChannels]) {
+      char* pixel = to;
+      to += a.target_row_bytes;
+      if ((Tile::kSpread || Tile::kHalves) && static_cast<uint32_t>(y) >= static_cast<uint32_t>(image.target_height))
+        return;
+      if (kBulk && Tile::kLeaves && rows_leave) {
+        // Two buffers: the first warp sees to it that the other one is free before anybody may go on to it.
+        if (live)
+#pragma unroll
+          for (int v = 0; v < kWidth; ++v) write_pixel<T>(&shared<char>(buffer + row_place + v * row_pitch), values[v]);
+        before_bulk_copies();
+        if (threadIdx.x < 32) wait_stores();
+        sync_warps(32 * warps);
+        if (threadIdx.x < 32)
+          store_row(a, pixel - row_offset, buffer + row_before * row_pitch, row_pitch, row_columns, row_part);
+        buffer = buffer == kRing + a.ring_bytes ? buffer + a.row_bytes : kRing + a.ring_bytes;
+        return;
+      }
+      if (stages) {
+        if constexpr (kChannels != 3) {  // worked out for every row: not worth registers of all kernels
+          uint32_t thread;
+          asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+          stage = stage_of<T, Tile>(a, thread, target_x, live);
+        }
+        store_staged<T, Tile>(a, stage, pixel, live, values);
+      } else if (whole && kSplits && a.split_stores) {
+#pragma unroll
+        for (int v = 0; v < kWidth; ++v, pixel += a.target_pixel_bytes) write_elements<T>(pixel, values[v]);
+      } else if (whole) {
+#pragma unroll
+        for (int v = 0; v < kWidth; ++v, pixel += a.target_pixel_bytes) write_pixel<T>(pixel, values[v]);
+      } else if (live) {
+#pragma unroll
+        for (int v = 0; v < kWidth; ++v, pixel += a.target_pixel_bytes)
+          if (static_cast<uint32_t>(target_x + v) < static_cast<uint32_t>(a.target_width)) {
+            if (kSplits && a.split_stores)
+              write_elements<T>(pixel, values[v]);
+            else
+              write_pixel<T>(pixel, values[v]);
+          }
+      }
     };
-    if (const uint64_t at = max(last, number(p.begin)) + 2 * lane; at < min(end, number(p.end))) copy(at);
-    if (begin < first)
-      if (const uint64_t at = number(p.begin) + 2 * lane; at < min(min(first, last), end)) copy(at);
-    __syncwarp();
-  }
-};
 
-// What an output is by definition: `sum`, and the products of a kernel's taps with those pixels of a channel that they
-// meet, if these lie inside the image. `row_of` and `column_of` say where a row and a column of the kernel lie, outside
-// the image if they meet nothing.
-template <typename T, typename RowOf, typename ColumnOf>
-__device__ float sum_of_taps(float sum, const T* pixels, int64_t row_bytes, int pixel_bytes, int height, int width,
-                             const T* weight, int64_t weight_row, int64_t weight_column, int kernel_h, int kernel_w,
-                             RowOf&& row_of, ColumnOf&& column_of) {
-  for (int i = 0; i < kernel_h; ++i)
-    for (int j = 0; j < kernel_w; ++j) {
-      const int row = row_of(i), column = column_of(j);
-      if (row < 0 || row >= height || column < 0 || column >= width) continue;
-      const char* from =
-          reinterpret_cast<const char*>(pixels) + row * row_bytes + static_cast<int64_t>(column) * pixel_bytes;
-      sum = fmaf(widen(*reinterpret_cast<const T*>(from)), widen(weight[i * weight_row + j * weight_column]), sum);
+    // Rows above the image leave the sums as they begin, and there are outputs to store when all are under way.
+    const int first_row = t.begin * kStep - image.lead_h;
+    const int above = min((t.row - first_row) / Tile::kRowsPerStep, kLive - 1);
+    if (above > 0)
+#pragma unroll
+      for (int set = 0; set < kSets; ++set) clear(set);
+    uint32_t lies = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(a.source.base)) +
+                    static_cast<uint32_t>(image.source) + t.row * static_cast<uint32_t>(a.source.row_bytes) +
+                    source_column * a.source.pixel_bytes + slab_channel * kSize;
+    // The next row, counted from the first one inside the image: a number that changes is not worked out again for
+    // every row.
+    int next = first_row + above * Tile::kRowsPerStep - t.row;
+    const uint32_t inside = max(t.row_end - t.row, 0), outputs = count;
+    for (int done = (above - (kLive - 1)) * kRowDilation; done < count; done += kRowDilation) {
+#pragma unroll
+      for (int u = 0; u < Tile::kRowsPerStep; ++u) {
+        const int set = kStep == 1 ? u : 0;  // not spread
+        if (static_cast<uint32_t>(next++) < inside) {
+          if (fresh == 0) {
+            if (slot == a.ring_bytes) slot = 0;
+            if constexpr (kBulk) {
+              arrive_together_at(base + Barriers::done((groups - 1) % kGroups), first_lane, groups > 0);
+              wait_at(base + Barriers::full(groups % kGroups), groups / kGroups % 2);
+              ++groups;
+              if (Tile::kLoading == 0 && loads) load_group(groups + 1);
+            } else {
+              wait_copies<kGroups - 2>();
+              __syncthreads();
+              feed.load(a);
+              commit_copies();
+            }
+            fresh = a.group;
+          }
+          --fresh;
+          uint32_t from = place + slot;
+          if (!kBulk || kJoined) from += lies & phases, lies += static_cast<uint32_t>(a.source.row_bytes);
+          slot += a.slot_bytes;
+          // The row of units whose sums are the oldest, and whether those of others are ever stored.
+          const int oldest = done + (kStep == 1 ? u : 0);
+          const auto wanted = [&](int o) {
+            return static_cast<uint32_t>(oldest + o * kRowDilation) < static_cast<uint32_t>(count);
+          };
+          const bool all_wanted = !Tile::kSkips || (wanted(0) && wanted(kLive - 1));
+          const auto read = [&](int q, float (&x)[Tile::kColumns][kChannels]) {
+            if constexpr (Tile::kSkips) asm volatile("" ::: "memory");  // each of two ways reads as it multiplies
+            bool have = false;
+            if constexpr (kChannels == 3)
+              if (a.fours) read_fours<T>(from, x), have = true;
+            if (!have)
+#pragma unroll
+              for (int j = 0; j < Tile::kColumns; ++j)
+                if constexpr (Tile::kTwins) {
+                  float both[1];
+                  read_pixel<T>(from + pitches[j], both);
+                  x[j][0] = x[j][1] = both[0];
+                } else if constexpr (kShifted && kChannels == 2) {
+                  read_elements<T>(from + pitches[j], x[j]);
+                } else if constexpr (kSplits) {
+                  if (a.split)
+                    read_elements<T>(from + pitches[j], x[j]);
+                  else
+                    read_pixel<T>(from + pitches[j], x[j]);
+                } else {
+                  read_pixel<T>(from + pitches[j] + q * kSize, x[j]);
+                }
+            if (!inner)
+#pragma unroll
+              for (int j = 0; j < Tile::kColumns; ++j)
+                if (static_cast<uint32_t>(x0 + j) >= static_cast<uint32_t>(a.width))
+#pragma unroll
+                  for (int c = 0; c < kChannels; ++c) x[j][c] = 0;
+          };
+#pragma unroll
+          for (int q = 0; q < kFan; ++q) {
+            const auto add = [&](const float (&x)[Tile::kColumns][kChannels], int s, int o, int v, int i, int j, int at,
+                                 bool first) {
+#pragma unroll
+              for (int c = 0; c < kChannels; ++c) {
+                const bool youngest = Tile::kSpread ? i + 2 >= Tile::kKernelH : o + 1 == kLive;
+                const float before = !first || q > 0 ? sum[s][o][v][c] : youngest ? begins(c) : sum[s][o + 1][v][c];
+                sum[s][o][v][c] = fmaf(x[at][c], weight[kFan > 1 ? q : c][i][j], before);
+              }
+            };
+            // A column of taps in a row of units under way.
+            const auto add_column = [&](const float (&x)[Tile::kColumns][kChannels], int o, int j) {
+              const int i = (kLive - 1 - o) * kStep + (kStep == 1 ? 0 : u);
+              if (i >= Tile::kKernelH) return;
+#pragma unroll
+              for (int v = 0; v < kStrip; ++v)
+                add(x, set, o, v, i, j, v * kStep + j * kDilation, j == 0 && (kStep == 1 || u == 0));
+            };
+            if (all_wanted) {
+              float x[Tile::kColumns][kChannels];
+              read(q, x);
+              if constexpr (Tile::kSpread) {
+#pragma unroll
+                for (int j = 0; j < Tile::kKernelW; ++j)
+#pragma unroll
+                  for (int i = 0; i < Tile::kKernelH; ++i)
+#pragma unroll
+                    for (int v = 0; v < kStrip; ++v)
+                      add(x, i % 2, i / 2, 2 * v + j % 2, i, j, v + (Tile::kExtentW - 1) - j / 2, j < 2);
+              } else {
+#pragma unroll
+                for (int j = 0; j < Tile::kKernelW; ++j)
+#pragma unroll
+                  for (int o = 0; o < kLive; ++o) add_column(x, o, j);
+              }
+            } else if constexpr (Tile::kSkips) {
+              float x[Tile::kColumns][kChannels];
+              read(q, x);
+#pragma unroll
+              for (int o = 0; o < kLive; ++o)
+                if (wanted(o))
+#pragma unroll
+                  for (int j = 0; j < Tile::kKernelW; ++j) add_column(x, o, j);
+            }
+          }
+        } else if (kStep == 1 || u == 0) {
+          roll(set);
+          if (Tile::kSpread) roll(1);
+        }
+        if (kStep > 1 && u > 0) continue;
+        if (static_cast<uint32_t>(done + u) >= outputs) continue;
+#pragma unroll
+        for (int e = 0; e < kPair; ++e) store((t.begin + done) * kPair + e - a.skew_h, sum[kPair > 1 ? e : set][0]);
+      }
     }
-  return sum;
-}
-
-// Bytes, at most 16, that all channels, columns, rows and images are a multiple of, and so are they all from one to the
-// next.
-inline int alignment_between(const View& view, int64_t element, int64_t channels, int64_t height, int64_t width,
-                             int64_t batch) {
-  uint64_t all = (channels * element) | kUnit;
-  if (width > 1) all |= view.stride[3] * element;
-  if (height > 1) all |= view.stride[2] * element;
-  if (batch > 1) all |= view.stride[0] * element;
-  return static_cast<int>(all & -all);
-}
-// The same, if the first one begins there, too.
-inline int alignment_of(const View& view, int64_t element, int64_t channels, int64_t height, int64_t width,
-                        int64_t batch) {
-  const uint64_t all =
-      reinterpret_cast<uintptr_t>(view.data) | alignment_between(view, element, channels, height, width, batch);
-  return static_cast<int>(all & -all);
-}
-
-// Fills in how an array lies in memory.
-inline Pixels pixels_of(const View& view, int64_t element, int64_t channels, int64_t height, int64_t width,
-                        int64_t batch) {
-  Pixels p{};
-  p.base = p.begin = static_cast<const char*>(view.data);
-  p.image_bytes = view.stride[0] * element, p.row_bytes = view.stride[2] * element;
-  p.pixel_bytes = static_cast<int>((width == 1 ? channels : view.stride[3]) * element);
-  p.bytes = static_cast<int>(channels * element);
-  const int64_t row = width * channels;
-  const bool dense = (width == 1 || view.stride[3] == channels) && (height == 1 || view.stride[2] == row) &&
-                     (batch == 1 || view.stride[0] == height * row);
-  p.end = p.base + batch * height * row * element;
-  p.unit = alignment_of(view, element, channels, height, width, batch);
-  if (dense && p.unit < kUnit && alignment_between(view, element, channels, height, width, batch) == kUnit)
-    p.shift = static_cast<int>(reinterpret_cast<uintptr_t>(view.data) % kUnit), p.base -= p.shift, p.unit = kUnit;
-  p.joined = dense && p.unit < kUnit;
-  return p;
-}
-
-// Fills in what a block of `threads` has of it, at least as many as there are units in a pixel.
-inline void cut_pixels(Pixels& p, int64_t slab_bytes, int64_t columns, int threads, bool apart = false) {
-  const int more = p.shift > 0 && !p.row_runs ? kUnit : 0;
-  p.slab_bytes = static_cast<int>(slab_bytes), p.pitch = p.slab_bytes + more, p.columns = static_cast<int>(columns);
-  p.joined = p.joined && slab_bytes == p.bytes, p.apart = apart;
-  if (apart) p.pitch = static_cast<int>(round_up(slab_bytes + kUnit - 1, kUnit)) + kUnit + p.pixel_bytes % kUnit;
-  while (slab_bytes < p.bytes && slab_bytes % p.unit != 0) p.unit /= 2;
-  p.units = p.pitch / p.unit, p.together = std::max(threads / p.units, 1);
-  p.from_step = p.together * p.pixel_bytes, p.to_step = p.together * p.pitch;
-  p.by_units = Divider(p.units);
+    at += count;
+  }
+  if (kBulk && Tile::kLeaves && rows_leave && threadIdx.x < 32) wait_stores();
+  if (live && !finite)
+    for (int c = 0; c < kChannels; ++c) strip_by_taps<T, Tile>(a, begin, end, filter + c, column);
 }
 
 }  // namespace

@@ -9,7 +9,7 @@
 
 #include "launch.h"
 #include "mapping.h"
-#include "march_channels_last.cuh"
+#include "channels_last.cuh"
 #include "overlap.cuh"
 #include "three_channels.cuh"
 #include "three_channels.h"

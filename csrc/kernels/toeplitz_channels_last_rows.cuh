@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "march_channels_last.cuh"
+#include "channels_last.cuh"
 #include "toeplitz_channels_last.h"
 
 namespace dwconv {
