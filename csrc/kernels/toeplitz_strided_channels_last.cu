@@ -263,22 +263,37 @@ class Source {
   }
 };
 
-// Parts the channels of a chunk.
+// A thread's part in parting the channels of chunks.
 template <class Way>
-__device__ void part_chunk(int chunk) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp / Way::kRowWarps;
-  const int copy = warp % Way::kRowWarps, octet = lane / 8 % Way::kOctets, first = lane / 8 / Way::kOctets;
-  const int from = chunk % 2 * Way::kChunkBytes + Way::place_of(row * Way::kColumns + 4 * copy + lane % 8, octet);
-  const int to = Way::kPlanes + copy * Way::kCopyBytes + (octet * 8 + lane % 8) * Way::kPlaneBytes +
-                 (chunk % 3 * Way::kChunkRows + row) * Way::kRowBytes;
-#pragma unroll
-  for (int g = 0; g < Way::kGroups; g += 4 / Way::kOctets) {
-    const int group = min(g + first, Way::kGroups - 1);  // the last one perhaps twice
-    uint32_t matrices[4];
-    load_matrices_transposed(matrices, shared_address(from + group * 8 * Way::kOctets * kUnit));
-    store_matrices(shared_address(to + group * kUnit), matrices);
+class Parting {
+ public:
+  __device__ Parting() {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp / Way::kRowWarps;
+    const int copy = warp % Way::kRowWarps, octet = lane / 8 % Way::kOctets, first = lane / 8 / Way::kOctets;
+    from_ = kept(shared_address(Way::place_of(row * Way::kColumns + 4 * copy + lane % 8, octet) + first * kGroupBytes));
+    to_ = kept(shared_address(Way::kPlanes + copy * Way::kCopyBytes + (octet * 8 + lane % 8) * Way::kPlaneBytes +
+                              row * Way::kRowBytes + first * kUnit));
+    again_ = kept(first > (Way::kGroups - 1) % kAtOnce ? kGroupBytes : 0);
   }
-}
+
+  __device__ void part(int chunk) const {
+    const uint32_t from = from_ + chunk % 2 * Way::kChunkBytes, to = to_ + chunk % 3 * Way::kChunkRows * Way::kRowBytes;
+    uint32_t matrices[kTurns][4];  // all at once: no load waits for a store
+#pragma unroll
+    for (int t = 0; t < kTurns; ++t)
+      load_matrices_transposed(matrices[t], from + t * kAtOnce * kGroupBytes - (t + 1 < kTurns ? 0 : again_));
+#pragma unroll
+    for (int t = 0; t < kTurns; ++t)
+      store_matrices(to + t * kAtOnce * kUnit - (t + 1 < kTurns ? 0 : again_ * kUnit / kGroupBytes), matrices[t]);
+  }
+
+ private:
+  static constexpr int kAtOnce = 4 / Way::kOctets, kGroupBytes = 8 * Way::kOctets * kUnit;  // groups of columns
+  static constexpr int kTurns = (Way::kGroups - 1) / kAtOnce + 1;
+
+  uint32_t from_, to_;
+  uint32_t again_;  // bytes back to the group that the thread takes twice, where the last turn has none for it
+};
 
 // A thread's part in storing the outputs of steps: 8 channels of a pixel of some rows.
 template <class Way>
@@ -368,13 +383,60 @@ __device__ __noinline__ void outputs_by_taps(const Strided& a) {
     }
 }
 
+// The taps of a slab's filters on their way to the band matrices, in words of two as these have them: forward, pairs of
+// taps of a row; for grad_input, those of every other column, backwards, in pairs that begin with any of them. They lie
+// where the outputs of the first step come later. A thread has a row of a filter.
+template <class Way>
+class Taps {
+ public:
+  static constexpr int kFilters = 32, kPairs = Way::kSpread ? 5 : 4, kWords = (Way::kSpread ? 2 : 1) * kPairs;
+  static constexpr int kRowBytes = 4 * kWords;
+
+  // Begins to load them; in a slab's place for filters that there are not, those of another one.
+  __device__ Taps(const Strided& a, const Place& b) {
+    const int number = min(static_cast<int>(threadIdx.x), kRows - 1);
+    const int filters = (Way::kSpread ? a.source.bytes : a.target.bytes) / 2;
+    const uint16_t* at =
+        static_cast<const uint16_t*>(a.weight) +
+        (min(b.slab * kFilters + number / kKernel, filters - 1) * a.weight_filter + number % kKernel * a.weight_row);
+#pragma unroll
+    for (int j = 0; j < kKernel; ++j, at += a.weight_column) taps_[j] = *at;
+  }
+
+  __device__ void store() {
+    if (threadIdx.x >= kRows) return;
+#pragma unroll
+    for (uint32_t& tap : taps_) asm volatile("" : "+r"(tap));  // or else they would be waited for when they are loaded
+    const auto tap = [&](int e, int r) {                       // the r-th one of those of grad_input
+      const int j = 2 * (3 - r) + e;
+      return r >= 0 && j >= 0 && j < kKernel ? taps_[j] : 0;
+    };
+    uint32_t words[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const int e = i / kPairs, r = i % kPairs - 1;
+      words[i] = Way::kSpread ? tap(e, r) | tap(e, r + 1) << 16 : taps_[2 * i] | taps_[2 * i + 1] << 16;
+    }
+#pragma unroll
+    for (int i = 0; i < kWords; i += 2) shared<uint2>(at(0, threadIdx.x) + 4 * i) = {words[i], words[i + 1]};
+  }
+
+  // Where a row of a filter is.
+  static __device__ int at(int filter, int row) { return Way::kOut + (filter * kKernel + row) * kRowBytes; }
+
+ private:
+  static constexpr int kRows = kFilters * kKernel;
+  static_assert(kRows <= Way::kThreads);
+
+  uint32_t taps_[kKernel + 1] = {};
+};
+
 // A warp's two source channels, or two target channels: the band matrices, the sums of a step, and where it reads.
 template <typename T, class Way>
 class Step {
  public:
   __device__ Step(const Strided& a, const Place& b) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, tile = lane % 8;
-    load_bands(a, b, warp);
     row_ = lane / 8 % 2 * 2 * Way::kStep;
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
@@ -394,6 +456,23 @@ class Step {
       if (a.bias && target * 2 < a.target.bytes)
         bias_[q] = widen(static_cast<const T*>(a.bias)[target * a.bias_stride]);
     }
+  }
+
+  // Makes the band matrices of taps in shared memory.
+  __device__ void load_bands() {
+    using Taps = dwconv::Taps<Way>;
+    const int warp = threadIdx.x / 32, n = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int c = 0; c < 2; ++c)
+#pragma unroll
+      for (int w = 0; w < 2; ++w) {
+        const int filter = 4 * warp + 2 * c + (Way::kSpread ? w : n % 2);
+        const int pair = Way::kSpread ? 2 * t - n / 2 + 1 : 4 * w + t - n / 2;
+        const bool any = pair >= 0 && pair < Taps::kPairs;
+        const int at = Taps::at(filter, 0) + 4 * (pair + (Way::kSpread ? n % 2 * Taps::kPairs : 0));
+#pragma unroll
+        for (int i = 0; i < kKernel; ++i) bands_[c][i][w] = any ? shared<uint32_t>(at + i * Taps::kRowBytes) : 0;
+      }
   }
 
   __device__ void run(int step) {
@@ -459,35 +538,6 @@ class Step {
   uint32_t zeros_ = 0;
   int row_, from_[2];
   uint32_t to_[Way::kPair];  // where the thread's outputs of the first row go
-
-  __device__ void load_bands(const Strided& a, const Place& b, int warp) {
-    const int n = threadIdx.x % 32 / 4, k = threadIdx.x % 4 * 2;
-    const int filters = (Way::kSpread ? a.source.bytes : a.target.bytes) / 2;
-#pragma unroll
-    for (int c = 0; c < 2; ++c)
-#pragma unroll
-      for (int w = 0; w < 2; ++w) {
-        const int filter = (b.slab * 16 + warp * 2 + c) * 2 + (Way::kSpread ? w : n % 2);
-        const uint16_t* at[2];
-        bool is_tap[2];
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int j = Way::kSpread ? 2 * (n / 2 + 3 - k - h) + n % 2 : 8 * w + k + h - n / 2 * 2;
-          is_tap[h] = filter < filters && j >= 0 && j < kKernel;
-          at[h] = static_cast<const uint16_t*>(a.weight) + (filter * a.weight_filter + j * a.weight_column);
-        }
-#pragma unroll
-        for (int i = 0; i < kKernel; ++i) {
-          uint32_t word = 0;
-#pragma unroll
-          for (int h = 0; h < 2; ++h) {
-            if (is_tap[h]) word |= static_cast<uint32_t>(*at[h]) << 16 * h;
-            at[h] += a.weight_row;
-          }
-          bands_[c][i][w] = word;
-        }
-      }
-  }
 };
 
 template <typename T, class Way>
@@ -509,21 +559,25 @@ __global__ void __launch_bounds__(Way::kThreads, 2) toeplitz_strided_channels_la
     __syncthreads();
     if (chunk < steps) source.load_exchanged(a, 1);
   };
+  Taps<Way> taps(a, b);
   load(0);
   load(1);
   source.load_exchanged(a, 2);
   Step<T, Way> work(a, b);
   Target<Way> target(a, b);
+  const Parting<Way> parting;
+  taps.store();
   for (int chunk = 0; chunk < 2; ++chunk) {
     wait(chunk);
-    part_chunk<Way>(chunk);
+    if (chunk == 0) work.load_bands();
+    parting.part(chunk);
     __syncthreads();
     load(chunk + 2);
   }
   for (int step = 0; step < steps; ++step) {
     wait(step + 2);
     work.run(step);
-    if (step + 2 <= steps) part_chunk<Way>(step + 2);
+    if (step + 2 <= steps) parting.part(step + 2);
     __syncthreads();
     load(step + 4);
     target.store(a);
