@@ -545,6 +545,8 @@ def test_toeplitz_channels_last_is_exact_at_stride_two(dtype: torch.dtype) -> No
             problem = Problem(case, dtype, torch.channels_last)
             if turn:
                 problem.lay({"offset": [1, 2, 4][turn - 1]}, {"offset": turn})
+            if turn == 3:  # columns of the weights apart, and rows side by side
+                problem.lay(weight={"order": (0, 1, 3, 2)})
             forced = problem.check()
             assert BAND in forced["output"] & forced["grad_input"], problem
 

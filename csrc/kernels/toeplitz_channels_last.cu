@@ -136,7 +136,11 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
   constexpr bool kSplit = Shape::kSplit, kParted = Shape::kParted;
   const uint32_t memory = kept_shared_address();
   FeedOf<Shape> feed(memory, slab, first_column - a.lead, begin, end);
-  begin_rows<T, Shape>(a, feed, slab, first_column - a.lead, end);
+  Drain<Shape> drain(a, memory, slab, first_column, begin, end);
+  begin_rows<T, Shape>(a, feed, slab, first_column - a.lead, end, [&] {
+    drain.find(a);
+    if (!Shape::kShifted && !FeedOf<Shape>::has_more(a)) feed.find(a);  // or else some of the last row may be left
+  });
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, number = lane / 4, pair = lane % 4 * 2;
   const int channel = slab + warp * kChannels;
@@ -163,7 +167,8 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
 
   // The thread's tiles, one of the upper 8 rows and one of the lower, and its pixels of them.
   const bool live = number < a.tiles * a.streams, lower_live = kSplit ? number + kTiles < a.streams : live;
-  const int stream = live ? number / a.tiles : 0, tile = live ? number % a.tiles : 0;
+  const int tiles = kSplit ? 1 : a.tiles;
+  const int stream = live ? number / tiles : 0, tile = live ? number % tiles : 0;
   const int column = Shape::place_of(tile * Shape::kColumns + pair) + warp * kChannels * 2;
   const uint32_t from =
       memory + kRing + stream * a.source.stream_bytes + column + (Shape::kShifted ? a.source.shift : 0);
@@ -185,7 +190,6 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
 
   Outputs<T, Shape> outputs(a, channel);
   Parting<Shape> parting(a);
-  Drain<Shape> drain(a, memory, slab, first_column, begin, end);
   typename Share<Shape, true>::Units units;
   // Of the next source row in the ring, which is parted a step ahead, and of the next one to load.
   int slot = kParted ? a.slot_bytes : 0, loaded = Shape::kAhead % kDepth * a.slot_bytes;

@@ -119,23 +119,38 @@ __device__ void clear_edges(const Toeplitz& a, int first_column) {
 template <class Shape>
 using FeedOf = std::conditional_t<Shape::kShifted, ShiftedFeed<Shape>, Feed<Shape>>;
 
-// What goes before the first step of rows [begin, end): prepares the weights of a slab, and begins to load.
-template <typename T, class Shape>
-__device__ void begin_rows(const Toeplitz& a, FeedOf<Shape>& feed, int slab, int first_column, int end) {
-  // What takes no memory goes before the kernel before has ended.
+// What goes before the first step of rows [begin, end): prepares the weights of a slab, and begins to load. Calls
+// meanwhile() when weights and rows are on their way.
+template <typename T, class Shape, typename Meanwhile>
+__device__ void begin_rows(const Toeplitz& a, FeedOf<Shape>& feed, int slab, int first_column, int end,
+                           Meanwhile&& meanwhile) {
+  // What takes no memory but the block's own goes before the kernel before has ended.
   Weights<T, Shape> weights(a, slab, 0);
   feed.find(a);
-  // Zeros for all that is never loaded: if that is but the columns beside the images, the first loads go before.
+  // Zeros for all that is never loaded: if that is but the columns beside the images, nothing is loaded there.
   const bool edges = slab + a.slab <= a.channels && end <= a.whole_rows;
+  if (a.clear && edges) clear_edges<Shape>(a, first_column);
   if (a.clear && !edges) {
     for (int i = kRing + threadIdx.x * kUnit; i < a.stage_at; i += blockDim.x * kUnit) shared<uint4>(i) = {};
     __syncthreads();
   }
+  for (int i = threadIdx.x * kUnit; i < a.slab * Shape::kBandRows * Shape::kBandBytes; i += blockDim.x * kUnit)
+    shared<uint4>(a.bands_at + i) = {};
   settle_and_wait_for_kernel_before(a.workers);
   let_next_kernel_start();
   weights.load();
+  int i = 0;
+  // Rows that have been found come first: what else there may be to do, in the other loop, would keep them waiting.
+  if constexpr (!Shape::kShifted) {
 #pragma unroll 1
-  for (int i = 0; i < Shape::kAhead; ++i) {
+    for (; i < Shape::kAhead && feed.goes_on(a); ++i) {
+      feed.load(a, i * a.slot_bytes);
+      feed.next(a);
+      commit_copies();
+    }
+  }
+#pragma unroll 1
+  for (; i < Shape::kAhead; ++i) {
     feed.find(a);
     if constexpr (Shape::kShifted)
       i == 0 ? feed.load_first(a) : feed.load(a, i * a.slot_bytes);
@@ -145,9 +160,7 @@ __device__ void begin_rows(const Toeplitz& a, FeedOf<Shape>& feed, int slab, int
     feed.next(a);
     commit_copies();
   }
-  if (a.clear && edges) clear_edges<Shape>(a, first_column);
-  for (int i = threadIdx.x * kUnit; i < a.slab * Shape::kBandRows * Shape::kBandBytes; i += blockDim.x * kUnit)
-    shared<uint4>(a.bands_at + i) = {};
+  meanwhile();
   __syncthreads();
   if constexpr (Shape::kBlocks <= 2) {
     weights.write();

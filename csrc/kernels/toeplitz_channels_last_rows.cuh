@@ -341,6 +341,9 @@ class Feed : public RunRows<Shape, false> {
       share_.load_more(a.source, place_of(a, slot, k), left_ + behind > k, k - behind);
   }
 
+  // Whether there are rows to load that have been found, and are loaded without a branch.
+  __device__ bool goes_on(const Toeplitz& a) const { return left_ > 0 && !has_more(a); }
+
   // Goes to the next rows.
   __device__ void next(const Toeplitz& a) {
     const int left = left_;

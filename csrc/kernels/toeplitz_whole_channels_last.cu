@@ -46,7 +46,7 @@ __device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint
   constexpr int kRows = Shape::kRows, kChannels = Shape::kChannels, kStages = Shape::kStages;
   const uint32_t memory = kept_shared_address();
   FeedOf<Shape> feed(memory, slab, 0, begin, end);
-  begin_rows<T, Shape>(a, feed, slab, 0, end);
+  begin_rows<T, Shape>(a, feed, slab, 0, end, [] {});
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, number = lane / 4, pair = lane % 4 * 2;
   const int channel = slab + warp * kChannels;
   const uint32_t bands =
