@@ -173,6 +173,8 @@ def test_planes_as_wide_as_code_is_compiled_for(case: Case, memory_format: torch
 ROWS = [
     Case(15, 260, (27, 28), (9, 9), padding=(4, 4)),
     Case(63, 260, (27, 28), (9, 9), padding=(4, 4)),
+    Case(15, 396, (24, 28), (9, 9), padding=(4, 4)),  # the last tasks are halves, boxes have rows in fours
+    Case(24, 198, (28, 28), (9, 9), padding=(4, 4)),  # of which some have no images
     Case(60, 264, (15, 13), (25, 26), padding=(12, 13)),
     Case(64, 264, (14, 14), (27, 27), padding=(13, 13)),
     Case(32, 132, (28, 28), (9, 8), padding=(2, 4), multiplier=2),

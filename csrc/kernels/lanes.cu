@@ -27,6 +27,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <climits>
 #include <iterator>
 
 #include "boxes.cuh"
@@ -57,13 +58,15 @@ struct Form {
   static constexpr int kRowBytes = 4 * kSide;
   static constexpr int kPiece = !kForm.staged ? 0 : kSide == 56 ? 8 : 28;  // outputs of a lane that go out at once
   static constexpr int kWeightBytes = (kTaps + 3) / 4 * 16;                // from row to row
-  // Where images of a plane are an odd number of 16 bytes apart in boxes; outputs go out by boxes there as well. Rows
-  // of 14 columns are no multiple of 16 bytes: whole planes are, and their boxes have no rows.
+  // Where planes come by boxes, of as many as an item has, and outputs go out by boxes as well. Rows of 14 columns are
+  // no multiple of 16 bytes: whole planes are, and their boxes have no rows.
   static constexpr bool kBoxes = kSide < 56, kFlat = kSide == 14;
   // Warps of a scheduler that compute, and the threads of a block by which ptxas has registers: with 96 it keeps
-  // weights in uniform registers, and yet reads pixels ahead of their use. With half of a row a lane needs 72.
-  static constexpr int kMostWarps = kParts > 1 ? 6 : kTaps == 31 || kTaps == 13 ? 3 : 4;
-  static constexpr int kBoundThreads = kParts > 1 ? 800 : 640;
+  // weights in uniform registers, and yet reads pixels ahead of their use, if it knows that a multiprocessor has one
+  // block. With half of a row a lane needs 72, but for the most taps.
+  static constexpr bool kFewRegisters = kParts > 1 && kTaps < 63;
+  static constexpr int kMostWarps = kFewRegisters ? 6 : kTaps == 31 || kTaps == 13 ? 3 : 4;
+  static constexpr int kBoundThreads = kFewRegisters ? 800 : 640;
   // Where planes do not come by bulk copies, others copy: one beside those of each scheduler at least, or two, as where
   // taps are few.
   static constexpr int kMostWarpsBesideCopiers =
@@ -71,6 +74,24 @@ struct Form {
   static constexpr int copiers(int warps) {
     return std::min(kBoundThreads / 32 - kSchedulers * warps, 2 * kSchedulers);
   }
+  // Lanes side by side, on images, are two to the power of `lane_bits`: mostly known when the code is compiled.
+  static constexpr int kLaneBits =
+      kForm.least_lanes < kForm.lanes ? -1 : std::countr_zero(static_cast<unsigned>(kForm.lanes));
+  template <class A>
+  static __device__ int lane_bits(const A& a) {
+    return kLaneBits < 0 ? a.lane_bits : kLaneBits;
+  }
+  template <class A>
+  static __device__ int lanes(const A& a) {
+    return 1 << lane_bits(a);
+  }
+  // Whether the last tasks are halves, of one image of each lane. With more taps the test for it costs more, in banks
+  // of the register file, than schedulers gain that have the same to do.
+  static constexpr bool kHalves = kHeldImages == 2 && kTaps == 9;
+  // Whether neighbouring lanes lie on neighbouring rows: 8 lanes, which read at once, on four rows of two images. Then
+  // images are to be an odd number of 64 bytes apart, as those of 28 x 28 pixels are that follow each other; where
+  // lanes lie on images first, an odd number of 16 bytes.
+  static constexpr bool kRowsFirst = kSide == 28 && kLaneBits == 3;
 };
 
 struct Arguments {
@@ -82,9 +103,9 @@ struct Arguments {
   int64_t source_stride[4], target_stride[4], weight_stride[4], bias_stride;  // in elements
   int batch, height, width, out_height, out_width, kernel_h, kernel_w, padding_h, padding_w, fan_out;
   int filters;
-  bool quads;                  // whether 4 outputs are written at once
-  int lanes, units;            // lanes side by side, on images, and images of a warp
-  int lane_bits;               // `lanes` is two to the power of that
+  bool quads;        // whether 4 outputs are written at once
+  int lanes, units;  // lanes side by side, on images, and images of a warp
+  int lane_bits;
   int items;                   // groups of images of each filter, all together
   int share;                   // items of a block
   int rows, tasks;             // rows of a warp, and what warps take from counters, of an item
@@ -110,19 +131,26 @@ struct Item {
     image = a.by_groups.split(item) * a.units, filter = item;  // what is left of it
     units = min(a.units, a.batch - image);
   }
+  // Leaves the first images of the lanes, or the second ones, if there are any.
+  __device__ void halve(int lanes, bool second) {
+    if (second) image += lanes;
+    units = second ? units - lanes : min(units, lanes);
+  }
 };
 
 // Asks in L2 for the planes and the weights of a block's first item, which is no harm while the kernel before still
-// writes. Each thread for a plane and a row of weights, and without a branch: see store_if_above().
+// writes. Each warp for planes, one at a time, and each thread for a row of weights.
 template <class F>
 __device__ __forceinline__ void ask_for(const Arguments& a, const Item<F>& item) {
 #if __CUDA_ARCH__ >= 900
-  const int own = threadIdx.x;
-  const float* plane =
-      a.source + (item.image + own) * a.source_stride[0] + item.filter / a.fan_out * a.source_stride[1];
-  asm volatile("{\n.reg .pred p;\nsetp.lt.s32 p, %0, %1;\n@p cp.async.bulk.prefetch.L2.global [%2], %3;\n}" ::"r"(own),
-               "r"(a.copy.bulk ? item.units : 0), "l"(plane), "r"(4 * a.height * a.width)
-               : "memory");
+  const int own = threadIdx.x, planes = a.copy.bulk ? item.units : 0;
+  const float* from = a.source + item.image * a.source_stride[0] + item.filter / a.fan_out * a.source_stride[1];
+#pragma unroll 1
+  for (int n = own / 32; n < planes; n += blockDim.x / 32)
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.eq.s32 p, %0, 0;\n@p cp.async.bulk.prefetch.L2.global [%1], %2;\n}" ::"r"(own % 32),
+        "l"(from + n * a.source_stride[0]), "r"(4 * a.height * a.width)
+        : "memory");
   const float* weights = a.weight + item.filter * a.weight_stride[0] + own * a.weight_stride[2];
   asm volatile("{\n.reg .pred p;\nsetp.lt.s32 p, %0, %1;\n@p prefetch.global.L2 [%2];\n}" ::"r"(own), "r"(a.kernel_h),
                "l"(weights)
@@ -136,12 +164,22 @@ __device__ __forceinline__ void store_four(uint32_t to, const float (&from)[4]) 
                : "memory");
 }
 
-// All products of a row of weights and of `count` pixels, which begin `first` columns right of the first output.
+// Loads pixels that follow each other, by plain loads: volatile ones ptxas puts right before their use.
+template <int kCount>
+__device__ __forceinline__ void load_pixels(float (&x)[kCount], int source) {
+  using Few = std::conditional_t<kCount % 4 == 0, float4, float2>;
+  constexpr int kStep = sizeof(Few) / 4;
+#pragma unroll
+  for (int u = 0; u < kCount; u += kStep) reinterpret_cast<Few&>(x[u]) = shared<Few>(source + 4 * u);
+}
+
+// All products of a row of weights and of as many pixels as there are outputs, of which they begin `first` columns to
+// the right.
 template <class F>
-__device__ __forceinline__ void add_pixels(float (&sum)[F::kColumns], const float* x, int count,
+__device__ __forceinline__ void add_pixels(float (&sum)[F::kColumns], const float (&x)[F::kColumns],
                                            const float (&w)[F::kWeightBytes / 4], int first) {
 #pragma unroll
-  for (int u = 0; u < count; ++u)
+  for (int u = 0; u < F::kColumns; ++u)
 #pragma unroll
     for (int n = 0; n < F::kColumns; ++n) {
       const int o = u % 2 == 0 ? n : F::kColumns - 1 - n, tap = first + u - o + F::kReach;
@@ -154,29 +192,18 @@ template <class F>
 __device__ __forceinline__ void add_row(float (&sum)[F::kColumns], int source, const float (&w)[F::kWeightBytes / 4],
                                         int part) {
   constexpr int kColumns = F::kColumns;
-  using Few = std::conditional_t<kColumns % 4 == 0, float4, float2>;
-  constexpr int kStep = sizeof(Few) / 4;
-  // How many pixels are read ahead, by plain loads: volatile ones ptxas puts right before their use, and plain ones of
-  // a whole row at once, too, where outputs go out through shared memory.
-  constexpr int kAhead = kStep < 4 || F::kParts > 1 ? kColumns : kStep;
-  alignas(Few) float x[kColumns * F::kParts];
-  const auto load = [&](int u, int source) { reinterpret_cast<Few&>(x[u]) = shared<Few>(source); };
-#pragma unroll
-  for (int u = 0; u < kAhead; u += kStep) load(u, source + 4 * u);
-  const int beside = source + (part > 0 ? -4 : 4) * kColumns;
-  if constexpr (F::kParts > 1)
-#pragma unroll
-    for (int u = 0; u < kColumns; u += kStep) load(kColumns + u, beside + 4 * u);
-#pragma unroll
-  for (int u = 0; u < kColumns; u += kStep) {
-    if (u + kAhead < kColumns) load(u + kAhead, source + 4 * (u + kAhead));
-    add_pixels<F>(sum, x + u, kStep, w, u);
-  }
-  if constexpr (F::kParts > 1) {
+  alignas(16) float x[kColumns];
+  load_pixels(x, source);
+  if constexpr (F::kParts == 1) {
+    add_pixels<F>(sum, x, w, 0);
+  } else {
+    alignas(16) float beside[kColumns];
+    load_pixels(beside, source + (part > 0 ? -4 : 4) * kColumns);
+    add_pixels<F>(sum, x, w, 0);
     if (part > 0)
-      add_pixels<F>(sum, x + kColumns, kColumns, w, -kColumns);
+      add_pixels<F>(sum, beside, w, -kColumns);
     else
-      add_pixels<F>(sum, x + kColumns, kColumns, w, kColumns);
+      add_pixels<F>(sum, beside, w, kColumns);
   }
 }
 
@@ -230,10 +257,14 @@ __device__ __forceinline__ bool compute(const Arguments& a, const Item<F>& item,
                                         uint32_t stage, int chunk, int part) {
   constexpr int kSide = F::kSide, kColumns = F::kColumns, kHeld = F::kHeld;
   constexpr bool kOneRow = F::kForm.lanes == 32;  // all lanes have the same one
-  const int lane = threadIdx.x % 32, first_row = chunk * a.rows;
+  const int lanes = F::lanes(a), lane_bits = F::lane_bits(a);
+  const int rows = (32 >> lane_bits) * F::kHeldRows;  // of the warp
+  const int lane = threadIdx.x % 32, first_row = chunk * rows;
   // Of a lane: the first of its images, and of its rows, within what the warp has.
-  const auto unit_of = [&](int lane) { return lane & (a.lanes - 1); };
-  const auto row_of = [&](int lane) { return kOneRow ? 0 : (lane >> a.lane_bits) * F::kHeldRows; };
+  const auto unit_of = [&](int lane) { return F::kRowsFirst ? lane >> (5 - lane_bits) : lane & (lanes - 1); };
+  const auto row_of = [&](int lane) {
+    return kOneRow ? 0 : F::kRowsFirst ? lane % (32 >> lane_bits) : (lane >> lane_bits) * F::kHeldRows;
+  };
   const int own = unit_of(lane), own_row = first_row + row_of(lane);
   const int2 steps = shared<int2>(a.steps_at + 8 * chunk);
   const int first_column = part * kColumns, zeros = a.zeros_at + 4 * first_column;
@@ -241,7 +272,7 @@ __device__ __forceinline__ bool compute(const Arguments& a, const Item<F>& item,
   int source[F::kHeldImages];
 #pragma unroll
   for (int n = 0; n < F::kHeldImages; ++n)
-    source[n] = planes + min(own + n * a.lanes, item.units - 1) * a.unit_bytes + static_cast<int>(y) * F::kRowBytes +
+    source[n] = planes + min(own + n * lanes, item.units - 1) * a.unit_bytes + static_cast<int>(y) * F::kRowBytes +
                 4 * first_column;
   weight += steps.x * F::kWeightBytes;
   float sum[kHeld][kColumns] = {};
@@ -252,11 +283,20 @@ __device__ __forceinline__ bool compute(const Arguments& a, const Item<F>& item,
 #pragma unroll
     for (int row = 0; row < F::kHeldRows; ++row) {
       const bool inside = y + row < static_cast<uint32_t>(a.height);
-      if (!kOneRow || inside)
+      if constexpr (kOneRow) {
+        // Pixels of all images first: registers are short then, and more weights in uniform registers.
+        alignas(8) float x[F::kHeldImages][kSide];
+        if (inside) {
+#pragma unroll
+          for (int n = 0; n < F::kHeldImages; ++n) load_pixels(x[n], source[n] + row * F::kRowBytes);
+#pragma unroll
+          for (int n = 0; n < F::kHeldImages; ++n) add_pixels<F>(sum[row * F::kHeldImages + n], x[n], w, 0);
+        }
+      } else {
 #pragma unroll
         for (int n = 0; n < F::kHeldImages; ++n)
-          add_row<F>(sum[row * F::kHeldImages + n], kOneRow || inside ? source[n] + row * F::kRowBytes : zeros, w,
-                     part);
+          if (!F::kHalves || n == 0 || item.units > lanes) add_row<F>(sum[n], inside ? source[n] : zeros, w, part);
+      }
     }
 #pragma unroll
     for (int n = 0; n < F::kHeldImages; ++n) source[n] += F::kRowBytes;
@@ -278,10 +318,11 @@ __device__ __forceinline__ bool compute(const Arguments& a, const Item<F>& item,
   bool finite = true;
   if (F::kBoxes && F::kForm.staged && a.stores_boxes) {
     // Through shared memory, an image of each lane at a time. Boxes leave out what is outside.
-    const uint32_t own_stage = stage + (own * a.rows + row_of(lane)) * F::kRowBytes;
+    const uint32_t own_stage = stage + (own * rows + row_of(lane)) * F::kRowBytes;
 #pragma unroll
     for (int n = 0; n < F::kHeldImages; ++n) {
-      const int image = item.image + n * a.lanes;
+      const int image = item.image + n * lanes;
+      if (F::kHalves && n > 0 && item.units <= n * lanes) break;
       wait_until_boxes_are_read();
 #pragma unroll
       for (int o = 0; o < F::kPiece; o += 4) {
@@ -293,20 +334,17 @@ __device__ __forceinline__ bool compute(const Arguments& a, const Item<F>& item,
       }
       before_bulk_copies();
       __syncwarp();
-      if constexpr (F::kFlat)
-        store_box_by_one(a.target_map, stage, first_row * kSide, item.filter, image, 0);
-      else
-        store_box_by_one(a.target_map, stage, 0, first_row, item.filter, image);
+      store_box_by_one(a.target_map, stage, first_row * kSide, item.filter, image, 0);
     }
     finite = products * 0 == 0.f;
   } else if constexpr (F::kForm.staged) {
     // Through shared memory, piece by piece, so that lanes side by side write what lies side by side: images one after
     // the other, and of each its rows.
     constexpr int kPiece = F::kPiece, kQuads = kPiece / 4, kRowsAtOnce = 32 / kQuads, kRounds = 32 / kRowsAtOnce;
-    const int row_bits = 5 - a.lane_bits, at_once = kRowsAtOnce >> row_bits;  // images
-    const int pitch = 16 * (kQuads << row_bits | 1);
+    const int row_bits = 5 - lane_bits, at_once = kRowsAtOnce >> row_bits;  // images
+    const int pitch = 16 * (kQuads << row_bits | (F::kRowsFirst ? 0 : 1));
     const auto place_of = [&](int lane) {
-      return stage + unit_of(lane) * pitch + (lane >> a.lane_bits) * (16 * kQuads);
+      return stage + unit_of(lane) * pitch + row_of(lane) / F::kHeldRows * (16 * kQuads);
     };
     // What a lane writes at first.
     const int its_row = lane / kQuads, quad = lane % kQuads, unit = its_row >> row_bits;
@@ -331,19 +369,19 @@ __device__ __forceinline__ bool compute(const Arguments& a, const Item<F>& item,
         }
         __syncwarp();
         if (a.quads) {
-          const int most = F::kHeldRows > 1 || piece + 4 * quad < a.out_width ? units - n * a.lanes : 0;
+          const int most = F::kHeldRows > 1 || piece + 4 * quad < a.out_width ? units - n * lanes : 0;
 #pragma unroll
           for (int q = 0; q < kRounds; ++q) {
             float four[4];
             load_four(four, from + q * at_once * pitch);
-            store_if_above<4>(most, q * at_once, at(offset[q] + n * (a.lanes * a.image_bytes)) + piece, four);
+            store_if_above<4>(most, q * at_once, at(offset[q] + n * lanes * a.image_bytes) + piece, four);
           }
         } else {
 #pragma unroll 1
           for (int q = 0; q < kPiece; ++q) {
             const int number = lane + 32 * q, other = number / kPiece;
             const int part = piece + number % kPiece, below = part / kSide, column = part - below * kSide;
-            const int unit = unit_of(other) + n * a.lanes, row = row_of(other) + below;
+            const int unit = unit_of(other) + n * lanes, row = row_of(other) + below;
             float one;
             asm volatile("ld.shared.f32 %0, [%1];" : "=f"(one) : "r"(place_of(other) + 4 * (number % kPiece)));
             store_if_above<1>(unit < item.units && row < rows_left ? a.out_width : 0, column,
@@ -351,20 +389,20 @@ __device__ __forceinline__ bool compute(const Arguments& a, const Item<F>& item,
           }
         }
       }
-      finite = finite && (products * 0 == 0.f || own + n * a.lanes >= item.units);
+      finite = finite && (products * 0 == 0.f || own + n * lanes >= item.units);
     }
   } else {
 #pragma unroll
     for (int held = 0; held < kHeld; ++held) {
       const int n = held % F::kHeldImages, row = row_of(lane) + held / F::kHeldImages;
-      const int columns = own + n * a.lanes < item.units && row < rows_left ? a.out_width - first_column : 0;
+      const int columns = own + n * lanes < item.units && row < rows_left ? a.out_width - first_column : 0;
       if (F::kTaps <= 29 || a.bias)  // more taps have no registers to choose from
 #pragma unroll
         for (int o = 0; o < kColumns; ++o) sum[held][o] += bias;
 #pragma unroll
       for (int o = 0; o < kColumns; o += 2) products = fmaf(sum[held][o], sum[held][o + 1], products);
       finite = finite && (columns <= 0 || products * 0 == 0.f);
-      float* const to = at((own + n * a.lanes) * a.image_bytes + row * a.row_bytes) + first_column * a.target_stride[3];
+      float* const to = at((own + n * lanes) * a.image_bytes + row * a.row_bytes) + first_column * a.target_stride[3];
       const auto store = [&]<int... kO>(std::integer_sequence<int, kO...>) {
         if (a.quads)
           ((kO % 4 == 0 ? store_if_above<4, 4 * kO>(columns, kO, to, &sum[held][kO]) : void()), ...);
@@ -396,15 +434,15 @@ __device__ __forceinline__ void compute_again(const Arguments& a, int first, int
 }
 
 template <class F>
-__global__ void __launch_bounds__(F::kBoundThreads) lanes(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(F::kBoundThreads, 1) lanes(const __grid_constant__ Arguments a) {
   __shared__ int next_task[kSchedulers];
   __shared__ int all_finite;
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int warps = blockDim.x / 32 - a.copiers;  // that compute
   const int first = blockIdx.x * a.share, end = min(first + a.share, a.items);
   ask_for<F>(a, Item<F>(a, first));
-  for (int at = a.zeros_from + 16 * threadIdx.x; at < a.bytes; at += 16 * blockDim.x) shared<float4>(at) = {};
-  __syncthreads();
+  if (threadIdx.x == 0 && a.box_bytes > 0) prefetch(a.map);
+  for (int at = a.zeros_from + 16 * threadIdx.x; at < a.barriers_at; at += 16 * blockDim.x) shared<float4>(at) = {};
   Ring stages(a.barriers_at, a.stages);
   // The first row of the kernel in which any of a warp's lanes meets the image, and how many there are.
   for (int chunk = threadIdx.x; chunk < a.tasks / F::kParts; chunk += blockDim.x) {
@@ -423,17 +461,18 @@ __global__ void __launch_bounds__(F::kBoundThreads) lanes(const __grid_constant_
   before_bulk_copies();
   __syncthreads();
   let_next_kernel_start();
-  wait_for_kernel_before();
 
   if (warp >= warps) {
     // Beside warps that always have something to multiply each instruction takes long. So weights are copied ahead of
     // planes, to where those of as many items before were as there are stages, and one more: what has to be done when
     // a stage is empty is little.
     const WeightCopies<F> weights(a);
-    int kernel = a.weights_at, next_kernel = warp == warps ? first : end;
+    int kernel = a.weights_at;
+    settle_and_wait_for_kernel_before(a.items);
+    Item<F> item(a, first);
 #pragma unroll 1
     for (int at = first; at < end; ++at) {
-      const Item<F> item(a, at);
+      const Item<F> next(a, at + 1);
       const int to = stages.at * a.stage_bytes, channel = item.filter / a.fan_out;
       stages.wait_empty();
       if (a.box_bytes > 0) {
@@ -452,10 +491,8 @@ __global__ void __launch_bounds__(F::kBoundThreads) lanes(const __grid_constant_
       }
 #pragma unroll 1
       for (int turn = 0; turn < 2; ++turn) {
-        const int end_kernel = min(turn == 0 ? at + 1 : max(at + 2, first + a.kernels), end);
-#pragma unroll 1
-        for (; next_kernel < end_kernel; ++next_kernel) {
-          weights.begin(a, Item<F>(a, next_kernel).filter, kernel);
+        if (warp == warps && (turn == 0 ? at == first : at + 1 < end)) {
+          weights.begin(a, turn == 0 ? item.filter : next.filter, kernel);
           kernel = kernel + a.kernel_bytes == a.zeros_at ? a.weights_at : kernel + a.kernel_bytes;
         }
         if (turn > 0) break;
@@ -468,24 +505,34 @@ __global__ void __launch_bounds__(F::kBoundThreads) lanes(const __grid_constant_
       }
       stages.wait_full();  // what comes before comes first
       stages.advance();
+      item = next;
     }
     return;
   }
+  wait_for_kernel_before();
 
   // Each scheduler has its own tasks, the same of all items together: all are done at the same time.
   const int queue = warp % kSchedulers;
   const uint32_t outputs = once(shared_address(a.outputs_at + warp * a.output_bytes));  // on their way out
   bool finite = true;
+  // Those that are left when all have had as many are cut in halves: they are of the last item.
+  const int whole = F::kHalves ? (end - first) * a.tasks / kSchedulers * kSchedulers : INT_MAX;
   for (;;) {
     uint32_t number = take_number(shared_address(&next_task[queue]), lane == 0) * kSchedulers + queue;
+    const int half = static_cast<int>(number) - whole;
+    const bool is_half = F::kHalves && half >= 0, is_second = is_half && half % 2 == 1;
+    if (is_half) number = whole + half / 2;
     const int rank = a.by_tasks.split(number);  // leaves the item
     if (first + static_cast<int>(number) >= end) break;
-    const Item<F> item(a, first + number);
+    Item<F> item(a, first + number);
+    if (is_half) item.halve(F::lanes(a), is_second);
+    if (item.units <= 0) continue;  // a second half of no images
     uint32_t round = number;
     const int weight = a.weights_at + a.by_kernels.split(round) * a.kernel_bytes;
     const int stage = a.by_stages.split(number), parity = number & 1, barrier = a.barriers_at + 16 * stage;
     wait(barrier, parity);
-    finite &= compute<F>(a, item, stage * a.stage_bytes, shared_address(weight), outputs,
+    const int planes = stage * a.stage_bytes + (is_second ? F::lanes(a) * a.unit_bytes : 0);
+    finite &= compute<F>(a, item, planes, shared_address(weight), outputs,
                          middle_first(rank / F::kParts, a.tasks / F::kParts), rank % F::kParts);
     arrive_together(barrier + 8, lane == 0);
   }
@@ -498,12 +545,14 @@ __global__ void __launch_bounds__(F::kBoundThreads) lanes(const __grid_constant_
 // Bytes of shared memory; 0 where planes do not fit.
 template <class F>
 int place(Arguments& a, int shared_memory) {
-  // An odd number of 16 bytes from image to image; as boxes have them, whole rows.
-  a.unit_bytes = F::kBoxes && !F::kFlat ? (a.height | 1) * F::kRowBytes : a.height * F::kRowBytes | 16;
+  // From image to image as F::kRowsFirst says; as boxes have them, whole rows.
+  a.unit_bytes = F::kRowsFirst            ? (round_up(a.height + 4, 8) - 4) * F::kRowBytes
+                 : F::kBoxes && !F::kFlat ? (a.height | 1) * F::kRowBytes
+                                          : a.height * F::kRowBytes | 16;
   a.stage_bytes = static_cast<int>(round_up(a.units * a.unit_bytes, kBoxUnit));
   a.kernel_bytes = a.kernel_h * F::kWeightBytes;
-  // From image to image an odd number of 16 bytes as well.
-  a.output_bytes = F::kPiece == 0 ? 0 : a.lanes * 16 * (F::kPiece / 4 * (32 / a.lanes) | 1);
+  // From image to image the same.
+  a.output_bytes = F::kPiece == 0 ? 0 : a.lanes * 16 * (F::kPiece / 4 * (32 / a.lanes) | (F::kRowsFirst ? 0 : 1));
   const int output_bytes = kSchedulers * F::kMostWarps * a.output_bytes;
   const int rest = a.kernel_bytes + F::kRowBytes + 16 * kMostStages + 8 * a.tasks + kBoxUnit + output_bytes;
   a.stages = std::min(kMostStages, (shared_memory - 256 - rest) / (a.stage_bytes + a.kernel_bytes));
@@ -529,17 +578,17 @@ void describe_boxes_of(Arguments& a) {
         describe_boxes(a.map, from, 4, {pixels, channels, a.batch, 1}, {4 * source[1], 4 * source[0], 4 * source[0]},
                        {pixels, 1, a.units, 1}))
       a.box_bytes = a.units * a.unit_bytes;
-    a.stores_boxes = target[3] == 1 && target[2] == F::kSide && a.out_width == F::kSide &&
-                     describe_boxes(a.target_map, a.target, 4, {a.out_height * a.out_width, a.filters, a.batch, 1},
-                                    {4 * target[1], 4 * target[0], 4 * target[0]}, {F::kPiece, 1, a.lanes, 1});
   } else {
-    if (describe_boxes(a.map, from, 4, {a.width, a.height, channels, a.batch},
-                       {4 * source[2], 4 * source[1], 4 * source[0]}, {F::kSide, a.height | 1, 1, a.units}))
+    // Rows that follow each other as one: a box takes as long as it has rows.
+    const int rows = F::kRowsFirst && a.copy.as_one && a.height % 4 == 0 ? 4 : 1;
+    if (describe_boxes(a.map, from, 4, {rows * a.width, a.height / rows, channels, a.batch},
+                       {4 * rows * source[2], 4 * source[1], 4 * source[0]},
+                       {rows * F::kSide, a.unit_bytes / (rows * F::kRowBytes), 1, a.units}))
       a.box_bytes = a.units * a.unit_bytes;
-    a.stores_boxes =
-        target[3] == 1 && describe_boxes(a.target_map, a.target, 4, {a.out_width, a.out_height, a.filters, a.batch},
-                                         {4 * target[2], 4 * target[1], 4 * target[0]}, {F::kSide, a.rows, 1, a.lanes});
   }
+  a.stores_boxes = target[3] == 1 && target[2] == F::kSide && a.out_width == F::kSide &&
+                   describe_boxes(a.target_map, a.target, 4, {a.out_height * a.out_width, a.filters, a.batch, 1},
+                                  {4 * target[1], 4 * target[0], 4 * target[0]}, {a.rows * F::kSide, 1, a.lanes, 1});
 }
 
 template <class F>
@@ -573,9 +622,6 @@ bool launch(const Problem& p, Arguments a, cudaStream_t stream) {
   a.copiers = bulk ? 1 : F::copiers(warps);
   a.by_groups = Divider(groups), a.by_tasks = Divider(a.tasks), a.by_stages = Divider(a.stages),
   a.by_kernels = Divider(a.kernels);
-  // With few taps tasks are short, and waiting until a box is read takes as long as it saves.
-  constexpr int kFewTaps = 9;
-  a.stores_boxes = a.stores_boxes && F::kTaps > kFewTaps;
   constexpr int64_t kFar = int64_t{1} << 31;  // within what a warp has places are numbers of 32 bits
   if (4 * (a.units * a.target_stride[0] + a.out_height * a.target_stride[2]) >= kFar) return false;
   a.image_bytes = static_cast<int>(4 * a.target_stride[0]), a.row_bytes = static_cast<int>(4 * a.target_stride[2]);
