@@ -398,7 +398,6 @@ struct BandCursor {
 template <class F>
 __device__ __forceinline__ void fill_ring(const Arguments& a, int filter, int first_image, int images, uint32_t base,
                                           int copier) {
-  const BoxTurner<F> turner(a.channel_bytes);
   const int boxes = kBoxes / a.copiers, first_box = copier * boxes;
   // What is asked for next, and what the next band takes the place of.
   BandCursor next(a, copier), freed(a, (copier + (a.copiers - 1) * a.ring_bands) % a.copiers);
@@ -416,6 +415,7 @@ __device__ __forceinline__ void fill_ring(const Arguments& a, int filter, int fi
     next.advance(a, a.copiers);
   };
   for (int box = 0; box < boxes; ++box) ask(first_box + box);
+  const BoxTurner<F> turner(a.channel_bytes);
   int box = 0, box_parity = 0, slot = copier, parity = 0, done = 0;  // done: tasks that are known to be
 #pragma unroll 1
   for (int at = copier; at < images * a.bands; at += a.copiers) {
@@ -500,13 +500,13 @@ __global__ void __launch_bounds__(32 * kWarps, 1) lanes_channels_last(const __gr
   }
   __syncthreads();
   let_next_kernel_start();
-  wait_for_kernel_before();
+  const WeightCopies<F> weights(a);
+  settle_and_wait_for_kernel_before(a.batch);
 
   const uint32_t base = once(shared_address(0));
   if (warp >= a.warps) {
     fill_ring<F>(a, filter, first_image, images, base, warp - a.warps);
   } else {
-    const WeightCopies<F> weights(a);
     for (int place = warp; place < F::kUnits; place += a.warps) {
       const int own = filter_of<F>(a, filter, place);
       const int to = a.weights_at + place * a.kernel_bytes + F::kRowsBefore * F::kWeightBytes;
