@@ -138,8 +138,8 @@ __device__ void march(const Toeplitz& a, int slab, int first_column, int begin, 
   FeedOf<Shape> feed(memory, slab, first_column - a.lead, begin, end);
   Drain<Shape> drain(a, memory, slab, first_column, begin, end);
   begin_rows<T, Shape>(a, feed, slab, first_column - a.lead, end, [&] {
-    drain.find(a);
     if (!Shape::kShifted && !FeedOf<Shape>::has_more(a)) feed.find(a);  // or else some of the last row may be left
+    drain.find(a);
   });
 
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, number = lane / 4, pair = lane % 4 * 2;
