@@ -14,8 +14,9 @@ namespace {
 constexpr int kTilePixels = 64, kTileChannels = 64, kThreads = 256;
 
 struct Relayout {
-  uint16_t *pixels, *planes;                        // channels_last, and planes without gaps
+  uint16_t *pixels, *planes;                        // channels_last, and planes without gaps between rows
   int64_t pixels_image, pixels_row, pixels_column;  // strides in elements
+  int64_t planes_image, planes_channel;             // likewise
   int channels, size;                               // of an image; the pixels of a plane
   const uint16_t* pixels_end;                       // of all images
   uint32_t inner_images;                            // between the first and the last one, where units are the array's
@@ -80,12 +81,25 @@ __device__ __noinline__ uint4 load_part(const uint16_t* unit, const uint16_t* be
   return {words[0], words[1], words[2], words[3]};
 }
 
-// Channels of a pixel, read once: L2 is for what is written. `kRaw`: 8 of them from any place on, from the units that
-// they lie in. What lies beside the array is not read.
+// What is read once, by whole lines of memory.
+__device__ inline uint4 load_once(const uint4* from) {
+  uint4 unit;
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(unit.x), "=r"(unit.y), "=r"(unit.z), "=r"(unit.w)
+               : "l"(from)
+               : "memory");
+  return unit;
+}
+__device__ inline uint16_t load_once(const uint16_t* from) {
+  return __ldcs(from);
+}
+
+// Channels of a pixel. `kRaw`: 8 of them from any place on, from the units that they lie in. What lies beside the array
+// is not read.
 template <bool kRaw, typename Vector>
 __device__ Vector load_channels(const Relayout& a, uint32_t image, const Vector* from) {
   if constexpr (!kRaw) {
-    return __ldcs(from);
+    return load_once(from);
   } else {
     const uint16_t* first = reinterpret_cast<const uint16_t*>(from) - a.before;
     const auto load = [&](const uint16_t* unit) {
@@ -115,7 +129,7 @@ __global__ void __launch_bounds__(kThreads) relayout(const __grid_constant__ Rel
   const uint32_t first_pixel = a.by_pixel_tiles.split(number) * kTilePixels;
   const uint32_t channels = min(kTileChannels, a.channels - first_channel);
   const uint32_t pixels = min(kTilePixels, a.size - first_pixel);
-  uint16_t* planes = a.planes + (static_cast<int64_t>(number) * a.channels + first_channel) * a.size + first_pixel;
+  uint16_t* planes = a.planes + number * a.planes_image + first_channel * a.planes_channel + first_pixel;
   uint16_t* image = a.pixels + number * a.pixels_image + first_channel;
 
   // Calls visit(channel, pair, at) with what each thread copies of the image: at(k) is a pixel of a pair.
@@ -138,14 +152,22 @@ __global__ void __launch_bounds__(kThreads) relayout(const __grid_constant__ Rel
     }
   };
   const auto visit_planes = [&](auto&& visit) {
-    if (a.size % 8 == 0) {  // then pieces of planes begin at multiples of 16 bytes
+    if (a.planes_channel % 8 == 0) {  // then pieces of planes begin at multiples of 16 bytes
 #pragma unroll
       for (uint32_t k = 0; k < kTileChannels * kTilePixels / 8 / kThreads; ++k) {
         const uint32_t i = threadIdx.x + k * kThreads;
         const uint32_t channel = i / (kTilePixels / 8), pixel = i % (kTilePixels / 8) * 8;
-        if (channel < channels && pixel < pixels)
+        if (channel < channels && pixel + 8 <= pixels)
           visit(reinterpret_cast<uint4&>(tile.words[tile.place(channel, pixel / 2)]),
-                reinterpret_cast<uint4&>(planes[static_cast<int64_t>(channel) * a.size + pixel]));
+                reinterpret_cast<uint4&>(planes[channel * a.planes_channel + pixel]));
+      }
+      if (pixels % 8 > 0) {  // behind the last whole piece
+        for (uint32_t i = threadIdx.x; i < channels * 8; i += kThreads) {
+          const uint32_t channel = i / 8, pixel = pixels / 8 * 8 + i % 8;
+          if (pixel >= pixels) continue;
+          visit(reinterpret_cast<uint16_t*>(&tile.words[tile.place(channel, pixel / 2)])[pixel % 2],
+                planes[channel * a.planes_channel + pixel]);
+        }
       }
       return;
     }
@@ -154,7 +176,7 @@ __global__ void __launch_bounds__(kThreads) relayout(const __grid_constant__ Rel
     for (uint32_t i = threadIdx.x; i < kTileChannels * kPairs; i += kThreads) {
       const uint32_t channel = i / kPairs, pixel = i % kPairs * 2;
       if (channel >= channels || pixel >= pixels) continue;
-      uint16_t* at = planes + static_cast<int64_t>(channel) * a.size + pixel;
+      uint16_t* at = planes + channel * a.planes_channel + pixel;
       uint32_t& word = tile.words[tile.place(channel, pixel / 2)];
       if (pairs) {
         visit(word, *reinterpret_cast<uint32_t*>(at));
@@ -206,7 +228,7 @@ __host__ __device__ uint32_t whole_pitch(uint32_t size) {
   return kVectorChannels / 2 * size + 4;
 }
 bool has_whole_planes(const Relayout& a) {
-  return a.size % 2 == 0 && a.size % 8 > 0 && a.size <= kWholePixels;
+  return a.size % 2 == 0 && a.size % 8 > 0 && a.size <= kWholePixels && a.planes_channel == a.size;
 }
 
 template <int kCount, bool kRaw>
@@ -267,6 +289,7 @@ Relayout relayout_of(const View& pixels, const View& planes, int64_t batch, int6
   Relayout a{};
   a.pixels = static_cast<uint16_t*>(pixels.data), a.planes = static_cast<uint16_t*>(planes.data);
   a.pixels_image = pixels.stride[0], a.pixels_row = pixels.stride[2], a.pixels_column = pixels.stride[3];
+  a.planes_image = planes.stride[0], a.planes_channel = planes.stride[1];
   a.pixels_end =
       a.pixels + (batch - 1) * a.pixels_image + (height - 1) * a.pixels_row + (width - 1) * a.pixels_column + channels;
   a.inner_images = a.pixels_image > 0 ? static_cast<uint32_t>(std::max<int64_t>(batch - 2, 0)) : 0;

@@ -7,7 +7,7 @@
 
 namespace dwconv {
 
-// Copies between images in channels_last, whose pixels and rows may lie apart, and planes without gaps.
+// Copies between images in channels_last, whose pixels and rows may lie apart, and planes without gaps between rows.
 void launch_relayout(const View& pixels, const View& planes, bool to_planes, int64_t batch, int64_t channels,
                      int64_t height, int64_t width, cudaStream_t stream);
 
@@ -30,6 +30,15 @@ inline bool can_exchange(const Problem& p) {
 // Planes without gaps in scratch memory.
 inline View new_planes(int64_t batch, int64_t channels, int64_t height, int64_t width, const Allocate& allocate) {
   return {allocate(2 * batch * channels * height * width), {channels * height * width, height * width, width, 1}};
+}
+
+// The same without gaps between rows alone: planes of some size begin with a line of memory each, so that copies from
+// and to channels_last have whole lines.
+inline View new_planes_of_lines(int64_t batch, int64_t channels, int64_t height, int64_t width,
+                                const Allocate& allocate) {
+  constexpr int64_t kLine = 64, kLeast = 8 * kLine;  // elements
+  const int64_t size = height * width, plane = size < kLeast ? size : (size + kLine - 1) / kLine * kLine;
+  return {allocate(2 * batch * channels * plane), {channels * plane, plane, width, 1}};
 }
 
 // The same images with columns side by side: as they are, or copied to planes.

@@ -340,8 +340,12 @@ void launch_toeplitz_large(const Problem& problem, const Allocate& allocate, cud
   View& target = p.pass == Pass::kForward ? p.output : p.input;
   const View result = target;
   const bool copies = !across && !has_rows(result, map.out_width);
-  if (!across) source = to_planes(source, p.batch, map.sources, map.height, map.width, allocate, stream);
-  if (copies) target = new_planes(p.batch, map.targets, map.out_height, map.out_width, allocate);
+  if (!across && !has_rows(source, map.width)) {
+    const View pixels = source;
+    source = new_planes_of_lines(p.batch, map.sources, map.height, map.width, allocate);
+    launch_relayout(pixels, source, true, p.batch, map.sources, map.height, map.width, stream);
+  }
+  if (copies) target = new_planes_of_lines(p.batch, map.targets, map.out_height, map.out_width, allocate);
   if (!(across ? launch_toeplitz_tall_groups(p, stream) || launch_toeplitz_tall_planes(p, stream)
                : launch_toeplitz_large_images(p, stream) || launch_toeplitz_large_groups(p, stream) ||
                      launch_toeplitz_large_planes(p, stream))) {
