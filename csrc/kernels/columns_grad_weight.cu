@@ -1,11 +1,12 @@
 // grad_weight (and the bias gradient) of any kernel, stride and dilation in any dtype, straight from memory: for what
-// nothing else is compiled for.
+// nothing else is compiled for, and where there is little to do.
 //
 // A lane walks down a column of the gradient and keeps the sums of a tile of taps. The rows of a tile lie `tap_step`
 // rows of the kernel apart, and the gradients `grad_step` rows: then the pixels that a gradient meets are those that
 // the one above met, one row further down, and stay in registers. So a gradient and one new row of pixels are all that
-// is loaded for a whole tile, and loads of several rows are under way together. A team of lanes has a filter and a
-// tile; where there are few of these, several blocks share them, and a second kernel adds up their sums.
+// is loaded for a whole tile, five loads and 45 instructions for the 16 products of 4 x 4 taps, and loads of several
+// rows are under way together. A team of lanes has a filter and a tile; where there are few of these, several blocks
+// share them, and a second kernel adds up their sums.
 //
 // Only taps that meet the image are multiplied. Every sum has a fixed order, and none is long: a lane adds up a strip
 // of rows, then its strips, then lanes are added up pairwise.
@@ -15,11 +16,11 @@
 #include <numeric>
 #include <utility>
 
-#include "common.cuh"
+#include "direct.cuh"
+#include "grad_weight.cuh"
 #include "launch.h"
 #include "overlap.cuh"
 #include "partial_sums.h"
-#include "widening.h"
 
 namespace dwconv {
 namespace {
@@ -51,22 +52,14 @@ constexpr int blocks_of(const Tile& tile) {
   return sizeof(T) == sizeof(double) ? 2 : tile.blocks;
 }
 
-struct Columns {
-  const void *input, *grad;
-  void *grad_weight, *grad_bias;
-  void* partial;  // [split][tap, or bias behind the last tap][filter], or null where nothing is split
-  int64_t input_image, input_channel, grad_image, grad_filter;  // strides, in elements
-  int input_row, input_column, grad_row, grad_column;           // the same
+struct Columns : GradWeightArguments {
+  int64_t input_image, input_channel, grad_image, grad_filter;  // strides of arrays whose images may be far
   int64_t input_move, grad_move;                                // from a gradient of a lane to the next, elements
-  int height, width, out_height, out_width;
-  int kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
-  int batch, filters, teams;
-  bool widens;
+  int teams;
   int tap_step, grad_step, strip_rows;
   int lanes, lanes_log2;  // of a team, and the power of two that has room for them
   int splits;             // blocks that share a filter and a tile
-  Divider by_tiles, by_tile_columns, by_phases, by_splits, by_multiplier, by_stride_h, by_stride_w, by_grad_step,
-      by_strip_rows;
+  Divider by_tiles, by_tile_columns, by_phases, by_splits, by_stride_h, by_stride_w, by_grad_step, by_strip_rows;
 };
 
 __device__ inline bool is_number(float value) {
@@ -74,31 +67,6 @@ __device__ inline bool is_number(float value) {
 }
 __device__ inline bool is_number(double value) {
   return fabs(value) <= std::numeric_limits<double>::max();
-}
-
-// An element from memory where number < limit, otherwise zero. In the order in which it is written, so that all of a
-// lane's loads are under way before the first one is waited for.
-template <typename T>
-__device__ Accumulator<T> load_below(const T* from, uint32_t number, uint32_t limit) {
-  if constexpr (sizeof(T) == 8) {
-    double value;
-    asm volatile("{ .reg .pred p; setp.lt.u32 p, %2, %3; mov.f64 %0, 0d0000000000000000; @p ld.global.f64 %0, [%1]; }"
-                 : "=d"(value)
-                 : "l"(from), "r"(number), "r"(limit));
-    return value;
-  } else if constexpr (sizeof(T) == 4) {
-    float value;
-    asm volatile("{ .reg .pred p; setp.lt.u32 p, %2, %3; mov.f32 %0, 0f00000000; @p ld.global.f32 %0, [%1]; }"
-                 : "=f"(value)
-                 : "l"(from), "r"(number), "r"(limit));
-    return value;
-  } else {
-    uint16_t bits;
-    asm volatile("{ .reg .pred p; setp.lt.u32 p, %2, %3; mov.b16 %0, 0; @p ld.global.b16 %0, [%1]; }"
-                 : "=h"(bits)
-                 : "l"(from), "r"(number), "r"(limit));
-    return widen(*reinterpret_cast<T*>(&bits));
-  }
 }
 
 // Which sums a team has.
@@ -122,17 +90,6 @@ __device__ inline int steps_below(int end, int first, const Divider& stride) {
   uint32_t room = max(end - first + static_cast<int>(stride.divisor) - 1, 0);
   stride.split(room);
   return room;
-}
-
-// Rounded to T, and written as float32 where it `widens`.
-template <typename T>
-__device__ void write(void* to, int64_t at, Accumulator<T> value, bool widens) {
-  if constexpr (sizeof(T) == 2)
-    if (widens) {
-      static_cast<float*>(to)[at] = widen(narrow<T>(value));
-      return;
-    }
-  static_cast<T*>(to)[at] = narrow<T>(value);
 }
 
 // kDense: whether the columns of a tile lie side by side in memory.
@@ -166,12 +123,10 @@ __global__ void __launch_bounds__(kMostThreads, blocks_of<T>(kTiles[kTile]))
   const uint32_t strips = steps_below(steps_below(rows, 0, a.by_grad_step), 0, a.by_strip_rows);
   const int items = team < a.teams ? a.batch * phases * strips * columns : 0;
 
-  uint32_t channel = share.filter;
-  a.by_multiplier.split(channel);
-  const T* const input = static_cast<const T*>(a.input) + channel * a.input_channel;
+  const T* const input = static_cast<const T*>(a.input) + a.channel_of(share.filter) * a.input_channel;
   const T* const gradient = static_cast<const T*>(a.grad) + share.filter * a.grad_filter;
-  const int64_t tap_move = int64_t{tap_rows} * a.input_row;
-  const int column_move = a.dilation_w * a.input_column;
+  const int64_t tap_move = int64_t{tap_rows} * a.input_stride[2];
+  const int column_move = a.dilation_w * a.input_stride[3];
   wait_for_kernel_before();
 
   Sums total;
@@ -187,8 +142,9 @@ __global__ void __launch_bounds__(kMostThreads, blocks_of<T>(kTiles[kTile]))
     const int count = min(steps_below(end_row, row, a.by_grad_step), a.strip_rows);
 
     const int x0 = column * a.stride_w + x, y0 = row * a.stride_h + y;
-    const T* pixel = input + image * a.input_image + int64_t{y0} * a.input_row + int64_t{x0} * a.input_column;
-    const T* grad = gradient + image * a.grad_image + int64_t{row} * a.grad_row + int64_t{column} * a.grad_column;
+    const T* pixel = input + image * a.input_image + int64_t{y0} * a.input_stride[2] + int64_t{x0} * a.input_stride[3];
+    const T* grad =
+        gradient + image * a.grad_image + int64_t{row} * a.grad_stride[2] + int64_t{column} * a.grad_stride[3];
     uint32_t limit[kColumns];  // rows of each column, none where it is beside the image
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
@@ -202,7 +158,7 @@ __global__ void __launch_bounds__(kMostThreads, blocks_of<T>(kTiles[kTile]))
     const auto load_row = [&](int n, int row, const T* from) {
 #pragma unroll
       for (int j = 0; j < kColumns; ++j)
-        window[n][j] = load_below(from + (kDense ? j : j * column_move), row, limit[j]);
+        window[n][j] = load<T, 1>(from + (kDense ? j : j * column_move), static_cast<uint32_t>(row) < limit[j])[0];
     };
     const auto move_on = [&] { pixel += a.input_move, next += row_step; };
 #pragma unroll
@@ -214,7 +170,7 @@ __global__ void __launch_bounds__(kMostThreads, blocks_of<T>(kTiles[kTile]))
       Number g[kSteps];
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
-        g[s] = load_below(grad, k + s, count);
+        g[s] = load<T, 1>(grad, k + s < count)[0];
         grad += a.grad_move;
 #pragma unroll
         for (int i = 0; i < kNew; ++i) load_row(kKept + s * kNew + i, next + i * tap_rows, pixel + i * tap_move);
@@ -264,7 +220,7 @@ __global__ void __launch_bounds__(kMostThreads, blocks_of<T>(kTiles[kTile]))
     for (int t = 0; t <= kTaps; ++t) sums[threadIdx.x >> group_log2][t] = total.of[t];
   __syncthreads();
 
-  const int groups = a.lanes >> group_log2, taps = a.kernel_h * a.kernel_w;  // groups: of a team
+  const int groups = a.lanes >> group_log2;  // of a team
   for (int at = threadIdx.x; at < teams_of_block * (kTaps + 1); at += blockDim.x) {
     const int own = at / (kTaps + 1), t = at % (kTaps + 1);
     if (first_team + own >= a.teams) continue;
@@ -276,13 +232,7 @@ __global__ void __launch_bounds__(kMostThreads, blocks_of<T>(kTiles[kTile]))
 #pragma unroll
     for (int group = 0; group < kMostThreads / 32; ++group)
       if (group < groups) sum += sums[own * groups + group][t];
-    const int64_t tap = is_bias ? taps : row * a.kernel_w + column;
-    if (a.partial != nullptr)
-      static_cast<Number*>(
-          a.partial)[(int64_t{put.split} * (taps + (a.grad_bias != nullptr)) + tap) * a.filters + put.filter] = sum;
-    else
-      write<T>(is_bias ? a.grad_bias : a.grad_weight, is_bias ? put.filter : int64_t{put.filter} * taps + tap, sum,
-               a.widens);
+    a.template put<T>(put.split, is_bias ? a.taps : row * a.kernel_w + column, put.filter, sum);
   }
 }
 
@@ -369,13 +319,9 @@ void launch(const Problem& p, Columns a, const Allocate& allocate, cudaStream_t 
   a.input_move = p.stride_h * cut.grad_step * p.input.stride[2], a.grad_move = cut.grad_step * p.output.stride[2];
   a.by_tiles = Divider(cut.tiles), a.by_tile_columns = Divider(cut.tile_columns), a.by_phases = Divider(cut.phases);
   a.by_splits = Divider(splits), a.by_grad_step = Divider(cut.grad_step), a.by_strip_rows = Divider(a.strip_rows);
-  a.widens = splits == 1 && sizeof(T) == 2 && Widening::is_wanted();
-  if (splits > 1) {
-    const int64_t sums = (p.taps() + (p.bias != nullptr)) * p.filters();
-    a.partial = allocate(splits * sums * static_cast<int64_t>(sizeof(Accumulator<T>)));
-  }
+  a.share_sums(p, splits, allocate);
   constexpr bool kNarrow = kShape.columns == 1;
-  const bool is_dense = kNarrow || (a.input_column == 1 && p.dilation_w == 1);
+  const bool is_dense = kNarrow || (a.input_stride[3] == 1 && p.dilation_w == 1);
   const auto kernel = is_dense ? columns_grad_weight<T, kTile, true> : columns_grad_weight<T, kTile, kNarrow>;
   launch_early(kernel, a, ceil_div(teams * splits, threads / a.lanes), threads, stream);
   check_launch("columns_grad_weight");
@@ -385,20 +331,10 @@ void launch(const Problem& p, Columns a, const Allocate& allocate, cudaStream_t 
 }  // namespace
 
 void launch_columns_grad_weight(const Problem& p, const Allocate& allocate, cudaStream_t stream) {
-  Columns a{};
-  a.input = p.input.data, a.grad = p.output.data, a.grad_weight = p.weight.data, a.grad_bias = p.bias;
+  Columns a{p};
   a.input_image = p.input.stride[0], a.input_channel = p.input.stride[1];
   a.grad_image = p.output.stride[0], a.grad_filter = p.output.stride[1];
-  a.input_row = static_cast<int>(p.input.stride[2]), a.input_column = static_cast<int>(p.input.stride[3]);
-  a.grad_row = static_cast<int>(p.output.stride[2]), a.grad_column = static_cast<int>(p.output.stride[3]);
-  a.height = static_cast<int>(p.height), a.width = static_cast<int>(p.width);
-  a.out_height = static_cast<int>(p.out_height), a.out_width = static_cast<int>(p.out_width);
-  a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
-  a.stride_h = static_cast<int>(p.stride_h), a.stride_w = static_cast<int>(p.stride_w);
-  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
-  a.dilation_h = static_cast<int>(p.dilation_h), a.dilation_w = static_cast<int>(p.dilation_w);
-  a.batch = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());
-  a.by_multiplier = Divider(p.multiplier), a.by_stride_h = Divider(p.stride_h), a.by_stride_w = Divider(p.stride_w);
+  a.by_stride_h = Divider(p.stride_h), a.by_stride_w = Divider(p.stride_w);
 
   std::array<double, kTiles.size()> costs;
   for (size_t i = 0; i < kTiles.size(); ++i) costs[i] = Cut(p, kTiles[i]).cost(p, kTiles[i]);

@@ -1,6 +1,7 @@
 // Forward and grad_input of small kernels, straight from memory: for problems so small that latency is all that counts,
-// and for layouts that nothing streams. All loads of a thread are independent of each other and in flight together;
-// what neighbouring threads share is found in L1. Where memory and sizes allow, several elements are loaded at once.
+// and for layouts that nothing streams. All loads of a thread are independent of each other and in flight together, so
+// that it takes one latency of memory above an empty kernel; what neighbouring threads share is found in L1. Where
+// memory and sizes allow, several elements are loaded at once.
 //
 // Only taps that meet the image are multiplied: a weight that is Inf or NaN does not meet the padding. Threads that
 // load vectors multiply zeros there, and compute again what has become NaN.
@@ -9,7 +10,7 @@
 #include "direct.cuh"
 #include "direct.h"
 #include "launch.h"
-#include "mapping.h"
+#include "mapping.cuh"
 #include "overlap.cuh"
 #include "small_kernels.h"
 
@@ -29,22 +30,13 @@ constexpr int many_rows() {
 // Threads of a block that load vectors, and rows that each of them computes.
 constexpr int kVectorThreads = 64, kVectorRows = 2;
 
-// A pass as a map from source planes to target planes.
-struct Arguments {
-  const void* source;
-  const void* weight;
-  const void* bias;
-  void* target;
-  int source_stride[4], target_stride[4];  // in elements
-  int weight_filter, weight_row, weight_column, bias_stride;
-  int height, width, out_height, out_width;  // of a source plane and of a target plane
+struct Arguments : MappingArguments {
   int padding_h, padding_w;
-  int fan_in;  // source planes that a target plane is summed over
   bool channels_last;
   bool flipped;  // the weights, of kernels that know them by their number
   int images;
   uint32_t units;
-  Divider by_planes, by_strips, by_columns, by_fan_out;
+  Divider by_planes, by_strips, by_columns;
 };
 
 // Where along one side step `k` from `first` on leads to in the source; negative where it leads nowhere. Spread: the
@@ -477,18 +469,8 @@ void launch_kernel(const Problem& p, const Mapping& map, const Arguments& a, cud
 
 void launch_direct(const Problem& p, cudaStream_t stream) {
   const Mapping map(p);
-  Arguments a{};
-  a.source = map.source.data, a.weight = map.weight.data, a.target = map.target.data;
-  for (int d = 0; d < 4; ++d) {
-    a.source_stride[d] = static_cast<int>(map.source.stride[d]);
-    a.target_stride[d] = static_cast<int>(map.target.stride[d]);
-  }
-  a.weight_filter = static_cast<int>(map.weight.stride[0]);
-  a.weight_row = static_cast<int>(map.weight.stride[2]), a.weight_column = static_cast<int>(map.weight.stride[3]);
-  a.bias = map.bias, a.bias_stride = static_cast<int>(map.bias_stride);
-  a.height = map.height, a.width = map.width, a.out_height = map.out_height, a.out_width = map.out_width;
-  a.padding_h = map.padding_h, a.padding_w = map.padding_w, a.fan_in = map.fan_in;
-  a.by_fan_out = Divider(map.fan_out);
+  Arguments a{map};
+  a.padding_h = map.padding_h, a.padding_w = map.padding_w;
   a.channels_last = map.targets > 1 && map.target.stride[1] == 1;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);

@@ -1,9 +1,20 @@
-// What kernels share that go straight to memory: loads of several elements at once.
+// What kernels share that go straight to memory: loads of one element or several, under way together.
 #pragma once
 
 #include "common.cuh"
 
 namespace dwconv {
+
+// An element of up to 32 bits, which are the low ones of a word.
+template <typename T>
+__device__ float widen_one(uint32_t word) {
+  if constexpr (sizeof(T) == 4)
+    return __uint_as_float(word);
+  else if constexpr (std::is_same_v<T, __half>)
+    return __half2float(__ushort_as_half(static_cast<uint16_t>(word)));
+  else
+    return __uint_as_float(word << 16);
+}
 
 // Elements that are loaded and stored at once.
 template <typename T, int kCount>
@@ -11,9 +22,11 @@ struct alignas(kCount * sizeof(T) < 4 ? 4 : kCount * sizeof(T)) Vector {
   static constexpr int kWords = (sizeof(T) * kCount + 3) / 4;
   uint32_t words[kWords];
 
-  __device__ float operator[](int i) const {
-    if constexpr (sizeof(T) == 4) {
-      return __uint_as_float(words[i]);
+  __device__ Accumulator<T> operator[](int i) const {
+    if constexpr (sizeof(T) == 8) {
+      return __hiloint2double(words[2 * i + 1], words[2 * i]);
+    } else if constexpr (sizeof(T) == 4 || kCount == 1) {
+      return widen_one<T>(words[i]);
     } else if constexpr (std::is_same_v<T, __half>) {
       const __half2 pair = *reinterpret_cast<const __half2*>(&words[i / 2]);
       return i % 2 == 0 ? __low2float(pair) : __high2float(pair);
@@ -22,11 +35,13 @@ struct alignas(kCount * sizeof(T) < 4 ? 4 : kCount * sizeof(T)) Vector {
     }
   }
 
-  __device__ static Vector of(const float (&values)[kCount]) {
+  __device__ static Vector of(const Accumulator<T> (&values)[kCount]) {
     Vector vector;
 #pragma unroll
     for (int i = 0; i < kWords; ++i)
-      if constexpr (sizeof(T) == 4)
+      if constexpr (sizeof(T) == 8)
+        vector.words[i] = i % 2 == 0 ? __double2loint(values[i / 2]) : __double2hiint(values[i / 2]);
+      else if constexpr (sizeof(T) == 4)
         vector.words[i] = __float_as_uint(values[i]);
       else
         *reinterpret_cast<Pair<T>*>(&vector.words[i]) = narrow_pair(values[2 * i], values[2 * i + 1], T{});
@@ -34,7 +49,7 @@ struct alignas(kCount * sizeof(T) < 4 ? 4 : kCount * sizeof(T)) Vector {
   }
 };
 
-// An element from memory, zero where not `inside`; its bits are the low ones of the word.
+// Such an element from memory, zero where not `inside`.
 template <typename T>
 __device__ uint32_t load_one(const T* from, bool inside) {
   uint32_t word;
@@ -57,7 +72,7 @@ __device__ uint32_t load_one(const T* from, bool inside) {
 template <typename T, int kCount>
 __device__ Vector<T, kCount> load(const T* from, bool inside) {
   Vector<T, kCount> to;
-  if constexpr (kCount == 1)
+  if constexpr (sizeof(T) * kCount == 2)
     to.words[0] = load_one(from, inside);
   else if constexpr (to.kWords == 1)
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; mov.b32 %0, 0; @p ld.global.b32 %0, [%1]; }"
@@ -75,16 +90,6 @@ __device__ Vector<T, kCount> load(const T* from, bool inside) {
         : "=r"(to.words[0]), "=r"(to.words[1]), "=r"(to.words[2]), "=r"(to.words[3])
         : "l"(from), "r"(static_cast<int>(inside)));
   return to;
-}
-
-template <typename T>
-__device__ float widen_one(uint32_t word) {
-  if constexpr (sizeof(T) == 4)
-    return __uint_as_float(word);
-  else if constexpr (std::is_same_v<T, __half>)
-    return __half2float(__ushort_as_half(static_cast<uint16_t>(word)));
-  else
-    return __uint_as_float(word << 16);
 }
 
 }  // namespace dwconv

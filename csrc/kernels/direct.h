@@ -1,4 +1,4 @@
-// What claims_any.cpp, direct.cu and columns.cu know.
+// What claims_any.cpp and direct.cu know.
 #pragma once
 
 #include <cstdint>

@@ -8,6 +8,7 @@
 #include "common.cuh"
 #include "device.h"
 #include "direct.cuh"
+#include "grad_weight.cuh"
 #include "launch.h"
 #include "overlap.cuh"
 #include "small_kernels.h"
@@ -24,14 +25,7 @@ template <class Kernel>
 constexpr bool has_strips =
     Kernel::kStride == 1 && Kernel::kDilation == 1 && Kernel::kKernelH == 3 && Kernel::kKernelW == 3;
 
-struct Arguments {
-  const void* input;
-  const void* grad;
-  void* grad_weight;
-  void* grad_bias;
-  int input_stride[4], grad_stride[4];  // in elements
-  int height, width, padding_h, padding_w, multiplier;
-  int out_height, filters;
+struct Arguments : GradWeightArguments {
   int units;   // strips of gradients, in all images
   int splits;  // blocks that share the filters
   Divider by_strips, by_columns;
@@ -71,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) direct_grad_weight(const __grid_cons
   __shared__ float totals[kMaxSplits][kSums * kLanes];
   const int lane = threadIdx.x % kLanes, split = blockIdx.x % a.splits;
   const int filter = (blockIdx.x / a.splits * kLanes + lane) * kVector;
-  const int input = filter / a.multiplier * a.input_stride[1], grad = filter * a.grad_stride[1];
+  const int input = a.channel_of(filter) * a.input_stride[1], grad = filter * a.grad_stride[1];
   const bool exists = filter < a.filters;
 #if __CUDA_ARCH__ >= 900
   __shared__ uint64_t barrier;  // of the totals in the first block
@@ -192,10 +186,7 @@ __global__ void __launch_bounds__(kThreads) direct_grad_weight(const __grid_cons
     float total = 0;
     for (int part = 0; part < a.splits; ++part) total += totals[part][t];
     if (to >= a.filters) continue;
-    if (tap < kTaps)
-      static_cast<T*>(a.grad_weight)[to * kTaps + tap] = narrow<T>(total);
-    else if (a.grad_bias)
-      static_cast<T*>(a.grad_bias)[to] = narrow<T>(total);
+    if (tap < kTaps || a.grad_bias) a.template put<T>(0, tap, to, total);
   }
 }
 
@@ -254,14 +245,8 @@ void launch_for(const Problem& p, const Arguments& a, cudaStream_t stream) {
 }  // namespace
 
 void launch_direct_grad_weight(const Problem& p, cudaStream_t stream) {
-  Arguments a{};
-  a.input = p.input.data, a.grad = p.output.data, a.grad_weight = p.weight.data, a.grad_bias = p.bias;
-  for (int d = 0; d < 4; ++d)
-    a.input_stride[d] = static_cast<int>(p.input.stride[d]), a.grad_stride[d] = static_cast<int>(p.output.stride[d]);
-  a.height = static_cast<int>(p.height), a.width = static_cast<int>(p.width);
-  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
-  a.multiplier = static_cast<int>(p.multiplier);
-  a.out_height = static_cast<int>(p.out_height), a.filters = static_cast<int>(p.filters());
+  Arguments a{p};
+  a.share_sums(p, 1, {});
   a.by_columns = Divider(p.out_width);
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);

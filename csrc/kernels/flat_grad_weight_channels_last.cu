@@ -1,7 +1,8 @@
 // grad_weight (and the bias gradient) of 1x1 on channels_last arrays without gaps, whose pixels need not be whole units
 // of 16 bytes: every element of the input meets the one of the gradient at the same place, whatever pixel it is of. As
 // many units as there are channels are a period: behind it channels lie at the same places within units. So a thread
-// that goes from period to period has the same channels all along, and adds up each place of its units by itself.
+// that goes from period to period has the same channels all along, and adds up each place of its units by itself, in
+// the time that it takes to read both arrays.
 #include "flat_grad_weight_channels_last.h"
 
 #include <algorithm>

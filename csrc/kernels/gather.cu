@@ -1,25 +1,52 @@
 // Forward and grad_input of any kernel, stride and dilation, straight from memory: for problems so small that latency
 // is most of what they take. A thread gathers the taps of one output, patch by patch of the kernel, with all loads of a
 // patch in flight together; what neighbouring threads share is found in L1. Where there are threads enough and outputs
-// below each other meet the same rows, a thread has two of them.
+// below each other meet the same rows, a thread has two of them. A patch takes the latency of a load, a tap about 9
+// instructions, and an output 140 besides.
 //
 // In channels_last, where each lane has a filter of its own, a block lays out its filters in shared memory first: they
 // lie side by side, but what lanes want at once does not.
 //
 // Only taps that meet the image are multiplied: where one does not, pixel and weight both are zero; or where a thread
 // has two outputs the pixel alone, and what has become NaN is computed again.
-#include <cstdlib>
-
-#include "gather.cuh"
-
-#include "common.cuh"
-#include "device.h"
 #include "gather.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <iterator>
+#include <tuple>
+
+#include "device.h"
+#include "direct.cuh"
 #include "launch.h"
+#include "mapping.cuh"
 #include "overlap.cuh"
 
 namespace dwconv {
 namespace {
+
+// Taps of a kernel that are taken at once.
+template <int rows, int columns>
+struct Patch {
+  static constexpr int kRows = rows, kColumns = columns, kTaps = rows * columns;
+
+  static int64_t count(int64_t kernel_h, int64_t kernel_w) {
+    return ceil_div(kernel_h, kRows) * ceil_div(kernel_w, kColumns);
+  }
+};
+
+// Calls visit(Patch) with the first one of those for which cost(Patch) is least.
+template <typename Patches, typename Cost, typename Visitor>
+void visit_best_patch(Cost&& cost, Visitor&& visit) {
+  std::apply(
+      [&](auto... patch) {
+        const double costs[] = {cost(patch)...};
+        const auto best = std::min_element(std::begin(costs), std::end(costs)) - std::begin(costs);
+        int number = 0;
+        ((number++ == best && (visit(patch), true)), ...);
+      },
+      Patches{});
+}
 
 // As many taps as registers hold pixels and weights of.
 using Patches = std::tuple<Patch<1, 1>, Patch<2, 2>, Patch<3, 3>, Patch<1, 8>, Patch<8, 1>, Patch<5, 5>, Patch<4, 8>>;
@@ -28,6 +55,7 @@ template <typename T>
 using PatchesOf = std::conditional_t<sizeof(T) == sizeof(double), SmallPatches, Patches>;
 
 constexpr int kThreads = 128, kThreadsChannelsLast = 256;
+constexpr uint32_t kBeside = 1u << 30;  // beyond all offsets within a plane; twice as much is as well
 
 // Where the taps along one side lead to from an output: number n of those that reach it to `from` + n * move.
 struct Side {
@@ -44,23 +72,22 @@ struct Side {
   struct Phase {
     int first, back;
   } phase[kGatherStride];
+
+  // From a first tap on, which leads to `from`.
+  __device__ Walk walk(int first, int from) const {
+    const int count = first + (taps - 1) * tap_step < kernel ? taps : first < kernel ? taps - 1 : 0;
+    return {first, tap_step, count, from, move};
+  }
 };
 
-struct Arguments {
-  const void* source;
-  const void* weight;
-  const void* bias;
-  void* target;
-  int source_image, source_plane, target_stride[4];  // in elements
-  int weight_filter, bias_stride;
+struct Arguments : MappingArguments {
   Side rows, columns;
-  int target_rows, row_step;  // of a thread's outputs
-  int fan_in;                 // source planes that a target plane is summed over
-  int planes;                 // of the target
-  uint32_t units;             // outputs; where filters are laid out, pixels
+  int row_step;    // from one of a thread's outputs to the other
+  int planes;      // of the target
+  uint32_t units;  // outputs; where filters are laid out, pixels
   bool channels_last;
   int tile, staged;  // channels of a block, and their filters, where these are laid out
-  Divider by_planes, by_rows, by_columns, by_fan_out, by_tile, by_tiles, by_taps, by_kernel_w, by_row_step;
+  Divider by_planes, by_rows, by_columns, by_tile, by_tiles, by_taps, by_kernel_w, by_row_step;
 };
 
 // The first tap that reaches an output along one side, and where it leads to.
@@ -82,7 +109,7 @@ __device__ void lay_out(const Arguments& a, const T* weight, Accumulator<T>* sta
   const int count = min(a.staged, a.planes * a.fan_in - first_filter) * taps;
 #pragma unroll 1
   for (int first = threadIdx.x; first < count; first += kTogether * kThreadsChannelsLast) {
-    Loaded<T> element[kTogether];
+    Vector<T, 1> element[kTogether];
     int place[kTogether];
 #pragma unroll
     for (int n = 0; n < kTogether; ++n) {
@@ -91,31 +118,14 @@ __device__ void lay_out(const Arguments& a, const T* weight, Accumulator<T>* sta
       uint32_t row = a.by_taps.split(filter);
       place[n] = exists ? filter * pitch + row : -1;
       const int column = a.by_kernel_w.split(row);
-      element[n] = load_element(weight + (static_cast<int>(filter) * a.weight_filter +
-                                          static_cast<int>(row) * a.rows.weight + column * a.columns.weight),
-                                exists);
+      element[n] = load<T, 1>(weight + (static_cast<int>(filter) * a.weight_filter +
+                                        static_cast<int>(row) * a.rows.weight + column * a.columns.weight),
+                              exists);
     }
 #pragma unroll
     for (int n = 0; n < kTogether; ++n)
-      if (place[n] >= 0) staged[place[n]] = widen_element<T>(element[n]);
+      if (place[n] >= 0) staged[place[n]] = element[n][0];
   }
-}
-
-// One output, tap by tap. `source` and `weight`: its plane and filter; its first taps, and where they lead to.
-template <typename T>
-__device__ float exact(const Arguments& a, const T* source, const T* weight, int tap_row, int tap_column, int y,
-                       int x) {
-  float sum = 0;
-  for (int q = 0; q < a.fan_in; ++q, source += a.source_plane, weight += a.weight_filter)
-#pragma unroll 1
-    for (int i = tap_row, row = y; i < a.rows.kernel; i += a.rows.tap_step, row += a.rows.move)
-#pragma unroll 1
-      for (int j = tap_column, column = x; j < a.columns.kernel; j += a.columns.tap_step, column += a.columns.move)
-        if (static_cast<uint32_t>(row) < static_cast<uint32_t>(a.rows.size) &&
-            static_cast<uint32_t>(column) < static_cast<uint32_t>(a.columns.size))
-          sum = fmaf(widen(source[row * a.rows.stride + column * a.columns.stride]),
-                     widen(weight[i * a.rows.weight + j * a.columns.weight]), sum);
-  return sum;
 }
 
 // kShift: if not zero, a thread has two outputs, and what row r of the taps of one meets is what row r - kShift of the
@@ -159,13 +169,9 @@ __global__ void __launch_bounds__(kStaged ? kThreadsChannelsLast : kThreads, Pat
   }
   int y, x;
   const int tap_row = first_tap<kSpread>(a.rows, row, y), tap_column = first_tap<kSpread>(a.columns, column, x);
-  // Forward reads plane / multiplier, where fan_in is 1; grad_input reads the filters of the channel.
   const int filter = static_cast<int>(plane) * a.fan_in, first_filter = first_plane * a.fan_in;
-  uint32_t source_plane = filter;
-  a.by_fan_out.split(source_plane);
-  const T* source =
-      static_cast<const T*>(a.source) + (image * a.source_image + static_cast<int>(source_plane) * a.source_plane);
-  const T* const first_source = source;
+  const T* const first_source = a.source_of<T>(image, plane);
+  const T* source = first_source;
   const T* weight = static_cast<const T*>(a.weight);
   weight += kStaged ? first_filter * a.weight_filter
                     : filter * a.weight_filter + tap_row * a.rows.weight + tap_column * a.columns.weight;
@@ -177,8 +183,8 @@ __global__ void __launch_bounds__(kStaged ? kThreadsChannelsLast : kThreads, Pat
   wait_for_kernel_before();
   let_next_kernel_start();
 
-  Loaded<T> bias{};
-  if (a.bias) bias = load_element(static_cast<const T*>(a.bias) + static_cast<int>(plane) * a.bias_stride, exists);
+  Vector<T, 1> bias{};
+  if (a.bias) bias = load<T, 1>(static_cast<const T*>(a.bias) + static_cast<int>(plane) * a.bias_stride, exists);
   Number sum[kOutputs] = {};
   for (int q = 0; q < a.fan_in; ++q) {
 #pragma unroll 1
@@ -205,15 +211,15 @@ __global__ void __launch_bounds__(kStaged ? kThreadsChannelsLast : kThreads, Pat
           return kOutputs == 1 ? down[r] + across[c] < kBeside
                                : exists_on(a.rows, tap_row, i + r) && exists_on(a.columns, tap_column, j + c);
         };
-        Loaded<T> pixel[kSourceRows][kColumns], factor[kStaged ? 1 : kRows][kColumns];
+        Vector<T, 1> pixel[kSourceRows][kColumns], factor[kStaged ? 1 : kRows][kColumns];
 #pragma unroll
         for (int r = 0; r < kSourceRows; ++r) {
           const T* const weights = weight + ((i + r) * weight_row + j * weight_column);
 #pragma unroll
           for (int c = 0; c < kColumns; ++c) {
-            pixel[r][c] = load_element(source + (down[r] + across[c]), down[r] + across[c] < kBeside);
+            pixel[r][c] = load<T, 1>(source + (down[r] + across[c]), down[r] + across[c] < kBeside);
             if constexpr (!kStaged)
-              if (r < kRows) factor[r][c] = load_element(weights + c * weight_column, exists && counts(r, c));
+              if (r < kRows) factor[r][c] = load<T, 1>(weights + c * weight_column, exists && counts(r, c));
           }
         }
         if (kStaged && q + i + j == 0) {
@@ -227,29 +233,33 @@ __global__ void __launch_bounds__(kStaged ? kThreadsChannelsLast : kThreads, Pat
           for (int c = 0; c < kColumns; ++c) {
             Number w = 0;
             if constexpr (!kStaged)
-              w = widen_element<T>(factor[r][c]);
+              w = factor[r][c][0];
             else if (exists && counts(r, c))
               w = weights[c * weight_column];
 #pragma unroll
-            for (int o = 0; o < kOutputs; ++o) sum[o] = fma(widen_element<T>(pixel[r + o * kShift][c]), w, sum[o]);
+            for (int o = 0; o < kOutputs; ++o) sum[o] = fma(pixel[r + o * kShift][c][0], w, sum[o]);
           }
         }
       }
-    source += a.source_plane, weight += kStaged ? 0 : a.weight_filter, staged_weight += pitch;
+    source += a.source_stride[1], weight += kStaged ? 0 : a.weight_filter, staged_weight += pitch;
   }
   if (!exists) return;
-  T* const target =
-      static_cast<T*>(a.target) +
-      (image * a.target_stride[0] + static_cast<int>(plane) * a.target_stride[1] + column * a.target_stride[3]);
+  T* const target = a.target_of<T>(image, plane, column);
+  uint32_t again = 0;  // outputs whose sums are not finite, as bits
 #pragma unroll
   for (int o = 0; o < kOutputs; ++o) {
     const int at = row + o * step;
-    if (kOutputs > 1 && at >= a.target_rows) continue;
-    if constexpr (kOutputs > 1)
-      if (!is_finite(sum[o]))
-        sum[o] = exact(a, first_source, static_cast<const T*>(a.weight) + filter * a.weight_filter, tap_row, tap_column,
-                       y + o * kShift * a.rows.move, x);
-    target[at * a.target_stride[2]] = narrow<T>(sum[o] + widen_element<T>(bias));
+    if (kOutputs > 1 && at >= a.out_height) continue;
+    if (kOutputs > 1 && !(sum[o] * 0 == 0))
+      again |= 1u << o;
+    else
+      target[at * a.target_stride[2]] = narrow<T>(sum[o] + bias[0]);
+  }
+  for (; kOutputs > 1 && again != 0; again &= again - 1) {
+    const int o = __ffs(again) - 1;
+    const Number exact = tap_by_tap(a, first_source, a.weight_of<T>(plane),
+                                    a.rows.walk(tap_row, y + o * kShift * a.rows.move), a.columns.walk(tap_column, x));
+    target[(row + o * step) * a.target_stride[2]] = narrow<T>(exact + bias[0]);
   }
 }
 
@@ -284,23 +294,17 @@ Side side_of(Pass pass, int64_t size, int64_t out_size, int64_t kernel, int64_t 
 
 void launch_gather(const Problem& p, cudaStream_t stream) {
   const bool forward = p.pass == Pass::kForward;
-  const View &source = forward ? p.input : p.output, &target = forward ? p.output : p.input;
-  Arguments a{};
-  a.source = source.data, a.weight = p.weight.data, a.target = target.data;
-  a.source_image = static_cast<int>(source.stride[0]), a.source_plane = static_cast<int>(source.stride[1]);
-  for (int d = 0; d < 4; ++d) a.target_stride[d] = static_cast<int>(target.stride[d]);
-  a.weight_filter = static_cast<int>(p.weight.stride[0]);
-  if (forward) a.bias = p.bias, a.bias_stride = static_cast<int>(p.bias_stride);
-  a.rows = side_of(p.pass, p.height, p.out_height, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h, source.stride[2],
-                   p.weight.stride[2]);
-  a.columns = side_of(p.pass, p.width, p.out_width, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w, source.stride[3],
-                      p.weight.stride[3]);
-  a.fan_in = static_cast<int>(forward ? 1 : p.multiplier);
-  a.by_fan_out = Divider(forward ? p.multiplier : 1);
-  const int64_t planes = forward ? p.filters() : p.channels;
-  const int64_t rows = forward ? p.out_height : p.height, columns = forward ? p.out_width : p.width;
-  a.planes = static_cast<int>(planes), a.channels_last = planes > 1 && target.stride[1] == 1;
-  a.target_rows = static_cast<int>(rows);
+  const Mapping map(p);
+  Arguments a{map};
+  // Filters as they lie, also where grad_input is forward with the kernel flipped: taps lead backwards instead.
+  a.weight = p.weight.data;
+  a.weight_row = static_cast<int>(p.weight.stride[2]), a.weight_column = static_cast<int>(p.weight.stride[3]);
+  a.rows = side_of(p.pass, p.height, p.out_height, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h,
+                   map.source.stride[2], a.weight_row);
+  a.columns = side_of(p.pass, p.width, p.out_width, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w,
+                      map.source.stride[3], a.weight_column);
+  const int64_t planes = map.targets, rows = map.out_height, columns = map.out_width;
+  a.planes = map.targets, a.channels_last = planes > 1 && map.target.stride[1] == 1;
   a.by_planes = Divider(planes), a.by_columns = Divider(columns);
   const GatherTile tile(p);
   const bool staged = tile.channels > 0,

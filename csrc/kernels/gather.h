@@ -1,4 +1,4 @@
-// What claims_any.cpp, gather.cu and gather_grad_weight.cu know.
+// What claims_any.cpp and gather.cu know.
 #pragma once
 
 #include <algorithm>

@@ -1,13 +1,14 @@
 // Any depthwise convolution: every dtype, stride, padding, dilation, multiplier, kernel size and memory layout, and
-// arrays beyond 2^31 elements. Always right; specialised kernels are faster where they apply.
+// arrays beyond 2^31 elements. Always right; other kernels are faster wherever they claim a problem, at ten loads for
+// the four products of a thread's rows.
 //
 // Neighbouring threads own neighbouring elements of what is written (columns in NCHW, channels in channels_last), so
 // reads and writes coalesce as far as the layout allows. Only taps that meet the image are multiplied: a weight that is
 // Inf or NaN does not meet the padding.
 #include <algorithm>
+#include <numeric>
 
 #include "cast.h"
-#include "columns.h"
 #include "generic.cuh"
 #include "launch.h"
 
@@ -15,8 +16,7 @@ namespace dwconv {
 namespace {
 
 constexpr int kThreads = 256;
-// Rows that a thread owns, so that a weight is read once for as many products: more in float64 with large kernels.
-constexpr int kFewRows = 4, kManyRows = 8;
+constexpr int kRows = 4;  // that a thread owns, so that a weight is read once for as many products
 
 // The position of a thread in an array whose rows go in strips; fastest index first as memory has it.
 template <typename Index>
@@ -52,7 +52,7 @@ struct Walk {
 
 // Adds to the sums of kRows rows, `row_step` source rows apart, what the taps find in the source. `columns` is clipped;
 // `rows` speaks of the first of the rows.
-template <typename T, typename Index, int kRows>
+template <typename T, typename Index>
 __device__ void add_taps(Accumulator<T> (&sum)[kRows], const T* source, Index height, Index row_stride,
                          Index column_stride, const Walk<Index>& rows, Index row_step, const Walk<Index>& columns,
                          const T* taps, Index tap_row_stride, Index tap_column_stride) {
@@ -80,7 +80,7 @@ __device__ void add_taps(Accumulator<T> (&sum)[kRows], const T* source, Index he
   }
 }
 
-template <typename T, typename Index, int kRows>
+template <typename T, typename Index>
 __global__ void __launch_bounds__(kThreads)
     generic_forward(const T* __restrict__ input, const T* __restrict__ weight, const T* __restrict__ bias,
                     T* __restrict__ output, const Sizes<Index> s, bool channels_last, Index strips, Index threads) {
@@ -111,11 +111,8 @@ __global__ void __launch_bounds__(kThreads)
 struct Reach {
   int64_t tap_step, fall;
 
-  Reach(int64_t stride, int64_t dilation) {
-    int64_t divisor = stride, rest = dilation;
-    while (rest) std::swap(divisor %= rest, rest);
-    tap_step = stride / divisor, fall = dilation / divisor;
-  }
+  Reach(int64_t stride, int64_t dilation)
+      : tap_step(stride / std::gcd(stride, dilation)), fall(dilation / std::gcd(stride, dilation)) {}
 };
 
 // The taps of one side that reach a padded index, and the output indices they reach it for; none where `end` is 0.
@@ -130,7 +127,7 @@ __device__ Walk<Index> taps_reaching(Index padded_index, Index stride, Index dil
 }
 
 // A thread owns kRows input rows that lie a stride apart: the same taps reach all of them.
-template <typename T, typename Index, int kRows>
+template <typename T, typename Index>
 __global__ void __launch_bounds__(kThreads)
     generic_grad_input(const T* __restrict__ grad_output, const T* __restrict__ weight, T* __restrict__ grad_input,
                        const Sizes<Index> s, Index step_h, Index fall_h, Index step_w, Index fall_w, bool channels_last,
@@ -161,33 +158,33 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename T, typename Index, int kRows>
+template <typename T, typename Index>
 void launch_forward(const Problem& p, cudaStream_t stream) {
   const int64_t strips = ceil_div(p.out_height, kRows);
   const int64_t threads = p.batch * p.filters() * strips * p.out_width;
-  generic_forward<T, Index, kRows><<<blocks_for(threads, kThreads), kThreads, 0, stream>>>(
+  generic_forward<T, Index><<<blocks_for(threads, kThreads), kThreads, 0, stream>>>(
       static_cast<const T*>(p.input.data), static_cast<const T*>(p.weight.data), static_cast<const T*>(p.bias),
       static_cast<T*>(p.output.data), Sizes<Index>(p), is_channels_last(p.output, p.filters()), strips, threads);
 }
 
-template <typename T, typename Index, int kRows>
+template <typename T, typename Index>
 void launch_grad_input(const Problem& p, cudaStream_t stream) {
   const int64_t phases = std::min(p.stride_h, p.height);
   const int64_t strips = ceil_div(p.height, kRows * p.stride_h) * phases;
   const int64_t threads = p.batch * p.channels * strips * p.width;
   const Reach rows(p.stride_h, p.dilation_h), columns(p.stride_w, p.dilation_w);
-  generic_grad_input<T, Index, kRows><<<blocks_for(threads, kThreads), kThreads, 0, stream>>>(
+  generic_grad_input<T, Index><<<blocks_for(threads, kThreads), kThreads, 0, stream>>>(
       static_cast<const T*>(p.output.data), static_cast<const T*>(p.weight.data), static_cast<T*>(p.input.data),
       Sizes<Index>(p), rows.tap_step, rows.fall, columns.tap_step, columns.fall, is_channels_last(p.input, p.channels),
       phases, strips, threads);
 }
 
-template <typename T, typename Index, int kRows>
-void launch_rows(const Problem& p, cudaStream_t stream) {
+template <typename T, typename Index>
+void launch(const Problem& p, cudaStream_t stream) {
   if (p.pass == Pass::kForward)
-    launch_forward<T, Index, kRows>(p, stream);
+    launch_forward<T, Index>(p, stream);
   else
-    launch_grad_input<T, Index, kRows>(p, stream);
+    launch_grad_input<T, Index>(p, stream);
 }
 
 // In channels_last neighbouring lanes read weights of neighbouring filters: where each is read often, they are laid out
@@ -209,17 +206,12 @@ void launch_generic(const Problem& problem, const Allocate& allocate, cudaStream
   if (problem.pass == Pass::kGradWeight) return launch_generic_grad_weight(problem, allocate, stream);
   Problem p = problem;
   lay_filters_side_by_side(p, allocate, stream);
-  if (launch_columns(p, stream)) return;
-  const bool is_small = fits_32_bits(p, kManyRows, 0);
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
-    constexpr int64_t kManyTaps = 49;
-    if (!is_small)
-      launch_rows<T, int64_t, kFewRows>(p, stream);
-    else if (sizeof(T) == sizeof(double) && p.taps() >= kManyTaps)
-      launch_rows<T, int32_t, sizeof(T) == sizeof(double) ? kManyRows : kFewRows>(p, stream);
+    if (fits_32_bits(p, kRows, 0))
+      launch<T, int32_t>(p, stream);
     else
-      launch_rows<T, int32_t, kFewRows>(p, stream);
+      launch<T, int64_t>(p, stream);
   });
   check_launch("generic");
 }

@@ -1,6 +1,6 @@
 // grad_weight of any depthwise convolution, in two stages: the first sums over runs of the output rows, the second adds
 // up the runs. Every sum has a fixed order: the result is the same bit for bit, always. Only taps that meet the image
-// are multiplied.
+// are multiplied. A thread has ten loads for nine products: others are faster wherever they claim a problem.
 #include <algorithm>
 
 #include "generic.cuh"

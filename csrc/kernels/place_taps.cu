@@ -1,3 +1,5 @@
+// The gradient of a kernel of whose taps only some in the middle meet the images: those, computed as the gradient of a
+// smaller kernel, and zeros around them.
 #include "place_taps.h"
 
 #include "common.cuh"

@@ -4,7 +4,7 @@
 #include "scale_spread.h"
 
 #include "common.cuh"
-#include "gather.cuh"
+#include "direct.cuh"
 #include "overlap.cuh"
 
 namespace dwconv {
@@ -71,13 +71,13 @@ __global__ void __launch_bounds__(kThreads) scale_spread(const __grid_constant__
       for (int i = 0; i < kSize; ++i) unit.element[i] = narrow<T>(widen(unit.element[i]) * widen(factors.element[i]));
     }
   } else {
-    Loaded<T> gradient[kSize], factor[kSize];
+    Vector<T, 1> gradient[kSize], factor[kSize];
     uint32_t meets = 0;
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
       const bool met = down.meets && across.meets && first + i < a.elements;
-      gradient[i] = load_element(grad + place(), met);
-      factor[i] = load_element(weight + channel * a.weight_stride, met);
+      gradient[i] = load<T, 1>(grad + place(), met);
+      factor[i] = load<T, 1>(weight + channel * a.weight_stride, met);
       meets |= met ? 1u << i : 0;
       if (a.channels_last) {
         if (++channel < a.channels) continue;
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads) scale_spread(const __grid_constant__
     }
 #pragma unroll
     for (int i = 0; i < kSize; ++i)
-      if (meets & 1u << i) unit.element[i] = narrow<T>(widen_element<T>(gradient[i]) * widen_element<T>(factor[i]));
+      if (meets & 1u << i) unit.element[i] = narrow<T>(gradient[i][0] * factor[i][0]);
   }
   T* const target = static_cast<T*>(a.target) + first;
   if (first + kSize <= a.elements)

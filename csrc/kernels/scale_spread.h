@@ -1,4 +1,3 @@
-// What scale.cu and scale_spread.cu know.
 #pragma once
 
 #include <cuda_runtime_api.h>

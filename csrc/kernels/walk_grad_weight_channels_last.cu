@@ -5,22 +5,21 @@
 // s * v + d * j + (a + b) * s * d / g: where taps are walked in steps of s / g and gradients in steps of d / g, the
 // pixels that a gradient meets are those that the one before met, one step further, and stay in registers. So a load
 // serves all taps of such a stream, whatever stride and dilation are. A thread sums several streams, of any row of the
-// kernel: they share the gradient.
+// kernel: they share the gradient. Loads of L1 bind, 128 bytes a clock, or where there is little to do their latency.
 //
 // Only taps that meet the image are multiplied. Sums are of at most 32 products, then of such sums, then of the
 // threads' of a block; those of blocks are added up by a second kernel. Every sum has a fixed order.
-
 #include <algorithm>
 #include <cmath>
 #include <numeric>
 #include <type_traits>
 
-#include "common.cuh"
+#include "direct.cuh"
 #include "exchange.h"
+#include "grad_weight.cuh"
 #include "launch.h"
 #include "overlap.cuh"
 #include "partial_sums.h"
-#include "widening.h"
 
 namespace dwconv {
 namespace {
@@ -31,92 +30,20 @@ constexpr int kPart = 32;              // gradients of a thread that are added u
 constexpr int kMostParts = 128;        // of a thread's sums, so that none is long
 constexpr int kMultiprocessors = 132;  // of a large GPU; the same on all, so that results are too
 
-struct Walk {
-  const void *input, *grad;
-  void* partial;  // [split][tap, or bias behind the last tap][filter], or null: sums are the gradients
-  void *grad_weight, *grad_bias;
-  bool widens;                                        // gradients of 16 bits, written as float32
-  int input_stride[4], grad_stride[4];                // in elements
-  int height, width, kernel_h, kernel_w;              // of the kernel, the part that meets the image
-  int taps, whole_kernel_w, first_row, first_column;  // of the whole kernel, and where that part begins
-  int stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+struct Walk : GradWeightArguments {
+  // Of the whole kernel, and where the part of it begins that meets the image, which kernel_h and kernel_w are of.
+  int whole_kernel_w, first_row, first_column;
   int tap_step, grad_step, pixel_step;  // columns
   bool exchanged;                       // rows and columns
-  int filters;
-  bool with_bias;
-  int tiles, streams, level_columns;  // level_columns: of the kernel, that the streams of a level have
-  int lanes, block_tiles, teams;      // of a block: threads are [tile][team][lane]
-  int outputs, parts;                 // sums of a block, and how many threads add up each
-  int items, share;                   // pieces of rows, of all and of a block
-  int steps, more_steps;              // gradients of a row that are walked at a time; one more for the first phases
-  int segment;                        // steps of a piece, at most
-  Divider by_lanes, by_teams, by_block_tiles, by_outputs, by_tile_groups, by_channel_groups, by_multiplier;
+  int tiles, streams, level_columns;    // level_columns: of the kernel, that the streams of a level have
+  int lanes, block_tiles, teams;        // of a block: threads are [tile][team][lane]
+  int outputs, parts;                   // sums of a block, and how many threads add up each
+  int items, share;                     // pieces of rows, of all and of a block
+  int steps, more_steps;                // gradients of a row that are walked at a time; one more for the first phases
+  int segment;                          // steps of a piece, at most
+  Divider by_lanes, by_teams, by_block_tiles, by_outputs, by_tile_groups, by_channel_groups;
   Divider by_groups, by_tap_step, by_rows, by_phases, by_segments, by_kernel_w;
-
-  // `slot`: a tap, or behind the last one the bias.
-  template <typename T>
-  __device__ void put(int split, int slot, int filter, Accumulator<T> sum) const {
-    if (partial != nullptr) {
-      static_cast<Accumulator<T>*>(partial)[(int64_t{split} * (taps + with_bias) + slot) * filters + filter] = sum;
-      return;
-    }
-    const T value = narrow<T>(sum);
-    void* const gradients = slot < taps ? grad_weight : grad_bias;
-    const int place = slot < taps ? filter * taps + slot : filter;
-    if (sizeof(T) == 2 && widens)
-      static_cast<float*>(gradients)[place] = static_cast<float>(widen(value));
-    else
-      static_cast<T*>(gradients)[place] = value;
-  }
 };
-
-// Elements of channels side by side.
-template <typename T, int kCount>
-struct Vector {
-  static constexpr int kBytes = sizeof(T) * kCount, kWords = (kBytes + 3) / 4;
-  uint32_t words[kWords];
-
-  __device__ Accumulator<T> operator[](int i) const {
-    if constexpr (sizeof(T) == 8)
-      return __hiloint2double(words[2 * i + 1], words[2 * i]);
-    else if constexpr (sizeof(T) == 4)
-      return __uint_as_float(words[i]);
-    else if constexpr (std::is_same_v<T, __half>)
-      return __half2float(__ushort_as_half(static_cast<uint16_t>(words[i / 2] >> i % 2 * 16)));
-    else
-      return __uint_as_float(i % 2 == 0 ? words[i / 2] << 16 : words[i / 2] & 0xffff0000u);
-  }
-};
-
-// From memory, zeros where not `inside`. In the order in which it is written, so that all loads of a step are under way
-// before the first one is waited for.
-template <typename T, int kCount>
-__device__ Vector<T, kCount> load(const T* from, bool inside) {
-  Vector<T, kCount> to;
-  if constexpr (to.kBytes == 2) {
-    uint16_t half;
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; mov.b16 %0, 0; @p ld.global.b16 %0, [%1]; }"
-                 : "=h"(half)
-                 : "l"(from), "r"(static_cast<int>(inside)));
-    to.words[0] = half;
-  } else if constexpr (to.kWords == 1) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %2, 0; mov.b32 %0, 0; @p ld.global.b32 %0, [%1]; }"
-                 : "=r"(to.words[0])
-                 : "l"(from), "r"(static_cast<int>(inside)));
-  } else if constexpr (to.kWords == 2) {
-    asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %3, 0; mov.b32 %0, 0; mov.b32 %1, 0; @p ld.global.v2.b32 {%0, %1}, [%2]; }"
-        : "=r"(to.words[0]), "=r"(to.words[1])
-        : "l"(from), "r"(static_cast<int>(inside)));
-  } else {
-    asm volatile(
-        "{ .reg .pred p; setp.ne.b32 p, %5, 0; mov.b32 %0, 0; mov.b32 %1, 0; mov.b32 %2, 0; mov.b32 %3, 0;"
-        " @p ld.global.v4.b32 {%0, %1, %2, %3}, [%4]; }"
-        : "=r"(to.words[0]), "=r"(to.words[1]), "=r"(to.words[2]), "=r"(to.words[3])
-        : "l"(from), "r"(static_cast<int>(inside)));
-  }
-  return to;
-}
 
 // What is compiled: streams of a thread, taps of a stream, gradients whose loads are under way together, and the most
 // bytes of channels side by side.
@@ -156,8 +83,6 @@ __global__ void __launch_bounds__(kThreads, kResident<T, Tile, kVector>)
   const int tile_group = a.by_tile_groups.split(block), channel_group = a.by_channel_groups.split(block);
   const int split = block, first_tile = tile_group * a.block_tiles, tile = first_tile + static_cast<int>(slot);
   const int filter = (channel_group * a.lanes + lane) * kVector;
-  uint32_t channel = filter;
-  a.by_multiplier.split(channel);
 
   // Rows and columns of the image from the first tap to that of a stream. Behind the last stream comes the last one
   // once more, which is not written.
@@ -172,10 +97,10 @@ __global__ void __launch_bounds__(kThreads, kResident<T, Tile, kVector>)
     most_column = max(most_column, column_offset[k]);
   }
 
-  const T* const input = static_cast<const T*>(a.input) + static_cast<int>(channel) * a.input_stride[1];
+  const T* const input = static_cast<const T*>(a.input) + a.channel_of(filter) * a.input_stride[1];
   const T* const grad = static_cast<const T*>(a.grad) + filter * a.grad_stride[1];
   const int input_step = a.pixel_step * a.input_stride[3], gradient_step = a.grad_step * a.grad_stride[3];
-  const bool adds_bias = a.with_bias && tile == 0;
+  const bool adds_bias = a.grad_bias != nullptr && tile == 0;
   wait_for_kernel_before();
 
   Sums total;
@@ -347,7 +272,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T, Tile, kVector>)
       if (column >= a.kernel_w) continue;
       to = (a.first_row + (a.exchanged ? column : row)) * a.whole_kernel_w + a.first_column +
            (a.exchanged ? row : column);
-    } else if (!a.with_bias || tile > 0) {
+    } else if (a.grad_bias == nullptr || tile > 0) {
       continue;
     }
     Sum sum = 0;
@@ -479,28 +404,19 @@ Problem without_idle_taps(const Problem& whole, int64_t& first_row, int64_t& fir
 
 // What to do, and how: `p` is what is left of a problem, exchanged or not.
 struct Launch {
-  Walk walk{};
+  Walk walk;
   int64_t blocks, threads, splits, bytes;
 
-  Launch(const Problem& p, const Sizes& t, int64_t taps, bool exchanged) {
+  Launch(const Problem& p, const Sizes& t, int64_t taps, bool exchanged) : walk{p} {
     const Streams s(p, t);
     Walk& a = walk;
-    a.input = p.input.data, a.grad = p.output.data, a.grad_weight = p.weight.data, a.grad_bias = p.bias;
-    for (int i = 0; i < 4; ++i)
-      a.input_stride[i] = static_cast<int>(p.input.stride[i]), a.grad_stride[i] = static_cast<int>(p.output.stride[i]);
-    a.height = static_cast<int>(p.height), a.width = static_cast<int>(p.width);
-    a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
-    a.stride_h = static_cast<int>(p.stride_h), a.stride_w = static_cast<int>(p.stride_w);
-    a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
-    a.dilation_h = static_cast<int>(p.dilation_h), a.dilation_w = static_cast<int>(p.dilation_w);
-    a.filters = static_cast<int>(p.filters()), a.with_bias = p.bias != nullptr;
     a.taps = static_cast<int>(taps), a.exchanged = exchanged;
     a.tap_step = static_cast<int>(s.tap_step), a.grad_step = static_cast<int>(s.grad_step);
     a.pixel_step = static_cast<int>(s.pixel_step), a.level_columns = static_cast<int>(s.tap_step * t.taps);
     a.streams = static_cast<int>(s.streams), a.tiles = static_cast<int>(s.tiles);
     a.steps = static_cast<int>(p.out_width / s.phases), a.more_steps = static_cast<int>(p.out_width % s.phases);
 
-    const int64_t sum_bytes = (taps + a.with_bias) * p.filters() * std::max<int64_t>(size_of(p.dtype), 4);
+    const int64_t sum_bytes = (taps + (p.bias != nullptr)) * p.filters() * std::max<int64_t>(size_of(p.dtype), 4);
     const int64_t image_bytes =
         p.batch * (p.channels * p.height * p.width + p.filters() * p.out_height * p.out_width) * size_of(p.dtype);
     const Blocks b = arrange({s.tiles, ceil_div(p.filters(), t.vector), p.batch * p.out_height * s.phases, s.steps,
@@ -515,7 +431,7 @@ struct Launch {
     a.outputs = static_cast<int>(outputs), a.parts = static_cast<int>(std::min(b.teams, threads / outputs));
     a.by_lanes = Divider(b.lanes), a.by_teams = Divider(b.teams), a.by_block_tiles = Divider(b.block_tiles);
     a.by_outputs = Divider(outputs), a.by_tile_groups = Divider(b.tile_groups);
-    a.by_channel_groups = Divider(b.channel_groups), a.by_multiplier = Divider(p.multiplier);
+    a.by_channel_groups = Divider(b.channel_groups);
     a.by_groups = Divider(s.groups), a.by_tap_step = Divider(s.tap_step), a.by_rows = Divider(p.out_height);
     a.by_phases = Divider(s.phases), a.by_segments = Divider(b.segments);
   }
@@ -573,11 +489,7 @@ void launch_walk_grad_weight_channels_last(const Problem& problem, const Allocat
       Walk& a = launch.walk;
       a.whole_kernel_w = static_cast<int>(problem.kernel_w), a.by_kernel_w = Divider(problem.kernel_w);
       a.first_row = static_cast<int>(first_row), a.first_column = static_cast<int>(first_column);
-      if (launch.splits > 1)
-        a.partial = allocate(launch.splits * (problem.taps() + a.with_bias) * problem.filters() *
-                             static_cast<int64_t>(sizeof(Accumulator<T>)));
-      else
-        a.widens = sizeof(T) == 2 && Widening::is_wanted();
+      a.share_sums(problem, launch.splits, allocate);
       launch_early(walk_grad_weight<T, decltype(tile), vector>, a, launch.blocks, static_cast<int>(launch.threads),
                    stream, {.shared_bytes = launch.bytes});
       check_launch("walk_grad_weight_channels_last");

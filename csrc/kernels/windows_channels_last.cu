@@ -2,8 +2,8 @@
 //
 // A thread owns a few neighbouring channels of some rows of a column of the target. Whatever stride and dilation are,
 // taps some rows apart and target rows some rows apart meet the same source rows, as at stride 1: of these a window
-// stays in registers, and one more load and one more weight serve as many products as there are rows. Where rows and
-// columns are better exchanged, they are.
+// stays in registers, and one more load and one more weight serve as many products as there are rows: loads bind, at
+// eight bytes over the rows for a product in float32. Where rows and columns are better exchanged, they are.
 //
 // The weights of a block's channels lie in shared memory, the same tap of all channels side by side; those of large
 // kernels are laid so in memory before, and where there is too little to do for either, threads read them where they
@@ -13,16 +13,17 @@
 // Zeros stand for the rows beside the image. Where one meets a weight that is Inf or NaN a sum is NaN: what is not
 // finite is computed again, by the taps that meet the image.
 #include <algorithm>
-#include <numeric>
 
 #include "cast.h"
 #include "common.cuh"
 #include "device.h"
 #include "direct.cuh"
 #include "exchange.h"
+#include "few_taps.h"
 #include "launch.h"
-#include "mapping.h"
 #include "overlap.cuh"
+#include "window_sides.cuh"
+#include "windows_nchw.h"
 
 namespace dwconv {
 namespace {
@@ -34,55 +35,44 @@ constexpr int kSharedBytes = 40 << 10;              // of weights at a time
 constexpr int kFewTogether = 2, kManyTogether = 8;  // weights that a thread loads together
 constexpr int kTapsAtOnce = 4, kPlanesAtOnce = 8;   // whose weights 32 lanes load
 
-// One side of the planes. Taps `tap_step` apart read source indices `source_step` apart for the same target index, and
-// so does the same tap for target indices `target_step` apart.
-struct Side {
-  int size, out_size, kernel, stride, padding, dilation;
-  int tap_step, source_step, target_step;
+// One side, cut into taps `tap_step` apart and source indices `source_step` apart, as dividers.
+struct Side : WindowSide {
+  int source_step;
   Divider by_tap_step, by_source_step;
 
-  // `together`: whether taps are to be as far apart as target indices that share what they read.
-  Side(int size, int out_size, int64_t kernel, int64_t stride, int padding, int64_t dilation, bool spread,
-       bool together)
-      : size(size),
-        out_size(out_size),
-        kernel(static_cast<int>(kernel)),
-        stride(static_cast<int>(stride)),
-        padding(padding),
-        dilation(static_cast<int>(dilation)) {
-    const int divisor = std::gcd(this->stride, this->dilation), most = this->stride / divisor * this->dilation;
-    tap_step = spread || together ? this->stride / divisor : 1;
-    source_step = spread ? this->dilation / divisor : together ? most : this->dilation;
-    target_step = spread ? most : this->dilation / divisor;
-    by_tap_step = Divider(tap_step), by_source_step = Divider(source_step);
+  // Of rows, where taps are as far apart as target rows that share what they read.
+  static Side of_rows(const WindowSide& side) { return {side, side.source_step(), side.tap_step}; }
+  // Of columns, which share nothing: in forward taps are next to each other.
+  static Side of_columns(WindowSide side) {
+    if (!side.spread) side.tap_step = 1;
+    return {side, side.spread ? side.source_step() : side.dilation, side.tap_step};
   }
   Side() = default;
 
   // Sorts of taps that meet a target index.
-  int phases(bool spread) const { return spread ? 1 : std::min(tap_step, kernel); }
+  int phases() const { return spread ? 1 : sets(); }
+
+ private:
+  Side(const WindowSide& side, int source_step, int tap_step)
+      : WindowSide(side), source_step(source_step), by_tap_step(tap_step), by_source_step(source_step) {}
 };
 
-// Tap number t of `count`, first + t * step of the kernel, reads source index origin + t * source_step.
-struct Taps {
-  int first, step, count, origin;
-};
-
-// The taps of one sort that meet a target index. Spread: the stride is that of the target, and there is one sort at
-// most.
-__device__ Taps taps_of(const Side& side, bool spread, int index, int phase) {
+// The taps of one sort that meet a target index, from the first source index on. Spread: the stride is that of the
+// target, and there is one sort at most.
+__device__ Walk taps_of(const Side& side, bool spread, int index, int phase) {
   int origin = index * side.stride - side.padding + phase * side.dilation;
   if (spread) {
     const int padded = index + side.padding, limit = min(side.tap_step, side.kernel);
     phase = 0;
     while (phase < limit && (padded - phase * side.dilation) % side.stride != 0) ++phase;
-    if (phase == limit) return {0, 0, 0, 0};
+    if (phase == limit) return {0, 0, 0, 0, 0};
     origin = (padded - phase * side.dilation) / side.stride;
   }
   uint32_t count = side.kernel - phase + side.tap_step - 1;
   side.by_tap_step.split(count);
   const int last = static_cast<int>(count) - 1;
-  if (!spread) return {phase, side.tap_step, last + 1, origin};
-  return {phase + last * side.tap_step, -side.tap_step, last + 1, origin - last * side.source_step};
+  if (!spread) return {phase, side.tap_step, last + 1, origin, side.source_step};
+  return {phase + last * side.tap_step, -side.tap_step, last + 1, origin - last * side.source_step, side.source_step};
 }
 
 // How many steps lead from `origin` to `bound` or beyond.
@@ -93,54 +83,27 @@ __device__ int steps_to(int bound, int origin, const Side& side) {
   return steps;
 }
 
-struct Arguments {
-  const void *source, *weight, *bias;
-  void* target;
-  int64_t source_image, target_image;  // from one to the next, in elements, as all that follow
-  int source_row, source_column, target_row, target_column;
-  int weight_filter, weight_row, weight_column, bias_stride;
+struct Arguments : MappingArguments {
+  int64_t source_image, target_image;  // from one to the next, which may be far
   Side rows, columns;
   int planes;            // that threads have one or a vector of: targets, or filters that share them
-  int fan_in;            // source planes that a target plane is summed over
   int rounds;            // in which they are, one by one
   bool spread;           // whether the stride is that of the target
   int phases;            // sorts of taps along a column
+  int row_step;          // from one of a thread's rows to the next
   int lanes, positions;  // of a slice: vectors of channels, and places in the target
   int slice_bits;        // threads of a slice, as a power of two
   int piece_columns;     // of the kernel, whose weights are in shared memory at a time
   int tap_bytes;         // from a tap to the next one there
   int staged;            // weights of a piece, with gaps
   uint32_t units;        // places in the target
-  Divider by_chunks, by_lanes, by_columns, by_strips, by_residues, by_fan_out, by_piece_columns, by_plane_groups;
-};
-
-template <int kCount>
-struct alignas(8 * kCount) Doubles {
-  uint32_t words[2 * kCount];
-
-  __device__ double operator[](int i) const { return __hiloint2double(words[2 * i + 1], words[2 * i]); }
+  Divider by_chunks, by_lanes, by_columns, by_strips, by_residues, by_piece_columns, by_plane_groups;
 };
 
 template <typename T, int kVector>
-using Pixel = std::conditional_t<std::is_same_v<T, double>, Doubles<kVector>, Vector<T, kVector>>;
-
-template <typename T, int kVector>
-__device__ Pixel<T, kVector> load_pixel(const T* from, bool inside) {
-  if constexpr (sizeof(T) < 8) {
-    return load<T, kVector>(from, inside);
-  } else {
-    const auto words = load<float, 2 * kVector>(reinterpret_cast<const float*>(from), inside);
-    Pixel<T, kVector> pixel;
+__device__ void widen_all(Accumulator<T> (&to)[kVector], const Vector<T, kVector>& from) {
 #pragma unroll
-    for (int i = 0; i < 2 * kVector; ++i) pixel.words[i] = words.words[i];
-    return pixel;
-  }
-}
-
-template <typename T, int kVector>
-__device__ void widen_all(Accumulator<T> (&to)[kVector], const Pixel<T, kVector>& pixel) {
-#pragma unroll
-  for (int v = 0; v < kVector; ++v) to[v] = pixel[v];
+  for (int v = 0; v < kVector; ++v) to[v] = from[v];
 }
 
 // What lies side by side in shared memory.
@@ -152,35 +115,18 @@ __device__ void read(Accumulator<T> (&to)[kVector], const unsigned char* from) {
     using Words = std::conditional_t<kVector * sizeof(T) == 16, uint4,
                                      std::conditional_t<kVector * sizeof(T) == 8, uint2, uint32_t>>;
     const Words words = *reinterpret_cast<const Words*>(from);
-    widen_all<T, kVector>(to, reinterpret_cast<const Pixel<T, kVector>&>(words));
+    widen_all<T, kVector>(to, reinterpret_cast<const Vector<T, kVector>&>(words));
   }
 }
 
 // One element of the target, by the taps that meet the image.
 template <typename T>
 __device__ __noinline__ Accumulator<T> exact(const Arguments& a, int image, int plane, int row, int column) {
-  uint32_t channel = plane * a.fan_in;
-  a.by_fan_out.split(channel);
-  const T* source = static_cast<const T*>(a.source) + (image * a.source_image + static_cast<int>(channel));
-  const T* weight = static_cast<const T*>(a.weight) + plane * a.fan_in * a.weight_filter;
-  Accumulator<T> sum = a.bias ? widen(static_cast<const T*>(a.bias)[plane * a.bias_stride]) : Accumulator<T>(0);
-  const Taps columns = taps_of(a.columns, a.spread, column, 0);
-  for (int q = 0; q < a.fan_in; ++q, ++source, weight += a.weight_filter)
-    for (int phase = 0; phase < a.phases; ++phase) {
-      const Taps rows = taps_of(a.rows, a.spread, row, phase);
-      for (int t = 0; t < rows.count; ++t) {
-        const int y = rows.origin + t * a.rows.source_step;
-        if (y < 0 || y >= a.rows.size) continue;
-        for (int u = 0; u < columns.count; ++u) {
-          const int x = columns.origin + u * a.columns.source_step;
-          if (x >= 0 && x < a.columns.size)
-            sum = fma(widen(source[y * a.source_row + x * a.source_column]),
-                      widen(weight[(rows.first + t * rows.step) * a.weight_row +
-                                   (columns.first + u * columns.step) * a.weight_column]),
-                      sum);
-        }
-      }
-    }
+  const T* const source = a.source_of<T>(0, plane) + image * a.source_image;
+  const Walk columns = taps_of(a.columns, a.spread, column, 0);
+  Accumulator<T> sum = a.bias_of<T>(plane);
+  for (int phase = 0; phase < a.phases; ++phase)
+    sum += tap_by_tap(a, source, a.weight_of<T>(plane), taps_of(a.rows, a.spread, row, phase), columns);
   return sum;
 }
 
@@ -226,23 +172,22 @@ __device__ void add_taps(Accumulator<T> (&sum)[kRows][kVector], const T* from, i
   constexpr int kMost = !kStaged && kRows * kVector * sizeof(Accumulator<T>) >= 128 ? 2 : 4;
   constexpr int kAhead = kRows < kMost ? kRows : kMost;
   Accumulator<T> window[kRows][kSource];
-  Pixel<T, kSource> pixel[kRows - 1];
+  Vector<T, kSource> pixel[kRows - 1];
 #pragma unroll
-  for (int n = 0; n < kRows - 1; ++n, from += step) pixel[n] = load_pixel<T, kSource>(from, n >= begin && n < end);
+  for (int n = 0; n < kRows - 1; ++n, from += step) pixel[n] = load<T, kSource>(from, n >= begin && n < end);
 #pragma unroll
   for (int n = 0; n < kRows - 1; ++n) widen_all<T, kSource>(window[n], pixel[n]);
   for (int t = 0; t < taps; t += kRows)
 #pragma unroll
     for (int first = 0; first < kRows; first += kAhead) {
-      Pixel<T, kSource> next[kAhead];
+      Vector<T, kSource> next[kAhead];
 #pragma unroll
-      for (int k = 0; k < kAhead; ++k, from += step)
-        next[k] = load_pixel<T, kSource>(from, t + first + k + kRows - 1 < end);
-      Pixel<T, kVector> weights[kStaged ? 1 : kAhead];
+      for (int k = 0; k < kAhead; ++k, from += step) next[k] = load<T, kSource>(from, t + first + k + kRows - 1 < end);
+      Vector<T, kVector> weights[kStaged ? 1 : kAhead];
       if constexpr (!kStaged)
 #pragma unroll
         for (int k = 0; k < kAhead; ++k)
-          weights[k] = load_pixel<T, kVector>(reinterpret_cast<const T*>(tap + k * tap_step), t + first + k < taps);
+          weights[k] = load<T, kVector>(reinterpret_cast<const T*>(tap + k * tap_step), t + first + k < taps);
       const auto multiply = [&](int k) {
         widen_all<T, kSource>(window[(first + k + kRows - 1) % kRows], next[k]);
         Accumulator<T> weight[kVector];
@@ -285,12 +230,12 @@ __global__ void __launch_bounds__(kThreads, 2) windows(const __grid_constant__ A
   uint32_t strip = a.by_strips.split(unit);
   const int image = unit;
   const int residue = a.by_residues.split(strip);
-  const int row = static_cast<int>(strip) * (kRows * a.rows.target_step) + residue;
+  const int row = static_cast<int>(strip) * (kRows * a.row_step) + residue;
 
   uint32_t channel = plane * a.rounds;
   a.by_fan_out.split(channel);
   const T* source = static_cast<const T*>(a.source) + (image * a.source_image + static_cast<int>(channel));
-  const Taps columns = taps_of(a.columns, a.spread, column, 0);
+  const Walk columns = taps_of(a.columns, a.spread, column, 0);
   const int first = exists ? steps_to(0, columns.origin, a.columns) : 0;
   const int last = exists ? min(steps_to(a.columns.size, columns.origin, a.columns), columns.count) : 0;
   wait_for_kernel_before();
@@ -322,7 +267,7 @@ __global__ void __launch_bounds__(kThreads, 2) windows(const __grid_constant__ A
         row_bytes = a.weight_row * int(sizeof(T)), column_bytes = a.weight_column * int(sizeof(T));
       }
       for (int phase = 0, u = first + slice; phase < a.phases; ++phase, u -= last - first) {
-        const Taps rows = taps_of(a.rows, a.spread, row, phase);
+        const Walk rows = taps_of(a.rows, a.spread, row, phase);
         int begin = steps_to(0, rows.origin, a.rows);
         int end = min(steps_to(a.rows.size, rows.origin, a.rows), rows.count + kRows - 1);
         const int skipped = max(begin - (kRows - 1), 0), taps = min(end, rows.count) - skipped;
@@ -333,8 +278,8 @@ __global__ void __launch_bounds__(kThreads, 2) windows(const __grid_constant__ A
           const int j = columns.first + u * columns.step - piece;
           if (taps <= 0 || static_cast<uint32_t>(j) >= static_cast<uint32_t>(a.piece_columns)) continue;
           const int x = columns.origin + u * a.columns.source_step;
-          add_taps<T, kVector, kRows, kStaged, kSource>(sum, source + (y * a.source_row + x * a.source_column),
-                                                        a.rows.source_step * a.source_row, begin, end,
+          add_taps<T, kVector, kRows, kStaged, kSource>(sum, source + (y * a.source_stride[2] + x * a.source_stride[3]),
+                                                        a.rows.source_step * a.source_stride[2], begin, end,
                                                         tap + j * column_bytes, rows.step * row_bytes, taps);
         }
       }
@@ -346,24 +291,22 @@ __global__ void __launch_bounds__(kThreads, 2) windows(const __grid_constant__ A
 #pragma unroll
     for (int v = 0; v < kVector; ++v) total[r][v * kTarget / kVector] += sum[r][v];
 
-  const int first_target = plane * kTarget / kVector, down = a.rows.target_step * a.target_row;
-  const int existing = exists ? a.rows.out_size - row + a.rows.target_step - 1 : 0;  // from here on, over target_step
+  const int first_target = plane * kTarget / kVector, down = a.row_step * a.target_stride[2];
+  const int existing = exists ? a.rows.out_size - row + a.row_step - 1 : 0;  // from here on, over row_step
   T* const target = static_cast<T*>(a.target) +
-                    (image * a.target_image + row * a.target_row + column * a.target_column + first_target);
-  const auto has_row = [&](int r) { return (r + 1) * a.rows.target_step <= existing; };
+                    (image * a.target_image + row * a.target_stride[2] + column * a.target_stride[3] + first_target);
+  const auto has_row = [&](int r) { return (r + 1) * a.row_step <= existing; };
   const auto store = [&](int r, const Acc(&value)[kTarget]) {
     T* const to = target + r * down;
     if constexpr (kTarget == 1)
       *to = narrow<T>(value[0]);
-    else if constexpr (sizeof(T) == 8)
-      *reinterpret_cast<double2*>(to) = {value[0], value[1]};
     else
-      *reinterpret_cast<Pixel<T, kTarget>*>(to) = Pixel<T, kTarget>::of(value);
+      *reinterpret_cast<Vector<T, kTarget>*>(to) = Vector<T, kTarget>::of(value);
   };
   const auto store_exact = [&](int r) {
 #pragma unroll 1
     for (int v = 0; v < kTarget; ++v)
-      target[r * down + v] = narrow<T>(exact<T>(a, image, first_target + v, row + r * a.rows.target_step, column));
+      target[r * down + v] = narrow<T>(exact<T>(a, image, first_target + v, row + r * a.row_step, column));
   };
   if (slices == 1) {
     Acc zeros = 0;  // or NaN
@@ -466,11 +409,11 @@ int lanes_of(int64_t planes, int vector, int64_t element) {
 }
 
 Side rows_of(const Problem& p, const Mapping& map) {
-  return {map.height, map.out_height, p.kernel_h, p.stride_h, map.padding_h, p.dilation_h, map.spread, true};
+  return Side::of_rows(window_rows(p, map));
 }
 
 Side columns_of(const Problem& p, const Mapping& map) {
-  return {map.width, map.out_width, p.kernel_w, p.stride_w, map.padding_w, p.dilation_w, map.spread, false};
+  return Side::of_columns(window_columns(p, map));
 }
 
 // The time that a cut is thought to take, in cycles of a multiprocessor: by what it issues and loads, or by what its
@@ -480,12 +423,12 @@ double cycles_of(const Cut& cut, const Problem& p, const Mapping& map, const Sid
   const int element = static_cast<int>(size_of(p.dtype)), sum = element == 8 ? 8 : 4;
   const double vector = cut.vector;
   const int64_t planes = planes_of(p, map, cut.vector), rounds = cut.vector > 1 ? 1 : map.fan_in;
-  const int64_t strips = std::min(rows.target_step, rows.out_size) *
-                         ceil_div(rows.out_size, static_cast<int64_t>(rows.target_step) * cut.rows);
+  const int64_t strips = std::min(rows.target_step(), rows.out_size) *
+                         ceil_div(rows.out_size, static_cast<int64_t>(rows.target_step()) * cut.rows);
   const int64_t source_rows = ceil_div(rows.size, rows.source_step);
   const int64_t taps = std::min(ceil_div(rows.kernel, rows.tap_step), source_rows + cut.rows - 1);
   const int64_t tasks =
-      rows.phases(map.spread) * rounds *
+      rows.phases() * rounds *
       std::min(ceil_div(columns.kernel, columns.tap_step), ceil_div(columns.size, columns.source_step));
   const int lanes = lanes_of(planes, cut.vector, element), positions = kThreads / cut.slices / lanes;
   const double blocks = static_cast<double>(ceil_div(planes, lanes * cut.vector)) *
@@ -555,19 +498,13 @@ Cut choose_cut(const Problem& problem, int multiprocessors) {
 template <typename T, int kVector, int kRows, bool kStaged, Share kShare>
 void launch(const Problem& p, const Cut& cut, cudaStream_t stream) {
   const Mapping map(p);
-  Arguments a{};
-  a.source = map.source.data, a.weight = map.weight.data, a.target = map.target.data, a.bias = map.bias;
-  const auto stride = [](const View& view, int d) { return static_cast<int>(view.stride[d]); };
+  Arguments a{map};
   a.source_image = map.source.stride[0], a.target_image = map.target.stride[0];
-  a.source_row = stride(map.source, 2), a.source_column = stride(map.source, 3);
-  a.target_row = stride(map.target, 2), a.target_column = stride(map.target, 3);
-  a.weight_filter = stride(map.weight, 0), a.weight_row = stride(map.weight, 2);
-  a.weight_column = stride(map.weight, 3), a.bias_stride = static_cast<int>(map.bias_stride);
   a.rows = rows_of(p, map), a.columns = columns_of(p, map);
   const int64_t planes_of_all = planes_of(p, map, kVector);
-  a.planes = static_cast<int>(planes_of_all), a.fan_in = map.fan_in, a.spread = map.spread;
+  a.planes = static_cast<int>(planes_of_all), a.spread = map.spread;
   a.rounds = kVector > 1 ? 1 : map.fan_in;
-  a.phases = a.rows.phases(map.spread);
+  a.phases = a.rows.phases(), a.row_step = a.rows.target_step();
 
   constexpr int64_t kElement = sizeof(T);
   a.lanes = lanes_of(planes_of_all, kVector, kElement);
@@ -583,12 +520,12 @@ void launch(const Problem& p, const Cut& cut, cudaStream_t stream) {
   a.staged = static_cast<int>(ceil_div(taps, kTapsAtOnce) * plane_groups * (kTapsAtOnce * kPlanesAtOnce));
   a.by_piece_columns = Divider(a.piece_columns), a.by_plane_groups = Divider(plane_groups);
 
-  const int residues = std::min(a.rows.target_step, a.rows.out_size);
-  const int64_t strips = residues * ceil_div(a.rows.out_size, static_cast<int64_t>(a.rows.target_step) * kRows);
+  const int residues = std::min(a.row_step, a.rows.out_size);
+  const int64_t strips = residues * ceil_div(a.rows.out_size, static_cast<int64_t>(a.row_step) * kRows);
   a.units = static_cast<uint32_t>(p.batch * strips * a.columns.out_size);
   const int64_t chunks = ceil_div(planes_of_all, planes);
   a.by_chunks = Divider(chunks), a.by_lanes = Divider(a.lanes), a.by_columns = Divider(a.columns.out_size);
-  a.by_strips = Divider(strips), a.by_residues = Divider(residues), a.by_fan_out = Divider(map.fan_out);
+  a.by_strips = Divider(strips), a.by_residues = Divider(residues);
   const int64_t sums = cut.slices > 1 ? int64_t{kThreads} * kRows * kVector * sizeof(Accumulator<T>) : 0;
   launch_early(windows<T, kVector, kRows, kStaged, kShare>, a, chunks * ceil_div(a.units, a.positions), kThreads,
                stream, {1, std::max<int64_t>(kStaged ? taps * a.tap_bytes : 0, sums)});
@@ -621,6 +558,12 @@ void launch_rows(const Problem& p, const Cut& cut, cudaStream_t stream) {
 
 void launch_windows_channels_last(const Problem& problem, const Allocate& allocate, cudaStream_t stream) {
   const Cut cut = choose_cut(problem, current_device().multiprocessors);
+  // Straight from memory go few taps, of single channels or with little to do.
+  constexpr int64_t kFewTaps = 4, kFewProducts = 3 << 20;
+  const int64_t products = problem.batch * problem.filters() * problem.out_height * problem.out_width * problem.taps();
+  if (problem.pass == Pass::kForward && problem.taps() <= kFewTaps && fits_windows_nchw(problem) &&
+      (cut.vector == 1 || products <= kFewProducts))
+    return launch_few_taps(problem, stream);
   Problem p = cut.exchanged ? exchange(problem) : problem;
   if (cut.way == kLaidWay && !are_laid(p, cut.vector)) {
     const View to{allocate(p.filters() * p.taps() * size_of(p.dtype)), {1, 1, p.kernel_w * p.filters(), p.filters()}};

@@ -6,16 +6,20 @@
 // they meet, once for every such set of taps: each pixel is read once, and multiplied with the weight of every one of
 // the rows. Where planes have fewer rows than the kernel, pixels are passed by taps instead. Neighbouring lanes own
 // neighbouring columns. Where outputs are few, some threads share the columns of the kernel, and their sums are added
-// up in turn.
+// up in turn. Two loads from shared memory serve kRows products; instructions and these loads bind, not products.
+//
+// Few taps go straight to memory, and so does what shares next to nothing along a column (few_taps.cu).
 //
 // Zeros stand for the rows beside the source, or the kernel. Where one meets Inf or NaN a sum is NaN: what is not
 // finite is computed again, by the taps that meet the source.
+#include "windows_nchw.h"
+
 #include "device.h"
+#include "few_taps.h"
 #include "launch.h"
-#include "mapping.h"
 #include "overlap.cuh"
 #include "stream.cuh"
-#include "windows_nchw.cuh"
+#include "window_sides.cuh"
 
 namespace dwconv {
 namespace {
@@ -23,13 +27,8 @@ namespace {
 constexpr int kMostThreads = 256;
 constexpr int kTaps = 4;  // of a column that are multiplied together
 
-struct Arguments {
-  const char *source, *source_end;
-  const void *weight, *bias;
-  void* target;
-  int source_stride[4], target_stride[4];  // in elements
-  int weight_filter, weight_row, weight_column, bias_stride;
-  int fan_in;  // source planes that a target plane is summed over
+struct Arguments : MappingArguments {
+  const char* source_end;  // behind the last element
   int target_planes;
   WindowSide rows, columns;
   Reach reach_rows, reach_columns;
@@ -43,7 +42,7 @@ struct Arguments {
   int plane_pitch;                 // from source plane to source plane, in bytes
   int sets, set_pitch, long_sets;  // sets of a column's taps, the most that one has, and how many have these
   int filter_pitch, filter_column, filters_at, biases_at, sums_at;
-  Divider by_slices, by_bands, by_sources, by_targets, by_filters, by_fan_out;
+  Divider by_slices, by_bands, by_sources, by_targets, by_filters;
   Divider by_copies, by_source_rows, by_taps, by_kernel_w, by_tap_step;
   Divider by_lanes, by_columns, by_strips, by_phases, by_source_step;
 };
@@ -74,31 +73,13 @@ __device__ Span source_of(const WindowSide& side, Span targets) {
   return {begin, max(min(end, side.size) - begin, 0)};
 }
 
-// One element of the target, by the taps that meet the source. `source` and `weight`: its first plane and filter.
-template <typename T>
-__device__ __forceinline__ Accumulator<T> exact(const Arguments& a, const T* source, const T* weight, int row,
-                                                int column) {
-  Accumulator<T> sum = 0;
-  for (int q = 0; q < a.fan_in; ++q, source += a.source_stride[1], weight += a.weight_filter)
-    for (int i = 0; i < a.rows.kernel; ++i) {
-      const int y = source_index(a.rows, row, i);
-      for (int j = 0; y >= 0 && j < a.columns.kernel; ++j) {
-        const int x = source_index(a.columns, column, j);
-        if (x >= 0)
-          sum = fma(widen(source[y * a.source_stride[2] + x * a.source_stride[3]]),
-                    widen(weight[i * a.weight_row + j * a.weight_column]), sum);
-      }
-    }
-  return sum;
-}
-
-// Copies elements, by all threads: several are under way together. `place`: says where in shared memory the element of
-// a number goes, in bytes, and where it comes from; nowhere, if there is none.
+// Where in shared memory an element goes, in bytes, and where it comes from; to nowhere, if there is none.
 struct Place {
   int to;
   const void* from;
 };
 
+// Copies elements, by all threads: several are under way together. `where` says the place of a number.
 template <typename To, typename From, typename Where>
 __device__ void copy_elements(uint32_t count, const Where& where) {
   constexpr int kTogether = 4;
@@ -193,19 +174,13 @@ __global__ void __launch_bounds__(kMostThreads, least_blocks<T, kRows>())
   const int first_plane = block * a.planes, planes = min(a.planes, a.target_planes - first_plane);
   const Span source_rows = source_of(a.rows, rows);
   const Span source_columns = a.joined ? Span{0, a.columns.size} : source_of(a.columns, columns);
-  // Forward reads plane / fan_out, where fan_in is 1; grad_input reads the filters of the channel.
-  const auto source_plane_of = [&](int plane) {
-    uint32_t at = plane * a.fan_in;
-    a.by_fan_out.split(at);
-    return static_cast<int>(at);
-  };
-  const int first_source = source_plane_of(first_plane);
-  const int sources = source_plane_of(first_plane + planes - 1) + a.fan_in - first_source;
+  const int first_source = a.source_plane(first_plane);
+  const int sources = a.source_plane(first_plane + planes - 1) + a.fan_in - first_source;
   // What lies there of source plane number s of the tile.
   const auto source_of_plane = [&](int s) {
     uint32_t image = first_source + s;
     const int plane = a.by_sources.split(image);
-    return reinterpret_cast<const T*>(a.source) +
+    return static_cast<const T*>(a.source) +
            (static_cast<int>(image) * a.source_stride[0] + plane * a.source_stride[1] +
             source_rows.first * a.source_stride[2] + source_columns.first * a.source_stride[3]);
   };
@@ -277,11 +252,9 @@ __global__ void __launch_bounds__(kMostThreads, least_blocks<T, kRows>())
                        static_cast<int>(part) < a.parts;
     Acc sum[kRows] = {};
     if (valid) {
-      const int s = source_plane_of(first_plane + plane) - first_source;
+      const int s = a.source_plane(first_plane + plane) - first_source;
       const int to = columns.first + column;
-      const Walk across = a.columns.spread ? taps_reaching(a.columns, a.reach_columns, to)
-                                           : Walk{0, 1, a.columns.kernel, to * a.columns.stride - a.columns.padding,
-                                                  a.columns.dilation};
+      const Walk across = taps_of(a.columns, a.reach_columns, to);
       for (int q = 0; q < a.fan_in; ++q) {
         const int shift = a.joined ? reinterpret_cast<uintptr_t>(source_of_plane(s + q)) % kUnit : 0;
         const T* const source = &shared<T>((s + q) * a.plane_pitch + shift);
@@ -343,8 +316,7 @@ __global__ void __launch_bounds__(kMostThreads, least_blocks<T, kRows>())
     if (!valid || part > 0) continue;
     uint32_t image = first_plane + plane;
     const int channel = a.by_targets.split(image), y0 = rows.first + row, x = columns.first + column;
-    T* const target = static_cast<T*>(a.target) + (static_cast<int>(image) * a.target_stride[0] +
-                                                   channel * a.target_stride[1] + x * a.target_stride[3]);
+    T* const target = a.target_of<T>(image, channel, x);
     const Acc bias = a.bias ? (&shared<Acc>(a.biases_at))[plane] : Acc(0);
     uint32_t again = 0;  // rows whose sums are not finite, as bits
 #pragma unroll
@@ -356,11 +328,10 @@ __global__ void __launch_bounds__(kMostThreads, least_blocks<T, kRows>())
         target[(y0 + r * a.row_step) * a.target_stride[2]] = narrow<T>(sum[r] + bias);
     }
     for (; again != 0; again &= again - 1) {
-      const int y = y0 + (__ffs(again) - 1) * a.row_step, s = source_plane_of(first_plane + plane) - first_source;
-      const T* const source =
-          source_of_plane(s) - (source_rows.first * a.source_stride[2] + source_columns.first * a.source_stride[3]);
-      const T* const weight = static_cast<const T*>(a.weight) + channel * a.fan_in * a.weight_filter;
-      target[y * a.target_stride[2]] = narrow<T>(exact(a, source, weight, y, x) + bias);
+      const int y = y0 + (__ffs(again) - 1) * a.row_step;
+      const Acc sum = tap_by_tap(a, a.source_of<T>(image, channel), a.weight_of<T>(channel),
+                                 taps_of(a.rows, a.reach_rows, y), taps_of(a.columns, a.reach_columns, x));
+      target[y * a.target_stride[2]] = narrow<T>(sum + bias);
     }
   }
 }
@@ -506,22 +477,13 @@ void launch(const Arguments& a, int64_t blocks, int threads, int64_t bytes, cuda
 void launch_windows_nchw(const Problem& p, cudaStream_t stream) {
   const Mapping map(p);
   const int64_t element = size_of(p.dtype);
-  Arguments a{};
-  a.source = static_cast<const char*>(map.source.data), a.target = map.target.data;
-  a.weight = map.weight.data, a.bias = map.bias, a.bias_stride = static_cast<int>(map.bias_stride);
-  for (int d = 0; d < 4; ++d) {
-    a.source_stride[d] = static_cast<int>(map.source.stride[d]);
-    a.target_stride[d] = static_cast<int>(map.target.stride[d]);
-  }
-  a.source_end =
-      a.source + element * ((p.batch - 1) * map.source.stride[0] + (map.sources - 1) * map.source.stride[1] +
+  Arguments a{map};
+  a.source_end = static_cast<const char*>(map.source.data) +
+                 element * ((p.batch - 1) * map.source.stride[0] + (map.sources - 1) * map.source.stride[1] +
                             (map.height - 1) * map.source.stride[2] + (map.width - 1) * map.source.stride[3] + 1);
-  a.weight_filter = static_cast<int>(map.weight.stride[0]);
-  a.weight_row = static_cast<int>(map.weight.stride[2]), a.weight_column = static_cast<int>(map.weight.stride[3]);
-  a.fan_in = map.fan_in, a.target_planes = static_cast<int>(p.batch * map.targets);
-  a.rows = window_side(map.height, map.out_height, p.kernel_h, p.stride_h, map.padding_h, p.dilation_h, map.spread);
-  a.columns = window_side(map.width, map.out_width, p.kernel_w, p.stride_w, map.padding_w, p.dilation_w, map.spread);
-  a.by_sources = Divider(map.sources), a.by_filters = Divider(p.filters()), a.by_fan_out = Divider(map.fan_out);
+  a.target_planes = static_cast<int>(p.batch * map.targets);
+  a.rows = window_rows(p, map), a.columns = window_columns(p, map);
+  a.by_sources = Divider(map.sources), a.by_filters = Divider(p.filters());
   a.by_targets = Divider(map.targets), a.by_taps = Divider(p.taps()), a.by_kernel_w = Divider(p.kernel_w);
   a.by_source_step = Divider(a.rows.source_step()), a.by_tap_step = Divider(a.rows.tap_step);
   a.reach_rows = Reach(a.rows), a.reach_columns = Reach(a.columns);

@@ -3,46 +3,11 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <numeric>
 
 #include "../problem.h"
-#include "stream.h"
+#include "window_sides.h"
 
 namespace dwconv {
-
-// How the taps of one side meet the source. In forward, tap t of target index i reads source index
-// i * stride - padding + t * dilation; where the stride is that of the target, tap t does that reads
-// (i + padding - t * dilation) / stride without a rest.
-//
-// Taps `tap_step` apart read source indices source_step() apart, and so do targets target_step() apart: along such
-// targets, taps and sources a convolution has neither stride nor dilation.
-struct WindowSide {
-  int size, out_size, kernel, stride, padding, dilation;
-  bool spread;         // whether the stride is that of the target
-  int tap_step, fall;  // stride and dilation without what divides both
-
-  int target_step() const { return spread ? stride * fall : fall; }
-  // Sets of taps that far apart, and the most taps of one.
-  int sets() const { return std::min(tap_step, kernel); }
-  int set_pitch() const { return (kernel + tap_step - 1) / tap_step; }
-  int source_step() const { return spread ? fall : stride * fall; }
-
-  // Source indices that `targets` neighbours reach, at most.
-  int64_t reach(int64_t targets) const {
-    const int64_t extent = int64_t{kernel - 1} * dilation;
-    const int64_t most = spread ? (targets - 1 + extent) / stride + 1 : (targets - 1) * stride + extent + 1;
-    return std::min<int64_t>(most, size);
-  }
-};
-
-inline WindowSide window_side(int64_t size, int64_t out_size, int64_t kernel, int64_t stride, int64_t padding,
-                              int64_t dilation, bool spread) {
-  const int64_t divisor = std::gcd(stride, dilation);
-  const auto number = [](int64_t value) { return static_cast<int>(value); };
-  return {number(size),   number(out_size),         number(kernel),
-          number(stride), number(padding),          number(dilation),
-          spread,         number(stride / divisor), number(dilation / divisor)};
-}
 
 constexpr int kLeastWindowColumns = 32;  // of a tile, unless the target has fewer
 
@@ -64,8 +29,8 @@ inline bool fits_windows_nchw(const Problem& p) {
   const bool forward = p.pass == Pass::kForward, spread = !forward && (p.stride_h > 1 || p.stride_w > 1);
   const int64_t height = forward ? p.height : p.out_height, width = forward ? p.width : p.out_width;
   const int64_t columns = std::min<int64_t>(forward ? p.out_width : p.width, kLeastWindowColumns);
-  const WindowSide rows = window_side(height, 1, p.kernel_h, p.stride_h, 0, p.dilation_h, spread);
-  const WindowSide cols = window_side(width, 1, p.kernel_w, p.stride_w, 0, p.dilation_w, spread);
+  const WindowSide rows(height, 1, p.kernel_h, p.stride_h, 0, p.dilation_h, spread);
+  const WindowSide cols(width, 1, p.kernel_w, p.stride_w, 0, p.dilation_w, spread);
   const int64_t fan_in = forward ? 1 : p.multiplier, number = std::max<int64_t>(size_of(p.dtype), 4);
   return fan_in * (rows.reach(1) * cols.reach(columns) * size_of(p.dtype) + 64) +
              number * (fan_in * (p.kernel_w * rows.sets() * rows.set_pitch() + 1) + 8) + 256 <=

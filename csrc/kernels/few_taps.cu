@@ -3,10 +3,11 @@
 //
 // A thread owns some rows of a column of the target which the same taps reach. Only taps that meet the source are
 // multiplied. The loads of some taps are under way together.
+#include "few_taps.h"
+
 #include "device.h"
-#include "mapping.h"
 #include "overlap.cuh"
-#include "windows_nchw.cuh"
+#include "window_sides.cuh"
 
 namespace dwconv {
 namespace {
@@ -14,17 +15,13 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kTogether = 3;  // taps
 
-struct Arguments {
-  const void *source, *weight, *bias;
-  void* target;
-  int source_stride[4], target_stride[4];  // in elements
-  int weight_filter, weight_row, weight_column, bias_stride;
-  int fan_in;  // source planes that a target plane is summed over
+struct Arguments : MappingArguments {
   WindowSide rows, columns;
   Reach reach_rows, reach_columns;
   int row_step, row_move;  // from one of a thread's rows to the next, in the target and in the source
+  bool channels_last;
   uint32_t units;
-  Divider by_columns, by_strips, by_phases, by_targets, by_fan_out;
+  Divider by_columns, by_strips, by_phases, by_targets;
 };
 
 template <typename T, int kRows, bool kOne>
@@ -33,27 +30,21 @@ __global__ void __launch_bounds__(kThreads) few_taps(const __grid_constant__ Arg
   constexpr int kTaps = kOne ? 1 : kTogether;
   uint32_t unit = blockIdx.x * kThreads + threadIdx.x;
   if (unit >= a.units) return;
+  uint32_t plane = a.channels_last ? a.by_targets.split(unit) : 0;
   const int column = a.by_columns.split(unit);
   uint32_t strip = a.by_strips.split(unit);
   const int phase = a.by_phases.split(strip), row = strip * (kRows * a.row_step) + phase;
-  const int plane = a.by_targets.split(unit), image = unit;
-  uint32_t source_plane = plane * a.fan_in;
-  a.by_fan_out.split(source_plane);
-
-  Walk down{0, 1, a.rows.kernel, row * a.rows.stride - a.rows.padding, a.rows.dilation};
-  Walk across{0, 1, a.columns.kernel, column * a.columns.stride - a.columns.padding, a.columns.dilation};
-  if (a.rows.spread) down = taps_reaching(a.rows, a.reach_rows, row);
-  if (a.rows.spread) across = taps_reaching(a.columns, a.reach_columns, column);
-  const T* source = static_cast<const T*>(a.source) +
-                    (image * a.source_stride[0] + static_cast<int>(source_plane) * a.source_stride[1]);
-  const T* weight = static_cast<const T*>(a.weight) +
-                    (plane * a.fan_in * a.weight_filter + down.first * a.weight_row + across.first * a.weight_column);
+  if (!a.channels_last) plane = a.by_targets.split(unit);
+  const int image = unit;
+  const Walk down = taps_of(a.rows, a.reach_rows, row), across = taps_of(a.columns, a.reach_columns, column);
+  const T* source = a.source_of<T>(image, plane);
+  const T* weight = a.weight_of<T>(plane) + (down.first * a.weight_row + across.first * a.weight_column);
   const int weight_row = down.step * a.weight_row, weight_column = across.step * a.weight_column;
   const int taps = down.count * across.count;
   wait_for_kernel_before();
   let_next_kernel_start();
 
-  const Acc bias = a.bias ? widen(static_cast<const T*>(a.bias)[plane * a.bias_stride]) : Acc(0);
+  const Acc bias = a.bias_of<T>(plane);
   Acc sum[kRows] = {};
   for (int q = 0; q < a.fan_in; ++q, source += a.source_stride[1], weight += a.weight_filter) {
     if constexpr (kRows > 1 && !kOne) {  // threads are many: fewer instructions
@@ -62,7 +53,7 @@ __global__ void __launch_bounds__(kThreads) few_taps(const __grid_constant__ Arg
         bool is_row[kRows];
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
-          is_row[r] = static_cast<uint32_t>(y + r * a.row_move) < static_cast<uint32_t>(a.rows.size);
+          is_row[r] = static_cast<uint32_t>(y + r * a.row_move) < static_cast<uint32_t>(a.height);
         const T* const from = source + y * a.source_stride[2];
         for (int j = 0; j < across.count; j += kTaps) {
           T w[kTaps], pixel[kTaps][kRows];
@@ -70,7 +61,7 @@ __global__ void __launch_bounds__(kThreads) few_taps(const __grid_constant__ Arg
 #pragma unroll
           for (int t = 0; t < kTaps; ++t) {
             const int x = across.origin + (j + t) * across.move;
-            is_column[t] = j + t < across.count && static_cast<uint32_t>(x) < static_cast<uint32_t>(a.columns.size);
+            is_column[t] = j + t < across.count && static_cast<uint32_t>(x) < static_cast<uint32_t>(a.width);
             if (!is_column[t]) continue;
             w[t] = weight[i * weight_row + (j + t) * weight_column];
 #pragma unroll
@@ -93,12 +84,12 @@ __global__ void __launch_bounds__(kThreads) few_taps(const __grid_constant__ Arg
 #pragma unroll
       for (int t = 0; t < kTaps; ++t) {
         const int y = down.origin + i * down.move, x = across.origin + j * across.move;
-        const bool met = t < left && static_cast<uint32_t>(x) < static_cast<uint32_t>(a.columns.size);
+        const bool met = t < left && static_cast<uint32_t>(x) < static_cast<uint32_t>(a.width);
         const T* const from = source + (y * a.source_stride[2] + x * a.source_stride[3]);
         if (met) w[t] = weight[i * weight_row + j * weight_column];
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-          inside[t][r] = met && static_cast<uint32_t>(y + r * a.row_move) < static_cast<uint32_t>(a.rows.size);
+          inside[t][r] = met && static_cast<uint32_t>(y + r * a.row_move) < static_cast<uint32_t>(a.height);
           if (inside[t][r]) pixel[t][r] = from[r * a.row_move * a.source_stride[2]];
         }
         if (++j == across.count) j = 0, ++i;
@@ -111,11 +102,10 @@ __global__ void __launch_bounds__(kThreads) few_taps(const __grid_constant__ Arg
     }
   }
 
-  T* const target = static_cast<T*>(a.target) +
-                    (image * a.target_stride[0] + plane * a.target_stride[1] + column * a.target_stride[3]);
+  T* const target = a.target_of<T>(image, plane, column);
 #pragma unroll
   for (int r = 0; r < kRows; ++r)
-    if (row + r * a.row_step < a.rows.out_size)
+    if (row + r * a.row_step < a.out_height)
       target[(row + r * a.row_step) * a.target_stride[2]] = narrow<T>(sum[r] + bias);
 }
 
@@ -123,20 +113,11 @@ __global__ void __launch_bounds__(kThreads) few_taps(const __grid_constant__ Arg
 
 void launch_few_taps(const Problem& p, cudaStream_t stream) {
   const Mapping map(p);
-  Arguments a{};
-  a.source = map.source.data, a.target = map.target.data;
-  a.weight = map.weight.data, a.bias = map.bias, a.bias_stride = static_cast<int>(map.bias_stride);
-  for (int d = 0; d < 4; ++d) {
-    a.source_stride[d] = static_cast<int>(map.source.stride[d]);
-    a.target_stride[d] = static_cast<int>(map.target.stride[d]);
-  }
-  a.weight_filter = static_cast<int>(map.weight.stride[0]);
-  a.weight_row = static_cast<int>(map.weight.stride[2]), a.weight_column = static_cast<int>(map.weight.stride[3]);
-  a.fan_in = map.fan_in;
-  a.rows = window_side(map.height, map.out_height, p.kernel_h, p.stride_h, map.padding_h, p.dilation_h, map.spread);
-  a.columns = window_side(map.width, map.out_width, p.kernel_w, p.stride_w, map.padding_w, p.dilation_w, map.spread);
+  Arguments a{map};
+  a.rows = window_rows(p, map), a.columns = window_columns(p, map);
+  a.channels_last = map.targets > 1 && map.target.stride[1] == 1;
   a.reach_rows = Reach(a.rows), a.reach_columns = Reach(a.columns);
-  a.by_columns = Divider(map.out_width), a.by_targets = Divider(map.targets), a.by_fan_out = Divider(map.fan_out);
+  a.by_columns = Divider(map.out_width), a.by_targets = Divider(map.targets);
   a.row_step = map.spread ? a.rows.stride : 1, a.row_move = map.spread ? 1 : a.rows.stride;
 
   // Rows of a thread lie a stride apart in the target.

@@ -1,10 +1,17 @@
-// What the kernels of the plan windows_nchw share: how taps meet the source.
+// How kernels find the taps that reach a target index, whatever stride and dilation are.
 #pragma once
 
-#include "common.cuh"
-#include "windows_nchw.h"
+#include "mapping.cuh"
+#include "window_sides.h"
 
 namespace dwconv {
+
+inline WindowSide window_rows(const Problem& p, const Mapping& map) {
+  return {map.height, map.out_height, p.kernel_h, p.stride_h, map.padding_h, p.dilation_h, map.spread};
+}
+inline WindowSide window_columns(const Problem& p, const Mapping& map) {
+  return {map.width, map.out_width, p.kernel_w, p.stride_w, map.padding_w, p.dilation_w, map.spread};
+}
 
 // How taps of one side are found where the stride is the target's, without divisions.
 struct Reach {
@@ -18,12 +25,7 @@ struct Reach {
   }
 };
 
-// Some taps of one side: number n, for n below `count`, is tap first + n * step and reads origin + n * move.
-struct Walk {
-  int first, step, count, origin, move;
-};
-
-// Those that reach a target where the stride is the target's.
+// The taps that reach a target index where the stride is the target's.
 __device__ inline Walk taps_reaching(const WindowSide& side, const Reach& reach, int target) {
   uint32_t first = target + side.padding;
   if (reach.by_divisor.split(first) != 0) return {0, 0, 0, 0, 0};
@@ -37,17 +39,10 @@ __device__ inline Walk taps_reaching(const WindowSide& side, const Reach& reach,
           padded < 0 ? -static_cast<int>(origin) : static_cast<int>(origin), -side.fall};
 }
 
-// The source index that a tap reads, or a negative one.
-__device__ inline int source_index(const WindowSide& side, int target, int tap) {
-  int at = target * side.stride - side.padding + tap * side.dilation;
-  if (side.spread) {
-    const int padded = target + side.padding - tap * side.dilation;
-    at = padded >= 0 && padded % side.stride == 0 ? padded / side.stride : -1;
-  }
-  return at < side.size ? at : -1;
+// The taps that reach a target index: in forward all of them.
+__device__ inline Walk taps_of(const WindowSide& side, const Reach& reach, int target) {
+  if (side.spread) return taps_reaching(side, reach, target);
+  return {0, 1, side.kernel, target * side.stride - side.padding, side.dilation};
 }
-
-// Straight from memory.
-void launch_few_taps(const Problem& problem, cudaStream_t stream);
 
 }  // namespace dwconv
