@@ -53,5 +53,8 @@ bool claims_generic(const Problem& p);
 bool prefers_walk_grad_weight_channels_last(const Problem& p);
 bool prefers_windows_channels_last(const Problem& p);
 bool prefers_windows_nchw(const Problem& p);
+bool prefers_few_taps_nchw(const Problem& p);
+bool prefers_few_taps_channels_last(const Problem& p);
+bool prefers_columns_grad_weight(const Problem& p);
 
 }  // namespace dwconv

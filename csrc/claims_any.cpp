@@ -13,6 +13,7 @@
 #include "facts.h"
 #include "kernels/direct.h"
 #include "kernels/gather.h"
+#include "kernels/gather_grad_weight.h"
 #include "kernels/small_kernels.h"
 #include "kernels/windows_nchw.h"
 
@@ -76,20 +77,30 @@ bool has_direct_vectors(const Problem& p) {
          are_whole(p.output, p.output.stride[1]);
 }
 
+// Kernels that are not small have plans of their own at stride 1, and with dilation in 16 bits in NCHW.
+bool has_plan_of_its_own(const Problem& p) {
+  return p.dtype != DType::kFloat64 && has_unit_stride(p) && (has_unit_dilation(p) || (is_16_bit(p) && have_rows(p)));
+}
+
+// Taps that reach an output, at most: in grad_input those that a stride leaves out reach others.
+int64_t taps_of_output(const Problem& p) {
+  const auto reaching = [&](int64_t kernel, int64_t stride, int64_t dilation) {
+    const int64_t step = p.pass == Pass::kForward ? 1 : stride / std::gcd(stride, dilation);
+    return (kernel + step - 1) / step;
+  };
+  return reaching(p.kernel_h, p.stride_h, p.dilation_h) * reaching(p.kernel_w, p.stride_w, p.dilation_w);
+}
+
 // Microseconds that a GPU of 132 multiprocessors takes to gather all taps, without what the smallest problem takes.
 double gather_time(const Problem& p) {
   constexpr double kOfMicrosecond = 2.3e6, kOfOutput = 16;  // taps, and what an output takes besides, in taps
   constexpr double kTogether = 25;                          // taps that are loaded together
   const double latency = p.dtype == DType::kFloat64 ? 1 : 0.35;
-  const bool forward = p.pass == Pass::kForward;
-  const auto reaching = [&](int64_t kernel, int64_t stride, int64_t dilation) {
-    const int64_t step = forward ? 1 : stride / std::gcd(stride, dilation);  // from a tap that meets a pixel to another
-    return static_cast<double>((kernel + step - 1) / step);
-  };
-  const auto outputs = static_cast<double>(sums_over_taps(p));
-  const double taps = reaching(p.kernel_h, p.stride_h, p.dilation_h) * reaching(p.kernel_w, p.stride_w, p.dilation_w);
-  // Where a thread has two outputs, they share weights and most pixels.
-  const bool two = p.dtype != DType::kFloat64 && (forward ? p.stride_h : 1) <= 2 * p.dilation_h;
+  const auto outputs = static_cast<double>(sums_over_taps(p)), taps = static_cast<double>(taps_of_output(p));
+  // A thread has two outputs where the rows that they read lie next to each other, or but one: they share weights and
+  // most pixels.
+  const bool two = p.dtype != DType::kFloat64 && p.stride_h % p.dilation_h == 0 &&
+                   (p.pass == Pass::kGradInput || p.stride_h <= 2 * p.dilation_h);
   return outputs * (two ? 0.5 * kOfOutput + 0.65 * taps : kOfOutput + taps) / kOfMicrosecond +
          std::ceil(taps / kTogether - 1) * latency;
 }
@@ -113,31 +124,19 @@ bool can_columns_grad_weight(const Problem& p) {
          p.filters() < kMost / (p.taps() + 1);
 }
 
-// ---------------------------------------------------------------------------- windows
+// Whether windows are what else serves, rather than a plan of a kernel's own.
+bool has_windows(const Problem& p) {
+  if (!has_plan_of_its_own(p)) return true;
+  if (!writes_channels_last(p)) return p.dtype == DType::kFloat32;
+  return p.dtype == DType::kFloat32 ? !claims_large_float32(p) : prefers_windows_channels_last(p);
+}
 
-// What kernels/windows_channels_last.cu asks for: channels side by side, and sizes that 32 bits count. Images may lie
-// anywhere.
-bool can_windows_channels_last(const Problem& p) {
-  constexpr int64_t kMany = 1 << 20, kMost = 1 << 30, kMostTaps = 255, kFar = 1 << 10;
-  if (p.pass == Pass::kGradWeight || p.batch == 0) return false;
-  if (std::max(p.kernel_h, p.kernel_w) > kMostTaps || std::max(p.padding_h, p.padding_w) > kMany) return false;
-  if (std::max({p.stride_h, p.stride_w, p.dilation_h, p.dilation_w}) > kFar) return false;
-  // Rows and columns that a thread may count beside the planes.
-  constexpr int64_t kRows = 16;
-  const int64_t beside_h = 2 * p.padding_h + kRows * p.stride_h * p.dilation_h + p.kernel_h * p.dilation_h;
-  const int64_t beside_w = 2 * p.padding_w + kRows * p.stride_w * p.dilation_w + p.kernel_w * p.dilation_w;
-  const auto fits = [&](const View& view, int64_t planes, int64_t height, int64_t width) {
-    if ((view.stride[1] != 1 && planes > 1) || planes > kMany || height > kMost || width > kMost) return false;
-    const int64_t row = height == 1 ? planes : view.stride[2], column = width == 1 ? planes : view.stride[3];
-    if (row > kMost || column > kMost) return false;
-    return (height + beside_h) * row + (width + beside_w) * column + planes < kMost &&
-           height + beside_h < kMost / (width + beside_w) / p.batch / (planes / 8 + 1);
-  };
-  const auto& weight = p.weight.stride;
-  return fits(p.input, p.channels, p.height, p.width) && fits(p.output, p.filters(), p.out_height, p.out_width) &&
-         p.filters() * std::max({weight[0], p.bias_stride, p.taps()}) + p.kernel_h * weight[2] +
-                 p.kernel_w * weight[3] <
-             kMost / 16;
+// So few taps that reach an output that next to nothing is in flight together.
+bool has_few_taps(const Problem& p) {
+  constexpr int64_t kFewTaps = 4;
+  const bool spreads = p.pass == Pass::kGradInput && !has_unit_stride(p);
+  return p.pass != Pass::kGradWeight && !spreads && !is_small_kernel(p) && taps_of_output(p) <= kFewTaps &&
+         has_windows(p);
 }
 
 }  // namespace
@@ -165,12 +164,18 @@ bool claims_scale(const Problem& p) {
 
 bool claims_direct(const Problem& p) {
   if (p.pass == Pass::kGradWeight || !can_direct(p)) return false;
+  // Threads of windows in channels_last have single channels, whose filters they take one by one, where there are many.
+  constexpr int64_t kFewTaps = 9, kManyFilters = 3;
+  const bool windows_lose =
+      p.pass == Pass::kGradInput && has_unit_stride(p) && p.multiplier >= kManyFilters && p.taps() <= kFewTaps;
   if (p.dtype != DType::kFloat64)
-    return has_little_to_do(p) || !(claims_march_nchw(p) || claims_stream_nchw(p) || claims_toeplitz_nchw(p) ||
-                                    claims_march_channels_last(p) || claims_windows_channels_last(p));
-  // In channels_last windows share pixels where outputs are many.
+    return has_little_to_do(p) ||
+           !(claims_march_nchw(p) || claims_stream_nchw(p) || claims_toeplitz_nchw(p) ||
+             claims_march_channels_last(p) || (claims_windows_channels_last(p) && !windows_lose));
+  // Where outputs are many windows share pixels in channels_last, and lie side by side in shared memory at a stride.
   constexpr int64_t kManySums = 1 << 20, kShares = 10;
-  if (writes_channels_last(p) && p.taps() >= kShares && sums_over_taps(p) >= kManySums) return false;
+  const bool windows_win = writes_channels_last(p) ? p.taps() >= kShares : !has_unit_stride(p);
+  if (windows_win && sums_over_taps(p) >= kManySums) return false;
   return p.taps() <= kDirectFloat64Taps && (p.pass == Pass::kForward || p.stride_h == 1);
 }
 
@@ -178,8 +183,9 @@ bool claims_gather(const Problem& p) {
   if (!can_gather(p)) return false;
 
   const bool channels_last = writes_channels_last(p), is_float64 = p.dtype == DType::kFloat64;
-  // How long others may take before they are faster, by what they are: microseconds, as gather_time() has them.
-  constexpr double kOfSmallPlanes = 1.3, kOfPixels = 1.5, kOfStreams = 2.1, kOfPlan = 2.5, kOfWindows = 2.2;
+  // How long it may take before others are faster, by what they are: microseconds, as gather_time() has them.
+  constexpr double kOfSmallPlanes = 1.3, kOfPixels = 1.5, kOfStreams = 2.1, kOfPlan = 2.5;
+  constexpr double kOfWindows = 3, kOfSharedPixels = 1;
   if (is_small_kernel(p)) {
     constexpr int64_t kFewFloat64 = 192 << 10;  // sums; with more, a thread has several in direct.cu
     if (p.taps() == 1 || has_direct_vectors(p) || (is_float64 && sums_over_taps(p) > kFewFloat64)) return false;
@@ -187,25 +193,52 @@ bool claims_gather(const Problem& p) {
     return has_little_to_do(p) || (!is_float64 && p.taps() >= 25 && gather_time(p) <= kOfStreams && !channels_last &&
                                    !claims_toeplitz_nchw(p));
   }
-  // Others have plans of their own at stride 1, and with dilation in 16 bits in NCHW.
-  const bool has_plan = !is_float64 && has_unit_stride(p) && (has_unit_dilation(p) || (is_16_bit(p) && have_rows(p)));
+  const bool has_plan = has_plan_of_its_own(p);
+  // In channels_last windows load a pixel once for all outputs of a column that meet it.
+  constexpr int64_t kFewOutputs = 3;
+  const int64_t step_h = p.stride_h / std::gcd(p.stride_h, p.dilation_h);
+  const int64_t step_w = p.stride_w / std::gcd(p.stride_w, p.dilation_w);
+  const bool shares =
+      p.pass == Pass::kGradInput || p.kernel_h > kFewOutputs * step_h || p.kernel_w > kFewOutputs * step_w;
   const double most = claims_toeplitz_small_planes(p)             ? kOfSmallPlanes
-                      : has_plan && channels_last && is_16_bit(p) ? kOfPixels
-                      : has_plan                                  ? kOfPlan
-                                                                  : kOfWindows;
+                      : channels_last && has_windows(p) && shares ? kOfSharedPixels
+                      : !has_plan                                 ? kOfWindows
+                      : channels_last && is_16_bit(p)             ? kOfPixels
+                                                                  : kOfPlan;
   return gather_time(p) <= most;
 }
 
-bool claims_windows_channels_last(const Problem& p) {
-  if (!can_windows_channels_last(p)) return false;
+// Of few taps windows have kernels/few_taps.cu, which starts sooner.
+bool prefers_few_taps_nchw(const Problem& p) {
+  return has_few_taps(p) && claims_gather(p) && claims_windows_nchw(p);
+}
+bool prefers_few_taps_channels_last(const Problem& p) {
+  return p.pass == Pass::kForward && has_few_taps(p) && claims_gather(p) && claims_windows_channels_last(p);
+}
 
-  // Of many single channels, and a tap or two, or of one channel alone, kernels/generic.cu makes less work.
-  constexpr int64_t kManyOutputs = 1 << 18;
-  if (p.pass == Pass::kForward && p.filters() % 2 == 1 && (p.taps() <= 2 || p.filters() == 1) &&
-      p.out_height > kManyOutputs / p.out_width / p.filters() / p.batch)
-    return false;
-  // In float64 at stride 1 kernels/columns.cu has no more to do than the image has rows, and no more in registers.
-  return !(p.dtype == DType::kFloat64 && has_unit_stride(p) && p.height < p.kernel_h && p.width < p.kernel_w);
+// What the kernel asks for: channels side by side, and sizes that 32 bits count. Images may lie
+// anywhere.
+bool claims_windows_channels_last(const Problem& p) {
+  constexpr int64_t kMany = 1 << 20, kMost = 1 << 30, kMostTaps = 255, kFar = 1 << 10;
+  if (p.pass == Pass::kGradWeight || p.batch == 0) return false;
+  if (std::max(p.kernel_h, p.kernel_w) > kMostTaps || std::max(p.padding_h, p.padding_w) > kMany) return false;
+  if (std::max({p.stride_h, p.stride_w, p.dilation_h, p.dilation_w}) > kFar) return false;
+  // Rows and columns that a thread may count beside the planes.
+  constexpr int64_t kRows = 16;
+  const int64_t beside_h = 2 * p.padding_h + kRows * p.stride_h * p.dilation_h + p.kernel_h * p.dilation_h;
+  const int64_t beside_w = 2 * p.padding_w + kRows * p.stride_w * p.dilation_w + p.kernel_w * p.dilation_w;
+  const auto fits = [&](const View& view, int64_t planes, int64_t height, int64_t width) {
+    if ((view.stride[1] != 1 && planes > 1) || planes > kMany || height > kMost || width > kMost) return false;
+    const int64_t row = height == 1 ? planes : view.stride[2], column = width == 1 ? planes : view.stride[3];
+    if (row > kMost || column > kMost) return false;
+    return (height + beside_h) * row + (width + beside_w) * column + planes < kMost &&
+           height + beside_h < kMost / (width + beside_w) / p.batch / (planes / 8 + 1);
+  };
+  const auto& weight = p.weight.stride;
+  return fits(p.input, p.channels, p.height, p.width) && fits(p.output, p.filters(), p.out_height, p.out_width) &&
+         p.filters() * std::max({weight[0], p.bias_stride, p.taps()}) + p.kernel_h * weight[2] +
+                 p.kernel_w * weight[3] <
+             kMost / 16;
 }
 
 // Tensor cores would serve as well, but more slowly: one row or column of taps leaves most of a band matrix to zeros,
@@ -218,13 +251,8 @@ bool prefers_windows_channels_last(const Problem& p) {
 }
 
 bool claims_windows_nchw(const Problem& p) {
-  if (p.pass == Pass::kGradWeight || !fits_windows_nchw(p)) return false;
-
-  if (target_of(p).stride[1] == 1 && target_channels(p) > 1) return false;  // has windows_channels_last
-  // Of planes with fewer rows than the kernel generic has a way of its own in float64 at stride 1.
-  constexpr int64_t kFewRows = 5;
-  return !(p.dtype == DType::kFloat64 && has_unit_stride(p) && p.kernel_h >= kFewRows &&
-           p.kernel_h > std::min(p.height, p.out_height) && p.taps() > kDirectFloat64Taps);
+  const bool channels_last = target_of(p).stride[1] == 1 && target_channels(p) > 1;  // has windows_channels_last
+  return p.pass != Pass::kGradWeight && !channels_last && fits_windows_nchw(p);
 }
 
 // large_float32 would serve as well, but more slowly: of few taps.
@@ -252,22 +280,19 @@ bool claims_direct_grad_weight(const Problem& p) {
 }
 
 bool claims_gather_grad_weight(const Problem& p) {
-  const int64_t gradients = gradients_per_filter(p), sums = p.filters() * p.taps(), products = gradients * sums;
   if (p.pass != Pass::kGradWeight || !has_near_taps(p)) return false;
 
-  constexpr int64_t kManyGradients = 16 << 10, kManySums = 16 << 10;  // of a filter; of all, in NCHW
+  constexpr int kMultiprocessors = 132;
+  constexpr double kFewCycles = 4300,
+                   kMoreCycles = 6000;  // most of it until the first bytes arrive; before rows stream
   const bool channels_last = p.filters() > 1 && p.input.stride[1] == 1 && p.output.stride[1] == 1;
-  if (gradients > kManyGradients || (!channels_last && sums > kManySums)) return false;
-  if (!is_small_kernel(p)) {
-    constexpr int64_t kMostProducts = 1 << 20, kFewTapsForTensorCores = 25;
-    if (p.taps() < kFewTapsForTensorCores && claims_toeplitz_grad_weight_channels_last(p)) return false;
-    return products <= kMostProducts;
-  }
-  constexpr int64_t kMostOfOneTap = 512 << 10;
-  if (p.taps() == 1) return !channels_last && products <= kMostOfOneTap;
-  // For each tap: the more there are, the less others have under way at once.
-  constexpr int64_t kManyTaps = 49, kMostOfFew = 64 << 10, kMostOfMany = 80 << 10;
-  return products <= p.taps() * (p.taps() < kManyTaps ? kMostOfFew : kMostOfMany) && !claims_direct_grad_weight(p);
+  const bool others_stream = is_small_kernel(p) && !channels_last && p.dtype != DType::kFloat64;
+  const double cycles = GatherShape::best(p, p.capability >= 90, kMultiprocessors).cycles;
+  if (cycles > (others_stream ? kMoreCycles : kFewCycles)) return false;
+  // One tap in channels_last streams, in pixels that follow each other.
+  if (is_small_kernel(p)) return !(p.taps() == 1 && channels_last) && !claims_direct_grad_weight(p);
+  constexpr int64_t kFewTapsForTensorCores = 25;
+  return p.taps() >= kFewTapsForTensorCores || !claims_toeplitz_grad_weight_channels_last(p);
 }
 
 // Of what kernels for any size claim, that where they have more to do than products: where there are few of these; in
@@ -285,6 +310,13 @@ bool claims_columns_grad_weight(const Problem& p) {
   }
   constexpr int64_t kMostRows = 16;  // taller columns fill the tiles of large_float32_grad_weight
   return (p.kernel_w == 1 && p.kernel_h <= kMostRows) || !claims_large_float32_grad_weight(p);
+}
+
+// So few products that 16 images are not worth waiting for.
+bool prefers_columns_grad_weight(const Problem& p) {
+  constexpr int64_t kFewProducts = 6 << 20;
+  return p.pass == Pass::kGradWeight && gradients_per_filter(p) * p.filters() * p.taps() <= kFewProducts &&
+         claims_columns_grad_weight(p) && claims_batch_grad_weight_nchw(p);
 }
 
 // What the kernel asks for: channels side by side, offsets of 32 bits, also beside the image, and gradients, sums and
@@ -309,18 +341,21 @@ bool claims_walk_grad_weight_channels_last(const Problem& p) {
 // first pixels where it wants them: few products, and, but where that one copies the images first, few sums.
 bool prefers_walk_grad_weight_channels_last(const Problem& p) {
   if (!claims_walk_grad_weight_channels_last(p)) return false;
-  constexpr int64_t kMillion = 1 << 20, kFewSums = 4096, kFewTaps = 9;
+  constexpr int64_t kMillion = 1 << 20, kFewSums = 4096, kMoreSums = 8192, kFewTaps = 9;
   const int64_t sums = p.filters() * p.taps(), products = gradients_per_filter(p) * sums;
-  const auto few = [&](int64_t millions) { return products <= millions * kMillion && sums <= kFewSums; };
-  if (claims_toeplitz_grad_weight_channels_last(p)) return few(3);
+  const auto few = [&](int64_t millions, int64_t most_sums) {
+    return products <= millions * kMillion && sums <= most_sums;
+  };
+  if (claims_toeplitz_grad_weight_channels_last(p)) return few(3, kFewSums);
   if (claims_march_grad_weight_channels_last(p)) {
-    if (p.taps() > kFewTaps) return few(5);
+    if (p.taps() > kFewTaps) return few(5, kFewSums);
     constexpr int64_t kSmallPixel = 64;  // bytes, which leave lanes idle there
-    return p.multiplier == 1 && (p.taps() == 1 ? few(2) : few(8) && p.channels * size_of(p.dtype) <= kSmallPixel);
+    return p.multiplier == 1 &&
+           (p.taps() == 1 ? few(2, kFewSums) : few(8, kFewSums) && p.channels * size_of(p.dtype) <= kSmallPixel);
   }
-  if (claims_outer_grad_weight(p)) return few(8);
-  if (claims_hankel_grad_weight(p)) return few(24) || p.taps() <= kFewTaps;
-  return claims_large_float32_grad_weight(p) && few(16);
+  if (claims_outer_grad_weight(p)) return few(8, kFewSums);
+  if (claims_hankel_grad_weight(p)) return few(24, kMoreSums) || p.taps() <= kFewTaps;
+  return claims_large_float32_grad_weight(p) && few(16, kMoreSums);
 }
 
 // ---------------------------------------------------------------------------- every pass

@@ -147,6 +147,9 @@ struct Preference {
   bool (*holds)(const Problem&);
 };
 constexpr Preference kPreferences[] = {
+    {PlanId::kWindowsNchw, PlanId::kGather, prefers_few_taps_nchw},
+    {PlanId::kWindowsChannelsLast, PlanId::kGather, prefers_few_taps_channels_last},
+    {PlanId::kColumnsGradWeight, PlanId::kBatchGradWeightNchw, prefers_columns_grad_weight},
     {PlanId::kWalkGradWeightChannelsLast, PlanId::kBatchGradWeightNchw, prefers_walk_grad_weight_channels_last},
     {PlanId::kWindowsChannelsLast, PlanId::kToeplitzChannelsLast, prefers_windows_channels_last},
     {PlanId::kWindowsNchw, PlanId::kLargeFloat32, prefers_windows_nchw},
