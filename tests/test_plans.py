@@ -257,7 +257,7 @@ def test_float64(tile: tuple, memory_format: torch.memory_format) -> None:
 
 
 def test_what_goes_by_columns() -> None:
-    """What kernels for any size have: little to multiply, few places of a tile on tensor cores, or a single column."""
+    """What others have as well: little to multiply, few places of a tile on tensor cores, or a single column."""
     columns, hankel, float32 = "columns_grad_weight", "hankel_grad_weight", "large_float32_grad_weight"
     for case, dtype, expected in (
         (Case(2, 32, (17, 17), (1, 2)), torch.float16, columns),
@@ -272,6 +272,8 @@ def test_what_goes_by_columns() -> None:
         (Case(43, 96, (8, 15), (1, 1)), torch.float32, "stream_grad_weight_nchw"),
         (Case(68, 96, (6, 6), (1, 1)), torch.float32, columns),
         (Case(8, 96, (6, 6), (1, 1)), torch.float32, "direct_grad_weight"),
+        (Case(27, 4, (127, 5), (5, 5), padding=(2, 2)), torch.float16, columns),
+        (Case(54, 16, (127, 5), (5, 5), padding=(2, 2)), torch.float16, "batch_grad_weight_nchw"),
     ):
         assert plan_of("grad_weight", case, dtype) == expected, (str(case), dtype)
 

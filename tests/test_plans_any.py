@@ -109,6 +109,8 @@ def test_what_walks() -> None:
         (Case(4, 16, (25, 89), (5, 5), padding=(1, 0), multiplier=3), torch.float16, True),
         (Case(2, 16, (90, 90), (25, 25)), torch.float16, False),
         (Case(8, 12, (8, 160), (4, 4)), torch.float32, True),
+        (Case(1, 256, (7, 7), (24, 1), padding=(22, 0)), torch.float32, True),
+        (Case(1, 64, (30, 30), (30, 11)), torch.float32, False),
     ):
         claimed = plan_of("grad_weight", little, dtype, torch.channels_last)
         assert (claimed == WALK) == walks, (str(little), claimed)
