@@ -199,7 +199,7 @@ Problem without_far_taps(const Problem& problem) {
   leave_out(p.width, p.kernel_w, p.padding_w, p.dilation_w, p.weight.stride[3]);
   // Plans are for large kernels of any size; others have to be worth it.
   const int64_t all = problem.taps(), left = p.taps();
-  if (left == all || !(is_large_kernel(p) || (!is_large_kernel(problem) && 2 * left <= all))) return problem;
+  if (left == all || !(is_large_kernel(p) || 2 * left <= all)) return problem;
   // The gradient of other taps needs a launch for zeros, which large kernels in 16 bits take as long for as for many
   // taps.
   if (p.pass == Pass::kGradWeight) {
