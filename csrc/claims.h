@@ -50,6 +50,7 @@ bool claims_windows_nchw(const Problem& p);
 bool claims_generic(const Problem& p);
 
 // Whether a plan claims the problem, and is faster than plans ahead of it in the table: see kPreferences.
+bool prefers_march_channels_last(const Problem& p);
 bool prefers_walk_grad_weight_channels_last(const Problem& p);
 bool prefers_windows_channels_last(const Problem& p);
 bool prefers_windows_nchw(const Problem& p);

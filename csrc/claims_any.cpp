@@ -139,6 +139,14 @@ bool has_few_taps(const Problem& p) {
          has_windows(p);
 }
 
+// ---------------------------------------------------------------------------- flat kernels
+
+// One row or column of taps, of which a tile, or a band matrix, would mostly be zeros.
+bool is_flat(const Problem& p) {
+  constexpr int64_t kMostTaps = 32;  // more of them have not been measured
+  return std::min(p.kernel_h, p.kernel_w) == 1 && p.taps() <= kMostTaps;
+}
+
 }  // namespace
 
 // ---------------------------------------------------------------------------- forward and grad_input
@@ -241,13 +249,18 @@ bool claims_windows_channels_last(const Problem& p) {
              kMost / 16;
 }
 
-// Tensor cores would serve as well, but more slowly: one row or column of taps leaves most of a band matrix to zeros,
-// and few products are done before matrices are there.
+// Kernels for larger problems would serve as well, but more slowly: of a flat kernel, and where few products are done
+// before matrices, or copies of the images as planes, are there.
 bool prefers_windows_channels_last(const Problem& p) {
-  constexpr int64_t kShortBand = 16, kFewProducts = 4 << 20;
-  const bool is_short = std::min(p.kernel_h, p.kernel_w) == 1 && p.taps() <= kShortBand;
-  return !is_small_kernel(p) && (is_short || sums_over_taps(p) <= kFewProducts / p.taps()) &&
-         claims_toeplitz_channels_last(p) && claims_windows_channels_last(p);
+  if (is_small_kernel(p) || !claims_windows_channels_last(p)) return false;
+  constexpr int64_t kShortBand = 16, kMillion = 1 << 20;
+  constexpr double kFew = 4 * kMillion, kFewForCopies = 24 * kMillion, kFewOfBand = 64 * kMillion;
+  if (claims_toeplitz_channels_last(p))
+    return sums_over_taps(p) <= 4 * kMillion / p.taps() ||
+           (is_flat(p) && (p.taps() <= kShortBand || products(p) <= kFewOfBand));
+  if (!writes_channels_last(p)) return false;
+  if (claims_toeplitz_large(p)) return products(p) <= kFewForCopies;
+  return claims_large_float32(p) && (is_flat(p) || products(p) <= kFew);
 }
 
 bool claims_windows_nchw(const Problem& p) {
@@ -255,10 +268,13 @@ bool claims_windows_nchw(const Problem& p) {
   return p.pass != Pass::kGradWeight && !channels_last && fits_windows_nchw(p);
 }
 
-// large_float32 would serve as well, but more slowly: of few taps.
+// large_float32 would serve as well, but more slowly: of few taps, of many pixels also one column of them, and of
+// planes so few and small that most of a GPU's threads would have none.
 bool prefers_windows_nchw(const Problem& p) {
-  constexpr int64_t kFewTaps = 16;
-  return p.taps() <= kFewTaps && claims_windows_nchw(p) && claims_large_float32(p);
+  constexpr int64_t kFewTaps = 16, kFewSums = 64 << 10, kManySums = 1 << 20;
+  const int64_t sums = sums_over_taps(p);
+  return (p.taps() <= kFewTaps || sums <= kFewSums || (p.kernel_w == 1 && sums >= kManySums)) &&
+         claims_windows_nchw(p) && claims_large_float32(p);
 }
 
 // ---------------------------------------------------------------------------- grad_weight
@@ -342,9 +358,9 @@ bool claims_walk_grad_weight_channels_last(const Problem& p) {
 bool prefers_walk_grad_weight_channels_last(const Problem& p) {
   if (!claims_walk_grad_weight_channels_last(p)) return false;
   constexpr int64_t kMillion = 1 << 20, kFewSums = 4096, kMoreSums = 8192, kFewTaps = 9;
-  const int64_t sums = p.filters() * p.taps(), products = gradients_per_filter(p) * sums;
+  const int64_t sums = p.filters() * p.taps();
   const auto few = [&](int64_t millions, int64_t most_sums) {
-    return products <= millions * kMillion && sums <= most_sums;
+    return sums <= most_sums && products(p) <= static_cast<double>(millions * kMillion);
   };
   if (claims_toeplitz_grad_weight_channels_last(p)) return few(3, kFewSums);
   if (claims_march_grad_weight_channels_last(p)) {
@@ -353,9 +369,9 @@ bool prefers_walk_grad_weight_channels_last(const Problem& p) {
     return p.multiplier == 1 &&
            (p.taps() == 1 ? few(2, kFewSums) : few(8, kFewSums) && p.channels * size_of(p.dtype) <= kSmallPixel);
   }
-  if (claims_outer_grad_weight(p)) return few(8, kFewSums);
-  if (claims_hankel_grad_weight(p)) return few(24, kMoreSums) || p.taps() <= kFewTaps;
-  return claims_large_float32_grad_weight(p) && few(16, kMoreSums);
+  if (claims_outer_grad_weight(p)) return few(8, kFewSums) || is_flat(p);
+  if (claims_hankel_grad_weight(p)) return few(24, kMoreSums) || p.taps() <= kFewTaps || is_flat(p);
+  return claims_large_float32_grad_weight(p) && (few(16, kMoreSums) || is_flat(p));
 }
 
 // ---------------------------------------------------------------------------- every pass

@@ -129,6 +129,12 @@ bool claims_toeplitz_channels_last(const Problem& p) {
   return p.taps() > 1 && !is_for_march && can_toeplitz_channels_last(p);
 }
 
+// Tensor cores would serve as well, but have so few outputs that most of the time passes before matrices are there.
+bool prefers_march_channels_last(const Problem& p) {
+  constexpr int64_t kFewSums = 1280 << 10;
+  return sums_over_taps(p) <= kFewSums && claims_toeplitz_channels_last(p) && claims_march_channels_last(p);
+}
+
 // ---------------------------------------------------------------------------- grad_weight
 
 bool claims_march_grad_weight_channels_last(const Problem& p) {

@@ -71,23 +71,6 @@ bool pays_large_float32(const Problem& p) {
   return is_large_kernel(p) || have_rows(p);
 }
 
-// Products of a tap and a pixel of the image, along one side of a plane.
-double products(int64_t size, int64_t out_size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
-  int64_t sum = 0;
-  for (int64_t tap = 0, room = padding; tap < kernel; ++tap, room -= dilation) {  // pixels before the first output's
-    const int64_t begin = room > 0 ? (room + stride - 1) / stride : 0;
-    const int64_t end = size + room > 0 ? std::min((size + room - 1) / stride + 1, out_size) : 0;
-    sum += std::max<int64_t>(end - begin, 0);
-  }
-  return static_cast<double>(sum);
-}
-
-// Those of a plane.
-double products(const Problem& p) {
-  return products(p.height, p.out_height, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h) *
-         products(p.width, p.out_width, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
-}
-
 // Where transforms were asked for, and are faster than products one by one.
 bool claims_any_fft(const Problem& p) {
   if (!p.allow_fft || p.dtype != DType::kFloat32 || p.batch == 0) return false;
@@ -99,7 +82,7 @@ bool claims_any_fft(const Problem& p) {
   if (std::max({p.height, p.width, p.out_height, p.out_width}) > kMany) return false;
   if (p.batch > kMost / cut.tiles() / p.filters()) return false;
 
-  return cut.cost() < products(p);
+  return cut.cost() < products_of_plane(p);
 }
 
 // ---------------------------------------------------------------------------- phases
@@ -137,18 +120,18 @@ bool fits_phases(const Problem& p, const Problem& made) {
 }
 
 // Whether the problem that phases make is so much faster that their copies, and two more kernels, pay.
-bool phases_pay(const Problem& p, const Problem& made) {
-  // Time, in picoseconds. Rows of few columns are multiplied as if they were longer.
-  constexpr double kLaunches = 5e6, kCopy = 1, kProduct = 0.09, kOtherProduct = 0.3;
+bool phases_pay(const Problem& p, const Phases& phases) {
+  // Time, in picoseconds. Planes of channels that are no whole vectors take longer to copy. Rows of few columns are
+  // multiplied as if they were longer.
+  constexpr double kLaunches = 5e6, kCopy = 1, kSlowCopy = 5, kProduct = 0.09, kOtherProduct = 0.3;
   constexpr int64_t kColumns = 16;
+  const Problem& made = phases.problem;
   const double copied = elements(made.batch, made.channels, made.height, made.width) +
                         elements(made.batch, made.filters(), made.out_height, made.out_width);
-  const double narrow =
-      static_cast<double>((made.out_width + kColumns - 1) / kColumns * kColumns) / static_cast<double>(made.out_width);
-  const double time = kLaunches + kCopy * copied +
-                      kProduct * narrow * products(made) * static_cast<double>(made.batch * made.filters());
-  const double planes = static_cast<double>(p.batch) * static_cast<double>(p.filters());
-  return time < kOtherProduct * products(p) * planes;
+  const bool is_slow = phases.in_planes && writes_channels_last(p) && p.pass != Pass::kGradWeight;
+  const double narrow = static_cast<double>(round_up(made.out_width, kColumns)) / static_cast<double>(made.out_width);
+  const double time = kLaunches + (is_slow ? kSlowCopy : kCopy) * copied + kProduct * narrow * products(made);
+  return time < kOtherProduct * products(p);
 }
 
 }  // namespace
@@ -223,7 +206,7 @@ bool claims_phases(const Problem& p) {
   if (p.pass == Pass::kGradInput && p.multiplier > 1) return false;  // sums over filters have no fast plan
   constexpr int64_t kManyTaps = 49;                                  // for which large_float32 is so much faster
   if (p.dtype == DType::kFloat32 && made.taps() < kManyTaps) return false;
-  return phases_pay(p, made) && choose(made).id != PlanId::kGeneric;
+  return phases_pay(p, phases) && choose(made).id != PlanId::kGeneric;
 }
 
 }  // namespace dwconv

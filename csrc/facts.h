@@ -91,6 +91,27 @@ inline int64_t gradients_per_filter(const Problem& p) {
   return p.batch * p.out_height * p.out_width;
 }
 
+// Products of a tap and a pixel of the image, along one side of a plane.
+inline double products_of_side(int64_t size, int64_t out_size, int64_t kernel, int64_t stride, int64_t padding,
+                               int64_t dilation) {
+  int64_t sum = 0;
+  for (int64_t tap = 0, room = padding; tap < kernel; ++tap, room -= dilation) {  // pixels before the first output's
+    const int64_t begin = room > 0 ? (room + stride - 1) / stride : 0;
+    const int64_t end = size + room > 0 ? std::min((size + room - 1) / stride + 1, out_size) : 0;
+    sum += std::max<int64_t>(end - begin, 0);
+  }
+  return static_cast<double>(sum);
+}
+
+// Those of a plane, and of all planes.
+inline double products_of_plane(const Problem& p) {
+  return products_of_side(p.height, p.out_height, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h) *
+         products_of_side(p.width, p.out_width, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w);
+}
+inline double products(const Problem& p) {
+  return static_cast<double>(p.batch) * static_cast<double>(p.filters()) * products_of_plane(p);
+}
+
 // ---- how arrays lie in memory
 
 // Whether both arrays have columns side by side.

@@ -151,6 +151,7 @@ constexpr Preference kPreferences[] = {
     {PlanId::kWindowsChannelsLast, PlanId::kGather, prefers_few_taps_channels_last},
     {PlanId::kColumnsGradWeight, PlanId::kBatchGradWeightNchw, prefers_columns_grad_weight},
     {PlanId::kWalkGradWeightChannelsLast, PlanId::kBatchGradWeightNchw, prefers_walk_grad_weight_channels_last},
+    {PlanId::kMarchChannelsLast, PlanId::kToeplitzChannelsLast, prefers_march_channels_last},
     {PlanId::kWindowsChannelsLast, PlanId::kToeplitzChannelsLast, prefers_windows_channels_last},
     {PlanId::kWindowsNchw, PlanId::kLargeFloat32, prefers_windows_nchw},
 };

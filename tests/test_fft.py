@@ -269,7 +269,7 @@ def test_operators() -> None:
 
 
 def test_explain() -> None:
-    input, weight = meta((2, 3, 28, 28)), meta((3, 1, 29, 29))
+    input, weight = meta((8, 32, 28, 28)), meta((32, 1, 29, 29))
     direct = dwconv.explain(input, weight, padding=14)
     asked = dwconv.explain(input, weight, padding=14, allow_fft=True)
     assert direct.forward.plan == "large_float32" and direct == dwconv.explain(
@@ -285,7 +285,7 @@ def test_explain_on_the_command_line(capsys: pytest.CaptureFixture) -> None:
     from dwconv.__main__ import main
 
     for option, plan in (([], "large_float32"), (["--allow-fft"], "fft")):
-        assert main(["explain", "2", "3", "28", "28", "29", "--padding", "14", *option]) == 0
+        assert main(["explain", "8", "32", "28", "28", "29", "--padding", "14", *option]) == 0
         assert f"\nforward      {plan} " in capsys.readouterr().out
 
 

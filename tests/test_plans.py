@@ -418,3 +418,45 @@ def test_forcing_a_plan(case: Case, memory_format: torch.memory_format, dtype: t
             else:
                 with pytest.raises(RuntimeError, match=f"plan '{plan}' does not serve this problem"):
                     call(plan)
+
+
+@pytest.mark.parametrize(
+    ("name", "plan", "ahead", "dtype", "memory_format", "case"),
+    [
+        # Few outputs of a band matrix, or products of one row or column of taps.
+        ("grad_input", MARCH["forward"], BAND, HALF[0], FORMATS[1], Case(3, 40, (45, 45), (5, 5))),
+        ("forward", WINDOWS, BAND, HALF[0], FORMATS[1], Case(48, 768, (9, 9), (1, 27), padding=(0, 13))),
+        ("forward", WINDOWS, "large_float32", torch.float32, FORMATS[1], Case(3, 256, (72, 72), (19, 1))),
+        ("forward", "windows_nchw", "large_float32", torch.float32, FORMATS[0], Case(76, 67, (49, 32), (18, 1))),
+        ("grad_weight", WALK, "outer_grad_weight", HALF[1], FORMATS[1], Case(38, 24, (227, 51), (1, 9))),
+        ("grad_weight", WALK, "hankel_grad_weight", HALF[0], FORMATS[1], Case(10, 21, (161, 161), (1, 16))),
+        ("grad_weight", WALK, "large_float32_grad_weight", torch.float32, FORMATS[1], Case(2, 80, (109, 109), (1, 17))),
+        # Few products, for which images would be copied, and few small planes.
+        ("forward", WINDOWS, "toeplitz_large", HALF[0], FORMATS[1], Case(84, 3, (8, 42), (30, 30), padding=(14, 14))),
+        ("forward", WINDOWS, "large_float32", torch.float32, FORMATS[1], Case(4, 64, (17, 17), (13, 13))),
+        ("forward", "windows_nchw", "large_float32", torch.float32, FORMATS[0], Case(45, 1, (24, 131), (18, 18))),
+    ],
+    ids=str,
+)
+def test_the_faster_of_two(
+    name: str, plan: str, ahead: str, dtype: torch.dtype, memory_format: torch.memory_format, case: Case
+) -> None:
+    """A plan goes ahead of one for larger problems, which would serve as well, and does where there is more."""
+    plans = plans_of(name, case, dtype, memory_format)
+    assert plans.index(plan) < plans.index(ahead)
+
+
+def test_phases_of_planes_take_longer() -> None:
+    """Planes of channels that are no whole vectors: copies take longer than what is multiplied faster saves."""
+    case = Case(19, 100, (62, 62), (5, 8), padding=(4, 7), dilation=(2, 2))
+    assert "phases" not in plans_of("grad_input", case, torch.bfloat16, torch.channels_last)
+    assert "phases" in plans_of("grad_input", case._replace(channels=104), torch.bfloat16, torch.channels_last)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_large_kernels_of_which_few_taps_meet_the_image(memory_format: torch.memory_format) -> None:
+    """Of 10 x 31 dilated taps 6 x 5 meet an image of 6 x 6: those are a problem of its own."""
+    case = Case(27, 816, (6, 6), (10, 31), padding=(9, 30), dilation=(2, 2))
+    left = case._replace(kernel=(10, 5), padding=(9, 4))
+    for name in PASSES[:2]:
+        assert plans_of(name, case, memory_format=memory_format) == plans_of(name, left, memory_format=memory_format)
