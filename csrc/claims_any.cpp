@@ -303,8 +303,11 @@ bool claims_gather_grad_weight(const Problem& p) {
                    kMoreCycles = 6000;  // most of it until the first bytes arrive; before rows stream
   const bool channels_last = p.filters() > 1 && p.input.stride[1] == 1 && p.output.stride[1] == 1;
   const bool others_stream = is_small_kernel(p) && !channels_last && p.dtype != DType::kFloat64;
-  const double cycles = GatherShape::best(p, p.capability >= 90, kMultiprocessors).cycles;
-  if (cycles > (others_stream ? kMoreCycles : kFewCycles)) return false;
+  const double most = others_stream ? kMoreCycles : kFewCycles;
+  // So many products take longer in any shape, by what a tap takes to issue alone.
+  constexpr double kProductsOfCycle = 1900;
+  if (static_cast<double>(gradients_per_filter(p) * p.filters() * p.taps()) > most * kProductsOfCycle) return false;
+  if (GatherShape::best(p, p.capability >= 90, kMultiprocessors).cycles > most) return false;
   // One tap in channels_last streams, in pixels that follow each other.
   if (is_small_kernel(p)) return !(p.taps() == 1 && channels_last) && !claims_direct_grad_weight(p);
   constexpr int64_t kFewTapsForTensorCores = 25;

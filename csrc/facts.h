@@ -94,10 +94,11 @@ inline int64_t gradients_per_filter(const Problem& p) {
 // Products of a tap and a pixel of the image, along one side of a plane.
 inline double products_of_side(int64_t size, int64_t out_size, int64_t kernel, int64_t stride, int64_t padding,
                                int64_t dilation) {
+  const auto over_stride = [&](int64_t n) { return stride == 1 ? n : (n + stride - 1) / stride; };
   int64_t sum = 0;
   for (int64_t tap = 0, room = padding; tap < kernel; ++tap, room -= dilation) {  // pixels before the first output's
-    const int64_t begin = room > 0 ? (room + stride - 1) / stride : 0;
-    const int64_t end = size + room > 0 ? std::min((size + room - 1) / stride + 1, out_size) : 0;
+    const int64_t begin = room > 0 ? over_stride(room) : 0;
+    const int64_t end = size + room > 0 ? std::min(over_stride(size + room), out_size) : 0;
     sum += std::max<int64_t>(end - begin, 0);
   }
   return static_cast<double>(sum);
