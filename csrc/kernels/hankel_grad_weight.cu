@@ -14,14 +14,12 @@
 // Rows of an odd length would be loaded element by element: where there are many they are copied to where they begin
 // with 16 bytes.
 //
-// Whole planes go other ways: hankel_grad_weight_groups.cu, hankel_grad_weight_planes.cu and
-// outer_grad_weight_planes.cu.
+// Whole planes go other ways: hankel_grad_weight_groups.cu and outer_grad_weight_planes.cu.
 #include <algorithm>
 #include <cmath>
 
 #include "aligned_planes.cuh"
 #include "hankel_grad_weight_groups.h"
-#include "hankel_grad_weight_planes.h"
 #include "launch.h"
 #include "outer_grad_weight_planes.h"
 #include "overlap.cuh"
@@ -647,7 +645,6 @@ void launch_hankel_grad_weight(const Problem& problem, const Allocate& allocate,
   static_cast<ImagePlanes&>(a.grad) =
       aligned_planes_of(p.output, p.batch, p.filters(), p.out_height, p.out_width, allocate, stream);
   if (launch_hankel_grad_weight_groups(p, exchanged, a.source, a.grad, allocate, stream)) return;
-  if (launch_hankel_grad_weight_planes(p, exchanged, a.source, a.grad, allocate, stream)) return;
   if (launch_outer_grad_weight_planes(p, exchanged, false, a.source, a.grad, allocate, stream)) return;
   const auto align_rows = [&](Images& v, int64_t channels) {
     const int unit = v.unit;

@@ -1,5 +1,5 @@
-// The same as hankel_grad_weight from whole planes of 56 columns in shared memory, multiplied by warpgroups: on sm_90,
-// in code for sm_90a.
+// The same as hankel_grad_weight from whole planes of 48 or 56 columns in shared memory, multiplied by warpgroups: on
+// sm_90, in code for sm_90a.
 //
 // A warpgroup takes four rows y of the input, one a warp: A[y][j][c] = input[y][c + j - padding] is a Hankel matrix for
 // each, of 16 columns j of the kernel, in registers. The rows r of the gradient that any of them meets follow one
@@ -30,7 +30,7 @@
 namespace dwconv {
 namespace {
 
-constexpr int kUnits = 7, kColumns = 8 * kUnits;  // of a row, of 8 columns each
+constexpr int kUnits = 7, kColumns = 8 * kUnits;  // of a row, of 8 columns each: those that a plane lacks are zeros
 constexpr int kPair = 2;                          // images side by side
 constexpr int kRowsAtOnce = kGroupWarps;          // of the input
 constexpr int kMaxStages = 8;
@@ -57,7 +57,7 @@ struct Planes {
   int images, filters, splits;
   int pieces_h, pieces_w;  // of a filter, for different blocks
   int piece_h, piece_w;    // their rows and columns, but for the last ones
-  int rows, quads;         // of a plane, and four of them
+  int rows, quads, units;  // of a plane: rows, four of them, and 8 columns of a row
   int above;               // rows of the gradient, or of zeros, that a row of the input meets above itself, at most
   int zeros, unit_bytes;   // rows of zeros below each column of 16 bytes, and all of it
   int stages, stage_bytes, source_at;
@@ -119,8 +119,8 @@ __device__ inline void load_planes(const Planes& a, const Item& item) {
       for (int i = lane; i < units; i += 32) {
         const int row = i / kUnits, unit = i - row * kUnits;
         const uint32_t at = to + unit * a.unit_bytes + kUnit * row;
-        if (image + k < item.last)
-          copy_unit<kUnit>(at, plane + kUnit * i);
+        if (image + k < item.last && unit < a.units)
+          copy_unit<kUnit>(at, plane + kUnit * (row * a.units + unit));
         else
           shared_at<uint4>(at) = uint4{};
       }
@@ -318,7 +318,8 @@ int64_t columns_of_pieces(const Problem& p, Tile) {
 }
 template <class Tile>
 double cost_of(const Problem& p, Tile tile) {
-  return static_cast<double>(rows_of_pieces(p, tile) * columns_of_pieces(p, tile)) * kQuadCycles<Tile>;
+  constexpr double kPieceCycles = 120;  // for loads of each piece
+  return static_cast<double>(rows_of_pieces(p, tile) * columns_of_pieces(p, tile)) * (kQuadCycles<Tile> + kPieceCycles);
 }
 
 // Launches it, unless planes do not fit.
@@ -342,7 +343,7 @@ bool launch(const Problem& p, Planes a, const ImagePlanes& source, const Allocat
   const Device& device = current_device();
   a.stages = std::min<int>((device.shared_per_block - Planes::kFirstStage) / a.stage_bytes, kMaxStages);
   if (a.stages < 2 || a.box_rows() > kMostBoxSide ||
-      !describe_boxes(a.source_boxes, const_cast<char*>(source.base), 2, {kColumns, a.rows, p.channels, a.images},
+      !describe_boxes(a.source_boxes, const_cast<char*>(source.base), 2, {p.width, a.rows, p.channels, a.images},
                       {source.row_bytes, source.channel_bytes, source.image_bytes},
                       {a.pitch / 2, a.box_rows(), 1, kPair}))
     return false;
@@ -366,9 +367,10 @@ bool launch(const Problem& p, Planes a, const ImagePlanes& source, const Allocat
 // Whether sizes are what the kernel is for: columns of planes, and filters that are not so small that others have less
 // to do.
 bool has_sizes(const Problem& p) {
-  constexpr int64_t kFewRows = 16, kFewColumns = 16, kManyRows = 22, kMost = 128;
-  return p.width == kColumns && std::max(p.kernel_h, p.kernel_w) <= kMost && p.padding_h < p.kernel_h &&
-         p.padding_w < p.kernel_w && (p.kernel_h >= kManyRows || (p.kernel_h > kFewRows && p.kernel_w > kFewColumns));
+  constexpr int64_t kFewColumns = 40, kMost = 128;
+  const int64_t few_rows = p.kernel_w + p.padding_w % 2 <= 16 ? 8 : 16;
+  return p.width > kFewColumns && p.width <= kColumns && p.width % (kColumns / kUnits) == 0 && p.kernel_h > few_rows &&
+         std::max(p.kernel_h, p.kernel_w) <= kMost && p.padding_h < p.kernel_h && p.padding_w < p.kernel_w;
 }
 
 }  // namespace
@@ -380,6 +382,7 @@ bool launch_hankel_grad_weight_groups(const Problem& p, bool exchanged, const Im
   if (source.height != grad.height || source.width != grad.width || !has_sizes(p)) return false;
   Planes a{};
   a.rows = source.height, a.quads = static_cast<int>(ceil_div(a.rows, kRowsAtOnce));
+  a.units = source.width / (kColumns / kUnits);
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
   a.tap_row = exchanged ? 1 : a.kernel_w, a.tap_column = exchanged ? a.kernel_h : 1;
@@ -398,7 +401,8 @@ bool launch_hankel_grad_weight_groups(const Problem& p, bool exchanged, const Im
     (void)((cost_of(p, tiles) == least && (launched = launch<Tiles>(p, a, source, allocate, stream), true)) || ...);
     return launched;
   };
-  return launch_best(Tile<2, 3, 3>{}, Usual{}, Tile<3, 5, 3>{}, Tile<2, 7, 3>{}, Tile<3, 7, 2>{}, Tile<2, 9, 3>{});
+  return launch_best(Tile<1, 3, 3>{}, Tile<1, 5, 3>{}, Tile<2, 3, 3>{}, Usual{}, Tile<3, 5, 3>{}, Tile<2, 7, 3>{},
+                     Tile<3, 7, 2>{}, Tile<2, 9, 3>{});
 }
 
 }  // namespace dwconv

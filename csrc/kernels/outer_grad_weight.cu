@@ -10,8 +10,8 @@
 //
 // Every product that is part of a sum is one of the convolution: Inf and NaN come out where they should.
 //
-// Whole planes of rows that fill 56 columns, alone or together, go other ways: outer_grad_weight_pieces.cu,
-// outer_grad_weight_planes.cu and outer_grad_weight_images.cu.
+// Whole planes of rows that fill 56 columns, alone or together, go other ways: outer_grad_weight_pieces.cu and
+// outer_grad_weight_planes.cu.
 #include "outer_grad_weight.h"
 
 #include <algorithm>
@@ -20,7 +20,6 @@
 
 #include "aligned_planes.cuh"
 #include "launch.h"
-#include "outer_grad_weight_images.h"
 #include "outer_grad_weight_pieces.h"
 #include "outer_grad_weight_planes.h"
 #include "outer_grad_weight_tall.h"
@@ -603,7 +602,6 @@ void launch_outer_grad_weight(const Problem& problem, const Allocate& allocate, 
                   : launch_outer_grad_weight_pieces(p, exchanged, source, grad, allocate, stream))
       return;
   }
-  if (!by_kernel && launch_outer_grad_weight_images(p, exchanged, source, grad, allocate, stream)) return;
   if (launch_outer_grad_weight_planes(p, exchanged, by_kernel, source, grad, allocate, stream)) return;
 
   Outer a{};
