@@ -220,6 +220,24 @@ def test_streams_with_much_to_do(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_bands_in_runs(dtype: torch.dtype) -> None:
+    """Chunks of which each block takes some that follow each other, so that there is work for fewer blocks than room."""
+    for kernel, batch, channels, size in (
+        ((7, 7), 2, 76, (173, 145)),
+        ((6, 5), 2, 76, (173, 145)),
+        ((4, 6), 2, 76, (173, 145)),
+        ((7, 7), 1, 150, (175, 146)),
+        ((3, 3), 2, 80, (230, 231)),
+        ((5, 5), 1, 100, (300, 301)),
+        ((3, 3), 1, 57, (501, 509)),
+    ):
+        problem = Problem(Case(batch, channels, size, kernel, padding=halves(kernel)), dtype)
+        forced = problem.check("(stream|toeplitz)_nchw.*")
+        assert "toeplitz_nchw" in forced["output"] & forced["grad_input"], problem
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("finite", [True, False], ids=["finite", "not finite"])
 @pytest.mark.parametrize("side", [3, 5, 7])
 def test_sums_of_many_small_planes_are_exact(side: int, finite: bool) -> None:

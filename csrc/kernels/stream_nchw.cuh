@@ -793,6 +793,7 @@ void launch(Stream a, int64_t images, const Allocate& allocate, cudaStream_t str
   const bool counts = pays_to_count(a, images, blocks, Tile::kLanes == 1);
   a.run = counts || a.bands == 1 || a.by_beside.divisor > 1 ? 1 : static_cast<int>(ceil_div(a.chunks, blocks));
   a.runs = static_cast<int>(ceil_div(a.chunks, a.run));
+  blocks = std::min(blocks, a.runs);  // each has a first chunk
   if (counts) {
     const int64_t classes = chunks_of_filters(a);
     // Of few blocks those that get less of the bandwidth would make the others wait.
