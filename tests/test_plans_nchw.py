@@ -222,7 +222,7 @@ def test_streams_with_much_to_do(dtype: torch.dtype) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_bands_in_runs(dtype: torch.dtype) -> None:
-    """Chunks of which each block takes some that follow each other, so that there is work for fewer blocks than room."""
+    """Chunks of which each block takes some that follow each other: work for fewer blocks than there is room for."""
     for kernel, batch, channels, size in (
         ((7, 7), 2, 76, (173, 145)),
         ((6, 5), 2, 76, (173, 145)),
