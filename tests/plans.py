@@ -137,6 +137,16 @@ def serves(name: str, plan: str, case: Case) -> str:
     return "scale" if case.kernel == (1, 1) and name != "grad_weight" and few else plan
 
 
+def stays_large(case: Case) -> bool:
+    """Whether a kernel with a side of 8 or more is sure of plans for large ones, at stride and dilation 1.
+
+    Where half of its taps or more meet no image, what is left may be a small kernel, whose plans serve.
+    """
+    far = [max(min(k - size - p, p), 0) for k, size, p in zip(case.kernel, case.size, case.padding)]
+    left = [k - 2 * n for k, n in zip(case.kernel, far)]
+    return max(left) >= 8 or 2 * math.prod(left) > math.prod(case.kernel)
+
+
 def goes_direct(name: str, case: Case, dtype: torch.dtype) -> bool:
     """Whether this pass of a small kernel, not grad_weight, can: in float64 registers hold 25 weights."""
     few = math.prod(case.kernel) <= 25 and (name == "forward" or case.stride == (1, 1))

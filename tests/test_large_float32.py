@@ -11,7 +11,7 @@ import pytest
 import torch
 from common import FORMATS, Case, halves, integers, make_inputs, reach_of, run_float64
 from exact import arguments_of, draw, lay, output_size, wrong_numbers
-from plans import TAPS_FIRST, Problem, general, plans_of, results_of_plans
+from plans import TAPS_FIRST, Problem, general, plans_of, results_of_plans, stays_large
 from test_nonfinite import reference, same, spoil
 from torch import Tensor
 
@@ -98,8 +98,9 @@ def test_exact(kernel: tuple) -> None:
                 layout = {"order": order, "steps": [(1, 1, 1, 1), (1, 1, 2, 1), (2, 1, 1, 1), (1, 1, 1, 3)][turn]}
                 problem.lay(layout | {"offset": turn}, layout | {"offset": 1}, TAPS_FIRST)
             forced = problem.check()
-            assert PLANS["forward"] in forced["output"], problem
-            assert (PLANS["grad_input"] in forced["grad_input"]) == (case.multiplier == 1), problem
+            if stays_large(case):
+                assert PLANS["forward"] in forced["output"], problem
+                assert (PLANS["grad_input"] in forced["grad_input"]) == (case.multiplier == 1), problem
             assert PLANS["grad_weight"] in forced["grad_weight"], problem
 
 

@@ -26,6 +26,7 @@ from plans import (
     meta,
     plan_of,
     plans_of,
+    stays_large,
     tile_case,
 )
 
@@ -529,8 +530,9 @@ def test_toeplitz_channels_last_is_exact(kernel: tuple, dtype: torch.dtype) -> N
             elif layout == 3:
                 problem.lay({"order": (2, 3, 0, 1), "offset": 2}, {"order": (2, 0, 3, 1), "steps": (1, 1, 2, 1)})
             forced = problem.check()
-            # Of an input whose rows are outermost the output is NCHW.
-            assert BAND in forced["grad_input"] and (BAND in forced["output"] or layout == 3), problem
+            # Of an input whose rows are outermost the output is NCHW; one column meets one column of taps.
+            if max(kernel) < 8 or stays_large(case):
+                assert BAND in forced["grad_input"] and (BAND in forced["output"] or layout == 3), problem
 
 
 @pytest.mark.gpu

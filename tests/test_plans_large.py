@@ -24,6 +24,7 @@ from plans import (
     meta,
     plan_of,
     plans_of,
+    stays_large,
 )
 
 LARGE = "toeplitz_large"
@@ -219,7 +220,7 @@ def test_large_kernels_are_exact(kernel: tuple, size: tuple, batch: int, stride:
         elif turn == 4:
             problem.lay({"steps": (1, 1, 2, 1), "offset": 1}, {"steps": (1, 1, 1, 3)})
         forced = problem.check()
-        if math.prod(kernel) > 40:  # with less to do other plans may be faster
+        if math.prod(kernel) > 40 and (stride > 1 or stays_large(case)):  # with less to do other plans may be faster
             assert LARGE in forced["output"], problem
             assert (LARGE in forced["grad_input"]) == (stride == 1 and multiplier == 1), problem
 
