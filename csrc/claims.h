@@ -37,12 +37,14 @@ bool claims_fft(const Problem& p);
 bool claims_fft_grad_weight(const Problem& p);
 bool claims_phases(const Problem& p);
 
-// claims_any.cpp: any kernel, stride and dilation; where there is little to do, or nothing else is right.
+// claims_little.cpp: straight from memory, where there is little to do; and single taps.
 bool claims_scale(const Problem& p);
 bool claims_direct(const Problem& p);
 bool claims_direct_grad_weight(const Problem& p);
 bool claims_gather(const Problem& p);
 bool claims_gather_grad_weight(const Problem& p);
+
+// claims_any.cpp: any kernel, stride and dilation, where nothing else is right or has less to do.
 bool claims_columns_grad_weight(const Problem& p);
 bool claims_walk_grad_weight_channels_last(const Problem& p);
 bool claims_windows_channels_last(const Problem& p);

@@ -1,4 +1,4 @@
-// What claims_any.cpp and direct.cu know.
+// What claims_little.cpp and direct.cu know.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// What claims_any.cpp and gather.cu know.
+// What claims_little.cpp and gather.cu know.
 #pragma once
 
 #include <algorithm>
