@@ -86,11 +86,13 @@ bool claims_windows_channels_last(const Problem& p) {
 // before matrices, or copies of the images as planes, are there.
 bool prefers_windows_channels_last(const Problem& p) {
   if (is_small_kernel(p) || !claims_windows_channels_last(p)) return false;
-  constexpr int64_t kShortBand = 16, kMillion = 1 << 20;
-  constexpr double kFew = 4 * kMillion, kFewForCopies = 24 * kMillion, kFewOfBand = 64 * kMillion;
-  if (claims_toeplitz_channels_last(p))
-    return sums_over_taps(p) <= 4 * kMillion / p.taps() ||
-           (is_flat(p) && (p.taps() <= kShortBand || products(p) <= kFewOfBand));
+  constexpr int64_t kMillion = 1 << 20, kFew = 4 * kMillion, kFewForCopies = 24 * kMillion;
+  if (claims_toeplitz_channels_last(p)) {
+    // Matrices are as long as a band, which a short one fills little of. Taps beside the image are multiplied as well.
+    constexpr int64_t kShortBand = 16, kFewOfBand = 64 * kMillion;
+    if (is_flat(p) && (p.taps() <= kShortBand || products(p) <= kFewOfBand)) return true;
+    return sums_over_taps(p) <= kFew / p.taps();
+  }
   if (!writes_channels_last(p)) return false;
   if (claims_toeplitz_large(p)) return products(p) <= kFewForCopies;
   return claims_large_float32(p) && (is_flat(p) || products(p) <= kFew);

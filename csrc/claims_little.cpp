@@ -1,8 +1,9 @@
 // Claims where there is little to do, and of single taps: straight from memory, in one launch.
 //
 // Right: offsets of 32 bits, also to taps beside the image.
-// Pays: where there is so little to do that the time until the first bytes arrive is most of it, so that plans that
-// stage what they read lose. The bounds are where measured times cross.
+// Pays: where there is so little to do that most of the time passes until the first bytes arrive. Plans that stage what
+// they read in shared memory wait longer for it, and have less to do afterwards: so a claim compares what there is to
+// do with what its rival waits, which depends on the rival. These bounds are where measured times cross.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -55,7 +56,8 @@ bool can_gather(const Problem& p) {
 
 // ---------------------------------------------------------------------------- what there is to do
 
-// So little that the time until the first bytes arrive is most of it.
+// So little that any other plan would wait longer than it takes: a few outputs and tens of products for each thread
+// that a GPU has room for.
 bool has_little_to_do(const Problem& p) {
   constexpr int64_t kFewSums = 512 << 10, kFewProducts = 4 << 20;
   return sums_over_taps(p) <= kFewSums && sums_over_taps(p) * p.taps() <= kFewProducts;
@@ -122,10 +124,44 @@ bool has_few_taps(const Problem& p) {
          has_windows(p);
 }
 
+// Whether outputs next to each other meet the same pixels, so that windows in channels_last load these once for all of
+// a thread's outputs.
+bool shares_pixels(const Problem& p) {
+  constexpr int64_t kFewOutputs = 3;
+  const int64_t step_h = p.stride_h / std::gcd(p.stride_h, p.dilation_h);
+  const int64_t step_w = p.stride_w / std::gcd(p.stride_w, p.dilation_w);
+  return p.pass == Pass::kGradInput || p.kernel_h > kFewOutputs * step_h || p.kernel_w > kFewOutputs * step_w;
+}
+
+// What the plan that would serve a kernel that is not small takes at least, as gather_time() has it.
+double time_of_rival(const Problem& p) {
+  constexpr double kSmallPlanes = 1.3, kSharedPixels = 1, kWindows = 3, kPixelsOf16Bits = 1.5, kPlan = 2.5;
+  const bool channels_last = writes_channels_last(p);
+  if (claims_toeplitz_small_planes(p)) return kSmallPlanes;
+  if (channels_last && has_windows(p) && shares_pixels(p)) return kSharedPixels;
+  if (!has_plan_of_its_own(p)) return kWindows;
+  return channels_last && is_16_bit(p) ? kPixelsOf16Bits : kPlan;
+}
+
+// Of small kernels direct.cu is the rival with little to do: it has vectors, sums over filters, and several outputs a
+// thread in float64. With more to do those are that stream, which wait for their rows.
+bool pays_gather_of_small_kernel(const Problem& p) {
+  constexpr int64_t kFewFloat64 = 192 << 10, kManyTaps = 25;
+  constexpr double kStreams = 2.1;  // as gather_time() has it
+  const bool channels_last = writes_channels_last(p), is_float64 = p.dtype == DType::kFloat64;
+  if (p.taps() == 1 || has_direct_vectors(p) || (is_float64 && sums_over_taps(p) > kFewFloat64)) return false;
+  if (p.multiplier > 1 && (p.pass == Pass::kGradInput || channels_last)) return false;
+  if (has_little_to_do(p)) return true;
+  return !is_float64 && !channels_last && p.taps() >= kManyTaps && gather_time(p) <= kStreams &&
+         !claims_toeplitz_nchw(p);
+}
+
 }  // namespace
 
 // ---------------------------------------------------------------------------- forward and grad_input
 
+// Of a single tap without padding and sums, on arrays without gaps, both in NCHW or both in channels_last: nothing
+// takes less than to go along them.
 bool claims_scale(const Problem& p) {
   if (p.pass == Pass::kGradWeight || p.taps() > 1 || p.multiplier > 1 || p.batch == 0) return false;
   if (p.padding_h > 0 || p.padding_w > 0) return false;
@@ -148,30 +184,7 @@ bool claims_scale(const Problem& p) {
 bool claims_gather(const Problem& p) {
   if (!can_gather(p)) return false;
 
-  const bool channels_last = writes_channels_last(p), is_float64 = p.dtype == DType::kFloat64;
-  // How long it may take before others are faster, by what they are: microseconds, as gather_time() has them.
-  constexpr double kOfSmallPlanes = 1.3, kOfPixels = 1.5, kOfStreams = 2.1, kOfPlan = 2.5;
-  constexpr double kOfWindows = 3, kOfSharedPixels = 1;
-  if (is_small_kernel(p)) {
-    constexpr int64_t kFewFloat64 = 192 << 10;  // sums; with more, a thread has several in direct.cu
-    if (p.taps() == 1 || has_direct_vectors(p) || (is_float64 && sums_over_taps(p) > kFewFloat64)) return false;
-    if (p.multiplier > 1 && (p.pass == Pass::kGradInput || channels_last)) return false;
-    return has_little_to_do(p) || (!is_float64 && p.taps() >= 25 && gather_time(p) <= kOfStreams && !channels_last &&
-                                   !claims_toeplitz_nchw(p));
-  }
-  const bool has_plan = has_plan_of_its_own(p);
-  // In channels_last windows load a pixel once for all outputs of a column that meet it.
-  constexpr int64_t kFewOutputs = 3;
-  const int64_t step_h = p.stride_h / std::gcd(p.stride_h, p.dilation_h);
-  const int64_t step_w = p.stride_w / std::gcd(p.stride_w, p.dilation_w);
-  const bool shares =
-      p.pass == Pass::kGradInput || p.kernel_h > kFewOutputs * step_h || p.kernel_w > kFewOutputs * step_w;
-  const double most = claims_toeplitz_small_planes(p)             ? kOfSmallPlanes
-                      : channels_last && has_windows(p) && shares ? kOfSharedPixels
-                      : !has_plan                                 ? kOfWindows
-                      : channels_last && is_16_bit(p)             ? kOfPixels
-                                                                  : kOfPlan;
-  return gather_time(p) <= most;
+  return is_small_kernel(p) ? pays_gather_of_small_kernel(p) : gather_time(p) <= time_of_rival(p);
 }
 
 // Of few taps windows have kernels/few_taps.cu, which starts sooner.
@@ -182,35 +195,40 @@ bool prefers_few_taps_channels_last(const Problem& p) {
   return p.pass == Pass::kForward && has_few_taps(p) && claims_gather(p) && claims_windows_channels_last(p);
 }
 
+// Small kernels, with little to do or with arrays that no plan streams; and in float64, which has no other plan of its
+// own, up to where windows share more.
 bool claims_direct(const Problem& p) {
   if (p.pass == Pass::kGradWeight || !can_direct(p)) return false;
+
+  if (p.dtype == DType::kFloat64) {
+    // Where outputs are many windows share pixels in channels_last, and lie side by side in shared memory at a stride.
+    constexpr int64_t kManySums = 1 << 20, kShares = 10;
+    const bool windows_win = writes_channels_last(p) ? p.taps() >= kShares : !has_unit_stride(p);
+    if (windows_win && sums_over_taps(p) >= kManySums) return false;
+    return p.taps() <= kDirectFloat64Taps && (p.pass == Pass::kForward || p.stride_h == 1);
+  }
+  if (has_little_to_do(p)) return true;
+  if (claims_march_nchw(p) || claims_stream_nchw(p) || claims_toeplitz_nchw(p) || claims_march_channels_last(p))
+    return false;
   // Threads of windows in channels_last have single channels, whose filters they take one by one, where there are many.
   constexpr int64_t kFewTaps = 9, kManyFilters = 3;
   const bool windows_lose =
       p.pass == Pass::kGradInput && has_unit_stride(p) && p.multiplier >= kManyFilters && p.taps() <= kFewTaps;
-  if (p.dtype != DType::kFloat64)
-    return has_little_to_do(p) ||
-           !(claims_march_nchw(p) || claims_stream_nchw(p) || claims_toeplitz_nchw(p) ||
-             claims_march_channels_last(p) || (claims_windows_channels_last(p) && !windows_lose));
-  // Where outputs are many windows share pixels in channels_last, and lie side by side in shared memory at a stride.
-  constexpr int64_t kManySums = 1 << 20, kShares = 10;
-  const bool windows_win = writes_channels_last(p) ? p.taps() >= kShares : !has_unit_stride(p);
-  if (windows_win && sums_over_taps(p) >= kManySums) return false;
-  return p.taps() <= kDirectFloat64Taps && (p.pass == Pass::kForward || p.stride_h == 1);
+  return windows_lose || !claims_windows_channels_last(p);
 }
 
 // ---------------------------------------------------------------------------- grad_weight
 
+// Where the launcher's own estimate is short: most of it is then the time until the first bytes arrive.
 bool claims_gather_grad_weight(const Problem& p) {
   if (p.pass != Pass::kGradWeight || !has_near_taps(p)) return false;
 
   constexpr int kMultiprocessors = 132;
-  constexpr double kFewCycles = 4300,
-                   kMoreCycles = 6000;  // most of it until the first bytes arrive; before rows stream
+  constexpr double kFewCycles = 4300, kFewBeforeStreams = 6000;  // rows that stream come later
   const bool channels_last = p.filters() > 1 && p.input.stride[1] == 1 && p.output.stride[1] == 1;
   const bool others_stream = is_small_kernel(p) && !channels_last && p.dtype != DType::kFloat64;
-  const double most = others_stream ? kMoreCycles : kFewCycles;
-  // So many products take longer in any shape, by what a tap takes to issue alone.
+  const double most = others_stream ? kFewBeforeStreams : kFewCycles;
+  // So many products take longer in any shape, by what a tap takes to issue alone: no need for the estimate.
   constexpr double kProductsOfCycle = 1900;
   if (static_cast<double>(gradients_per_filter(p) * p.filters() * p.taps()) > most * kProductsOfCycle) return false;
   if (GatherShape::best(p, p.capability >= 90, kMultiprocessors).cycles > most) return false;
@@ -220,6 +238,8 @@ bool claims_gather_grad_weight(const Problem& p) {
   return p.taps() >= kFewTapsForTensorCores || !claims_toeplitz_grad_weight_channels_last(p);
 }
 
+// Small kernels of which a block has a filter, so that there is no second kernel: as long as a filter has few products,
+// and nothing that streams would have them sooner.
 bool claims_direct_grad_weight(const Problem& p) {
   const int64_t gradients = gradients_per_filter(p);
   if (p.pass != Pass::kGradWeight || p.dtype == DType::kFloat64 || !can_direct(p) || gradients == 0) return false;
