@@ -1,3 +1,5 @@
+// The part of scale.cu that has a stride: grad_input of a single tap writes zeros, and between them a gradient times its
+// channel's weight, to an array without gaps.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -6,7 +8,6 @@
 
 namespace dwconv {
 
-// grad_input of kernels with a single tap at a stride, on an array without gaps.
 void launch_scale_spread(const Problem& problem, cudaStream_t stream);
 
 }  // namespace dwconv
