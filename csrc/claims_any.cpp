@@ -160,7 +160,10 @@ bool prefers_walk_grad_weight_channels_last(const Problem& p) {
   }
   if (claims_outer_grad_weight(p)) return few(8, kFewSums) || is_flat(p);
   if (claims_hankel_grad_weight(p)) return few(24, kMoreSums) || p.taps() <= kFewTaps || is_flat(p);
-  return claims_large_float32_grad_weight(p) && (few(16, kMoreSums) || is_flat(p));
+  // Small planes are few tiles there, which more taps than few fill even if they are flat.
+  constexpr int64_t kSmallPlane = 2048;
+  const bool fills = p.taps() > kFewTaps && p.out_height * p.out_width < kSmallPlane;
+  return claims_large_float32_grad_weight(p) && (few(16, kMoreSums) || (is_flat(p) && !fills));
 }
 
 // ---------------------------------------------------------------------------- every pass

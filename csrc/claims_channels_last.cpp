@@ -117,6 +117,8 @@ bool claims_march_channels_last(const Problem& p) {
   const bool is_square = p.kernel_h == p.kernel_w && p.kernel_h > 1 && p.dilation_h == 1 && is_small_kernel(p);
   if (p.multiplier > (p.pass == Pass::kForward ? 8 : is_square ? 2 : 1)) return false;
 
+  constexpr int64_t kFewChannels = 8;  // of which a thread has one, if it sums over filters
+  if (p.pass == Pass::kGradInput && p.multiplier > 1 && p.channels < kFewChannels) return false;
   const bool is_9x9 = p.dtype == DType::kFloat32 && March9x9::is_of(p);
   return !(is_9x9 && is_sure_of_lanes_channels_last(p));  // large_float32 is faster
 }
@@ -129,7 +131,8 @@ bool claims_toeplitz_channels_last(const Problem& p) {
   return p.taps() > 1 && !is_for_march && can_toeplitz_channels_last(p);
 }
 
-// Tensor cores would serve as well, but have so few outputs that most of the time passes before matrices are there.
+// Tensor cores would serve as well, but wait longer, for matrices and for rows of whole tiles: about as long as CUDA
+// cores take for ten thousand outputs of 5x5 or 7x7 on each multiprocessor of a large GPU.
 bool prefers_march_channels_last(const Problem& p) {
   constexpr int64_t kFewSums = 1280 << 10;
   return sums_over_taps(p) <= kFewSums && claims_toeplitz_channels_last(p) && claims_march_channels_last(p);
