@@ -15,6 +15,7 @@
 #include "kernels/gather.h"
 #include "kernels/gather_grad_weight.h"
 #include "kernels/small_kernels.h"
+#include "kernels/spread.h"
 
 namespace dwconv {
 namespace {
@@ -187,9 +188,10 @@ bool claims_gather(const Problem& p) {
   return is_small_kernel(p) ? pays_gather_of_small_kernel(p) : gather_time(p) <= time_of_rival(p);
 }
 
-// Of few taps windows have kernels/few_taps.cu, which starts sooner.
+// Of few taps windows have kernels/few_taps.cu, which starts sooner, and at a stride kernels/spread.cu, which has more
+// outputs a thread.
 bool prefers_few_taps_nchw(const Problem& p) {
-  return has_few_taps(p) && claims_gather(p) && claims_windows_nchw(p);
+  return (has_few_taps(p) || fits_spread(p)) && claims_gather(p) && claims_windows_nchw(p);
 }
 bool prefers_few_taps_channels_last(const Problem& p) {
   return p.pass == Pass::kForward && has_few_taps(p) && claims_gather(p) && claims_windows_channels_last(p);
@@ -207,8 +209,12 @@ bool claims_direct(const Problem& p) {
     if (windows_win && sums_over_taps(p) >= kManySums) return false;
     return p.taps() <= kDirectFloat64Taps && (p.pass == Pass::kForward || p.stride_h == 1);
   }
-  if (has_little_to_do(p)) return true;
-  if (claims_march_nchw(p) || claims_stream_nchw(p) || claims_toeplitz_nchw(p) || claims_march_channels_last(p))
+  // Without vectors more than few outputs are as many loads.
+  constexpr int64_t kFewWithoutVectors = 128 << 10;
+  const bool loads_slowly = writes_channels_last(p) && p.multiplier > 1 && sums_over_taps(p) > kFewWithoutVectors;
+  if (has_little_to_do(p) && !loads_slowly) return true;
+  if (claims_toeplitz_small_planes(p) || claims_toeplitz_nchw(p) || claims_march_nchw(p) || claims_stream_nchw(p) ||
+      claims_march_channels_last(p))
     return false;
   // Threads of windows in channels_last have single channels, whose filters they take one by one, where there are many.
   constexpr int64_t kFewTaps = 9, kManyFilters = 3;

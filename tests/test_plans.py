@@ -158,7 +158,9 @@ def test_one_tap_on_rows_of_units(dtype: torch.dtype) -> None:
 def test_what_does_not_stream(name: str, dtype: torch.dtype) -> None:
     """Too few columns, too much padding, sums over filters whose planes are too large, views with gaps."""
     few = (20, 5) if name == "forward" else (20, 4)
-    assert plan_of(name, Case(256, 64, few, (3, 3), padding=(1, 1)), dtype) == "direct"
+    rows_of_many = dtype in HALF  # on tensor cores
+    expected = "toeplitz_small_planes" if rows_of_many else "direct"
+    assert plan_of(name, Case(256, 64, few, (3, 3), padding=(1, 1)), dtype) == expected
     assert plan_of(name, FIRST._replace(padding=(3, 1)), dtype) == "direct"
     whole = meta((16, 64, 512, 512), dtype)
     for gaps in (meta((16, 64, 512, 514), dtype)[..., 1:-1], meta((16, 64, 512, 1024), dtype)[..., ::2], whole.mT):

@@ -64,6 +64,10 @@ WINDOWS_OF_PLANES = [
     ((1, 1), (2, 3), (1, 1)),
     ((2, 3), (9, 5), (1, 1)),  # rows and columns that nothing meets
     ((12, 11), (1, 1), (1, 1)),
+    # Few taps that reach an output, at strides that are compiled.
+    ((6, 12), (2, 3), (1, 1)),
+    ((3, 7), (4, 4), (4, 3)),
+    ((5, 2), (3, 2), (1, 1)),
 ]
 
 
@@ -78,6 +82,26 @@ def test_windows_of_planes_claims() -> None:
             input = input.contiguous(memory_format=target.get("input", torch.contiguous_format))
             output = output.contiguous(memory_format=target.get("output", torch.contiguous_format))
             assert "windows_nchw" not in claims(name, case, input, output), (name, str(case))
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+def test_where_gradients_spread(dtype: torch.dtype) -> None:
+    """At a stride windows go before what gathers, where a few taps reach an output of a plane that is not small."""
+    case = Case(2, 8, (30, 31), (5, 4), (2, 2), (2, 1))
+    for change, spreads in (
+        ({}, True),
+        ({"kernel": (8, 3)}, True),
+        ({"stride": (4, 3)}, True),
+        ({"kernel": (4, 4), "dilation": (2, 3)}, True),
+        ({"kernel": (9, 3)}, False),
+        ({"stride": (5, 2)}, False),
+        ({"stride": (1, 2)}, False),
+        ({"dilation": (3, 1)}, False),
+        ({"multiplier": 2}, False),
+        ({"size": (7, 7)}, False),
+    ):
+        first = plans_of("grad_input", case._replace(**change), dtype)[0]
+        assert (first == "windows_nchw") == spreads, (change, first)
 
 
 def test_what_walks() -> None:

@@ -18,6 +18,7 @@
 #include "few_taps.h"
 #include "launch.h"
 #include "overlap.cuh"
+#include "spread.h"
 #include "stream.cuh"
 #include "window_sides.cuh"
 
@@ -318,6 +319,14 @@ __global__ void __launch_bounds__(kMostThreads, least_blocks<T, kRows>())
     const int channel = a.by_targets.split(image), y0 = rows.first + row, x = columns.first + column;
     T* const target = a.target_of<T>(image, channel, x);
     const Acc bias = a.bias ? (&shared<Acc>(a.biases_at))[plane] : Acc(0);
+    Acc zero = 0;  // or NaN
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) zero = fma(sum[r], Acc(0), zero);
+    if (row + (kRows - 1) * a.row_step < rows.count && (kRows == 1 || zero == 0)) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) target[(y0 + r * a.row_step) * a.target_stride[2]] = narrow<T>(sum[r] + bias);
+      continue;
+    }
     uint32_t again = 0;  // rows whose sums are not finite, as bits
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -391,7 +400,8 @@ int64_t place(Arguments& a, const Cut& cut, int64_t element, int fan_out) {
 // Cycles that it takes if a thread has so many rows, and so many threads share the columns of a kernel: what the
 // schedulers issue, what shared memory delivers, or what a thread waits for one after the other, whichever is most.
 double cost_of(const Arguments& a, int64_t element, int rows, int parts) {
-  constexpr double kThreads = 1024;  // that are under way on a multiprocessor
+  // Threads that are under way on a multiprocessor: where planes are small their filters leave room for fewer.
+  constexpr double kMostResident = 1024, kRoom = 200 << 10;
   const double multiprocessors = current_device().multiprocessors;
   const WindowSide &down = a.rows, &across = a.columns;
   const double units = static_cast<double>(a.target_planes) * strips_of(a, rows, down.out_size) * across.out_size;
@@ -405,7 +415,10 @@ double cost_of(const Arguments& a, int64_t element, int rows, int parts) {
   const double delivered = walks * (pixels * conflicts(apart) + taps);
   const double waited = walks * (rows > 1 ? 30 * taps + 90 : 12 * taps + 60) + 600;
   const double threads = units * parts / multiprocessors, warps = threads / 32;
-  return std::max({warps * issued / 4, warps * delivered, std::max(threads / kThreads, 1.0) * waited}) +
+  const double filter = static_cast<double>(a.fan_in * std::max<int64_t>(element, 4) * across.kernel * down.kernel);
+  const double of_plane = std::min<double>(units * parts / a.target_planes, kMostThreads);
+  const double resident = std::min(kMostResident, kRoom * of_plane / filter);
+  return std::max({warps * issued / 4, warps * delivered, std::max(threads / resident, 1.0) * waited}) +
          (parts > 1 ? 60 + 4 * parts * rows : 0);
 }
 
@@ -422,9 +435,13 @@ Cut choose_cut(Arguments& a, int64_t element, bool has_runs, int fan_out, int64_
       if (least == 0 || cost < least) least = cost, cut.rows = rows, cut.parts = parts;
     }
 
-  // Tiles that give all multiprocessors something to do, and as many threads as they have units.
+  // Tiles that give all multiprocessors something to do, and as many threads as they have units; or some times as many
+  // units, which copy a tile and its weights once, where there are tiles enough all the same.
+  constexpr int64_t kFewTiles = 4, kManyTiles = 8, kMostUnits = 4;
   const int64_t of_plane = strips_of(a, cut.rows, height) * width * cut.parts;
-  const int64_t most = std::clamp<int64_t>(of_plane * a.target_planes / (4 * multiprocessors), 64, kMostThreads);
+  const int64_t of_multiprocessor = of_plane * a.target_planes / multiprocessors;
+  const int64_t units = std::clamp<int64_t>(of_multiprocessor / (kManyTiles * kMostThreads), 1, kMostUnits);
+  const int64_t most = std::clamp<int64_t>(of_multiprocessor / kFewTiles, 64, units * kMostThreads);
   const int rows_at_once = cut.rows * step_of(a, cut.rows);
   const auto cut_rows = [&](int64_t bands) {
     return static_cast<int>(std::min(round_up(ceil_div(height, bands), rows_at_once), height));
@@ -475,6 +492,7 @@ void launch(const Arguments& a, int64_t blocks, int threads, int64_t bytes, cuda
 }  // namespace
 
 void launch_windows_nchw(const Problem& p, cudaStream_t stream) {
+  if (fits_spread(p)) return launch_spread(p, stream);
   const Mapping map(p);
   const int64_t element = size_of(p.dtype);
   Arguments a{map};
