@@ -162,15 +162,18 @@ __device__ void stage(const Arguments& a, unsigned char* shared, int first_plane
 // Whether two filters that a thread has side by side share the channel that they read, or the one that they add up to.
 enum class Share { kNothing, kSource, kTarget };
 
+// Rows of pixels that are under way together, as registers allow: `bytes` are those of a thread's sums.
+constexpr int ahead_of(int rows, int bytes, bool staged) {
+  return std::min(rows, !staged && bytes >= 128 ? 2 : 4);
+}
+
 // Adds what the taps of one column of the kernel find in a column of the source. `from`: what the first of `taps` taps
 // reads for the first of the thread's rows; loads number `begin` to `end` lie inside the image. kStaged: the weights
 // lie in shared memory.
 template <typename T, int kVector, int kRows, bool kStaged, int kSource>
 __device__ void add_taps(Accumulator<T> (&sum)[kRows][kVector], const T* from, int step, int begin, int end,
                          const unsigned char* tap, int tap_step, int taps) {
-  // Loads that are under way together, as registers allow.
-  constexpr int kMost = !kStaged && kRows * kVector * sizeof(Accumulator<T>) >= 128 ? 2 : 4;
-  constexpr int kAhead = kRows < kMost ? kRows : kMost;
+  constexpr int kAhead = ahead_of(kRows, kRows * kVector * sizeof(Accumulator<T>), kStaged);
   Accumulator<T> window[kRows][kSource];
   Vector<T, kSource> pixel[kRows - 1];
 #pragma unroll
@@ -446,10 +449,10 @@ double cycles_of(const Cut& cut, const Problem& p, const Mapping& map, const Sid
   const double task = std::max(issued, loaded) + 0.3 * std::min(issued, loaded);
   // Of a block.
   const double turns = static_cast<double>(ceil_div(tasks, cut.slices));
-  const int64_t ahead = ceil_div(taps, std::min(cut.rows, 4));
+  const int64_t waits = ceil_div(taps, ahead_of(cut.rows, cut.rows * cut.vector * sum, cut.way == kStagedWay));
   const double ends = cut.slices > 1 ? 60 * ceil_div(cut.rows, cut.slices) + 4 * cut.rows * vector : 15.0 * cut.rows;
   double work = kThreads / 32 * (turns * task + (150 + ends) / 4);
-  double wait = 1400 + turns * (830 + 230.0 * (ahead - 1)) + (cut.slices > 1 ? 250 : 0) + 12 * cut.rows;
+  double wait = 1400 + turns * (830 + 230.0 * (waits - 1)) + (cut.slices > 1 ? 250 : 0) + 12 * cut.rows;
   double resident = cut.rows * vector * sum > 32 ? 2 : 3, before = 0;
   if (cut.way == kStagedWay) {
     const double bytes = vector * lanes * element * static_cast<double>(p.taps());
