@@ -2,11 +2,12 @@
 //
 // Row m * stride + q of the padded target reads row m - t of the source by tap q + t * stride: so a group of `stride`
 // rows meets the same few rows of the source. A thread walks down a column of the target, group by group, with these
-// pixels in registers: a group takes one more row of pixels, which is asked for a group ahead. The weights of an output
-// lie side by side in shared memory, zeros where there is no tap; few of them stay in registers. A dilation that
+// pixels in registers: a group takes one more row of pixels, which is asked for some groups ahead. The weights of an
+// output lie side by side in shared memory, zeros where there is no tap; few of them stay in registers. A dilation that
 // divides the stride leaves rows between others without a tap.
 //
-// Zeros stand for pixels and taps that are not there. What is not finite in the end is computed again.
+// Zeros stand for pixels and taps that are not there. Where a sum is not finite in the end, all of the thread's are
+// computed again.
 #include "spread.h"
 
 #include <algorithm>
@@ -60,7 +61,8 @@ __global__ void __launch_bounds__(kThreads, least_blocks(kStride * kRows * kColu
   using Acc = Accumulator<T>;
   constexpr int kTaps = kRows * kColumns;
   using Filter = Weights<Acc, kTaps>;
-  constexpr bool kKept = kStride * sizeof(Filter) <= 144;  // whether a thread keeps its weights in registers
+  constexpr bool kKept = kStride * sizeof(Filter) <= 144;            // whether a thread keeps its weights in registers
+  constexpr int kAhead = kColumns == 1 ? 4 : kColumns == 2 ? 3 : 2;  // rows of pixels that are under way
   extern __shared__ __align__(16) unsigned char shared[];
   Filter* const staged = reinterpret_cast<Filter*>(shared);
 
@@ -68,13 +70,12 @@ __global__ void __launch_bounds__(kThreads, least_blocks(kStride * kRows * kColu
   uint32_t first_plane = first_unit, last_plane = last_unit, plane = min(first_unit + threadIdx.x, last_unit);
   a.by_columns.split(first_plane), a.by_strips.split(first_plane);
   a.by_columns.split(last_plane), a.by_strips.split(last_plane);
-  const bool exists = first_unit + threadIdx.x <= last_unit;
   const int column = a.by_columns.split(plane), strip = a.by_strips.split(plane);
   const int filter = plane - first_plane;
   const int channel = a.by_targets.split(plane), image = plane;
   const Walk across = taps_of(a.columns, a.reach_columns, column);
   int group = a.first_group + strip * a.strip;
-  const int end = min(group + a.strip, a.last_group + 1);
+  const int end = first_unit + threadIdx.x > last_unit ? group : min(group + a.strip, a.last_group + 1);
 
   // The next row of pixels, from which a step down leads to the one after it.
   const T* source = a.source_of<T>(image, channel) + (group - (kRows - 1)) * a.source_stride[2];
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, least_blocks(kStride * kRows * kColu
 #pragma unroll
   for (int c = 0; c < kColumns; ++c) {
     const int x = across.origin + c * across.move;
-    is_column[c] = exists && c < across.count && static_cast<uint32_t>(x) < static_cast<uint32_t>(a.width);
+    is_column[c] = c < across.count && static_cast<uint32_t>(x) < static_cast<uint32_t>(a.width);
     at[c] = x * a.source_stride[3];
   }
   const auto load_row = [&](Vector<T, 1>(&pixel)[kColumns], int y) {
@@ -95,9 +96,12 @@ __global__ void __launch_bounds__(kThreads, least_blocks(kStride * kRows * kColu
   wait_for_kernel_before();
   let_next_kernel_start();
 
-  Vector<T, 1> pixel[kRows][kColumns];  // row number t lies t rows above that of the first group
+  // The rows above that of the first group, and those from that one on.
+  Vector<T, 1> above[kRows][kColumns], ahead[kAhead][kColumns];
 #pragma unroll
-  for (int t = kRows - 1; t >= 0; --t) load_row(pixel[t], group - t);
+  for (int t = kRows - 1; t > 0; --t) load_row(above[t], group - t);
+#pragma unroll
+  for (int n = 0; n < kAhead; ++n) load_row(ahead[n], group + n);
   const uint32_t count = (last_plane - first_plane + 1) * a.outputs * kTaps;
 #pragma unroll 4
   for (uint32_t n = threadIdx.x; n < count; n += kThreads) {
@@ -124,40 +128,41 @@ __global__ void __launch_bounds__(kThreads, least_blocks(kStride * kRows * kColu
 #pragma unroll
   for (int t = 1; t < kRows; ++t)
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) window[t - 1][c] = pixel[t][c][0];
-  int row = group * kStride - a.rows.padding;
-  T* target = a.target_of<T>(image, channel, column) + row * a.target_stride[2];
-  for (; group < end; ++group, row += kStride, target += kStride * a.target_stride[2]) {
+    for (int c = 0; c < kColumns; ++c) window[t - 1][c] = above[t][c][0];
+  const int first = group * kStride - a.rows.padding;
+  T* const targets = a.target_of<T>(image, channel, column);
+  T* target = targets + first * a.target_stride[2];
+  int row = first;
+  Acc zero = 0;  // or NaN
+  const auto has_row = [&](int row) { return static_cast<uint32_t>(row) < static_cast<uint32_t>(a.out_height); };
+  const auto add_group = [&](Vector<T, 1>(&next)[kColumns]) {
 #pragma unroll
     for (int t = kRows - 1; t > 0; --t)
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) window[t][c] = window[t - 1][c];
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) window[0][c] = pixel[0][c][0];
-    load_row(pixel[0], group + 1);
-
-    Acc sum[kStride] = {}, zero = 0;  // or NaN
+    for (int c = 0; c < kColumns; ++c) window[0][c] = next[c][0];
+    load_row(next, group + kAhead);
 #pragma unroll
     for (int q = 0; q < kStride; ++q) {
       const Filter its = kKept ? kept[kKept ? q : 0] : filters[q * a.columns.tap_step];
+      Acc sum = 0;
 #pragma unroll
       for (int t = 0; t < kRows; ++t)
 #pragma unroll
-        for (int c = 0; c < kColumns; ++c) sum[q] = fma(window[t][c], its.tap[t * kColumns + c], sum[q]);
-      zero = fma(sum[q], Acc(0), zero);
+        for (int c = 0; c < kColumns; ++c) sum = fma(window[t][c], its.tap[t * kColumns + c], sum);
+      zero = fma(sum, Acc(0), zero);
+      if (has_row(row + q)) target[q * a.target_stride[2]] = narrow<T>(sum);
     }
-    if (!exists) continue;
-    if (row >= 0 && row + kStride <= a.out_height && zero == 0) {
+    row += kStride, target += kStride * a.target_stride[2];
+  };
+  while (group < end)
 #pragma unroll
-      for (int q = 0; q < kStride; ++q) target[q * a.target_stride[2]] = narrow<T>(sum[q]);
-    } else {
-#pragma unroll
-      for (int q = 0; q < kStride; ++q)
-        if (static_cast<uint32_t>(row + q) < static_cast<uint32_t>(a.out_height))
-          target[q * a.target_stride[2]] =
-              narrow<T>(sum[q] * 0 == 0 ? sum[q] : exact<T>(a, image, channel, row + q, column));
-    }
-  }
+    for (int n = 0; n < kAhead && group < end; ++n, ++group) add_group(ahead[n]);
+  if (zero == 0) return;
+#pragma unroll 1
+  for (int again = first; again < row; ++again)
+    if (has_row(again)) targets[again * a.target_stride[2]] = narrow<T>(exact<T>(a, image, channel, again, column));
 }
 
 // Calls visit() with the first of the compiled numbers that is not less.
