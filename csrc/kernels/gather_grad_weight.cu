@@ -51,8 +51,11 @@ __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
   using Number = Accumulator<T>;
   constexpr GatherPatch kShape = kGatherPatches[kPatch];
   constexpr int kRows = kShape.rows, kColumns = kShape.columns, kTaps = kRows * kColumns, kTogether = kShape.together;
-  constexpr int kSums = kTaps + 1;  // the last one is the bias's
-  __shared__ Number sums[kGatherThreads / 32][kSums * 32], totals[kSums * 32];
+  constexpr int kSums = kTaps + 1;                        // the last one is the bias's
+  extern __shared__ __align__(8) unsigned char shared[];  // the sums of each warp, and behind them those of the block
+  Number* const sums = reinterpret_cast<Number*>(shared);
+  const int pitch = kSums << a.lane_bits, warps = blockDim.x / 32;
+  Number* const totals = sums + warps * pitch;
   const int lanes = 1 << a.lane_bits, splits = 1 << a.split_bits, split = blockIdx.x & (splits - 1);
   uint32_t group = blockIdx.x >> a.split_bits;
   const int first_column = static_cast<int>(a.by_patch_columns.split(group)) * kColumns;
@@ -119,7 +122,7 @@ __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2)
       if (offset >= lanes) sum[t] += __shfl_down_sync(~0u, sum[t], offset);
-    if (threadIdx.x % 32 < lanes) sums[threadIdx.x / 32][(t << a.lane_bits) + lane] = sum[t];
+    if (threadIdx.x % 32 < lanes) sums[threadIdx.x / 32 * pitch + (t << a.lane_bits) + lane] = sum[t];
   }
   __syncthreads();
   const auto write = [&](int n, Number total) {
@@ -129,10 +132,10 @@ __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
                                                       : tap_row < a.kernel_h && tap_column < a.kernel_w;
     if (exists && to < a.filters) a.template put<T>(0, is_bias ? a.taps : tap_row * a.kernel_w + tap_column, to, total);
   };
-  for (int n = threadIdx.x; n < kSums << a.lane_bits; n += blockDim.x) {
+  for (int n = threadIdx.x; n < pitch; n += blockDim.x) {
     Number total = 0;
 #pragma unroll 4
-    for (int warp = 0; warp < blockDim.x / 32; ++warp) total += sums[warp][n];
+    for (int warp = 0; warp < warps; ++warp) total += sums[warp * pitch + n];
     if (splits == 1)
       write(n, total);
     else
@@ -141,7 +144,7 @@ __global__ void __launch_bounds__(kGatherThreads, kGatherBlocks)
   if (splits == 1) return;
   meet_in_cluster();
   if (split == 0)
-    for (int n = threadIdx.x; n < kSums << a.lane_bits; n += blockDim.x) {
+    for (int n = threadIdx.x; n < pitch; n += blockDim.x) {
       Number total = 0;
 #pragma unroll 1
       for (int block = 0; block < splits; ++block) total += *in_block(&totals[n], block);
@@ -167,10 +170,11 @@ void launch_gather_grad_weight(const Problem& p, cudaStream_t stream) {
     a.by_patch_columns = Divider(ceil_div(p.kernel_w, patch.columns));
     const int64_t threads = ceil_div(int64_t{a.units} << a.lane_bits, int64_t{patch.together} << a.split_bits);
     const auto launch_if = [&]<int kPatch>(std::integer_sequence<int, kPatch>) {
-      if (shape.patch == kPatch)
-        launch_early<Arguments>(gather_grad_weight<T, kPatch>, a, shape.blocks,
-                                static_cast<int>(std::min<int64_t>(32 * ceil_div(threads, 32), kGatherThreads)), stream,
-                                {.cluster = 1 << a.split_bits});
+      if (shape.patch != kPatch) return;
+      const int64_t warps = std::min<int64_t>(ceil_div(threads, 32), kGatherThreads / 32);
+      const int64_t bytes = (warps + 1) * (patch.rows * patch.columns + 1) * sizeof(Accumulator<T>) << a.lane_bits;
+      launch_early<Arguments>(gather_grad_weight<T, kPatch>, a, shape.blocks, static_cast<int>(32 * warps), stream,
+                              {.cluster = 1 << a.split_bits, .shared_bytes = bytes});
     };
     [&]<int... kPatch>(std::integer_sequence<int, kPatch...>) {
       (launch_if(std::integer_sequence<int, kPatch>{}), ...);
