@@ -146,10 +146,11 @@ bool claims_toeplitz_large(const Problem& p) {
   if (!is_large_kernel(p) && (p.out_height * p.out_width < kFewPixels || (!have_rows(p) && p.taps() < kFewTaps)))
     return false;
   // Copies of images take longer than a few taps for each output by itself, as rows that come element by element do
-  // where outputs are few.
-  constexpr int64_t kFewForCopies = 32, kShortSum = 40, kFewProducts = 12 << 20;
-  if ((p.stride_h > 1 || !have_rows(p)) && p.taps() <= kFewForCopies) return false;
+  // where outputs are few, or more of them at a stride, where bands are mostly multiplied for others.
+  constexpr int64_t kFewForCopies = 32, kFewAtStride = 64, kShortSum = 40, kFewProducts = 12 << 20;
   const bool loads_slowly = !have_rows(p) || p.width % 2 != 0 || p.out_width % 2 != 0;
+  const int64_t few = p.stride_h > 1 && loads_slowly ? kFewAtStride : kFewForCopies;
+  if ((p.stride_h > 1 || !have_rows(p)) && p.taps() <= few) return false;
   const int64_t outputs = target_channels(p) * target_height(p) * target_width(p);  // of an image
   return !(loads_slowly && p.taps() <= kShortSum && outputs <= kFewProducts / p.taps() / p.batch);
 }
