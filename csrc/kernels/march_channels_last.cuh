@@ -274,11 +274,16 @@ __global__ void __launch_bounds__(way != Way::kThreads ? Tile::kBulkThreads : Ti
       if (Tile::kLoading > 0) {
         // A group is waited for when the next but one is asked for: later, others would wait for it.
         constexpr uint32_t kBehind = 2;
-        uint32_t i = 0;
-        for (; load_group(i); ++i)
-          if (clears && i >= kBehind) clear_group(i - kBehind);
-        if (clears)
-          for (uint32_t last = i > kBehind ? i - kBehind : 0; last < i; ++last) clear_group(last);
+        uint32_t loaded = 0;
+        for (uint32_t i = 0;; ++i) {
+          if (load_group(i))
+            ++loaded;
+          else if (!clears)
+            break;
+          if (!clears || i < kBehind) continue;
+          if (i - kBehind >= loaded) break;
+          clear_group(i - kBehind);
+        }
         return;
       }
       load_group(0), load_group(1);

@@ -205,6 +205,7 @@ class ShiftedLoader : public BulkLoader {
   __device__ ShiftedLoader(const Pixels& p, int slab, int first_column, int width)
       : BulkLoader(p, slab, first_column, width) {
     bytes_ += kUnit;
+    last_ = min(p.columns, width - first_column) * p.pitch;
   }
 
   __device__ void load(const Pixels& p, int to, int barrier) const {
@@ -221,8 +222,11 @@ class ShiftedLoader : public BulkLoader {
     constexpr int kSize = sizeof(uint16_t), kElements = kUnit / kSize;
     const int lane = threadIdx.x % (2 * kElements), at = lane % kElements * kSize;
     const bool first = lane < kElements;
-    if (first == (at < p.shift)) shared<uint16_t>(to + to_ + (first ? 0 : bytes_ - kUnit) + at) = 0;
+    if (first == (at < p.shift)) shared<uint16_t>(to + (first ? to_ : last_) + at) = 0;
   }
+
+ private:
+  int last_;  // where the last unit of a row leads that comes as one run
 };
 
 // Of pixels that fit no units: a row as one run, or slabs of as many units each, wherever they begin.
