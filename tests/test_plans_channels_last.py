@@ -308,7 +308,7 @@ def test_march_of_many_rows_of_three_channels(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_marches_of_arrays_that_begin_anywhere(tile: tuple, dtype: torch.dtype) -> None:
     """Arrays without gaps, a few elements behind 16 bytes: pixels that are whole units of 16 bytes, and others."""
-    for number, channels in enumerate((24, 200, 37, 3, 600)):
+    for number, channels in enumerate((24, 200, 37, 3, 600, 264)):
         for offsets in ((1, 1), (1, 0), (0, 3), (6, 2), (4, 8)):
             case = tile_case(tile, 3, channels, (13, 17 + number), multiplier=1 + (number + offsets[0]) % 2)
             problem = Problem(case, dtype, torch.channels_last)

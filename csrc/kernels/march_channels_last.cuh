@@ -159,9 +159,9 @@ __device__ inline bool all_of(int threads, bool value) {
 __device__ inline void init_barriers(int warps) {
   if (threadIdx.x % 32 == 0)
     for (int i = 0; i < kGroups; ++i)
-      init_barrier(Barriers::full(i), 1), init_barrier(Barriers::done(i), warps * kWarpArrivals),
-          init_barrier(kCopiesBarrier + 8 * i, 1);
-  if (threadIdx.x % 32 == 0) init_barrier(kTapsBarrier, 1);
+      init_barrier(Barriers::full(i), kWarpArrivals), init_barrier(Barriers::done(i), warps * kWarpArrivals),
+          init_barrier(kCopiesBarrier + 8 * i, kWarpArrivals);
+  if (threadIdx.x % 32 == 0) init_barrier(kTapsBarrier, kWarpArrivals);
   before_bulk_copies();
   __syncwarp();
 }
@@ -211,6 +211,7 @@ __global__ void __launch_bounds__(way != Way::kThreads ? Tile::kBulkThreads : Ti
   const int warps = (a.threads + 31) / 32;  // without the one that loads
   const int taps_at = kRing + a.ring_bytes + (kStages ? warps * a.stage_bytes : 0) + 2 * a.row_bytes,
             taps_shift = kShifted ? a.taps_shift : 0;
+  const bool bulk_taps = kBulk && Tile::kBulkTaps && a.taps_bytes > 0;
   using Loader =
       std::conditional_t<!kBulk, RowLoader,
                          std::conditional_t<Tile::kBoxes, BoxLoader,
@@ -218,28 +219,6 @@ __global__ void __launch_bounds__(way != Way::kThreads ? Tile::kBulkThreads : Ti
                                                                std::conditional_t<kJoined, JoinedLoader, BulkLoader>>>>;
   Feed<Tile, Loader> feed(a, slab_channel * kSize, source_column, begin, end);
   const bool loads = kBulk && (Tile::kLoading > 0 ? threadIdx.x >= 32 * warps : threadIdx.x < 32);
-  const auto load_taps = [&] {
-    if (!Tile::kBulkTaps || a.taps_bytes == 0) return;
-    const int first = slab * kChannels * kFan * kTaps * kSize;
-    const int bytes = min(a.lanes * kChannels, a.filters - slab * kChannels) * kFan * kTaps * kSize;
-    const int head = kShifted ? min((kUnit - taps_shift) % kUnit, bytes) : 0, end = head + ((bytes - head) & -kUnit);
-    const int lane = threadIdx.x % 32, to = taps_at + taps_shift;
-    const char* from = a.taps + first;
-    // Whole units by a bulk copy, what is before and behind them by the lanes.
-    if (lane == 0 && head < end) {
-      expect_bytes(kTapsBarrier, end - head);
-      copy_bulk(shared_address(to + head), from + head, end - head, kTapsBarrier);
-    }
-    const int near = 2 * lane, far = end + 2 * lane;
-    uint16_t low = 0, high = 0;
-    if (near < head) low = *reinterpret_cast<const uint16_t*>(from + near);
-    if (far < bytes) high = *reinterpret_cast<const uint16_t*>(from + far);
-    if (near < head) shared<uint16_t>(to + near) = low;
-    if (far < bytes) shared<uint16_t>(to + far) = high;
-    __syncwarp();
-    if (lane == 0) arrive(kTapsBarrier);
-    __syncwarp();
-  };
   // Whether the warp that loads clears what comes with rows of shifted pixels beside the image, or others mask it:
   // where rows take little time, or there is little to mask, that is less than others would wait.
   constexpr bool kClears = kShifted && Tile::kLoading > 0 && Tile::kFan == 1 && Tile::kKernelW > 1;
@@ -250,7 +229,7 @@ __global__ void __launch_bounds__(way != Way::kThreads ? Tile::kBulkThreads : Ti
     const int stage = i % kGroups, barrier = clears ? kCopiesBarrier + 8 * stage : Barriers::full(stage);
     if (i >= kGroups) wait(Barriers::done(stage), (i / kGroups - 1) % 2);
     if constexpr (kBulk) feed.load(a, barrier);
-    if (threadIdx.x % 32 == 0) arrive(barrier);
+    arrive_together(barrier, threadIdx.x % 32 == 0);
     return true;
   };
   // Clears what is beside a group when it is there, and hands it to the others.
@@ -259,8 +238,7 @@ __global__ void __launch_bounds__(way != Way::kThreads ? Tile::kBulkThreads : Ti
     wait(kCopiesBarrier + 8 * stage, i / kGroups % 2);
     if constexpr (kClears) feed.clear_beside(a, stage);
     before_bulk_copies();
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) arrive(Barriers::full(stage));
+    arrive_together(Barriers::full(stage), threadIdx.x % 32 == 0);
   };
   if constexpr (kBulk) {
     if (loads) {
@@ -270,23 +248,28 @@ __global__ void __launch_bounds__(way != Way::kThreads ? Tile::kBulkThreads : Ti
       feed.find(a);
       settle_and_wait_for_kernel_before(a.group);
       let_next_kernel_start();
-      load_taps();
+      const int first = slab * kChannels, count = min(a.lanes * kChannels, a.filters - first);
+      constexpr int kTapBytes = kFan * kTaps * kSize;  // of a filter
+      TapsLoader taps(a.taps + first * kTapBytes, taps_at + taps_shift, count * kTapBytes, taps_shift);
+      if (bulk_taps) taps.begin(kTapsBarrier);
       if (Tile::kLoading > 0) {
         // A group is waited for when the next but one is asked for: later, others would wait for it.
         constexpr uint32_t kBehind = 2;
         uint32_t loaded = 0;
         for (uint32_t i = 0;; ++i) {
-          if (load_group(i))
-            ++loaded;
-          else if (!clears)
-            break;
+          const bool any = load_group(i);
+          loaded += any;
+          if (bulk_taps && i == 0) taps.finish(kTapsBarrier);
+          if (!any && !clears) break;
           if (!clears || i < kBehind) continue;
           if (i - kBehind >= loaded) break;
           clear_group(i - kBehind);
         }
         return;
       }
-      load_group(0), load_group(1);
+      load_group(0);
+      if (bulk_taps) taps.finish(kTapsBarrier);
+      load_group(1);
     }
     if (!Tile::kBoxes && !(kJoined && a.source.joined))
       clear_columns(a.source, source_column, a.width, kRing, a.slot_bytes, a.ring_bytes, 32 * warps);
@@ -317,7 +300,6 @@ __global__ void __launch_bounds__(way != Way::kThreads ? Tile::kBulkThreads : Ti
 #pragma unroll
         for (int j = 0; j < Tile::kKernelW; ++j) weight[c][i][j] = widen(tap(c, i, j));
   };
-  const bool bulk_taps = kBulk && Tile::kBulkTaps && a.taps_bytes > 0;
   if (bulk_taps) wait(kTapsBarrier, 0);
   if (live) {
     if (bulk_taps) {

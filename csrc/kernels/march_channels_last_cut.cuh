@@ -19,6 +19,7 @@ struct Deal {
 // How a pass is cut: see March.
 struct Cut {
   int lanes, strips, group;
+  int line;  // see cut_pixels
   Deal deal;
 };
 
@@ -52,28 +53,31 @@ void apply(March& a, const Cut& cut, const TileSize& tile, int64_t element) {
   a.warp_strips = narrow ? 32 / cut.lanes : 0;
   a.threads = narrow ? static_cast<int>(ceil_div(cut.strips, a.warp_strips)) * 32 : cut.lanes * cut.strips;
   const int64_t source_part = part * a.fan_in / a.fan_out;
-  a.source.row_runs = a.bulk && tile.shifts && shifted && source_part == a.source.bytes && !narrow && !a.split_stores;
+  if (shifted)
+    a.bulk = a.bulk && tile.shifts && !narrow && !a.split_stores;
+  else
+    a.bulk = a.bulk && !split;
+  // A bulk copy of less than some 500 bytes takes longer than its bytes do; but where a row of outputs takes two rows,
+  // other copies take as many instructions as the products do.
+  const int least = tile.boxes ? kUnit : tile.step > 1 ? 384 : 512;
+  const auto pays = [&](int64_t bytes, int64_t pixel) { return bytes == pixel || bytes >= least; };
+  // Pixels of more bytes take no longer each by itself than as a run, and leave nothing to clear.
+  constexpr int kMostRun = 1 << 10;
+  a.source.row_runs = a.bulk && shifted && source_part == a.source.bytes && source_part < kMostRun;
   // Slabs of pixels that are no whole units, where a block has too few threads for all channels.
   constexpr int kLeastApart = 256;
   const int room = tile.threads_per_block[a.bulk] - (a.bulk ? tile.loading : 0);
   const bool apart = a.bulk && tile.joins && tile.channels < 3 && a.source.joined && a.filters > room * tile.channels &&
                      source_part >= kLeastApart;
-  cut_pixels(a.source, source_part, (cut.strips * tile.strip - 1) * tile.step + tile.extent_w, a.threads, apart);
-  // A bulk copy of less than some 500 bytes takes longer than its bytes do; but where a row of outputs takes two rows,
-  // other copies take as many instructions as the products do.
-  const int least = tile.boxes ? kUnit : tile.step > 1 ? 384 : 512;
-  const auto pays = [&](int64_t bytes, int64_t pixel) { return bytes == pixel || bytes >= least; };
-  if (shifted)
-    a.bulk = a.bulk && tile.shifts && !narrow && !a.split_stores;
-  else
-    a.bulk = a.bulk && !split;
+  const int line = a.bulk ? cut.line : kUnit;
+  cut_pixels(a.source, source_part, (cut.strips * tile.strip - 1) * tile.step + tile.extent_w, a.threads, line, apart);
   a.bulk = a.bulk && (a.source.joined  ? tile.joins
                       : a.source.apart ? true
                                        : a.source.unit == kUnit && pays(a.source.slab_bytes, a.source.pixel_bytes));
   if (tile.boxes)
     a.bulk = a.bulk && a.source.slab_bytes % kUnit == 0 && a.source.slab_bytes <= kMostBoxSide * element &&
              a.source.columns <= kMostBoxSide;
-  a.slot_bytes = a.source.ring_row_bytes();
+  a.slot_bytes = static_cast<int>(round_up(a.source.ring_row_bytes(), line));
   if (tile.boxes && a.bulk) a.slot_bytes = static_cast<int>(round_up(a.slot_bytes, kBoxUnit));
   a.ring_bytes = kGroups * cut.group * a.slot_bytes;
   const int row_bytes = static_cast<int>(round_up(cut.strips * tile.strip * tile.pair * pixel_bytes, kUnit));
@@ -215,15 +219,24 @@ Cut cut_for(const March& whole, const TileSize& tile, int64_t element, const Dev
       // As few strips as make so many spans.
       if (strips > 1 && strips < strips_w && ceil_div(strips_w, strips) == ceil_div(strips_w, strips - 1)) continue;
       for (const int group : {1, 2, 3}) {
-        March a = whole;
-        apply(a, {static_cast<int>(lanes), static_cast<int>(strips), group}, tile, element);
-        const int64_t resident = resident_blocks(a, tile, d);
+        March a;
+        Cut cut{static_cast<int>(lanes), static_cast<int>(strips), group, kUnit, {}};
+        const auto blocks_for = [&](int line) {
+          a = whole, cut.line = line;
+          apply(a, cut, tile, element);
+          return resident_blocks(a, tile, d);
+        };
+        const int64_t resident = blocks_for(kUnit);
         if (resident == 0) continue;
+        // Of shifted pixels, as long a line as leaves room for as many blocks.
+        constexpr int kLine = 128;
+        if (a.bulk && a.source.shift > 0)
+          for (int line = kLine; blocks_for(line) < resident; line /= 2) continue;
         const bool few = a.threads < kFewThreads && a.warp_strips == 0;
         for_each_deal(a, tile, resident, d, [&](const Deal& deal) {
           take(a, deal);
           const double time = time_of(a, tile, element, resident, d) * (few ? 4 : 1);
-          if (time < best_time * 0.995) best_time = time, best = {a.lanes, a.strips, group, deal};
+          if (time < best_time * 0.995) best_time = time, best = cut, best.deal = deal;
         });
       }
     }

@@ -30,8 +30,9 @@ struct Pixels {
   // begins in. In shared memory slabs, too, lie at the same place within 16 bytes, and so far apart that none shares a
   // unit with another.
   bool apart;
-  // Whether rows of shifted pixels are copied as one run of units, too, where a block has all channels. There are zeros
-  // beside the image, but for what the first and the last unit have of the pixels around, until that is cleared.
+  // Whether rows of shifted pixels are copied as one run of units, too: where a block has all channels, and they are
+  // too few for a copy of each pixel. There are zeros beside the image, but for what the first and the last unit have
+  // of the pixels around, until that is cleared.
   bool row_runs;
   const char *begin, *end;  // of the array, if it has no gaps
   // Units of a slab's pixel; pixels that threads load together, and the steps to the next ones.
@@ -168,11 +169,12 @@ __device__ inline void load_bytes(const Pixels& p, int to, const char* from, int
 // The same as RowLoader by bulk copies, which one warp begins: one for a pixel, or for a row of pixels without gaps.
 class BulkLoader {
  public:
-  __device__ BulkLoader(const Pixels& p, int slab, int first_column, int width) {
+  // `runs`: whether pixels without gaps are one copy.
+  __device__ BulkLoader(const Pixels& p, int slab, int first_column, int width, bool runs = true) {
     before_ = max(-first_column, 0);
     pixels_ = min(p.columns, width - first_column) - before_;
     bytes_ = min(p.slab_bytes, p.bytes - slab);
-    if (p.pixel_bytes == bytes_) bytes_ *= pixels_, pixels_ = 1;
+    if (runs && p.pixel_bytes == bytes_) bytes_ *= pixels_, pixels_ = 1;
     to_ = before_ * p.pitch;
     offset_ = static_cast<int64_t>(first_column + before_) * p.pixel_bytes + slab;
   }
@@ -199,11 +201,11 @@ class BulkLoader {
   const char* from_;
 };
 
-// Of shifted pixels, a unit more of each.
+// Of shifted pixels, a unit more of each, or of a row.
 class ShiftedLoader : public BulkLoader {
  public:
   __device__ ShiftedLoader(const Pixels& p, int slab, int first_column, int width)
-      : BulkLoader(p, slab, first_column, width) {
+      : BulkLoader(p, slab, first_column, width, p.row_runs) {
     bytes_ += kUnit;
     last_ = min(p.columns, width - first_column) * p.pitch;
   }
@@ -261,6 +263,39 @@ class JoinedLoader : public BulkLoader {
   }
 };
 
+// Weights of a block on their way to shared memory, which one warp begins: whole units by a bulk copy, what is before
+// and behind them by its lanes, an element each, which they have meanwhile.
+class TapsLoader {
+ public:
+  // `shift`: bytes that they begin behind a unit, there and here.
+  __device__ TapsLoader(const char* from, int to, int bytes, int shift) : from_(from), to_(to) {
+    constexpr int kSize = sizeof(uint16_t), kElements = kUnit / kSize;
+    const int lane = threadIdx.x % 32;
+    head_ = min((kUnit - shift) % kUnit, bytes), tail_ = head_ + ((bytes - head_) & -kUnit);
+    at_ = lane < kElements ? lane * kSize : tail_ + (lane - kElements) * kSize;
+    own_ = lane < 2 * kElements && at_ < (lane < kElements ? head_ : bytes);
+  }
+
+  __device__ void begin(int barrier) {
+    if (threadIdx.x % 32 == 0 && head_ < tail_) {
+      expect_bytes(barrier, tail_ - head_);
+      copy_bulk(shared_address(to_ + head_), from_ + head_, tail_ - head_, barrier);
+    }
+    if (own_) element_ = *reinterpret_cast<const uint16_t*>(from_ + at_);
+  }
+
+  __device__ void finish(int barrier) const {
+    if (own_) shared<uint16_t>(to_ + at_) = element_;
+    arrive_together(barrier, threadIdx.x % 32 == 0);
+  }
+
+ private:
+  const char* from_;
+  int to_, head_, tail_, at_;  // where units begin, and what is behind them; the lane's element
+  bool own_;                   // whether it has one
+  uint16_t element_ = 0;
+};
+
 // Fills in how an array lies in memory.
 inline Pixels pixels_of(const View& view, int64_t element, int64_t channels, int64_t height, int64_t width,
                         int64_t batch) {
@@ -280,14 +315,17 @@ inline Pixels pixels_of(const View& view, int64_t element, int64_t channels, int
   return p;
 }
 
-// Fills in what a block of `threads` has of it, at least as many as there are units in a pixel.
-inline void cut_pixels(Pixels& p, int64_t slab_bytes, int64_t columns, int threads, bool apart = false) {
-  const int more = p.shift > 0 && !p.row_runs ? kUnit : 0;
-  p.slab_bytes = static_cast<int>(slab_bytes), p.pitch = p.slab_bytes + more, p.columns = static_cast<int>(columns);
+// Fills in what a block of `threads` has of it, at least as many as there are units in a pixel. Pixels are as far apart
+// in shared memory as in the array but for a multiple of `line` bytes: bulk copies are faster whose bytes have the same
+// place in a line in both.
+inline void cut_pixels(Pixels& p, int64_t slab_bytes, int64_t columns, int threads, int line, bool apart) {
+  const int bytes = static_cast<int>(slab_bytes) + (p.shift > 0 && !p.row_runs ? kUnit : 0);
+  p.slab_bytes = static_cast<int>(slab_bytes), p.columns = static_cast<int>(columns);
+  p.pitch = p.row_runs || line <= kUnit ? bytes : bytes + (p.pixel_bytes - bytes % line + line) % line;
   p.joined = p.joined && slab_bytes == p.bytes, p.apart = apart;
   if (apart) p.pitch = static_cast<int>(round_up(slab_bytes + kUnit - 1, kUnit)) + kUnit + p.pixel_bytes % kUnit;
   while (slab_bytes < p.bytes && slab_bytes % p.unit != 0) p.unit /= 2;
-  p.units = p.pitch / p.unit, p.together = std::max(threads / p.units, 1);
+  p.units = bytes / p.unit, p.together = std::max(threads / p.units, 1);
   p.from_step = p.together * p.pixel_bytes, p.to_step = p.together * p.pitch;
   p.by_units = Divider(p.units);
 }
