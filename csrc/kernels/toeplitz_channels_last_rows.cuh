@@ -56,6 +56,13 @@ struct Shape {
     uint32_t words[kWords];
   };
   static constexpr int kFirst = kLie == Lie::kSix ? 1 : 0;  // of two words that are read at once
+  // Whether one read brings two words of which a warp has two channels: those of a half of a unit. The pixels that a
+  // warp reads at once lie in as many units as four reads take, be it of 4 bytes or of 8.
+  static __device__ bool reads_both(uint32_t at) { return kWords == 2 && kOdd == 1 && (at - 2) % 8 == 0; }
+  static __device__ void read_both(Pixel& pixel, uint32_t at) {
+    const uint2 half = shared_at<uint2>(at - 2);
+    pixel.words[0] = half.x, pixel.words[kWords - 1] = half.y;
+  }
   // Reads them but for the word that is read late.
   static __device__ void read_pixel(Pixel& pixel, uint32_t at) {
     if constexpr (kChannels == 4 && kLie != Lie::kWords) {

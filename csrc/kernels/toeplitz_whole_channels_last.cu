@@ -70,14 +70,21 @@ __device__ void march(const Toeplitz& a, int slab, int, int begin, int end, uint
   int slot = 0, loaded = 0;  // of the next source rows in the ring, and of the next ones to load
   // Pixels of two rows, which a step multiplies when they were read in the step before.
   typename Shape::Pixel pixels[2][2][2];
+  const bool both = Shape::reads_both(from);
   const auto load_pixels = [&] {
+    const auto load = [&](auto&& read) {
 #pragma unroll
-    for (int k = 0; k < 2; ++k)
+      for (int k = 0; k < 2; ++k)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const uint32_t place = from + slot + k * (a.slot_bytes / 2) + Shape::place_of(8 * h);
-        Shape::read_pixel(pixels[k][h][0], place), Shape::read_pixel(pixels[k][h][1], place + Shape::place_of(1));
-      }
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+          for (int j = 0; j < 2; ++j)
+            read(pixels[k][h][j], from + slot + k * (a.slot_bytes / 2) + Shape::place_of(8 * h) + Shape::place_of(j));
+    };
+    if (both)
+      load(Shape::read_both);
+    else
+      load(Shape::read_pixel);
     slot = next_place(slot, a.slot_bytes, a.ring_bytes);
   };
   wait_copies<Shape::kPending>();
