@@ -9,11 +9,11 @@
 //
 // Arrays may begin anywhere within 16 bytes: pixels are counted from the multiple before. Then a row of the gradient
 // ends within 8 of them, in two places, and another warp has these for the other row. What is beside a plane of the
-// input in its first and its last 16 bytes becomes zero, which is some more warp's to do.
+// input in its first and its last 16 bytes is in the row above it or below, and becomes zero as it is read.
 //
-// A block has a channel, of 14 rows of the gradient and 16 images at a time. Two warps do nothing but load: by bulk
-// copies on sm_90 and later, by cp.async before. Rows outside the image are zeros. That is exact unless the gradient is
-// Inf or NaN: so sums that are finite are right, and the others are taken again, product by product.
+// A block has a channel, of 14 rows of the gradient and 16 images at a time. Some warps do nothing but load: two by
+// bulk copies on sm_90 and later, more by cp.async before. Rows outside the image are zeros. That is exact unless the
+// gradient is Inf or NaN: so sums that are finite are right, and the others are taken again, product by product.
 #include "stride2_grad_weight_nchw.h"
 
 #include <algorithm>
@@ -32,12 +32,13 @@ constexpr int kColumns = 28, kRowBytes = 2 * kColumns;  // of the gradient
 constexpr int kRows = 14;                               // of the gradient that are loaded together
 constexpr int kReach = 3, kKernel = 2 * kReach + 1;     // rows and columns around twice a gradient's that taps are in
 constexpr int kPhases = 7, kPairs = kRows / 2;          // warps that multiply, pairs of rows
-constexpr int kLoaders = 2, kMostWarps = 12;            // warps; more leave too few registers
+constexpr int kLoaders = 2, kMoreLoaders = 5;           // warps that load, by bulk copies and otherwise
+constexpr int kMostWarps = 12;                          // more leave too few registers
 constexpr int kSourceRowBytes = 2 * kRowBytes, kSourceRows = 2 * (kRows - 1) + kKernel;
-constexpr int kSourceBytes = kSourceRows * kSourceRowBytes;
+constexpr int kSourceBytes = kSourceRows * kSourceRowBytes, kSourceUnits = kSourceRowBytes / kUnit;
 constexpr int kBandBytes = kRows * kRowBytes;  // of a gradient plane
 constexpr int kStages = 2;
-constexpr int kFull = 0, kDone = 32, kCut = 64;                                    // where barriers are
+constexpr int kFull = 0, kDone = 32;                                               // where barriers are
 constexpr int kSlots = kKernel * kKernel + 1, kSlotPitch = kPhases * kPixels + 1;  // of what is added up at the end
 static_assert(kTotalsBarrier >= kFull + 8 * kStages && kTotalsBarrier < kDone);
 static_assert(kPhases * kPixels == 2 * kColumns);
@@ -65,6 +66,7 @@ struct Stride2 {
   bool bulk;          // copies
   bool anywhere;      // whether an array begins between units
   int workers;        // warps that multiply
+  int loaders;        // warps that load
   int height, bands;  // of the input; of kRows rows of the gradient
   int kernel_h, kernel_w, padding_h, padding_w, dilation_h, dilation_w;
   int images, filters, groups, splits;
@@ -163,31 +165,21 @@ __global__ void __launch_bounds__(32 * (kPlain ? kPhases + kLoaders : kMostWarps
   const int steps = (last - first) * a.bands;
   if (cluster) enter_cluster(split == 0, kTotalsBarrier, 4 * a.splits * kFilters * slots);
   const bool anywhere = !kPlain && a.anywhere;
-  const int workers = kPlain ? kPhases : a.workers;
+  const int workers = kPlain ? kPhases : a.workers, loaders = kPlain ? kLoaders : a.loaders;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i)
-      init_barrier(kFull + 8 * i, kPlain ? kLoaders : kLoaders * ((a.bulk ? 0 : 32) + kWarpArrivals)),
-          init_barrier(kDone + 8 * i, workers * kWarpArrivals), init_barrier(kCut + 8 * i, kWarpArrivals);
+      init_barrier(kFull + 8 * i, kPlain ? kLoaders * kWarpArrivals : loaders * ((a.bulk ? 0 : 32) + kWarpArrivals)),
+          init_barrier(kDone + 8 * i, workers * kWarpArrivals);
     before_bulk_copies();
   }
   let_next_kernel_start();
   __syncthreads();
   wait_for_kernel_before();
 
-  if (anywhere && warp == workers + kLoaders) {
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
-      const int stage = step % kStages, image = kHead + stage * Place::kBytes + lane % kImages * Place::kSource;
-      wait(kFull + 8 * stage, step / kStages & 1);
-      const SourceRows rows(a, step % a.bands);
-      const bool last = lane >= kImages;
-      if (a.source.shift > 0 && (last ? rows.end == a.height : rows.begin == 0))
-        keep_part(image + rows.before + (last ? rows.bytes() : 0), a.source.shift, last);
-      before_bulk_copies();  // to the same place
-      arrive_together(kCut + 8 * stage, lane == 0);
-    }
-  } else if (warp >= workers) {
-    const bool input = warp == workers;
+  if (warp >= workers) {
+    const int grad_loaders = loaders / 2, input_loaders = loaders - grad_loaders;
+    const bool input = warp < workers + input_loaders;
+    const int loader = warp - workers - (input ? 0 : input_loaders);
     const Stride2Planes& v = input ? a.source : a.grad;
     const int plane_bytes = (input ? 4 : 1) * a.bands * kBandBytes, pitch = input ? Place::kSource : Place::kGrad;
     const int first_plane = input ? channel : channel * kFilters;
@@ -202,18 +194,6 @@ __global__ void __launch_bounds__(32 * (kPlain ? kPhases + kLoaders : kMostWarps
       const SourceRows rows(a, band);
       const int before = input ? rows.before : 0, bytes = input ? rows.bytes() : kBandBytes;
       const int behind = !kPlain && v.shift > 0 ? kUnit : 0;  // to be loaded behind the rows, for those before
-      const auto clear = [&](int from, int size) {
-        for (int at = lane * kUnit; at < size; at += 32 * kUnit) shared<uint4>(from + at) = uint4{};
-      };
-      if (input && (step < kStages || a.bands % kStages != 0))  // else the stage had the same rows before
-#pragma unroll 1
-        for (int n = 0; n < images; ++n) {
-          clear(to + n * pitch, before);
-          clear(to + n * pitch + before + bytes + behind, kSourceBytes - before - bytes);
-        }
-      for (int n = images; n < kImages; ++n) clear(to + n * pitch, pitch);
-      before_bulk_copies();
-      __syncwarp();
       const char* const from =
           plane + image * v.image_bytes + (input ? rows.begin * kSourceRowBytes : band * kBandBytes);
       if constexpr (kPlain) {
@@ -226,7 +206,6 @@ __global__ void __launch_bounds__(32 * (kPlain ? kPhases + kLoaders : kMostWarps
             copy_bulk(slot, run, bytes, full);
             if (kFilters == 2 && !input) copy_bulk(slot + Place::kBand, run + plane_bytes, kBandBytes, full);
           }
-          arrive(full);
         }
       } else {
 #pragma unroll 1
@@ -237,11 +216,26 @@ __global__ void __launch_bounds__(32 * (kPlain ? kPhases + kLoaders : kMostWarps
                                (input ? rows.end == a.height : band == a.bands - 1) &&
                                (image + images == a.images || !v.joined);
           load_images(from + int64_t{f} * plane_bytes - v.shift, v.image_bytes, images, to + before + f * Place::kBand,
-                      pitch, is_first ? v.shift : 0, bytes + (is_last ? v.shift : behind), full, a.bulk);
+                      pitch, is_first ? v.shift : 0, bytes + (is_last ? v.shift : behind), full, a.bulk, loader,
+                      input ? input_loaders : grad_loaders);
         }
         if (!a.bulk) arrive_after_copies(full);
-        arrive_together(full, is_elected());
       }
+      // What no copy is to write, by one of the warps.
+      const auto clear = [&](int from, int size) {
+        for (int at = lane * kUnit; at < size; at += 32 * kUnit) shared<uint4>(from + at) = uint4{};
+      };
+      if (loader == 0) {
+        if (input && (step < kStages || a.bands % kStages != 0))  // else the stage had the same rows before
+#pragma unroll 1
+          for (int n = 0; n < images; ++n) {
+            clear(to + n * pitch, before);
+            clear(to + n * pitch + before + bytes + behind, kSourceBytes - before - bytes);
+          }
+        for (int n = images; n < kImages; ++n) clear(to + n * pitch, pitch);
+        before_bulk_copies();  // to the same places
+      }
+      arrive_together(full, is_elected());
       __syncwarp();
       if (++band == a.bands) band = 0, image += kImages;
     }
@@ -254,6 +248,7 @@ __global__ void __launch_bounds__(32 * (kPlain ? kPhases + kLoaders : kMostWarps
     const bool is_wide = !anywhere || mine.is_wide;
     uint32_t from[2];
     int first_units[2];
+    const bool second_row = anywhere && mine.second;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       first_units[h] = anywhere ? mine.first_unit + 2 * h : first_unit(warp, h);
@@ -264,9 +259,9 @@ __global__ void __launch_bounds__(32 * (kPlain ? kPhases + kLoaders : kMostWarps
     const uint32_t grad = shared_address(kHead) + Place::kGradAt + lane % 16 * Place::kGrad + unit * kUnit +
                           lane / 16 * (kFilters == 2 ? Place::kBand : 2 * kRowBytes);
 #pragma unroll 1
-    for (int step = 0; step < steps; ++step) {
+    for (int step = 0, band = 0; step < steps; ++step, band = band + 1 < a.bands ? band + 1 : 0) {
       const int stage = step % kStages, place = stage * Place::kBytes;
-      wait((anywhere ? kCut : kFull) + 8 * stage, step / kStages & 1);
+      wait(kFull + 8 * stage, step / kStages & 1);
       uint32_t g[kPairs + 1][kFilters][2];
 #pragma unroll
       for (int y = 0; y < 4 * (kPairs - 1) + kKernel; ++y) {
@@ -282,6 +277,18 @@ __global__ void __launch_bounds__(32 * (kPlain ? kPhases + kLoaders : kMostWarps
         for (int h = 0; h < 2; ++h) {
           if (h == 1 && !is_wide) continue;
           load_matrices_transposed(x[h], from[h] + place + y * kSourceRowBytes);
+          // The last 16 bytes of the row above the plane have what is before it, the first ones below what is behind.
+          constexpr int kAbove = kReach - 1, kBelow = kReach + 2 * kRows;
+          if (!kPlain && (y == kAbove || y == kAbove - 2 || y == kBelow - 2)) {
+            const int row = y + 2 * second_row;
+            const bool is_above = anywhere && row == kAbove && band == 0;
+            const bool is_below = anywhere && row == kBelow && band == a.bands - 1;
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              const int unit = first_units[h] + e % 2;
+              if ((is_above && unit == kSourceUnits) || (is_below && unit == 0)) x[h][e] = 0;
+            }
+          }
 #pragma unroll
           for (int q = 0; q < kPairs; ++q) {
             const int i = y - 4 * q;
@@ -380,7 +387,8 @@ bool launch(const Problem& p, Stride2 a, const Device& device, const Allocate& a
   const int64_t bytes = kHead + kStages * Stage<kFilters, !kPlain>::kBytes + kTail;
   a.anywhere = (a.source.shift | a.grad.shift) != 0;
   a.workers = a.anywhere ? Anywhere::warps(a.grad.shift / 2) : kPhases;
-  const int threads = 32 * (a.workers + kLoaders + a.anywhere);
+  a.loaders = a.bulk ? kLoaders : std::min(kMoreLoaders, kMostWarps - a.workers);
+  const int threads = 32 * (a.workers + a.loaders);
   if (bytes > device.shared_per_block) return false;
   const int64_t steps = ceil_div(a.images, kImages);
   static thread_local Decisions<5, Splits> decisions;
