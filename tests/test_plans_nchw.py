@@ -330,7 +330,9 @@ def test_marches_down_planes_are_exact(
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("kernel", [(7, 7), (2, 3), (4, 6), (1, 9), (6, 1), (11, 5), (3, 4), (5, 4), (5, 9)], ids=str)
+@pytest.mark.parametrize(
+    "kernel", [(7, 7), (2, 3), (4, 6), (1, 9), (6, 1), (11, 5), (3, 4), (5, 4), (5, 9), (9, 9)], ids=str
+)
 def test_tensor_cores_are_exact(kernel: tuple, stride: int, dtype: torch.dtype) -> None:
     sizes = [(32, 32), (56, 56), (23, 45), (113, 95), (40, 301), (301, 40), (65, 17), (90, 520), (64, 64)]
     for number, size in enumerate(sizes):

@@ -158,6 +158,8 @@ struct Toeplitz : EightTiles<kTileRows, bytes_of_filter(kKernelH, kColumnsOfKern
                                                      : 2;  // pairs of weights of a band matrix that a thread has
   static constexpr int kWords = kBand + kStride;           // pairs of pixels, 8 columns apart, that it reads of a row
   static constexpr int kLast = kNarrow ? 1 : 1 + kStride;  // of those that 16 columns of a band meet
+  // Whether kernels may leave no room for a column more, so that windows begin between pairs.
+  static constexpr bool kOddPairs = kNarrow || (kKernelH == kMaxBandColumns && kStride == 1 && !kSum && !kWide);
 
   // Whether all rows begin at an even place, or all at an odd one; then windows begin `shift` columns earlier.
   struct Pairs {
@@ -270,8 +272,8 @@ struct Toeplitz : EightTiles<kTileRows, bytes_of_filter(kKernelH, kColumnsOfKern
           };
           if (!kInTurn && fit && even)
             add<T, Reads::kPairs>(a, source, filter, store);
-          else if (kNarrow && even && a.width % 2 == 0)
-            add<T, kNarrow ? Reads::kOddPairs : Reads::kAny>(a, source, filter, store);
+          else if (kOddPairs && even && a.width % 2 == 0)
+            add<T, kOddPairs ? Reads::kOddPairs : Reads::kAny>(a, source, filter, store);
           else
             add<T, Reads::kAny>(a, source, filter, store);
           if (zero != 0) this->template by_taps<T>(a, c, corner, plane);  // NaN: an output is not finite
@@ -285,7 +287,7 @@ struct Toeplitz : EightTiles<kTileRows, bytes_of_filter(kKernelH, kColumnsOfKern
   // Computes 8 tiles, row by row. `source`: where the thread's first pair lies, or would lie.
   template <typename T, Reads kReads, typename Store>
   __device__ void add(const Stream& a, int source, int filter, Store&& store) const {
-    constexpr bool kPairs = kReads != Reads::kAny, kOddPairs = kReads == Reads::kOddPairs;
+    constexpr bool kPairs = kReads != Reads::kAny, kOdd = kReads == Reads::kOddPairs;
     constexpr int kSourceRows = (kRows - 1) * kStride + kKernelH;
     const int odd = kInTurn ? source >> 1 & 1 : 0;  // whether the first row begins a column earlier, or the next one
     const float4 start = shared<float4>(a.filters_at + filter);
@@ -310,14 +312,14 @@ struct Toeplitz : EightTiles<kTileRows, bytes_of_filter(kKernelH, kColumnsOfKern
           for (int h = 0; h < kBand; ++h) band[n][i][h] = shared<uint32_t>(from + i * kRowBytes + 16 * h);
 #pragma unroll
         for (int w = 0; w < kWords; ++w) inside_row[n][w] = earlier ? mask[kTurns - 1][w] : mask[0][w];
-        next_row[n] = source + (q * a.height + n) * a.source.row_bytes - 2 * (earlier || kOddPairs);
+        next_row[n] = source + (q * a.height + n) * a.source.row_bytes - 2 * (earlier || kOdd);
       }
       uint32_t next[kWords];
       const auto load = [&](int r) {
         const int from = inside >> r & 1 ? next_row[r % kTurns] : kZeros;
 #pragma unroll
         for (int w = 0; w < kWords; ++w) {
-          if (kOddPairs) {
+          if (kOdd) {
             next[w] = __byte_perm(shared<uint32_t>(from + 16 * w), shared<uint32_t>(from + 16 * w + 4), 0x5432);
           } else if (kPairs || kInTurn) {
             next[w] = shared<uint32_t>(from + 16 * w);
