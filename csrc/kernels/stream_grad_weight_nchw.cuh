@@ -754,7 +754,7 @@ inline GradCut cut_for(GradStream a, const GradTileSize& tile, const Device& dev
     double even = turns / std::ceil(turns) * (static_cast<double>(steps) / splits) / ceil_div(steps, splits);
     if (tile.lanes == 1) even *= static_cast<double>(a.filters) / (groups * a.block_filters);
     double busy = static_cast<double>(resident * units) / rounds;
-    if (tile.lanes == 1 && tile.taps < kManyTaps && a.bulk &&
+    if (tile.lanes == 1 && tile.taps < kManyTaps && loaders > 0 &&
         (a.float32 || (tile.units && tile.taps > 1 && soon_done))) {
       // Bytes bound: as many threads as keep up with memory are enough, and memory is faster where less is on its way
       // at once, in whole lines. Bands share rows, and the last one may be short. In 16 bits there are as many
