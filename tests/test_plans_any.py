@@ -66,7 +66,7 @@ WINDOWS_OF_PLANES = [
     ((12, 11), (1, 1), (1, 1)),
     # Few taps that reach an output, at strides that are compiled.
     ((6, 12), (2, 3), (1, 1)),
-    ((3, 7), (4, 4), (4, 3)),
+    ((2, 7), (4, 4), (4, 3)),
     ((5, 2), (3, 2), (1, 1)),
 ]
 
@@ -94,6 +94,7 @@ def test_where_gradients_spread(dtype: torch.dtype) -> None:
         ({"stride": (4, 3)}, True),
         ({"kernel": (4, 4), "dilation": (2, 3)}, True),
         ({"kernel": (9, 3)}, False),
+        ({"kernel": (9, 3), "stride": (4, 4)}, False),
         ({"stride": (5, 2)}, False),
         ({"stride": (1, 2)}, False),
         ({"dilation": (3, 1)}, False),

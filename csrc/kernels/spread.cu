@@ -1,4 +1,4 @@
-// grad_input at a stride, of kernels of which up to 4 x 4 taps reach an output, on planes of any layout.
+// grad_input at a stride, of kernels of which a few taps reach an output, on planes of any layout.
 //
 // Row m * stride + q of the padded target reads row m - t of the source by tap q + t * stride: so a group of `stride`
 // rows meets the same few rows of the source. A thread walks down a column of the target, group by group, with these
@@ -190,15 +190,21 @@ void launch_spread(const Problem& p, cudaStream_t stream) {
   a.by_column_steps = Divider(a.columns.tap_step), a.by_dilation = Divider(p.dilation_h);
 
   const int64_t filters = std::min(planes, (kThreads - 2) / (map.out_width * strips) + 2);  // of a block
-  visit_least<1, 2, 3, kMostSpreadTaps>(a.rows.set_pitch(), [&](auto rows) {
-    visit_least<1, 2, 3, kMostSpreadTaps>(a.columns.set_pitch(), [&](auto columns) {
-      visit_least<2, 3, kMostSpreadStride>(a.rows.stride, [&](auto stride) {
+  visit_least<2, 3, kMostSpreadStride>(a.rows.stride, [&](auto stride) {
+    constexpr int kStride = decltype(stride)::value;
+    const auto visit_taps = [&](int taps, auto&& visit) {
+      visit_least<1, 2, 3, 4>(taps, [&](auto number) {
+        if constexpr (decltype(number)::value <= most_spread_taps(kStride)) visit(number);
+      });
+    };
+    visit_taps(a.rows.set_pitch(), [&](auto rows) {
+      visit_taps(a.columns.set_pitch(), [&](auto columns) {
         visit_dtype(p.dtype, [&](auto zero) {
           using T = decltype(zero);
           constexpr int kRows = decltype(rows)::value, kColumns = decltype(columns)::value;
           const int64_t bytes = filters * a.outputs * sizeof(Weights<Accumulator<T>, kRows * kColumns>);
-          launch_early(spread<T, decltype(stride)::value, kRows, kColumns>, a, ceil_div(units, kThreads), kThreads,
-                       stream, {.shared_bytes = bytes});
+          launch_early(spread<T, kStride, kRows, kColumns>, a, ceil_div(units, kThreads), kThreads, stream,
+                       {.shared_bytes = bytes});
         });
       });
     });
