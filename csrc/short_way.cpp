@@ -110,14 +110,15 @@ enum class Casts { kNone, kOfWeights, kOthers };
 
 // What autocast casts. It leaves float64 alone, but that is not usual.
 Casts casts_of(PyObject* input, PyObject* weight, PyObject* bias) {
-  if (!says(known.is_any_autocast_enabled)) return Casts::kNone;
+  PyObject *const of_input = dtype_of(input), *const of_weight = dtype_of(weight);
+  // Where they differ there is either autocast or an error.
+  if (of_input == of_weight && !says(known.is_any_autocast_enabled)) return Casts::kNone;
   const Owned device(device_type_of(input));
   if (PyUnicode_CompareWithASCIIString(device.get(), "meta") == 0) return Casts::kOthers;  // torch would raise
   if (!is_true(Owned(PyObject_CallOneArg(known.is_autocast_enabled, device.get())))) return Casts::kNone;
   const Owned low(PyObject_CallOneArg(known.autocast_dtype, device.get()));
   if (!low.get()) throw PythonError();
-  PyObject* const of_weight = dtype_of(weight);
-  if (dtype_of(input) != low.get() || (bias != Py_None && dtype_of(bias) != of_weight)) return Casts::kOthers;
+  if (of_input != low.get() || (bias != Py_None && dtype_of(bias) != of_weight)) return Casts::kOthers;
   return of_weight == low.get() ? Casts::kNone : of_weight == known.cast_dtype ? Casts::kOfWeights : Casts::kOthers;
 }
 

@@ -66,6 +66,7 @@ class _Function(_SingleLevelFunction):
     """
 
     apply: ClassVar[Callable[..., Any]]
+    _backward_cls: ClassVar[Any]  # of the nodes, whose `apply` the engine calls
     _compiled_autograd_key = Function._compiled_autograd_key
 
 
@@ -315,6 +316,10 @@ class DepthwiseConv2dPackedCastFunction(DepthwiseConv2dPackedFunction):
         ctx.packed = packed
         return output
 
+
+# At once: a node's own `apply` asks each time under which of two names a Function has its backward.
+for _function in (DepthwiseConv2dPackedFunction, DepthwiseConv2dPackedCastFunction):
+    _function._backward_cls.apply = _function.backward
 
 # short_way(input, weight, bias, stride, padding, dilation) is the output, or None where something is unusual: a tensor,
 # a number (packed_geometry.h has small ones only), a dtype, a rank, or the occasion; also where of input and weight one
