@@ -21,6 +21,9 @@
 // memory and not from min() and max(), stores are predicated, and there are no calls. Sums and pixels are then to be in
 // different banks of the register file, and pixels to be read ahead: so see what SASS says after each change.
 //
+// Planes that begin between multiples of 16 bytes come by boxes from the multiple before, and what lies before a row in
+// the units of 16 bytes that are read is dropped.
+//
 // Columns that planes, and kernels, lack are zero, and give NaN where they meet Inf or NaN. So outputs that are not
 // finite are computed again, when a block has done all others.
 #include "lanes.h"
@@ -46,7 +49,8 @@ constexpr int kMostStages = 4;
 constexpr int kSchedulers = 4;  // of a multiprocessor: warps take turns at them
 
 // How the lanes of a form lie on planes, and these in shared memory.
-template <int kNumber>
+// kMisfit_: elements from the multiple of 16 bytes before to the first one of planes.
+template <int kNumber, int kMisfit_ = 0>
 struct Form {
   static constexpr RowsForm kForm = kRowsForms[kNumber];
   static constexpr int kSide = kForm.side, kReach = kForm.reach;
@@ -92,6 +96,8 @@ struct Form {
   // images are to be an odd number of 64 bytes apart, as those of 28 x 28 pixels are that follow each other; where
   // lanes lie on images first, an odd number of 16 bytes.
   static constexpr bool kRowsFirst = kSide == 28 && kLaneBits == 3;
+  static constexpr int kMisfit = kMisfit_;
+  static constexpr int kLineBytes = kRowBytes + (kMisfit > 0 ? 16 : 0);  // that are read of a row
 };
 
 struct Arguments {
@@ -120,6 +126,7 @@ struct Arguments {
   int kernels, weights_at, kernel_bytes;  // kernels: behind the stages, one more than these
   int output_bytes;                       // of a warp, on their way out
   int zeros_at, barriers_at, steps_at, outputs_at, bytes, zeros_from;  // in shared memory
+  int box_first;  // where boxes begin in what is described of them, but those of the last channel: at 0
 };
 
 // Some images of a filter.
@@ -138,13 +145,20 @@ struct Item {
   }
 };
 
+// Where an item's planes begin in a row of what is described of them.
+template <class F>
+__device__ __forceinline__ int first_of_box(const Arguments& a, const Item<F>& item) {
+  return F::kMisfit == 0 ? 0 : item.filter + a.fan_out < a.filters ? a.box_first : 0;
+}
+
 // Asks in L2 for the planes and the weights of a block's first item, which is no harm while the kernel before still
 // writes. Each warp for planes, one at a time, and each thread for a row of weights.
 template <class F>
 __device__ __forceinline__ void ask_for(const Arguments& a, const Item<F>& item) {
 #if __CUDA_ARCH__ >= 900
   const int own = threadIdx.x, planes = a.copy.bulk ? item.units : 0;
-  const float* from = a.source + item.image * a.source_stride[0] + item.filter / a.fan_out * a.source_stride[1];
+  const float* from =
+      a.source - F::kMisfit + item.image * a.source_stride[0] + item.filter / a.fan_out * a.source_stride[1];
 #pragma unroll 1
   for (int n = own / 32; n < planes; n += blockDim.x / 32)
     asm volatile(
@@ -165,12 +179,17 @@ __device__ __forceinline__ void store_four(uint32_t to, const float (&from)[4]) 
 }
 
 // Loads pixels that follow each other, by plain loads: volatile ones ptxas puts right before their use.
-template <int kCount>
+template <class F, int kCount>
 __device__ __forceinline__ void load_pixels(float (&x)[kCount], int source) {
-  using Few = std::conditional_t<kCount % 4 == 0, float4, float2>;
-  constexpr int kStep = sizeof(Few) / 4;
+  // Several at once, some of which are no pixels where the first one lies kMisfit elements behind `source`.
+  using Few = std::conditional_t<F::kFlat, float2, float4>;
+  constexpr int kStep = sizeof(Few) / 4, kBefore = F::kMisfit % kStep, kAll = kCount + (kBefore > 0 ? kStep : 0);
+  alignas(16) float all[kAll];
 #pragma unroll
-  for (int u = 0; u < kCount; u += kStep) reinterpret_cast<Few&>(x[u]) = shared<Few>(source + 4 * u);
+  for (int u = 0; u < kAll; u += kStep)
+    reinterpret_cast<Few&>(all[u]) = shared<Few>(source + 4 * (F::kMisfit - kBefore + u));
+#pragma unroll
+  for (int u = 0; u < kCount; ++u) x[u] = all[kBefore + u];
 }
 
 // All products of a row of weights and of as many pixels as there are outputs, of which they begin `first` columns to
@@ -193,12 +212,12 @@ __device__ __forceinline__ void add_row(float (&sum)[F::kColumns], int source, c
                                         int part) {
   constexpr int kColumns = F::kColumns;
   alignas(16) float x[kColumns];
-  load_pixels(x, source);
+  load_pixels<F>(x, source);
   if constexpr (F::kParts == 1) {
     add_pixels<F>(sum, x, w, 0);
   } else {
     alignas(16) float beside[kColumns];
-    load_pixels(beside, source + (part > 0 ? -4 : 4) * kColumns);
+    load_pixels<F>(beside, source + (part > 0 ? -4 : 4) * kColumns);
     add_pixels<F>(sum, x, w, 0);
     if (part > 0)
       add_pixels<F>(sum, beside, w, -kColumns);
@@ -276,26 +295,33 @@ __device__ __forceinline__ bool compute(const Arguments& a, const Item<F>& item,
                 4 * first_column;
   weight += steps.x * F::kWeightBytes;
   float sum[kHeld][kColumns] = {};
+  // Where all lanes have the same rows: of each image a row of pixels. What is a lane's lower row in a step is its
+  // upper one in the next: the last image's stays where it is, for others there are no registers.
+  constexpr int kReloaded = F::kHeldImages - 1;
+  alignas(8) float x[kOneRow ? F::kHeldImages : 1][kSide];
+  const auto inside = [&](int row) { return y + row < static_cast<uint32_t>(a.height); };
+  const auto load_image = [&](int n, int row) { load_pixels<F>(x[n], source[n] + row * F::kRowBytes); };
+  if constexpr (kOneRow)
+    if (inside(0)) load_image(kReloaded, 0);
 #pragma unroll 1
   for (int left = steps.y; left > 0; --left) {
     float w[F::kWeightBytes / 4];
     load_row(w, weight);
 #pragma unroll
     for (int row = 0; row < F::kHeldRows; ++row) {
-      const bool inside = y + row < static_cast<uint32_t>(a.height);
       if constexpr (kOneRow) {
         // Pixels of all images first: registers are short then, and more weights in uniform registers.
-        alignas(8) float x[F::kHeldImages][kSide];
-        if (inside) {
+        if (inside(row)) {
 #pragma unroll
-          for (int n = 0; n < F::kHeldImages; ++n) load_pixels(x[n], source[n] + row * F::kRowBytes);
+          for (int n = 0; n < (row == 0 ? kReloaded : F::kHeldImages); ++n) load_image(n, row);
 #pragma unroll
           for (int n = 0; n < F::kHeldImages; ++n) add_pixels<F>(sum[row * F::kHeldImages + n], x[n], w, 0);
         }
       } else {
+        const bool is_inside = inside(row);
 #pragma unroll
         for (int n = 0; n < F::kHeldImages; ++n)
-          if (!F::kHalves || n == 0 || item.units > lanes) add_row<F>(sum[n], inside ? source[n] : zeros, w, part);
+          if (!F::kHalves || n == 0 || item.units > lanes) add_row<F>(sum[n], is_inside ? source[n] : zeros, w, part);
       }
     }
 #pragma unroll
@@ -481,7 +507,7 @@ __global__ void __launch_bounds__(F::kBoundThreads, 1) lanes(const __grid_consta
           if constexpr (F::kFlat)
             copy_box(to, a.map, 0, channel, item.image, 0, stages.full());
           else
-            copy_box(to, a.map, 0, 0, channel, item.image, stages.full());
+            copy_box(to, a.map, first_of_box<F>(a, item), 0, channel, item.image, stages.full());
         }
         __syncwarp();
       } else {
@@ -531,7 +557,8 @@ __global__ void __launch_bounds__(F::kBoundThreads, 1) lanes(const __grid_consta
     const int weight = a.weights_at + a.by_kernels.split(round) * a.kernel_bytes;
     const int stage = a.by_stages.split(number), parity = number & 1, barrier = a.barriers_at + 16 * stage;
     wait(barrier, parity);
-    const int planes = stage * a.stage_bytes + (is_second ? F::lanes(a) * a.unit_bytes : 0);
+    int planes = stage * a.stage_bytes + (is_second ? F::lanes(a) * a.unit_bytes : 0);
+    if (F::kMisfit > 0 && !F::kFlat) planes += 4 * (a.box_first - first_of_box<F>(a, item));
     finite &= compute<F>(a, item, planes, shared_address(weight), outputs,
                          middle_first(rank / F::kParts, a.tasks / F::kParts), rank % F::kParts);
     arrive_together(barrier + 8, lane == 0);
@@ -545,21 +572,25 @@ __global__ void __launch_bounds__(F::kBoundThreads, 1) lanes(const __grid_consta
 // Bytes of shared memory; 0 where planes do not fit.
 template <class F>
 int place(Arguments& a, int shared_memory) {
-  // From image to image as F::kRowsFirst says; as boxes have them, whole rows.
-  a.unit_bytes = F::kRowsFirst            ? (round_up(a.height + 4, 8) - 4) * F::kRowBytes
-                 : F::kBoxes && !F::kFlat ? (a.height | 1) * F::kRowBytes
-                                          : a.height * F::kRowBytes | 16;
+  // From image to image as F::kRowsFirst says; as boxes have them, whole rows, but for those with a misfit.
+  const int plane_bytes = 4 * F::kMisfit + a.height * F::kRowBytes;
+  if constexpr (F::kMisfit > 0)
+    a.unit_bytes = static_cast<int>(F::kFlat ? round_up(plane_bytes, 16) | 16 : round_up(plane_bytes + 64, 128) - 64);
+  else
+    a.unit_bytes = F::kRowsFirst            ? (round_up(a.height + 4, 8) - 4) * F::kRowBytes
+                   : F::kBoxes && !F::kFlat ? (a.height | 1) * F::kRowBytes
+                                            : plane_bytes | 16;
   a.stage_bytes = static_cast<int>(round_up(a.units * a.unit_bytes, kBoxUnit));
   a.kernel_bytes = a.kernel_h * F::kWeightBytes;
   // From image to image the same.
   a.output_bytes = F::kPiece == 0 ? 0 : a.lanes * 16 * (F::kPiece / 4 * (32 / a.lanes) | (F::kRowsFirst ? 0 : 1));
   const int output_bytes = kSchedulers * F::kMostWarps * a.output_bytes;
-  const int rest = a.kernel_bytes + F::kRowBytes + 16 * kMostStages + 8 * a.tasks + kBoxUnit + output_bytes;
+  const int rest = a.kernel_bytes + F::kLineBytes + 16 * kMostStages + 8 * a.tasks + kBoxUnit + output_bytes;
   a.stages = std::min(kMostStages, (shared_memory - 256 - rest) / (a.stage_bytes + a.kernel_bytes));
   if (a.stages < 2) return 0;
   a.weights_at = a.stages * a.stage_bytes, a.kernels = a.stages + 1;
   a.zeros_at = a.weights_at + a.kernels * a.kernel_bytes;
-  a.barriers_at = static_cast<int>(round_up(a.zeros_at + F::kRowBytes, 16));
+  a.barriers_at = static_cast<int>(round_up(a.zeros_at + F::kLineBytes, 16));
   a.zeros_from = a.width == F::kSide ? a.weights_at : 0;  // beside weights as well
   a.steps_at = a.barriers_at + 16 * kMostStages,
   a.outputs_at = static_cast<int>(round_up(a.steps_at + 8 * a.tasks, kBoxUnit));
@@ -571,12 +602,21 @@ int place(Arguments& a, int shared_memory) {
 template <class F>
 void describe_boxes_of(Arguments& a) {
   const int64_t *source = a.source_stride, *target = a.target_stride, channels = ceil_div(a.filters, a.fan_out);
-  float* const from = const_cast<float*>(a.source);
+  float* const from = const_cast<float*>(a.source - F::kMisfit);
+  const int pixels = a.height * a.width;
   if constexpr (F::kFlat) {
-    const int pixels = a.height * a.width;
-    if (a.copy.as_one && a.unit_bytes == 4 * pixels && pixels <= kMostBoxSide &&
-        describe_boxes(a.map, from, 4, {pixels, channels, a.batch, 1}, {4 * source[1], 4 * source[0], 4 * source[0]},
-                       {pixels, 1, a.units, 1}))
+    if (a.copy.as_one && (F::kMisfit > 0 || a.unit_bytes == 4 * pixels) &&
+        describe_boxes(a.map, from, 4, {F::kMisfit + pixels, channels, a.batch, 1},
+                       {4 * source[1], 4 * source[0], 4 * source[0]}, {a.unit_bytes / 4, 1, a.units, 1}))
+      a.box_bytes = a.units * a.unit_bytes;
+  } else if constexpr (F::kMisfit > 0) {
+    // A plane in four parts, with what lies behind it: before it, where it is the last of an image.
+    constexpr int kRows = 4;
+    const int side = a.unit_bytes / (4 * kRows);
+    a.box_first = kRows * side - static_cast<int>(round_up(F::kMisfit + pixels, 4));
+    if (a.copy.as_one && channels > 1 && source[1] >= pixels &&
+        describe_boxes(a.map, from - a.box_first, 4, {a.box_first + side, kRows, channels, a.batch},
+                       {4 * side, 4 * source[1], 4 * source[0]}, {side, kRows, 1, a.units}))
       a.box_bytes = a.units * a.unit_bytes;
   } else {
     // Rows that follow each other as one: a box takes as long as it has rows.
@@ -594,7 +634,9 @@ void describe_boxes_of(Arguments& a) {
 template <class F>
 bool launch(const Problem& p, Arguments a, cudaStream_t stream) {
   const int multiprocessors = current_device().multiprocessors;
-  a.copy = copy_of<F>(a.source, a.source_stride, a.filters, a.height, a.width, p.capability >= 90);
+  if (F::kMisfit > 0 && (reinterpret_cast<uintptr_t>(a.source) % 16 != 4 * F::kMisfit || p.capability < 90))
+    return false;
+  a.copy = copy_of<F>(a.source - F::kMisfit, a.source_stride, a.filters, a.height, a.width, p.capability >= 90);
   // Fewer lanes side by side where many would be idle, or planes too large.
   const auto fits = [&](int count) {
     a.lanes = count, a.lane_bits = std::countr_zero(static_cast<unsigned>(count));
@@ -612,6 +654,7 @@ bool launch(const Problem& p, Arguments a, cudaStream_t stream) {
   constexpr double kBusy = 0.7;  // of the multiprocessors
   if (a.share < 2 || a.items < kBusy * multiprocessors * a.share) return false;
   if (F::kBoxes && p.capability >= 90) describe_boxes_of<F>(a);
+  if (F::kMisfit > 0 && a.box_bytes == 0) return false;
   const bool bulk = a.box_bytes > 0 || a.copy.bulk;
   // A warp may wait for a stage's next images only when those before have come, or it would not see by the parity that
   // they have not. They come one after the other, so until then a scheduler's tasks of as many items as there are
@@ -647,7 +690,13 @@ bool launch_lanes(const Problem& p, cudaStream_t stream) {
   if (a.source_stride[3] != 1) return false;
   const int number = find_rows_form(a.batch, a.width, a.out_width, a.kernel_w, a.padding_w);
   return [&]<int... kNumber>(std::integer_sequence<int, kNumber...>) {
-    return ((number == kNumber && launch<Form<kNumber>>(p, a, stream)) || ...);
+    const auto launch_it = [&](auto form) {
+      constexpr int kIt = decltype(form)::value;
+      if constexpr (Form<kIt>::kFlat || Form<kIt>::kRowsFirst)
+        if (launch<Form<kIt, 1>>(p, a, stream)) return true;
+      return launch<Form<kIt>>(p, a, stream);
+    };
+    return ((number == kNumber && launch_it(std::integral_constant<int, kNumber>{})) || ...);
   }(std::make_integer_sequence<int, static_cast<int>(std::size(kRowsForms))>{});
 }
 
