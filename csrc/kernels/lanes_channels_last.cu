@@ -153,6 +153,12 @@ __host__ __device__ int last_chunk_of(const Arguments& a, int band) {
   return chunk < a.chunks ? chunk : a.chunks - 1;
 }
 
+// A number that stays in a register: what ptxas thinks cheap it works out anew in every step, from arguments.
+template <typename T>
+__device__ __forceinline__ T kept(T value) {
+  return __shfl_sync(~0u, value, threadIdx.x % 32);
+}
+
 // All products of a row of weights, and a block of pixels that begins kShift columns behind the outputs.
 template <class F, int kShift>
 __device__ __forceinline__ void add_block(float (&sum)[2][F::kBlock], int source, int weight, int positive) {
@@ -239,9 +245,10 @@ __device__ __forceinline__ void walk_down_image(float (&sum)[2][2][F::kBlock], c
                                                 uint32_t weight, int image_row, int row) {
   const int begin = max(row - a.padding_h, 0);
   const int end = min(row + F::kRows - 1 - a.padding_h + a.kernel_h, a.height);
-  const int ring_rows = F::kBandRows * a.ring_bands, positive = a.batch;  // positive: which ptxas does not know
+  const int positive = kept(a.batch);  // which ptxas does not know
+  ring = kept(ring);
   uint32_t source = ring + place_in_ring<F>(a, image_row + begin) * F::kRowBytes;
-  const uint32_t past = ring + ring_rows * F::kRowBytes;
+  const uint32_t past = kept(ring + F::kBandRows * a.ring_bands * F::kRowBytes);
   weight += (begin - row + a.padding_h - 1) * F::kWeightBytes;
   const auto load_next = [&](float (&to)[F::kWeightBytes / 4]) {
     load_row(to, weight);
