@@ -62,3 +62,30 @@ def test_error_on_a_layer(device: str, layer: str, memory_format: torch.memory_f
         assert error <= WORST_RATIO[dtype] * their_error + close_enough, (
             f"{name}: the error is {error:.4g}, that of F.conv2d {their_error:.4g}"
         )
+
+
+# Sums over few pixels, which F.conv2d shares out among many threads: where a kernel of ours has fewer, each of which
+# sums more products, one after the other, its error would be up to twice as large.
+SHORT_SUMS = {
+    "phases of 52 x 52": Case(4, 480, (103, 103), (25, 25), (2, 2), (12, 12)),
+    "rows of 88": Case(38, 256, (6, 88), (16, 16), padding=(7, 7)),
+    "images of 56 x 56": Case(4, 132, (56, 56), (13, 13), padding=(6, 6)),
+    "images of 28 x 28": Case(16, 132, (28, 28), (9, 9), padding=(4, 4)),
+}
+SHORT_SUMS_RATIO = 1.1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SHORT_SUMS)
+def test_error_of_short_sums(name: str) -> None:
+    """The weight's gradient of a large kernel in float32, of which the error is no larger than that of F.conv2d."""
+    case = SHORT_SUMS[name]
+    draw = partial(torch.randn, device="cuda")
+    tensors = make_inputs(case, torch.float32, "cuda", make=draw)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        grad_output = draw(torch_conv2d(*tensors, **case.geometry).shape)
+        theirs = run(torch_conv2d, tensors, grad_output, **case.geometry).grad_weight
+    ours = run_dwconv(tensors, grad_output, **case.geometry).grad_weight
+    exact = run_float64(tensors, grad_output, **case.geometry).grad_weight
+    error, their_error = rms(ours - exact), rms(theirs - exact)
+    assert error <= SHORT_SUMS_RATIO * their_error, f"the error is {error:.4g}, that of F.conv2d {their_error:.4g}"

@@ -141,6 +141,11 @@ LANES = [
     Case(4, 68, (50, 52), (33, 35), padding=(16, 17)),
     Case(8, 68, (54, 56), (11, 13), padding=(5, 6)),
     Case(4, 72, (56, 54), (51, 9), padding=(25, 3)),
+    Case(4, 72, (56, 56), (51, 5), padding=(25, 2)),  # whole rows, wherever they begin
+    Case(7, 72, (55, 56), (31, 31), padding=(15, 15)),
+    Case(4, 72, (56, 56), (37, 37), padding=(18, 18)),
+    Case(4, 72, (29, 56), (20, 21), padding=(10, 10)),
+    Case(14, 72, (29, 28), (13, 13), padding=(6, 6)),
 ]
 
 

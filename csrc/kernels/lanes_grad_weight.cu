@@ -12,14 +12,15 @@
 // rows of taps, are added up in shared memory, those of two blocks that share one filter by the first of them, as a
 // cluster, those of others by a second kernel, always in the same order.
 //
-// Channels of tensors that begin between multiples of 16 bytes are counted from the multiple before: the first ones are
-// those of the pixel before, and their sums are nobody's.
+// Tensors that begin between multiples of 16 bytes are copied from the multiple before. Channels are counted from
+// there: the first ones are those of the pixel before, and their sums are nobody's.
 //
 // Columns that planes lack are zero, and give NaN where they meet Inf or NaN. So sums that are not finite are computed
 // again.
 #include "lanes_grad_weight.h"
 
 #include <algorithm>
+#include <climits>
 #include <numeric>
 
 #include "cluster_sums.cuh"
@@ -28,6 +29,7 @@
 #include "lanes_forms.h"
 #include "large_float32.cuh"
 #include "launch.h"
+#include "long_sums.h"
 #include "overlap.cuh"
 #include "weight_sums.cuh"
 
@@ -40,7 +42,7 @@ constexpr int kMostStages = 4;
 enum class Layout { kRows, kColumns, kChannelsLast };
 
 // How the lanes of a form lie on planes, and these in shared memory.
-template <int kNumber, Layout kLayout_, bool kBulk_ = true, bool kOdd_ = false>
+template <int kNumber, Layout kLayout_, bool kBulk_ = true, int kMisfit_ = 0>
 struct Form {
   static constexpr Layout kLayout = kLayout_;
   static constexpr LanesForm kForm = kLanesForms[kNumber];
@@ -52,18 +54,23 @@ struct Form {
   static constexpr bool kAlone = kRows == 1;  // all lanes have the same row
   // Where a warp has one row of taps, and there are many, one more that copies by itself is not enough.
   static constexpr bool kBulk = kBulk_ || !kAlone;
-  // Whether planes begin an odd number of elements behind a multiple of 16 bytes. What lies from that multiple on is
-  // copied, and images are as far apart as leaves them in the banks where others are.
-  static constexpr bool kOdd = kOdd_;
+  // Where planes begin between multiples of 16 bytes, what lies from the multiple before on is copied. kOdd: they begin
+  // any odd number of elements behind it, and images are as far apart as leaves them in the banks where others are.
+  // kMisfit: so many elements, known where rows are loaded by 16 bytes, as those of others are.
+  static constexpr bool kOdd = kAlone && kMisfit_ > 0;
+  static constexpr int kMisfit = kAlone ? 0 : kMisfit_;
   static constexpr int kImageGap = kOdd ? 128 : 0;
   static constexpr int kTapRows = kBulk ? kForm.tap_rows : 2 * kForm.tap_rows;
   static constexpr int kUnits = kFilters;  // of a box
   static constexpr int kTaps = 2 * kReach + 1, kSums = kTapRows * kTaps;
   static constexpr int kMostWarps = kAlone ? (kBulk ? 27 : 14) : kSide == 56 && kReach <= 15 ? 16 : 15;  // that compute
   static constexpr int kAllWarps = kMostWarps + (kBulk ? 1 : 2);
-  static constexpr int kRun = 512;                // products that are summed before they are added to a sum
+  static constexpr int kRun = 512;  // products of a run: those that are summed one after the other, at most
   static constexpr int kSharers = 32 / kFilters;  // lanes whose sums belong together
   static constexpr bool kClusters = !kAlone;      // for which few registers are left there
+  // Whether runs are added up in registers, where there are enough: else lanes add up their sums after each. Runs are
+  // of whole items, but where an item's rows are many.
+  static constexpr bool kFolds = !kAlone && kSums <= (kSide == 56 ? 13 : 27), kRunsOfRows = kFolds && kSide == 56;
   // Their sums are halved by so many lanes' bits, and then exchanged.
   static constexpr int kHalvings = kSharers >= 8 ? 3 : kSharers == 4 ? 2 : 1;
   static constexpr int kPadded = (kSums + (1 << kHalvings) - 1) >> kHalvings << kHalvings;
@@ -107,7 +114,8 @@ struct Arguments {
   int tap_groups, parts;     // warps that these take, and how many share their rows of the image
   int copiers;               // warps that copy
   signed char kinds[28];     // of warps: the part, and in it the group of rows of taps
-  Divider by_kernel_w, by_tap_groups;
+  int run;                   // items of a run, or rows of the image
+  Divider by_kernel_w, by_tap_groups, by_parts;
   int stages, stage_bytes, grads_at, input_unit_bytes, grad_unit_bytes;
   Copy input_copy, grad_copy;
   int input_misfit, grad_misfit;  // bytes from the multiple of 16 bytes before, where planes are copied from there
@@ -162,6 +170,19 @@ __device__ __forceinline__ void load_columns(float (&to)[kCount], uint32_t from)
   }
 }
 
+// Loads a block's pixels.
+template <class F>
+__device__ __forceinline__ void load_block(float (&to)[F::kBlock], uint32_t from) {
+  if constexpr (F::kMisfit == 0) {
+    load_columns<F>(to, from);
+  } else {
+    float all[F::kBlock + 4];
+    load_row(all, from);
+#pragma unroll
+    for (int c = 0; c < F::kBlock; ++c) to[c] = all[c + F::kMisfit];
+  }
+}
+
 // All products of a block of pixels, and one of gradients that begins kShift columns before it, which are loaded on the
 // way: registers are few. The order is one, of those tried, in which ptxas finds registers in different banks for the
 // most of the FMA.
@@ -169,14 +190,18 @@ template <class F, int kShift>
 __device__ __forceinline__ void add_block(float (&sum)[F::kTaps], const float (&x)[F::kBlock], uint32_t grad,
                                           bool never) {
   constexpr int kAtOnce = F::kBlock % 4 == 0 ? 4 : F::kBlock;
-  constexpr int kBegin = kShift > F::kReach ? (kShift - F::kReach) / kAtOnce * kAtOnce : 0;
-  constexpr int kEnd = -kShift > F::kReach ? F::kBlock + kShift + F::kReach : F::kBlock;
+  // Of what is loaded: before the first gradient lie as many numbers as before the first pixel.
+  constexpr int kBegin = ((kShift > F::kReach ? kShift - F::kReach : 0) + F::kMisfit) / kAtOnce * kAtOnce;
+  constexpr int kEnd = F::kMisfit + (-kShift > F::kReach ? F::kBlock + kShift + F::kReach : F::kBlock);
   const auto pixel = [](int n, int o) {
-    constexpr int kHalf = F::kBlock / 2;
-    const int back = F::kBlock - 1 - n;
-    if (F::kSide == 14) return o % 2 == 1 ? n : back;
-    if (F::kLayout == Layout::kRows) return F::kSide == 28 && F::kReach > 4 && o % 2 == 1 ? back : n;
-    if (F::kSide == 28 || (F::kReach == 25 && F::kChannelsLast)) return 5 * n % F::kBlock;
+    constexpr int kBlock = F::kBlock, kHalf = kBlock / 2;
+    const auto turned = [&](int at) { return o % 2 == 1 ? kBlock - 1 - at : at; };
+    if (F::kSide == 14) return turned(F::kAlone && F::kChannelsLast ? 9 * n % kBlock : kBlock - 1 - n);
+    if (F::kLayout == Layout::kRows)
+      return F::kReach > 13 && F::kReach < 16 ? 3 * n % kBlock : F::kSide == 28 ? turned(n) : n;
+    if (F::kSide == 28) return F::kReach == 14 ? turned(n) : (F::kReach == 6 ? 3 : 5) * n % kBlock;
+    if (F::kReach == 25) return F::kChannelsLast ? 5 * n % kBlock : turned(5 * n % kBlock);
+    if (F::kReach == 15 && F::kChannelsLast) return n;
     return n < kHalf ? 2 * n + o % 2 : 2 * (n - kHalf) + 1 - o % 2;
   };
   float g[2][kAtOnce];
@@ -186,13 +211,14 @@ __device__ __forceinline__ void add_block(float (&sum)[F::kTaps], const float (&
   for (int first = kBegin; first < kEnd; first += kAtOnce) {
     if (first + kAtOnce < kEnd) load(first + kAtOnce);
     const auto add = [&](int u, int o) {
-      const int tap = u - o + kShift + F::kReach;
-      if (tap >= 0 && tap < F::kTaps) sum[tap] = fmaf(x[u], g[first / kAtOnce % 2][o - first], sum[tap]);
+      const int tap = u - o + kShift + F::kReach, at = o + F::kMisfit - first;
+      if (tap >= 0 && tap < F::kTaps) sum[tap] = fmaf(x[u], g[first / kAtOnce % 2][at], sum[tap]);
     };
 #pragma unroll
-    for (int o = first; o < first + kAtOnce; ++o)
+    for (int o = first - F::kMisfit; o < first - F::kMisfit + kAtOnce; ++o)
 #pragma unroll
-      for (int n = 0; n < F::kBlock; ++n) add(pixel(n, o), o);
+      for (int n = 0; n < F::kBlock; ++n)
+        if (o >= 0 && o < F::kBlock) add(pixel(n, o), o);
     if (F::kBlocks > 1 && never) asm volatile("trap;");
   }
 }
@@ -274,6 +300,15 @@ struct Cursor {
   __device__ int images(const Arguments& a) const { return min(F::kImages, a.batch - image()); }
 };
 
+// Adds a lane's sums to others, and begins anew.
+template <class F, int kCount>
+__device__ __forceinline__ void fold(float (&to)[kCount][F::kTaps], float (&sum)[kCount][F::kTaps]) {
+#pragma unroll
+  for (int t = 0; t < kCount; ++t)
+#pragma unroll
+    for (int tap = 0; tap < F::kTaps; ++tap) to[t][tap] += sum[t][tap], sum[t][tap] = 0;
+}
+
 // A lane's part of the sum of an item's gradients, of its filter.
 template <class F>
 __device__ float sum_gradients(const Arguments& a, int images, int at) {
@@ -286,7 +321,7 @@ __device__ float sum_gradients(const Arguments& a, int images, int at) {
         for (int column = first; column < a.out_width; column += F::kSharers)
           sum += shared<float>(at + row * F::kRowBytes + column * F::kColumnBytes);
   } else {  // columns that planes lack are zero
-    at += F::filter_of(lane) * a.grad_unit_bytes + (F::kOdd ? a.grad_misfit : 0);
+    at += F::filter_of(lane) * a.grad_unit_bytes + a.grad_misfit;
     for (int image = 0; image < images; ++image, at += F::kFilters * a.grad_unit_bytes + F::kImageGap)
       for (int pixel = first; pixel < a.out_height * F::kSide; pixel += F::kSharers)
         sum += shared<float>(at + 4 * pixel);
@@ -400,9 +435,10 @@ __device__ __forceinline__ void copy_item(const Arguments& a, const Cursor<F>& c
       __syncwarp();
       return;
     }
-    if (F::kOdd && how.bulk) {  // an image's planes follow each other
-      const char* plane = reinterpret_cast<const char*>(from + filter * stride[1]);
-      const int misfit = reinterpret_cast<uintptr_t>(plane) % 16, bytes = (misfit + filters * unit_bytes + 15) & -16;
+    if ((F::kOdd || F::kMisfit > 0 || F::kColumns) && how.bulk) {  // an image's planes follow each other
+      const char* plane = reinterpret_cast<const char*>(from + filter / fan_out * stride[1]);
+      const int misfit = reinterpret_cast<uintptr_t>(plane) % 16;
+      const int bytes = (misfit + 4 * filters * rows * columns + 15) & -16;
       if (is_elected())
 #pragma unroll 1
         for (int n = 0; n < images; ++n, plane += 4 * stride[0], to += F::kFilters * unit_bytes + F::kImageGap) {
@@ -535,15 +571,25 @@ __global__ void __launch_bounds__(32 * F::kAllWarps, 1) lanes_grad_weight(const 
   }
   const int lane_row = F::row_of(lane);
   const int rows_at_once = F::kRows * a.parts;
-  const int products = a.height / rows_at_once * F::kSide, run = max(F::kRun / max(products, 1), 1);
   int sums_at = a.sums_at, other_sums_at = a.sums_at + (a.sums_buffers - 1) * a.sums_bytes;
   const bool never = a.batch < 0;  // which ptxas does not know
   const uint32_t base = once(shared_address(0));
 
+  // How many rows of the image each of a row of taps' rows meets, and how often the warp has as many as lanes have at
+  // once: in each item as often, or, for the first parts, once more.
+  int most[F::kTapRows];
+#pragma unroll
+  for (int t = 0; t < F::kTapRows; ++t) {
+    const int tap_row = known_rows.first + t * a.tap_groups;
+    most[t] = tap_row <= known_rows.last ? min(a.out_height, a.height + a.padding_h - tap_row) : 0;
+  }
+  uint32_t steps = max(known_rows.highest - known_rows.lowest + F::kRows, 0) / F::kRows;
+  const int rest = a.by_parts.split(steps);
+  float total[F::kTapRows][F::kTaps] = {};  // where runs are added up in registers
   for (int item = first, own_part = known_rows.part; item < end;) {
     float sum[F::kTapRows][F::kTaps] = {};
     bool is_last;  // of its filters
-    for (int left = run;;) {
+    for (int left = a.run;;) {
       stages.wait_full();
       const uint32_t lane = (F::kAlone ? thread_anew() : threadIdx.x) % 32;
       const int lane_filter = F::filter_of(lane), lane_image = F::image_of(lane);
@@ -552,8 +598,10 @@ __global__ void __launch_bounds__(32 * F::kAllWarps, 1) lanes_grad_weight(const 
         return (lane_image * F::kFilters + lane_filter) * unit_bytes + lane_image * F::kImageGap;
       };
       const uint32_t stage = base + stages.at * a.stage_bytes;
-      const uint32_t inputs = once(stage + place_of(a.input_unit_bytes) + (F::kOdd ? a.input_misfit : 0));
-      const uint32_t grads = once(stage + a.grads_at + place_of(a.grad_unit_bytes) + (F::kOdd ? a.grad_misfit : 0));
+      const uint32_t inputs =
+          once(stage + place_of(a.input_unit_bytes) + (F::kOdd || F::kColumns ? a.input_misfit : 0));
+      const uint32_t grads =
+          once(stage + a.grads_at + place_of(a.grad_unit_bytes) + (F::kOdd || F::kColumns ? a.grad_misfit : 0));
       const bool is_own = lane_filter < cursor.filters(a) && lane_image < cursor.images(a);
       if constexpr (F::kAlone) {
         // The part's rows of the image, each lane from its first one on and around.
@@ -573,21 +621,18 @@ __global__ void __launch_bounds__(32 * F::kAllWarps, 1) lanes_grad_weight(const 
             }
         }
       } else {
-        const int highest = known_rows.highest, own_highest = is_own ? highest : -1;
+        const int row = known_rows.lowest + own_part * F::kRows + lane_row;
+        uint32_t source = inputs + row * F::kRowBytes;
+        // Of the gradient, what the row meets for the first of the rows of taps: what is none for idle lanes.
+        int grad_row = is_own ? row + a.padding_h - known_rows.first : INT_MIN / 2;
 #pragma unroll 1
-        for (int row = known_rows.lowest + own_part * F::kRows + lane_row; row - lane_row <= highest;
-             row += rows_at_once) {
-          const bool is_there = row <= own_highest;
-          const uint32_t source = inputs + min(row, highest) * F::kRowBytes;
-          const auto grad_of = [&](int t) { return row - known_rows.first - t * a.tap_groups + a.padding_h; };
-          const auto meets = [&](int t) {
-            // Without branches, for which ptxas finds worse banks.
-            return is_there & (known_rows.first + t * a.tap_groups <= known_rows.last) &
-                   (static_cast<uint32_t>(grad_of(t)) < static_cast<uint32_t>(a.out_height));
-          };
+        for (int n = steps + (own_part < rest); n > 0;
+             --n, grad_row += rows_at_once, source += rows_at_once * F::kRowBytes) {
+          const auto grad_of = [&](int t) { return static_cast<uint32_t>(grad_row - t * a.tap_groups); };
+          const auto meets = [&](int t) { return grad_of(t) < static_cast<uint32_t>(most[t]); };
           if constexpr (F::kBlocks == 1) {
             float x[F::kBlock];
-            load_columns<F>(x, source);
+            load_block<F>(x, source);
 #pragma unroll
             for (int t = 0; t < F::kTapRows; ++t)
               if (meets(t)) add_block<F, 0>(sum[t], x, grads + grad_of(t) * F::kRowBytes, never);
@@ -597,17 +642,18 @@ __global__ void __launch_bounds__(32 * F::kAllWarps, 1) lanes_grad_weight(const 
               constexpr int kNext = F::kBlock * F::kColumnBytes;
               const uint32_t grad = grads + grad_of(0) * F::kRowBytes;
               float x[F::kBlock];
-              load_columns<F>(x, source);
+              load_block<F>(x, source);
               add_block<F, -F::kBlock>(sum[0], x, grad + kNext, never);
 #pragma unroll 1
               for (int block = 0;; ++block) {
                 add_block<F, 0>(sum[0], x, grad + block * kNext, never);
                 if (block > 0) break;
-                load_columns<F>(x, source + kNext);
+                load_block<F>(x, source + kNext);
                 add_block<F, F::kBlock>(sum[0], x, grad, never);
               }
             }
           }
+          if (F::kRunsOfRows && --left == 0) fold<F>(total, sum), left = a.run;
         }
       }
       arrive_together(stages.empty(), lane == 0);
@@ -616,8 +662,12 @@ __global__ void __launch_bounds__(32 * F::kAllWarps, 1) lanes_grad_weight(const 
       is_last = cursor.group == a.groups - 1 || item == end;
       if (is_last) break;
       cursor.advance(a);
-      if (--left == 0) break;
+      if (!F::kRunsOfRows && --left == 0) {
+        if (!F::kFolds) break;
+        fold<F>(total, sum), left = a.run;
+      }
     }
+    if constexpr (F::kFolds) fold<F>(sum, total);
     const int own_sums = a.kinds[F::kAlone ? thread_anew() / 32 : warp] * F::kSumBytes;
     flush<F>(sum, sums_at + own_sums);
     if (!is_last) continue;
@@ -652,7 +702,7 @@ int place(Arguments& a, int shared_memory) {
   if (F::kColumns) a.input_unit_bytes = a.grad_unit_bytes = 4 * F::kSide * F::kSide;
   if (!F::kChannelsLast)
     for (int* bytes : {&a.input_unit_bytes, &a.grad_unit_bytes})
-      *bytes = static_cast<int>(round_up(*bytes, F::kPlaneUnit)) | F::kPlaneUnit;
+      *bytes = static_cast<int>(round_up(*bytes + 4 * F::kMisfit, F::kPlaneUnit)) | F::kPlaneUnit;
   constexpr int kUnits = F::kChannelsLast ? F::kImages : F::kPlanes, kGaps = F::kImages * F::kImageGap;
   a.grads_at = static_cast<int>(round_up(kUnits * a.input_unit_bytes + kGaps, kBoxUnit));
   a.stage_bytes = static_cast<int>(round_up(a.grads_at + kUnits * a.grad_unit_bytes + kGaps, kBoxUnit));
@@ -742,13 +792,15 @@ bool describe_dense_planes(CUtensorMap& map, const float* from, const int64_t (&
                         {4 * stride[1], 4 * stride[0], 4 * stride[0]}, {pixels, F::kFilters, F::kImages, 1});
 }
 
-// Whether planes of an image that follow each other lie as F::kOdd has them, or 0: how many bytes behind a multiple of
-// 16.
+// How many bytes behind a multiple of 16 planes begin that the form takes so: 0 if it does not.
 template <class F>
-int odd_misfit(const float* from, const int64_t (&stride)[4], int rows, int columns) {
+int misfit_of(const float* from, const int64_t (&stride)[4], int rows, int columns) {
   const int misfit = static_cast<int>(reinterpret_cast<uintptr_t>(from) % 16), pixels = rows * columns;
-  const bool dense = stride[3] == 1 && stride[2] == columns && stride[1] == pixels && stride[0] % 4 == 0;
-  return dense && columns == F::kSide && pixels % 8 == 4 && misfit % 8 == 4 ? misfit : 0;
+  if (stride[3] != 1 || stride[2] != columns || columns != F::kSide || (stride[0] | stride[1]) % 4 != 0) return 0;
+  // Behind a plane that is followed by zeros the next one would begin.
+  if (F::kColumns) return rows == F::kSide ? misfit : 0;
+  if (!F::kAlone) return misfit == 4 * F::kMisfit ? misfit : 0;
+  return stride[1] == pixels && pixels % 8 == 4 && misfit % 8 == 4 ? misfit : 0;
 }
 
 template <class F>
@@ -762,6 +814,11 @@ bool launch(const Problem& p, Arguments a, const Allocate& allocate, cudaStream_
     if (!is_served(a.input_stride, a.height) || !is_served(a.grad_stride, a.out_height)) return false;
     a.input_copy = copy_of<F>(a.input, p.input.stride, a.filters, a.width, a.height, has_bulk_copies);
     a.grad_copy = copy_of<F>(a.grad, p.output.stride, a.filters, a.out_width, a.out_height, has_bulk_copies);
+    if (has_bulk_copies) {
+      a.input_misfit = misfit_of<F>(a.input, p.input.stride, a.width, a.height);
+      a.grad_misfit = misfit_of<F>(a.grad, p.output.stride, a.out_width, a.out_height);
+      a.input_copy.bulk |= a.input_misfit > 0, a.grad_copy.bulk |= a.grad_misfit > 0;
+    }
   } else {
     a.input_copy = copy_of<F>(a.input, a.input_stride, a.filters, a.height, a.width, has_bulk_copies);
     a.grad_copy = copy_of<F>(a.grad, a.grad_stride, a.filters, a.out_height, a.out_width, has_bulk_copies);
@@ -784,9 +841,9 @@ bool launch(const Problem& p, Arguments a, const Allocate& allocate, cudaStream_
     a.grad_copy.boxes = a.grad_copy.bulk &&
                         describe_dense_planes<F>(a.grad_map, a.grad, a.grad_stride, a.filters, a.batch, a.out_height);
   }
-  if constexpr (F::kOdd) {
-    a.input_misfit = odd_misfit<F>(a.input, a.input_stride, a.height, a.width);
-    a.grad_misfit = odd_misfit<F>(a.grad, a.grad_stride, a.out_height, a.out_width);
+  if constexpr (F::kOdd || F::kMisfit > 0) {
+    a.input_misfit = misfit_of<F>(a.input, a.input_stride, a.height, a.width);
+    a.grad_misfit = misfit_of<F>(a.grad, a.grad_stride, a.out_height, a.out_width);
     if (!has_bulk_copies || a.multiplier > 1 || a.input_misfit == 0 || a.grad_misfit == 0) return false;
     a.input_copy.bulk = a.grad_copy.bulk = true;
   }
@@ -836,7 +893,11 @@ bool launch(const Problem& p, Arguments a, const Allocate& allocate, cudaStream_
     if (a.sums.grad_bias != nullptr) a.sums.grad_bias = static_cast<float*>(a.sums.grad_bias) - a.shift;
     if (a.sums.partial != nullptr) a.sums.partial -= a.shift;
   }
-  a.by_kernel_w = Divider(a.kernel_w), a.by_tap_groups = Divider(a.tap_groups);
+  a.by_kernel_w = Divider(a.kernel_w), a.by_tap_groups = Divider(a.tap_groups), a.by_parts = Divider(a.parts);
+  const int64_t wanted = products_of_run(a.batch, int64_t{a.out_height} * a.out_width);
+  const int products = F::kFolds ? static_cast<int>(std::min<int64_t>(wanted, F::kRun)) : F::kRun;
+  a.run = products / (F::kRunsOfRows ? a.out_width : std::max(a.height / (F::kRows * a.parts) * F::kSide, 1));
+  a.run = std::max(a.run, 1);
   launch_early(kernel, a, int64_t{a.blocks} * a.bands, threads, stream, {a.cluster, a.bytes});
   check_launch("lanes_grad_weight");
   launch_add_partial_sums(p, sums, a.slots, stream);
@@ -856,8 +917,11 @@ bool launch_form(const Problem& p, const Arguments& a, const Allocate& allocate,
     else if constexpr (Usual::kAlone)
       return number == kNumber &&
              (launch<Usual>(p, a, allocate, stream) ||
-              (kLayout == Layout::kRows && launch<Form<kNumber, Layout::kRows, true, true>>(p, a, allocate, stream)) ||
+              (kLayout == Layout::kRows && launch<Form<kNumber, Layout::kRows, true, 1>>(p, a, allocate, stream)) ||
               launch<Form<kNumber, kLayout, false>>(p, a, allocate, stream));
+    else if constexpr (kLayout == Layout::kRows)
+      return number == kNumber &&
+             (launch<Form<kNumber, kLayout, true, 1>>(p, a, allocate, stream) || launch<Usual>(p, a, allocate, stream));
     else
       return number == kNumber && launch<Usual>(p, a, allocate, stream);
   };

@@ -18,6 +18,7 @@
 #include "lanes_grad_weight.h"
 #include "large_float32.cuh"
 #include "launch.h"
+#include "long_sums.h"
 #include "partial_sums.h"
 
 namespace dwconv {
@@ -27,8 +28,9 @@ constexpr int kWide = 16;   // columns of a strip
 constexpr int kBlock = 28;  // columns of a block
 // What of the costs of strips is a cycle of those of blocks. In channels_last strips take longer than estimated.
 constexpr double kBlockCycles = 1.45, kBlockCyclesChannelsLast = 1.25;
-constexpr int kRun = 128;           // gradients that are summed before they are added to a sum
-constexpr int kSlotPitch = 33 * 4;  // bytes between the sums of a lane: neighbouring taps are in different banks
+constexpr int kLeastRun = 32, kRun = 128;  // products that are summed before they are added to a sum
+constexpr int kFewImages = 8;              // whose sums are added up one after the other
+constexpr int kSlotPitch = 33 * 4;         // bytes between the sums of a lane: neighbouring taps are in different banks
 
 struct Arguments {
   const float* input;
@@ -46,6 +48,7 @@ struct Arguments {
   int parts;                                // that the rows are cut into
   int strips, chunks;                       // of taps: strips of columns, and what warps take of the rows of all images
   int slots;                                // sums of a lane, but for Blocks
+  int run;                                  // products that are summed before they are added to these
   int input_row_bytes, input_image_bytes, grad_row_bytes, grad_image_bytes;
   int input_plane_bytes, grad_plane_bytes;            // from filter to filter
   int bias_at, grads_at, inputs_at, zeros_at, bytes;  // in shared memory, behind the sums
@@ -143,7 +146,7 @@ struct Strips {
                           4 * unit.grad_shift + walk.weight);
       take_part(rows, part, a.parts);
       float sum[2][width] = {};
-      correlate_rows(sum, rows, walk, max(2 * kRun / unit.columns, 1), [&] {  // each sum has half of them
+      correlate_rows(sum, rows, walk, max(2 * a.run / unit.columns, 1), [&] {  // each sum has half of them
 #pragma unroll
         for (int o = 0; o < width; ++o) {
           add_to_slot(slots, o, sum[0][o] + sum[1][o]);
@@ -170,7 +173,7 @@ struct Diagonals {
     take_part(rows, part, a.parts);
     float sum[2][kSlots] = {};
     walk_rows(
-        rows, 2 * kRun / kSide,
+        rows, 2 * a.run / kSide,
         [&](uint32_t source, uint32_t grad) {
           float x[(kSide + 3) / 4 * 4], g[(kSide + 3) / 4 * 4];
           load_row(x, source);
@@ -273,7 +276,7 @@ struct Blocks {
       const int low = max(kBlock - offset, 1), high = min(kBlock - 1 + a.kernel_w - offset, 2 * kBlock - 1);
       if (low > high || first >= last) continue;
       float sum[2][kSums] = {};
-      const int run = max(2 * kRun / (last - first), 1);  // each sum has half of them
+      const int run = max(2 * a.run / (last - first), 1);  // each sum has half of them
       uint32_t source = once(base + rows.source + begin * rows.source_bytes);
       uint32_t grad = once(base + rows.weight + begin * rows.weight_bytes);
       int y = once(rows.y + begin);
@@ -369,9 +372,13 @@ __global__ void __launch_bounds__(kLargeThreads, std::is_same_v<Taps, Blocks> ? 
       const int2 found = Taps::find(a, j);
       if (found.y >= 0 && found.y < a.slots)  // or the tap meets no image
         for (int part = 0; part < a.parts; ++part)
-          for (int image = 0; image < a.images; ++image) {
-            const int item = i * a.images + image, kind = (plane * a.parts + part) * a.strips + found.x;
-            sum += shared<float>(((kind * a.chunks + item / 32) * a.slots + found.y) * kSlotPitch + item % 32 * 4);
+          for (int first = 0; first < a.images; first += kFewImages) {
+            float few = 0;
+            for (int image = first; image < min(first + kFewImages, a.images); ++image) {
+              const int item = i * a.images + image, kind = (plane * a.parts + part) * a.strips + found.x;
+              few += shared<float>(((kind * a.chunks + item / 32) * a.slots + found.y) * kSlotPitch + item % 32 * 4);
+            }
+            sum += few;
           }
     }
     if (!is_finite(sum)) sum = sum_by_taps(a, filter + plane, split, i, j);
@@ -397,6 +404,9 @@ int64_t place(Arguments& a, const Cut& cut) {
   a.slices = static_cast<int>(ceil_div(a.out_width, a.columns));
   a.units = static_cast<int>(ceil_div(a.batch, a.images)) * a.bands * a.slices;
   a.side = cut.side;
+  // Runs of blocks, and of diagonals, take longer to add to a sum: they are twice as long as they should be.
+  const int64_t factor = cut.side > 0 ? 2 : 1, run = products_of_run(a.batch, int64_t{a.out_height} * a.out_width);
+  a.run = static_cast<int>(std::clamp<int64_t>(factor * run, factor * kLeastRun, kRun));
   a.strips = cut.side > 0 ? 1 : static_cast<int>(ceil_div(a.kernel_w, kWide));
   a.slots = cut.side > 0 ? 2 * cut.side - 1 : static_cast<int>(std::min<int64_t>(round_up(a.kernel_w, 4), kWide));
   const bool blocks = cut.side == kBlock;
@@ -457,7 +467,7 @@ double cost_of(const Arguments& a, const Cut& cut, bool channels_last, int64_t b
       const int end = std::min(a.height + padding - highest, std::min(a.rows, a.out_height - band));
       const int count = std::max(end - std::max(padding - lowest, 0), 0);
       rows += count;
-      flushes += a.parts * ceil_div(ceil_div(count, a.parts), std::max(2 * kRun / a.out_width, 1));
+      flushes += a.parts * ceil_div(ceil_div(count, a.parts), std::max(2 * a.run / a.out_width, 1));
     }
   }
   const double input = a.input_plane_bytes / a.input_row_bytes * (a.width + (blocks ? 0 : 16.0));
