@@ -217,6 +217,35 @@ bool can_batch_grad_weight_nchw(const Problem& p) {
   return 2 * 16 * (2 * (source * width + tile * out_width) + 96) + 512 <= p.shared_memory;
 }
 
+// Whether rows have an even number of columns in both arrays.
+bool have_rows_of_words(const Problem& p) {
+  return p.width % 2 == 0 && p.out_width % 2 == 0;
+}
+
+// Whether planes whose rows are not of whole words are multiplied as they lie, or in rows of whole units that they are
+// cut in, or that rows are laid apart in: where images begin at the same place within a unit.
+bool lies_in_units(const Problem& p) {
+  constexpr int64_t kPixels = 8, kSide = 14;  // of a unit, of a plane that is halved
+  if (p.input.stride[0] % kPixels != 0 || p.output.stride[0] % kPixels != 0) return false;
+  if (p.stride_h == 2) return p.height == kSide && p.width == kSide && p.out_height == kSide / 2;
+  const bool keeps_size = p.out_height == p.height && p.out_width == p.width;
+  const bool is_small = keeps_size && p.multiplier == 1 && std::max(p.height, p.width) <= kPixels;
+  const bool is_3x3 = p.kernel_h == 3 && p.kernel_w == 3 && p.dilation_h == p.dilation_w && p.dilation_h <= 2;
+  if (is_small || !is_3x3) return is_small;
+  const bool is_cut = keeps_size && p.height * p.width % kPixels == 0;
+  return std::min(p.width, p.out_width) >= kLeastAlignedColumns &&
+         (is_cut || (p.dilation_h == 2 && std::max(p.width, p.out_width) <= kMostAlignedColumns));
+}
+
+// Whether it pays to multiply images that are read element by element: for many taps that CUDA cores have no tile for,
+// or many rows of them.
+bool pays_by_elements(const Problem& p) {
+  constexpr int64_t kManyTaps = 16, kManyRows = 6;
+  const int64_t rows = extent_h(p), taps = p.stride_h == 1 ? rows * extent_w(p) : p.taps();
+  return rows <= kMaxBatchRows && taps >= kManyTaps &&
+         ((p.stride_h == 1 && rows >= kManyRows) || !claims_stream_grad_weight_nchw(p));
+}
+
 }  // namespace
 
 // ---------------------------------------------------------------------------- forward and grad_input
@@ -317,12 +346,13 @@ bool claims_batch_grad_weight_nchw(const Problem& p) {
   // 16 images are multiplied together: where few of them are there it does not pay, nor for a few taps at a stride.
   constexpr int64_t kTogether = 16, kFewTaps = 25;
   if (4 * p.batch < 3 * round_up(p.batch, kTogether)) return false;
-  if (p.stride_h > 1 && p.taps() < kFewTaps && claims_stream_grad_weight_nchw(p)) return false;
-  // One tap, where the kernel for rows that begin with 16 bytes has two blocks a multiprocessor, and each input one
-  // gradient.
-  return p.taps() > 1 ||
-         (p.capability >= 90 && p.stride_h == 1 && p.padding_h == 0 && p.multiplier == 1 && p.batch >= kTogether &&
-          p.width >= kLeastAlignedColumns && p.width <= kMostAlignedColumns && have_aligned_rows(p, kUnit));
+  if (p.taps() == 1 || (p.stride_h > 1 && p.taps() < kFewTaps && claims_stream_grad_weight_nchw(p))) return false;
+  // CUDA cores are as fast for 3x3, unless planes are small, or rows long enough to be copied in chunks.
+  constexpr int64_t kFewPixels = 784;
+  if (p.taps() <= 9 && has_unit_steps(p) && p.width < kLeastAlignedColumns && p.height * p.width >= kFewPixels &&
+      claims_stream_grad_weight_nchw(p))
+    return false;
+  return have_rows_of_words(p) || lies_in_units(p) || pays_by_elements(p);
 }
 
 }  // namespace dwconv

@@ -75,12 +75,14 @@ def test_small_kernels_in_nchw(name: str, tile: tuple, dtype: torch.dtype) -> No
         most = 0 if kernel[1] > 9 or (stride == 2 and kernel[0] < 5) else 128
     for size in ((512, 512), (7, 13), (113, 95), (20, 900)):
         case = tile_case(tile, 512, 64, size)
+        # Rows of an odd number of columns are read element by element.
+        multiplies = name != "grad_weight" or size[1] % 2 == 0 or (kernel[0] == 7 and stride == 1)
         pixels = math.prod(size) // (1 if name == "grad_input" else stride**2)
         if dtype == torch.float32:
             down_planes = kernel == (7, 7) and (stride == 1 or name != "grad_input") and size != (7, 13)
             same_banks = dilation == 2 and size[1] % 32 == 0 and name != "grad_weight"  # in which all rows would begin
             expected = (MARCH_NCHW if down_planes or same_banks else STREAM)[name]
-        elif area > 1 and kernel[0] <= 7 and size[1] + stride // 2 <= most:
+        elif area > 1 and kernel[0] <= 7 and size[1] + stride // 2 <= most and multiplies:
             expected = "batch_grad_weight_nchw" if name == "grad_weight" else "toeplitz_small_planes"
         elif pixels >= least:
             expected = "toeplitz_grad_weight_nchw" if name == "grad_weight" else "toeplitz_nchw"
@@ -141,16 +143,27 @@ def test_tensor_cores(name: str, dtype: torch.dtype) -> None:
         assert plan_of(name, Case(64, 192, (side, side), (3, 3), padding=(1, 1)), dtype) == expected
 
 
-@pytest.mark.parametrize("dtype", FAST, ids=str)
-def test_one_tap_on_rows_of_units(dtype: torch.dtype) -> None:
-    """In 16 bits, from 48 to 64 columns, tensor cores sum over the images."""
-    case = Case(128, 96, (56, 56), (1, 1))
-    for width in (40, 48, 52, 64, 72):
-        multiplies = dtype != torch.float32 and width in (48, 64)
-        plan = "batch_grad_weight_nchw" if multiplies else STREAM["grad_weight"]
-        assert plan_of("grad_weight", case._replace(size=(56, width)), dtype) == plan, width
-    for change in ({"batch": 12}, {"multiplier": 2}):
-        assert plan_of("grad_weight", case._replace(**change), dtype) == STREAM["grad_weight"], change
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_sums_over_images(dtype: torch.dtype) -> None:
+    """For grad_weight, unless CUDA cores are as fast: for one tap, 3x3 on medium planes, odd widths with few taps."""
+    for side, size, stride, multiplies in (
+        (1, (56, 56), 1, False),
+        (3, (27, 28), 1, True),
+        (3, (28, 28), 1, False),
+        (3, (28, 56), 1, True),
+        (5, (28, 28), 1, True),
+        # odd widths
+        (3, (7, 7), 1, True),
+        (3, (9, 9), 1, False),
+        (3, (16, 63), 1, True),  # planes of whole units
+        (3, (17, 63), 1, False),
+        (5, (27, 27), 1, False),
+        (7, (27, 27), 1, True),
+        (5, (14, 14), 2, True),
+        (5, (16, 14), 2, False),
+    ):
+        case = Case(128, 768, size, (side, side), (stride, stride), padding=(side // 2, side // 2))
+        assert (plan_of("grad_weight", case, dtype) == "batch_grad_weight_nchw") == multiplies, (side, size, stride)
 
 
 @pytest.mark.parametrize("dtype", FAST, ids=str)
