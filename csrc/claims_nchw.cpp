@@ -207,9 +207,11 @@ bool can_batch_grad_weight_nchw(const Problem& p) {
   }
   if (columns > kMaxBandColumns) {
     // Wider ones of one row, where rows begin with 16 bytes, or are moved there: windows reach 8 columns beside a tile.
-    constexpr int64_t kReach = 8, kRoomToMove = 128 << 10;  // for two stages of two chunks of both arrays
+    constexpr int64_t kReach = 8, kRoomToMove = 128 << 10, kChunkRows = 7 * 16, kRoomForSums = 16 << 10;
     if (rows > 1 || p.stride_h > 1 || p.padding_w > kReach || columns - 1 - p.padding_w > kReach) return false;
-    if (!have_aligned_rows(p, kUnit) && !(have_rows_of_units(p) && p.shared_memory >= kRoomToMove)) return false;
+    const bool has_chunks = have_aligned_rows(p, kUnit) && std::min(p.width, p.out_width) >= kLeastAlignedColumns &&
+                            2 * kChunkRows * (3 * (width + 8) + 2 * (out_width + 8)) + kRoomForSums <= p.shared_memory;
+    if (!has_chunks && !(have_rows_of_units(p) && p.shared_memory >= kRoomToMove)) return false;
   }
   // A tile's rows of 16 images twice, with room for what surrounds them.
   const int64_t tile = std::min<int64_t>(p.out_height, 7);

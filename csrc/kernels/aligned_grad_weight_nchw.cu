@@ -24,9 +24,6 @@
 // A warp takes every so many columns of tiles. All bands of tiles of all filters are one run, of which blocks have
 // equal parts, all of them at once: where a filter or a part ends, diagonals are summed up and written as a partial
 // sum.
-//
-// Zeros beside the image are exact unless the other factor is Inf or NaN. So sums that are finite are right, and the
-// others are taken again, product by product.
 #include "aligned_grad_weight_nchw.h"
 
 #include <algorithm>
@@ -34,17 +31,15 @@
 
 #include "batch_grad_weight_nchw.h"
 #include "copies.cuh"
+#include "image_sums.cuh"
 #include "overlap.cuh"
 #include "shifted_runs.cuh"
 #include "stream.cuh"
-#include "tensor_cores.cuh"
 #include "turn.cuh"
-#include "weight_sums.cuh"
 
 namespace dwconv {
 namespace {
 
-constexpr int kImages = 16;             // that are multiplied together
 constexpr int kRows = 7, kColumns = 8;  // of a tile
 constexpr int kMaxRows = 9;             // of kernels of more than one column
 constexpr int kPitch = kColumns + 1;    // of a product that is summed up, in floats
@@ -210,11 +205,8 @@ struct StageBarriers {
 };
 static_assert(kZeros + kUnit <= 128 && 128 + 16 * StageBarriers::kStages <= kHead);
 
-struct Aligned {
+struct Aligned : ImageSums {
   Rows source, grad;
-  int width, out_width;
-  int kernel_h, kernel_w, padding_h, padding_w, dilation_h, dilation_w;
-  int images, filters, multiplier;
   int columns, workers;          // of tiles, and warps that share them
   int stages, grad_stages;       // that there is room for, of the input and of the gradient
   int scratch_at, sums_at;       // of each warp: a product, and the taps' sums
@@ -225,7 +217,6 @@ struct Aligned {
   bool bulk, moves;              // copies; whether rows are moved
   bool ends_with_band;           // whether rows of the gradient are whole bands
   int more_columns;              // where planes are cut, of a row than the image has
-  WeightSums result;
 
   __device__ int last_band() const { return static_cast<int>(by_bands.divisor) - 1; }
   // From a warp's column of tiles to its next one. Where rows are kept the first one is a warp's own; where planes are
@@ -270,10 +261,8 @@ __device__ inline int block_of_band(const Aligned& a, int at) {
 // The sum of one tap over a warp's tiles of some bands, of products inside the image only.
 template <typename T, Way kWay>
 __device__ __noinline__ float sum_by_products(const Aligned& a, int filter, int warp, int first, int last, int tap) {
-  const int i = tap / a.kernel_w * a.dilation_h - a.padding_h, j = tap % a.kernel_w * a.dilation_w - a.padding_w;
+  const int i = a.row_of(tap), j = a.column_of(tap);
   constexpr bool kCut = kWay == Way::kCut;
-  const int height = kCut ? a.source.plane_bytes / 2 / a.width : a.source.height;
-  const int out_height = kCut ? height : a.grad.height;
   float sum = 0;
   for (int at = first; at < last; ++at) {
     const Stretch band(a, at, at + 1);
@@ -292,17 +281,16 @@ __device__ __noinline__ float sum_by_products(const Aligned& a, int filter, int 
           r = pixel / a.width, v = pixel % a.width;
         }
         const int y = r + i, x = v + j;
-        if (n >= a.images || r < 0 || r >= out_height || v >= a.out_width || y < 0 || y >= height || x < 0 ||
+        if (n >= a.images || r < 0 || r >= a.out_height || v >= a.out_width || y < 0 || y >= a.height || x < 0 ||
             x >= a.width)
           continue;
         const auto* from = reinterpret_cast<const T*>(a.source.base + n * a.source.image_bytes);
         const auto* grad = reinterpret_cast<const T*>(a.grad.base + n * a.grad.image_bytes);
-        sum = fmaf(widen(from[(filter / a.multiplier * height + y) * a.width + x]),
-                   widen(grad[(filter * out_height + r) * a.out_width + v]), sum);
+        sum = fmaf(widen(from[(filter / a.multiplier * a.height + y) * a.width + x]),
+                   widen(grad[(filter * a.out_height + r) * a.out_width + v]), sum);
       }
   }
-  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
-  return sum;
+  return sum_of_lanes(sum);
 }
 
 // Of the threads that multiply.
@@ -346,8 +334,8 @@ template <typename T, int kKernelH, int kDilation>
 struct Sums {
   static constexpr int kMost = kRows - 1 + (kKernelH - 1) * kDilation;  // the last row that a tile meets
   static constexpr int kBelow = kMost / kRows;                          // chunks below that it meets
-  static constexpr int kChunks = kBelow == 0 ? 2 : 1;                   // of a stage
-  static constexpr bool kLays = kKernelH == 7 || kDilation == 2;        // faster than others from rows of other sizes
+  static constexpr bool kLays =
+      kKernelH == 5 || kKernelH == 7 || kDilation == 2;  // faster than others from rows of other sizes
   static constexpr bool kCuts = kKernelH == 3;
   static constexpr int kWarps = kKernelH < 5 ? 8 : 7;  // of a block that multiply, at most
   static constexpr int kWindow = 3 * kColumns;
@@ -439,7 +427,7 @@ struct Sums {
 // The same for kernels of one column: a product is of two rows of the input, the upper one in front.
 template <typename T, int kKernelH>
 struct ColumnSums {
-  static constexpr int kMost = kRows - 1 + kKernelH - 1, kBelow = kMost / kRows, kChunks = 1, kWarps = 7, kScratch = 0;
+  static constexpr int kMost = kRows - 1 + kKernelH - 1, kBelow = kMost / kRows, kWarps = 7, kScratch = 0;
   static constexpr int kStep = 1;
   static constexpr bool kLays = false, kCuts = false;
 
@@ -491,8 +479,7 @@ struct ColumnSums {
     };
 #pragma unroll
     for (int i = 0; i < kKernelH; ++i) {
-      float total = diagonal(sum[i + 1]) + diagonal(sum[i] + 2);
-      for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
+      const float total = sum_of_lanes(diagonal(sum[i + 1]) + diagonal(sum[i] + 2));
       if (lane == 0 && i % a.dilation_h == 0 && i / a.dilation_h < a.kernel_h)
         shared<float>(sums + 4 * (i / a.dilation_h)) = total;
     }
@@ -539,8 +526,7 @@ struct Edges {
     for (int i = 0; i < kKernel; ++i)
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
-        float total = sum[i][side];
-        for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(~0u, total, offset);
+        const float total = sum_of_lanes(sum[i][side]);
         if (lane == 0) shared<float>(sums + 4 * (i * kKernel + 2 * side)) = -total;
         if (lane == 0 && side == 0) shared<float>(sums + 4 * (i * kKernel + 1)) = 0;
       }
@@ -554,19 +540,14 @@ template <typename T>
 struct Bias {
   float sum[4] = {};
 
-  __device__ void add(const uint32_t (&row)[2]) {
-    constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
-    multiply(sum, sum, {kOnes, kOnes, kOnes, kOnes}, row, T{});
-  }
+  __device__ void add(const uint32_t (&row)[2]) { add_to_bias(sum, row, T{}); }
   __device__ void add(const Tile& grad) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) add(grad.row[r]);
   }
 
   __device__ void put(int place) {
-    float total = sum[0] + sum[1];  // every row of the product is the same
-    total += __shfl_xor_sync(~0u, total, 1);
-    total += __shfl_xor_sync(~0u, total, 2);
+    const float total = total_of_bias(sum[0], sum[1]);
     if (threadIdx.x % 32 == 0) shared<float>(place) = total;
     *this = {};
   }
@@ -575,14 +556,14 @@ struct Bias {
 // Takes sums that are not finite again; where planes are cut, those of all warps, as what is subtracted is of all.
 template <typename T, Way kWay>
 __device__ void correct(const Aligned& a, int sums, int filter, int warp, int first, int last) {
-  const int lane = threadIdx.x % 32, taps = a.kernel_h * a.kernel_w;
+  const int lane = threadIdx.x % 32, taps = a.taps();
   const bool cut = kWay == Way::kCut;
   if (cut) meet_workers(a);
   for (int begin = 0; begin < taps; begin += 32) {
     bool finite = true;
     if (begin + lane < taps)
       for (int w = cut ? 0 : warp; w < (cut ? a.workers : warp + 1); ++w)
-        finite &= is_finite(shared<float>(sums + 4 * ((w - warp) * (taps + a.result.with_bias()) + begin + lane)));
+        finite &= is_finite(shared<float>(sums + 4 * ((w - warp) * a.slots() + begin + lane)));
     uint32_t again = __ballot_sync(~0u, !finite);
     if (cut) meet_workers(a);
     for (; again; again &= again - 1) {
@@ -597,7 +578,7 @@ __device__ void correct(const Aligned& a, int sums, int filter, int warp, int fi
 // Writes a filter's sums over the block's bands up to `at`, and zeros for parts that there are not.
 template <typename T>
 __device__ void write(const Aligned& a, int filter, int at) {
-  const int slots = a.kernel_h * a.kernel_w + a.result.with_bias();
+  const int slots = a.slots();
   const int begin = filter * a.filter_bands, end = begin + a.filter_bands;
   const int part = blockIdx.x - block_of_band(a, begin), parts = at == end ? a.parts : part + 1;
   for (int slot = threadIdx.x; slot < slots; slot += 32 * a.workers) {
@@ -611,21 +592,20 @@ __device__ void write(const Aligned& a, int filter, int at) {
 // nobody has a use for it. kAlone: it is the only one, and asks for nothing that others do.
 template <class Sum, Way kWay, bool kAlone>
 __device__ void load_stages(const Aligned& a, int first, int last, int warp) {
-  constexpr int kMostRows = Sum::kChunks * kRows;
   const int loader = kAlone ? 0 : warp - a.workers, loaders = kAlone ? 1 : a.loaders;
   Turn turn, grad_turn;
   bool again = false;  // whether all stages have been filled
   for (int at = first; at < last;) {
     const Stretch s(a, at, last);
     const int end = (s.end - 1) * kRows + Sum::kMost + 1;  // of the rows that tiles meet, with those above the image
-    for (int chunk = s.begin; chunk < s.end + Sum::kBelow; chunk += Sum::kChunks) {
+    for (int chunk = s.begin; chunk < s.end + Sum::kBelow; ++chunk) {
       const int full = StageBarriers::full(turn.stage), row = chunk * kRows, band = chunk - Sum::kBelow;
       if (again) wait(StageBarriers::done(turn.stage), turn.parity ^ 1);
       a.source.load<kWay>(turn.stage, s.image, a.images, s.filter / a.multiplier, row - a.padding_h,
-                          min(kMostRows, end - row), full, a.bulk, loader, loaders);
+                          min(kRows, end - row), full, a.bulk, loader, loaders);
       if (band >= s.begin) {
-        a.grad.load<kWay>(grad_turn.stage, s.image, a.images, s.filter, band * kRows,
-                          min(kMostRows, (s.end - band) * kRows), full, a.bulk, loader, loaders);
+        a.grad.load<kWay>(grad_turn.stage, s.image, a.images, s.filter, band * kRows, kRows, full, a.bulk, loader,
+                          loaders);
         grad_turn.next(a.grad_stages);
       }
       if (kWay != Way::kPlain && !a.bulk) arrive_after_copies(full);
@@ -672,7 +652,7 @@ __global__ void __launch_bounds__(32 * (Sum::kWarps + kMoreLoaders<Sum> + 1), 2)
   Bias<T> bias;
   Edges<T, Sum::kStep> edges;
   const bool has_edges = kWay == Way::kCut && warp + 1 == a.workers;
-  const int taps_and_bias = a.kernel_h * a.kernel_w + a.result.with_bias();
+  const int taps_and_bias = a.slots();
   const int place = a.sums_at + 4 * warp * taps_and_bias;
   // Where the lane's rows of matrices begin.
   constexpr int kBefore = kUnitsBefore<kWay> * kUnit;
@@ -680,54 +660,48 @@ __global__ void __launch_bounds__(32 * (Sum::kWarps + kMoreLoaders<Sum> + 1), 2)
   const uint32_t grad =
       shared_address(a.grad.memory + kBefore) + lane % 16 * a.grad.pitch + lane / 16 * a.grad.row_bytes;
   const int columns_apart = a.columns_apart<kWay>(warp);
-  const int source_chunk = kRows * a.source.row_bytes, grad_chunk = kRows * a.grad.row_bytes;
   Turn turn, grad_turn, oldest;
   int begin = first;  // of what is being summed up
   for (int at = first; at < last;) {
     const Stretch s(a, at, last);
-    int held = 0, left = Sum::kChunks;  // stages that are there, and bands until the oldest one is not needed
+    int held = 0;  // stages that are there
     const auto give_back = [&] {
       arrive_together(StageBarriers::done(oldest.stage), lane == 0);
-      oldest.next(a.stages), --held, left = Sum::kChunks;
+      oldest.next(a.stages), --held;
     };
     uint32_t source_at[Sum::kBelow + 1];  // the chunks that a tile meets
-    uint32_t grad_at = grad_turn.stage * a.grad.bytes();
-    for (int chunk = s.begin, index = 0; chunk < s.end + Sum::kBelow; ++chunk) {
-      if (index == 0) {
-        wait(StageBarriers::full(turn.stage), turn.parity);
-        if (kWay == Way::kKept || kWay == Way::kLaid || (kWay == Way::kMoved && a.moves)) {
-          constexpr int kMostRows = Sum::kChunks * kRows;
-          const int row = chunk * kRows - a.padding_h, band = chunk - Sum::kBelow;
-          const int rows = min(kMostRows, (s.end - 1) * kRows + Sum::kMost + 1 - chunk * kRows);
-          const int grad_row = band * kRows, grad_rows = band < s.begin ? 0 : min(kMostRows, (s.end - band) * kRows);
-          if constexpr (kWay == Way::kKept) {
-            if (a.source.has_ends(row, rows) || a.grad.has_ends(grad_row, grad_rows)) {
-              if (warp == 0 && a.source.has_ends(row, rows)) a.source.clear_ends(turn.stage, row, rows);
-              if (warp == 1 && a.grad.has_ends(grad_row, grad_rows))
-                a.grad.clear_ends(grad_turn.stage, grad_row, grad_rows);
-              meet_workers(a);
-            }
-          } else {
-            if constexpr (kWay == Way::kLaid)
-              spread_rows(a.source.tight(turn.stage, s.filter / a.multiplier, row, rows),
-                          a.grad.tight(grad_turn.stage, s.filter, grad_row, grad_rows), threadIdx.x, 32 * a.workers,
-                          [&] { meet_workers(a); });
-            move_runs(a.source.shifted(turn.stage, row, rows), warp, a.workers);
-            move_runs(a.grad.shifted(grad_turn.stage, grad_row, grad_rows), a.workers - 1 - warp, a.workers);
+    for (int chunk = s.begin; chunk < s.end + Sum::kBelow; ++chunk) {
+      wait(StageBarriers::full(turn.stage), turn.parity);
+      const int band = chunk - Sum::kBelow;  // of the tiles that may be added then
+      if (kWay == Way::kKept || kWay == Way::kLaid || (kWay == Way::kMoved && a.moves)) {
+        const int row = chunk * kRows - a.padding_h;
+        const int rows = min(kRows, (s.end - 1) * kRows + Sum::kMost + 1 - chunk * kRows);
+        const int grad_row = band * kRows, grad_rows = band < s.begin ? 0 : kRows;
+        if constexpr (kWay == Way::kKept) {
+          if (a.source.has_ends(row, rows) || a.grad.has_ends(grad_row, grad_rows)) {
+            if (warp == 0 && a.source.has_ends(row, rows)) a.source.clear_ends(turn.stage, row, rows);
+            if (warp == 1 && a.grad.has_ends(grad_row, grad_rows))
+              a.grad.clear_ends(grad_turn.stage, grad_row, grad_rows);
             meet_workers(a);
           }
+        } else {
+          if constexpr (kWay == Way::kLaid)
+            spread_rows(a.source.tight(turn.stage, s.filter / a.multiplier, row, rows),
+                        a.grad.tight(grad_turn.stage, s.filter, grad_row, grad_rows), threadIdx.x, 32 * a.workers,
+                        [&] { meet_workers(a); });
+          move_runs(a.source.shifted(turn.stage, row, rows), warp, a.workers);
+          move_runs(a.grad.shifted(grad_turn.stage, grad_row, grad_rows), a.workers - 1 - warp, a.workers);
+          meet_workers(a);
         }
-        source_at[Sum::kBelow] = turn.stage * a.source.bytes();
-        turn.next(a.stages), ++held;
-      } else {
-        source_at[Sum::kBelow] += source_chunk;
       }
-      if (++index == Sum::kChunks) index = 0;
-      if (chunk >= s.begin + Sum::kBelow) {
+      source_at[Sum::kBelow] = turn.stage * a.source.bytes();
+      turn.next(a.stages), ++held;
+      if (band >= s.begin) {
+        const uint32_t grad_at = grad_turn.stage * a.grad.bytes();
         if constexpr (kWay == Way::kCut)
           if (has_edges) {
             const int image = lane % kImages;
-            edges.add(a, chunk - Sum::kBelow, a.source.memory + kBefore + image * a.source.pitch, source_at,
+            edges.add(a, band, a.source.memory + kBefore + image * a.source.pitch, source_at,
                       a.grad.memory + kBefore + image * a.grad.pitch + static_cast<int>(grad_at));
           }
         for (int c = has_edges ? a.columns : warp; c < a.columns; c += columns_apart) {
@@ -735,19 +709,15 @@ __global__ void __launch_bounds__(32 * (Sum::kWarps + kMoreLoaders<Sum> + 1), 2)
           if (a.result.with_bias()) bias.add(tile);
           sums.template add<kWay>(a, source, c, source_at, tile);
         }
-        grad_at += grad_chunk;
         if constexpr (kWay == Way::kKept)
-          if (warp == 0 && a.ends_with_band && chunk - Sum::kBelow == a.last_band()) {
+          if (warp == 0 && a.ends_with_band && band == a.last_band()) {
             uint32_t end[2];
-            load_two_transposed(end[0], end[1], grad + grad_at);
+            load_two_transposed(end[0], end[1], grad + grad_at + kRows * a.grad.row_bytes);
             if (a.result.with_bias()) bias.add(end);
             sums.add_end(a, source, source_at, end);
           }
-        if (--left == 0 || chunk + 1 == s.end + Sum::kBelow) {
-          grad_turn.next(a.grad_stages);
-          grad_at = grad_turn.stage * a.grad.bytes();
-          give_back();
-        }
+        grad_turn.next(a.grad_stages);
+        give_back();
       }
 #pragma unroll
       for (int i = 0; i < Sum::kBelow; ++i) source_at[i] = source_at[i + 1];
@@ -780,8 +750,7 @@ int64_t lay_out(Aligned& a, int64_t taps_and_bias, int64_t shared_per_multiproce
   // there are none, several together do what one does not do fast enough.
   const int most = std::min(std::max(Sum::kWarps + kMoreLoaders<Sum> + 1 - a.workers, 1), kMostLoaders);
   a.loaders = !a.bulk ? most : kWay == Way::kKept ? std::min(most, 2) : 1;
-  for (Rows* v : {&a.source, &a.grad})
-    v->pitch = (Sum::kChunks * kRows * v->row_bytes / kUnit + kUnitsAround<kWay> | 1) * kUnit;
+  for (Rows* v : {&a.source, &a.grad}) v->pitch = (kRows * v->row_bytes / kUnit + kUnitsAround<kWay> | 1) * kUnit;
   const auto bytes = [&](int stages) {
     a.stages = stages, a.grad_stages = stages - Sum::kBelow;
     a.source.memory = kHead, a.grad.memory = kHead + a.stages * a.source.bytes();
@@ -883,6 +852,7 @@ bool launch_aligned_grad_weight_nchw(const Problem& p, bool bulk, const Allocate
   const auto is_tight = [](int64_t width) { return width % kColumns == 0 || width <= kMostTightColumns; };
   const bool tight = is_tight(p.width) && is_tight(p.out_width);
   Aligned a{};
+  a.take(p);
   const auto arrange = [](Rows& v, const View& view, int64_t planes, int64_t height, int64_t width) {
     v.base = static_cast<const char*>(view.data), v.image_bytes = 2 * view.stride[0];
     v.height = static_cast<int>(height), v.planes = static_cast<int>(planes);
@@ -894,12 +864,6 @@ bool launch_aligned_grad_weight_nchw(const Problem& p, bool bulk, const Allocate
   arrange(a.source, p.input, p.channels, p.height, p.width);
   arrange(a.grad, p.output, p.filters(), p.out_height, p.out_width);
   a.ends_with_band = p.out_height % kRows == 0;
-  a.width = static_cast<int>(p.width), a.out_width = static_cast<int>(p.out_width);
-  a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
-  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
-  a.dilation_h = static_cast<int>(p.dilation_h), a.dilation_w = static_cast<int>(p.dilation_w);
-  a.images = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());
-  a.multiplier = static_cast<int>(p.multiplier);
   bool served = false;
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
@@ -925,7 +889,6 @@ bool launch_aligned_grad_weight_nchw(const Problem& p, bool bulk, const Allocate
         if (!served) go_by.template operator()<Way::kMoved>();
       };
       if (tall) return go(ColumnSums<T, kMaxColumnRows>{});
-      if (rows == 1) return go(Sums<T, 1, 1>{});
       if (p.dilation_h == 2 && p.kernel_h <= 3) return go(Sums<T, 3, 2>{});
       if (rows <= 3) return go(Sums<T, 3, 1>{});
       if (rows <= 5) return go(Sums<T, 5, 1>{});

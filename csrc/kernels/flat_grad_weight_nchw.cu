@@ -17,15 +17,12 @@
 
 #include <algorithm>
 
-#include "cluster_sums.cuh"
+#include "image_sums.cuh"
 #include "shifted_runs.cuh"
-#include "tensor_cores.cuh"
-#include "weight_sums.cuh"
 
 namespace dwconv {
 namespace {
 
-constexpr int kImages = 16;                       // that are multiplied together
 constexpr int kPixels = 8;                        // of 16 bytes
 constexpr int kMaxStages = 8;                     // of 16 images
 constexpr int kLoaders = 2;                       // warps: of the input, of the gradient
@@ -48,10 +45,9 @@ struct FlatPlanes {
   int memory;                // where the first image is in a stage
 };
 
-struct Flat {
+struct Flat : ImageSums {
   FlatPlanes source, grad;
-  int height, width, out_height, out_width, kernel_h, kernel_w, padding_h, padding_w, dilation_h, dilation_w;
-  int images, filters, groups, splits;
+  int groups, splits;
   int planes, run_planes;  // of a block, and of those that are copied together
   int stages, stage_bytes;
   Divider by_columns;  // of the kernel
@@ -60,7 +56,6 @@ struct Flat {
   bool whole;          // such planes are of whole units of 16 bytes in both arrays
   uint64_t rows;       // a bit for the first pixel of each row of a plane of at most 49 pixels
   bool bulk;           // copies
-  WeightSums result;
 };
 
 // A plane of a block.
@@ -86,11 +81,6 @@ __device__ void add_bias(const Flat& a, const FlatPlane& plane, int stage, float
   const int lane = threadIdx.x % 32;
   const int from = stage + plane.grad + lane % kImages * a.grad.row_bytes + 2 * plane.grad_before;
   for (int at = lane / kImages; at < a.grad.pixels; at += 2) bias += widen(shared<T>(from + 2 * at));
-}
-
-__device__ inline float sum_of_lanes(float value) {
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
-  return value;
 }
 
 // Planes of at most 49 pixels. kReach: pixels from one of the input to one of the gradient that it is multiplied with,
@@ -385,10 +375,10 @@ struct Strided {
 // many warps as that takes. They go through it twice, from even and from odd multiples of 8 pixels on, 7 times 8
 // gradients in each turn of a loop. What is outside the plane is read from zeros, and becomes zero in the 16 bytes that
 // it shares with it.
-template <typename T, int kTiles>
+template <typename T>
 struct Sliding {
   static constexpr int kRoles = 0, kMaxRoles = 4, kMaxPlanes = 2, kBlocks = 1;  // kRoles: as many as it takes
-  static constexpr int kPhases = 7, kRoleTiles = kTiles;
+  static constexpr int kPhases = 7, kTiles = 3;
   static constexpr int kPitch = kPixels + 1;
   static constexpr bool kExact = false;
 
@@ -514,22 +504,17 @@ struct Sliding {
   }
 };
 
-// The sum of one tap over the block's part of the images, by a warp, of products inside the image only, at stride 1.
+// The sum of one tap over some images, again.
 template <typename T>
-__device__ __noinline__ float sum_by_products(const Flat& a, int filter, int first, int last, int y, int x) {
-  float sum = 0;
-  for (int image = first; image < last; ++image) {
-    const auto plane = [&](const FlatPlanes& v) {
-      return reinterpret_cast<const T*>(v.base + image * v.image_bytes) + v.before + filter * v.pixels;
-    };
-    const T *source = plane(a.source), *grad = plane(a.grad);
-    for (int at = threadIdx.x % 32; at < a.grad.pixels; at += 32) {
-      const int row = at / a.out_width + y, column = at % a.out_width + x;
-      if (row >= 0 && row < a.height && column >= 0 && column < a.width)
-        sum = fmaf(widen(source[row * a.width + column]), widen(grad[at]), sum);
-    }
-  }
-  return sum_of_lanes(sum);
+__device__ __noinline__ float sum_by_products(const Flat& a, int filter, int first, int last, int tap) {
+  struct Array {
+    const char* base;
+    int64_t image_bytes;
+  };
+  const auto array = [](const FlatPlanes& v) { return Array{v.base + 2 * v.before, v.image_bytes}; };
+  const auto all = [](int, int) { return true; };
+  return sum_of_lanes(
+      sum_inside<T>(a, array(a.source), array(a.grad), filter, tap, first, last - first, 0, a.out_height, all));
 }
 
 // Of the products of a plane.
@@ -562,8 +547,8 @@ __global__ void __launch_bounds__(32 * (most_workers<Products>() + kLoaders), Pr
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const int workers = blockDim.x / 32 - kLoaders;
   const int group = blockIdx.x % a.groups, split = blockIdx.x / a.groups;
-  const int all = (a.images + kImages - 1) / kImages, whole = all / a.splits, more = all % a.splits;
-  const int first = split * whole + min(split, more), steps = whole + (split < more);
+  const Steps mine((a.images + kImages - 1) / kImages, a.splits, split);
+  const int first = mine.first, steps = mine.last - first;
   if (threadIdx.x == 0) {
     for (int i = 0; i < a.stages; ++i)
       init_barrier(kFull + 8 * i, kLoaders * ((a.bulk ? 0 : 32) + kWarpArrivals)),
@@ -591,7 +576,7 @@ __global__ void __launch_bounds__(32 * (most_workers<Products>() + kLoaders), Pr
   const FlatPlane plane{place_of(a.source), place_of(a.grad), before_of(a.source), before_of(a.grad)};
   // Of the products, when all are added.
   const int place = kHead + number * product_bytes<Products>(a);
-  const int taps = a.kernel_h * a.kernel_w;
+  const int taps = a.taps();
 
   if (warp >= workers) {
     const FlatPlanes& v = warp == workers ? a.source : a.grad;
@@ -652,8 +637,6 @@ __global__ void __launch_bounds__(32 * (most_workers<Products>() + kLoaders), Pr
   if (filter >= a.filters) return;
 #pragma unroll 1
   for (int begin = role * 32; begin < taps; begin += roles * 32) {
-    const auto row_of = [&](int tap) { return tap / a.kernel_w * a.dilation_h - a.padding_h; };
-    const auto column_of = [&](int tap) { return tap % a.kernel_w * a.dilation_w - a.padding_w; };
     const int tap = begin + lane;
     float total = 0;
     if (tap < taps) {
@@ -666,7 +649,7 @@ __global__ void __launch_bounds__(32 * (most_workers<Products>() + kLoaders), Pr
       uint32_t again = __ballot_sync(~0u, !is_finite(total));
       for (; again; again &= again - 1) {
         const int which = begin + __ffs(again) - 1, end = min((first + steps) * kImages, a.images);
-        const float exact = sum_by_products<T>(a, filter, first * kImages, end, row_of(which), column_of(which));
+        const float exact = sum_by_products<T>(a, filter, first * kImages, end, which);
         if (tap == which) total = exact;
       }
     }
@@ -737,12 +720,7 @@ bool launch_flat_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& a
     return false;
   Flat a{};
   a.bulk = bulk;
-  a.height = static_cast<int>(p.height), a.width = static_cast<int>(p.width);
-  a.out_height = static_cast<int>(p.out_height), a.out_width = static_cast<int>(p.out_width);
-  a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
-  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
-  a.dilation_h = static_cast<int>(p.dilation_h), a.dilation_w = static_cast<int>(p.dilation_w);
-  a.images = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());
+  a.take(p);
   a.by_columns = Divider(p.kernel_w);
   const auto arrange = [&](FlatPlanes& v, const View& view, int64_t pixels) {
     const int before = static_cast<int>(reinterpret_cast<uintptr_t>(view.data) % kUnit);  // bytes
@@ -794,17 +772,13 @@ bool launch_flat_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& a
         const bool pieces =
             a.source.before % kPiece == a.grad.before % kPiece && (around || a.source.before % kPiece == 0);
         if (pieces ? 10 * blocks < 9 * places : 3 * blocks < 2 * places) return;
-        const auto slide = [&](auto wide) {
-          using Wide = decltype(wide);
-          // An even number of units before, and as many tiles as reach the last pixel behind.
-          constexpr int64_t kTile = 2 * kPixels;
-          a.units_before = static_cast<int>(2 * ceil_div(most, kTile));
-          a.roles = static_cast<int>(ceil_div(kPixels * a.units_before + most + kPixels, Wide::kRoleTiles * kTile));
-          a.whole = pixels % kPixels == 0 && a.source.before == 0 && a.grad.before == 0;
-          if (a.roles <= Wide::kMaxRoles) go(wide);
-        };
-        slide(Sliding<T, 3>{});
-        if (!served) slide(Sliding<T, 4>{});
+        // An even number of units before, and as many tiles as reach the last pixel behind.
+        using Wide = Sliding<T>;
+        constexpr int64_t kTile = 2 * kPixels;
+        a.units_before = static_cast<int>(2 * ceil_div(most, kTile));
+        a.roles = static_cast<int>(ceil_div(kPixels * a.units_before + most + kPixels, Wide::kTiles * kTile));
+        a.whole = pixels % kPixels == 0 && a.source.before == 0 && a.grad.before == 0;
+        if (a.roles <= Wide::kMaxRoles) go(Wide{});
         return;
       }
       constexpr int kRows = 2;

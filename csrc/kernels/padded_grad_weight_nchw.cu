@@ -1,11 +1,12 @@
-// What batch_grad_weight_nchw.cu does, where rows do not begin with 16 bytes but are of whole words: grad_weight of
-// small kernels in 16 bits, on tensor cores, by sums over 16 images.
+// grad_weight (and the bias gradient) of small kernels in 16 bits where rows are of whole words, on tensor cores, as
+// sums over images: the products of batch_grad_weight_nchw.cu.
 //
 // Rows are copied to shared memory one by one, in pieces of 4 to 16 bytes, so that each begins with 16 bytes there and
 // has zeros behind it. So matrices of 8 images and 8 columns are loaded at once, wherever they are, and nothing has to
 // be asked about columns: what is beside a row is zero. With A[m][n] = input[n][y][first column + m] and
 // B[n][k] = gradient[n][r][column + k], the product has the sums for row y + padding - r of the kernel on its
 // diagonals.
+// Kernels of 4 and 5 rows are multiplied as if they had 7.
 //
 // Rows that begin elsewhere than a piece does are copied with what is around them within their pieces: as many columns
 // of the rows before and behind. A warp has the same columns of all rows then, so products with those are sums of their
@@ -13,30 +14,22 @@
 //
 // A block has some channels of whole planes, or bands of rows of one, of 16 images at a time, and works through a part
 // of the images; a warp works on tiles of 7 rows and 8 columns, whose gradients stay in registers while the rows of the
-// input go by, and another one loads, or all of them do. Rows of at most 16 columns are multiplied whole. Diagonals are
-// summed up at the end, in a fixed order: parts by the first one of a cluster of two blocks, or by a second kernel.
-//
-// Zeros are exact unless the other factor is Inf or NaN. So sums that are finite are right, and the others are taken
-// again, product by product.
+// input go by, and another one loads, or all of them do. Diagonals are summed up at the end, in a fixed order.
 #include "padded_grad_weight_nchw.h"
 
 #include <algorithm>
 #include <cmath>
 
 #include "batch_grad_weight_nchw.h"
-#include "cluster_sums.cuh"
-#include "flat_grad_weight_nchw.h"
+#include "image_sums.cuh"
 #include "stream.cuh"
-#include "stride2_grad_weight_nchw.h"
-#include "tensor_cores.cuh"
-#include "weight_sums.cuh"
 
 namespace dwconv {
 namespace {
 
-constexpr int kImages = 16;  // that are multiplied together
-// Of a block: of most; where it has a multiprocessor to itself; and of kernels of one column.
-constexpr int kMaxWarps = 4, kManyWarps = 14, kColumnWarps = 7;
+// Warps of a block: of most; where it has a multiprocessor to itself, also of 9 rows of sums; and of kernels of one
+// column.
+constexpr int kFewWarps = 4, kManyWarps = 14, kTallWarps = 11, kColumnWarps = 7;
 constexpr int kRows = 7, kColumns = 8;  // of a tile
 constexpr int kPitch = kColumns + 1;    // of the products that are summed up at the end, in floats
 constexpr int kMaxStages = 2;
@@ -66,13 +59,9 @@ struct PaddedRows {
   __host__ __device__ int columns_before() const { return before / 2; }
 };
 
-struct Padded {
+struct Padded : BandSums {
   PaddedRows source, grad;
-  int height, width, out_height, out_width;
-  int kernel_h, kernel_w, padding_h, padding_w, dilation_h, dilation_w, stride;
-  int images, filters, multiplier;
   int block_filters, share;  // warps that share a filter
-  int chunk_rows, bands;     // of the gradient; bands of whole planes: 1
   int groups, splits, stages, stage_bytes;
   int totals;   // where the first block of a cluster of all splits gets their sums in shared memory, or 0
   int strips;   // tiles side by side
@@ -82,37 +71,12 @@ struct Padded {
   // Or, where a block has one stage, of a plane, this is loaded in parts while tiles are added: tiles of the first rows
   // of the gradient, so many, need rows of the input up to `shared_end`, and those below from `shared_begin` on.
   int first_rows, shared_begin, shared_end;
-  Divider by_bands, by_strips;
-  WeightSums result;
+  Divider by_strips;
 };
 
 // The barrier of a stage for what all warps load together: of a stage that there is not.
 __device__ inline int full_at_first(int stage) {
   return Barriers::done(kMaxStages + stage);
-}
-
-// The rows that a step of a block works on, of 16 images.
-struct Step {
-  int image, images;
-  int row, rows;                 // of the gradient
-  int source_begin, source_end;  // of the input
-};
-
-__device__ inline Step step_of(const Padded& a, int number) {
-  uint32_t images = number;
-  Step s;
-  s.row = static_cast<int>(a.by_bands.split(images)) * a.chunk_rows;
-  s.rows = min(a.chunk_rows, a.out_height - s.row);
-  s.image = static_cast<int>(images) * kImages;
-  s.images = min(kImages, a.images - s.image);
-  s.source_begin = 0, s.source_end = a.height;
-  if (a.bands > 1) {
-    const int begin = s.row * a.stride - a.padding_h;
-    s.source_begin = min(max(begin, 0), a.height);
-    s.source_end =
-        max(min(begin + (s.rows - 1) * a.stride + (a.kernel_h - 1) * a.dilation_h + 1, a.height), s.source_begin);
-  }
-  return s;
 }
 
 // Begins to load rows [row, row + rows) of an image's planes, counted through all of them, of 16 images, to `place`;
@@ -191,80 +155,28 @@ __device__ void load_rows(const PaddedRows& v, int place, const Step& s, int row
       shared<uint4>(place + n * v.image_pitch + at) = uint4{};
 }
 
-// The same of rows of at most 16 columns, to a stage: a warp loads every so many images, which is faster there.
-template <int kPiece>
-__device__ void load_pieces(const PaddedRows& v, int stage, const Step& s, int row, int rows, int warp, int warps) {
-  constexpr int kAtOnce = 4;  // images
-  const int lane = threadIdx.x % 32, pieces = rows * static_cast<int>(v.by_pieces.divisor);
-  const int64_t from_image = warps * v.image_bytes;
-  const uint32_t to_image = warps * v.image_pitch;
-  const char* image = v.base + (s.image + warp) * v.image_bytes + static_cast<int64_t>(row) * v.row_bytes;
-  uint32_t slot = shared_address(stage + v.memory + v.shift + warp * v.image_pitch);
-  const auto copy = [&](auto count) {
-    constexpr int kCount = decltype(count)::value;
-    const char* from[kCount];
-#pragma unroll
-    for (int k = 0; k < kCount; ++k, image += from_image) from[k] = image + lane * kPiece;
-    const uint32_t first = slot;
-    slot += kCount * to_image;
-#pragma unroll 2
-    for (int at = lane; at < pieces; at += 32) {
-      uint32_t r = at;
-      const uint32_t column = v.by_pieces.split(r);
-      uint32_t to = first + r * v.row_pitch + column * kPiece;
-#pragma unroll
-      for (int k = 0; k < kCount; ++k, to += to_image) copy_unit<kPiece>(to, from[k]), from[k] += 32 * kPiece;
-    }
-  };
-  int n = warp;
-  for (; n + (kAtOnce - 1) * warps < s.images; n += kAtOnce * warps) copy(std::integral_constant<int, kAtOnce>{});
-  for (; n < s.images; n += warps) copy(std::integral_constant<int, 1>{});
-  for (; n < kImages; n += warps)
-    for (int at = lane * kUnit; at < rows * v.row_pitch; at += 32 * kUnit)
-      shared<uint4>(stage + v.memory + n * v.image_pitch + at) = uint4{};
-}
-
-__device__ inline void load_narrow_rows(const PaddedRows& v, int stage, const Step& s, int row, int rows, int warp,
-                                        int warps) {
-  if (v.piece == 16) return load_pieces<16>(v, stage, s, row, rows, warp, warps);
-  if (v.piece == 8) return load_pieces<8>(v, stage, s, row, rows, warp, warps);
-  load_pieces<4>(v, stage, s, row, rows, warp, warps);
-}
-
-// The sum of one tap over the block's part of the images, by a warp, of products inside the image only.
+// The sum of one tap over the block's steps, again.
 template <typename T>
-__device__ __noinline__ float sum_by_products(const Padded& a, int filter, int first, int last, int tap) {
-  const int i = tap / a.kernel_w * a.dilation_h - a.padding_h, j = tap % a.kernel_w * a.dilation_w - a.padding_w;
+__device__ __noinline__ float sum_by_products(const Padded& a, int filter, Steps steps, int tap) {
   float sum = 0;
-  for (int number = first; number < last; ++number) {
+  for (int number = steps.first; number < steps.last; ++number) {
     const Step s = step_of(a, number);
-    for (int at = threadIdx.x % 32; at < s.images * s.rows * a.out_width; at += 32) {
-      const int v = at % a.out_width, row = at / a.out_width % s.rows + s.row, n = at / a.out_width / s.rows;
-      const int y = row * a.stride + i, x = v * a.stride + j;
-      if (y < 0 || y >= a.height || x < 0 || x >= a.width) continue;
-      const auto* from = reinterpret_cast<const T*>(a.source.base + (s.image + n) * a.source.image_bytes);
-      const auto* grad = reinterpret_cast<const T*>(a.grad.base + (s.image + n) * a.grad.image_bytes);
-      sum = fmaf(widen(from[(filter / a.multiplier * a.height + y) * a.width + x]),
-                 widen(grad[(filter * a.out_height + row) * a.out_width + v]), sum);
-    }
+    const auto all = [](int, int) { return true; };
+    sum += sum_inside<T>(a, a.source, a.grad, filter, tap, s.image, s.images, s.row, s.rows, all);
   }
-  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
-  return sum;
+  return sum_of_lanes(sum);
 }
 
 // What a warp sums up. kKernelH: with what dilation puts between the rows. At stride 1 rows of the input are laid so
 // that the 16 columns that a tile's windows meet begin with 16 bytes; at stride 2 windows begin 8 columns before a tile
-// and have 32. kWhole: rows of at most 16 columns, at stride 1, are multiplied with both halves of a row of the
-// gradient. kColumn: of a kernel of one column only what is in a tile's own columns, of two rows at once: the lower one
-// and the upper one.
-template <typename T, int kKernelH, int kStride, bool kWhole, bool kColumn = false, int kMostWarps = kMaxWarps>
+// and have 32. kColumn: of a kernel of one column only what is in a tile's own columns, of two rows at once: the lower
+// one and the upper one.
+template <typename T, int kKernelH, int kStride, bool kColumn = false, int kMostWarps = kManyWarps>
 struct Sums {
-  static constexpr bool kNear = !kWhole && !kColumn && kStride == 1;
-  static constexpr bool kLoader = !kWhole;  // whether there may be a warp that loads
+  static constexpr bool kNear = !kColumn && kStride == 1;
   static constexpr int kWarps = kColumn ? kColumnWarps : kMostWarps;
-  static constexpr int kBlocks = kWarps == kMaxWarps ? 3 : kColumn ? 2 : 1;  // that are to share a multiprocessor
+  static constexpr int kBlocks = kColumn ? 2 : kWarps == kFewWarps ? 3 : 1;  // that are to share a multiprocessor
   static constexpr int kWindow = (kColumn ? 1 : kNear ? 2 : 4) * kColumns;
-  static constexpr int kHalves = kWhole ? 2 : 1;  // of the gradient
   static constexpr int kSourceRows = (kRows - 1) * kStride + kKernelH;
   static constexpr int kBiasAt = 4 * kKernelH * kWindow * kPitch, kBytes = kBiasAt + kUnit;
 
@@ -280,7 +192,7 @@ struct Sums {
                             (lane % 8 + lane / 16 * 8) * a.source.image_pitch + channel * a.height * a.source.row_pitch;
     source_slot = source + (kColumn ? half * a.source.row_pitch : (half - (kStride == 1 ? 0 : 1)) * kUnit);
     grad_slot = shared_address(stage + a.grad.memory) + lane % 16 * a.grad.image_pitch +
-                filter * a.chunk_rows * a.grad.row_pitch + lane / 16 * (kWhole ? kUnit : a.grad.row_pitch);
+                filter * a.chunk_rows * a.grad.row_pitch + lane / 16 * a.grad.row_pitch;
   }
 
   // Adds a tile of 16 images.
@@ -294,20 +206,17 @@ struct Sums {
     const uint32_t top = (y0 - s.source_begin) * source_row + strip * kStride * kUnit;
     const uint32_t from = source_slot + top, grad = grad_slot + r0 * grad_row + strip * kUnit;
 
-    uint32_t g[kRows + 1][kHalves][2];
+    uint32_t g[kRows + 1][2];
 #pragma unroll
-    for (int r = 0; r < kRows; r += kWhole ? 1 : 2) {
+    for (int r = 0; r < kRows; r += 2) {
       uint32_t both[4];
-      load_matrices_transposed(both, r + (kWhole ? 0 : lane / 16) < min(rows, kRows) ? grad + r * grad_row : zeros);
+      load_matrices_transposed(both, r + lane / 16 < min(rows, kRows) ? grad + r * grad_row : zeros);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) (kWhole ? g[r][e / 2 % kHalves] : g[r + e / 2][0])[e % 2] = both[e];
+      for (int e = 0; e < 4; ++e) g[r + e / 2][e % 2] = both[e];
     }
     if (a.result.with_bias()) {
-      constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
 #pragma unroll
-      for (int r = 0; r < kRows; ++r)
-#pragma unroll
-        for (int h = 0; h < kHalves; ++h) multiply(bias, bias, {kOnes, kOnes, kOnes, kOnes}, g[r][h], T{});
+      for (int r = 0; r < kRows; ++r) add_to_bias(bias, g[r], T{});
     }
     if constexpr (kColumn) {
       const uint32_t both = inside >> (lane / 8 % 2);
@@ -317,7 +226,7 @@ struct Sums {
         load_matrices_transposed(x, both >> y & 1 ? from + y * source_row : zeros);
 #pragma unroll
         for (int i = 0; i <= kKernelH; ++i)
-          if (y + 1 >= i && y + 1 - i < kRows) multiply(pairs[i], pairs[i], x, g[y + 1 - i][0], T{});
+          if (y + 1 >= i && y + 1 - i < kRows) multiply(pairs[i], pairs[i], x, g[y + 1 - i], T{});
       }
     } else {
 #pragma unroll
@@ -331,8 +240,7 @@ struct Sums {
           const int r = (y - i) / kStride;
           if (y < i || (y - i) % kStride != 0 || r >= kRows) continue;
 #pragma unroll
-          for (int h = 0; h < (kNear ? 1 : 2); ++h)
-            multiply(sum[i][h], sum[i][h], x[kStride == 2 ? h : 0], g[r][kWhole ? h : 0], T{});
+          for (int h = 0; h < (kNear ? 1 : 2); ++h) multiply(sum[i][h], sum[i][h], x[h], g[r], T{});
         }
       }
     }
@@ -357,10 +265,7 @@ struct Sums {
     }
     const int v = strip * kColumns + lane % 4 * 2 - a.grad.columns_before();
     const auto of_row = [&](int v) { return !kAround || (v >= 0 && v < a.out_width); };
-    // Every row of the product is the same.
-    float total = (of_row(v) ? bias[0] : 0) + (of_row(v + 1) ? bias[1] : 0);
-    total += __shfl_xor_sync(~0u, total, 1);
-    total += __shfl_xor_sync(~0u, total, 2);
+    const float total = total_of_bias(of_row(v) ? bias[0] : 0, of_row(v + 1) ? bias[1] : 0);
     if (lane == 0) shared<float>(place + kBiasAt) = total;
   }
   static __device__ int place_of(int place, int product, int m, int k) {
@@ -369,22 +274,13 @@ struct Sums {
   // The sum of a tap's products, which lie on a diagonal.
   template <bool kAround>
   static __device__ float tap(const Padded& a, int place, int strip, int i, int j) {
+    const int from = place_of(place, i, a.window + j, 0);
     float total = 0;
-    if constexpr (kWhole) {
 #pragma unroll
-      for (int v = 0; v < 2 * kColumns; ++v) {
-        const int x = v + j - a.padding_w;
-        if (x >= 0 && x < 2 * kColumns)
-          total += shared<float>(place_of(place, i, v / kColumns * 2 * kColumns + x, v % kColumns));
-      }
-    } else {
-      const int from = place_of(place, i, a.window + j, 0);
-#pragma unroll
-      for (int k = 0; k < kColumns; ++k) {
-        const int v = strip * kColumns + k - a.grad.columns_before(), x = v + j - a.padding_w;
-        if (!kAround || (v >= 0 && v < a.out_width && x >= 0 && x < a.width))
-          total += shared<float>(from + 4 * k * (kStride * kPitch + 1));
-      }
+    for (int k = 0; k < kColumns; ++k) {
+      const int v = strip * kColumns + k - a.grad.columns_before(), x = v + j - a.padding_w;
+      if (!kAround || (v >= 0 && v < a.out_width && x >= 0 && x < a.width))
+        total += shared<float>(from + 4 * k * (kStride * kPitch + 1));
     }
     return total;
   }
@@ -404,14 +300,15 @@ __device__ inline void clear_stage(const Padded& a, int stage) {
 }
 
 template <typename T, class Sums, bool kAround>
-__global__ void __launch_bounds__(32 * (Sums::kWarps + Sums::kLoader), Sums::kBlocks)
+__global__ void __launch_bounds__(32 * (Sums::kWarps + 1), Sums::kBlocks)
     padded_grad_weight_nchw(const __grid_constant__ Padded a) {
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const bool cluster = a.totals > 0;
   const int group = cluster ? blockIdx.x / a.splits : blockIdx.x % a.groups;
   const int split = cluster ? blockIdx.x % a.splits : blockIdx.x / a.groups;
   const int first_filter = group * a.block_filters, filters = min(a.block_filters, a.filters - first_filter);
-  const int taps = a.kernel_h * a.kernel_w, slots = taps + a.result.with_bias(), turns = (slots + 31) / 32;
+  const int taps = a.taps(), slots = a.slots(), turns = (slots + 31) / 32;
+  const Totals totals{a.totals, filters, slots};
   if (cluster) enter_cluster(split == 0, kTotalsBarrier, 4 * a.splits * filters * slots);
   const Copier copier(false, true, a.loader);
   if (threadIdx.x == 0) {
@@ -435,8 +332,8 @@ __global__ void __launch_bounds__(32 * (Sums::kWarps + Sums::kLoader), Sums::kBl
   const int channels = (first_filter + filters - 1) / a.multiplier - first_channel + 1;
   const int filter = warp / a.share, first_tile = warp % a.share;
   const int channel = (first_filter + filter) / a.multiplier - first_channel;
-  const int steps = (a.images + kImages - 1) / kImages * a.bands, whole = steps / a.splits, more = steps % a.splits;
-  const int first = split * whole + min(split, more), last = first + whole + (split < more);
+  const Steps steps((a.images + kImages - 1) / kImages * a.bands, a.splits, split);
+  const auto [first, last] = steps;
   // Whole planes follow each other, and bands of the gradient are loaded one by one, by a warp of so many.
   const auto load = [&](int number, int stage, int rank, int warps, int barrier) {
     const Step s = step_of(a, number);
@@ -467,26 +364,7 @@ __global__ void __launch_bounds__(32 * (Sums::kWarps + Sums::kLoader), Sums::kBl
       sums.add(a, s, strip, static_cast<int>(segment) * kRows);
     }
   };
-  if constexpr (!Sums::kLoader) {
-    const auto load_narrow = [&](int number, int stage) {
-      const Step s = step_of(a, number);
-      load_narrow_rows(a.source, stage, s, first_channel * a.height + s.source_begin,
-                       (channels - 1) * a.height + s.source_end - s.source_begin, warp, warps);
-      const int runs = a.bands > 1 ? filters : 1, more = (filters - runs) * a.out_height;
-      for (int f = 0; f < runs; ++f)
-        load_narrow_rows(a.grad, stage + f * a.chunk_rows * a.grad.row_pitch, s,
-                         (first_filter + f) * a.out_height + s.row, more + s.rows, warp, warps);
-      commit_copies();
-    };
-    if (first < last) load_narrow(first, 0);
-    for (int now = first; now < last; ++now) {
-      const int stage = (now - first) % kMaxStages;
-      wait_copies<0>();
-      __syncthreads();
-      if (now + 1 < last) load_narrow(now + 1, (kMaxStages - 1 - stage) * a.stage_bytes);
-      add(now, stage * a.stage_bytes);
-    }
-  } else if (a.first_rows > 0) {
+  if (a.first_rows > 0) {
     // Parts of a step: what upper tiles alone need, what lower ones need as well, and what they alone need. The first
     // part of the next step is loaded while lower tiles are added, and the last part while upper ones are.
     constexpr int kParts = 3;
@@ -560,9 +438,6 @@ __global__ void __launch_bounds__(32 * (Sums::kWarps + Sums::kLoader), Sums::kBl
   __syncthreads();
   if (cluster) meet_cluster();
 
-  const auto place_of = [&](int split, int filter, int slot) {
-    return a.totals + 4 * ((split * filters + filter) * slots + slot);
-  };
   for (int turn = warp; turn < filters * turns; turn += blockDim.x / 32) {
     const int filter = turn / turns, slot = turn % turns * 32 + lane;
     float total = 0;
@@ -577,36 +452,29 @@ __global__ void __launch_bounds__(32 * (Sums::kWarps + Sums::kLoader), Sums::kBl
     uint32_t again = __ballot_sync(~0u, slot < taps && !is_finite(total));
     for (; again; again &= again - 1) {
       const int which = turn % turns * 32 + __ffs(again) - 1;
-      const float exact = sum_by_products<T>(a, first_filter + filter, first, last, which);
+      const float exact = sum_by_products<T>(a, first_filter + filter, steps, which);
       if (slot == which) total = exact;
     }
     if (slot >= slots) continue;
     if (cluster)
-      send_to_first(place_of(split, filter, slot), total, kTotalsBarrier);
+      totals.send(split, filter, slot, total);
     else
       a.result.put<T>(first_filter + filter, split, slot, total);
   }
-  if (!cluster || split > 0) return;
-  wait(kTotalsBarrier, 0);
-  for (int at = threadIdx.x; at < filters * slots; at += blockDim.x) {
-    const int filter = at / slots, slot = at % slots;
-    float total = 0;
-    for (int part = 0; part < a.splits; ++part) total += shared<float>(place_of(part, filter, slot));
-    a.result.put<T>(first_filter + filter, 0, slot, total);
-  }
+  if (cluster && split == 0) totals.put<T>(a.result, a.splits, first_filter);
 }
 
 // Whole planes of some channels, or bands of rows of one channel's filters, so that several blocks share a
 // multiprocessor; a warp for each tile, or as many as keep all of them busy. Returns whether there is room.
-bool lay_out(Padded& a, bool whole, int warps, const Device& device) {
+bool lay_out(Padded& a, int warps, const Device& device) {
   const int extent_h = (a.kernel_h - 1) * a.dilation_h + 1, extent_w = (a.kernel_w - 1) * a.dilation_w + 1;
-  a.strips = whole ? 1 : static_cast<int>(ceil_div(a.out_width + a.grad.columns_before(), kColumns));
+  a.strips = static_cast<int>(ceil_div(a.out_width + a.grad.columns_before(), kColumns));
   // Between rows there are as many zeros as windows reach beside them, or there is room for their pieces.
   const int64_t reach = std::max<int64_t>(
       {a.width + std::max(a.padding_w, a.source.shift / 2), (a.out_width - 1) * a.stride + extent_w - a.padding_w,
        a.strips * kColumns * a.stride, a.width + (a.source.before > 0 ? a.source.piece / 2 : 0)});
-  a.source.row_pitch = static_cast<int>(2 * (whole ? 2 * kColumns : round_up(reach, kColumns)));
-  a.grad.row_pitch = 2 * (whole ? 2 : a.strips) * kColumns;
+  a.source.row_pitch = static_cast<int>(2 * round_up(reach, kColumns));
+  a.grad.row_pitch = 2 * a.strips * kColumns;
   const auto stage = [&](int filters, int64_t source_rows, int64_t rows) {
     const int64_t channels = filters % a.multiplier == 0   ? filters / a.multiplier
                              : a.multiplier % filters == 0 ? 1
@@ -719,17 +587,14 @@ void join_rows(PaddedRows& v, const View& view, const Padded& a, int64_t planes,
 
 // Divides rows into pieces, and decides where they lie. Returns whether they can be copied so. `around`: with what is
 // around them, of pieces that they do not begin with.
-bool divide_rows(Padded& a, const Problem& p, bool column, bool whole, bool around) {
+bool divide_rows(Padded& a, const Problem& p, bool column, bool around) {
   constexpr int kMostBytes = kAroundPiece;  // of a piece, where rows lie some columns later
-  const bool near = !column && !whole && a.stride == 1;
+  const bool near = !column && a.stride == 1;
   const auto divide = [&](PaddedRows& v, const View& view) {
     const int before = static_cast<int>(reinterpret_cast<uintptr_t>(view.data) % kMostBytes);
-    if (around) {
-      set_piece(v, kMostBytes, before);
-      return v.row_bytes % kMostBytes == 0 && (p.batch == 1 || 2 * view.stride[0] % kMostBytes == 0);
-    }
-    const int piece = piece_of(view, p.batch, v.row_bytes);
-    if (piece > 0) set_piece(v, piece);
+    const bool whole = v.row_bytes % kMostBytes == 0 && (p.batch == 1 || 2 * view.stride[0] % kMostBytes == 0);
+    const int piece = !around ? piece_of(view, p.batch, v.row_bytes) : whole ? kMostBytes : 0;
+    if (piece > 0) set_piece(v, piece, around ? before : 0);
     return piece > 0;
   };
   a.around = around;
@@ -755,10 +620,8 @@ bool divide_rows(Padded& a, const Problem& p, bool column, bool whole, bool arou
 }  // namespace
 
 bool launch_padded_grad_weight_nchw(const Problem& p, bool bulk, const Allocate& allocate, cudaStream_t stream) {
-  if (launch_flat_grad_weight_nchw(p, bulk, allocate, stream) ||
-      launch_stride2_grad_weight_nchw(p, bulk, allocate, stream))
-    return true;
   Padded a{};
+  a.take(p);
   const auto arrange = [](PaddedRows& v, const View& view, int64_t planes, int64_t height, int64_t width) {
     v.base = static_cast<const char*>(view.data), v.image_bytes = 2 * view.stride[0];
     v.height = static_cast<int>(height), v.row_bytes = static_cast<int>(2 * width);
@@ -766,31 +629,21 @@ bool launch_padded_grad_weight_nchw(const Problem& p, bool bulk, const Allocate&
   };
   arrange(a.source, p.input, p.channels, p.height, p.width);
   arrange(a.grad, p.output, p.filters(), p.out_height, p.out_width);
-  a.height = static_cast<int>(p.height), a.width = static_cast<int>(p.width);
-  a.out_height = static_cast<int>(p.out_height), a.out_width = static_cast<int>(p.out_width);
-  a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
-  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
-  a.dilation_h = static_cast<int>(p.dilation_h), a.dilation_w = static_cast<int>(p.dilation_w);
-  a.images = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());
-  a.multiplier = static_cast<int>(p.multiplier), a.stride = static_cast<int>(p.stride_h);
   const Device& device = current_device();
   const bool column = a.kernel_w == 1 && a.stride == 1;  // so nothing is beside a row
-  const bool whole = !column && a.stride == 1 && std::max(a.width, a.out_width) <= 2 * kColumns;
   const int rows = (a.kernel_h - 1) * a.dilation_h + 1;
-  // Kernels of 4 and 5 rows are faster from rows as they lie, of whole planes that single copies load.
-  if (!column && a.stride == 1 && (rows == 4 || rows == 5)) return false;
-  int warps = column ? kColumnWarps : kMaxWarps;
+  int warps = column ? kColumnWarps : kFewWarps;
   const auto arrange_blocks = [&](bool around) {
-    if (!divide_rows(a, p, column, whole, around)) return false;
+    if (!divide_rows(a, p, column, around)) return false;
     // A warp does all the loading, unless there are too many pieces for one, as where they are of 4 bytes.
-    a.loader = device.capability >= 80 && !whole && !around && std::min(a.source.piece, a.grad.piece) > 4;
+    a.loader = !around && std::min(a.source.piece, a.grad.piece) > 4;
     a.stages = kMaxStages;
-    if (!lay_out(a, whole, warps, device)) return false;
+    if (!lay_out(a, warps, device)) return false;
     // Bands share rows. Where three blocks of whole planes fit, if they load and add in turns, these are faster.
-    if (a.bands > 1 && !column && !whole) {
+    if (a.bands > 1 && !column) {
       Padded one = a;
       one.stages = 1, one.loader = false;
-      if (lay_out(one, whole, warps, device) && one.bands == 1 &&
+      if (lay_out(one, warps, device) && one.bands == 1 &&
           3 * (kHead + one.stage_bytes + kTail + 1024) <= device.shared_per_multiprocessor)
         a = one;
     }
@@ -798,38 +651,36 @@ bool launch_padded_grad_weight_nchw(const Problem& p, bool bulk, const Allocate&
   };
   if (!arrange_blocks(true) && !arrange_blocks(false)) return false;
   // A block of few warps would leave its multiprocessor idle, if it has one to itself.
-  const bool many = !column && !whole && !a.around && a.stride == 1 &&
+  const bool many = !column && !a.around && a.stride == 1 &&
                     2 * (kHead + a.stages * a.stage_bytes + kTail + 1024) > device.shared_per_multiprocessor;
   if (many) {
-    warps = kManyWarps;
+    // Kernels of 4 and 5 rows are multiplied as of 7, which pays where rows are loaded once.
+    if (rows == 4 || rows == 5) return false;
+    warps = rows > 7 ? kTallWarps : kManyWarps;
     if (!arrange_blocks(false)) return false;
   }
   // Groups of filters begin with whole pieces, and end with them.
   const int64_t planes = a.filters % a.block_filters == 0 ? a.block_filters : 1;
   const bool can_bulk = bulk && a.loader && device.capability >= 90;
-  if (!whole && !column && !a.loader) divide_plane(a);
-  if (!whole) join_rows(a.source, p.input, a, a.multiplier == 1 ? planes : 1, can_bulk);
-  if (!whole) join_rows(a.grad, p.output, a, planes, can_bulk);
+  if (!column && !a.around && !a.loader) divide_plane(a);
+  join_rows(a.source, p.input, a, a.multiplier == 1 ? planes : 1, can_bulk);
+  join_rows(a.grad, p.output, a, planes, can_bulk);
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
-      const auto go = [&](auto kernel_h) {
-        constexpr int kKernelH = decltype(kernel_h)::value;
-        if constexpr (kKernelH < 9)  // as far as strides are claimed
-          if (a.stride == 2) return launch<T, Sums<T, kKernelH, 2, false>>(p, a, bulk, device, allocate, stream);
-        if constexpr (kKernelH != 5) {
-          if (whole) return launch<T, Sums<T, kKernelH, 1, true>>(p, a, bulk, device, allocate, stream);
-          if (a.around) return launch<T, Sums<T, kKernelH, 1, false>, true>(p, a, bulk, device, allocate, stream);
-          if (many)
-            return launch<T, Sums<T, kKernelH, 1, false, false, kManyWarps>>(p, a, bulk, device, allocate, stream);
-          launch<T, Sums<T, kKernelH, 1, false>>(p, a, bulk, device, allocate, stream);
-        }
+      const auto go = [&]<class Sums, bool kAround = false>(Sums) {
+        launch<T, Sums, kAround>(p, a, bulk, device, allocate, stream);
       };
-      if (column) return launch<T, Sums<T, kMaxColumnRows, 1, false, true>>(p, a, bulk, device, allocate, stream);
-      if (rows <= 3) return go(std::integral_constant<int, 3>{});
-      if (rows <= 5) return go(std::integral_constant<int, 5>{});
-      if (rows <= 7) return go(std::integral_constant<int, 7>{});
-      go(std::integral_constant<int, 9>{});
+      const auto go_near = [&]<class Sums>(Sums sums) {
+        a.around ? go.template operator()<Sums, true>(sums) : go(sums);
+      };
+      if (column) return go(Sums<T, kMaxColumnRows, 1, true>{});
+      if (a.stride == 2 && rows <= 3) return go(Sums<T, 3, 2>{});
+      if (a.stride == 2) return rows <= 5 ? go(Sums<T, 5, 2>{}) : go(Sums<T, 7, 2>{});
+      if (rows <= 3) return go_near(Sums<T, 3, 1>{});
+      if (rows <= 7) return go_near(Sums<T, 7, 1>{});
+      if (many) return go(Sums<T, 9, 1, false, kTallWarps>{});
+      go_near(Sums<T, 9, 1, false, kFewWarps>{});
     }
   });
   return true;

@@ -1,4 +1,4 @@
-// The way of batch_grad_weight_nchw.cu for rows that do not begin with 16 bytes, and for kernels of one column.
+// The way of batch_grad_weight_nchw.cu for rows of whole words.
 #pragma once
 
 #include "launch.h"

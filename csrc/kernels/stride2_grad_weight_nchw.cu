@@ -12,21 +12,17 @@
 // input in its first and its last 16 bytes is in the row above it or below, and becomes zero as it is read.
 //
 // A block has a channel, of 14 rows of the gradient and 16 images at a time. Some warps do nothing but load: two by
-// bulk copies on sm_90 and later, more by cp.async before. Rows outside the image are zeros. That is exact unless the
-// gradient is Inf or NaN: so sums that are finite are right, and the others are taken again, product by product.
+// bulk copies on sm_90 and later, more by cp.async before. Rows outside the image are zeros.
 #include "stride2_grad_weight_nchw.h"
 
 #include <algorithm>
 
-#include "cluster_sums.cuh"
+#include "image_sums.cuh"
 #include "shifted_runs.cuh"
-#include "tensor_cores.cuh"
-#include "weight_sums.cuh"
 
 namespace dwconv {
 namespace {
 
-constexpr int kImages = 16;                             // that are multiplied together
 constexpr int kPixels = 8;                              // of 16 bytes
 constexpr int kColumns = 28, kRowBytes = 2 * kColumns;  // of the gradient
 constexpr int kRows = 14;                               // of the gradient that are loaded together
@@ -61,17 +57,15 @@ struct Stride2Planes {
   bool joined;  // what is beside an image are its neighbours
 };
 
-struct Stride2 {
+struct Stride2 : ImageSums {
   Stride2Planes source, grad;
-  bool bulk;          // copies
-  bool anywhere;      // whether an array begins between units
-  int workers;        // warps that multiply
-  int loaders;        // warps that load
-  int height, bands;  // of the input; of kRows rows of the gradient
-  int kernel_h, kernel_w, padding_h, padding_w, dilation_h, dilation_w;
-  int images, filters, groups, splits;
+  bool bulk;      // copies
+  bool anywhere;  // whether an array begins between units
+  int workers;    // warps that multiply
+  int loaders;    // warps that load
+  int bands;      // of kRows rows of the gradient
+  int groups, splits;
   int totals;  // where the first block of a cluster gets the sums of all of it in shared memory, or 0
-  WeightSums result;
 };
 
 // The first 16 pixels, or the last 16, of the 32 of a row of the input that a phase's gradients meet, by 8. The middle
@@ -112,27 +106,11 @@ struct Anywhere {
   static int warps(int before) { return kPhases + ((kColumns + before) % kPixels != 0) + (before > 0); }
 };
 
-// The sum of one tap over the block's part of the images, by a warp, of products inside the image only.
+// The sum of one tap over some images, again.
 template <typename T>
-__device__ __noinline__ float sum_by_products(const Stride2& a, int channel, int filter, int first, int last, int y,
-                                              int x) {
-  constexpr int kWidth = 2 * kColumns;
-  const int out_height = a.bands * kRows;
-  float sum = 0;
-  for (int image = first; image < last; ++image) {
-    const auto plane = [&](const Stride2Planes& v, int offset) {
-      return reinterpret_cast<const T*>(v.base + image * v.image_bytes) + offset;
-    };
-    const T* source = plane(a.source, channel * a.height * kWidth);
-    const T* grad = plane(a.grad, filter * out_height * kColumns);
-    for (int at = threadIdx.x % 32; at < out_height * kColumns; at += 32) {
-      const int row = 2 * (at / kColumns) + y, column = 2 * (at % kColumns) + x;
-      if (row >= 0 && row < a.height && column >= 0 && column < kWidth)
-        sum = fmaf(widen(source[row * kWidth + column]), widen(grad[at]), sum);
-    }
-  }
-  for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
-  return sum;
+__device__ __noinline__ float sum_by_products(const Stride2& a, int filter, int first, int last, int tap) {
+  const auto all = [](int, int) { return true; };
+  return sum_of_lanes(sum_inside<T>(a, a.source, a.grad, filter, tap, first, last - first, 0, a.out_height, all));
 }
 
 // The rows of the input that a band of gradients meets, those inside the image, and what is made zero before them.
@@ -159,9 +137,9 @@ __global__ void __launch_bounds__(32 * (kPlain ? kPhases + kLoaders : kMostWarps
   const bool cluster = a.totals > 0;
   const int channel = cluster ? blockIdx.x / a.splits : blockIdx.x % a.groups;
   const int split = cluster ? blockIdx.x % a.splits : blockIdx.x / a.groups;
-  const int taps = a.kernel_h * a.kernel_w, slots = taps + a.result.with_bias();
-  const int all = (a.images + kImages - 1) / kImages, whole = all / a.splits, more = all % a.splits;
-  const int first = split * whole + min(split, more), last = first + whole + (split < more);
+  const int taps = a.taps(), slots = a.slots();
+  const Totals totals{a.totals, kFilters, slots};
+  const auto [first, last] = Steps((a.images + kImages - 1) / kImages, a.splits, split);
   const int steps = (last - first) * a.bands;
   if (cluster) enter_cluster(split == 0, kTotalsBarrier, 4 * a.splits * kFilters * slots);
   const bool anywhere = !kPlain && a.anywhere;
@@ -299,14 +277,12 @@ __global__ void __launch_bounds__(32 * (kPlain ? kPhases + kLoaders : kMostWarps
         }
       }
       if (a.result.with_bias()) {
-        constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
 #pragma unroll 1
         for (int q = 0; q < kPairs; ++q) {
           uint32_t both[4];
           load_matrices_transposed(both, grad + place + 2 * q * kRowBytes);
 #pragma unroll
-          for (int f = 0; f < kFilters; ++f)
-            multiply(bias[f], bias[f], {kOnes, kOnes, kOnes, kOnes}, {both[2 * f], both[2 * f + 1]}, T{});
+          for (int f = 0; f < kFilters; ++f) add_to_bias(bias[f], {both[2 * f], both[2 * f + 1]}, T{});
         }
       }
       arrive_together(kDone + 8 * stage, lane == 0);
@@ -345,39 +321,30 @@ __global__ void __launch_bounds__(32 * (kPlain ? kPhases + kLoaders : kMostWarps
   __syncthreads();
   if (cluster) meet_cluster();
 
-  const auto place_of = [&](int part, int at) { return a.totals + 4 * (part * kFilters * slots + at); };
 #pragma unroll 1
   for (int begin = 32 * warp; begin < kFilters * slots; begin += blockDim.x) {
-    const auto row_of = [&](int tap) { return tap / a.kernel_w * a.dilation_h - a.padding_h; };
-    const auto column_of = [&](int tap) { return tap % a.kernel_w * a.dilation_w - a.padding_w; };
     const int at = begin + lane, f = at / slots, slot = at % slots;
     float total = 0;
     if (f < kFilters) {
-      const int product = slot == taps ? kSlots - 1 : (row_of(slot) + kReach) * kKernel + column_of(slot) + kReach;
+      const int product = slot == taps ? kSlots - 1 : (a.row_of(slot) + kReach) * kKernel + a.column_of(slot) + kReach;
       const int from = kHead + 4 * (f * kSlots + product) * kSlotPitch;
 #pragma unroll 8
       for (int k = 0; k < kPhases * kPixels; ++k) total += shared<float>(from + 4 * k);
     }
     uint32_t again = __ballot_sync(~0u, slot < taps && !is_finite(total));
     for (; again; again &= again - 1) {
-      const int which = begin + __ffs(again) - 1, tap = which % slots, end = min(last * kImages, a.images);
-      const float exact = sum_by_products<T>(a, channel, channel * kFilters + which / slots, first * kImages, end,
-                                             row_of(tap), column_of(tap));
+      const int which = begin + __ffs(again) - 1, end = min(last * kImages, a.images);
+      const float exact =
+          sum_by_products<T>(a, channel * kFilters + which / slots, first * kImages, end, which % slots);
       if (at == which) total = exact;
     }
     if (f >= kFilters) continue;
     if (cluster)
-      send_to_first(place_of(split, at), total, kTotalsBarrier);
+      totals.send(split, f, slot, total);
     else
       a.result.put<T>(channel * kFilters + f, split, slot, total);
   }
-  if (!cluster || split > 0) return;
-  wait(kTotalsBarrier, 0);
-  for (int at = threadIdx.x; at < kFilters * slots; at += blockDim.x) {
-    float total = 0;
-    for (int part = 0; part < a.splits; ++part) total += shared<float>(place_of(part, at));
-    a.result.put<T>(channel * kFilters + at / slots, 0, at % slots, total);
-  }
+  if (cluster && split == 0) totals.put<T>(a.result, a.splits, channel * kFilters);
 }
 
 template <typename T, int kFilters, bool kPlain>
@@ -425,11 +392,8 @@ bool launch_stride2_grad_weight_nchw(const Problem& p, bool bulk, const Allocate
   };
   arrange(a.source, p.input, p.channels, p.height * p.width);
   arrange(a.grad, p.output, p.filters(), p.out_height * p.out_width);
-  a.height = static_cast<int>(p.height), a.bands = static_cast<int>(p.out_height / kRows);
-  a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
-  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
-  a.dilation_h = static_cast<int>(p.dilation_h), a.dilation_w = static_cast<int>(p.dilation_w);
-  a.images = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());
+  a.take(p);
+  a.bands = static_cast<int>(p.out_height / kRows);
   a.groups = static_cast<int>(p.channels);
   bool served = false;
   visit_dtype(p.dtype, [&](auto zero) {

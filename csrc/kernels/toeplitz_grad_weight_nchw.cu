@@ -455,7 +455,8 @@ void launch_kernel(const Problem& p, const GradStream& a, const Allocate& alloca
     const int64_t tiles = ceil_div(a.out_height, rows) * ceil_div(a.out_width, 16);
     return ceil_div(tiles, 4) * (60 + 13 * (rows + kKernel - 1) + 13 * rows);
   };
-  constexpr int kWide = 256;  // rows of which few fit
+  constexpr int kWide = 256;   // rows of which few fit
+  constexpr int kLong = 1024;  // rows that are worth moving
   const RowRing &source = a.source.ring, &grad = a.grad.ring;
   const bool same_size = a.width == a.out_width && a.height == a.out_height;
   const bool begin_with_units = source.phase == 0 && grad.phase == 0;
@@ -485,7 +486,7 @@ void launch_kernel(const Problem& p, const GradStream& a, const Allocate& alloca
   if (a.out_width >= kWide && source.row_bytes % kUnit == 0 && source.phase == grad.phase && a.width == a.out_width &&
       has_room<Segments<kKernel, Rows::kShifted>>(a))
     return launch<T, Segments<kKernel, Rows::kShifted>>(p, a, allocate, stream);
-  if (GradStream moved = a; a.out_width >= kWide) {
+  if (GradStream moved = a; a.out_width >= (has_room<Toeplitz<kKernel, 4>>(a) ? kLong : kWide)) {
     move(moved.source), move(moved.grad);
     if (has_room<Segments<kKernel, Rows::kMoved>>(moved))
       return launch<T, Segments<kKernel, Rows::kMoved>>(p, moved, allocate, stream);
