@@ -614,3 +614,12 @@ def test_batch_grad_weight_of_rows_as_they_lie_is_exact(
         if not finite:
             problem.spoil((0, 1, 0, 0), (1, 0, -1, -1), (-1, 2, 3, 0))
         assert problem.check(*BATCH_SUMS)["grad_weight"] == BATCH_SUMS, problem
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_batch_grad_weight_of_rows_laid_apart_of_one_array_is_exact(dtype: torch.dtype) -> None:
+    """The other one has zeros below its planes as well."""
+    for size, side, padding in (((56, 56), 7, 6), ((56, 56), 5, 4), ((52, 60), 5, 0)):
+        problem = Problem(Case(28, 8, size, (side, side), padding=(padding, padding)), dtype)
+        assert problem.check(*BATCH_SUMS)["grad_weight"] == BATCH_SUMS, problem

@@ -146,7 +146,7 @@ struct Rows {
       before_bulk_copies();
       return;
     } else if (any) {
-      behind = shift > 0 || kWay == Way::kLaid ? kUnit : 0;
+      behind = shift > 0 || spreads() ? kUnit : 0;
       // Nothing outside the array is touched.
       const bool is_first = plane == 0 && first == 0 && (image == 0 || !joined);
       const bool is_last = plane == planes - 1 && first + rows == height && (image + there == images || !joined);
