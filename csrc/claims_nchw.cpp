@@ -244,8 +244,7 @@ bool lies_in_units(const Problem& p) {
 bool pays_by_elements(const Problem& p) {
   constexpr int64_t kManyTaps = 16, kManyRows = 6;
   const int64_t rows = extent_h(p), taps = p.stride_h == 1 ? rows * extent_w(p) : p.taps();
-  return rows <= kMaxBatchRows && taps >= kManyTaps &&
-         ((p.stride_h == 1 && rows >= kManyRows) || !claims_stream_grad_weight_nchw(p));
+  return taps >= kManyTaps && ((p.stride_h == 1 && rows >= kManyRows) || !claims_stream_grad_weight_nchw(p));
 }
 
 }  // namespace

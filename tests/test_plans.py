@@ -159,6 +159,7 @@ def test_sums_over_images(dtype: torch.dtype) -> None:
         (3, (17, 63), 1, False),
         (5, (27, 27), 1, False),
         (7, (27, 27), 1, True),
+        (9, (33, 33), 1, True),
         (5, (14, 14), 2, True),
         (5, (16, 14), 2, False),
     ):

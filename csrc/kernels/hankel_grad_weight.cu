@@ -640,11 +640,12 @@ void launch_hankel_grad_weight(const Problem& problem, const Allocate& allocate,
   Hankel a{};
   a.tap_row = static_cast<int>(exchanged ? 1 : problem.kernel_w);
   a.tap_column = static_cast<int>(exchanged ? problem.kernel_w : 1);
-  static_cast<ImagePlanes&>(a.source) =
-      aligned_planes_of(p.input, p.batch, p.channels, p.height, p.width, allocate, stream);
-  static_cast<ImagePlanes&>(a.grad) =
-      aligned_planes_of(p.output, p.batch, p.filters(), p.out_height, p.out_width, allocate, stream);
-  if (launch_hankel_grad_weight_groups(p, exchanged, a.source, a.grad, allocate, stream)) return;
+  ImagePlanes &source = a.source, &grad = a.grad;
+  source = planes_of(p.input, p.batch, p.channels, p.height, p.width, allocate, stream);
+  grad = planes_of(p.output, p.batch, p.filters(), p.out_height, p.out_width, allocate, stream);
+  if (launch_hankel_grad_weight_groups(p, exchanged, source, grad, kFewHankelColumns, allocate, stream)) return;
+  source = aligned_planes_of(p.input, p.batch, p.channels, p.height, p.width, allocate, stream);
+  grad = aligned_planes_of(p.output, p.batch, p.filters(), p.out_height, p.out_width, allocate, stream);
   if (launch_outer_grad_weight_planes(p, exchanged, false, a.source, a.grad, allocate, stream)) return;
   const auto align_rows = [&](Images& v, int64_t channels) {
     const int unit = v.unit;

@@ -1,4 +1,4 @@
-// The same as hankel_grad_weight from whole planes of 48 or 56 columns in shared memory, multiplied by warpgroups: on
+// The same as hankel_grad_weight from whole planes of up to 56 columns in shared memory, multiplied by warpgroups: on
 // sm_90, in code for sm_90a.
 //
 // A warpgroup takes four rows y of the input, one a warp: A[y][j][c] = input[y][c + j - padding] is a Hankel matrix for
@@ -11,6 +11,9 @@
 // for the latter they are put together from two words. Gradients lie in columns of 16 bytes, so that a matrix may begin
 // at any row, with zeros above and below.
 //
+// Planes that do not begin with 16 bytes, or whose rows do not, come as the units that they lie in, whose rows two
+// warps move, of an image each, to where those of others lie.
+//
 // What lies beside the images is multiplied as zeros, which is exact unless the other factor is Inf or NaN. So sums
 // that are finite are right, and the others are taken again, product by product.
 #include "hankel_grad_weight_groups.h"
@@ -20,6 +23,7 @@
 
 #include "boxes.cuh"
 #include "launch.h"
+#include "moved_planes.cuh"
 #include "outer_products.cuh"
 #include "overlap.cuh"
 #include "tensor_cores.cuh"
@@ -34,6 +38,7 @@ constexpr int kUnits = 7, kColumns = 8 * kUnits;  // of a row, of 8 columns each
 constexpr int kPair = 2;                          // images side by side
 constexpr int kRowsAtOnce = kGroupWarps;          // of the input
 constexpr int kMaxStages = 8;
+constexpr int kRawStages = 2;  // of planes that are to be moved
 
 // What a kernel is compiled for: a block's warpgroups, and the piece of a filter that a warp has sums of.
 template <int blocks, int tiles, int groups>
@@ -62,10 +67,26 @@ struct Planes {
   int zeros, unit_bytes;   // rows of zeros below each column of 16 bytes, and all of it
   int stages, stage_bytes, source_at;
   int pitch;  // bytes of a row of the input, with zeros behind
-  static constexpr int kBias = 8 * 2 * kMaxStages, kZeros = kBias + 16, kFirstStage = 256;
+  bool moves;
+  int raw_at, raw_bytes;  // where planes that are to be moved come, and what each of them takes
+  static constexpr int kRawBarriers = 8 * 2 * kMaxStages, kBias = kRawBarriers + 8 * 2 * kRawStages;
+  static constexpr int kZeros = kBias + 16, kFirstStage = 256;
+  static_assert(kZeros + kUnit <= kFirstStage);
 
   __device__ int full(int stage) const { return 8 * stage; }
   __device__ int empty(int stage) const { return 8 * (kMaxStages + stage); }
+  __device__ int raw_full(int stage) const { return kRawBarriers + 8 * stage; }
+  __device__ int raw_empty(int stage) const { return kRawBarriers + 8 * (kRawStages + stage); }
+  // An image's plane of the input; that of the gradient is behind it.
+  __device__ int raw_plane(int stage, int image) const { return raw_at + 2 * (stage * kPair + image) * raw_bytes; }
+  __host__ __device__ int row_bytes() const { return 2 * planes.width; }
+  __host__ __device__ int plane_bytes() const { return rows * row_bytes(); }
+  __device__ const char* source_of(int filter, int image) const {
+    return planes.source + filter / planes.multiplier * planes.source_channel + image * planes.source_image;
+  }
+  __device__ const char* grad_of(int filter, int image) const {
+    return planes.grad + filter * planes.grad_channel + image * planes.grad_image;
+  }
   __host__ __device__ int front() const { return kUnit * (above > 0 ? above : 0); }
   __host__ __device__ int grad_bytes() const { return kPair * kUnits * unit_bytes; }
   __host__ __device__ int box_rows() const { return quads * kRowsAtOnce; }
@@ -132,6 +153,67 @@ __device__ inline void load_planes(const Planes& a, const Item& item) {
   }
   wait_copies<0>();
   end_filling();
+}
+
+// Loads planes that are to be moved: by a warp.
+__device__ inline void load_planes_to_move(const Planes& a, const Item& item) {
+  const int channel = item.filter / a.planes.multiplier, last_channel = (a.filters - 1) / a.planes.multiplier;
+  Turn turn;
+  for (int image = item.first; image < item.last; image += kPair, turn.next(kRawStages)) {
+    const int barrier = a.raw_full(turn.stage);
+    wait(a.raw_empty(turn.stage), turn.parity ^ 1);
+    const bool begins = is_elected();
+    for (int k = 0; k < min(kPair, item.last - image) && begins; ++k) {
+      const int n = image + k;
+      const bool is_first = n == 0, is_last = n == a.images - 1;
+      const uint32_t to = shared_address(a.raw_plane(turn.stage, k));
+      load_units(to, a.source_of(item.filter, n), a.plane_bytes(), is_first && channel == 0,
+                 is_last && channel == last_channel, barrier);
+      load_units(to + a.raw_bytes, a.grad_of(item.filter, n), a.plane_bytes(), is_first && item.filter == 0,
+                 is_last && item.filter == a.filters - 1, barrier);
+    }
+    arrive_together(barrier, threadIdx.x % 32 == 0);
+  }
+}
+
+// Moves those of the first image of each pair, or of the second one: by a warp, of which a lane moves a row.
+__device__ inline void move_planes(const Planes& a, const Item& item, int k) {
+  const int lane = threadIdx.x % 32, last_unit = a.units - 1;
+  const bool same = a.row_bytes() % kUnit == 0;  // of all rows
+  Turn turn, raw;
+  for (int image = item.first; image < item.last; image += kPair, turn.next(a.stages), raw.next(kRawStages)) {
+    const int n = image + k;
+    const uint32_t stage = shared_address(Planes::kFirstStage + turn.stage * a.stage_bytes);
+    wait(a.raw_full(raw.stage), raw.parity);
+    wait(a.empty(turn.stage), turn.parity ^ 1);
+#pragma unroll 1
+    for (int side = 0; side < 2; ++side) {
+      const bool is_source = side == 0;
+      const uint32_t from = shared_address(a.raw_plane(raw.stage, k) + side * a.raw_bytes);
+      const uint32_t to =
+          stage + (is_source ? a.source_at + k * a.box_rows() * a.pitch : a.front() + k * kUnits * a.unit_bytes);
+      const int row_step = is_source ? a.pitch : kUnit, unit_step = is_source ? kUnit : a.unit_bytes;
+      const int before = bytes_before(is_source ? a.source_of(item.filter, n) : a.grad_of(item.filter, n));
+#pragma unroll 1
+      for (int row = lane; row < a.rows; row += 32) {
+        const int at = before + row * a.row_bytes();
+        const uint32_t place = to + row * row_step, last = place + last_unit * unit_step;
+        const auto put = [&](int u, const uint4& unit) { shared_at<uint4>(place + u * unit_step) = unit; };
+        if (n < item.last)
+          MovedUnits(from + at / kUnit * kUnit).put(at % kUnit, same, a.units, put);
+        else
+          for (int u = 0; u < a.units; ++u) put(u, uint4{});
+        if (same) continue;
+        // Behind the row there are zeros.
+#pragma unroll
+        for (int w = 0; w < kUnit / 4; ++w)
+          shared_at<uint32_t>(last + 4 * w) &= pair_mask(8 * last_unit + 2 * w, a.planes.width);
+      }
+    }
+    before_bulk_copies();  // for multiplications, too
+    arrive_together(a.raw_empty(raw.stage), lane == 0);
+    arrive_together(a.full(turn.stage), lane == 0);
+  }
 }
 
 // Adds up the gradient, for the bias.
@@ -204,7 +286,8 @@ struct Sums {
   }
 };
 
-template <typename T, class Tile>
+// kMoves: planes that are moved.
+template <typename T, class Tile, bool kMoves>
 __global__ void __launch_bounds__(launch_threads(Tile::kThreads), 1) hankel_groups(const __grid_constant__ Planes a) {
   if (!kHasWarpgroups) return;
   constexpr int kWarps = Tile::kWarps, kThreads = Tile::kThreads;
@@ -212,22 +295,27 @@ __global__ void __launch_bounds__(launch_threads(Tile::kThreads), 1) hankel_grou
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const Item item(a);
   const bool has_bias = item.has_bias;
-  if (threadIdx.x == 0)
-    for (int s = 0; s < a.stages; ++s)
-      init_barrier(a.full(s), 1 + kWarpArrivals), init_barrier(a.empty(s), (kWarps + has_bias) * kWarpArrivals);
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < a.stages; ++s) {
+      init_barrier(a.full(s), kMoves ? kPair * kWarpArrivals : 1 + kWarpArrivals);
+      init_barrier(a.empty(s), (kWarps + has_bias) * kWarpArrivals);
+    }
+    for (int s = 0; s < (kMoves ? kRawStages : 0); ++s)
+      init_barrier(a.raw_full(s), kWarpArrivals), init_barrier(a.raw_empty(s), kPair * kWarpArrivals);
+  }
   if (threadIdx.x < kUnit / 4) shared<uint32_t>(Planes::kZeros + 4 * threadIdx.x) = 0;
-  // Zeros above and below the gradient's columns, and before the input's first row.
+  // Zeros above and below the gradient's columns, and before the input's first row; wherever rows are moved to.
   for (int k = warp; k < a.stages * kPair * kUnits; k += kThreads / 32) {
     const int s = k / (kPair * kUnits), column = k - s * kPair * kUnits;
     const int stage = Planes::kFirstStage + s * a.stage_bytes, grad = stage + a.front();
-    for (int row = a.rows + lane; row < a.rows + a.zeros; row += 32)
+    for (int row = (kMoves ? 0 : a.rows) + lane; row < a.rows + a.zeros; row += 32)
       shared<uint4>(grad + column * a.unit_bytes + kUnit * row) = uint4{};
     if (column > 0) continue;
     for (int at = kUnit * lane; at < a.front(); at += 32 * kUnit) shared<uint4>(stage + at) = uint4{};
     for (int at = a.front() + a.grad_bytes() + kUnit * lane; at < a.source_at; at += 32 * kUnit)
       shared<uint4>(stage + at) = uint4{};
-    for (int at = a.source_at + a.source_bytes() + kUnit * lane; at < a.stage_bytes; at += 32 * kUnit)
-      shared<uint4>(stage + at) = uint4{};
+    const int first = a.source_at + (kMoves ? 0 : a.source_bytes());
+    for (int at = first + kUnit * lane; at < a.stage_bytes; at += 32 * kUnit) shared<uint4>(stage + at) = uint4{};
   }
   before_bulk_copies();
   __syncthreads();
@@ -237,7 +325,8 @@ __global__ void __launch_bounds__(launch_threads(Tile::kThreads), 1) hankel_grou
   constexpr int kFew = 80, kAll = (64 << 10) / kThreads / 8 * 8 * (Tile::kGroups + 1);
   if (warp >= kWarps) {
     give_registers<kFew>();
-    if (warp == kWarps) load_planes(a, item);
+    if (warp == kWarps) kMoves ? load_planes_to_move(a, item) : load_planes(a, item);
+    if (kMoves && warp >= kWarps + 2) move_planes(a, item, warp - kWarps - 2);
     if (warp == kWarps + 1 && has_bias) {
       add_bias<T>(a, item);
       meet<1>(threads);
@@ -248,7 +337,7 @@ __global__ void __launch_bounds__(launch_threads(Tile::kThreads), 1) hankel_grou
   take_registers<(kAll - kFew) / Tile::kGroups / 8 * 8>();
 
   const uint32_t memory = kept_shared_address();
-  const int group = warp / kGroupWarps, row_of_four = warp % kGroupWarps;
+  const int group = kMoves ? same_of_warp(warp / kGroupWarps) : warp / kGroupWarps, row_of_four = warp % kGroupWarps;
   const int source_slot = a.box_rows() * a.pitch, above = item.end_row - 1 - a.padding_h;
   const uint32_t source_at =
       a.source_at + row_of_four * a.pitch + 4 * (lane % 4 + lane / 4) + 2 * (item.column - a.padding_w - a.odd());
@@ -257,7 +346,8 @@ __global__ void __launch_bounds__(launch_threads(Tile::kThreads), 1) hankel_grou
   int quad = group;  // counted on from stage to stage
 #pragma unroll 1
   for (int image = item.first; image < item.last; image += kPair, turn.next(a.stages), quad -= a.quads) {
-    const uint32_t stage = memory + Planes::kFirstStage + turn.stage * a.stage_bytes;
+    uint32_t stage = memory + Planes::kFirstStage + turn.stage * a.stage_bytes;
+    if constexpr (kMoves) stage = same_of_warp(stage);
     wait_at(memory + a.full(turn.stage), turn.parity);
 #pragma unroll 1
     for (; quad < a.quads; quad += Tile::kGroups) {
@@ -341,19 +431,22 @@ bool launch(const Problem& p, Planes a, const ImagePlanes& source, const Allocat
   const int beyond = 2 * std::max(columns - left - border, 0) + kUnit;
   a.stage_bytes = static_cast<int>(round_up(a.source_at + a.source_bytes() + beyond, kBoxUnit));
   const Device& device = current_device();
-  a.stages = std::min<int>((device.shared_per_block - Planes::kFirstStage) / a.stage_bytes, kMaxStages);
-  if (a.stages < 2 || a.box_rows() > kMostBoxSide ||
+  const int raw_bytes = a.moves ? kRawStages * kPair * 2 * a.raw_bytes : 0;
+  a.stages = std::min<int>((device.shared_per_block - Planes::kFirstStage - raw_bytes) / a.stage_bytes, kMaxStages);
+  if (a.stages < 2 || a.box_rows() > kMostBoxSide) return false;
+  if (!a.moves &&
       !describe_boxes(a.source_boxes, const_cast<char*>(source.base), 2, {p.width, a.rows, p.channels, a.images},
                       {source.row_bytes, source.channel_bytes, source.image_bytes},
                       {a.pitch / 2, a.box_rows(), 1, kPair}))
     return false;
+  a.raw_at = Planes::kFirstStage + a.stages * a.stage_bytes;
   a.splits = splits_for<Tile>(a, device.multiprocessors);
   a.result = weight_sums(p, a.splits, allocate);
-  const int shared_bytes = Planes::kFirstStage + std::max(a.stages * a.stage_bytes, Tile::kWarps * Tile::kSumBytes);
+  const int shared_bytes = std::max(a.raw_at + raw_bytes, Planes::kFirstStage + Tile::kWarps * Tile::kSumBytes);
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
-      const auto kernel = hankel_groups<T, Tile>;
+      const auto kernel = a.moves ? hankel_groups<T, Tile, true> : hankel_groups<T, Tile, false>;
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
       launch_early(kernel, a, int64_t{a.pieces_h} * a.pieces_w * a.filters * a.splits, Tile::kThreads, stream,
                    {.shared_bytes = shared_bytes});
@@ -366,34 +459,39 @@ bool launch(const Problem& p, Planes a, const ImagePlanes& source, const Allocat
 
 // Whether sizes are what the kernel is for: columns of planes, and filters that are not so small that others have less
 // to do.
-bool has_sizes(const Problem& p) {
-  constexpr int64_t kFewColumns = 40, kMost = 128;
-  const int64_t few_rows = p.kernel_w + p.padding_w % 2 <= 16 ? 8 : 16;
-  return p.width > kFewColumns && p.width <= kColumns && p.width % (kColumns / kUnits) == 0 && p.kernel_h > few_rows &&
+bool has_sizes(const Problem& p, int64_t few_columns) {
+  constexpr int64_t kMost = 128;
+  const int64_t few_rows = p.kernel_w + p.padding_w % 2 <= kHankelPieceColumns ? 8 : 16;
+  return p.width > few_columns && p.width <= kColumns && p.kernel_h > few_rows &&
          std::max(p.kernel_h, p.kernel_w) <= kMost && p.padding_h < p.kernel_h && p.padding_w < p.kernel_w;
 }
 
 }  // namespace
 
 bool launch_hankel_grad_weight_groups(const Problem& p, bool exchanged, const ImagePlanes& source,
-                                      const ImagePlanes& grad, const Allocate& allocate, cudaStream_t stream) {
+                                      const ImagePlanes& grad, int64_t few_columns, const Allocate& allocate,
+                                      cudaStream_t stream) {
   using Usual = Tile<2, 5, 3>;
-  if (!has_warpgroups(hankel_groups<__half, Usual>)) return false;
-  if (source.height != grad.height || source.width != grad.width || !has_sizes(p)) return false;
+  if (!has_warpgroups(hankel_groups<__half, Usual, false>)) return false;
+  if (source.height != grad.height || source.width != grad.width || !has_sizes(p, few_columns)) return false;
   Planes a{};
   a.rows = source.height, a.quads = static_cast<int>(ceil_div(a.rows, kRowsAtOnce));
-  a.units = source.width / (kColumns / kUnits);
+  a.units = static_cast<int>(ceil_div(source.width, kColumns / kUnits));
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
   a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
   a.tap_row = exchanged ? 1 : a.kernel_w, a.tap_column = exchanged ? a.kernel_h : 1;
   a.images = static_cast<int>(p.batch), a.filters = static_cast<int>(p.filters());
   a.planes = pair_of(source, grad, p.multiplier);
   a.above = a.kernel_h - 1 - a.padding_h;
+  if (source.row_bytes != a.row_bytes() || grad.row_bytes != a.row_bytes()) return false;
   const auto begins_with_unit = [&](const ImagePlanes& v) {
-    return v.row_bytes == 2 * v.width &&
-           (reinterpret_cast<uintptr_t>(v.base) | v.channel_bytes | (a.images > 1 ? v.image_bytes : 0)) % kUnit == 0;
+    return (reinterpret_cast<uintptr_t>(v.base) | v.channel_bytes | (a.images > 1 ? v.image_bytes : 0)) % kUnit == 0;
   };
-  if (!begins_with_unit(source) || !begins_with_unit(grad)) return false;
+  a.moves = a.row_bytes() % kUnit > 0 || !begins_with_unit(source) || !begins_with_unit(grad);
+  if (a.moves && (!has_ends(p.batch, source.image_bytes, p.channels, source.channel_bytes) ||
+                  !has_ends(p.batch, grad.image_bytes, p.filters(), grad.channel_bytes)))
+    return false;
+  a.raw_bytes = static_cast<int>(round_up(a.plane_bytes(), kUnit)) + kMovedUnits * kUnit;
   // The tile that costs least. With 7 tiles of rows, three blocks of columns leave registers for two warpgroups only.
   const auto launch_best = [&]<class... Tiles>(Tiles... tiles) {
     const double least = std::min({cost_of(p, tiles)...});
@@ -401,6 +499,7 @@ bool launch_hankel_grad_weight_groups(const Problem& p, bool exchanged, const Im
     (void)((cost_of(p, tiles) == least && (launched = launch<Tiles>(p, a, source, allocate, stream), true)) || ...);
     return launched;
   };
+  static_assert(Tile<1, 5, 3>::kRows == kHankelPieceRows && Tile<1, 5, 3>::kColumns == kHankelPieceColumns);
   return launch_best(Tile<1, 3, 3>{}, Tile<1, 5, 3>{}, Tile<2, 3, 3>{}, Usual{}, Tile<3, 5, 3>{}, Tile<2, 7, 3>{},
                      Tile<3, 7, 2>{}, Tile<2, 9, 3>{});
 }

@@ -19,6 +19,7 @@
 #include <utility>
 
 #include "aligned_planes.cuh"
+#include "hankel_grad_weight_groups.h"
 #include "launch.h"
 #include "outer_grad_weight_pieces.h"
 #include "outer_grad_weight_planes.h"
@@ -588,7 +589,11 @@ void launch_outer_grad_weight(const Problem& problem, const Allocate& allocate, 
     p.input = to_planes(p.input, p.batch, p.channels, p.height, p.width, allocate, stream);
     p.output = to_planes(p.output, p.batch, p.filters(), p.out_height, p.out_width, allocate, stream);
   }
-  // Planes wherever they begin, as long as a kernel takes them.
+  // Planes wherever they begin, as long as a kernel takes them. One piece of a Hankel matrix takes less than 7 rows.
+  // So do rows of an odd length, which would come element by element, unless they are short.
+  constexpr int64_t kFewOddColumns = 20;
+  const Problem& upright = by_kernel ? problem : p;
+  const bool is_odd = upright.width % 2 > 0;
   ImagePlanes source, grad;
   for (const bool aligned : {false, true}) {
     const auto planes = [&](View view, int64_t channels, int64_t height, int64_t width) {
@@ -601,8 +606,12 @@ void launch_outer_grad_weight(const Problem& problem, const Allocate& allocate, 
     if (by_kernel ? launch_outer_grad_weight_tall(p, source, grad, allocate, stream)
                   : launch_outer_grad_weight_pieces(p, exchanged, source, grad, allocate, stream))
       return;
+    if ((is_odd || is_hankel_piece(upright)) &&
+        launch_hankel_grad_weight_groups(upright, exchanged && !by_kernel, source, grad,
+                                         is_odd ? kFewOddColumns : kFewHankelColumns, allocate, stream))
+      return;
+    if (launch_outer_grad_weight_planes(p, exchanged, by_kernel, source, grad, allocate, stream)) return;
   }
-  if (launch_outer_grad_weight_planes(p, exchanged, by_kernel, source, grad, allocate, stream)) return;
 
   Outer a{};
   const auto arrange = [&](Images& v, const ImagePlanes& from) {

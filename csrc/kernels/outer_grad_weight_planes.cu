@@ -9,8 +9,9 @@
 // A[r][w] = gradient[r][w], B[w][y] = input[y][w + shift]. An odd shift puts its pairs of pixels together from two
 // words.
 //
-// Planes are loaded far ahead by a thread that begins bulk copies, or by some warps where they are not aligned to 16
-// bytes. Shared memory gives fragments hardly faster than they are multiplied: what is next is loaded in between.
+// Planes are loaded far ahead by a thread that begins bulk copies, or by some warps where they are not of whole units
+// of 16 bytes; if they are, but begin elsewhere, some warps move them to where units begin. Shared memory gives
+// fragments hardly faster than they are multiplied: what is next is loaded in between.
 //
 // Products that are not of the convolution have zeros on both sides: Inf and NaN come out where they should. But where
 // rows that are taken as one do not divide a plane, or a warp has two shifts, zeros meet others: sums that are not
@@ -19,6 +20,7 @@
 #include <cmath>
 
 #include "launch.h"
+#include "moved_planes.cuh"
 #include "outer_grad_weight.h"
 #include "outer_grad_weight_planes.h"
 #include "outer_products.cuh"
@@ -38,6 +40,9 @@ constexpr int kDiagonals = 2 * kNear / 8 + 1, kNearPitch = 8 * kDiagonals, kNear
 
 // What planes are taken for: a wide kernel, one with many rows that reaches over kNear columns at most, or a tall one.
 enum class Way { kWide, kNear, kTall };
+
+// How planes come: by bulk copies, as they are or to be moved, or by threads.
+enum class Load { kBulk, kMoved, kThreads };
 
 // Whether a warp that multiplies loads as well: one more would leave too few registers for each.
 constexpr bool loads_beside(Way way) {
@@ -61,6 +66,7 @@ struct Plane {
   int bytes, pitch, slot;  // of a plane, of its rows, and of its place in shared memory, with zeros behind
   int summed, width;       // rows and columns, or the other way round
   int lanes;               // of the threads that load a plane
+  int before;              // bytes of its first unit that are not the plane's
 };
 
 struct Planes {
@@ -72,17 +78,22 @@ struct Planes {
   int groups, group_rows;   // parts of those rows for different blocks
   int folded, fold_bits;    // rows of a plane that are taken as one: 1, 2 or 4
   int unit, loaders;        // bytes that threads copy at once, and how many threads do
+  bool moves;               // whether planes are moved, by them
+  int gap;                  // bytes behind planes in shared memory for units that they end in before
   int images, filters, multiplier, splits;
   int shifts, shares;                  // warps with other shifts, and with other images of a stage
   int together, stages;                // images that a warp has of a stage
   bool uneven;                         // not all warps have as many
   bool reversed;                       // whether every second four warps have their shifts in the other order
+  bool once;                           // a block has one item: stages and sums share their place
   int sums, first_stage, image_bytes;  // places in shared memory
   int sum_bytes;                       // of a warp
-  static constexpr int kZeros = 2 * 8 * kMaxStages, kZeroBytes = 32 * kGrads;
+  static constexpr int kZeros = 3 * 8 * kMaxStages, kZeroBytes = 32 * kGrads;
 
   __device__ int full(int stage) const { return 8 * stage; }
   __device__ int empty(int stage) const { return 8 * (kMaxStages + stage); }
+  __device__ int loaded(int stage) const { return 8 * (2 * kMaxStages + stage); }  // what is to be moved
+  __device__ int grad_at() const { return source.slot + gap; }                     // in a stage's image
   __device__ int stage_images() const { return shares * together; }
   __host__ __device__ int items() const { return filters * groups * splits; }
   // Of rows of the input against those of the gradient that they meet, for rows of the kernel from `row` on, and for
@@ -443,6 +454,7 @@ __device__ __noinline__ float sum_by_products(const Planes& a, const Item& item,
 }
 
 // What a thread that begins bulk copies loads next.
+template <bool moves>
 struct Ahead {
   int number, image = 0;  // the latter of an item's
   Turn turn;
@@ -458,12 +470,20 @@ struct Ahead {
         a.source.base + item.filter / a.multiplier * a.source.channel_bytes + first * a.source.image_bytes;
     const char* grad = a.grad.base + item.filter * a.grad.channel_bytes + first * a.grad.image_bytes;
     uint32_t to = shared_address(a.first_stage + turn.stage * a.stage_images() * a.image_bytes);
-    const int barrier = a.full(turn.stage);
+    const int barrier = moves ? a.loaded(turn.stage) : a.full(turn.stage);
     wait(a.empty(turn.stage), turn.parity ^ 1);
-    expect_bytes(barrier, images * (a.source.bytes + a.grad.bytes));
+    if (!moves) expect_bytes(barrier, images * (a.source.bytes + a.grad.bytes));
     for (int k = 0; k < images; ++k, to += a.image_bytes) {
-      copy_bulk(to, source, a.source.bytes, barrier);
-      copy_bulk(to + a.source.slot, grad, a.grad.bytes, barrier);
+      if constexpr (moves) {
+        const bool is_first = first + k == 0, is_last = first + k == a.images - 1;
+        load_units(to, source, a.source.bytes, is_first && item.filter < a.multiplier,
+                   is_last && item.filter >= a.filters - a.multiplier, barrier);
+        load_units(to + a.grad_at(), grad, a.grad.bytes, is_first && item.filter == 0,
+                   is_last && item.filter == a.filters - 1, barrier);
+      } else {
+        copy_bulk(to, source, a.source.bytes, barrier);
+        copy_bulk(to + a.grad_at(), grad, a.grad.bytes, barrier);
+      }
       source += a.source.image_bytes, grad += a.grad.image_bytes;
     }
     arrive(barrier);
@@ -472,6 +492,49 @@ struct Ahead {
     turn.next(a.stages);
   }
 };
+
+// Loads planes and moves them, by warps of which this is number `mover`: a thread begins to load two stages late, so as
+// not to wait for those that multiply.
+__device__ inline void move_planes(const Planes& a, int mover) {
+  const int lane = threadIdx.x % 32, movers = a.loaders / 32;
+  Ahead<true> ahead;
+  const auto load_ahead = [&] {
+    if (mover == 0 && is_elected() && ahead.more(a)) ahead.load_next(a);
+  };
+  for (int s = 0; s + 2 < a.stages; ++s) load_ahead();
+  const auto move = [&](const Plane& v, uint32_t to) {
+    if (v.before == 0) return;
+    constexpr int kStep = 32 * kMovedUnits;
+    const int units = v.bytes / kUnit;
+    for (int begin = 0; begin < units; begin += 2 * kStep) {
+      const int first = begin + lane * kMovedUnits, second = first + kStep;
+      const auto place = [&](int unit) { return to + unit * kUnit; };
+      MovedUnits some(place(min(first, units))), more(place(min(second, units)));
+      __syncwarp();
+      const auto put = [&](MovedUnits& moved, int first) {
+        moved.put(v.before, true, units - first,
+                  [&](int u, const uint4& unit) { shared_at<uint4>(place(first + u)) = unit; });
+      };
+      put(some, first), put(more, second);
+    }
+  };
+  Turn turn;
+  for (int number = blockIdx.x; number < a.items(); number += gridDim.x) {
+    const Item item(a, number);
+    for (int image = item.first; image < item.last; image += a.stage_images(), turn.next(a.stages)) {
+      load_ahead();
+      wait(a.loaded(turn.stage), turn.parity);
+      const int planes = 2 * min(a.stage_images(), item.last - image);
+      const uint32_t stage = shared_address(a.first_stage + turn.stage * a.stage_images() * a.image_bytes);
+      for (int k = mover; k < planes; k += movers) {
+        const uint32_t to = stage + k / 2 * a.image_bytes;
+        k % 2 == 0 ? move(a.source, to) : move(a.grad, to + a.grad_at());
+      }
+      before_bulk_copies();  // to the same place, later
+      arrive_together(a.full(turn.stage), lane == 0);
+    }
+  }
+}
 
 // Loads planes by threads, of which this is number `rank`.
 template <int kBytes>
@@ -492,21 +555,23 @@ __device__ void load_planes(const Planes& a, int rank) {
       };
       wait(a.empty(turn.stage), turn.parity ^ 1);
       load(a.source, item.filter / a.multiplier, stage);
-      load(a.grad, item.filter, stage + a.source.slot);
+      load(a.grad, item.filter, stage + a.grad_at());
       arrive_after_copies(barrier);
     }
   }
 }
 
-template <typename T, Way way, bool bulk>
+template <typename T, Way way, Load load>
 __global__ void __launch_bounds__(32 * warps_of(way), 1) outer_planes(const __grid_constant__ Planes a) {
 #if __CUDA_ARCH__ >= 900
   constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00u : 0x3f803f80u;
+  constexpr bool bulk = load != Load::kThreads, moves = load == Load::kMoved;
   let_next_kernel_start();
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), warps = a.shifts * a.shares;
   if (threadIdx.x == 0)
     for (int s = 0; s < a.stages; ++s) {
-      init_barrier(a.full(s), bulk ? 1 : a.loaders);
+      init_barrier(a.full(s), moves ? a.loaders / 32 * kWarpArrivals : bulk ? 1 : a.loaders);
+      if (moves) init_barrier(a.loaded(s), 1);
       init_barrier(a.empty(s), warps * kWarpArrivals);
     }
   if (threadIdx.x < Planes::kZeroBytes / 4) shared<uint32_t>(Planes::kZeros + 4 * threadIdx.x) = 0;
@@ -518,9 +583,11 @@ __global__ void __launch_bounds__(32 * warps_of(way), 1) outer_planes(const __gr
   wait_for_kernel_before();
   if (warp >= warps) {
     const int rank = threadIdx.x - 32 * warps;
-    if constexpr (bulk) {
+    if constexpr (moves) {
+      move_planes(a, warp - warps);
+    } else if constexpr (bulk) {
       if (is_elected())
-        for (Ahead ahead; ahead.more(a);) ahead.load_next(a);
+        for (Ahead<moves> ahead; ahead.more(a);) ahead.load_next(a);
     } else if (a.unit == 8) {
       load_planes<8>(a, rank);
     } else {
@@ -538,7 +605,7 @@ __global__ void __launch_bounds__(32 * warps_of(way), 1) outer_planes(const __gr
   constexpr int kShifts = shifts_of_warp(way);
   Rows rows(a, a.first_shift(a.first_row) + kShifts * tap, kShifts - 1, lane);
   // It loads two stages late, so as not to wait for warps that are slower.
-  Ahead ahead;
+  Ahead<moves> ahead;
   const auto load_ahead = [&] {
     if (warp == 0 && is_elected() && ahead.more(a)) ahead.load_next(a);
   };
@@ -576,7 +643,7 @@ __global__ void __launch_bounds__(32 * warps_of(way), 1) outer_planes(const __gr
       int begin = share * a.together, end = begin + a.together;
       if (a.uneven && tap % 2 > 0) (share == 0 ? end : begin) += (tap - 2) * a.together / 2;
       const uint32_t source = memory + a.first_stage + (turn.stage * a.stage_images() + begin) * a.image_bytes;
-      const Part part{source, source + a.source.slot, min(end, item.last - image) - begin};
+      const Part part{source, source + a.grad_at(), min(end, item.last - image) - begin};
       if constexpr (loads_beside(way)) load_ahead();
       wait_at(memory + a.full(turn.stage), turn.parity);
       if (with_bias) add_bias(part.grad, part.images);
@@ -603,6 +670,7 @@ __global__ void __launch_bounds__(32 * warps_of(way), 1) outer_planes(const __gr
       end_stage();
     }
 
+    if (moves && a.once) sync_multiplying(32 * warps);  // then nobody reads stages any more
     const auto put = [&](int i, int j, float sum) {
       a.result.put<T>(item.filter, item.split, i * a.tap_short + j * a.tap_long, sum);
     };
@@ -678,9 +746,9 @@ int splits_for(const Planes& a, Way way, int multiprocessors) {
   return best;
 }
 
-template <typename T, Way way, bool bulk>
+template <typename T, Way way, Load load>
 void launch(const Problem& p, const Planes& a, int64_t shared_bytes, cudaStream_t stream) {
-  const auto kernel = outer_planes<T, way, bulk>;
+  const auto kernel = outer_planes<T, way, load>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
   const int64_t blocks = std::min<int64_t>(a.items(), current_device().multiprocessors);
   const int threads = 32 * a.shifts * a.shares + a.loaders;
@@ -694,7 +762,8 @@ void launch(const Problem& p, const Planes& a, int64_t shared_bytes, cudaStream_
 bool launch_outer_grad_weight_planes(const Problem& p, bool exchanged, bool tall, const ImagePlanes& source,
                                      const ImagePlanes& grad, const Allocate& allocate, cudaStream_t stream) {
   const Device& device = current_device();
-  if (device.capability < 90 || !can_overlap(outer_planes<__half, Way::kWide, true>)) return false;  // bulk copies
+  if (device.capability < 90 || !can_overlap(outer_planes<__half, Way::kWide, Load::kBulk>))
+    return false;  // bulk copies
   const OuterSizes sizes = OuterSizes::of(p, false);
   Planes a{};
   const auto can_fold = [&](int rows) {
@@ -704,18 +773,26 @@ bool launch_outer_grad_weight_planes(const Problem& p, bool exchanged, bool tall
   a.folded = tall ? 1 : can_fold(4) ? 4 : can_fold(2) ? 2 : 1;
   a.fold_bits = a.folded / 2;
   a.unit = std::min({source.unit, grad.unit, 8});
-  bool bulk = true;
+  bool bulk = true;  // copies, of whole units
   const auto arrange = [&](Plane& v, const ImagePlanes& from) {
     v.base = from.base, v.image_bytes = from.image_bytes, v.channel_bytes = from.channel_bytes;
     v.pitch = 2 * a.folded * from.width, v.bytes = 2 * from.height * from.width;
     v.summed = tall ? from.width : static_cast<int>(ceil_div(from.height, a.folded));
     v.width = tall ? from.height : from.width;
     v.slot = static_cast<int>(round_up(v.bytes, v.pitch));
-    bulk &= v.bytes == v.slot && (reinterpret_cast<uintptr_t>(v.base) | v.image_bytes | v.channel_bytes) % 16 == 0;
+    v.before = static_cast<int>(reinterpret_cast<uintptr_t>(v.base) % kUnit);
+    bulk &= v.bytes == v.slot && (v.image_bytes | v.channel_bytes) % kUnit == 0;
     const int columns = v.width * a.folded;
     return from.row_bytes == 2 * from.width && v.pitch % 16 == 0 && columns <= kLong && 2 * columns > kLong;
   };
-  if (!arrange(a.source, source) || !arrange(a.grad, grad) || a.unit < 4) return false;
+  if (!arrange(a.source, source) || !arrange(a.grad, grad)) return false;
+  if (a.source.before + a.grad.before > 0) {
+    // Narrow planes, where they begin elsewhere, go another way.
+    a.moves = bulk && a.folded == 1 && has_ends(p.batch, source.image_bytes, p.channels, source.channel_bytes) &&
+              has_ends(p.batch, grad.image_bytes, p.filters(), grad.channel_bytes);
+    bulk = a.moves;
+  }
+  if (!bulk && a.unit < 4) return false;
   a.kernel_short = static_cast<int>(p.kernel_h), a.kernel_long = static_cast<int>(p.kernel_w);
   a.padding_short = static_cast<int>(p.padding_h), a.padding_long = static_cast<int>(p.padding_w);
   a.tap_short = exchanged ? 1 : a.kernel_long, a.tap_long = exchanged ? a.kernel_short : 1;
@@ -725,7 +802,7 @@ bool launch_outer_grad_weight_planes(const Problem& p, bool exchanged, bool tall
 
   // Which rows of the kernel a block has: as many as it has warps for.
   Way way = tall ? Way::kTall : Way::kWide;
-  int loading = bulk ? 1 : kFewestLoaders / 32;
+  int loading = bulk && !a.moves ? 1 : kFewestLoaders / 32;
   const auto shifts_of = [&](int groups) {
     a.groups = groups, a.group_rows = static_cast<int>(ceil_div(a.last_row - a.first_row, groups));
     int shifts = 0;
@@ -734,8 +811,8 @@ bool launch_outer_grad_weight_planes(const Problem& p, bool exchanged, bool tall
     return static_cast<int>(ceil_div(shifts, shifts_of_warp(way)));
   };
   a.shifts = shifts_of(1);  // of warps
-  if (bulk && !tall && a.source.width == kLong && a.grad.width == kLong && a.shifts > warps_of(way) - loading &&
-      a.padding_long <= kNear && a.kernel_long - 1 - a.padding_long <= kNear)
+  if (bulk && !a.moves && !tall && a.source.width == kLong && a.grad.width == kLong &&
+      a.shifts > warps_of(way) - loading && a.padding_long <= kNear && a.kernel_long - 1 - a.padding_long <= kNear)
     way = Way::kNear, loading = 0, a.shifts = shifts_of(1);
   const int most = warps_of(way) - loading;
   const bool near = way == Way::kNear;
@@ -752,7 +829,7 @@ bool launch_outer_grad_weight_planes(const Problem& p, bool exchanged, bool tall
   a.uneven = bulk && !tall && a.shifts == 5 && a.shares == 2;
   a.reversed = a.shares == 1 && busiest(a, way, true) < busiest(a, way, false);
   const bool few = warps_of(way) - a.shifts * a.shares < kMostLoaders / 32;
-  a.loaders = loads_beside(way) ? 0 : bulk ? 32 : few ? kFewestLoaders : kMostLoaders;
+  a.loaders = loads_beside(way) ? 0 : bulk && !a.moves ? 32 : few ? kFewestLoaders : kMostLoaders;
   for (Plane* v : {&a.source, &a.grad})
     v->lanes = v->bytes > 64 * a.unit ? a.loaders : v->bytes > 32 * a.unit ? 64 : 32;
   // A filter's products have to be worth to be added up. Cycles, about: for each number that a thread adds, and
@@ -763,8 +840,11 @@ bool launch_outer_grad_weight_planes(const Problem& p, bool exchanged, bool tall
   if (3 * adding > multiplying) return false;
   a.sum_bytes = near ? 2 * kNearSumBytes : kSumBytes;
   a.sums = Planes::kZeros + Planes::kZeroBytes;
-  a.first_stage = static_cast<int>(round_up(a.sums + a.shifts * a.shares * (a.sum_bytes + 4), 128));
-  a.image_bytes = a.source.slot + a.grad.slot;
+  const int64_t sums_end = a.sums + int64_t{a.shifts} * a.shares * (a.sum_bytes + 4);
+  a.gap = a.moves ? kUnit : 0;
+  a.image_bytes = a.source.slot + a.grad.slot + 2 * a.gap;
+  a.splits = splits_for(a, way, device.multiprocessors), a.once = a.moves && a.items() <= device.multiprocessors;
+  a.first_stage = static_cast<int>(round_up(a.once ? a.sums : sums_end, 128));
   // What is read beyond planes is still a block's.
   const int beyond =
       std::max(64 * std::max(a.source.pitch, a.grad.pitch) + 128 - std::min(a.source.slot, a.grad.slot), 256);
@@ -775,17 +855,19 @@ bool launch_outer_grad_weight_planes(const Problem& p, bool exchanged, bool tall
   const int64_t stage = image * a.together;
   a.stages = static_cast<int>(std::min<int64_t>(room / stage, kMaxStages));
   if (a.stages < (loads_beside(way) ? 4 : 2)) return false;
-  a.splits = splits_for(a, way, device.multiprocessors);
   a.result = weight_sums(p, a.splits, allocate);
-  const int64_t shared_bytes = a.first_stage + a.stages * stage + beyond;
+  const int64_t shared_bytes = std::max(a.first_stage + a.stages * stage + beyond, sums_end);
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (sizeof(T) == 2) {
-      if (near) return launch<T, Way::kNear, true>(p, a, shared_bytes, stream);
-      if (bulk && tall) return launch<T, Way::kTall, true>(p, a, shared_bytes, stream);
-      if (bulk) return launch<T, Way::kWide, true>(p, a, shared_bytes, stream);
-      if (tall) return launch<T, Way::kTall, false>(p, a, shared_bytes, stream);
-      launch<T, Way::kWide, false>(p, a, shared_bytes, stream);
+      if (near) return launch<T, Way::kNear, Load::kBulk>(p, a, shared_bytes, stream);
+      const auto go = [&]<Load load>() {
+        if (tall) return launch<T, Way::kTall, load>(p, a, shared_bytes, stream);
+        launch<T, Way::kWide, load>(p, a, shared_bytes, stream);
+      };
+      if (a.moves) return go.template operator()<Load::kMoved>();
+      if (bulk) return go.template operator()<Load::kBulk>();
+      go.template operator()<Load::kThreads>();
     }
   });
   return true;

@@ -27,9 +27,8 @@
 namespace dwconv {
 namespace {
 
-// Warps of a block: of most; where it has a multiprocessor to itself, also of 9 rows of sums; and of kernels of one
-// column.
-constexpr int kFewWarps = 4, kManyWarps = 14, kTallWarps = 11, kColumnWarps = 7;
+// Warps of a block: of most; where it has a multiprocessor to itself; and of kernels of one column.
+constexpr int kFewWarps = 4, kManyWarps = 14, kColumnWarps = 7;
 constexpr int kRows = 7, kColumns = 8;  // of a tile
 constexpr int kPitch = kColumns + 1;    // of the products that are summed up at the end, in floats
 constexpr int kMaxStages = 2;
@@ -171,11 +170,11 @@ __device__ __noinline__ float sum_by_products(const Padded& a, int filter, Steps
 // that the 16 columns that a tile's windows meet begin with 16 bytes; at stride 2 windows begin 8 columns before a tile
 // and have 32. kColumn: of a kernel of one column only what is in a tile's own columns, of two rows at once: the lower
 // one and the upper one.
-template <typename T, int kKernelH, int kStride, bool kColumn = false, int kMostWarps = kManyWarps>
+template <typename T, int kKernelH, int kStride, bool kColumn = false>
 struct Sums {
   static constexpr bool kNear = !kColumn && kStride == 1;
-  static constexpr int kWarps = kColumn ? kColumnWarps : kMostWarps;
-  static constexpr int kBlocks = kColumn ? 2 : kWarps == kFewWarps ? 3 : 1;  // that are to share a multiprocessor
+  static constexpr int kWarps = kColumn ? kColumnWarps : kManyWarps;  // at most
+  static constexpr int kBlocks = kColumn ? 2 : 1;  // of so many warps that are to share a multiprocessor
   static constexpr int kWindow = (kColumn ? 1 : kNear ? 2 : 4) * kColumns;
   static constexpr int kSourceRows = (kRows - 1) * kStride + kKernelH;
   static constexpr int kBiasAt = 4 * kKernelH * kWindow * kPitch, kBytes = kBiasAt + kUnit;
@@ -656,7 +655,7 @@ bool launch_padded_grad_weight_nchw(const Problem& p, bool bulk, const Allocate&
   if (many) {
     // Kernels of 4 and 5 rows are multiplied as of 7, which pays where rows are loaded once.
     if (rows == 4 || rows == 5) return false;
-    warps = rows > 7 ? kTallWarps : kManyWarps;
+    warps = kManyWarps;
     if (!arrange_blocks(false)) return false;
   }
   // Groups of filters begin with whole pieces, and end with them.
@@ -679,8 +678,7 @@ bool launch_padded_grad_weight_nchw(const Problem& p, bool bulk, const Allocate&
       if (a.stride == 2) return rows <= 5 ? go(Sums<T, 5, 2>{}) : go(Sums<T, 7, 2>{});
       if (rows <= 3) return go_near(Sums<T, 3, 1>{});
       if (rows <= 7) return go_near(Sums<T, 7, 1>{});
-      if (many) return go(Sums<T, 9, 1, false, kTallWarps>{});
-      go_near(Sums<T, 9, 1, false, kFewWarps>{});
+      go_near(Sums<T, 9, 1>{});
     }
   });
   return true;
