@@ -237,8 +237,10 @@ LARGE_PLANES = [
     ((29, 29), (28, 28), 47, 150),
     ((37, 35), (28, 26), 31, 190),
     ((21, 25), (31, 32), 45, 160),
+    ((19, 21), (28, 27), 45, 150),  # an odd number of columns
     ((15, 17), (9, 30), 93, 300),
     ((27, 27), (14, 14), 61, 280),
+    ((15, 15), (14, 14), 31, 560),
     ((21, 31), (56, 52), 23, 140),
     ((35, 39), (52, 56), 23, 140),
     ((57, 51), (56, 56), 15, 100),
@@ -260,14 +262,50 @@ def test_large_kernels_on_many_planes(
         problem = Problem(case, dtype)
         problem.lay({"offset": offset}, {"offset": offset})
         if offset > 0:
-            problem.spoil((0, 1, 3, 5), (-1, -1, -1, -1))
+            problem.spoil((0, 1, 3, 5), (-1, -1, -1, -1), (2, 0, 4, -1))
         assert problem.check(LARGE, repeats=3)["output"], problem
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
 @pytest.mark.parametrize(
-    ("kernel", "size", "batch", "channels"), [((29, 29), (28, 28), 61, 152), ((25, 31), (26, 30), 47, 200)], ids=str
+    ("kernel", "size", "stride", "batch", "channels"),
+    [
+        ((21, 21), (27, 27), 1, 45, 152),  # whole planes
+        ((9, 9), (13, 13), 1, 64, 130),  # many images together
+        ((17, 17), (45, 45), 1, 3, 7),
+        ((9, 12), (37, 28), 1, 5, 3),  # of the output alone
+        ((9, 13), (37, 41), 2, 5, 6),
+        ((9, 8), (9, 9), 1, 40, 13),
+    ],
+    ids=str,
+)
+def test_large_kernels_on_rows_of_odd_length(
+    kernel: tuple,
+    size: tuple,
+    stride: int,
+    batch: int,
+    channels: int,
+    memory_format: torch.memory_format,
+    dtype: torch.dtype,
+) -> None:
+    """Exact, NaN where F.conv2d has it: no tap meets what is behind a row."""
+    case = Case(batch, channels, size, kernel, (stride, stride), halves(kernel))
+    for offset in (0, 1):
+        problem = Problem(case, dtype, memory_format)
+        problem.lay({"offset": offset}, {"offset": offset})
+        if offset > 0:
+            problem.spoil((0, 1, 0, 5), (-1, -1, -1, -1))
+            problem.spoil((1, 0, -1, -1), (2, 0, 0, 0), (-1, 0, 3, 0), of=["weight"])
+        forced = problem.check(LARGE)
+        assert forced["output"] and (stride > 1 or forced["grad_input"]), problem
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "size", "batch", "channels"), [((29, 29), (28, 28), 61, 152), ((25, 31), (26, 30), 47, 200), ((21, 21), (27, 27), 61, 152)], ids=str
 )
 def test_large_kernels_on_many_planes_in_channels_last(
     kernel: tuple, size: tuple, batch: int, channels: int, dtype: torch.dtype

@@ -9,7 +9,7 @@
 namespace dwconv {
 namespace {
 
-template <typename T, int kTiles, int kSides, int kSteps>
+template <typename T, int kTiles, int kSides, int kSteps, bool kMasks>
 struct Slide {
   static constexpr int kEdge = kTiles - 1, kDepth = 2 * kEdge + 1;  // all tiles meet all groups, some by zeros
   static constexpr int kRows = 2 / kSides;                          // of an image in a warp's 16 rows
@@ -22,6 +22,7 @@ struct Slide {
   Sums& sum;
   uint32_t source, zeros;  // the lane's row of the source at step 0, and a row of zeros
   int y;                   // likewise
+  uint32_t inside;         // what is the image's of the first group's columns
   Matrices matrices;       // of the kernel's first row
 
   // Rows of the source of a step.
@@ -31,6 +32,9 @@ struct Slide {
     const uint32_t from = there ? source + 2 * s * a.source_pitch : zeros;
 #pragma unroll
     for (int c = 0; c < kTiles; ++c) load_matrices(x[c], from + c * kLargeGroupBytes);
+    if constexpr (kMasks)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) x[0][k] &= inside;
   }
 
   // Steps [begin, end), at all of which rows kLow to kHigh of the target have rows of the kernel to meet. x: what is
@@ -85,9 +89,9 @@ struct Slide {
 };
 
 // Warpgroups take the units of a block's tasks, each from the slot of its task.
-template <typename T, int kTiles, int kSides, int kSteps>
+template <typename T, int kTiles, int kSides, int kSteps, bool kMasks>
 __device__ void consume(const Planes& a, int count, int warp) {
-  using Sliding = Slide<T, kTiles, kSides, kSteps>;
+  using Sliding = Slide<T, kTiles, kSides, kSteps, kMasks>;
   constexpr int kRows = Sliding::kRows, kApart = Sliding::kApart;
   constexpr int kUnitRows = Sliding::kUnitRows, kFirstBarrier = 3;  // producers have the others
   const int group = warp / kGroupWarps, all = count * a.units, out_at = a.out_at + group * a.out_bytes;
@@ -125,6 +129,7 @@ __device__ void consume(const Planes& a, int count, int warp) {
                   shared_address(source_at),
                   shared_address(0),
                   image < t.images ? y : -(1 << 30),
+                  kMasks ? columns_inside(a) : 0,
                   Matrices(same_of_warp(shared_address(t.weights_at)), Sliding::kDepth * 128, 128)};
     typename Sliding::Rows x;
     slide.load(x, begin);
@@ -184,9 +189,10 @@ __device__ void consume(const Planes& a, int count, int warp) {
   wait_stores();
 }
 
-template <typename T, int kTiles, int kSides, int kSteps, int kThreads, bool kRaw>
+template <typename T, int kTiles, int kSides, int kSteps, int kThreads, Begin kBegin>
 __global__ void __launch_bounds__(launch_threads(kThreads), 1) toeplitz_large_groups(const __grid_constant__ Planes a) {
   if (!kHasWarpgroups) return;
+  constexpr bool kRaw = comes_raw(kBegin);
   let_next_kernel_start();
   const int block = blockIdx.x, first = block * a.each + min(block, a.more), count = a.each + (block < a.more);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = kThreads / 32;
@@ -212,7 +218,7 @@ __global__ void __launch_bounds__(launch_threads(kThreads), 1) toeplitz_large_gr
   constexpr int kGroups = kThreads / kGroupThreads, kAll = (64 << 10) / kThreads / 8 * 8 * kGroups, kFew = 80;
   if (warp < kGroupWarps) {
     give_registers<kFew>();
-    produce<T, kTiles, kSides, kRaw ? Begin::kMoved : Begin::kAligned, kMatrices>(a, first, count, threadIdx.x);
+    produce<T, kTiles, kSides, kBegin, kMatrices>(a, first, count, threadIdx.x);
   } else {
     take_registers<(kAll - kFew) / (kGroups - 1) / 8 * 8>();
     // The first filter is theirs, while planes come.
@@ -229,20 +235,20 @@ __global__ void __launch_bounds__(launch_threads(kThreads), 1) toeplitz_large_gr
     before_bulk_copies();
     if (!kRaw && count > 1) let_meet<kMatricesBarrier>(kThreads);
     meet<1>(threads);
-    consume<T, kTiles, kSides, kSteps>(a, count, warp - kGroupWarps);
+    consume<T, kTiles, kSides, kSteps, kBegin == Begin::kEarlier>(a, count, warp - kGroupWarps);
   }
 }
 
 template <typename T>
 bool launch(const Problem& p, cudaStream_t stream) {
   constexpr int kTiles = 4, kSides = 2, kSteps = 4, kThreads = 512;
-  using Sliding = Slide<T, kTiles, kSides, kSteps>;
+  using Sliding = Slide<T, kTiles, kSides, kSteps, false>;
   Planes a{};
   static_cast<Large&>(a) = arguments_of(p);
   if (p.stride_h != 1 || a.out_width % 2 != 0 || (a.target_row != a.out_width && a.out_height > 1)) return false;
   constexpr int kManyRows = 20;  // of a kernel: with fewer, few steps have all of a unit's rows to multiply with
   if (a.kernel_h < kManyRows) return false;
-  if (!has_warpgroups(toeplitz_large_groups<T, kTiles, kSides, kSteps, kThreads, false>)) return false;
+  if (!has_warpgroups(toeplitz_large_groups<T, kTiles, kSides, kSteps, kThreads, Begin::kAligned>)) return false;
   const PlanesShape shape{.tiles = kTiles,
                           .depth = Sliding::kDepth,
                           .sides = kSides,
@@ -254,8 +260,9 @@ bool launch(const Problem& p, cudaStream_t stream) {
                           .box_rows = a.out_width % 4 == 0 && a.out_width % 8 != 0 ? 2 : 4};
   const int64_t bytes = apply(a, shape, true, p.shared_memory);
   if (bytes == 0 || !pays(a, current_device().multiprocessors)) return false;
-  const auto kernel = a.raw.plane > 0 ? toeplitz_large_groups<T, kTiles, kSides, kSteps, kThreads, true>
-                                      : toeplitz_large_groups<T, kTiles, kSides, kSteps, kThreads, false>;
+  const auto kernel = a.raw.plane > 0 ? toeplitz_large_groups<T, kTiles, kSides, kSteps, kThreads, Begin::kMoved>
+                      : a.shift > 0   ? toeplitz_large_groups<T, kTiles, kSides, kSteps, kThreads, Begin::kEarlier>
+                                      : toeplitz_large_groups<T, kTiles, kSides, kSteps, kThreads, Begin::kAligned>;
   launch_shares(kernel, a, a.tasks, kThreads, bytes, stream, "toeplitz_large_groups");
   return true;
 }

@@ -10,11 +10,12 @@ namespace {
 
 // Computes 2 * kSteps rows of the target from `row` on, and puts them at out_at as they lie side by side there. Returns
 // the number of the next unit to the first lane, which has asked for it meanwhile.
-template <typename T, int kTiles, int kDepth, int kSides, int kSteps, bool kShifted>
+template <typename T, int kTiles, int kDepth, int kSides, int kSteps, Begin kBegin>
 __device__ int slide(const Planes& a, const PlanesTask& t, int source_at, int out_at, int row) {
   constexpr int kEdge = kDepth / 2, kRows = 2 / kSides;  // of an image in a multiplication
-  constexpr int kGroups = kTiles + kShifted;             // of the source
-  constexpr int kTogether = kTiles == 2 ? kSides : 1;    // sides whose source is loaded at once, as registers allow
+  constexpr bool kShifted = kBegin == Begin::kShifted, kMasks = kShifted || kBegin == Begin::kEarlier;
+  constexpr int kGroups = kTiles + kShifted;           // of the source
+  constexpr int kTogether = kTiles == 2 ? kSides : 1;  // sides whose source is loaded at once, as registers allow
   const int lane = threadIdx.x % 32, quad = lane / 4, pair = lane % 4 * 2, image = lane % 16 / kRows;
   const int entry = pair - quad + 7;  // of the lane's first pair in a row of weights
 
@@ -46,8 +47,8 @@ __device__ int slide(const Planes& a, const PlanesTask& t, int source_at, int ou
                                    : kSteps > 2 && steps == kSteps - 1 ? kSteps - 2
                                                                        : pairs,
                                    0);
-  // Shifted, the first group begins with columns of the row before, and the last one is the first one of the row after.
-  const uint32_t first_inside = kShifted ? (pair >= a.shift ? 0xffff : 0) | (pair + 1 >= a.shift ? 0xffff0000 : 0) : 0;
+  // The first group may begin with columns of the row before; shifted, the last one is the first one of the row after.
+  const uint32_t inside = kMasks ? columns_inside(a) : 0;
   uint32_t b[kSteps][kDepth][2];
   const auto load_band = [&](auto& to, const char* from) {
 #pragma unroll
@@ -72,29 +73,35 @@ __device__ int slide(const Planes& a, const PlanesTask& t, int source_at, int ou
         const uint32_t from = there ? source + p * a.source_pitch : zeros;
 #pragma unroll
         for (int c = 0; c < kGroups; ++c) load_matrices(x[p % kTogether][c], from + c * kLargeGroupBytes);
-        if constexpr (kShifted)
 #pragma unroll
-          for (int k = 0; k < 4; ++k)
-            x[p % kTogether][0][k] &= first_inside, x[p % kTogether][kTiles][k] &= ~first_inside;
+        for (int k = 0; k < 4; ++k) {
+          if constexpr (kMasks) x[p % kTogether][0][k] &= inside;
+          if constexpr (kShifted) x[p % kTogether][kTiles][k] &= ~inside;
+        }
       };
       // By two rows of the kernel, or by the last one alone.
+      const auto multiply_group = [&](int p, int c, int k, int first_q, int last_q, auto whole) {
+        const int j = c + kEdge - k;
+        if (j < 0 || j >= kTiles) return;
+#pragma unroll
+        for (int q = first_q; q <= last_q; ++q) {
+          const auto& rows = x[p % kTogether][c];
+          const auto& two = b[(u - q + kSteps) % kSteps][k];
+          if constexpr (whole)
+            multiply(sum[p][q][j], std::as_const(sum[p][q][j]), rows, two, T{});
+          else
+            multiply(sum[p][q][j], std::as_const(sum[p][q][j]), {rows[0], rows[1]}, two[0], T{});
+        }
+      };
       const auto multiply_rows = [&](int p, int first_q, int last_q, auto whole) {
 #pragma unroll
         for (int c = 0; c < kGroups; ++c)
 #pragma unroll
-          for (int k = 0; k < kDepth; ++k) {
-            const int j = c + kEdge - k;
-            if (j < 0 || j >= kTiles) continue;
+          for (int k = kShifted; k < kDepth; ++k) multiply_group(p, c, k, first_q, last_q, whole);
+        // Columns that are counted from an earlier one hardly ever meet the first matrix.
+        if (kShifted && a.meets_first)
 #pragma unroll
-            for (int q = first_q; q <= last_q; ++q) {
-              const auto& rows = x[p % kTogether][c];
-              const auto& two = b[(u - q + kSteps) % kSteps][k];
-              if constexpr (whole)
-                multiply(sum[p][q][j], std::as_const(sum[p][q][j]), rows, two, T{});
-              else
-                multiply(sum[p][q][j], std::as_const(sum[p][q][j]), {rows[0], rows[1]}, two[0], T{});
-            }
-          }
+          for (int c = 0; c < kGroups; ++c) multiply_group(p, c, 0, first_q, last_q, whole);
       };
       // Mostly all rows have some of the kernel to meet, and more sums are there to be added to at once.
       const bool all_meet = s >= all_from && s < whole;
@@ -184,7 +191,7 @@ __device__ void store_planes(const Planes& a, char* target, int out_at, int byte
 }
 
 // Consumers take the units of a block's tasks, each from the slot of its task.
-template <typename T, int kTiles, int kDepth, int kSides, int kSteps, bool kShifted>
+template <typename T, int kTiles, int kDepth, int kSides, int kSteps, Begin kBegin>
 __device__ void consume(const Planes& a, int count, int warp) {
   const int all = count * a.units, out_at = a.out_at + warp * a.out_bytes;
   int number = warp;
@@ -200,7 +207,7 @@ __device__ void consume(const Planes& a, int count, int warp) {
     wait(full_barrier(a, slot), round & 1);
     const PlanesTask t = task_in(a, slot);
     const int next =
-        slide<T, kTiles, kDepth, kSides, kSteps, kShifted>(a, t, a.source_at + slot * a.slot_bytes, out_at, row);
+        slide<T, kTiles, kDepth, kSides, kSteps, kBegin>(a, t, a.source_at + slot * a.slot_bytes, out_at, row);
     if (a.box_store) before_bulk_copies();
     const int lane = threadIdx.x % 32;
     arrive_together(empty_barrier(a, slot), lane == 0);
@@ -226,7 +233,7 @@ __device__ void consume(const Planes& a, int count, int warp) {
 template <typename T, int kTiles, int kDepth, int kSides, int kSteps, int kThreads, Begin kBegin>
 __global__ void __launch_bounds__(kThreads, 1) toeplitz_large_planes(const __grid_constant__ Planes a) {
 #if __CUDA_ARCH__ < 900
-  if constexpr (kBegin != Begin::kAligned) return;  // there are no bulk copies
+  if constexpr (comes_raw(kBegin)) return;  // there are no bulk copies
 #endif
   let_next_kernel_start();
   const int block = blockIdx.x, first = block * a.each + min(block, a.more), count = a.each + (block < a.more);
@@ -235,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, 1) toeplitz_large_planes(const __gri
   // Zeros where nothing is copied to: the row outside of all images, around the weights, and behind the columns.
   for (int i = 16 * threadIdx.x; i < a.source_at; i += 16 * kThreads) shared<uint4>(i) = uint4{};
   constexpr int kImages = 8 * kSides;
-  if (kBegin == Begin::kAligned && a.width % kLargeGroup != 0)
+  if (!comes_raw(kBegin) && a.width % kLargeGroup != 0)
     for (int image = warp; image < a.slots * kImages; image += warps)
       for (int row = lane; row < a.height; row += 32)
         shared<uint4>(a.source_at + image / kImages * a.slot_bytes + image % kImages * a.source_plane +
@@ -247,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, 1) toeplitz_large_planes(const __gri
     init_barrier(raw_barrier(a, threadIdx.x), a.producers);
   }
   if (threadIdx.x == 0) shared<int>(a.counter_at) = a.consumers, init_barrier(a.counter_at + 8, a.consumers);
-  if (kBegin != Begin::kAligned || a.bulk_load) before_bulk_copies();
+  if (comes_raw(kBegin) || a.bulk_load) before_bulk_copies();
   __syncthreads();
   const bool consumes = warp >= a.producers;
   if (!consumes || (kConsumersHelp<kTiles, kBegin> && warp < 2 * a.producers))
@@ -256,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, 1) toeplitz_large_planes(const __gri
   if (consumes) {
     wait_for_kernel_before();
     if constexpr (kBegin == Begin::kMoved) get_first_planes<T, kTiles, kSides>(a, first, count, warp - a.producers);
-    consume<T, kTiles, kDepth, kSides, kSteps, kBegin == Begin::kShifted>(a, count, warp - a.producers);
+    consume<T, kTiles, kDepth, kSides, kSteps, kBegin>(a, count, warp - a.producers);
   }
 }
 
@@ -291,10 +298,13 @@ bool launch(const Problem& p, cudaStream_t stream) {
         apply(a, {tiles, depth, sides, 2 * steps, threads, producers, kShifts}, bulk, p.shared_memory);
     if (bytes == 0 || !pays(a, device.multiprocessors)) return false;
     constexpr Begin kRaw = kShifts ? Begin::kShifted : Begin::kMoved;
-    const auto kernel = a.raw.plane > 0
-                            ? toeplitz_large_planes<T, tiles, depth, sides, steps, threads, kRaw>
-                            : toeplitz_large_planes<T, tiles, depth, sides, steps, threads, Begin::kAligned>;
-    launch_shares(kernel, a, a.tasks, threads, bytes, stream, "toeplitz_large_planes");
+    constexpr Begin kEarlier = sides == 2 ? Begin::kEarlier : Begin::kAligned;
+    constexpr int kRawThreads = kShifts ? threads : kMovedThreads;
+    const bool is_raw = a.raw.plane > 0;
+    const auto kernel = is_raw        ? toeplitz_large_planes<T, tiles, depth, sides, steps, kRawThreads, kRaw>
+                        : a.shift > 0 ? toeplitz_large_planes<T, tiles, depth, sides, steps, threads, kEarlier>
+                                      : toeplitz_large_planes<T, tiles, depth, sides, steps, threads, Begin::kAligned>;
+    launch_shares(kernel, a, a.tasks, is_raw ? kRawThreads : threads, bytes, stream, "toeplitz_large_planes");
     return true;
   });
 }

@@ -41,8 +41,10 @@ struct Planes : Large {
   EarlyPlanes early;
   RawPlanes raw;  // if planes come as they lie
   RawRows raw_rows;
-  int raw_first;  // tasks whose planes consumers get
-  int shift;      // columns from where they are counted to the image's first one
+  int raw_first;     // tasks whose planes consumers get
+  int shift;         // columns from where they are counted to the image's first one
+  int last_piece;    // bytes of the last piece of a row that threads copy
+  bool meets_first;  // whether the first band matrix leads to the image
   Divider by_units, by_slots;
   Divider by_load_pieces;                // of a row of the source
   int load_step_pieces, load_step_rows;  // to a thread's next piece
@@ -50,9 +52,25 @@ struct Planes : Large {
   int store_images;                      // at once
 };
 
-// How planes come: where they begin with multiples of 16 bytes; as they lie, and what ldmatrix needs is made of that in
-// place; or as they lie, and columns are counted from the multiple of 16 bytes before, which takes rows of whole units.
-enum class Begin { kAligned, kMoved, kShifted };
+// How planes come. Threads copy rows, or all of a plane at once: from the image's first columns, kAligned; from the
+// multiple of 4 or 8 bytes before, kEarlier, where a row's last group has room for as many columns more. Or planes come
+// as they lie, by units of 16 bytes: what ldmatrix needs is made of that in place, kMoved; or columns are counted from
+// the unit's first, kShifted, which takes rows of whole units.
+enum class Begin { kAligned, kEarlier, kMoved, kShifted };
+
+// Warps that move planes have more to do; as many multiply on each scheduler.
+constexpr int kMovedThreads = 512, kMovedProducers = 4;
+
+constexpr bool comes_raw(Begin begin) {
+  return begin == Begin::kMoved || begin == Begin::kShifted;
+}
+
+// Of a lane's two columns of the first group, those of the image's row; not computed again where it is used, as it has
+// gone through a shuffle.
+__device__ inline uint32_t columns_inside(const Planes& a) {
+  const int lane = threadIdx.x % 32, pair = lane % 4 * 2;
+  return __shfl_sync(~0u, (pair >= a.shift ? 0xffff : 0) | (pair + 1 >= a.shift ? 0xffff0000 : 0), lane);
+}
 
 // Whether consumers make a block's first filter: where rows have gaps in shared memory, which bulk copies do not leave,
 // producers have enough to do.
@@ -81,8 +99,17 @@ __device__ inline PlanesTask& task_in(const Planes& a, int slot) {
   return shared<PlanesTask>(a.tasks_at + slot * static_cast<int>(sizeof(PlanesTask)));
 }
 
+// Begins to copy up to kBytes, with zeros behind.
+template <int kBytes>
+__device__ void copy_part_of_unit(uint32_t to, const void* from, int bytes) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes), "r"(bytes)
+               : "memory");
+#endif
+}
+
 // Begins to copy planes to a slot. Behind their columns are zeros already.
-template <typename T, int kImages, int kBytes>
+template <typename T, int kImages, int kBytes, bool kEarlier>
 __device__ void load_planes(const Planes& a, const PlanesTask& t, int source_at, int thread) {
   uint32_t channel = t.target;
   a.by_fan_out.split(channel);
@@ -91,21 +118,39 @@ __device__ void load_planes(const Planes& a, const PlanesTask& t, int source_at,
   const int64_t step = 2 * a.source_image;
   uint32_t row = thread;
   int piece = a.by_load_pieces.split(row);
+  // Of the piece that an image begins inside of, elements are loaded one by one.
+  const bool begins_inside = kEarlier && channel == 0;
+  if (begins_inside)
+    for (int i = thread; i < t.images * (kBytes / 2); i += 32 * a.producers) {
+      const int image = i / (kBytes / 2), column = i % (kBytes / 2) - a.shift;
+      if (column >= 0)
+        shared<T>(source_at + image * a.source_plane + 2 * (a.shift + column)) =
+            source[image * a.source_image + column];
+    }
 #pragma unroll 1
   while (static_cast<int>(row) < a.height) {
     auto from = reinterpret_cast<const char*>(source + row * a.source_row) + piece * kBytes;
+    if constexpr (kEarlier) from -= 2 * a.shift;
     uint32_t to = shared_address(source_at + static_cast<int>(row) * a.source_pitch + piece * kBytes);
+    const int bytes = piece == pieces - 1 ? a.last_piece : kBytes;
     const auto copy = [&](auto count) {
       const char* places[count];
 #pragma unroll
       for (int k = 0; k < count; ++k, from += step) places[k] = from;
 #pragma unroll
-      for (int k = 0; k < count; ++k, to += a.source_plane) copy_unit<kBytes>(to, places[k]);
+      for (int k = 0; k < count; ++k, to += a.source_plane)
+        if constexpr (kEarlier)
+          copy_part_of_unit<kBytes>(to, places[k], bytes);
+        else
+          copy_unit<kBytes>(to, places[k]);
     };
-    if (t.images == kImages)
+    if (begins_inside && row == 0 && piece == 0) {
+      // It is there.
+    } else if (t.images == kImages) {
       copy(std::integral_constant<int, kImages>{});
-    else
+    } else {
       visit_images(0, 1, t.images, copy);
+    }
     piece += a.load_step_pieces, row += a.load_step_rows;
     if (piece >= pieces) piece -= pieces, ++row;
   }
@@ -181,7 +226,7 @@ __device__ void produce(const Planes& a, int first, int count, int thread, bool 
   RawTasks raw_tasks(a.raw_first, a.slots);
   int begin = 0, set = 0, slot = 0;
   uint32_t parity = 1;
-  if constexpr (kBegin != Begin::kAligned) wait_for_kernel_before();
+  if constexpr (comes_raw(kBegin)) wait_for_kernel_before();
 #pragma unroll 1
   for (int task = 0; task < count; ++task) {
     if constexpr (kBegin == Begin::kMoved) {
@@ -207,9 +252,9 @@ __device__ void produce(const Planes& a, int first, int count, int thread, bool 
     LargeWeights<T, 8> weights;
     const bool helped = kConsumersHelp<kTiles, kBegin> && kMatrices == 0 && task == 0;
     const bool makes = changes && (kMatrices == 0 || task > 0) && helps == helped;
-    if (kBegin == Begin::kAligned && task == 0) settle_and_wait_for_kernel_before(count);
+    if (!comes_raw(kBegin) && task == 0) settle_and_wait_for_kernel_before(count);
     if (makes) weights.begin(a, t.target, thread);
-    if (kMatrices > 0 && kBegin == Begin::kAligned && task == 1) meet<kMatricesBarrier>(blockDim.x);
+    if (kMatrices > 0 && !comes_raw(kBegin) && task == 1) meet<kMatricesBarrier>(blockDim.x);
     const int source_at = a.source_at + slot * a.slot_bytes;
     if constexpr (kBegin == Begin::kMoved) {
       // They are there.
@@ -228,10 +273,13 @@ __device__ void produce(const Planes& a, int first, int count, int thread, bool 
     } else if (a.bulk_load) {
       if (thread < t.images) load_plane<T>(a, t, full_barrier(a, slot), source_at, thread);
     } else {
+      constexpr bool kEarlier = kBegin == Begin::kEarlier;
       switch (a.load_unit) {
-        case 16: load_planes<T, kImages, 16>(a, t, source_at, thread); break;
-        case 8: load_planes<T, kImages, 8>(a, t, source_at, thread); break;
-        default: load_planes<T, kImages, 4>(a, t, source_at, thread); break;
+        case 16:
+          if constexpr (!kEarlier) load_planes<T, kImages, 16, false>(a, t, source_at, thread);
+          break;
+        case 8: load_planes<T, kImages, 8, kEarlier>(a, t, source_at, thread); break;
+        default: load_planes<T, kImages, 4, kEarlier>(a, t, source_at, thread); break;
       }
     }
     if (changes) {
@@ -285,8 +333,7 @@ struct PlanesShape {
 
 // Lays a block's shared memory out, and returns how much of it is needed: 0 where a problem does not fit.
 inline int64_t apply(Planes& a, const PlanesShape& shape, bool bulk, int64_t shared_bytes) {
-  const auto [tiles, depth, sides, unit_rows, threads, wanted_producers, shifts, groups, box_rows] = shape;
-  int producers = wanted_producers;
+  const auto [tiles, depth, sides, unit_rows, threads, producers, shifts, groups, box_rows] = shape;
   const auto unit_of = [](std::initializer_list<int64_t> places) {
     int64_t all = 16;
     for (const int64_t place : places) all |= place;
@@ -294,21 +341,40 @@ inline int64_t apply(Planes& a, const PlanesShape& shape, bool bulk, int64_t sha
   };
   const int64_t load_places = unit_of({2 * a.source_image, 2 * a.source_channel, 2 * a.source_row, 2 * a.width});
   a.load_unit = unit_of({reinterpret_cast<intptr_t>(a.source), load_places});
-  // Where only the tensor's beginning is in the way of larger pieces, planes come as they lie.
-  const bool parted = sides == 2, fits = parted ? a.height <= 32 : a.width == tiles * kLargeGroup && tiles % 2 == 1;
-  const bool raw = bulk && fits && a.load_unit < load_places && describe_raw(a.raw, a, a.width);
-  const bool moves = raw && !shifts;
-  a.shift = raw && shifts ? a.raw.begin / 2 : 0;
-  const Bands bands(a.kernel_w, 1, a.padding_w - a.shift, a.width + a.shift, a.out_width);
   const int edge = depth / 2;
-  if (ceil_div(a.width, kLargeGroup) != tiles || ceil_div(a.out_width, kLargeGroup) != tiles || bands.first < -edge ||
-      bands.first + bands.count > edge + 1 || bands.count < (groups ? tiles : depth - 1))
+  const auto bands_of = [&](int shift) {
+    return Bands(a.kernel_w, 1, a.padding_w - shift, a.width + shift, a.out_width);
+  };
+  const auto meets_bands = [&](int shift) {
+    const Bands bands = bands_of(shift);
+    return bands.first >= -edge && bands.first + bands.count <= edge + 1 && bands.count >= (groups ? tiles : depth - 1);
+  };
+  // Where only the tensor's beginning is in the way of larger pieces, columns are counted from a piece's first one, or
+  // planes come as they lie.
+  const bool parted = sides == 2, fits = parted ? a.height <= 32 : a.width == tiles * kLargeGroup && tiles % 2 == 1;
+  const bool begins_inside = a.load_unit < load_places;
+  const auto before = [&](int64_t unit) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(a.source) % static_cast<uintptr_t>(unit) / 2);
+  };
+  const bool is_dense = a.source_row == a.width && a.source_channel == int64_t{a.height} * a.width;
+  const auto has_room = [&](int64_t unit) {
+    return begins_inside && parted && is_dense && unit >= 4 && before(unit) > 0 &&
+           before(unit) + a.width <= tiles * kLargeGroup && meets_bands(before(unit));
+  };
+  const int64_t unit = has_room(load_places) ? load_places : load_places / 2;
+  const bool earlier = has_room(unit);
+  const bool raw = bulk && fits && begins_inside && !earlier && describe_raw(a.raw, a, a.width);
+  const bool moves = raw && !shifts;
+  a.shift = earlier ? before(unit) : raw && shifts ? a.raw.begin / 2 : 0;
+  if (earlier) a.load_unit = static_cast<int>(unit);
+  a.meets_first = bands_of(a.shift).first == -edge;
+  if (ceil_div(a.width, kLargeGroup) != tiles || ceil_div(a.out_width, kLargeGroup) != tiles || !meets_bands(a.shift))
     return 0;
   const auto set = [](int& to, int64_t value) { to = static_cast<int>(value); };
   a.first = -edge, a.depth = depth, a.first_tap = kLargeGroup * a.first - 7 + a.padding_w - a.shift;
   a.images = 8 * sides, a.units = static_cast<int>(ceil_div(a.out_height, unit_rows));
-  if (moves) producers = 4;  // they have more to do then
-  a.producers = producers, a.consumers = (threads / 32 - producers) / (groups ? 4 : 1);
+  a.producers = moves ? kMovedProducers : producers;
+  a.consumers = ((moves ? kMovedThreads : threads) / 32 - a.producers) / (groups ? 4 : 1);
 
   a.source_pitch = kLargeGroupBytes * (tiles | 1);
   int64_t source_plane = int64_t{a.height} * a.source_pitch;
@@ -354,7 +420,9 @@ inline int64_t apply(Planes& a, const PlanesShape& shape, bool bulk, int64_t sha
   a.bulk_load = !raw && bulk && a.load_unit == 16 && a.source_row == a.width && a.source_pitch == 2 * a.width;
   const int loaders = 32 * a.producers, side = std::min(a.kernel_w, loaders);
   a.by_weight_side = Divider(side), a.weight_lanes = loaders / side;
-  const int load_pieces = 2 * a.width / a.load_unit;
+  const int load_bytes = 2 * (a.width + (earlier ? a.shift : 0));
+  const int load_pieces = static_cast<int>(ceil_div(load_bytes, a.load_unit));
+  a.last_piece = load_bytes - (load_pieces - 1) * a.load_unit;
   a.load_step_pieces = loaders % load_pieces, a.load_step_rows = loaders / load_pieces;
   const int store_pieces = std::min(unit_rows * a.out_pitch / a.store_unit, 32);
   a.by_load_pieces = Divider(load_pieces);
