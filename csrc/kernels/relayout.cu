@@ -1,5 +1,6 @@
 // A tile of pixels x channels goes through shared memory, so that both sides are read and written along what lies side
-// by side. Of pixels that begin between multiples of 16 bytes whole units are read all the same.
+// by side. Of pixels that begin between multiples of 16 bytes whole units are read all the same. Few channels, of which
+// a tile would have room for many more, go straight.
 #include "relayout.h"
 
 #include <algorithm>
@@ -17,12 +18,13 @@ struct Relayout {
   uint16_t *pixels, *planes;                        // channels_last, and planes without gaps between rows
   int64_t pixels_image, pixels_row, pixels_column;  // strides in elements
   int64_t planes_image, planes_channel;             // likewise
-  int channels, size;                               // of an image; the pixels of a plane
+  int channels, size, width;                        // of an image; the pixels of a plane; the image's columns
   const uint16_t* pixels_end;                       // of all images
   uint32_t inner_images;                            // between the first and the last one, where units are the array's
-  int before;   // elements between a multiple of 16 bytes and the first pixel, if all pixels begin so
-  bool joined;  // whether rows of pixels have no gaps
-  Divider by_width, by_channel_tiles, by_pixel_tiles;
+  int before;      // elements between a multiple of 16 bytes and the first pixel, if all pixels begin so
+  bool joined;     // whether rows of pixels have no gaps
+  uint32_t pairs;  // of neighbouring pixels, of all images, if threads have one each
+  Divider by_width, by_channel_tiles, by_pixel_tiles, by_pairs;
 
   int64_t tiles() const { return int64_t{by_channel_tiles.divisor} * by_pixel_tiles.divisor; }  // of an image
 };
@@ -58,6 +60,7 @@ struct PixelChannels<8> {
   PixelChannels() = default;
   __device__ explicit PixelChannels(uint4 v) : words{v.x, v.y, v.z, v.w} {}
   __device__ uint4 vector() const { return {words[0], words[1], words[2], words[3]}; }
+  __device__ PixelChannels or_zeros(bool inside) const { return PixelChannels(inside ? vector() : uint4{}); }
 };
 
 template <>
@@ -68,6 +71,14 @@ struct PixelChannels<1> {
   PixelChannels() = default;
   __device__ explicit PixelChannels(uint16_t v) : words{v} {}
   __device__ uint16_t vector() const { return static_cast<uint16_t>(words[0]); }
+  __device__ PixelChannels or_zeros(bool inside) const { return PixelChannels(inside ? vector() : uint16_t{0}); }
+};
+
+// Where they are, which is some place in the array if they are not inside of the image.
+template <typename Vector>
+struct Pixel {
+  Vector* at;
+  bool is_inside;
 };
 
 // What there is of a unit in an array.
@@ -138,16 +149,19 @@ __global__ void __launch_bounds__(kThreads) relayout(const __grid_constant__ Rel
     for (uint32_t k = 0; k < kSlots * kPairs / kThreads; ++k) {
       const uint32_t i = threadIdx.x + k * kThreads, channel = i % kSlots * kVector, pair = i / kSlots;
       if (channel >= channels || 2 * pair >= pixels) continue;
-      const auto at = [&](uint32_t pixel) {
-        uint32_t row = first_pixel + pixel;
+      Pixel<Vector> both[2];
+#pragma unroll
+      for (uint32_t h = 0; h < 2; ++h) {
+        uint32_t row = first_pixel + min(2 * pair + h, pixels - 1);
         int64_t place = row * a.pixels_column;
+        both[h].is_inside = 2 * pair + h < pixels;
         if (!a.joined) {
-          const uint32_t column = a.by_width.split(row);
-          place = row * a.pixels_row + column * a.pixels_column;
+          const uint32_t column = a.by_width.split(row), last = a.width - 1;
+          place = row * a.pixels_row + min(column, last) * a.pixels_column;
+          both[h].is_inside = both[h].is_inside && column <= last;
         }
-        return reinterpret_cast<Vector*>(image + place + channel);
-      };
-      Vector* both[] = {at(2 * pair), at(min(2 * pair + 1, pixels - 1))};
+        both[h].at = reinterpret_cast<Vector*>(image + place + channel);
+      }
       visit(channel, pair, both);
     }
   };
@@ -190,9 +204,10 @@ __global__ void __launch_bounds__(kThreads) relayout(const __grid_constant__ Rel
   let_next_kernel_start();
   wait_for_kernel_before();
   if constexpr (kToPlanes) {
-    visit_pixels([&](uint32_t channel, uint32_t pair, Vector* const(&from)[2]) {
-      const PixelChannels<kVector> first(load_channels<kRaw>(a, number, from[0])),
-          second(load_channels<kRaw>(a, number, from[1]));
+    visit_pixels([&](uint32_t channel, uint32_t pair, const Pixel<Vector>(&from)[2]) {
+      const PixelChannels<kVector> low(load_channels<kRaw>(a, number, from[0].at)),
+          high(load_channels<kRaw>(a, number, from[1].at));
+      const auto first = low.or_zeros(from[0].is_inside), second = high.or_zeros(from[1].is_inside);
       const uint32_t place = tile.place(channel, pair);
 #pragma unroll
       for (int k = 0; k < kVector; ++k)
@@ -204,7 +219,7 @@ __global__ void __launch_bounds__(kThreads) relayout(const __grid_constant__ Rel
   } else {
     visit_planes([](auto& in_tile, auto& in_plane) { in_tile = in_plane; });
     __syncthreads();
-    visit_pixels([&](uint32_t channel, uint32_t pair, Vector* const(&to)[2]) {
+    visit_pixels([&](uint32_t channel, uint32_t pair, const Pixel<Vector>(&to)[2]) {
       const uint32_t place = tile.place(channel, pair);
       PixelChannels<kVector> first, second;
 #pragma unroll
@@ -213,8 +228,8 @@ __global__ void __launch_bounds__(kThreads) relayout(const __grid_constant__ Rel
         const uint32_t high = kVector > 1 ? tile.words[tile.place_after(place, k + 1)] : 0;
         first.words[k / 2] = __byte_perm(low, high, 0x5410), second.words[k / 2] = __byte_perm(low, high, 0x7632);
       }
-      __stwb(to[0], first.vector());  // as one
-      if (2 * pair + 1 < pixels) __stwb(to[1], second.vector());
+      if (to[0].is_inside) __stwb(to[0].at, first.vector());  // as one
+      if (to[1].is_inside) __stwb(to[1].at, second.vector());
     });
   }
 }
@@ -228,7 +243,8 @@ __host__ __device__ uint32_t whole_pitch(uint32_t size) {
   return kVectorChannels / 2 * size + 4;
 }
 bool has_whole_planes(const Relayout& a) {
-  return a.size % 2 == 0 && a.size % 8 > 0 && a.size <= kWholePixels && a.planes_channel == a.size;
+  return a.size % 2 == 0 && a.size % 8 > 0 && a.size <= kWholePixels && a.planes_channel == a.size &&
+         a.width == static_cast<int>(a.by_width.divisor);
 }
 
 template <int kCount, bool kRaw>
@@ -284,6 +300,62 @@ __global__ void __launch_bounds__(kThreads) relayout_whole(const __grid_constant
   for (uint32_t unit = threadIdx.x % 32; unit < size; unit += 32) to[unit] = from[unit];
 }
 
+// The same for a few channels: a thread has two neighbouring pixels of all of them. Pixels next to each other lie so in
+// memory, too, or nearly.
+constexpr int kFewChannels = 7;
+
+template <bool kToPlanes>
+__global__ void __launch_bounds__(kThreads) relayout_few(const __grid_constant__ Relayout a) {
+  constexpr int kTogether = 4;
+  let_next_kernel_start();
+  wait_for_kernel_before();
+  uint32_t number = blockIdx.x * kThreads + threadIdx.x;
+  if (number >= a.pairs) return;
+  const uint32_t pixel = 2 * a.by_pairs.split(number);
+  uint16_t* image = a.pixels + number * a.pixels_image;
+  const auto pixel_at = [&](uint32_t row) -> Pixel<uint16_t> {
+    const uint32_t column = a.by_width.split(row), width = a.width;
+    return {image + row * a.pixels_row + column * a.pixels_column, column < width};
+  };
+  const bool both = pixel + 1 < a.size;
+  Pixel<uint16_t> pixels[] = {pixel_at(pixel), pixel_at(pixel + 1)};
+  pixels[1].is_inside = pixels[1].is_inside && both;
+  uint16_t* plane = a.planes + number * a.planes_image + pixel;
+  const bool words = both && (a.planes_image | a.planes_channel) % 2 == 0;
+#pragma unroll 1
+  for (int channel = 0; channel < a.channels; channel += kTogether) {
+    ushort2 values[kTogether] = {};
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      if (channel + k >= a.channels) break;
+      const uint16_t* from = plane + (channel + k) * a.planes_channel;
+      if (kToPlanes) {
+        if (pixels[0].is_inside) values[k].x = __ldg(pixels[0].at + channel + k);
+        if (pixels[1].is_inside) values[k].y = __ldg(pixels[1].at + channel + k);
+      } else if (words) {
+        values[k] = *reinterpret_cast<const ushort2*>(from);
+      } else {
+        values[k].x = from[0];
+        if (both) values[k].y = from[1];
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      if (channel + k >= a.channels) break;
+      uint16_t* to = plane + (channel + k) * a.planes_channel;
+      if (!kToPlanes) {
+        if (pixels[0].is_inside) pixels[0].at[channel + k] = values[k].x;
+        if (pixels[1].is_inside) pixels[1].at[channel + k] = values[k].y;
+      } else if (words) {
+        *reinterpret_cast<ushort2*>(to) = values[k];
+      } else {
+        to[0] = values[k].x;
+        if (both) to[1] = values[k].y;
+      }
+    }
+  }
+}
+
 Relayout relayout_of(const View& pixels, const View& planes, int64_t batch, int64_t channels, int64_t height,
                      int64_t width) {
   Relayout a{};
@@ -294,9 +366,10 @@ Relayout relayout_of(const View& pixels, const View& planes, int64_t batch, int6
       a.pixels + (batch - 1) * a.pixels_image + (height - 1) * a.pixels_row + (width - 1) * a.pixels_column + channels;
   a.inner_images = a.pixels_image > 0 ? static_cast<uint32_t>(std::max<int64_t>(batch - 2, 0)) : 0;
   a.before = static_cast<int>(reinterpret_cast<uintptr_t>(pixels.data) % sizeof(uint4) / 2);
-  a.channels = static_cast<int>(channels), a.size = static_cast<int>(height * width);
-  a.joined = pixels.stride[2] == width * pixels.stride[3] || height == 1;
-  a.by_width = Divider(width), a.by_channel_tiles = Divider(ceil_div(channels, kTileChannels));
+  const int64_t row = planes.stride[2];
+  a.channels = static_cast<int>(channels), a.size = static_cast<int>(height * row), a.width = static_cast<int>(width);
+  a.joined = row == width && (pixels.stride[2] == width * pixels.stride[3] || height == 1);
+  a.by_width = Divider(row), a.by_channel_tiles = Divider(ceil_div(channels, kTileChannels));
   a.by_pixel_tiles = Divider(ceil_div(a.size, kTilePixels));
   return a;
 }
@@ -334,6 +407,12 @@ void copy_to_planes(const Relayouts<kCount>& a, int64_t batch, cudaStream_t stre
   copy_to_planes<kCount, false>(a, batch, stream);
 }
 
+void copy_few(Relayout a, int64_t pairs, bool to_planes, cudaStream_t stream) {
+  a.pairs = static_cast<uint32_t>(pairs), a.by_pairs = Divider(ceil_div(a.size, 2));
+  launch_early(to_planes ? relayout_few<true> : relayout_few<false>, a, ceil_div(pairs, kThreads), kThreads, stream);
+  check_launch("relayout_few");
+}
+
 }  // namespace
 
 void launch_relayout(const View& pixels, const View& planes, bool to_planes, int64_t batch, int64_t channels,
@@ -341,6 +420,9 @@ void launch_relayout(const View& pixels, const View& planes, bool to_planes, int
   const Relayouts<1> a{{relayout_of(pixels, planes, batch, channels, height, width)}, 0};
   const bool vectors = has_vectors(pixels, batch, channels, height, width);
   if (vectors && to_planes) return copy_to_planes(a, batch, stream);
+  constexpr int64_t kMostPairs = 1 << 30;  // counted in 32 bits
+  const int64_t pairs = batch * ceil_div(a.each[0].size, 2);
+  if (!vectors && channels <= kFewChannels && pairs <= kMostPairs) return copy_few(a.each[0], pairs, to_planes, stream);
   const auto kernel = to_planes                          ? relayout<true, 1, 1, false>
                       : vectors && a.each[0].before == 0 ? relayout<false, 8, 1, false>
                                                          : relayout<false, 1, 1, false>;

@@ -8,6 +8,7 @@
 namespace dwconv {
 
 // Copies between images in channels_last, whose pixels and rows may lie apart, and planes without gaps between rows.
+// Rows of planes may be wider than images: to zeros in planes, from there nothing is copied.
 void launch_relayout(const View& pixels, const View& planes, bool to_planes, int64_t batch, int64_t channels,
                      int64_t height, int64_t width, cudaStream_t stream);
 
