@@ -120,6 +120,19 @@ bool can_toeplitz_nchw(const Problem& p) {
          fits_stream_nchw(p, kChunkBytes + kBandHeadBytes + rows * (wide ? kWideRowBytes : kBandRowBytes));
 }
 
+// Whether toeplitz_large is faster, by its way for whole planes: of 28 columns, with 8 columns of a kernel or 9, and
+// more rows than registers of a warp are for, or where planes begin between multiples of 16 bytes.
+bool prefers_large_planes(const Problem& p) {
+  constexpr int64_t kColumns = 28, kFewTaps = 8, kManyRows = 11, kTogether = 16;
+  constexpr int64_t kMuch = 2048;  // units of 4 rows of 16 images, of which all warps have one
+  const View& source = p.pass == Pass::kForward ? p.input : p.output;
+  const int64_t groups = (p.batch + kTogether - 1) / kTogether;
+  return p.width == kColumns && p.out_width == kColumns && std::min(p.kernel_h, p.kernel_w) >= kFewTaps &&
+         (p.kernel_h >= kManyRows || offset_within(kUnit, source) > 0) && has_unit_steps(p) &&
+         (p.pass == Pass::kForward || p.multiplier == 1) && 4 * p.batch >= 3 * kTogether * groups &&
+         groups * p.filters() * ((target_height(p) + 3) / 4) > kMuch;
+}
+
 // ---------------------------------------------------------------------------- warps that march
 
 using March7x7 = SmallKernel<kMarchKernel, kMarchKernel, 1, 1>;
@@ -284,11 +297,11 @@ bool claims_march_nchw(const Problem& p) {
 bool claims_toeplitz_nchw(const Problem& p) {
   if (!can_toeplitz_nchw(p)) return false;
 
-  // A warp computes 8 tiles of 16 columns at once: small planes do not fill it, nor do planes of few rows that
-  // toeplitz_large takes whole, with many images at once.
+  // A warp computes 8 tiles of 16 columns at once: small planes do not fill it, nor do planes that toeplitz_large takes
+  // whole, with many images at once.
   const int64_t pixels = target_width(p) * target_height(p);
   if (pixels < (p.stride_h == 1 ? 196 : 512)) return false;
-  if (is_large_kernel(p) && fits_toeplitz_large_images(p)) return false;
+  if (is_large_kernel(p) && (fits_toeplitz_large_images(p) || prefers_large_planes(p))) return false;
   // Where CUDA cores have a tile, they are as fast for the smallest kernels, and for 3x3 on small planes.
   const int64_t few_pixels = p.kernel_h == p.kernel_w ? 784 : 2048;
   const int64_t least_area = p.stride_h > 1 ? 36 : pixels < few_pixels ? 25 : 9;
