@@ -174,6 +174,16 @@ def test_outer_grad_weight_claims(dtype: torch.dtype, memory_format: torch.memor
         assert plan_of("grad_weight", tall, dtype, memory_format) == plan, size
 
 
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("name", PASSES[:2])
+def test_kernels_of_few_columns(name: str, dtype: torch.dtype) -> None:
+    """On many planes of 28 columns toeplitz_nchw has those with rows that its warps have registers for."""
+    case = Case(64, 192, (28, 28), (11, 9), padding=(5, 4))
+    assert plan_of(name, case, dtype) == LARGE
+    for other in (case._replace(batch=8), case._replace(kernel=(9, 9), padding=(4, 4)), case._replace(size=(28, 30))):
+        assert plan_of(name, other, dtype) == "toeplitz_nchw", str(other)
+
+
 # ---------------------------------------------------------------------------- output and grad_input
 
 # Kernel, size, batch: planes of all sorts, smaller than the kernel and larger than a tile.
@@ -229,6 +239,7 @@ def test_large_kernels_are_exact(kernel: tuple, size: tuple, batch: int, stride:
 LARGE_PLANES = [
     ((13, 13), (28, 28), 64, 150),
     ((13, 13), (14, 20), 180, 300),
+    ((9, 9), (28, 28), 61, 80),
     ((11, 9), (18, 24), 61, 420),  # an odd number of rows above
     ((29, 29), (28, 28), 61, 150),
     ((25, 31), (26, 20), 93, 200),  # three groups of images
@@ -275,6 +286,7 @@ def test_large_kernels_on_many_planes(
         ((21, 21), (27, 27), 1, 45, 152),  # whole planes
         ((9, 9), (13, 13), 1, 64, 130),  # many images together
         ((17, 17), (45, 45), 1, 3, 7),
+        ((9, 11), (41, 45), 1, 30, 64),  # much to store
         ((9, 12), (37, 28), 1, 5, 3),  # of the output alone
         ((9, 13), (37, 41), 2, 5, 6),
         ((9, 8), (9, 9), 1, 40, 13),

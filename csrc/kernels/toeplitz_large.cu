@@ -12,6 +12,7 @@
 #include "toeplitz_large.h"
 #include "toeplitz_large_planes.h"
 #include "toeplitz_tall_planes.h"
+#include "wider_rows.h"
 
 namespace dwconv {
 namespace {
@@ -282,7 +283,7 @@ void launch(Large a, const Decision& decision, cudaStream_t stream) {
 }
 
 template <typename T>
-void launch(const Problem& p, bool across, cudaStream_t stream) {
+void launch(const LargeProblem& p, bool across, cudaStream_t stream) {
   const Device& device = current_device();
   static thread_local Decisions<16, Decision> decisions;
   const Large a = arguments_of(p, across);
@@ -330,31 +331,73 @@ bool across_pays(const Problem& p) {
                    [&] { return time(exchange(p), true) < kLess * time(p, false); });
 }
 
+// Rows of an odd number of columns are copied with so many zeros behind that all are whole units of 16 bytes.
+int64_t copied_width(int64_t width) {
+  return width % 2 != 0 ? round_up(width, kLargeGroup) : width;
+}
+
+// A way for whole planes, if one takes the problem. Returns whether.
+bool launch_whole_planes(const LargeProblem& p, cudaStream_t stream) {
+  return launch_toeplitz_large_images(p, stream) || launch_toeplitz_large_groups(p, stream) ||
+         launch_toeplitz_large_planes(p, stream);
+}
+
+void launch_any_size(const LargeProblem& p, bool across, cudaStream_t stream) {
+  if (p.dtype == DType::kFloat16)
+    launch<__half>(p, across, stream);
+  else
+    launch<__nv_bfloat16>(p, across, stream);
+}
+
 }  // namespace
 
 void launch_toeplitz_large(const Problem& problem, const Allocate& allocate, cudaStream_t stream) {
-  const bool across = across_pays(problem);
-  Problem p = across || exchange_pays(problem) ? exchange(problem) : problem;
+  if (across_pays(problem)) {
+    const Problem exchanged = exchange(problem);
+    if (!launch_toeplitz_tall_groups(exchanged, stream) && !launch_toeplitz_tall_planes(exchanged, stream))
+      launch_any_size(exchanged, true, stream);
+    return;
+  }
+  LargeProblem p = exchange_pays(problem) ? exchange(problem) : problem;
   const Mapping map(p);
-  View& source = p.pass == Pass::kForward ? p.input : p.output;
-  View& target = p.pass == Pass::kForward ? p.output : p.input;
-  const View result = target;
-  const bool copies = !across && !has_rows(result, map.out_width);
-  if (!across && !has_rows(source, map.width)) {
-    const View pixels = source;
-    source = new_planes_of_lines(p.batch, map.sources, map.height, map.width, allocate);
-    launch_relayout(pixels, source, true, p.batch, map.sources, map.height, map.width, stream);
+  const bool forward = p.pass == Pass::kForward;
+  View &source = forward ? p.input : p.output, &target = forward ? p.output : p.input;
+  int64_t &width = forward ? p.width : p.out_width, &out_width = forward ? p.out_width : p.width;
+  const View given = source, result = target;
+  const auto is_odd = [&](const View& view, int64_t channels, int64_t height, int64_t width) {
+    return width % 2 != 0 && can_have_wider_rows(view, p.batch, channels, height, width);
+  };
+  if (!has_rows(given, map.width)) {
+    width = copied_width(map.width);
+    source = new_planes_of_lines(p.batch, map.sources, map.height, width, allocate);
+    launch_relayout(given, source, true, p.batch, map.sources, map.height, map.width, stream);
+  } else if (is_odd(given, map.sources, map.height, map.width)) {
+    // One by one, columns would take longer than this copy.
+    width = copied_width(map.width);
+    source = new_planes(p.batch, map.sources, map.height, width, allocate);
+    launch_wider_rows(given.data, map.width, source.data, width, p.batch * map.sources * map.height, stream);
   }
-  if (copies) target = new_planes_of_lines(p.batch, map.targets, map.out_height, map.out_width, allocate);
-  if (!(across ? launch_toeplitz_tall_groups(p, stream) || launch_toeplitz_tall_planes(p, stream)
-               : launch_toeplitz_large_images(p, stream) || launch_toeplitz_large_groups(p, stream) ||
-                     launch_toeplitz_large_planes(p, stream))) {
-    if (p.dtype == DType::kFloat16)
-      launch<__half>(p, across, stream);
-    else
-      launch<__nv_bfloat16>(p, across, stream);
+  if (!has_rows(result, map.out_width)) {
+    out_width = copied_width(map.out_width);
+    target = new_planes_of_lines(p.batch, map.targets, map.out_height, out_width, allocate);
+    if (!launch_whole_planes(p, stream)) launch_any_size(p, false, stream);
+    launch_relayout(result, target, false, p.batch, map.targets, map.out_height, map.out_width, stream);
+  } else if (is_odd(result, map.targets, map.out_height, map.out_width)) {
+    // Ways for whole planes are so much faster that another copy pays; others where there is much to store.
+    constexpr int64_t kMuch = 3 << 20;
+    const int64_t rows = p.batch * map.targets * map.out_height;
+    out_width = copied_width(map.out_width);
+    target = new_planes(p.batch, map.targets, map.out_height, out_width, allocate);
+    bool copies = launch_whole_planes(p, stream);
+    if (!copies) {
+      copies = rows * map.out_width >= kMuch;
+      if (!copies) out_width = map.out_width, target = result;
+      launch_any_size(p, false, stream);
+    }
+    if (copies) launch_wider_rows(target.data, out_width, result.data, map.out_width, rows, stream);
+  } else if (!launch_whole_planes(p, stream)) {
+    launch_any_size(p, false, stream);
   }
-  if (copies) launch_relayout(result, target, false, p.batch, map.targets, map.out_height, map.out_width, stream);
 }
 
 }  // namespace dwconv

@@ -32,6 +32,7 @@
 #include "mapping.h"
 #include "overlap.cuh"
 #include "tensor_cores.cuh"
+#include "toeplitz_large.h"
 
 namespace dwconv {
 
@@ -67,6 +68,7 @@ struct Large {
   int64_t weight_filter, weight_row, weight_column, bias_stride;
   int batch, height, width, out_height, out_width, kernel_h, kernel_w, padding_h, padding_w;
   int stride, targets;
+  int columns;  // of the source's width, its own
 
   int first, depth;                              // the band matrices: `depth` of them from d = `first` on
   int first_tap;                                 // column of the kernel at the beginning of a row of weights
@@ -87,7 +89,7 @@ struct Large {
 };
 
 // `across`: rows of the problem are columns in memory.
-inline Large arguments_of(const Problem& p, bool across = false) {
+inline Large arguments_of(const LargeProblem& p, bool across = false) {
   const Mapping map(p);
   Large a{};
   a.source = map.source.data, a.weight = map.weight.data, a.bias = map.bias, a.target = map.target.data;
@@ -101,7 +103,7 @@ inline Large arguments_of(const Problem& p, bool across = false) {
   a.height = map.height, a.width = map.width, a.out_height = map.out_height, a.out_width = map.out_width;
   a.kernel_h = static_cast<int>(p.kernel_h), a.kernel_w = static_cast<int>(p.kernel_w);
   a.padding_h = map.padding_h, a.padding_w = map.padding_w;
-  a.stride = static_cast<int>(p.stride_h);
+  a.stride = static_cast<int>(p.stride_h), a.columns = static_cast<int>(p.columns);
   a.by_fan_out = Divider(map.fan_out);
   return a;
 }
@@ -362,7 +364,7 @@ __device__ __noinline__ float sum_of_taps(const Large& a, int target, int image,
     if (y < 0 || y >= a.height) continue;
     for (int j = 0; j < a.kernel_w; ++j) {
       const int x = column * stride + j - a.padding_w;
-      if (x >= 0 && x < a.width)
+      if (x >= 0 && x < a.columns)
         sum = fmaf(widen(source[across ? x * a.source_row + y : y * a.source_row + x]),
                    widen(weight[i * a.weight_row + j * a.weight_column]), sum);
     }

@@ -9,6 +9,13 @@
 
 namespace dwconv {
 
+// A problem whose rows may have zeros behind the source's own columns, which are counted among these.
+struct LargeProblem : Problem {
+  int64_t columns;  // the source's own
+
+  LargeProblem(const Problem& p) : Problem(p), columns(p.pass == Pass::kForward ? p.width : p.out_width) {}
+};
+
 constexpr int64_t floor_div(int64_t a, int64_t b) {
   return a / b - (a % b < 0);
 }

@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(launch_threads(kThreads), 1) toeplitz_large_gr
 }
 
 template <typename T>
-bool launch(const Problem& p, cudaStream_t stream) {
+bool launch(const LargeProblem& p, cudaStream_t stream) {
   constexpr int kTiles = 4, kSides = 2, kSteps = 4, kThreads = 512;
   using Sliding = Slide<T, kTiles, kSides, kSteps, false>;
   Planes a{};
@@ -269,7 +269,7 @@ bool launch(const Problem& p, cudaStream_t stream) {
 
 }  // namespace
 
-bool launch_toeplitz_large_groups(const Problem& problem, cudaStream_t stream) {
+bool launch_toeplitz_large_groups(const LargeProblem& problem, cudaStream_t stream) {
   return problem.dtype == DType::kFloat16 ? launch<__half>(problem, stream) : launch<__nv_bfloat16>(problem, stream);
 }
 

@@ -324,7 +324,7 @@ __global__ void __launch_bounds__(launch_threads(kThreads), 1) toeplitz_large_im
 }
 
 template <typename T>
-bool launch(const Problem& p, cudaStream_t stream) {
+bool launch(const LargeProblem& p, cudaStream_t stream) {
   if (!fits_toeplitz_large_images(p) || !has_warpgroups(toeplitz_large_images<T, false>)) return false;
   Images a{};
   static_cast<Large&>(a) = arguments_of(p);
@@ -359,7 +359,7 @@ bool launch(const Problem& p, cudaStream_t stream) {
 
 }  // namespace
 
-bool launch_toeplitz_large_images(const Problem& problem, cudaStream_t stream) {
+bool launch_toeplitz_large_images(const LargeProblem& problem, cudaStream_t stream) {
   return problem.dtype == DType::kFloat16 ? launch<__half>(problem, stream) : launch<__nv_bfloat16>(problem, stream);
 }
 

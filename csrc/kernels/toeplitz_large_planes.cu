@@ -285,7 +285,7 @@ bool visit_shapes(int kernel_h, Visitor&& visit) {
 }
 
 template <typename T>
-bool launch(const Problem& p, cudaStream_t stream) {
+bool launch(const LargeProblem& p, cudaStream_t stream) {
   Planes a{};
   static_cast<Large&>(a) = arguments_of(p);
   if (p.stride_h != 1 || a.out_width % 2 != 0 || (a.target_row != a.out_width && a.out_height > 1)) return false;
@@ -311,7 +311,7 @@ bool launch(const Problem& p, cudaStream_t stream) {
 
 }  // namespace
 
-bool launch_toeplitz_large_planes(const Problem& problem, cudaStream_t stream) {
+bool launch_toeplitz_large_planes(const LargeProblem& problem, cudaStream_t stream) {
   return problem.dtype == DType::kFloat16 ? launch<__half>(problem, stream) : launch<__nv_bfloat16>(problem, stream);
 }
 
