@@ -220,7 +220,7 @@ def test_direct_in_vectors(side: int, dtype: torch.dtype, memory_format: torch.m
         problem = Problem(case, dtype, memory_format)
         steps = [(1, 1, 1, 1), (2, 1, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2) if last else (1, 2, 1, 1)][number % 4]
         little = max(math.prod(output_size(case)), problem.input.numel()) * side**2 <= 4 << 20
-        for offset, weight_offset in ((0, 0), (0, 1), (1, 1), (4, 2), (8, 3)):
+        for offset, weight_offset in ((0, 0), (0, 1), (1, 1), (4, 2), (8, 3), (3, 0)):
             layout = {"steps": steps, "offset": offset}
             problem.lay(layout, layout, {"offset": weight_offset})
             forced = problem.check(*DIRECT.values())
@@ -248,11 +248,13 @@ def test_direct_on_large_views(dtype: torch.dtype, tile: tuple) -> None:
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_direct_beside_infinities(tile: tuple, dtype: torch.dtype, memory_format: torch.memory_format) -> None:
     """NaN where F.conv2d has it: of products, but not of what lies outside the image."""
-    for channels, size in ((8, (9, 16)), (16, (7, 7)), (40, (12, 24)), (3, (8, 8))):
+    for channels, size in ((8, (9, 16)), (16, (7, 7)), (40, (12, 24)), (3, (8, 8)), (24, (6, 5))):
         problem = Problem(tile_case(tile, 2, channels, size), dtype, memory_format)
-        problem.spoil((0, 1, 3, 2), (1, 0, -1, -1), (1, 2, 0, 0))
+        problem.spoil((0, 1, 2, 2), (1, 0, -1, -1), (1, 2, 0, 0))
         problem.spoil((0, 0, 0, 0), (-1, 0, -1, -1), of=["weight"])
-        problem.check(*DIRECT.values())
+        for offset in (0, 1):
+            problem.lay({"offset": offset}, {"offset": offset})
+            problem.check(*DIRECT.values())
 
 
 @pytest.mark.gpu

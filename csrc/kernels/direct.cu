@@ -138,60 +138,41 @@ __device__ bool are_finite(const float (&values)[kRows][kColumns]) {
   return sum == 0;
 }
 
-// Neighbouring elements from memory, as vectors of kVector.
-template <typename T, int kVector, int kVectors>
-struct AlignedRun {
-  Vector<T, kVector> vector[kVectors];
+// Where elements that are loaded at once begin in memory: with a vector, or in 16 bits at least with a word, or between
+// words.
+enum class Begin { kVector, kWord, kOdd };
 
-  __device__ void load(const T* from, bool inside, bool) {
+// kCount neighbouring elements from memory, as vectors of kVector, or words. Where words begin with the second element,
+// the first is loaded alone, and so is the last one.
+template <typename T, int kVector, int kCount, Begin kBegin>
+struct Run {
+  static constexpr bool kOdd = kBegin == Begin::kOdd;
+  static constexpr int kAtOnce = kBegin == Begin::kVector ? kVector : 4 / sizeof(T);
+  static constexpr int kParts = (kCount - (kOdd ? 2 : 0)) / kAtOnce;
+  Vector<T, kAtOnce> part[kParts];
+  uint32_t first, last;
+
+  __device__ void load(const T* from, bool inside) {
+    if constexpr (kOdd) first = load_one(from, inside);
 #pragma unroll
-    for (int n = 0; n < kVectors; ++n) vector[n] = dwconv::load<T, kVector>(from + n * kVector, inside);
+    for (int n = 0; n < kParts; ++n) part[n] = dwconv::load<T, kAtOnce>(from + kOdd + n * kAtOnce, inside);
+    if constexpr (kOdd) last = load_one(from + kCount - 1, inside);
   }
 
-  __device__ const Vector<T, kVector>& operator[](int n) const { return vector[n]; }
-};
-
-// The same in words. If words do not begin with the first element but with the second (`odd`), the first is loaded
-// alone, and so is the last one.
-template <typename T, int kVector, int kVectors>
-struct ShiftedRun {
-  static constexpr int kInWord = 4 / sizeof(T), kWords = kVectors * kVector / kInWord;
-  uint32_t word[kWords], first, last;
-  uint32_t bits;  // from words on to those that begin with the first element
-
-  __device__ void load(const T* from, bool inside, bool odd) {
-    bits = odd ? 16 : 32;
-    if constexpr (kInWord > 1) first = load_one(from, inside && odd);
-#pragma unroll
-    for (int n = 0; n < kWords; ++n)
-      word[n] = dwconv::load<T, kInWord>(from + odd + n * kInWord, inside && !(odd && n + 1 == kWords)).words[0];
-    if constexpr (kInWord > 1) last = load_one(from + kWords * kInWord - 1, inside && odd);
-  }
-
-  // Not before all loads are under way.
-  __device__ Vector<T, kVector> operator[](int n) const {
-    Vector<T, kVector> vector;
-#pragma unroll
-    for (int i = 0; i < vector.kWords; ++i) {
-      const int at = n * vector.kWords + i;
-      vector.words[i] = word[at];
-      if constexpr (kInWord > 1)
-        vector.words[i] =
-            __funnelshift_rc(at > 0 ? word[at - 1] : first << 16, at + 1 == kWords ? word[at] | last : word[at], bits);
-    }
-    return vector;
+  __device__ float operator[](int i) const {
+    if (kOdd && i == 0) return widen_one<T>(first);
+    if (kOdd && i == kCount - 1) return widen_one<T>(last);
+    return part[(i - kOdd) / kAtOnce][(i - kOdd) % kAtOnce];
   }
 };
 
 // In channels_last a thread computes kVector channels of a pixel, and of the one below it. The filters of these
-// channels lie side by side. kShifted: either begins with a vector in the target alone.
-template <typename T, class Kernel, int kVector, bool kShifted>
+// channels lie side by side.
+template <typename T, class Kernel, int kVector, Begin kSource, Begin kWeights>
 __global__ void __launch_bounds__(kVectorThreads) direct_pixels(const __grid_constant__ Arguments a) {
   constexpr int kKernelH = Kernel::kKernelH, kKernelW = Kernel::kKernelW, kTaps = kKernelH * kKernelW;
   constexpr int kSourceRows = kVectorRows + kKernelH - 1;
   using Pixel = Vector<T, kVector>;
-  using Pixels = std::conditional_t<kShifted, ShiftedRun<T, kVector, 1>, AlignedRun<T, kVector, 1>>;
-  using Weights = std::conditional_t<kShifted, ShiftedRun<T, kVector, kTaps>, AlignedRun<T, kVector, kTaps>>;
   uint32_t unit = blockIdx.x * kVectorThreads + threadIdx.x;
   const int channel = a.by_planes.split(unit) * kVector;
   const int column = a.by_columns.split(unit), row = a.by_strips.split(unit) * kVectorRows;
@@ -208,17 +189,16 @@ __global__ void __launch_bounds__(kVectorThreads) direct_pixels(const __grid_con
   wait_for_kernel_before();
   let_next_kernel_start();
 
-  const auto is_odd = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 4 != 0; };
-  Weights w;
-  Pixels x[kSourceRows][kKernelW];
-  w.load(weight, exists, is_odd(a.weight));
+  Run<T, kVector, kVector * kTaps, kWeights> w;
+  Run<T, kVector, kVector, kSource> x[kSourceRows][kKernelW];
+  w.load(weight, exists);
 #pragma unroll
   for (int r = 0; r < kSourceRows; ++r)
 #pragma unroll
     for (int j = 0; j < kKernelW; ++j) {
       const bool inside = exists && static_cast<uint32_t>(y0 + r) < static_cast<uint32_t>(a.height) &&
                           static_cast<uint32_t>(x0 + j) < static_cast<uint32_t>(a.width);
-      x[r][j].load(source + (down[r] + across[j]), inside, is_odd(a.source));
+      x[r][j].load(source + (down[r] + across[j]), inside);
     }
   uint32_t bias[kVector] = {};
   if (a.bias)
@@ -232,16 +212,12 @@ __global__ void __launch_bounds__(kVectorThreads) direct_pixels(const __grid_con
   for (int r = 0; r < kSourceRows; ++r)
 #pragma unroll
     for (int j = 0; j < kKernelW; ++j) {
-      const Pixel pixel = x[r][j][0];
 #pragma unroll
       for (int o = 0; o < kVectorRows; ++o) {
         const int i = r - o;
         if (i < 0 || i >= kKernelH) continue;
 #pragma unroll
-        for (int c = 0; c < kVector; ++c) {
-          const int at = c * kTaps + i * kKernelW + j;
-          sum[o][c] = fmaf(pixel[c], w[at / kVector][at % kVector], sum[o][c]);
-        }
+        for (int c = 0; c < kVector; ++c) sum[o][c] = fmaf(x[r][j][c], w[c * kTaps + i * kKernelW + j], sum[o][c]);
       }
     }
   T* target = static_cast<T*>(a.target) +
@@ -395,7 +371,7 @@ void launch(Arguments a, int64_t images, int64_t planes, cudaStream_t stream) {
 }
 
 // Launches a kernel that loads kVector elements at once, if all of them lie at multiples of that, or in NCHW those of
-// the source as far from one as `ShiftedColumns` asks for, or in channels_last wherever `ShiftedRun` loads them.
+// the source as far from one as `ShiftedColumns` asks for, or in channels_last wherever `Run` loads them.
 // Returns whether it did.
 template <typename T, class Kernel, int kVector>
 bool launch_vectors(const Problem& p, const Mapping& map, Arguments a, cudaStream_t stream) {
@@ -413,9 +389,6 @@ bool launch_vectors(const Problem& p, const Mapping& map, Arguments a, cudaStrea
   // Of the largest kernels, words and what is beside them take more registers than there are.
   constexpr bool kCanShift = kVector * sizeof(T) == 8,
                  kCanShiftPixels = kCanShift && (sizeof(T) == 4 || Kernel::kKernelH < 7);
-  const bool shifted = !is_aligned(map.source.data) || (a.channels_last && !is_aligned(p.weight.data));
-  if (shifted && !(a.channels_last ? kCanShiftPixels : kCanShift)) return false;
-  if (shifted && !a.channels_last && reinterpret_cast<uintptr_t>(map.source.data) % 4 != sizeof(T) % 4) return false;
   a.weight = p.weight.data, a.images = static_cast<int>(p.batch);
   const int64_t strips = ceil_div(a.out_height, kVectorRows);
   a.by_strips = Divider(strips);
@@ -430,11 +403,32 @@ bool launch_vectors(const Problem& p, const Mapping& map, Arguments a, cudaStrea
       for (int d = 2; d < 4; ++d) a.source_stride[d] *= -1, a.target_stride[d] *= -1;
     }
     a.by_planes = Divider(groups), a.by_columns = Divider(a.out_width);
-    const auto kernel =
-        shifted ? direct_pixels<T, Kernel, kVector, kCanShiftPixels> : direct_pixels<T, Kernel, kVector, false>;
+    const auto kernel = [&]() -> void (*)(Arguments) {
+      const auto begin_of = [&](const void* data) {
+        if (is_aligned(data)) return Begin::kVector;
+        return reinterpret_cast<uintptr_t>(data) % 4 == 0 ? Begin::kWord : Begin::kOdd;
+      };
+      const Begin source = begin_of(map.source.data), weights = begin_of(p.weight.data);
+      const auto pixels = [&](auto source, auto weights) { return direct_pixels<T, Kernel, kVector, source, weights>; };
+      constexpr std::integral_constant<Begin, Begin::kVector> kAsVectors{};
+      constexpr std::integral_constant<Begin, Begin::kWord> kAsWords{};
+      constexpr std::integral_constant<Begin, Begin::kOdd> kBetween{};
+      if (source == Begin::kVector && weights == Begin::kVector) return pixels(kAsVectors, kAsVectors);
+      if constexpr (kCanShiftPixels && sizeof(T) == 4) {
+        return pixels(kAsWords, kAsWords);
+      } else if constexpr (kCanShiftPixels) {  // where all words are whole, they serve as vectors
+        if (source == Begin::kOdd && weights == Begin::kOdd) return pixels(kBetween, kBetween);
+        if (source == Begin::kOdd) return pixels(kBetween, kAsWords);
+        if (weights == Begin::kOdd) return pixels(kAsWords, kBetween);
+      }
+      return nullptr;
+    }();
+    if (kernel == nullptr) return false;
     launch_early(kernel, a, ceil_div(p.batch * groups * strips * a.out_width, kVectorThreads), kVectorThreads, stream);
   } else {
     const int64_t runs = a.out_width / kVector;
+    const bool shifted = !is_aligned(map.source.data);
+    if (shifted && !(kCanShift && reinterpret_cast<uintptr_t>(map.source.data) % 4 == sizeof(T) % 4)) return false;
     if (a.fan_in > 1 || a.padding_w != Kernel::kKernelW / 2 || a.width % kVector != 0) return false;
     a.flipped = p.pass == Pass::kGradInput;
     a.by_planes = Divider(map.targets), a.by_columns = Divider(runs);
