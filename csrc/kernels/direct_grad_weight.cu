@@ -3,16 +3,17 @@
 // load of everything in flight, and writes them. Where there are more gradients than threads of a block, the blocks of
 // a cluster share them: there is nothing to add up behind the kernel.
 //
-// Only taps that meet the image are multiplied: a gradient that is Inf or NaN does not meet the padding.
+// Only taps that meet the image are part of a sum: a gradient that is Inf or NaN does not meet the padding. Where a
+// thread multiplies zeros there, it takes its sums again if they are not finite.
 #include "clusters.cuh"
 #include "common.cuh"
 #include "device.h"
 #include "direct.cuh"
-#include "grad_weight.cuh"
 #include "launch.h"
 #include "overlap.cuh"
 #include "small_kernels.h"
 #include "stream.cuh"
+#include "widening.h"
 
 namespace dwconv {
 namespace {
@@ -25,10 +26,16 @@ template <class Kernel>
 constexpr bool has_strips =
     Kernel::kStride == 1 && Kernel::kDilation == 1 && Kernel::kKernelH == 3 && Kernel::kKernelW == 3;
 
-struct Arguments : GradWeightArguments {
-  int units;   // strips of gradients, in all images
-  int splits;  // blocks that share the filters
-  Divider by_strips, by_columns;
+// No more of them than it takes: each line of arguments is waited for.
+struct Arguments {
+  const void *input, *grad;
+  void *grad_weight, *grad_bias;        // the latter null where it is not wanted
+  int input_stride[4], grad_stride[4];  // in elements
+  int height, width, padding_h, padding_w, out_height, filters;
+  int units;    // strips of gradients, in all images
+  int splits;   // blocks that share the filters
+  bool widens;  // gradients of 16 bits, written as float32
+  Divider by_multiplier, by_splits, by_strips, by_columns;
 };
 
 // Adds up kCount values over the lanes whose numbers differ in bits kDistance and above, leaving some of the sums in
@@ -56,17 +63,20 @@ constexpr int kFolded = kDistance < kLowest ? kCount : kFolded<(kCount + 1) / 2,
 // first block of the cluster adds up what the others send it. A thread takes a strip of kRows gradients below each
 // other at a time, of kVector channels.
 template <typename T, class Kernel, int kVector, int kLanes, int kRows, int kThreads>
-__global__ void __launch_bounds__(kThreads) direct_grad_weight(const __grid_constant__ Arguments a) {
+__global__ void __launch_bounds__(kThreads, kThreads > 256 ? 0 : 1)  // or ptxas spills to have more blocks
+    direct_grad_weight(const __grid_constant__ Arguments a) {
   constexpr int kKernelH = Kernel::kKernelH, kKernelW = Kernel::kKernelW, kTaps = kKernelH * kKernelW;
   constexpr int kSourceRows = (kRows - 1) * Kernel::kStride + (kKernelH - 1) * Kernel::kDilation + 1;
   constexpr int kStep = kRows == 1 ? Kernel::kDilation : 1;  // from one of the rows that are needed to the next
   constexpr int kSums = kVector * (kTaps + 1), kSlots = kThreads / kLanes, kWarps = kThreads / 32;
   __shared__ float sums[kWarps][kSums * kLanes];
   __shared__ float totals[kMaxSplits][kSums * kLanes];
-  const int lane = threadIdx.x % kLanes, split = blockIdx.x % a.splits;
-  const int filter = (blockIdx.x / a.splits * kLanes + lane) * kVector;
-  const int input = a.channel_of(filter) * a.input_stride[1], grad = filter * a.grad_stride[1];
-  const bool exists = filter < a.filters;
+  uint32_t block = blockIdx.x;
+  const int lane = threadIdx.x % kLanes, split = a.by_splits.split(block);
+  const int first_filter = block * kLanes * kVector, filter = first_filter + lane * kVector;
+  uint32_t channel = filter;
+  a.by_multiplier.split(channel);
+  const int input = static_cast<int>(channel) * a.input_stride[1], grad = filter * a.grad_stride[1];
 #if __CUDA_ARCH__ >= 900
   __shared__ uint64_t barrier;  // of the totals in the first block
   const uint32_t arrived = static_cast<uint32_t>(__cvta_generic_to_shared(&barrier));
@@ -85,58 +95,80 @@ __global__ void __launch_bounds__(kThreads) direct_grad_weight(const __grid_cons
   wait_for_kernel_before();
   let_next_kernel_start();
 
-  float sum[kSums] = {};  // of channel c and tap t at (c * (kTaps + 1) + t), the last one of a channel is the bias
-  for (int at = split * kSlots + threadIdx.x / kLanes; at < a.units; at += kSlots * a.splits) {
-    uint32_t image = at;
-    const int column = a.by_columns.split(image), row = a.by_strips.split(image) * kRows;
-    const int y0 = row * Kernel::kStride - a.padding_h, x0 = column * Kernel::kStride - a.padding_w;
-    const int from = input + static_cast<int>(image) * a.input_stride[0];
-    const int grad_from =
-        grad + static_cast<int>(image) * a.grad_stride[0] + row * a.grad_stride[2] + column * a.grad_stride[3];
-    Vector<T, kVector> g[kRows], x[kSourceRows][kKernelW];
+  // In strips of 16 bits, masks and what is widened under them would take longer than all products do.
+  constexpr bool kMultipliesZeros = kRows > 1 && sizeof(T) == 2;
+  float sum[kSums];  // of channel c and tap t at (c * (kTaps + 1) + t), the last one of a channel is the bias
+  const auto take_all = [&](bool exact) {
 #pragma unroll
-    for (int o = 0; o < kRows; ++o)
-      g[o] = load<T, kVector>(static_cast<const T*>(a.grad) + (grad_from + o * a.grad_stride[2]),
-                              exists && row + o < a.out_height);
+    for (float& value : sum) value = 0;
+#pragma unroll 1
+    for (int at = filter < a.filters ? split * kSlots + threadIdx.x / kLanes : a.units; at < a.units;
+         at += kSlots * a.splits) {
+      uint32_t image = at;
+      const int column = a.by_columns.split(image), row = a.by_strips.split(image) * kRows;
+      const int y0 = row * Kernel::kStride - a.padding_h, x0 = column * Kernel::kStride - a.padding_w;
+      const int from = input + static_cast<int>(image) * a.input_stride[0];
+      const int grad_from =
+          grad + static_cast<int>(image) * a.grad_stride[0] + row * a.grad_stride[2] + column * a.grad_stride[3];
+      bool row_inside[kSourceRows], column_inside[kKernelW];
 #pragma unroll
-    for (int r = 0; r < kSourceRows; r += kStep)
+      for (int r = 0; r < kSourceRows; r += kStep)
+        row_inside[r] = static_cast<uint32_t>(y0 + r) < static_cast<uint32_t>(a.height);
 #pragma unroll
-      for (int j = 0; j < kKernelW; ++j) {
-        const int y = y0 + r, x1 = x0 + j * Kernel::kDilation;
-        const bool inside = exists && static_cast<uint32_t>(y) < static_cast<uint32_t>(a.height) &&
-                            static_cast<uint32_t>(x1) < static_cast<uint32_t>(a.width);
-        x[r][j] = load<T, kVector>(
-            static_cast<const T*>(a.input) + (from + y * a.input_stride[2] + x1 * a.input_stride[3]), inside);
-      }
-    const auto multiply = [&](auto whole) {
+      for (int j = 0; j < kKernelW; ++j)
+        column_inside[j] = static_cast<uint32_t>(x0 + j * Kernel::kDilation) < static_cast<uint32_t>(a.width);
+      Vector<T, kVector> g[kRows], x[kSourceRows][kKernelW];
+#pragma unroll
+      for (int o = 0; o < kRows; ++o)
+        g[o] = load<T, kVector>(static_cast<const T*>(a.grad) + (grad_from + o * a.grad_stride[2]),
+                                row + o < a.out_height);
 #pragma unroll
       for (int r = 0; r < kSourceRows; r += kStep)
 #pragma unroll
-        for (int j = 0; j < kKernelW; ++j) {
-          const int y = y0 + r, x1 = x0 + j * Kernel::kDilation;
-          const bool inside = static_cast<uint32_t>(y) < static_cast<uint32_t>(a.height) &&
-                              static_cast<uint32_t>(x1) < static_cast<uint32_t>(a.width);
+        for (int j = 0; j < kKernelW; ++j)
+          x[r][j] = load<T, kVector>(
+              static_cast<const T*>(a.input) +
+                  (from + (y0 + r) * a.input_stride[2] + (x0 + j * Kernel::kDilation) * a.input_stride[3]),
+              row_inside[r] & column_inside[j]);
+      // Never taken: behind a branch ptxas multiplies when all loads are under way, not before.
+      if (kRows == 1 && static_cast<int>(image) < 0) break;
+      const auto multiply = [&](auto in_image, auto whole) {
 #pragma unroll
-          for (int o = 0; o < kRows; ++o) {
-            const int reach = r - o * Kernel::kStride, i = reach / Kernel::kDilation;
-            if (reach < 0 || reach % Kernel::kDilation != 0 || i >= kKernelH) continue;
-            const bool meets = inside && (whole || row + o < a.out_height);
+        for (int r = 0; r < kSourceRows; r += kStep)
 #pragma unroll
-            for (int c = 0; c < kVector; ++c) {
-              float& to = sum[c * (kTaps + 1) + i * kKernelW + j];
-              to = meets ? fmaf(x[r][j][c], g[o][c], to) : to;
+          for (int j = 0; j < kKernelW; ++j)
+#pragma unroll
+            for (int o = 0; o < kRows; ++o) {
+              const int reach = r - o * Kernel::kStride, i = reach / Kernel::kDilation;
+              if (reach < 0 || reach % Kernel::kDilation != 0 || i >= kKernelH) continue;
+              const bool meets = !in_image || ((row_inside[r] & column_inside[j]) && (whole || row + o < a.out_height));
+#pragma unroll
+              for (int c = 0; c < kVector; ++c) {
+                float& to = sum[c * (kTaps + 1) + i * kKernelW + j];
+                to = meets ? fmaf(x[r][j][c], g[o][c], to) : to;
+              }
             }
-          }
-        }
-    };
-    if (kRows == 1 || row + kRows <= a.out_height)
-      multiply(std::true_type{});
-    else  // gradients below the last one do not meet what is Inf or NaN
-      multiply(std::false_type{});
+      };
+      using std::false_type, std::true_type;
+      if (kMultipliesZeros && !exact)
+        multiply(false_type{}, true_type{});
+      else if (kRows == 1 || (!kMultipliesZeros && row + kRows <= a.out_height))
+        multiply(true_type{}, true_type{});
+      else  // gradients below the last one do not meet what is Inf or NaN
+        multiply(true_type{}, false_type{});
 #pragma unroll
-    for (int o = 0; o < kRows; ++o)
+      for (int o = 0; o < kRows; ++o)
 #pragma unroll
-      for (int c = 0; c < kVector; ++c) sum[c * (kTaps + 1) + kTaps] += g[o][c];
+        for (int c = 0; c < kVector; ++c) sum[c * (kTaps + 1) + kTaps] += g[o][c];
+    }
+  };
+#pragma unroll 1
+  for (bool exact = !kMultipliesZeros;; exact = true) {
+    take_all(exact);
+    float check[2] = {};
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) check[i % 2] = fmaf(sum[i], 0.f, check[i % 2]);
+    if (exact || check[0] + check[1] == 0) break;
   }
 
   int first = 0, count = kSums;
@@ -182,11 +214,17 @@ __global__ void __launch_bounds__(kThreads) direct_grad_weight(const __grid_cons
 #endif
   for (int t = threadIdx.x; t < kSums * kLanes; t += kThreads) {
     const int c = t / kLanes / (kTaps + 1), tap = t / kLanes % (kTaps + 1);
-    const int to = (blockIdx.x / a.splits * kLanes + t % kLanes) * kVector + c;
+    const int to = first_filter + t % kLanes * kVector + c;
     float total = 0;
     for (int part = 0; part < a.splits; ++part) total += totals[part][t];
-    if (to >= a.filters) continue;
-    if (tap < kTaps || a.grad_bias) a.template put<T>(0, tap, to, total);
+    if (to >= a.filters || (tap == kTaps && a.grad_bias == nullptr)) continue;
+    void* const gradients = tap < kTaps ? a.grad_weight : a.grad_bias;
+    const int place = tap < kTaps ? to * kTaps + tap : to;
+    const T value = narrow<T>(total);
+    if (sizeof(T) == 2 && a.widens)
+      static_cast<float*>(gradients)[place] = widen(value);
+    else
+      static_cast<T*>(gradients)[place] = value;
   }
 }
 
@@ -209,6 +247,7 @@ void launch(const Problem& p, Arguments a, cudaStream_t stream) {
            4 * a.splits * blocks <= 3 * device.multiprocessors && has_room(2 * a.splits))
       a.splits *= 2;
   }
+  a.by_splits = Divider(a.splits);
   launch_early(kernel, a, blocks * a.splits, kThreads, stream, {.cluster = a.splits});
 }
 
@@ -224,8 +263,12 @@ void launch_for(const Problem& p, const Arguments& a, cudaStream_t stream) {
   const bool few = p.batch * p.out_height * p.out_width <= kFewGradients;
   if (p.filters() > 1 && p.input.stride[1] == 1 && p.output.stride[1] == 1) {  // lanes go along the channels
     const bool pairs = p.multiplier == 1 && has_vectors<T, 2>(p, p.input) && has_vectors<T, 2>(p, p.output);
-    if constexpr (Kernel::kSquare && Kernel::kKernelH > 1 && Kernel::kDilation == 1)
+    if constexpr (Kernel::kSquare && Kernel::kKernelH > 1 && Kernel::kDilation == 1) {
       if (few && pairs) return launch<T, Kernel, 2, 4, 1, 256>(p, a, stream);
+      // Else filters share blocks where there are too many for multiprocessors of their own.
+      if (few && p.filters() >= 4 * current_device().multiprocessors)
+        return launch<T, Kernel, 1, 4, 1, 256>(p, a, stream);
+    }
     if constexpr (has_strips<Kernel>) {
       if (!few && pairs) return launch<T, Kernel, 2, 4, 4, 512>(p, a, stream);
       if (!few) return launch<T, Kernel, 1, 8, 4, 512>(p, a, stream);
@@ -245,8 +288,13 @@ void launch_for(const Problem& p, const Arguments& a, cudaStream_t stream) {
 }  // namespace
 
 void launch_direct_grad_weight(const Problem& p, cudaStream_t stream) {
-  Arguments a{p};
-  a.share_sums(p, 1, {});
+  Arguments a{p.input.data, p.output.data, p.weight.data, p.bias};
+  for (int d = 0; d < 4; ++d)
+    a.input_stride[d] = static_cast<int>(p.input.stride[d]), a.grad_stride[d] = static_cast<int>(p.output.stride[d]);
+  a.height = static_cast<int>(p.height), a.width = static_cast<int>(p.width);
+  a.padding_h = static_cast<int>(p.padding_h), a.padding_w = static_cast<int>(p.padding_w);
+  a.out_height = static_cast<int>(p.out_height), a.filters = static_cast<int>(p.filters());
+  a.widens = size_of(p.dtype) == 2 && Widening::is_wanted(), a.by_multiplier = Divider(p.multiplier);
   a.by_columns = Divider(p.out_width);
   visit_dtype(p.dtype, [&](auto zero) {
     using T = decltype(zero);

@@ -10,6 +10,7 @@
 // What is not part of a sum is multiplied by zero, which is exact unless the other factor is Inf or NaN. So sums that
 // are finite are right, and the others are taken again, product by product.
 #include <algorithm>
+#include <climits>
 #include <cmath>
 #include <utility>
 
@@ -106,6 +107,7 @@ struct Window {
   static constexpr int kSourceColumns = (kColumns - 1) * kStride + kExtentW;
   // Of these columns, those that can lie in the image.
   static constexpr int kBeside = kTapsW / 2, kFirstRead = kNarrow ? kBeside : 0;
+  static constexpr int kLoadedW = kExtentW - 2 * kFirstRead;  // a row in shared memory has none of those beside
   static constexpr int kEndRead = kSourceColumns - (kNarrow && !kMirrors ? kBeside : 0);
   // Steps in the body of the loop. If rows of the gradient need not move in registers, all the better, but code must
   // not grow too long.
@@ -300,7 +302,7 @@ class Loader {
  public:
   __device__ Loader(const March& a, const Part& part, int rank, int threads)
       : steps_(a, part.split, W::kHeld),
-        source_(a.source, part.slab, part.column * W::kStride - a.padding_w, a.width, rank, threads),
+        source_(a.source, part.slab, part.column * W::kStride - a.padding_w + W::kFirstRead, a.width, rank, threads),
         grad_(a.grad, part.slab, part.column, a.out_width, rank, threads) {
     seek(a);
   }
@@ -336,7 +338,8 @@ class BoxLoader {
  public:
   __device__ BoxLoader(const March& a, const Part& part)
       : steps_(a, part.split, W::kHeld),
-        column_(part.column),
+        source_column_(part.column * W::kStride - a.padding_w + W::kFirstRead + a.source.columns_before),
+        grad_column_(part.column),
         filter_(part.filter),
         channel_(a.multiplier == 2 ? part.filter / 2 : part.filter) {}
   __device__ bool done() const { return steps_.done(); }
@@ -348,24 +351,23 @@ class BoxLoader {
       const auto copy = [&](int to, const Pixels& p, const CUtensorMap& map, int channel, int column, int row) {
         if (kJoined)
           return load_run(p, to, steps_.image * p.image_bytes + row * p.row_bytes + column * p.pitch, barrier);
-        expect_bytes(barrier, p.pitch * p.columns);
-        copy_box(to, map, channel, column, row, steps_.image, barrier);
+        expect_bytes(barrier, p.box_bytes);
+        copy_box(to + p.box_at, map, channel, column, row, steps_.image, barrier);
       };
       int to = kRing + stage * a.stage_bytes;
 #pragma unroll
       for (int e = 0; e < W::kStride; ++e) {
-        if (W::meets(a, steps_.end, first + e))
-          copy(to, a.source, a.source_map, channel_, column_ * W::kStride - a.padding_w, first + e);
+        if (W::meets(a, steps_.end, first + e)) copy(to, a.source, a.source_map, channel_, source_column_, first + e);
         to += a.source_row_bytes;
       }
-      if (steps_.row < steps_.end) copy(to, a.grad, a.grad_map, filter_, column_, steps_.row);
+      if (steps_.row < steps_.end) copy(to, a.grad, a.grad_map, filter_, grad_column_, steps_.row);
     }
     steps_.next(a, W::kHeld);
   }
 
  private:
   Steps steps_;
-  int column_, filter_, channel_;
+  int source_column_, grad_column_, filter_, channel_;
 };
 
 // `kJoined`: whether both arrays are. What lies beside the image is no zeros then. `kPitch`: that of both, if it is
@@ -379,9 +381,14 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
   const Part part = Part::of(a, W{});
   const int workers = blockDim.x - (kLoaderWarps ? 32 * a.loaders : 0);
   const bool is_worker = static_cast<int>(threadIdx.x) < workers, boxes = kBoxes && a.boxes;
-  if (!boxes || kJoined)
-    for (int i = threadIdx.x * kUnit; i < a.depth * a.stage_bytes; i += blockDim.x * kUnit)
-      shared<uint4>(kRing + i) = uint4{};
+  // What nothing brings is zero.
+  constexpr int kRowsOfStage = W::kStride + 1;
+  for (int row = threadIdx.x / 32; row < a.depth * kRowsOfStage; row += blockDim.x / 32) {
+    const int e = row % kRowsOfStage, to = kRing + row / kRowsOfStage * a.stage_bytes + e * a.source_row_bytes;
+    const Pixels& p = e < W::kStride ? a.source : a.grad;
+    for (int i = threadIdx.x % 32 * kUnit; i < p.beside_bytes; i += 32 * kUnit)
+      shared<uint4>(to + (i < p.box_at ? i : i + p.box_bytes)) = uint4{};
+  }
   StageBarriers::init(32 * a.loaders, workers / 32, boxes);
   if (boxes) {
     if (threadIdx.x == 0 && !kJoined) prefetch(a.source_map), prefetch(a.grad_map);
@@ -413,9 +420,10 @@ __global__ void __launch_bounds__(W::kMaxThreads + 32, W::kBlocks)
 
   const auto is_active = [&] { return static_cast<int>(threadIdx.x) < a.groups * a.strips; };
   const auto [strip, group] = is_active() ? Place::of(a) : Place{0, 0};
-  int source_at = kRing + strip * W::kColumns * W::kStride * a.source.pitch + group * kFilters / a.multiplier * kSize;
+  int source_at = kRing + (strip * W::kColumns * W::kStride - W::kFirstRead) * a.source.pitch +
+                  group * kFilters / a.multiplier * kSize;
   int grad_at = kRing + W::kStride * a.source_row_bytes + strip * W::kColumns * a.grad.pitch + group * kFilters * kSize;
-  if constexpr (!kJoined) source_at += a.source.shift, grad_at += a.grad.shift;
+  if constexpr (!kJoined) source_at += a.source.first_at + a.source.shift, grad_at += a.grad.shift;
   const int column_g = part.column + strip * W::kColumns, column_x = column_g * W::kStride - a.padding_w;
   const bool mirrors = W::kMirrors && column_g > 0;
   const int source_pitch = kPitch > 0 ? kPitch : a.source.pitch, grad_pitch = kPitch > 0 ? kPitch : a.grad.pitch;
@@ -610,6 +618,8 @@ struct WindowSize {
   int taps, extent_w, stride, held, filters, columns, source_columns;
   int max_threads, blocks;  // of a block, and blocks of that size on a multiprocessor, as the registers allow
   bool whole_images;        // whether splits have to be cut between images
+  bool whole_rows;          // whether a block has all columns
+  int first_read;           // of the columns of a strip
 };
 
 // Fills in what follows from a cut.
@@ -622,9 +632,12 @@ void apply(March& a, Cut& cut, const WindowSize& w, int element) {
   a.by_slabs = Divider(a.slabs), a.by_spans = Divider(a.spans), a.by_height = Divider(a.out_height);
   a.by_groups = Divider(a.groups);
   const int columns = cut.strips * w.columns;
+  // A block with all columns knows which lie beside the image.
+  const bool whole = a.spans == 1;
   cut_pixels(a.source, ceil_div(cut.groups * w.filters, a.multiplier) * element, (columns - 1) * w.stride + w.extent_w,
-             w.columns * w.stride, cut.boxes);
-  cut_pixels(a.grad, cut.groups * w.filters * element, columns, w.columns, cut.boxes);
+             whole ? std::max(a.padding_w - w.first_read, 0) : 0, whole ? a.width : INT_MAX, w.columns * w.stride,
+             cut.boxes);
+  cut_pixels(a.grad, cut.groups * w.filters * element, columns, 0, whole ? a.out_width : INT_MAX, w.columns, cut.boxes);
   a.source_row_bytes = a.source.ring_row_bytes(cut.boxes);
   a.stage_bytes = w.stride * a.source_row_bytes + a.grad.ring_row_bytes(cut.boxes);
   cut.threads = static_cast<int>(round_up(int64_t{cut.groups} * cut.strips, 32)) + 32 * cut.loaders;
@@ -731,7 +744,7 @@ Cut cut_for(March a, const WindowSize& w, int element, bool boxes, const Device&
     int last_strips = 0;
     for (int most_strips = std::min(all_strips, w.max_threads / groups); most_strips > 0; --most_strips) {
       const int strips = static_cast<int>(ceil_div(all_strips, ceil_div(all_strips, most_strips)));
-      if (groups * strips < fewest || strips == last_strips) continue;
+      if (groups * strips < fewest || strips == last_strips || (w.whole_rows && strips < all_strips)) continue;
       last_strips = strips;
       const int whole_warps = std::min(static_cast<int>(round_up(groups, 32)), all_groups);
       for (const int depth : {2, 3, 4, 6, 8})
@@ -746,8 +759,8 @@ Cut cut_for(March a, const WindowSize& w, int element, bool boxes, const Device&
 
 template <typename T, class W, bool kJoined>
 void launch(const Problem& p, March a, bool boxes, const Allocate& allocate, cudaStream_t stream) {
-  constexpr WindowSize kWindow{W::kTaps,    W::kExtentW,       W::kStride,     W::kHeld,   W::kFilters,
-                               W::kColumns, W::kSourceColumns, W::kMaxThreads, W::kBlocks, W::kPlane};
+  constexpr WindowSize kWindow{W::kTaps,          W::kLoadedW,    W::kStride, W::kHeld,  W::kFilters, W::kColumns,
+                               W::kSourceColumns, W::kMaxThreads, W::kBlocks, W::kPlane, W::kNarrow,  W::kFirstRead};
   constexpr int kElement = sizeof(T);
   const Device& device = current_device();
   const auto any_pitch = march_grad_weight_channels_last<T, W, kJoined, 0>;
@@ -827,15 +840,21 @@ void launch_march_grad_weight_channels_last(const Problem& p, const Allocate& al
           if (beside && a.width == 2 * One::kColumns)
             return launch<T, Window<Kernel, 1, Form::kTwoStrips>, false>(p, a, boxes, allocate, stream);
         }
-        if constexpr (sizeof(T) == 2 && Two::kFilters == 2 && Kernel::kStride == 1) {
+        if constexpr (Two::kFilters == 2 && (sizeof(T) == 4 || Kernel::kStride == 1)) {
+          using Split = Window<Kernel, 2, Form::kSplit>;
+          const bool shifted =
+              bulk && a.multiplier == 1 && a.source.unit == kUnit && a.source.shift > 0 && a.grad.shift > 0;
           // Of small pixels that begin between units a box has so much more that rows as they lie take less, above all
           // where there is nothing to clear beside them.
-          constexpr int kMost = Two::kTaps == 1 ? 256 : 64;  // bytes
-          const bool shifted = bulk && a.source.unit == kUnit && a.source.shift > 0 && a.grad.shift > 0;
-          if (shifted && a.multiplier == 1 && a.source.bytes <= kMost) {
+          constexpr int kMost = sizeof(T) == 4 ? 384 : Two::kTaps == 1 ? 256 : 64;  // bytes
+          if (shifted && a.source.bytes <= kMost) {
             a.joined = a.source.joined = a.grad.joined = true;
-            return launch<T, Window<Kernel, 2, Form::kSplit>, true>(p, a, bulk, allocate, stream);
+            return launch<T, std::conditional_t<sizeof(T) == 4, One, Split>, true>(p, a, bulk, allocate, stream);
           }
+          // Strips of one filter have columns that images as narrow have not.
+          if constexpr (sizeof(T) == 4 && Kernel::kStride == 1)
+            if (shifted && a.out_width <= Split::kColumns)
+              return launch<T, Split, false>(p, a, boxes, allocate, stream);
         }
         if (a.joined)
           launch<T, One, true>(p, a, bulk, allocate, stream);

@@ -27,6 +27,11 @@ struct Pixels {
   // first unit begins.
   int shift;
   int pitch, columns;  // in shared memory: from one pixel to the next, and pixels of a row
+  // Of these, how many are zeros before those that a box brings, if rows are boxes: for what lies beside the image it
+  // would take as long as for pixels. Bytes from the beginning of a row to the first column, to where the box begins,
+  // of the box, if there is one, and of all that it does not bring.
+  int columns_before, box_columns;
+  int first_at, box_at, box_bytes, beside_bytes;
   // An array without gaps whose pixels fit no units: a row is copied as one run of units of 16 bytes and has the same
   // place within 16 bytes in shared memory. Beside the image lie then not zeros, but what is of the rows around, or
   // nothing.
@@ -39,7 +44,8 @@ struct Pixels {
     if (!joined && unit < kUnit) base += shift, shift = 0;
   }
   int ring_row_bytes(bool boxes) const {
-    return static_cast<int>(round_up(int64_t{pitch} * columns + (joined ? kUnit : 0), boxes ? kBoxUnit : kUnit));
+    return static_cast<int>(
+        round_up(first_at + int64_t{pitch} * columns + (joined ? kUnit : 0), boxes ? kBoxUnit : kUnit));
   }
 };
 
@@ -74,21 +80,27 @@ inline Pixels pixels_of(const View& view, int64_t batch, int64_t channels, int64
   return p;
 }
 
-// Fills in what a block has of it. Strips begin `step` columns apart; unless rows are boxes, a warp that reads several
-// of them at once finds them in different banks.
-inline void cut_pixels(Pixels& p, int64_t slab_bytes, int columns, int step, bool boxes) {
+// Fills in what a block has of it: `columns`, of which the first `before` and those behind the image, `width` columns
+// later, are zeros. Strips begin `step` columns apart; unless rows are boxes, a warp that reads several of them at once
+// finds them in different banks.
+inline void cut_pixels(Pixels& p, int64_t slab_bytes, int columns, int before, int width, int step, bool boxes) {
   p.slab_bytes = static_cast<int>(slab_bytes), p.columns = columns;
   // Boxes of pixels that end within a sector of memory take longer, but a sector more is too much for a line of 128
   // bytes.
   const int unit = boxes && p.shift > 0 && slab_bytes > 128 ? 2 * kUnit : p.unit;
   p.pitch = p.joined ? p.pixel_bytes : static_cast<int>(round_up(slab_bytes + p.shift, unit));
   if (!boxes && !p.joined && p.pitch < 128 && p.pitch * step % 128 == 0) p.pitch += kUnit;
+  const bool box = boxes && !p.joined;
+  p.columns_before = box ? before : 0, p.box_columns = std::min(columns - p.columns_before, width);
+  p.box_at = static_cast<int>(round_up(int64_t{p.pitch} * p.columns_before, kBoxUnit));
+  p.first_at = p.box_at - p.pitch * p.columns_before, p.box_bytes = box ? p.pitch * p.box_columns : 0;
+  p.beside_bytes = p.ring_row_bytes(boxes) - p.box_bytes;
 }
 
 // Whether a row of it can be a box: threads that read several strips at once, which boxes cannot spread, find them in
 // different banks.
 inline bool fits_box(const Pixels& p, int step, int64_t element) {
-  return p.joined || (std::max<int64_t>(p.pitch / element, p.columns) <= kMostBoxSide &&
+  return p.joined || (std::max<int64_t>(p.pitch / element, p.box_columns) <= kMostBoxSide &&
                       (p.pitch >= 128 || p.pitch * step % 128 != 0));
 }
 
@@ -97,7 +109,7 @@ inline bool fits_box(const Pixels& p, int step, int64_t element) {
 inline bool describe_rows(CUtensorMap& map, const Pixels& p, int64_t batch, int64_t height, int64_t width,
                           int element) {
   return describe_boxes(map, const_cast<char*>(p.base), element, {(p.bytes + p.shift) / element, width, height, batch},
-                        {p.pixel_bytes, p.row_bytes, p.image_bytes}, {p.pitch / element, p.columns, 1, 1});
+                        {p.pixel_bytes, p.row_bytes, p.image_bytes}, {p.pitch / element, p.box_columns, 1, 1});
 }
 
 #if __CUDA_ARCH__ >= 900
