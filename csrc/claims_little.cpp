@@ -15,7 +15,7 @@
 #include "kernels/gather.h"
 #include "kernels/gather_grad_weight.h"
 #include "kernels/small_kernels.h"
-#include "kernels/spread.h"
+#include "kernels/windows_nchw.h"
 
 namespace dwconv {
 namespace {

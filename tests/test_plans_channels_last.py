@@ -221,7 +221,7 @@ def test_marches_are_exact(tile: tuple, dtype: torch.dtype) -> None:
             if channels > 1:
                 assert MARCH["forward"] in forced["output"], problem
                 squares = kernel[0] == kernel[1] > 1 and dilation == 1
-                sums = case.multiplier > 1 and not squares
+                sums = case.multiplier > 1 and (channels < 8 or not squares)
                 assert (MARCH["grad_input"] in forced["grad_input"]) != sums, problem
                 assert MARCH["grad_weight"] in forced["grad_weight"], problem
 
@@ -372,6 +372,8 @@ def test_march_grad_weight_of_pixels_that_begin_between_units(tile: tuple, dtype
     small_pixels = ((3, 32, (20, 112)), (7, 8, (14, 31)), (5, 128, (11, 20)), (2, 24, (9, 300)))
     for number, (batch, channels, size) in enumerate(images + small_pixels):
         case = tile_case(tile, batch, channels, size, multiplier=2 if number == 4 else 1)
+        if number % 3 == 2:
+            case = case._replace(padding=case.reach)
         for offsets in ((1, 1), (6, 6), (3, 2) if number % 2 > 0 else (8, 5)):
             check_sums(case, MARCH["grad_weight"], dtype, number % 2 == 1, offsets, repeats=3)
 

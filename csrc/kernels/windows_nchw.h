@@ -1,4 +1,4 @@
-// What kernels/windows_nchw.cu asks for.
+// What kernels/windows_nchw.cu asks for, and kernels/spread.cu, to which it hands over.
 #pragma once
 
 #include <algorithm>
@@ -35,6 +35,24 @@ inline bool fits_windows_nchw(const Problem& p) {
   return fan_in * (rows.reach(1) * cols.reach(columns) * size_of(p.dtype) + 64) +
              number * (fan_in * (p.kernel_w * rows.sets() * rows.set_pitch() + 1) + 8) + 256 <=
          p.shared_memory;
+}
+
+// What spread.cu, a way of it, is compiled for: strides of rows, and taps of a side that reach an output.
+inline constexpr int kMostSpreadStride = 4;
+constexpr int most_spread_taps(int stride) {
+  return stride == 2 ? 4 : stride == 3 ? 3 : 2;
+}
+
+// Whether spread.cu serves a problem that fits_windows_nchw(). Blocks lay out filters, for planes that are worth it: so
+// there is always room for those.
+inline bool fits_spread(const Problem& p) {
+  if (p.pass != Pass::kGradInput || p.multiplier > 1 || p.stride_h == 1 || p.stride_h % p.dilation_h != 0) return false;
+  if (std::max(p.stride_h, p.stride_w) > kMostSpreadStride) return false;
+  const WindowSide rows(p.out_height, p.height, p.kernel_h, p.stride_h, p.padding_h, p.dilation_h, true);
+  const WindowSide columns(p.out_width, p.width, p.kernel_w, p.stride_w, p.padding_w, p.dilation_w, true);
+  if (std::max(rows.set_pitch(), columns.set_pitch()) > most_spread_taps(rows.stride)) return false;
+  constexpr int64_t kWorth = 4;  // outputs for a weight
+  return kWorth * rows.stride * rows.set_pitch() * columns.tap_step * columns.set_pitch() <= p.height * p.width;
 }
 
 }  // namespace dwconv
