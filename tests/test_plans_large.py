@@ -317,7 +317,9 @@ def test_large_kernels_on_rows_of_odd_length(
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize(
-    ("kernel", "size", "batch", "channels"), [((29, 29), (28, 28), 61, 152), ((25, 31), (26, 30), 47, 200), ((21, 21), (27, 27), 61, 152)], ids=str
+    ("kernel", "size", "batch", "channels"),
+    [((29, 29), (28, 28), 61, 152), ((25, 31), (26, 30), 47, 200), ((21, 21), (27, 27), 61, 152)],
+    ids=str,
 )
 def test_large_kernels_on_many_planes_in_channels_last(
     kernel: tuple, size: tuple, batch: int, channels: int, dtype: torch.dtype

@@ -1,5 +1,6 @@
-// Forward and grad_input straight from memory, for windows_nchw.cu and windows_channels_last.cu: these hand over kernels
-// of a few taps, and problems with little to do, of which to lay out pixels and weights in shared memory would be most.
+// Forward and grad_input straight from memory, for windows_nchw.cu and windows_channels_last.cu: these hand over
+// kernels of a few taps, and problems with little to do, of which to lay out pixels and weights in shared memory would
+// be most.
 #pragma once
 
 #include "launch.h"

@@ -1,5 +1,5 @@
-// The part of scale.cu that has a stride: grad_input of a single tap writes zeros, and between them a gradient times its
-// channel's weight, to an array without gaps.
+// The part of scale.cu that has a stride: grad_input of a single tap writes zeros, and between them a gradient times
+// its channel's weight, to an array without gaps.
 #pragma once
 
 #include <cuda_runtime_api.h>

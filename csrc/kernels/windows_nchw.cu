@@ -8,8 +8,8 @@
 // neighbouring columns. Where outputs are few, some threads share the columns of the kernel, and their sums are added
 // up in turn. Two loads from shared memory serve kRows products; instructions and these loads bind, not products.
 //
-// Few taps go straight to memory, and so do what shares next to nothing along a column (few_taps.cu) and grad_input at a
-// stride, where few taps reach an output (spread.cu).
+// Few taps go straight to memory, and so do what shares next to nothing along a column (few_taps.cu) and grad_input at
+// a stride, where few taps reach an output (spread.cu).
 //
 // Zeros stand for the rows beside the source, or the kernel. Where one meets Inf or NaN a sum is NaN: what is not
 // finite is computed again, by the taps that meet the source.
